@@ -1,0 +1,54 @@
+# Two commands do all the set-up: `make demo` and `make test`. Needs Python 3.11 or newer, nothing else.
+
+PYTHON  ?= python3
+VENV    ?= .venv
+NAME    := $(VENV)/bin
+TORCH   := $(shell grep '^torch==' constraints.txt)
+INPUTS  := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check reference clean
+
+help:
+	@echo "make demo       install what is needed into $(VENV) and answer questions over cached documents"
+	@echo "make test       install the developer tools too and run the whole default test suite"
+	@echo "make check      ruff, its formatter and mypy --strict"
+	@echo "make reference  gather the text, train the bundled model again and export it (hours)"
+	@echo "make clean      remove $(VENV), build/ and caches"
+	@echo "Another interpreter: make PYTHON=python3.12 ..."
+
+demo: $(VENV)/demo.stamp
+	$(NAME)/kvloom demo
+
+test: $(VENV)/dev.stamp
+	$(NAME)/pytest -q
+
+# mypy finds the package by its name: a temporary folder holds a link `kvloom` to this one.
+check: $(VENV)/dev.stamp
+	$(NAME)/ruff check .
+	$(NAME)/ruff format --check .
+	@links=$$(mktemp -d) && trap 'rm -rf "$$links"' EXIT && ln -s "$(CURDIR)" "$$links/kvloom" \
+	&& echo "mypy --strict -p kvloom" && MYPYPATH="$$links" $(abspath $(NAME))/mypy --strict -p kvloom
+
+reference: $(VENV)/dev.stamp
+	$(NAME)/python -m kvloom.bench.reference.corpus --packages build/packages --out build/corpus
+	$(NAME)/python -m kvloom.bench.reference.train --corpus build/corpus --run build/run --minutes 108
+	$(NAME)/python -m kvloom.bench.reference.train --corpus build/corpus --run build/run --export bench/reference/model
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# torch goes first and in exactly this spelling, so that the wheel of this machine is taken and kept.
+$(VENV)/torch.stamp: $(INPUTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kvloom needs Python 3.11 or newer: make PYTHON=..."; exit 2; }
+	test -x $(NAME)/python || $(PYTHON) -m venv $(VENV)
+	$(NAME)/pip install --quiet $(TORCH)
+	@touch $@
+
+$(VENV)/demo.stamp: $(VENV)/torch.stamp
+	$(NAME)/pip install --quiet -e ".[bench]" -c constraints.txt
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/torch.stamp
+	$(NAME)/pip install --quiet -e ".[dev]" -c constraints.txt
+	@touch $@ $(VENV)/demo.stamp

@@ -1,0 +1,141 @@
+"""What this machine can do for kvloom: versions, devices, copy and disk speed, extras. Takes a few seconds."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .environment import devices, environment, usable
+from .report import BenchResult, Metric
+
+COPY_BYTES = 128 << 20
+DISK_BYTES = 32 << 20
+REPEATS = 5
+BUDGET_S = 1.0  # a slow disk is asked fewer times
+CAVEAT = (
+    "Speeds: median (10th to 90th percentile) of bytes copied, written with fsync, and read back. Where the system "
+    "keeps cached pages although it was asked to let go, the read speed is that of memory, not of the disk."
+)
+MODEL = Path(__file__).parent / "reference" / "model"
+EXTRAS = {"transformers": ("transformers", "tokenizers"), "bench": ("transformers", "tokenizers", "matplotlib")}
+
+
+def diagnose(folder: Path) -> BenchResult:
+    """Measure this machine.
+
+    Parameters
+    ----------
+    folder : where the disk is measured; a file of 32 MiB is written there and removed.
+
+    Raises
+    ------
+    OSError : `folder` is not there or not writable.
+    """
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is not a folder; name one whose disk can be measured")
+    source, target = torch.ones(COPY_BYTES, dtype=torch.uint8), torch.empty(COPY_BYTES, dtype=torch.uint8)
+    metrics = {"host_copy_speed": _speed(COPY_BYTES, lambda: target.copy_(source))}
+    if torch.cuda.is_available():
+        metrics["device_copy_speed"] = _device_copy_speed(source)
+    plain_copy = metrics["host_copy_speed"].value
+    metrics |= _disk_speeds(folder, baseline=plain_copy)
+    return BenchResult("doctor", metrics, [*_devices(), *_extras(), _model()])
+
+
+def show(result: BenchResult) -> None:
+    """Print a diagnosis for a person."""
+    table = Table(title="kvloom doctor", title_justify="left", show_header=False)
+    table.add_column(style="dim")
+    table.add_column()
+    env = environment()
+    for name in ("kvloom", "python", "torch", "transformers", "system", "cpu", "cores"):
+        table.add_row(name, escape(str(env[name] or "not installed")))
+    table.add_row("memory", f"{int(str(env['memory_bytes'] or 0)) / 2**30:.1f} GiB")
+    for row in result.rows:
+        table.add_row(str(row["subject"]), escape(str(row["finding"])))
+    for name, metric in result.metrics.items():
+        low, high = metric.low or 0.0, metric.high or 0.0
+        table.add_row(name.replace("_", " "), f"{metric.value:.2f} {metric.unit}  ({low:.2f} to {high:.2f})")
+    console = Console()
+    console.print(table)
+    console.print(CAVEAT, style="dim")
+
+
+def _speed(size_bytes: int, work: Callable[[], object], *, before: Callable[[], object] = lambda: None) -> Metric:
+    """Bytes a second of `work`, warmed up once; `before` is not timed."""
+    before()
+    work()
+    found: list[float] = []
+    began = time.perf_counter()
+    while len(found) < REPEATS and (not found or time.perf_counter() - began < BUDGET_S):
+        before()
+        start = time.perf_counter()
+        work()
+        found.append(size_bytes / (time.perf_counter() - start) / 1e9)
+    return Metric.of_samples(found, unit="GB/s")
+
+
+def _device_copy_speed(source: torch.Tensor) -> Metric:
+    pinned, target = source.pin_memory(), torch.empty_like(source, device="cuda")
+
+    def copy() -> None:
+        target.copy_(pinned, non_blocking=True)
+        torch.cuda.synchronize()
+
+    return _speed(len(source), copy)
+
+
+def _disk_speeds(folder: Path, *, baseline: float) -> dict[str, Metric]:
+    data, buffer = os.urandom(DISK_BYTES), bytearray(DISK_BYTES)
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+
+        def write() -> None:
+            file.seek(0)
+            written = 0
+            while written < DISK_BYTES:
+                written += file.write(memoryview(data)[written:]) or 0
+            os.fsync(file.fileno())
+
+        def forget() -> None:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+        def read() -> None:
+            file.seek(0)
+            got = 0
+            while got < DISK_BYTES:
+                got += file.readinto(memoryview(buffer)[got:]) or 0
+
+        speeds = {
+            "disk_write_speed": _speed(DISK_BYTES, write),
+            "disk_read_speed": _speed(DISK_BYTES, read, before=forget),
+        }
+    return {name: Metric(m.value, m.low, m.high, m.unit, baseline) for name, m in speeds.items()}
+
+
+def _devices() -> list[dict[str, object]]:
+    found = [f"{device['name']}, {int(device['memory_bytes']) / 2**30:.0f} GiB" for device in devices()]
+    return [{"subject": "device", "finding": text} for text in found or ["none; kvloom runs on the processor"]]
+
+
+def _extras() -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    for extra, modules in EXTRAS.items():
+        missing = [module for module in modules if not usable(module)]
+        finding = f'{", ".join(missing)} missing; run: pip install "kvloom[{extra}]"' if missing else "usable"
+        rows.append({"subject": f"extra {extra}", "finding": finding})
+    return rows
+
+
+def _model() -> dict[str, object]:
+    weights = MODEL / "model.safetensors"
+    finding = f"{weights.stat().st_size / 2**20:.1f} MiB" if weights.exists() else "missing; run: make reference"
+    return {"subject": "reference model", "finding": finding}

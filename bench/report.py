@@ -1,0 +1,168 @@
+"""What a benchmark hands over: figures with intervals as one JSON object, and a page that a person reads."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .environment import commit, environment
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One figure.
+
+    Attributes
+    ----------
+    value : the figure, in `unit`; NaN if it could not be measured (null in JSON).
+    low, high : ends of its interval: 95 % of a share or a bootstrap, 10th and 90th percentile of a time.
+    unit : "s", "GB/s", "tokens", "share", "times", ...
+    baseline : what the alternative reached in the same run, in the same unit, or its name if `value` is relative to it.
+    """
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    unit: str = ""
+    baseline: float | str | None = None
+
+    @classmethod
+    def of_samples(cls, samples: Sequence[float], *, unit: str, baseline: float | str | None = None) -> Metric:
+        """Median of repeated measurements, between their 10th and 90th percentile."""
+        median, low, high = spread(samples)
+        return cls(median, low, high, unit, baseline)
+
+    @classmethod
+    def of_share(cls, successes: int, trials: int, *, baseline: float | str | None = None) -> Metric:
+        """Share of successes, with its 95 % interval."""
+        low, high = share_interval(successes, trials)
+        return cls(successes / trials, low, high, "share", baseline)
+
+
+@dataclass(frozen=True, slots=True)
+class BenchResult:
+    """Everything that one benchmark run found.
+
+    Attributes
+    ----------
+    bench : name of the benchmark, as given to `kvloom bench`.
+    metrics : the figures that are tracked, by name.
+    rows : the table behind them; plain JSON values by column name.
+    """
+
+    bench: str
+    metrics: Mapping[str, Metric]
+    rows: Sequence[Mapping[str, object]] = field(default=())
+
+    def to_json(self) -> str:
+        """One object `{"bench", "commit", "env", "metrics", "rows"}`; figures that are not finite become null."""
+        whole = {
+            "bench": self.bench,
+            "commit": commit(),
+            "env": environment(),
+            "metrics": {name: asdict(metric) for name, metric in self.metrics.items()},
+            "rows": [dict(row) for row in self.rows],
+        }
+        return json.dumps(_finite(whole), indent=1, allow_nan=False)
+
+    def write(self, path: Path) -> None:
+        """Write `to_json` to `path`: complete or not at all."""
+        write_text(path, self.to_json() + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file at `path` with `text` in one step; a reader sees the old file or the new one."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(name): _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def spread(samples: Sequence[float]) -> tuple[float, float, float]:
+    """Median, 10th and 90th percentile (linear between neighbours)."""
+    if not len(samples):
+        raise ValueError("no samples to summarise; expected at least one")
+    median, low, high = np.quantile(np.asarray(samples, dtype=np.float64), [0.5, 0.1, 0.9])
+    return float(median), float(low), float(high)
+
+
+def share_interval(successes: int, trials: int) -> tuple[float, float]:
+    """95 % interval of a share, within 0 to 1 and sensible at both ends (Wilson 1927)."""
+    if not 0 <= successes <= trials or trials == 0:
+        raise ValueError(f"{successes} successes in {trials} trials; expected 0 <= successes <= trials and trials > 0")
+    z = 1.959964
+    share = successes / trials
+    centre = share + z * z / (2 * trials)
+    reach = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    return max(0.0, (centre - reach) / scale), min(1.0, (centre + reach) / scale)
+
+
+def mean_difference(a: Floats, b: Floats) -> float:
+    """`mean(a) - mean(b)`."""
+    return float(a.mean() - b.mean())
+
+
+def paired_bootstrap(
+    *samples: Sequence[float],
+    statistic: Callable[..., float] = mean_difference,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Value and 95 % interval of a statistic of paired samples: whole trials are drawn again, with replacement.
+
+    Parameters
+    ----------
+    samples : one sequence per method, all of the same trials in the same order.
+    statistic : takes one float64 array per method; by default the difference of two means. Resamples for which it is
+        not finite (a ratio without a denominator) do not count.
+    resamples : how often to draw.
+    seed : equal seeds give equal intervals.
+
+    Returns
+    -------
+    The statistic of the samples as they are, then its 2.5th and 97.5th percentile over the resamples (NaN if none
+    counts).
+
+    Notes
+    -----
+    Efron & Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3 (percentile interval).
+    """
+    columns = [np.asarray(sample, dtype=np.float64) for sample in samples]
+    lengths = [len(column) for column in columns]
+    if not lengths or lengths[0] == 0 or len(set(lengths)) != 1:
+        raise ValueError(f"samples have lengths {lengths}; expected equal lengths of at least 1")
+    draws = np.random.default_rng(seed).integers(lengths[0], size=(resamples, lengths[0]))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = float(statistic(*columns))
+        found = np.array([statistic(*(column[draw] for column in columns)) for draw in draws])
+    found = found[np.isfinite(found)]
+    if not len(found):
+        return value, math.nan, math.nan
+    low, high = np.quantile(found, [0.025, 0.975])
+    return value, float(low), float(high)
