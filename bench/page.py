@@ -81,16 +81,17 @@ class Plot:
         from matplotlib.figure import Figure
         from matplotlib.ticker import ScalarFormatter
 
-        look = {
-            "svg.fonttype": "none",
-            "svg.hashsalt": "kvloom",
-            "axes.edgecolor": _INK,
-            "axes.labelcolor": _INK,
-            "text.color": _INK,
-            "xtick.color": _INK,
-            "ytick.color": _INK,
-        }
-        with rc_context(look):
+        with rc_context(
+            {
+                "svg.fonttype": "none",
+                "svg.hashsalt": "kvloom",
+                "axes.edgecolor": _INK,
+                "axes.labelcolor": _INK,
+                "text.color": _INK,
+                "xtick.color": _INK,
+                "ytick.color": _INK,
+            }
+        ):
             figure = Figure(figsize=(8.4, 4.2), layout="constrained")
             axes = figure.add_subplot()
             for number, (name, points) in enumerate(self.series.items()):
