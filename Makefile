@@ -13,7 +13,7 @@ help:
 	@echo "make demo       install what is needed into $(VENV) and answer questions over cached documents"
 	@echo "make test       install the developer tools too and run the whole default test suite"
 	@echo "make check      ruff, its formatter and mypy --strict"
-	@echo "make reference  gather the text, train the bundled model again and export it (hours)"
+	@echo "make reference  gather text, train the bundled model again, export and measure it (hours)"
 	@echo "make clean      remove $(VENV), build/ and caches"
 	@echo "Another interpreter: make PYTHON=python3.12 ..."
 
@@ -34,6 +34,9 @@ reference: $(VENV)/dev.stamp
 	$(NAME)/python -m kvloom.bench.reference.corpus --packages build/packages --out build/corpus
 	$(NAME)/python -m kvloom.bench.reference.train --corpus build/corpus --run build/run --minutes 108
 	$(NAME)/python -m kvloom.bench.reference.train --corpus build/corpus --run build/run --export bench/reference/model
+	$(NAME)/python -m kvloom.bench.reference.evaluate bench/reference/model --corpus build/corpus \
+		--json bench/reference/model/evaluation.json
+	$(NAME)/python -m kvloom.bench.reference.model_card bench/reference/model --log build/run/log.jsonl
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -31,11 +31,12 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; `args` as in `sys.argv[1:]`. Always ends with `SystemExit`."""
     try:
         app(args, prog_name="kvloom")
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("kvloom"):
+    except ImportError as error:
+        missing = error.name or ""
+        if missing.split(".")[0] == __package__:  # a bug of ours, not a package to install
             raise
-        _fail(error, f'{error.name} is not installed; run: pip install "kvloom[bench]"')
-    except (KVLoomError, ImportError, OSError, ValueError) as error:
+        _fail(error, f'{missing} is not installed; run: pip install "kvloom[bench]"' if missing else str(error))
+    except (KVLoomError, OSError, ValueError) as error:
         _fail(error, str(error) or type(error).__name__)
 
 

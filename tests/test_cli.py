@@ -77,6 +77,7 @@ def test_output_is_refused_before_the_work(
         (TierUnavailableError("store is used by\nanother process"), "kvloom: store is used by another process"),
         (ValueError("no documents in x; name a folder of texts"), "kvloom: no documents in x; name a folder of texts"),
         (ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib"), 'pip install "kvloom[bench]"'),
+        (ImportError("needs transformers: pip install x"), "kvloom: needs transformers: pip install x"),
     ],
 )
 def test_expected_failures(
@@ -93,12 +94,20 @@ def test_expected_failures(
         cli.main(["doctor"])
 
 
-def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        ModuleNotFoundError("No module named 'kvloom.gone'", name="kvloom.gone"),
+        ImportError("cannot import name 'x' from 'kvloom.core'", name="kvloom.core"),
+        KeyError("x"),
+    ],
+)
+def test_bugs_keep_their_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(folder: Path) -> None:
-        raise ModuleNotFoundError("No module named 'kvloom.gone'", name="kvloom.gone")
+        raise error
 
     monkeypatch.setattr("kvloom.bench.doctor.diagnose", fail)
-    with pytest.raises(ModuleNotFoundError):
+    with pytest.raises(type(error)):
         cli.main(["doctor"])
 
 

@@ -225,21 +225,20 @@ def test_every_class_is_loaded_once() -> None:
 
 
 def test_wheel_holds_the_package_and_nothing_more(tmp_path: Path) -> None:
-    tracked = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=False)
-    if tracked.returncode:
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False)
+    if listed.returncode:
         pytest.skip("not a git checkout: what belongs to the source tree is unknown")
+    files = sorted({Path(name) for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()})
     tree = tmp_path / "tree"
-    tree.mkdir()
-    for name in filter(None, tracked.stdout.split("\0")):
-        if (ROOT / name).is_file():
-            (tree / name).parent.mkdir(parents=True, exist_ok=True)
-            (tree / name).symlink_to(ROOT / name)
+    for file in files:
+        (tree / file).parent.mkdir(parents=True, exist_ok=True)
+        (tree / file).symlink_to(ROOT / file)
     build = "from setuptools import build_meta; build_meta.build_wheel('..')"
-    subprocess.run([sys.executable, "-c", build], cwd=tree, capture_output=True, check=True)
+    done = subprocess.run([sys.executable, "-c", build], cwd=tree, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         shipped = {name for name in archive.namelist() if ".dist-info/" not in name}
-    folders = (*PACKAGES, "__init__.py", "cli.py", "core.py", "errors.py", "py.typed")
-    names = [Path(name) for name in tracked.stdout.split("\0") if name and Path(name).parts[0] in folders]
-    expected = {f"kvloom/{name.as_posix()}" for name in names}
-    assert shipped == expected
+    roots = {*PACKAGES, "__init__.py", "cli.py", "core.py", "errors.py", "py.typed"}
+    assert shipped == {f"kvloom/{file.as_posix()}" for file in files if file.parts[0] in roots}
