@@ -1,0 +1,58 @@
+"""kvloom: keep, compress, search and fuse the KV caches of long contexts.
+
+Names are resolved on first use, so that `import kvloom` loads neither torch nor any engine.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .blend.blender import Blender as Blender
+    from .compress.raw import RawCodec as RawCodec
+    from .connectors.hf import TransformersConnector as TransformersConnector
+    from .core import ChunkKey as ChunkKey
+    from .core import Codec as Codec
+    from .core import EncodedChunk as EncodedChunk
+    from .core import KVChunk as KVChunk
+    from .core import KVSpec as KVSpec
+    from .core import LayerwiseModel as LayerwiseModel
+    from .core import RopeSpec as RopeSpec
+    from .core import Tier as Tier
+    from .errors import KVLoomError as KVLoomError
+    from .kvstore.keys import content_key as content_key
+    from .kvstore.keys import prefix_keys as prefix_keys
+    from .kvstore.store import KVStore as KVStore
+    from .kvstore.tiers.disk import DiskTier as DiskTier
+    from .kvstore.tiers.host import HostTier as HostTier
+
+_HOME = {
+    "Blender": "blend.blender",
+    "ChunkKey": "core",
+    "Codec": "core",
+    "DiskTier": "kvstore.tiers.disk",
+    "EncodedChunk": "core",
+    "HostTier": "kvstore.tiers.host",
+    "KVChunk": "core",
+    "KVLoomError": "errors",
+    "KVSpec": "core",
+    "KVStore": "kvstore.store",
+    "LayerwiseModel": "core",
+    "RawCodec": "compress.raw",
+    "RopeSpec": "core",
+    "Tier": "core",
+    "TransformersConnector": "connectors.hf",
+    "content_key": "kvstore.keys",
+    "prefix_keys": "kvstore.keys",
+}
+__version__ = "0.1.0"
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,110 @@
+"""Which tokens of a fused context are recomputed: selectors, plain functions of one signature.
+
+A selector takes the tokens that still may be chosen and how many to keep, and returns indices into them, or None as
+long as it cannot choose yet. It is asked before every layer; from layer 1 on the deviations are known. To add one,
+write a function of this signature, name its source, and enter it in `SELECTORS`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CandidateTokens:
+    """Tokens whose KV was cached elsewhere and that have a hidden state here, in ascending position.
+
+    Attributes
+    ----------
+    positions : `[N]` int64, in the fused context.
+    offsets : `[N]` int64, in the token's own chunk.
+    deviation : `[N]` float32, how far the cached KV is from the KV computed in context; None before layer 1.
+    """
+
+    positions: Tensor
+    offsets: Tensor
+    deviation: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+
+Selector = Callable[[CandidateTokens, int], Tensor | None]
+
+
+def kv_deviation(fresh_keys: Tensor, cached_keys: Tensor, fresh_values: Tensor, cached_values: Tensor) -> Tensor:
+    """How far cached KV is from fresh KV, a token.
+
+    `sqrt(|dK|^2 / mean |K|^2 + |dV|^2 / mean |V|^2)`, norms over all heads, means over the tokens of this layer, so
+    that neither keys nor values outweigh the other. CacheBlend (arXiv 2405.16444, section 4.3) defines the deviation
+    over both; its released code compares values alone, unnormalised, and the LMCache port keys alone.
+
+    Parameters
+    ----------
+    fresh_keys, cached_keys : `[H, N, D]`, rotated to the same positions.
+    fresh_values, cached_values : `[H, N, Dv]`.
+
+    Returns
+    -------
+    Tensor : `[N]` float32.
+    """
+    total = torch.zeros(fresh_keys.shape[1], device=fresh_keys.device)
+    for fresh, cached in ((fresh_keys, cached_keys), (fresh_values, cached_values)):
+        if fresh.shape[-1]:
+            wide = fresh.float()
+            power = wide.square().sum(dim=(0, 2)).mean().clamp_min(torch.finfo(torch.float32).tiny)
+            total += (wide - cached.float()).square().sum(dim=(0, 2)) / power
+    return total.sqrt()
+
+
+def by_deviation(tokens: CandidateTokens, count: int) -> Tensor | None:
+    """The `count` tokens of highest KV deviation: CacheBlend (arXiv 2405.16444, section 4.3)."""
+    if tokens.deviation is None:
+        return None
+    return tokens.deviation.topk(count).indices.sort().values
+
+
+def first_tokens(tokens: CandidateTokens, count: int) -> Tensor | None:
+    """The first tokens of every chunk, equally many: EPIC's LegoLink (arXiv 2410.15332). Needs no deviations.
+
+    The paper fixes up to 32 a chunk; here the number follows from `count`, so that selectors compare at equal cost.
+    """
+    by_offset = tokens.offsets.argsort(stable=True)
+    return by_offset[:count].sort().values
+
+
+def random_tokens(tokens: CandidateTokens, count: int, *, seed: int = 0) -> Tensor | None:
+    """`count` random tokens: the control that every other selector must beat.
+
+    Chosen where `by_deviation` chooses, after one full layer, so that the two differ in the choice alone.
+    """
+    if tokens.deviation is None:
+        return None
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + len(tokens))
+    chosen = torch.randperm(len(tokens), generator=generator)[:count].sort().values
+    return chosen.to(tokens.positions.device)
+
+
+def no_tokens(tokens: CandidateTokens, count: int) -> Tensor | None:
+    """Nothing: naive reuse."""
+    return tokens.positions[:0]
+
+
+def deviation_and_first(tokens: CandidateTokens, count: int, *, first: int = 2) -> Tensor | None:
+    """The first `first` tokens of every chunk (false sinks, arXiv 2410.15332), the rest of `count` by deviation."""
+    if tokens.deviation is None:
+        return None
+    mandatory = tokens.offsets < first
+    ranked = torch.where(mandatory, torch.inf, tokens.deviation)
+    return ranked.topk(count).indices.sort().values
+
+
+SELECTORS: dict[str, Selector] = {
+    "deviation": by_deviation,
+    "first": first_tokens,
+    "random": random_tokens,
+    "none": no_tokens,
+    "deviation+first": deviation_and_first,
+}

@@ -1,0 +1,344 @@
+"""Hugging Face transformers: precompute documents once, fuse any of them into a cache that `model.generate` accepts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, chain, pairwise
+
+import torch
+from torch import Tensor
+
+try:
+    from rich.progress import Progress
+    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+except ImportError as error:
+    raise ImportError('kvloom.connectors.hf needs transformers: pip install "kvloom[transformers]"') from error
+
+from ..blend.attention import causal_attention
+from ..blend.blender import BlendedContext, Blender
+from ..core import ChunkKey, KVChunk
+from ..errors import TierError
+from ..kvstore.keys import content_key
+from ..kvstore.store import KVStore
+from .hf_model import TransformersModel
+
+
+@dataclass(frozen=True, slots=True)
+class Precomputed:
+    """What `precompute` did: documents computed, documents already stored, tokens computed."""
+
+    computed: int
+    stored: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FusedContext:
+    """A fused context: its token ids (`[S]`, lead and documents) and what the blender made of them."""
+
+    token_ids: Tensor
+    blended: BlendedContext
+
+
+class _LostChunkError(Exception):
+    """A stored chunk cannot be read any more; the request computes it again and starts over."""
+
+    def __init__(self, key: ChunkKey) -> None:
+        self.key = key
+
+
+class _StoreSource:
+    """`LayerSource` of one request: from chunks held in memory, else from the store."""
+
+    def __init__(
+        self,
+        store: KVStore,
+        keys: Sequence[ChunkKey],
+        starts: Sequence[int],
+        total: int,
+        held: Mapping[ChunkKey, KVChunk],
+    ) -> None:
+        self._store = store
+        self._held = held
+        self._places = [
+            (key, start, torch.arange(start, stop))
+            for key, start, stop in zip(keys, starts, [*starts[1:], total], strict=True)
+        ]
+
+    def load(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        for key, start, positions in self._places:
+            here = slice(start, start + len(positions))
+            chunk = self._held.get(key)
+            if chunk is not None:
+                rope = chunk.spec.rope
+                moved = chunk.keys[layer]
+                keys[:, here] = moved if rope is None else rope.shift(moved, positions - chunk.positions)
+                values[:, here] = chunk.values[layer]
+                continue
+            part = self._store.get_layers(key, layer, layer + 1, positions)
+            if part is None:
+                raise _LostChunkError(key)
+            keys[:, here] = part.keys[0]
+            values[:, here] = part.values[0]
+
+
+class TransformersConnector:
+    """kvloom inside a RAG pipeline built on transformers.
+
+    Every document is one content chunk, computed alone behind the lead tokens (a BOS, whose KV is dropped again) and
+    placed anywhere later. The question is always computed in full, by the model itself, over the fused cache.
+
+    Parameters
+    ----------
+    model, tokenizer : a Hugging Face causal language model (Llama, Mistral, Qwen2 or Qwen3) and its tokenizer.
+    store : where chunks live.
+    blender : how they are fused; None for `Blender()`.
+    model_id : names weights revision and adapter; None hashes the weights.
+    lead_ids : tokens in front of every context; None for the BOS if the tokenizer puts one in front of a text.
+    salt : the tenant's secret, part of every key.
+    separator : ends every document that does not end with it.
+    pack_tokens : documents are packed into forwards of about this many tokens.
+
+    Raises
+    ------
+    EngineError : the model is of a kind that cannot be fused.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        store: KVStore,
+        *,
+        blender: Blender | None = None,
+        model_id: str | None = None,
+        lead_ids: Sequence[int] | None = None,
+        salt: bytes = b"",
+        separator: str = "\n",
+        pack_tokens: int = 4096,
+    ) -> None:
+        if pack_tokens < 1:
+            raise ValueError(f"pack_tokens is {pack_tokens}; expected at least 1")
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.store = store
+        self.blender = blender or Blender()
+        self.layers = TransformersModel(model, model_id=model_id)
+        self.spec = self.layers.spec
+        self._salt = salt
+        self._separator = separator
+        self._pack_tokens = pack_tokens
+        if lead_ids is None:
+            first = tokenizer("").input_ids[:1]
+            lead_ids = first if first == [tokenizer.bos_token_id] else []
+        self.lead_ids = tuple(lead_ids)
+
+    # ------------------------------------------------------------------------------------------------ tokens
+
+    def encode_document(self, document: str) -> list[int]:
+        """Token ids of one document, ended by the separator, without BOS.
+
+        Raises
+        ------
+        ValueError : the document is empty, or longer than the model's context.
+        """
+        if not document.strip():
+            raise ValueError("a document is empty; leave it out")
+        text = document if document.endswith(self._separator) else document + self._separator
+        ids = self.encode_question(text)
+        if len(ids) + len(self.lead_ids) >= self.layers.max_tokens:
+            raise ValueError(
+                f"a document has {len(ids)} tokens, the model's context {self.layers.max_tokens}; split it: "
+                f"{document.strip()[:40]!r}..."
+            )
+        return ids
+
+    def encode_question(self, text: str) -> list[int]:
+        """Token ids of what follows the documents, without BOS."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return ids
+
+    def key_of(self, token_ids: Sequence[int]) -> ChunkKey:
+        """Key under which the store holds a document of these tokens."""
+        return content_key(self.spec, token_ids, lead_ids=self.lead_ids, salt=self._salt)
+
+    # -------------------------------------------------------------------------------------------- precompute
+
+    def precompute(self, documents: Sequence[str], *, progress: bool = False) -> Precomputed:
+        """Compute and store the KV of documents that are not stored yet, many in one forward.
+
+        Parameters
+        ----------
+        documents : texts; equal ones are computed once.
+        progress : show a progress bar.
+
+        Raises
+        ------
+        ValueError : no documents, an empty one, or one longer than the model's context.
+        TierError : no tier can hold a chunk.
+        """
+        if not documents:
+            raise ValueError("documents is empty; give at least one text")
+        by_key = {self.key_of(ids): ids for ids in map(self.encode_document, documents)}
+        todo = {key: ids for key, ids in by_key.items() if key not in self.store}
+        with Progress(disable=not progress, transient=True) as bar:
+            task = bar.add_task("precomputing documents", total=sum(map(len, todo.values())))
+            for pack in self._packs(todo):
+                for key, chunk in zip(pack, self.compute(list(pack.values())), strict=True):
+                    self.store.put(key, chunk)
+                    bar.advance(task, len(chunk))
+        return Precomputed(len(todo), len(by_key) - len(todo), sum(map(len, todo.values())))
+
+    def _packs(self, documents: Mapping[ChunkKey, Sequence[int]]) -> Iterator[dict[ChunkKey, Sequence[int]]]:
+        pack: dict[ChunkKey, Sequence[int]] = {}
+        tokens = 0
+        for key, ids in documents.items():
+            if pack and tokens + len(ids) > self._pack_tokens:
+                yield pack
+                pack, tokens = {}, 0
+            pack[key] = ids
+            tokens += len(ids) + len(self.lead_ids)
+        if pack:
+            yield pack
+
+    def compute(self, documents: Sequence[Sequence[int]]) -> list[KVChunk]:
+        """KV of token sequences, each alone behind the lead tokens (whose KV is left out), in one packed forward."""
+        return self._prefill([(*self.lead_ids, *ids) for ids in documents], skip=len(self.lead_ids))
+
+    @torch.no_grad()
+    def _prefill(self, sequences: Sequence[Sequence[int]], *, skip: int) -> list[KVChunk]:
+        """KV of packed sequences without their first `skip` tokens.
+
+        Every sequence attends to itself alone: a block-diagonal mask, without computing the blocks that it masks out.
+        """
+        spec, layers, device = self.spec, self.layers, self.model.device
+        bounds = list(pairwise(accumulate(map(len, sequences), initial=0)))
+        positions = torch.cat([torch.arange(b - a, device=device) for a, b in bounds])
+        hidden = layers.embed(torch.tensor(list(chain.from_iterable(sequences)), device=device))
+        keys, values = [], []
+        for layer in range(spec.num_layers):
+            q, k, v = layers.qkv(layer, hidden, positions)
+            keys.append(k.cpu())
+            values.append(v.cpu())
+            if layer + 1 < spec.num_layers:
+                alone = [
+                    causal_attention(
+                        q[:, a:b],
+                        k[:, a:b],
+                        v[:, a:b],
+                        positions[a:b],
+                        scale=layers.scale,
+                        window_tokens=layers.window_tokens[layer],
+                    )
+                    for a, b in bounds
+                ]
+                hidden = layers.finish(layer, hidden, torch.cat(alone, dim=1))
+        all_keys, all_values = torch.stack(keys), torch.stack(values)
+        return [
+            KVChunk(
+                spec,
+                torch.tensor(ids[skip:], dtype=torch.int64),
+                torch.arange(skip, b - a),
+                all_keys[:, :, a + skip : b],
+                all_values[:, :, a + skip : b],
+            )
+            for ids, (a, b) in zip(sequences, bounds, strict=True)
+        ]
+
+    # -------------------------------------------------------------------------------------------------- fuse
+
+    def fuse(self, documents: Sequence[Sequence[int]], *, blender: Blender | None = None) -> FusedContext:
+        """KV of documents (token ids) in this order, behind the lead tokens; what is not stored is computed and stored.
+
+        A chunk that turns out corrupt or gone while it is read is computed again and the fusion starts over, so that a
+        damaged store costs time, never the answer.
+        """
+        blender = blender or self.blender
+        by_key = {self.key_of(ids): ids for ids in documents}
+        held: dict[ChunkKey, KVChunk] = {}
+        keys, chunks = [self.key_of(ids) for ids in documents], list(documents)
+        if self.lead_ids:
+            keys.insert(0, content_key(self.spec, self.lead_ids, salt=self._salt))
+            chunks.insert(0, self.lead_ids)
+            held[keys[0]] = self._lead
+        token_ids = torch.tensor(list(chain.from_iterable(chunks)))
+        starts = list(accumulate(map(len, chunks[:-1]), initial=0))
+        with self.store.pinned(list(by_key)):
+            self._compute_missing({key: ids for key, ids in by_key.items() if key not in self.store}, held)
+            while True:
+                try:
+                    blended = blender.blend(
+                        self.layers,
+                        token_ids,
+                        starts,
+                        _StoreSource(self.store, keys, starts, len(token_ids), held),
+                        exact_tokens=len(self.lead_ids) + len(documents[0]),
+                        device=self.model.device,
+                    )
+                except _LostChunkError as lost:
+                    self._compute_missing({lost.key: by_key[lost.key]}, held)
+                else:
+                    return FusedContext(token_ids, blended)
+
+    def _compute_missing(self, missing: Mapping[ChunkKey, Sequence[int]], held: dict[ChunkKey, KVChunk]) -> None:
+        """Compute, hold for this request, and store where the store has room."""
+        for pack in self._packs(missing):
+            for key, chunk in zip(pack, self.compute(list(pack.values())), strict=True):
+                held[key] = chunk
+                with suppress(TierError):  # held, so the answer is safe; the store has counted the fault
+                    self.store.put(key, chunk)
+
+    @cached_property
+    def _lead(self) -> KVChunk:
+        """KV of the lead tokens themselves: the same in front of everything, so it never needs the store."""
+        return self._prefill([self.lead_ids], skip=0)[0]
+
+    def assemble(self, documents: Sequence[str], question: str) -> tuple[dict[str, Tensor], DynamicCache]:
+        """Inputs and a fused cache for the stock `model.generate(**inputs, past_key_values=cache)`.
+
+        The cache holds the documents; `generate` computes the question, in full, and the answer.
+
+        Parameters
+        ----------
+        documents : texts in the order in which the model shall read them; those not stored yet are computed.
+        question : what follows the documents, prompt template included.
+
+        Returns
+        -------
+        tuple : `{"input_ids": [1, S + Q], "attention_mask": [1, S + Q]}` and the cache of the first S tokens.
+
+        Raises
+        ------
+        ValueError : no documents, an empty one, no question, or more tokens than the model's context.
+        """
+        if not documents:
+            raise ValueError("documents is empty; give at least one text")
+        question_ids = self.encode_question(question)
+        if not question_ids:
+            raise ValueError("question is empty; at least one token must follow the documents")
+        encoded = [self.encode_document(document) for document in documents]
+        total = len(self.lead_ids) + sum(map(len, encoded)) + len(question_ids)
+        if total > self.layers.max_tokens:
+            raise ValueError(
+                f"documents and question have {total} tokens, the model's context {self.layers.max_tokens}; "
+                "give fewer or shorter documents"
+            )
+        return self.as_inputs(self.fuse(encoded), question_ids)
+
+    def as_inputs(self, context: FusedContext, question_ids: Sequence[int]) -> tuple[dict[str, Tensor], DynamicCache]:
+        """What `generate` takes, from a fused context and the tokens that follow it."""
+        blended = context.blended
+        pairs = [(k[None], v[None]) for k, v in zip(blended.keys, blended.values, strict=True)]
+        cache = DynamicCache(pairs, config=self.model.config)
+        input_ids = torch.cat((context.token_ids, torch.tensor(question_ids)))[None].to(self.model.device)
+        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}, cache
+
+    def answer(self, documents: Sequence[str], question: str, *, max_new_tokens: int = 64) -> str:
+        """Greedy answer to `question` over `documents`; see `assemble` for errors."""
+        inputs, cache = self.assemble(documents, question)
+        output = self.model.generate(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, do_sample=False)
+        text: str = self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return text

@@ -1,0 +1,298 @@
+"""The central types and protocols: read this file, then any other file alone.
+
+Shape letters used everywhere: `L` layers, `H` KV heads, `Hq` query heads, `G = Hq / H`, `T` tokens, `D` key head dim,
+`Dv` value head dim, `E` hidden size, `Q` queries, `K` neighbours, `S` tokens of a whole context, `B` engine blocks,
+`N` tokens a block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import NewType, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from .errors import SpecMismatchError
+
+ChunkKey = NewType("ChunkKey", bytes)  # 32 bytes, keyed BLAKE3; made in kvstore/keys.py
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSpec:
+    """How keys are rotated: the frequency table itself, never re-derived from theta.
+
+    Attributes
+    ----------
+    inv_freq : `D / 2` frequencies in radians a token, fastest first.
+    attention_scaling : amplitude that the model multiplies into cos and sin (YaRN); a rotation by an offset leaves it
+        alone.
+    interleaved : channel pairs are (2i, 2i + 1) instead of (i, i + D/2).
+    """
+
+    inv_freq: tuple[float, ...]
+    attention_scaling: float = 1.0
+    interleaved: bool = False
+
+    def shift(self, keys: Tensor, offsets: Tensor | int) -> Tensor:
+        """Rotated keys moved by `offsets` positions: `k R_p -> k R_(p + offset)`.
+
+        Computed in float32 from angles in float64 and rounded once to the dtype of `keys`. An offset of 0 for every
+        token returns `keys` itself, bit for bit.
+
+        Parameters
+        ----------
+        keys : `[..., T, D]`, after rotary embedding.
+        offsets : tokens to move by, one for all or `[T]` int64.
+        """
+        if isinstance(offsets, int):
+            offsets = torch.tensor([offsets])
+        if keys.shape[-1] != 2 * len(self.inv_freq):
+            raise SpecMismatchError(
+                f"keys have head dim {keys.shape[-1]}; the rope table of {len(self.inv_freq)} pairs expects twice that"
+            )
+        if not bool(offsets.any()):
+            return keys
+        if bool((offsets == offsets[0]).all()):
+            offsets = offsets[:1]
+        frequencies = torch.tensor(self.inv_freq, dtype=torch.float64, device=keys.device)
+        angles = offsets.to(keys.device, torch.float64)[:, None] * frequencies
+        cos, sin = angles.cos().float(), angles.sin().float()
+        wide = keys.float()
+        if self.interleaved:
+            a, b = wide[..., 0::2], wide[..., 1::2]
+        else:
+            a, b = wide.chunk(2, dim=-1)
+        moved = torch.empty_like(wide)
+        out_a, out_b = (moved[..., 0::2], moved[..., 1::2]) if self.interleaved else moved.chunk(2, dim=-1)
+        torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1)
+        torch.mul(b, cos, out=out_b).addcmul_(a, sin)
+        return moved.to(keys.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class KVSpec:
+    """Geometry and identity of a cache, per tensor-parallel rank. Change any field and every key changes.
+
+    Attributes
+    ----------
+    model_id : names the weights revision and adapter, not a path.
+    rope : None if keys carry no rotary position.
+    v_head_dim : None means `head_dim`; 0 means a latent (MLA) cache that is all in the keys.
+    shard : (rank, size) of tensor parallelism.
+    """
+
+    model_id: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    rope: RopeSpec | None
+    v_head_dim: int | None = None
+    shard: tuple[int, int] = (0, 1)
+
+    @property
+    def value_dim(self) -> int:
+        return self.head_dim if self.v_head_dim is None else self.v_head_dim
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that one token's keys and values take in all layers."""
+        return self.num_layers * self.num_kv_heads * (self.head_dim + self.value_dim) * self.dtype.itemsize
+
+    def to_json(self) -> str:
+        """Canonical JSON: equal specs give equal text, in every process and release."""
+        fields = asdict(self) | {"dtype": str(self.dtype).removeprefix("torch.")}
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> KVSpec:
+        fields = json.loads(text)
+        rope = fields.pop("rope")
+        if rope is not None:
+            rope = RopeSpec(**(rope | {"inv_freq": tuple(rope["inv_freq"])}))
+        dtype = getattr(torch, fields.pop("dtype"))
+        return cls(**(fields | {"rope": rope, "dtype": dtype, "shard": tuple(fields["shard"])}))
+
+    def fingerprint(self) -> bytes:
+        """32 bytes that stand for every field."""
+        return hashlib.blake2b(b"kvloom KVSpec 1\0" + self.to_json().encode(), digest_size=32).digest()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KVChunk:
+    """KV of T tokens in the one canonical form: what engines give and take.
+
+    Attributes
+    ----------
+    token_ids : `[T]` int64, cpu.
+    positions : `[T]` int64, cpu; rotary position of each key.
+    keys : `[L, H, T, D]`, after rotary embedding.
+    values : `[L, H, T, Dv]`.
+    first_layer : layer of `keys[0]`; a chunk read layer by layer holds only `len(keys)` layers from there.
+
+    Raises
+    ------
+    SpecMismatchError : a shape or dtype is not what `spec` says.
+    """
+
+    spec: KVSpec
+    token_ids: Tensor
+    positions: Tensor
+    keys: Tensor
+    values: Tensor
+    first_layer: int = 0
+
+    def __post_init__(self) -> None:
+        spec, tokens = self.spec, len(self.token_ids)
+        for name, tensor, dtype, shape in (
+            ("token_ids", self.token_ids, torch.int64, (tokens,)),
+            ("positions", self.positions, torch.int64, (tokens,)),
+            ("keys", self.keys, spec.dtype, (len(self.keys), spec.num_kv_heads, tokens, spec.head_dim)),
+            ("values", self.values, spec.dtype, (len(self.keys), spec.num_kv_heads, tokens, spec.value_dim)),
+        ):
+            if tensor.dtype != dtype or tensor.shape != shape:
+                raise SpecMismatchError(
+                    f"{name} is {tensor.dtype} {list(tensor.shape)}; {spec.model_id} asks for {dtype} {list(shape)}"
+                )
+        if not 0 <= self.first_layer <= self.first_layer + len(self.keys) <= spec.num_layers:
+            raise SpecMismatchError(
+                f"chunk holds layers {self.first_layer} to {self.first_layer + len(self.keys)}; "
+                f"{spec.model_id} has {spec.num_layers}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedChunk:
+    """What tiers hold: self-describing, knows nothing of attention.
+
+    Attributes
+    ----------
+    codec : name of the codec that made it.
+    tensors : contiguous cpu tensors by name.
+    meta : what the codec needs beside them, as text.
+    layered : names of the tensors whose first dimension is the layer, so that layers can be read and verified alone.
+    """
+
+    codec: str
+    tensors: Mapping[str, Tensor]
+    meta: Mapping[str, str]
+    layered: frozenset[str] = field(default=frozenset())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+    def layers(self, start: int, stop: int) -> EncodedChunk:
+        """Layers `[start, stop)` alone, without a copy; tensors without a layer dimension are kept whole."""
+        tensors = {name: t[start:stop] if name in self.layered else t for name, t in self.tensors.items()}
+        return EncodedChunk(self.codec, tensors, {**self.meta, "first_layer": str(start)}, self.layered)
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """How a chunk gets smaller. A frozen dataclass; its parameters are stored with the data."""
+
+    @property
+    def name(self) -> str: ...
+    def encode(self, chunk: KVChunk) -> EncodedChunk:
+        """Shares no memory with `chunk`."""
+        ...
+
+    def decode(self, blob: EncodedChunk, positions: Tensor | None = None) -> KVChunk:
+        """`positions` (`[T]` int64): where to place it; None where it was computed. May share memory with `blob`.
+
+        Raises `CodecError` if `blob` is not this codec's.
+        """
+        ...
+
+
+@runtime_checkable
+class Tier(Protocol):
+    """Holds bytes, knows no policy: it never evicts on its own. Every method may be called from any thread."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def capacity_bytes(self) -> int | None: ...
+    @property
+    def used_bytes(self) -> int: ...
+    def get(self, key: ChunkKey) -> EncodedChunk | None:
+        """Raises `ChunkCorruptError` or `TierUnavailableError`; read-only."""
+        ...
+
+    def put(self, key: ChunkKey, blob: EncodedChunk) -> None:
+        """Complete or not at all. Raises `TierFullError` (nothing is changed) or `TierUnavailableError`."""
+        ...
+
+    def delete(self, key: ChunkKey) -> bool: ...
+    def __contains__(self, key: object) -> bool: ...
+    def __iter__(self) -> Iterator[ChunkKey]:
+        """Least recently written first."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class ReadsLayers(Protocol):
+    """Optional capability of a tier: layer-wise loading."""
+
+    def get_layers(self, key: ChunkKey, start: int, stop: int) -> EncodedChunk | None:
+        """Layers `[start, stop)` of a chunk, verified; errors as `Tier.get`."""
+        ...
+
+
+@runtime_checkable
+class KeyIndex(Protocol):
+    """Maximum inner product, nothing else."""
+
+    @property
+    def dim(self) -> int: ...
+    def __len__(self) -> int: ...
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """`[Q, D]` -> scores `[Q, k]` float32 descending, ids `[Q, k]` int64; -1 pads."""
+        ...
+
+
+@runtime_checkable
+class GrowableIndex(KeyIndex, Protocol):
+    def add(self, keys: Tensor) -> None:
+        """Ids continue from `len(self)`."""
+        ...
+
+
+@runtime_checkable
+class LayerwiseModel(Protocol):
+    """What fusion needs from an engine: the parts of a decoder layer around its attention.
+
+    Attributes
+    ----------
+    scale : factor on the scores, usually `D ** -0.5`.
+    window_tokens : per layer, how many tokens back attention reaches, itself included; None for all.
+    """
+
+    @property
+    def spec(self) -> KVSpec: ...
+    @property
+    def scale(self) -> float: ...
+    @property
+    def window_tokens(self) -> Sequence[int | None]: ...
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """`[T]` -> `[T, E]`."""
+        ...
+
+    def qkv(self, layer: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`[T, E]`, `[T]` -> queries `[Hq, T, D]` and keys `[H, T, D]` after rotary embedding, values `[H, T, Dv]`."""
+        ...
+
+    def finish(self, layer: int, hidden: Tensor, attn_out: Tensor) -> Tensor:
+        """`[T, E]`, `[Hq, T, Dv]` -> `[T, E]`: output projection, residual, feed-forward, residual."""
+        ...

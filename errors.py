@@ -1,0 +1,46 @@
+"""Every exception that kvloom raises on purpose. A miss is `None` or a smaller count, never an exception."""
+
+
+class KVLoomError(Exception):
+    """Root of all kvloom errors; `except KVLoomError` catches everything raised on purpose."""
+
+
+class SpecMismatchError(KVLoomError, ValueError):
+    """Shape, dtype, model or rope of a tensor or chunk is not the one that was promised."""
+
+
+class CodecError(KVLoomError):
+    """An encoded chunk cannot be decoded, or a chunk cannot be encoded."""
+
+
+class ChunkCorruptError(CodecError):
+    """Checksum, length, header or identity of stored bytes is wrong; the bytes must not be used."""
+
+
+class TierError(KVLoomError):
+    """A tier cannot do what was asked."""
+
+
+class TierFullError(TierError):
+    """A chunk does not fit.
+
+    Attributes
+    ----------
+    needed_bytes : what the chunk takes in this tier.
+    """
+
+    def __init__(self, message: str, *, needed_bytes: int) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
+
+
+class TierUnavailableError(TierError, ConnectionError):
+    """A tier is gone for now: closed, unreachable, locked by another process, or its device fails."""
+
+
+class UncertifiedError(KVLoomError):
+    """A lossy method was asked for by force, without a certificate for this model."""
+
+
+class EngineError(KVLoomError):
+    """The engine (or model) broke its contract with kvloom, or is of a kind that kvloom does not support."""
