@@ -1,0 +1,261 @@
+"""Encoded chunks as bytes, and back with every byte verified.
+
+    offset  bytes
+         0      8  magic
+         8      4  format version
+        12      4  header_bytes: where the data begins, a multiple of 64
+        16     32  ChunkKey
+        48      8  total_bytes
+        56      8  xxh3_64 of [0, 56) and [64, header_bytes)
+        64      8  bytes of the JSON           <- from here on a standard safetensors file
+        72      .  JSON, padded with spaces
+    header_bytes   data: the tensors in the order of the JSON, without gaps, widest dtype first, so that each is aligned
+
+Integers are little-endian. The JSON's `__metadata__` holds codec, meta, the names of the layered tensors and the
+checksums (xxh3_64): one for each layer of a layered tensor, one for each other tensor. A checksum finds accidents, not
+forgery; a forged header may be believed, but can neither raise anything but `ChunkCorruptError` nor make a reader
+allocate more than the container is long.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..core import ChunkKey, EncodedChunk
+from ..errors import ChunkCorruptError, CodecError
+
+ReadAt: TypeAlias = Callable[[memoryview, int], None]
+"""Fills the buffer with the container's bytes from that offset on, or raises."""
+
+FORMAT_VERSION = 1
+MAX_HEADER_BYTES = 1 << 24
+
+_MAGIC = b"kvloom\r\n"
+_PREAMBLE = struct.Struct("<8sII32sQQ")
+_SEALED_BYTES = _PREAMBLE.size - 8  # what comes before the checksum
+_JSON_START = _PREAMBLE.size + 8
+_ALIGNMENT_BYTES = 64
+_FIRST_READ_BYTES = 1 << 14  # holds the whole header of a chunk of 32 layers
+_MAX_DIMS = 16
+
+_DTYPES = {
+    "I64": torch.int64,
+    "F32": torch.float32,
+    "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I16": torch.int16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies in the container, and what its sections must sum to.
+
+    Attributes
+    ----------
+    offset : of its first byte in the container.
+    checksums : one for each layer if it is layered, otherwise one.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    layered: bool
+    offset: int
+    checksums: tuple[str, ...]
+
+    @property
+    def section_bytes(self) -> int:
+        shape = self.shape[1:] if self.layered else self.shape
+        return math.prod(shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A verified header: everything but the data."""
+
+    codec: str
+    meta: Mapping[str, str]
+    tensors: Mapping[str, StoredTensor]
+
+
+def to_buffers(key: ChunkKey, blob: EncodedChunk) -> list[memoryview]:
+    """The container of a chunk as header and tensor buffers, in file order; tensors are not copied.
+
+    Raises
+    ------
+    CodecError : a tensor is not contiguous on the cpu or of a dtype that is not stored, a layered one is missing, or
+        the header is too large.
+    """
+    if not blob.layered <= blob.tensors.keys():
+        raise CodecError(f"layered tensors {sorted(blob.layered)} are not all among {sorted(blob.tensors)}")
+    names = sorted(blob.tensors, key=lambda name: (-blob.tensors[name].dtype.itemsize, name))
+    buffers = {name: _raw_bytes(name, blob.tensors[name]) for name in names}
+    fields: dict[str, object] = {
+        "__metadata__": {
+            "codec": blob.codec,
+            "meta": json.dumps(dict(blob.meta)),
+            "layered": json.dumps(sorted(blob.layered)),
+            "checksums": json.dumps({name: _checksums(name, blob, buffers[name]) for name in names}),
+        }
+    }
+    end = 0
+    for name in names:
+        tensor, begin = blob.tensors[name], end
+        end += len(buffers[name])
+        fields[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-(_JSON_START + len(text)) % _ALIGNMENT_BYTES)
+    header_bytes = _JSON_START + len(text)
+    if header_bytes > MAX_HEADER_BYTES:
+        raise CodecError(f"header of {header_bytes} bytes; at most {MAX_HEADER_BYTES} are stored")
+    body_header = len(text).to_bytes(8, "little") + text
+    preamble = _PREAMBLE.pack(_MAGIC, FORMAT_VERSION, header_bytes, key, header_bytes + end, 0)[:_SEALED_BYTES]
+    checksum = xxhash.xxh3_64_intdigest(preamble + body_header).to_bytes(8, "little")
+    return [memoryview(preamble + checksum + body_header), *buffers.values()]
+
+
+def to_bytes(key: ChunkKey, blob: EncodedChunk) -> bytes:
+    """The container of a chunk; errors as `to_buffers`."""
+    return b"".join(to_buffers(key, blob))
+
+
+def from_bytes(key: ChunkKey, data: bytes | bytearray | memoryview) -> EncodedChunk:
+    """The chunk in a container, copied and verified.
+
+    Raises
+    ------
+    ChunkCorruptError : the container is not, byte for byte, the one that `to_bytes` made under this key.
+    """
+    source = memoryview(data).cast("B")
+
+    def read_at(buffer: memoryview, offset: int) -> None:
+        buffer[:] = source[offset : offset + len(buffer)]
+
+    return read_chunk(read_at, read_header(read_at, len(source), key))
+
+
+def read_header(read_at: ReadAt, total_bytes: int, key: ChunkKey) -> Header:
+    """The verified header of the container of `key`, which is `total_bytes` long.
+
+    Raises
+    ------
+    ChunkCorruptError : anything about it is doubtful.
+    """
+    _expect(total_bytes >= _JSON_START, f"container of {total_bytes} bytes is shorter than a header")
+    head = bytearray(min(total_bytes, _FIRST_READ_BYTES))
+    read_at(memoryview(head), 0)
+    magic, version, header_bytes, stored_key, stored_bytes, checksum = _PREAMBLE.unpack_from(head)
+    _expect(magic == _MAGIC, "magic bytes are wrong")
+    _expect(version == FORMAT_VERSION, f"format version is {version}, this release reads {FORMAT_VERSION}")
+    _expect(stored_key == key, f"container holds {stored_key.hex()}, asked for {key.hex()}")
+    _expect(stored_bytes == total_bytes, f"container has {total_bytes} bytes, its header says {stored_bytes}")
+    _expect(
+        _JSON_START <= header_bytes <= min(total_bytes, MAX_HEADER_BYTES),
+        f"header of {header_bytes} bytes in a container of {total_bytes}",
+    )
+    if header_bytes > len(head):
+        rest = bytearray(header_bytes - len(head))
+        read_at(memoryview(rest), len(head))
+        head += rest
+    body_header = head[_PREAMBLE.size : header_bytes]
+    _expect(xxhash.xxh3_64_intdigest(head[:_SEALED_BYTES] + body_header) == checksum, "checksum of the header is wrong")
+    _expect(int.from_bytes(body_header[:8], "little") == header_bytes - _JSON_START, "length of the JSON is wrong")
+    try:
+        return _parse_json(bytes(body_header[8:]), header_bytes, total_bytes)
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as exc:
+        raise ChunkCorruptError(f"header is not of this format: {exc!r}") from exc
+
+
+def read_chunk(read_at: ReadAt, header: Header, layers: tuple[int, int] | None = None) -> EncodedChunk:
+    """The chunk, or its layers `[start, stop)` as `EncodedChunk.layers` gives them; one read for each tensor.
+
+    Raises
+    ------
+    ChunkCorruptError : the checksum of a section that was read is wrong.
+    """
+    tensors = {}
+    for name, stored in header.tensors.items():
+        sections = range(len(stored.checksums))
+        if layers is not None and stored.layered:
+            sections = sections[layers[0] : layers[1]]
+        size = stored.section_bytes
+        data = torch.empty(size * len(sections), dtype=torch.uint8)
+        view = _byte_view(data)
+        if len(view):
+            read_at(view, stored.offset + sections.start * size)
+        for place, section in enumerate(sections):
+            found = xxhash.xxh3_64_hexdigest(view[place * size : (place + 1) * size])
+            _expect(found == stored.checksums[section], f"checksum of {name}, section {section}, is wrong")
+        shape = (len(sections), *stored.shape[1:]) if stored.layered else stored.shape
+        tensors[name] = data.view(stored.dtype).view(shape)
+    meta = dict(header.meta) if layers is None else {**header.meta, "first_layer": str(layers[0])}
+    layered = frozenset(name for name, stored in header.tensors.items() if stored.layered)
+    return EncodedChunk(header.codec, tensors, meta, layered)
+
+
+def _parse_json(text: bytes, header_bytes: int, total_bytes: int) -> Header:
+    fields = json.loads(text)
+    metadata = fields.pop("__metadata__")
+    codec, meta = metadata["codec"], json.loads(metadata["meta"])
+    layered, checksums = json.loads(metadata["layered"]), json.loads(metadata["checksums"])
+    _expect(isinstance(codec, str) and all(isinstance(text, str) for text in meta.values()), "meta is not text")
+    _expect(fields.keys() == checksums.keys() >= set(layered), "tensors and checksums do not match")
+    tensors, end, width = {}, 0, 8
+    for name, entry in fields.items():
+        dtype, shape, (begin, stop) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+        _expect(all(type(n) is int and n >= 0 for n in (*shape, begin, stop)), f"numbers of {name} are wrong")
+        _expect(len(shape) <= _MAX_DIMS and math.prod(max(n, 1) for n in shape) < 1 << 48, f"{name} is too large")
+        _expect(begin == end and stop - begin == math.prod(shape) * dtype.itemsize, f"place of {name} is wrong")
+        _expect(dtype.itemsize <= width, f"{name} is not in the order of dtypes")
+        sections = shape[0] if name in layered else 1
+        sums = tuple(checksums[name])
+        _expect(len(sums) == sections, f"{name} has {len(sums)} checksums; expected {sections}")
+        tensors[name] = StoredTensor(dtype, shape, name in layered, header_bytes + begin, sums)
+        end, width = stop, dtype.itemsize
+    _expect(header_bytes + end == total_bytes, f"tensors end at {header_bytes + end}, the container at {total_bytes}")
+    return Header(codec, meta, tensors)
+
+
+def _raw_bytes(name: str, tensor: Tensor) -> memoryview:
+    if name == "__metadata__" or tensor.dtype not in _DTYPE_NAMES or tensor.dim() > _MAX_DIMS:
+        raise CodecError(f"tensor {name!r}, {tensor.dtype} {list(tensor.shape)}, cannot be stored")
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise CodecError(f"tensor {name!r} on {tensor.device} must be contiguous on the cpu")
+    return _byte_view(tensor.detach().view(-1).view(torch.uint8))
+
+
+def _byte_view(tensor: Tensor) -> memoryview:
+    data: NDArray[np.uint8] = tensor.numpy()
+    return data.data
+
+
+def _checksums(name: str, blob: EncodedChunk, data: memoryview) -> list[str]:
+    if name not in blob.layered:
+        return [xxhash.xxh3_64_hexdigest(data)]
+    if not blob.tensors[name].dim():
+        raise CodecError(f"tensor {name!r} has no layers")
+    layers = len(blob.tensors[name])
+    size = len(data) // max(layers, 1)
+    return [xxhash.xxh3_64_hexdigest(data[layer * size : (layer + 1) * size]) for layer in range(layers)]
+
+
+def _expect(condition: bool, message: str) -> None:
+    if not condition:
+        raise ChunkCorruptError(message)

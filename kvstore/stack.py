@@ -1,0 +1,262 @@
+"""Encoded chunks in a stack of tiers, fastest first: what is where, what goes when a tier is full, and where it goes.
+
+Faults of tiers end here: they are counted, logged at most once a minute for each tier, and turned into "not found" or
+into a `TierError` for who wanted to write.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol, TypeAlias, runtime_checkable
+
+from ..core import ChunkKey, EncodedChunk, Tier
+from ..errors import ChunkCorruptError, CodecError, TierError, TierFullError, TierUnavailableError
+from .stats import TierStats
+
+logger = logging.getLogger(__name__)
+
+Fetch: TypeAlias = Callable[[Tier], EncodedChunk | None]
+
+_WARNING_INTERVAL_S = 60.0
+_STRIPES = 64
+
+
+@runtime_checkable
+class ChecksItself(Protocol):
+    """Optional capability of a tier: finding its own inconsistencies."""
+
+    def check(self) -> list[str]: ...
+
+
+class Level:
+    """A tier and what the stack knows about it; all but the tier is guarded by the stack's lock.
+
+    Attributes
+    ----------
+    recency : keys in the tier, least recently used first.
+    """
+
+    def __init__(self, tier: Tier) -> None:
+        self.tier = tier
+        self.recency: OrderedDict[ChunkKey, None] = OrderedDict.fromkeys(tier)
+        self.counts: Counter[str] = Counter()
+        self.warned_at_s = float("-inf")
+
+
+class TierStack:
+    """Moves encoded chunks between tiers. Every method may be called from any thread; I/O runs outside the lock.
+
+    Writing or removing a key in a tier and in its level's `recency` is one step under the key's stripe, a lock that
+    1/64 of all keys share. Stripes are taken before the lock and never within one another.
+    """
+
+    def __init__(self, tiers: Sequence[Tier]) -> None:
+        self.levels = [Level(tier) for tier in tiers]
+        self._lock = threading.Lock()
+        self._stripes = [threading.Lock() for _ in range(_STRIPES)]
+        self._pins: Counter[ChunkKey] = Counter()
+
+    def match(self, keys: Sequence[ChunkKey]) -> int:
+        """How many leading keys are in some tier."""
+        with self._lock:
+            for count, key in enumerate(keys):
+                if not any(key in level.recency for level in self.levels):
+                    return count
+        return len(keys)
+
+    def locate(self, key: ChunkKey) -> int | None:
+        """Index of the fastest tier that holds the chunk."""
+        with self._lock:
+            return next((index for index, level in enumerate(self.levels) if key in level.recency), None)
+
+    @contextmanager
+    def pinned(self, keys: Iterable[ChunkKey]) -> Iterator[None]:
+        keys = list(keys)
+        with self._lock:
+            self._pins.update(keys)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._pins.subtract(keys)
+                for key in set(keys):
+                    if not self._pins[key]:
+                        del self._pins[key]
+
+    def put(self, key: ChunkKey, blob: EncodedChunk, *, everywhere: bool) -> None:
+        """Writes to every tier, or to the first that takes the chunk; raises the last `TierError` if none does."""
+        refusal: TierError | None = None
+        stored = False
+        for index, level in enumerate(self.levels):
+            try:
+                self.insert(index, key, blob)
+            except TierError as exc:
+                refusal = exc
+                self._refused(level, exc)
+                continue
+            stored = True
+            if not everywhere:
+                break
+        if refusal is not None and not stored:
+            raise refusal
+
+    def promote(self, key: ChunkKey, blob: EncodedChunk) -> None:
+        """Copies a chunk to the first tier, if it can take it."""
+        try:
+            self.insert(0, key, blob)
+        except TierError as exc:
+            self._refused(self.levels[0], exc)
+        else:
+            self.count(self.levels[0], promotions=1)
+
+    def demote(self, index: int, key: ChunkKey) -> None:
+        """Copies a chunk to the next tier that takes it, unless a slower tier has it already."""
+        slower = range(index + 1, len(self.levels))
+        with self._lock:
+            if not slower or any(key in self.levels[i].recency for i in slower):
+                return
+        blob, _ = self.fetch(self.levels[index], key, whole(key))
+        if blob is None:
+            return
+        for i in slower:
+            try:
+                self.insert(i, key, blob)
+            except TierError as exc:
+                self._refused(self.levels[i], exc)
+            else:
+                self.count(self.levels[index], demotions=1)
+                return
+
+    def insert(self, index: int, key: ChunkKey, blob: EncodedChunk) -> None:
+        """Puts into one tier, evicting until the chunk fits; raises `TierError` if it cannot be done."""
+        level = self.levels[index]
+        capacity_bytes = level.tier.capacity_bytes
+        while True:
+            try:
+                with self._stripe(key):
+                    level.tier.put(key, blob)
+                    with self._lock:
+                        level.recency[key] = None
+                        level.recency.move_to_end(key)
+                break
+            except TierFullError as exc:
+                hopeless = capacity_bytes is not None and exc.needed_bytes > capacity_bytes
+                if hopeless or not self._evict(index, spare=key):
+                    raise
+        self.count(level, puts=1, bytes_written=blob.nbytes)
+
+    def fetch(self, level: Level, key: ChunkKey, fetch: Fetch) -> tuple[EncodedChunk | None, str | None]:
+        """What one tier holds, or why it cannot be read (`corrupt`, `unavailable`); (None, None) if it has nothing."""
+        with self._lock:
+            if key not in level.recency:
+                return None, None
+            level.recency.move_to_end(key)
+        try:
+            blob = fetch(level.tier)
+        except ChunkCorruptError as exc:
+            self.discard(level, key, exc)
+            return None, "corrupt"
+        except TierUnavailableError as exc:
+            self._refused(level, exc)
+            return None, "unavailable"
+        if blob is None:
+            with self._stripe(key):
+                if key not in level.tier:  # rather than evicted and put again since
+                    with self._lock:
+                        level.recency.pop(key, None)
+        return blob, None
+
+    def remove(self, level: Level, key: ChunkKey, *, unless_pinned: bool = False) -> bool:
+        """Deletes from one tier; whether this call did it.
+
+        The key leaves `recency` first, under the lock: who pins it later does not count on this copy.
+        """
+        with self._stripe(key):
+            with self._lock:
+                if key not in level.recency or (unless_pinned and self._pins[key]):
+                    return False
+                del level.recency[key]
+            try:
+                level.tier.delete(key)
+            except TierError:
+                with self._lock:
+                    level.recency[key] = None
+                raise
+            return True
+
+    def discard(self, level: Level, key: ChunkKey, exc: CodecError) -> None:
+        """Removes a chunk that cannot be given back as it was, counts it and warns."""
+        self.count(level, **{"corruptions" if isinstance(exc, ChunkCorruptError) else "errors": 1})
+        self._warn(level, exc)
+        try:
+            self.remove(level, key)
+        except TierError as refusal:
+            self._refused(level, refusal)
+
+    def count(self, level: Level, **counts: int) -> None:
+        with self._lock:
+            level.counts.update(counts)
+
+    def stats(self) -> tuple[TierStats, ...]:
+        with self._lock:
+            return tuple(
+                TierStats(tier.name, tier.used_bytes, tier.capacity_bytes, len(level.recency), **level.counts)
+                for level in self.levels
+                for tier in [level.tier]
+            )
+
+    def check(self) -> list[str]:
+        problems = []
+        for level in self.levels:
+            tier = level.tier
+            if isinstance(tier, ChecksItself):
+                problems += tier.check()
+            stray = set(tier) ^ level.recency.keys()
+            problems += [f"tier {tier.name!r} and the store disagree about chunk {key.hex()}" for key in stray]
+            if tier.capacity_bytes is not None and tier.used_bytes > tier.capacity_bytes:
+                problems.append(f"tier {tier.name!r} uses {tier.used_bytes} bytes of {tier.capacity_bytes}")
+        return problems + [f"chunk {key.hex()} has {pins} pins" for key, pins in self._pins.items() if pins < 1]
+
+    def close(self) -> None:
+        for level in self.levels:
+            level.tier.close()
+
+    def _evict(self, index: int, *, spare: ChunkKey) -> bool:
+        """Removes the least recently used chunk of a tier, after demoting it; False if there is none to remove."""
+        level = self.levels[index]
+        with self._lock:
+            victim = next((key for key in level.recency if key != spare and not self._pins[key]), None)
+            if victim is None:
+                return False
+            level.recency.move_to_end(victim)  # so that another thread picks another victim
+        self.demote(index, victim)
+        if self.remove(level, victim, unless_pinned=True):
+            self.count(level, evictions=1)
+        return True
+
+    def _refused(self, level: Level, exc: TierError) -> None:
+        if isinstance(exc, TierFullError):
+            self.count(level, rejections=1)
+        else:
+            self.count(level, errors=1)
+            self._warn(level, exc)
+
+    def _warn(self, level: Level, exc: Exception) -> None:
+        with self._lock:
+            now_s = time.monotonic()
+            if now_s - level.warned_at_s < _WARNING_INTERVAL_S:
+                return
+            level.warned_at_s = now_s
+        logger.warning("tier %r: %s (its further warnings are held back for a minute)", level.tier.name, exc)
+
+    def _stripe(self, key: ChunkKey) -> threading.Lock:
+        return self._stripes[key[-1] % _STRIPES]
+
+
+def whole(key: ChunkKey) -> Fetch:
+    return lambda tier: tier.get(key)

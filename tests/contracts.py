@@ -1,0 +1,253 @@
+"""What every implementation of a protocol must do: subclass, give the fixture, done."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvloom.core import ChunkKey, Codec, EncodedChunk, KVChunk, KVSpec, ReadsLayers, RopeSpec, Tier
+from kvloom.errors import CodecError, SpecMismatchError, TierFullError, TierUnavailableError
+
+ROPE = RopeSpec(inv_freq=tuple(10000.0 ** -(i / 4) for i in range(4)))
+SPEC = KVSpec("tiny@1", num_layers=3, num_kv_heads=2, head_dim=8, dtype=torch.float32, rope=ROPE)
+
+
+def make_key(number: int) -> ChunkKey:
+    return ChunkKey(number.to_bytes(32, "big"))
+
+
+def make_chunk(seed: int, *, tokens: int = 5, spec: KVSpec = SPEC, start: int = 0) -> KVChunk:
+    """Random keys and values; equal arguments give equal chunks."""
+    random = torch.Generator().manual_seed(seed)
+    shape = (spec.num_layers, spec.num_kv_heads, tokens)
+    return KVChunk(
+        spec,
+        torch.randint(0, 1000, (tokens,), generator=random),
+        torch.arange(start, start + tokens),
+        torch.randn(*shape, spec.head_dim, generator=random).to(spec.dtype),
+        torch.randn(*shape, spec.value_dim, generator=random).to(spec.dtype),
+    )
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal dtype, shape and every bit; NaN equals itself, 0.0 is not -0.0."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
+
+
+def same_chunk(a: KVChunk, b: KVChunk) -> bool:
+    fields = ("token_ids", "positions", "keys", "values")
+    return (
+        a.spec == b.spec
+        and a.first_layer == b.first_layer
+        and all(same_bits(getattr(a, name), getattr(b, name)) for name in fields)
+    )
+
+
+def same_blob(a: EncodedChunk, b: EncodedChunk) -> bool:
+    return (a.codec, a.meta, a.layered, a.tensors.keys()) == (b.codec, b.meta, b.layered, b.tensors.keys()) and all(
+        same_bits(a.tensors[name], b.tensors[name]) for name in a.tensors
+    )
+
+
+def make_blob(seed: int, *, numbers: int = 100) -> EncodedChunk:
+    """`4 * numbers` layered bytes in 4 layers, and 24 others."""
+    random = torch.Generator().manual_seed(seed)
+    tensors = {
+        "codes": torch.randint(0, 256, (4, numbers), generator=random).to(torch.uint8),
+        "scale": torch.randn(6, generator=random),
+    }
+    return EncodedChunk("test", tensors, {"seed": str(seed), "first_layer": "0"}, frozenset({"codes"}))
+
+
+class CodecContract:
+    """Give a fixture `codec`. `tolerance` is the largest relative error of a decoded layer, in the Frobenius norm."""
+
+    tolerance = 0.0
+    specs = (
+        SPEC,
+        KVSpec("half@1", 2, 1, 8, torch.bfloat16, ROPE),
+        KVSpec("no-rope@1", 2, 2, 8, torch.float16, None),
+        KVSpec("latent@1", 2, 1, 8, torch.float32, ROPE, v_head_dim=0),
+    )
+
+    @pytest.fixture(params=specs, ids=lambda spec: spec.model_id)
+    def chunk(self, request: pytest.FixtureRequest) -> KVChunk:
+        return make_chunk(7, tokens=6, spec=request.param, start=11)
+
+    def assert_close(self, found: Tensor, true: Tensor) -> None:
+        assert found.dtype == true.dtype and found.shape == true.shape
+        if self.tolerance == 0.0:
+            assert same_bits(found, true)
+        for layer in range(len(true)):
+            error = (found[layer].float() - true[layer].float()).norm()
+            assert error <= self.tolerance * true[layer].float().norm()
+
+    def test_is_a_codec(self, codec: Codec) -> None:
+        assert isinstance(codec, Codec)
+
+    def test_round_trip(self, codec: Codec, chunk: KVChunk) -> None:
+        decoded = codec.decode(codec.encode(chunk))
+        assert decoded.spec == chunk.spec and decoded.first_layer == 0
+        assert torch.equal(decoded.token_ids, chunk.token_ids) and torch.equal(decoded.positions, chunk.positions)
+        self.assert_close(decoded.keys, chunk.keys)
+        self.assert_close(decoded.values, chunk.values)
+
+    def test_blob_can_be_stored(self, codec: Codec, chunk: KVChunk) -> None:
+        blob = codec.encode(chunk)
+        assert blob.codec == codec.name and blob.layered <= blob.tensors.keys()
+        for name, tensor in blob.tensors.items():
+            assert tensor.device.type == "cpu" and tensor.is_contiguous()
+            assert name not in blob.layered or len(tensor) == chunk.spec.num_layers
+
+    def test_encode_does_not_alias(self, codec: Codec) -> None:
+        chunk = make_chunk(7)
+        blob = codec.encode(chunk)
+        for tensor in (chunk.token_ids, chunk.positions, chunk.keys, chunk.values):
+            tensor.zero_()
+        true = make_chunk(7)
+        decoded = codec.decode(blob)
+        assert torch.equal(decoded.token_ids, true.token_ids) and torch.equal(decoded.positions, true.positions)
+        self.assert_close(decoded.keys, true.keys)
+
+    def test_encode_takes_any_strides(self, codec: Codec) -> None:
+        chunk = make_chunk(7)
+        strided = KVChunk(
+            chunk.spec,
+            chunk.token_ids.repeat_interleave(2)[::2],
+            chunk.positions,
+            chunk.keys.transpose(1, 2).contiguous().transpose(1, 2),
+            chunk.values.transpose(0, 3).contiguous().transpose(0, 3),
+        )
+        assert not strided.keys.is_contiguous()
+        self.assert_close(codec.decode(codec.encode(strided)).keys, chunk.keys)
+        self.assert_close(codec.decode(codec.encode(strided)).values, chunk.values)
+
+    def test_moves_keys_to_positions(self, codec: Codec, chunk: KVChunk) -> None:
+        positions = torch.tensor([0, 3, 4, 9, 500, 501])
+        decoded = codec.decode(codec.encode(chunk), positions)
+        assert torch.equal(decoded.positions, positions)
+        keys = chunk.keys
+        if chunk.spec.rope is not None:
+            keys = chunk.spec.rope.shift(keys, positions - chunk.positions)
+            assert not torch.allclose(keys.float(), chunk.keys.float(), atol=0.1)
+        self.assert_close(decoded.keys, keys)
+        self.assert_close(decoded.values, chunk.values)
+
+    def test_decodes_layers_alone(self, codec: Codec, chunk: KVChunk) -> None:
+        positions = chunk.positions + 5
+        blob = codec.encode(chunk)
+        whole, part = codec.decode(blob, positions), codec.decode(blob.layers(1, 2), positions)
+        assert part.first_layer == 1
+        assert same_bits(part.keys, whole.keys[1:2]) and same_bits(part.values, whole.values[1:2])
+
+    def test_refuses_wrong_positions(self, codec: Codec) -> None:
+        blob = codec.encode(make_chunk(7))
+        for positions in (torch.arange(4), torch.arange(5.0), torch.arange(1)):
+            with pytest.raises(SpecMismatchError):
+                codec.decode(blob, positions)
+
+    def test_refuses_foreign_blobs(self, codec: Codec) -> None:
+        blob = codec.encode(make_chunk(7))
+        some = dict(list(blob.tensors.items())[1:])
+        for foreign in (
+            EncodedChunk("another", blob.tensors, blob.meta, blob.layered),
+            EncodedChunk(blob.codec, some, blob.meta, blob.layered & some.keys()),
+            EncodedChunk(blob.codec, blob.tensors, {}, blob.layered),
+        ):
+            with pytest.raises(CodecError):
+                codec.decode(foreign)
+
+
+class TierContract:
+    """Give a fixture `tier` without capacity limit, and `make_tier(capacity_bytes)` if the tier can have one."""
+
+    @pytest.fixture
+    def tier(self) -> Iterator[Tier]:
+        tier = self.make_tier(None)
+        yield tier
+        tier.close()
+
+    def make_tier(self, capacity_bytes: int | None) -> Tier:
+        raise NotImplementedError
+
+    def test_is_a_tier(self, tier: Tier) -> None:
+        assert isinstance(tier, Tier) and tier.name and tier.used_bytes == 0 and list(tier) == []
+
+    def test_absent(self, tier: Tier) -> None:
+        assert tier.get(make_key(1)) is None and make_key(1) not in tier and not tier.delete(make_key(1))
+        assert "text" not in tier
+
+    def test_round_trip(self, tier: Tier) -> None:
+        for seed in range(3):
+            tier.put(make_key(seed), make_blob(seed, numbers=50 * seed))
+        for seed in range(3):
+            found = tier.get(make_key(seed))
+            assert found is not None and same_blob(found, make_blob(seed, numbers=50 * seed))
+            assert make_key(seed) in tier
+
+    def test_accounts_for_every_byte(self, tier: Tier) -> None:
+        used = [tier.used_bytes]
+        for seed in range(3):
+            tier.put(make_key(seed), make_blob(seed))
+            used.append(tier.used_bytes)
+        assert used[1] >= make_blob(0).nbytes and used == [n * used[1] for n in range(4)]
+        assert tier.delete(make_key(1)) and not tier.delete(make_key(1))
+        assert tier.used_bytes == used[2] and tier.get(make_key(1)) is None and make_key(1) not in tier
+
+    def test_replaces(self, tier: Tier) -> None:
+        tier.put(make_key(1), make_blob(1, numbers=1000))
+        large_bytes = tier.used_bytes
+        tier.put(make_key(1), make_blob(2, numbers=10))
+        found = tier.get(make_key(1))
+        assert found is not None and same_blob(found, make_blob(2, numbers=10))
+        assert 0 < tier.used_bytes < large_bytes and list(tier) == [make_key(1)]
+
+    def test_iterates_in_order_of_writing(self, tier: Tier) -> None:
+        for number in (5, 3, 9, 5):
+            tier.put(make_key(number), make_blob(number))
+        assert list(tier) == [make_key(3), make_key(9), make_key(5)]
+
+    def test_full_changes_nothing(self, tier: Tier) -> None:
+        tier.put(make_key(0), make_blob(0))
+        chunk_bytes = tier.used_bytes
+        small = self.make_tier(2 * chunk_bytes)
+        small.put(make_key(0), make_blob(0))
+        small.put(make_key(1), make_blob(1))
+        for number, blob in ((2, make_blob(2)), (0, make_blob(2, numbers=1000))):
+            with pytest.raises(TierFullError) as full:
+                small.put(make_key(number), blob)
+            assert full.value.needed_bytes >= blob.nbytes
+        assert small.used_bytes == small.capacity_bytes == 2 * chunk_bytes
+        found = small.get(make_key(0))
+        assert found is not None and same_blob(found, make_blob(0)) and make_key(2) not in small
+        small.put(make_key(1), make_blob(3))  # replacing takes no further space
+        assert small.delete(make_key(0))
+        small.put(make_key(2), make_blob(2))
+        assert list(small) == [make_key(1), make_key(2)]
+        small.close()
+
+    def test_layers_are_those_of_the_whole(self, tier: Tier) -> None:
+        if not isinstance(tier, ReadsLayers):
+            pytest.skip("tier reads no layers")
+        blob = make_blob(1)
+        tier.put(make_key(1), blob)
+        assert tier.get_layers(make_key(2), 0, 1) is None
+        for start, stop in ((0, 4), (1, 3), (3, 4), (2, 99)):
+            found = tier.get_layers(make_key(1), start, stop)
+            assert found is not None and same_blob(found, blob.layers(start, stop))
+
+    def test_closed(self) -> None:
+        tier = self.make_tier(None)
+        tier.put(make_key(1), make_blob(1))
+        tier.close()
+        tier.close()
+        for call in (
+            lambda: tier.get(make_key(1)),
+            lambda: tier.put(make_key(2), make_blob(2)),
+            lambda: tier.delete(make_key(1)),
+        ):
+            with pytest.raises(TierUnavailableError):
+                call()
