@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import blake3
 import torch
 from torch import Tensor
@@ -16,15 +18,47 @@ from ..errors import EngineError
 
 _MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_INCIDENTAL_FIELDS = ("_name_or_path", "transformers_version")  # of a configuration: where from, and read by what
 
 
 def weights_id(model: PreTrainedModel) -> str:
-    """Names the weights: BLAKE3 over configuration, parameter names, dtypes and every byte. About a second a few GB."""
-    digest = blake3.blake3(model.config.to_json_string(use_diff=False).encode(), max_threads=blake3.blake3.AUTO)
+    """Names the weights, wherever they lie: BLAKE3 over configuration, parameter names, dtypes and every byte.
+
+    About a second a few GB.
+    """
+    config = {name: value for name, value in model.config.to_dict().items() if name not in _INCIDENTAL_FIELDS}
+    digest = blake3.blake3(json.dumps(config, sort_keys=True).encode(), max_threads=blake3.blake3.AUTO)
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return f"{model.config.model_type}-{digest.hexdigest(32)}"
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Refuse a model whose chunks could not be fused.
+
+    Raises
+    ------
+    EngineError : another architecture, no RoPE, a partial one, or one whose frequencies depend on the context's length.
+    """
+    config = model.config
+    if config.model_type not in _MODEL_TYPES:
+        raise EngineError(
+            f"model type {config.model_type!r} is not supported; kvloom fuses rotary models of type "
+            f"{', '.join(_MODEL_TYPES)}"
+        )
+    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+    if rope_type not in _ROPE_TYPES:
+        raise EngineError(
+            f"rope type {rope_type!r} changes its frequencies with the length of the context, so cached keys "
+            f"cannot be moved; use a model with rope type {', '.join(_ROPE_TYPES)}"
+        )
+    pairs, head_dim = len(model.model.rotary_emb.inv_freq), model.model.layers[0].self_attn.head_dim
+    if 2 * pairs != head_dim:
+        raise EngineError(
+            f"the rope table has {pairs} frequencies for a head dim of {head_dim}; partial rotary embeddings are not "
+            "supported"
+        )
 
 
 class TransformersModel:
@@ -37,30 +71,15 @@ class TransformersModel:
 
     Raises
     ------
-    EngineError : another architecture, no RoPE, or a RoPE whose frequencies depend on the length of the context.
+    EngineError : see `check_supported`.
     """
 
     def __init__(self, model: PreTrainedModel, *, model_id: str | None = None) -> None:
+        check_supported(model)
         config = model.config
-        if config.model_type not in _MODEL_TYPES:
-            raise EngineError(
-                f"model type {config.model_type!r} is not supported; kvloom fuses rotary models of type "
-                f"{', '.join(_MODEL_TYPES)}"
-            )
-        rope_type = (config.rope_parameters or {}).get("rope_type", "default")
-        if rope_type not in _ROPE_TYPES:
-            raise EngineError(
-                f"rope type {rope_type!r} changes its frequencies with the length of the context, so cached keys "
-                f"cannot be moved; use a model with rope type {', '.join(_ROPE_TYPES)}"
-            )
         self.decoder = model.model
         rotary = self.decoder.rotary_emb
         attention = self.decoder.layers[0].self_attn
-        if 2 * len(rotary.inv_freq) != attention.head_dim:
-            raise EngineError(
-                f"the rope table has {len(rotary.inv_freq)} frequencies for a head dim of {attention.head_dim}; "
-                "partial rotary embeddings are not supported"
-            )
         self.spec = KVSpec(
             model_id=model_id or weights_id(model),
             num_layers=config.num_hidden_layers,
@@ -70,16 +89,10 @@ class TransformersModel:
             rope=RopeSpec(tuple(rotary.inv_freq.tolist()), float(rotary.attention_scaling)),
         )
         self.scale = float(attention.scaling)
-        self.window_tokens = tuple(self._window(layer.self_attn, config) for layer in self.decoder.layers)
+        # Mistral's attention looks its window up in the configuration; Llama's ignores one that stands there.
+        shared = config.sliding_window if config.model_type == "mistral" else None
+        self.window_tokens = tuple(getattr(layer.self_attn, "sliding_window", shared) for layer in self.decoder.layers)
         self.max_tokens: int = config.max_position_embeddings
-
-    @staticmethod
-    def _window(attention: torch.nn.Module, config: object) -> int | None:
-        if hasattr(attention, "sliding_window"):
-            window = attention.sliding_window
-        else:
-            window = getattr(config, "sliding_window", None)
-        return None if window is None else int(window)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         embedded: Tensor = self.decoder.embed_tokens(token_ids)

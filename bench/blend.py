@@ -1,0 +1,194 @@
+"""Does fusing cached chunks answer as full prefill does, and how much sooner? `kvloom bench blend`.
+
+Cross-document tasks with known answers, every method side by side on every task: exact match, greedy tokens, time to
+first token. `gap_closed` is the share of the exact-match gap between naive reuse and full prefill that a method makes
+good.
+"""
+
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from ..connectors.hf import TransformersConnector
+from ..kvstore.store import KVStore
+from ..kvstore.tiers.disk import DiskTier
+from ..kvstore.tiers.host import HostTier
+from .demo import HOST_BYTES, METHODS, load_model, token_counter
+from .fusion import FULL, NAIVE, PREFIX, Method, Score, blend, drop_page_cache, score
+from .report import BenchResult, Floats, Metric, paired_bootstrap
+from .workload import task_cases
+
+RATIOS = (0.01, 0.02, 0.03, 0.05, 0.10, 0.15, 0.30)
+NUM_DOCUMENTS = 8
+
+
+def run(*, quick: bool = False, model_dir: Path | None = None) -> BenchResult:
+    """Measure, print the tables, and return the figures.
+
+    Parameters
+    ----------
+    quick : smallest sizes, to see that it runs.
+    model_dir : a Hugging Face folder; None for the bundled reference model.
+    """
+    tasks, alias_tasks, timed = (3, 2, 2) if quick else (200, 100, 20)
+    context = 512 if quick else 4096
+    lengths = (256, 512) if quick else (1024, 2048, 4096, 8192)
+    model, tokenizer = load_model(model_dir)
+    context = min(context, model.config.max_position_embeddings - 128)
+    count_tokens = token_counter(tokenizer)
+    metrics: dict[str, Metric] = {}
+    rows: list[dict[str, object]] = []
+    console = Console()
+
+    def add(title: str, scores: Sequence[Score], **columns: object) -> None:
+        rows.extend({"table": title, **columns} | s.row(scores[0]) | _gap_columns(s, scores) for s in scores)
+
+    with (
+        tempfile.TemporaryDirectory(prefix="kvloom-bench-") as folder,
+        Progress(console=Console(stderr=True), transient=True) as bar,
+    ):
+        store_dir = Path(folder) / "store"
+        with KVStore([HostTier(HOST_BYTES), DiskTier(store_dir)]) as store:
+            connector = TransformersConnector(model, tokenizer, store)
+
+            def measure(kind: str, count: int, tokens: int, methods: Sequence[Method], seed: int) -> list[Score]:
+                cases = task_cases(
+                    None,
+                    count_tokens,
+                    kind=kind,
+                    count=count,
+                    context_tokens=tokens,
+                    num_documents=NUM_DOCUMENTS,
+                    seed=seed,
+                )
+                task = bar.add_task(f"{kind}, {tokens:,} tokens", total=count)
+                connector.precompute([d for case in cases for d in case.documents])
+                scores = score(connector, cases, methods, advance=lambda: bar.advance(task))
+                bar.remove_task(task)
+                return scores
+
+            records = measure(
+                "record",
+                tasks,
+                context,
+                [
+                    FULL,
+                    NAIVE,
+                    *(blend(r) for r in RATIOS),
+                    blend(0.05, "deviation+first"),
+                    blend(0.15, "deviation+first"),
+                    blend(0.15, "first"),
+                    blend(0.15, "random"),
+                    blend(1.0),
+                ],
+                seed=1,
+            )
+            add(f"records, {context:,} tokens", records)
+            aliases = measure(
+                "alias", alias_tasks, context, [FULL, NAIVE, blend(0.05), blend(0.15), blend(0.15, "random")], seed=2
+            )
+            add(f"aliases, {context:,} tokens", aliases)
+            for tokens in lengths:
+                if tokens + 128 <= model.config.max_position_embeddings:
+                    swept = measure("record", timed, tokens, [FULL, PREFIX, *METHODS[2:]], seed=3)
+                    add(f"records by length, {tokens:,} tokens", swept)
+            metrics |= _quality_metrics(records, aliases)
+            metrics["ttft_speedup_at_0.15_host_4k"] = _speedup(records, "CacheBlend 15%")
+        with KVStore([DiskTier(store_dir)]) as store:
+            connector = TransformersConnector(model, tokenizer, store, model_id=connector.spec.model_id)
+            cases = task_cases(
+                None,
+                count_tokens,
+                kind="record",
+                count=timed,
+                context_tokens=context,
+                num_documents=NUM_DOCUMENTS,
+                seed=1,
+            )
+            cold = score(connector, cases, METHODS, before_each=lambda: drop_page_cache(store_dir))
+            add(f"records from disk, past the page cache, {context:,} tokens", cold)
+            metrics["ttft_speedup_at_0.15_disk_4k"] = _speedup(cold, "CacheBlend 15%")
+    _print(console, rows, metrics)
+    return BenchResult("blend", metrics, rows)
+
+
+def _named(scores: Sequence[Score], name: str) -> Score:
+    return next(s for s in scores if s.method.name == name)
+
+
+def _gap(naive: Floats, full: Floats, other: Floats) -> float:
+    gap = float(full.mean() - naive.mean())
+    return float(other.mean() - naive.mean()) / gap if gap > 0 else math.nan
+
+
+def gap_closed(scores: Sequence[Score], other: Score) -> Metric:
+    """Share of the exact-match gap between naive reuse and full prefill, with its paired bootstrap interval."""
+    naive, full = _named(scores, NAIVE.name), scores[0]
+    samples = [[float(right) for right in s.known] for s in (naive, full, other)]
+    value, low, high = paired_bootstrap(*samples, statistic=_gap)
+    return Metric(value, low, high, "share", "full prefill is 1, naive reuse is 0")
+
+
+def _gap_columns(s: Score, scores: Sequence[Score]) -> dict[str, object]:
+    metric = gap_closed(scores, s)
+    return {"gap_closed": metric.value, "gap_closed_low": metric.low, "gap_closed_high": metric.high}
+
+
+def _quality_metrics(records: Sequence[Score], aliases: Sequence[Score]) -> dict[str, Metric]:
+    full, exact = records[0], _named(records, "CacheBlend 100%")
+    identical = sum(a.tokens == b.tokens for a, b in zip(full.outcomes, exact.outcomes, strict=True))
+    difference = max(
+        float((a.logits - b.logits).abs().max()) for a, b in zip(full.outcomes, exact.outcomes, strict=True)
+    )
+    closing = [r for r in RATIOS if gap_closed(records, _named(records, blend(r).name)).value >= 0.9]
+    metrics = {
+        "tokens_identical_at_1": Metric.of_share(identical, len(full.outcomes), baseline=1.0),
+        "max_abs_dlogit_at_1": Metric(difference, unit="logits", baseline=0.0),
+        "gap_closed_at_0.05": gap_closed(records, _named(records, "CacheBlend 5%")),
+        "gap_closed_at_0.15": gap_closed(records, _named(records, "CacheBlend 15%")),
+        "gap_closed_random_at_0.15": gap_closed(records, _named(records, "random 15%")),
+        "smallest_ratio_closing_0.9": Metric(min(closing, default=math.nan), unit="share of tokens", baseline=1.0),
+        "alias_gap_closed_at_0.05": gap_closed(aliases, _named(aliases, "CacheBlend 5%")),
+        "alias_gap_closed_at_0.15": gap_closed(aliases, _named(aliases, "CacheBlend 15%")),
+        "alias_gap_closed_random_at_0.15": gap_closed(aliases, _named(aliases, "random 15%")),
+    }
+    for kind, scores in (("record", records), ("alias", aliases)):
+        for name, method in (("full", FULL), ("naive", NAIVE)):
+            known = _named(scores, method.name).known
+            metrics[f"exact_match_{kind}_{name}"] = Metric.of_share(sum(known), len(known))
+    return metrics
+
+
+def _speedup(scores: Sequence[Score], name: str) -> Metric:
+    return Metric.of_samples(_named(scores, name).speedups(scores[0]), unit="times", baseline="full prefill")
+
+
+def _print(console: Console, rows: Sequence[dict[str, object]], metrics: dict[str, Metric]) -> None:
+    for title in dict.fromkeys(str(row["table"]) for row in rows):
+        table = Table(title=title, title_justify="left", title_style="bold")
+        for i, column in enumerate(("method", "TTFT, ms", "faster", "tokens computed", "exact", "gap closed", "KL")):
+            table.add_column(column, justify="left" if i == 0 else "right")
+        for row in (r for r in rows if r["table"] == title):
+            low, high = row["gap_closed_low"], row["gap_closed_high"]
+            table.add_row(
+                str(row["method"]),
+                f"{1e3 * float(str(row['ttft_s'])):.0f}",
+                f"{float(str(row['speedup'])):.2f}x",
+                f"{float(str(row['computed_tokens'])):,.0f}",
+                "-" if row["exact_match"] is None else f"{float(str(row['exact_match'])):.1%}",
+                f"{float(str(row['gap_closed'])):.2f} [{float(str(low)):.2f}, {float(str(high)):.2f}]",
+                f"{float(str(row['kl'])):.4f}",
+            )
+        console.print(table)
+    figures = Table(title="figures", title_justify="left", title_style="bold")
+    for i, column in enumerate(("name", "value", "95 % or 10-90 %", "unit")):
+        figures.add_column(column, justify="right" if i in (1, 2) else "left")
+    for name, m in metrics.items():
+        span = "" if m.low is None or m.high is None else f"{m.low:.3g} to {m.high:.3g}"
+        figures.add_row(name, f"{m.value:.3g}", span, m.unit)
+    console.print(figures)
