@@ -21,7 +21,7 @@ import re
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -35,8 +35,8 @@ from .worlds import ANSWER, FILLER, WorldSampler
 PAD, BOS, EOS = 0, 1, 2
 MAX_POSITIONS = 32768
 _NATURAL = 3  # loss class beside FILLER, STATEMENT, ANSWER
-CIRCUIT_LR_SCALE = 0.1  # at the full rate, Muon washes the initialised heads out before anything uses them
-LOSS_WEIGHTS = {FILLER: 0.05, 1: 0.1, ANSWER: 1.0, _NATURAL: 0.5}
+CIRCUIT_LR_SCALE = 0.3  # at the full rate, Muon washes the initialised heads out before anything uses them
+LOSS_WEIGHTS = {FILLER: 0.05, 1: 0.1, ANSWER: 1.0, _NATURAL: 1.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,14 +173,14 @@ def start_near_retrieval(model: Model, seed: int) -> None:
     embedding[:, 0] = 3 * std
     drive = float((embedding / embedding.square().mean(-1, keepdim=True).sqrt())[:, 0].mean())
 
-    first, second = model.layers[0], model.layers[1]
+    first, second = cast("Layer", model.layers[0]), cast("Layer", model.layers[1])
     half, group, dim = c.head_dim // 2, c.heads // c.kv_heads, c.head_dim
     amplitude = torch.tensor([1, 1, 1, 0.8, 0.6, 0.5, 0.4, 0.3, 0.3, 0.2, 0.2, 0.2])
     fast = len(amplitude)
     amplitude *= (18.0 * dim**0.5 / float(amplitude.square().sum())) ** 0.5  # a score of 18 at the right offset
     phases = model.inv_freq[:fast].cpu()
-    for weight in (first.q_proj.weight, first.k_proj.weight):
-        weight.mul_(0.1)
+    first.q_proj.weight.mul_(0.1)
+    first.k_proj.weight.mul_(0.1)
     first.v_proj.weight.zero_()
     first.o_proj.weight.zero_()
     projection = orthonormal(written, own - 1)
@@ -202,8 +202,8 @@ def start_near_retrieval(model: Model, seed: int) -> None:
         (1, (2,), ((0,), (4,))),  # two after this token; two after the fourth before, where a question's name ends
     )
     for kv_head, key_parts, members in matches:
-        for weight, count in ((second.q_proj.weight, group * dim), (second.k_proj.weight, dim)):
-            weight[kv_head * count : (kv_head + 1) * count] *= 0.3
+        second.q_proj.weight[kv_head * group * dim :][: group * dim] *= 0.3
+        second.k_proj.weight[kv_head * dim :][:dim] *= 0.3
         compress = [orthonormal(len(channels), written) * 2.5 for _ in key_parts]
         rows = kv_head * dim
         for part, matrix in zip(key_parts, compress, strict=True):
@@ -337,12 +337,12 @@ class Batches:
 def stage(progress: float, rng: random.Random) -> tuple[int, float, float, float]:
     """(tokens a sequence, share of natural text, share with position jumps, share of alias-focused worlds)."""
     if progress < 0.30:
-        return 256, 0.25, 0.2, 0.35
+        return 256, 0.35, 0.2, 0.35
     if progress < 0.55:
-        return rng.choice((256, 512)), 0.3, 0.4, 0.35
+        return rng.choice((256, 512)), 0.4, 0.4, 0.35
     if progress < 0.75:
-        return rng.choice((256, 512, 1024)), 0.35, 0.5, 0.35
-    return rng.choice((512, 1024, 2048, 4096)), 0.35, 0.3, 0.3
+        return rng.choice((256, 512, 1024)), 0.4, 0.5, 0.35
+    return rng.choice((512, 1024, 2048, 4096)), 0.4, 0.3, 0.3
 
 
 def losses(logits: Tensor, targets: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
