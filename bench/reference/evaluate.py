@@ -126,7 +126,7 @@ def evaluate(
     Parameters
     ----------
     trials : tasks of each kind at each length.
-    context : longest prompt, tokens; shorter ones are its halves down to 512.
+    context : longest prompt, tokens; shorter ones are a quarter each, down to 512.
     corpus : folder with `train.txt`, for the 5-gram; without it English has no baseline.
 
     Returns
@@ -140,8 +140,8 @@ def evaluate(
     rows: list[dict[str, object]] = []
     filler = sentences(passage for question in load_questions() for passage in question.passages)
     contexts = [context]
-    while contexts[0] // 2 >= SHORTEST_CONTEXT:
-        contexts.insert(0, contexts[0] // 2)
+    while contexts[0] // 4 >= SHORTEST_CONTEXT:
+        contexts.insert(0, contexts[0] // 4)
     for kind in TaskSampler.KINDS:
         for length in contexts:
             tasks = sample_tasks(tokenizer, filler, kind, trials=trials, context_tokens=length, seed=seed)

@@ -146,7 +146,8 @@ class _World:
         mixture = self.mixture
         kind = rng.choices(("fact", "record", "alias"), (mixture.fact, mixture.record, mixture.alias))[0]
         if kind == "record":
-            if self.current is None or rng.random() < 0.4:
+            said = [a for a in self.attributes if (a, self.current) in self.answers]
+            if self.current is None or len(said) == len(self.attributes) or rng.random() < 0.3:
                 fresh = [n for n in self.names if n != self.current and n not in self.alias_of]
                 self.current = rng.choice(fresh)
                 return consider(self.current)
@@ -211,7 +212,7 @@ class WorldSampler:
     def sample(self, rng: random.Random, tokens: int, alias_share: float = 0.35) -> list[tuple[str, int]]:
         """One sequence of at least `tokens` tokens (the caller cuts)."""
         mixture = self._mixture(rng, tokens, alias_share)
-        attributes = rng.sample(ATTRIBUTES, rng.randint(1, 5))
+        attributes = rng.sample(ATTRIBUTES, rng.choice((1, 1, 2, 3, 5)))
         names = draw_names(rng, rng.randint(3, 6 + tokens // 100), held_out=False)
         world = _World(rng, mixture, attributes, names)
         segments: list[tuple[str, int]] = []
