@@ -6,7 +6,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..connectors.hf import TransformersConnector
 from ..connectors.hf_model import check_supported
+from ..core import Tier
 from ..kvstore.store import KVStore
 from ..kvstore.tiers.disk import DiskTier
 from ..kvstore.tiers.host import HostTier
@@ -77,7 +78,9 @@ def load_model(folder: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenize
         )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"cannot load the model in {folder}: {error}") from error
-    return model.to("cuda" if cuda else "cpu").eval(), tokenizer
+    if cuda:
+        model.cuda()
+    return model.eval(), tokenizer
 
 
 def token_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int]:
@@ -117,7 +120,7 @@ def measure(options: DemoOptions, store_dir: Path, *, restarted: bool) -> tuple[
     model, tokenizer = load_model(options.model)
     check_supported(model)
     cases = demo_cases(options, token_counter(tokenizer), model.config.max_position_embeddings)
-    tiers = [HostTier(HOST_BYTES), DiskTier(store_dir)]  # opened last: a wrong option leaves nothing behind
+    tiers: list[Tier] = [HostTier(HOST_BYTES), DiskTier(store_dir)]  # opened last: a wrong option leaves nothing behind
     with KVStore(tiers) as store, Progress(console=Console(stderr=True), transient=True) as bar:
         connector = TransformersConnector(model, tokenizer, store)
         if not restarted:
@@ -168,8 +171,7 @@ def run_demo(options: DemoOptions) -> None:
 
 def _restarted(options: DemoOptions, store_dir: Path) -> list[dict[str, object]]:
     """The same measurement in a fresh process over the same store."""
-    plain = {f.name: getattr(options, f.name) for f in fields(options)}
-    asked = {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
+    asked = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
     with tempfile.TemporaryDirectory(prefix="kvloom-demo-") as folder:
         out = Path(folder) / "rows.json"
         command = [sys.executable, "-m", f"{__package__}.restart", json.dumps(asked), str(store_dir), str(out)]
@@ -230,8 +232,8 @@ def _number(value: object) -> float:
 def _print_answers(options: DemoOptions, scores: Sequence[Score], console: Console) -> None:
     _, tokenizer = load_model(options.model)
     for s in scores:
-        text = tokenizer.decode(s.outcomes[0].tokens, skip_special_tokens=True).strip()
-        console.print(f"  {s.method.name:>18}: {text!r}")
+        text = str(tokenizer.decode(list(s.outcomes[0].tokens), skip_special_tokens=True))
+        console.print(f"  {s.method.name:>18}: {text.strip()!r}", markup=False, highlight=False)
 
 
 def _metrics(rows: Sequence[dict[str, object]]) -> dict[str, Metric]:
@@ -310,10 +312,3 @@ def sweep(options: DemoOptions, store_dir: Path) -> tuple[Plot, Plot]:
         Plot("documents", "TTFT, ms", times, "Documents of equal length; the band is the 10th to 90th percentile."),
         Plot("recompute ratio", "exact match", quality, "Cross-document records; the band is the 95 % interval."),
     )
-
-
-def options_from(text: str) -> DemoOptions:
-    """The options that `_restarted` wrote."""
-    asked = json.loads(text)
-    paths = ("model", "docs", "json", "report", "store")
-    return DemoOptions(**{k: Path(v) if k in paths and v is not None else v for k, v in asked.items()})

@@ -4,12 +4,16 @@ import json
 import sys
 from pathlib import Path
 
-from .demo import measure, options_from, rows_of
+from .demo import DemoOptions, measure, rows_of
 
 
 def main() -> None:
-    options, store_dir, out = sys.argv[1:]
-    scores, _ = measure(options_from(options), Path(store_dir), restarted=True)
+    """Measure over an existing store and write the rows to OUT; OPTIONS is the JSON of `DemoOptions`."""
+    text, store_dir, out = sys.argv[1:]
+    asked = json.loads(text)
+    model, docs = (None if asked[name] is None else Path(asked[name]) for name in ("model", "docs"))
+    options = DemoOptions(model=model, docs=docs, question=asked["question"], quick=asked["quick"])
+    scores, _ = measure(options, Path(store_dir), restarted=True)
     Path(out).write_text(json.dumps(rows_of(scores, "after restart")))
 
 

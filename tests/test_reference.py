@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kvloom.bench.reference import evaluate, train
+from kvloom.bench.reference import evaluate, network, train
 from kvloom.bench.reference.model_card import model_card
 from kvloom.bench.reference.ngram import NgramModel
 from kvloom.bench.reference.outliers import export_stressed, inject_outliers, outlier_factors
@@ -269,7 +269,7 @@ def test_training_learns_resumes_and_exports_the_same_function(tmp_path: Path, m
 
     train.export(run, out)
     ids = torch.randint(3, 500, (2, 48), generator=torch.Generator().manual_seed(0))
-    own = train.Model(train.ModelConfig(**second["config"]))
+    own = network.Model(network.ModelConfig(**second["config"]))
     # The export is rounded to bfloat16: compare the same rounded weights, in float32.
     own.load_state_dict({name: tensor.bfloat16().float() for name, tensor in second["model"].items()})
     exported, _ = evaluate.load(out)

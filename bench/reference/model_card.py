@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..report import write_text
+from .batches import MAX_POSITIONS
 from .corpus import PACKAGES
 from .evaluate import WINDOW_TOKENS
-from .train import MAX_POSITIONS
 from .worlds import TaskSampler
 
 Json = Mapping[str, Any]
