@@ -6,7 +6,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -78,8 +78,7 @@ def load_model(folder: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenize
         )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"cannot load the model in {folder}: {error}") from error
-    if cuda:
-        model.cuda()
+    torch.nn.Module.to(model, "cuda" if cuda else "cpu")
     return model.eval(), tokenizer
 
 
