@@ -52,10 +52,9 @@ def kv_deviation(fresh_keys: Tensor, cached_keys: Tensor, fresh_values: Tensor, 
     """
     total = torch.zeros(fresh_keys.shape[1], device=fresh_keys.device)
     for fresh, cached in ((fresh_keys, cached_keys), (fresh_values, cached_values)):
-        if fresh.shape[-1]:
-            wide = fresh.float()
-            power = wide.square().sum(dim=(0, 2)).mean().clamp_min(torch.finfo(torch.float32).tiny)
-            total += (wide - cached.float()).square().sum(dim=(0, 2)) / power
+        wide = fresh.float()
+        power = wide.square().sum(dim=(0, 2)).mean().clamp_min(torch.finfo(torch.float32).tiny)
+        total += (wide - cached.float()).square().sum(dim=(0, 2)) / power
     return total.sqrt()
 
 

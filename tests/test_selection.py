@@ -1,0 +1,150 @@
+"""Selectors and the deviation that one of them goes by."""
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvloom.blend.selection import (
+    SELECTORS,
+    CandidateTokens,
+    by_deviation,
+    deviation_and_first,
+    first_tokens,
+    kv_deviation,
+    no_tokens,
+    random_tokens,
+)
+
+CHUNK_TOKENS = 10
+
+
+def make_tokens(count: int, *, chunk_tokens: int = CHUNK_TOKENS, seed: int = 0) -> CandidateTokens:
+    """Tokens of chunks of `chunk_tokens` behind 7 others, with distinct random deviations."""
+    deviation = torch.randperm(count, generator=torch.Generator().manual_seed(seed)) + 1.0
+    return CandidateTokens(torch.arange(7, 7 + count), torch.arange(count) % chunk_tokens, deviation)
+
+
+def pick(tokens: CandidateTokens, chosen: Tensor) -> CandidateTokens:
+    return CandidateTokens(tokens.positions[chosen], tokens.offsets[chosen], tokens.deviation[chosen])
+
+
+def test_table_names_all() -> None:
+    assert set(SELECTORS.values()) == {by_deviation, first_tokens, random_tokens, no_tokens, deviation_and_first}
+
+
+@pytest.mark.parametrize("name", [name for name in SELECTORS if name != "none"])
+@given(count=st.integers(1, 60), seed=st.integers(0, 1000), data=st.data())
+def test_right_size_sorted_distinct_and_nested(name: str, count: int, seed: int, data: st.DataObject) -> None:
+    """As a blender calls them: each call chooses among what the call before has left."""
+    tokens = make_tokens(count, seed=seed)
+    while len(tokens) > 1:
+        keep = data.draw(st.integers(1, len(tokens)))
+        chosen = SELECTORS[name](tokens, keep)
+        assert chosen.dtype == torch.int64 and len(chosen) == keep
+        assert bool((chosen.diff() > 0).all()) and int(chosen[0]) >= 0 and int(chosen[-1]) < len(tokens)
+        tokens = pick(tokens, chosen[: max(1, keep - 1)])
+
+
+@pytest.mark.parametrize("select", [by_deviation, random_tokens, deviation_and_first])
+def test_waits_for_deviations(select: object) -> None:
+    tokens = make_tokens(20)
+    assert select(CandidateTokens(tokens.positions, tokens.offsets, None), 5) is None
+
+
+def test_by_deviation_finds_the_planted() -> None:
+    tokens = make_tokens(40)
+    planted = torch.tensor([0, 3, 17, 38, 39])
+    tokens.deviation[planted] += 100.0
+    assert torch.equal(by_deviation(tokens, 5), planted)
+    order = tokens.deviation.argsort(descending=True)
+    assert set(by_deviation(tokens, 12).tolist()) == set(order[:12].tolist())
+
+
+@given(chunks=st.integers(1, 6), count=st.integers(1, 50))
+def test_first_tokens_takes_equally_from_each_chunk(chunks: int, count: int) -> None:
+    tokens = make_tokens(chunks * CHUNK_TOKENS)
+    count = min(count, len(tokens))
+    chosen = first_tokens(CandidateTokens(tokens.positions, tokens.offsets, None), count)
+    taken = torch.bincount(chosen // CHUNK_TOKENS, minlength=chunks)
+    assert int(taken.max()) - int(taken.min()) <= 1
+    for chunk in range(chunks):
+        mine = chosen[chosen // CHUNK_TOKENS == chunk] % CHUNK_TOKENS
+        assert mine.tolist() == list(range(len(mine)))
+
+
+def test_first_tokens_takes_more_from_long_chunks_when_short_ones_are_used_up() -> None:
+    offsets = torch.tensor([0, 1, 0, 1, 2, 3, 4, 5])
+    chosen = first_tokens(CandidateTokens(torch.arange(8), offsets, None), 6)
+    assert chosen.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_random_is_deterministic_and_blind() -> None:
+    tokens, other = make_tokens(60, seed=1), make_tokens(60, seed=2)
+    assert torch.equal(random_tokens(tokens, 20), random_tokens(other, 20))
+    assert not torch.equal(random_tokens(tokens, 20), random_tokens(tokens, 20, seed=1))
+    assert not torch.equal(random_tokens(tokens, 20), by_deviation(tokens, 20))
+    often = torch.stack([torch.bincount(random_tokens(tokens, 20, seed=s), minlength=60) for s in range(300)]).sum(0)
+    assert int(often.min()) > 60 and int(often.max()) < 140  # each is expected 100 times
+
+
+def test_none_takes_none() -> None:
+    assert no_tokens(make_tokens(20), 5).tolist() == []
+
+
+def test_union_holds_both() -> None:
+    tokens = make_tokens(30)
+    tokens.deviation[[5, 25]] += 100.0
+    firsts = [0, 1, 10, 11, 20, 21]
+    assert deviation_and_first(tokens, 8).tolist() == sorted([*firsts, 5, 25])
+    assert partial(deviation_and_first, first=1)(tokens, 5).tolist() == [0, 5, 10, 20, 25]
+    assert set(deviation_and_first(tokens, 4).tolist()) < set(firsts)
+
+
+def make_kv(seed: int) -> Tensor:
+    return torch.randn(2, 12, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def test_deviation_is_relative_distance() -> None:
+    fresh_k, cached_k, fresh_v, cached_v = map(make_kv, range(4))
+    expected = [
+        (
+            (fresh_k[:, t] - cached_k[:, t]).norm() ** 2 / (fresh_k.norm() ** 2 / 12)
+            + (fresh_v[:, t] - cached_v[:, t]).norm() ** 2 / (fresh_v.norm() ** 2 / 12)
+        ).sqrt()
+        for t in range(12)
+    ]
+    assert torch.allclose(kv_deviation(fresh_k, cached_k, fresh_v, cached_v), torch.stack(expected), rtol=1e-5)
+
+
+@given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3))
+def test_deviation_knows_no_scale(key_scale: float, value_scale: float) -> None:
+    fresh_k, cached_k, fresh_v, cached_v = map(make_kv, range(4))
+    scaled = kv_deviation(key_scale * fresh_k, key_scale * cached_k, value_scale * fresh_v, value_scale * cached_v)
+    assert torch.allclose(scaled, kv_deviation(fresh_k, cached_k, fresh_v, cached_v), rtol=1e-4)
+
+
+def test_deviation_sees_keys_and_values_alike() -> None:
+    fresh_k, fresh_v = make_kv(0), make_kv(1)
+    equal = kv_deviation(fresh_k, fresh_k.clone(), fresh_v, fresh_v.clone())
+    assert torch.equal(equal, torch.zeros(12))
+    moved_k, moved_v = fresh_k.clone(), fresh_v.clone()
+    moved_k[1, 4] += 1.0
+    moved_v[0, 9] += 1.0
+    deviation = kv_deviation(fresh_k, moved_k, fresh_v, moved_v)
+    assert deviation.nonzero().flatten().tolist() == [4, 9]
+    assert 0.5 < float(deviation[4] / deviation[9]) < 2.0
+
+
+def test_deviation_of_odd_tensors() -> None:
+    """Latent caches have no values, all-zero ones no size, and narrow ones overflow only if squared as they are."""
+    keys, other, nothing = make_kv(0), make_kv(1), torch.empty(2, 12, 0)
+    zeros = torch.zeros_like(keys)
+    latent = kv_deviation(keys, other, nothing, nothing)
+    assert torch.allclose(latent, kv_deviation(keys, other, keys, keys)) and bool((latent > 0).all())
+    assert torch.equal(kv_deviation(zeros, zeros, zeros, zeros), torch.zeros(12))
+    narrow = kv_deviation((300 * keys).half(), (300 * other).half(), zeros.half(), zeros.half())
+    assert narrow.dtype == torch.float32 and torch.allclose(narrow, latent, rtol=1e-2)
