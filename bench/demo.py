@@ -123,7 +123,10 @@ def measure(options: DemoOptions, store_dir: Path, *, restarted: bool) -> tuple[
     with KVStore(tiers) as store, Progress(console=Console(stderr=True), transient=True) as bar:
         connector = TransformersConnector(model, tokenizer, store)
         if not restarted:
-            connector.precompute([d for case in cases for d in case.documents], progress=True)
+            documents = list(dict.fromkeys(d for case in cases for d in case.documents))
+            connector.precompute(documents, progress=True)
+            # A store that is kept may hold them from an earlier run, on the disk only.
+            store.prefetch([connector.key_of(connector.encode_document(d)) for d in documents]).result()
         task = bar.add_task("answering after a restart" if restarted else "answering", total=len(cases))
         scores = score(
             connector,

@@ -112,8 +112,8 @@ class TransformersConnector:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         store: KVStore,
-        *,
         blender: Blender | None = None,
+        *,
         model_id: str | None = None,
         lead_ids: Sequence[int] | None = None,
         salt: bytes = b"",
@@ -340,5 +340,4 @@ class TransformersConnector:
         """Greedy answer to `question` over `documents`; see `assemble` for errors."""
         inputs, cache = self.assemble(documents, question)
         output = self.model.generate(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, do_sample=False)
-        text: str = self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return text
+        return str(self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
