@@ -257,7 +257,7 @@ def test_training_learns_resumes_and_exports_the_same_function(tmp_path: Path, m
         seed=0,
         compile=False,
     )
-    monkeypatch.setattr(train, "stage", lambda progress, rng: (64, 0.5, 0.5, 0.3))
+    monkeypatch.setattr(train, "stage", lambda progress: train.Stage((64,), 0.5, 0.5, 0.5, 0.3))
     train.train(args)
     first = torch.load(run / "checkpoint.pt", weights_only=True)
     args.minutes = 0.1

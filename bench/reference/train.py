@@ -18,7 +18,7 @@ import json
 import random
 import re
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,19 +33,37 @@ from .network import Model, ModelConfig, start_near_retrieval
 from .tokenizer import BOS, EOS, PAD, save_tokenizer, train_tokenizer
 from .worlds import ANSWER, FILLER, STATEMENT
 
-LOSS_WEIGHTS = {FILLER: 0.05, STATEMENT: 0.1, ANSWER: 1.0, NATURAL: 1.0}
+FILLER_WEIGHT, STATEMENT_WEIGHT = 0.05, 0.1  # of their loss, beside 1 for answers
 WARM_UP_STEPS = 600
 
 
-def stage(progress: float, rng: random.Random) -> tuple[int, float, float, float]:
-    """(tokens a sequence, share of natural text, share with position jumps, share of alias-focused worlds)."""
-    if progress < 0.30:
-        return 256, 0.35, 0.2, 0.35
-    if progress < 0.55:
-        return rng.choice((256, 512)), 0.4, 0.4, 0.35
-    if progress < 0.75:
-        return rng.choice((256, 512, 1024)), 0.4, 0.5, 0.35
-    return rng.choice((512, 1024, 2048, 4096)), 0.4, 0.3, 0.3
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What is trained on at some time.
+
+    Attributes
+    ----------
+    lengths : tokens of a sequence, one of these for each batch.
+    natural_share : share of natural text among the sequences.
+    natural_weight : of its loss, beside 1 for answers. While binding is learned, natural text at full weight drowns it.
+    jump_share : share of sequences with jumps of the positions.
+    alias_share : share of worlds that are mostly aliases.
+    """
+
+    lengths: tuple[int, ...]
+    natural_share: float
+    natural_weight: float
+    jump_share: float
+    alias_share: float
+
+
+def stage(progress: float) -> Stage:
+    """The curriculum: binding first, then language, then length."""
+    if progress < 0.40:
+        return Stage((256,), 0.2, 0.2, 0.2, 0.15)
+    if progress < 0.78:
+        return Stage((256, 512, 1024), 0.35, 0.35, 0.4, 0.3)
+    return Stage((512, 1024, 2048, 4096), 0.4, 0.6, 0.3, 0.3)
 
 
 def circuit_lr_ratio(progress: float) -> float:
@@ -53,20 +71,13 @@ def circuit_lr_ratio(progress: float) -> float:
     return 0.1 if progress < 0.15 else 0.3
 
 
-def losses(logits: Tensor, targets: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, mean loss per class [4], share of answer tokens right)."""
+def class_losses(logits: Tensor, targets: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean loss of each class `[4]`, share of answer tokens right)."""
     flat = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-    kinds = classes.flatten()
-    total = flat.new_zeros(())
-    means = []
-    for kind in range(4):
-        mask = (kinds == kind).float()
-        mean = (flat * mask).sum() / mask.sum().clamp_min(1.0)
-        means.append(mean)
-        total = total + LOSS_WEIGHTS[kind] * mean
-    answers = (kinds == ANSWER).float()
-    right = ((logits.argmax(-1).flatten() == targets.flatten()).float() * answers).sum() / answers.sum().clamp_min(1.0)
-    return total, torch.stack(means), right
+    masks = torch.stack([(classes.flatten() == kind).float() for kind in range(4)])
+    means = (masks * flat).sum(1) / masks.sum(1).clamp_min(1.0)
+    hits = (logits.argmax(-1).flatten() == targets.flatten()).float() * masks[ANSWER]
+    return means, hits.sum() / masks[ANSWER].sum().clamp_min(1.0)
 
 
 def prepare(corpus: Path, run: Path) -> tuple[Tokenizer, list[str], np.ndarray]:
@@ -112,12 +123,12 @@ def train(args: argparse.Namespace) -> None:
         adam.load_state_dict(state["adam"])
         elapsed, step, seen = state["elapsed_s"], state["step"], state["tokens"]
 
-    def forward_and_loss(ids: Tensor, positions: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ids: Tensor, positions: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(device, dtype=torch.bfloat16):
             logits = model(ids[:, :-1], positions)
-        return losses(logits, ids[:, 1:], classes)
+        return class_losses(logits, ids[:, 1:], classes)
 
-    compute = torch.compile(forward_and_loss, dynamic=False) if args.compile else forward_and_loss
+    compute = torch.compile(forward, dynamic=False) if args.compile else forward
     budget = args.minutes * 60.0
     log = (run / "log.jsonl").open("a")
     averages: dict[str, float] = {}
@@ -125,14 +136,15 @@ def train(args: argparse.Namespace) -> None:
     while elapsed < budget:
         rng = random.Random(args.seed * 1_000_003 + step)
         progress = elapsed / budget
-        tokens, natural_share, jump_share, alias_share = stage(progress, rng)
+        now_at = stage(progress)
+        tokens = rng.choice(now_at.lengths)
         ids, positions, classes = batches.sample(
             rng,
             batch=max(1, args.batch_tokens // tokens),
             tokens=tokens,
-            natural_share=natural_share,
-            jump_share=jump_share,
-            alias_share=alias_share,
+            natural_share=now_at.natural_share,
+            jump_share=now_at.jump_share,
+            alias_share=now_at.alias_share,
         )
         ids, positions, classes = ids.to(device), positions.to(device), classes.to(device)
         rate = min(1.0, (step + 1) / WARM_UP_STEPS) * min(1.0, max(0.02, (1.0 - progress) / 0.3))
@@ -142,8 +154,9 @@ def train(args: argparse.Namespace) -> None:
             strict=True,
         ):
             group["lr"] = lr * rate
-        loss, means, right = compute(ids, positions, classes)
-        loss.backward()
+        means, right = compute(ids, positions, classes)
+        weights = {FILLER: FILLER_WEIGHT, STATEMENT: STATEMENT_WEIGHT, ANSWER: 1.0, NATURAL: now_at.natural_weight}
+        sum((means[kind] * weight for kind, weight in weights.items()), means.new_zeros(())).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         muon.step()
         adam.step()

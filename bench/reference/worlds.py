@@ -103,6 +103,11 @@ def question(attribute: str, name: str) -> str:
     return f"\nQ: What is the {attribute} of {name}?\nA:"
 
 
+def reverse_question(attribute: str, value: str) -> str:
+    """Asks for the name: in training only, since it makes the tokens of a value carry whose it is."""
+    return f"\nQ: Whose {attribute} is {value}?\nA:"
+
+
 # ------------------------------------------------------------------------------------------------- training
 
 FILLER, STATEMENT, ANSWER = 0, 1, 2  # what a segment of a training sequence is; the loss weighs them differently
@@ -201,11 +206,11 @@ class WorldSampler:
         filler = rng.choice((0.0, 0.15, 0.3, 0.5) if tokens <= 256 else (0.0, 0.3, 0.6, 0.8, 0.9))
         questions = rng.choice((0.2, 0.3, 0.4))
         focus = rng.random()
-        if focus < 0.15:
+        if focus < 0.10:
             return Mixture(1.0, 0.0, 0.0, filler, questions)
-        if focus < 0.40:
-            return Mixture(0.15, 0.85, 0.0, filler, questions)
-        if focus < 0.40 + alias_share:
+        if focus < 0.60:
+            return Mixture(0.1, 0.9, 0.0, filler, questions)
+        if focus < 0.60 + alias_share:
             return Mixture(0.15, 0.05, 0.8, filler, questions)
         return Mixture(0.4, 0.35, 0.25, filler, questions)
 
@@ -225,8 +230,13 @@ class WorldSampler:
             used += self._count_tokens(text)
 
         def ask(attribute: str, name: str, value: str) -> None:
-            say(question(attribute, name), STATEMENT)
-            say(f" {value}.", ANSWER)
+            direct = world.answers[attribute, name][1] in ("fact", "record")
+            if direct and value.isdigit() and rng.random() < 0.25:
+                say(reverse_question(attribute, value), STATEMENT)
+                say(f" {name}.", ANSWER)
+            else:
+                say(question(attribute, name), STATEMENT)
+                say(f" {value}.", ANSWER)
             if rng.random() < 0.5:
                 say("\n", FILLER)
 
@@ -250,6 +260,9 @@ class WorldSampler:
                 ask(*rng.choice(askable))
             elif (statement := world.next_statement()) is not None:
                 say(statement, STATEMENT)
+                if statement.startswith(" Its ") and rng.random() < 0.25:
+                    say(" This is about", STATEMENT)
+                    say(f" {world.current}.", ANSWER)
             else:
                 names.extend(draw_names(rng, 2, held_out=False))
                 world.names = [n for n in dict.fromkeys(names) if n not in world.alias_of]
