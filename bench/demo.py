@@ -103,7 +103,7 @@ def demo_cases(options: DemoOptions, count_tokens: Callable[[str], int], max_tok
                 "give fewer or shorter documents"
             )
         return [Case("question", documents, f"\nQ: {options.question}\nA:")] * (2 if options.quick else 5)
-    context = min(512 if options.quick else 4096, max_tokens - 128)
+    context = min(512 if options.quick else 4480, max_tokens - 128)  # of which documents fill a little less
     count = 2 if options.quick else 12
     kinds = {"record": count, "alias": count // 2}
     cases = [

@@ -17,7 +17,7 @@ from ..connectors.hf import TransformersConnector
 from .report import spread
 from .workload import Case
 
-NEW_TOKENS = 8
+NEW_TOKENS = 6
 
 
 @dataclass(frozen=True, slots=True)

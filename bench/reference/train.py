@@ -63,7 +63,7 @@ def stage(progress: float) -> Stage:
         return Stage((256,), 0.2, 0.2, 0.2, 0.15)
     if progress < 0.78:
         return Stage((256, 512, 1024), 0.35, 0.35, 0.4, 0.3)
-    return Stage((512, 1024, 2048, 4096), 0.4, 0.6, 0.3, 0.3)
+    return Stage((512, 1024, 2048, 4608), 0.4, 0.6, 0.3, 0.3)
 
 
 def circuit_lr_ratio(progress: float) -> float:
