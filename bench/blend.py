@@ -7,9 +7,11 @@ good.
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -46,8 +48,23 @@ def run(*, quick: bool = False, model_dir: Path | None = None) -> BenchResult:
     rows: list[dict[str, object]] = []
     console = Console()
 
-    def add(title: str, scores: Sequence[Score], **columns: object) -> None:
-        rows.extend({"table": title, **columns} | s.row(scores[0]) | _gap_columns(s, scores) for s in scores)
+    def add(title: str, scores: Sequence[Score]) -> None:
+        table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for i, column in enumerate(("method", "TTFT ms", "speed-up", "computed", "exact", "gap closed", "KL nats")):
+            table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+        for s in scores:
+            row, gap = s.summary(scores[0]), gap_closed(scores, s)
+            rows.append({"table": title} | asdict(row) | {"gap_closed": asdict(gap)})
+            table.add_row(
+                row.method,
+                f"{row.ttft_s * 1e3:.0f}",
+                f"{row.speedup:.2f}x",
+                f"{row.computed_tokens:,.0f}",
+                "-" if row.exact_match is None else f"{row.exact_match:.1%}",
+                _with_interval(gap),
+                f"{row.kl:.4f}",
+            )
+        console.print(table)
 
     with (
         tempfile.TemporaryDirectory(prefix="kvloom-bench-") as folder,
@@ -113,7 +130,7 @@ def run(*, quick: bool = False, model_dir: Path | None = None) -> BenchResult:
             cold = score(connector, cases, METHODS, before_each=lambda: drop_page_cache(store_dir))
             add(f"records from disk, past the page cache, {context:,} tokens", cold)
             metrics["ttft_speedup_at_0.15_disk_4k"] = _speedup(cold, "CacheBlend 15%")
-    _print(console, rows, metrics)
+    console.print(_figures(metrics))
     return BenchResult("blend", metrics, rows)
 
 
@@ -132,11 +149,6 @@ def gap_closed(scores: Sequence[Score], other: Score) -> Metric:
     samples = [[float(right) for right in s.known] for s in (naive, full, other)]
     value, low, high = paired_bootstrap(*samples, statistic=_gap)
     return Metric(value, low, high, "share", "full prefill is 1, naive reuse is 0")
-
-
-def _gap_columns(s: Score, scores: Sequence[Score]) -> dict[str, object]:
-    metric = gap_closed(scores, s)
-    return {"gap_closed": metric.value, "gap_closed_low": metric.low, "gap_closed_high": metric.high}
 
 
 def _quality_metrics(records: Sequence[Score], aliases: Sequence[Score]) -> dict[str, Metric]:
@@ -168,27 +180,16 @@ def _speedup(scores: Sequence[Score], name: str) -> Metric:
     return Metric.of_samples(_named(scores, name).speedups(scores[0]), unit="times", baseline="full prefill")
 
 
-def _print(console: Console, rows: Sequence[dict[str, object]], metrics: dict[str, Metric]) -> None:
-    for title in dict.fromkeys(str(row["table"]) for row in rows):
-        table = Table(title=title, title_justify="left", title_style="bold")
-        for i, column in enumerate(("method", "TTFT, ms", "faster", "tokens computed", "exact", "gap closed", "KL")):
-            table.add_column(column, justify="left" if i == 0 else "right")
-        for row in (r for r in rows if r["table"] == title):
-            low, high = row["gap_closed_low"], row["gap_closed_high"]
-            table.add_row(
-                str(row["method"]),
-                f"{1e3 * float(str(row['ttft_s'])):.0f}",
-                f"{float(str(row['speedup'])):.2f}x",
-                f"{float(str(row['computed_tokens'])):,.0f}",
-                "-" if row["exact_match"] is None else f"{float(str(row['exact_match'])):.1%}",
-                f"{float(str(row['gap_closed'])):.2f} [{float(str(low)):.2f}, {float(str(high)):.2f}]",
-                f"{float(str(row['kl'])):.4f}",
-            )
-        console.print(table)
-    figures = Table(title="figures", title_justify="left", title_style="bold")
-    for i, column in enumerate(("name", "value", "95 % or 10-90 %", "unit")):
-        figures.add_column(column, justify="right" if i in (1, 2) else "left")
+def _with_interval(metric: Metric) -> str:
+    interval = "" if metric.low is None or metric.high is None else f" [{metric.low:.2f}, {metric.high:.2f}]"
+    return f"{metric.value:.2f}{interval}"
+
+
+def _figures(metrics: Mapping[str, Metric]) -> Table:
+    table = Table(title="figures", title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for i, column in enumerate(("name", "value", "interval", "unit")):
+        table.add_column(column, justify="right" if i in (1, 2) else "left", no_wrap=True)
     for name, m in metrics.items():
-        span = "" if m.low is None or m.high is None else f"{m.low:.3g} to {m.high:.3g}"
-        figures.add_row(name, f"{m.value:.3g}", span, m.unit)
-    console.print(figures)
+        interval = "" if m.low is None or m.high is None else f"{m.low:.3g} to {m.high:.3g}"
+        table.add_row(name, f"{m.value:.3g}", interval, m.unit)
+    return table

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from ..core import Tier
 from ..kvstore.store import KVStore
 from ..kvstore.tiers.disk import DiskTier
 from ..kvstore.tiers.host import HostTier
-from .fusion import FULL, NAIVE, NEW_TOKENS, PREFIX, Method, Score, blend, drop_page_cache, score
+from .fusion import FULL, NAIVE, NEW_TOKENS, PREFIX, Method, Score, Summary, blend, drop_page_cache, score
 from .page import Plot, Point, Section, Table, html_report
 from .report import BenchResult, Metric, spread, write_text
 from .workload import Case, question_cases, read_documents, task_cases
@@ -138,10 +138,6 @@ def measure(options: DemoOptions, store_dir: Path, *, restarted: bool) -> tuple[
         return scores, cases
 
 
-def rows_of(scores: Sequence[Score], phase: str) -> list[dict[str, object]]:
-    return [{"phase": phase} | s.row(scores[0]) for s in scores]
-
-
 def run_demo(options: DemoOptions) -> None:
     """Run the demo and print it; see `DemoOptions`.
 
@@ -155,7 +151,7 @@ def run_demo(options: DemoOptions) -> None:
         if store_dir is None:
             store_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvloom-demo-"))) / "store"
         scores, cases = measure(options, store_dir, restarted=False)
-        rows = rows_of(scores, "first run")
+        rows = [s.summary(scores[0]) for s in scores]
         console.print(_intro(cases))
         console.print(_console_table("Documents precomputed once, then fused from host memory", rows))
         again = _restarted(options, store_dir)
@@ -163,23 +159,24 @@ def run_demo(options: DemoOptions) -> None:
         console.print(_LEGEND, style="dim")
         if options.question is not None:
             _print_answers(options, scores, console)
-        result = BenchResult("demo", _metrics([*rows, *again]), [*rows, *again])
+        phases = {"first run": rows, "after restart": again}
+        table = [{"phase": phase} | asdict(row) for phase, phase_rows in phases.items() for row in phase_rows]
+        result = BenchResult("demo", _metrics(phases), table)
         if options.json is not None:
             result.write(options.json)
         if options.report is not None:
-            write_text(options.report, _page(options, scores, rows, again, store_dir))
+            write_text(options.report, _page(options, rows, again, store_dir))
             console.print(f"report: {options.report}")
 
 
-def _restarted(options: DemoOptions, store_dir: Path) -> list[dict[str, object]]:
+def _restarted(options: DemoOptions, store_dir: Path) -> list[Summary]:
     """The same measurement in a fresh process over the same store."""
     asked = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
     with tempfile.TemporaryDirectory(prefix="kvloom-demo-") as folder:
         out = Path(folder) / "rows.json"
         command = [sys.executable, "-m", f"{__package__}.restart", json.dumps(asked), str(store_dir), str(out)]
         subprocess.run(command, check=True)
-        rows: list[dict[str, object]] = json.loads(out.read_text())
-    return rows
+        return [Summary(**row) for row in json.loads(out.read_text())]
 
 
 def _intro(cases: Sequence[Case]) -> str:
@@ -194,7 +191,7 @@ def _intro(cases: Sequence[Case]) -> str:
     return "Asked: " + "; ".join(f"{n} {names.get(kind, kind)}" for kind, n in kinds.items())
 
 
-def _console_table(title: str, rows: Sequence[dict[str, object]]) -> ConsoleTable:
+def _console_table(title: str, rows: Sequence[Summary]) -> ConsoleTable:
     table = ConsoleTable(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for i, column in enumerate(_COLUMNS):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
@@ -212,23 +209,16 @@ _LEGEND = (
 )
 
 
-def _cells(row: dict[str, object]) -> list[str]:
-    loaded = row["loaded_bytes"]
-    exact, kl = row["exact_match"], row["kl"]
-    parts = [f"{size / 1e6:.1f} MB {tier}" for tier, size in loaded.items()] if isinstance(loaded, dict) else []
+def _cells(row: Summary) -> list[str]:
     return [
-        str(row["method"]),
-        f"{_number(row['ttft_s']) * 1e3:.0f}",
-        f"{_number(row['speedup']):.2f}x",
-        f"{_number(row['computed_tokens']):,.0f}",
-        " + ".join(parts) or "-",
-        "-" if exact is None else f"{_number(exact):.0%}",
-        f"{_number(kl):.4f}",
+        row.method,
+        f"{row.ttft_s * 1e3:.0f}",
+        f"{row.speedup:.2f}x",
+        f"{row.computed_tokens:,.0f}",
+        " + ".join(f"{size / 1e6:.1f} MB {tier}" for tier, size in row.loaded_bytes.items()) or "-",
+        "-" if row.exact_match is None else f"{row.exact_match:.0%}",
+        f"{row.kl:.4f}",
     ]
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else float("nan")
 
 
 def _print_answers(options: DemoOptions, scores: Sequence[Score], console: Console) -> None:
@@ -238,23 +228,21 @@ def _print_answers(options: DemoOptions, scores: Sequence[Score], console: Conso
         console.print(f"  {s.method.name:>18}: {text.strip()!r}", markup=False, highlight=False)
 
 
-def _metrics(rows: Sequence[dict[str, object]]) -> dict[str, Metric]:
+def _metrics(phases: Mapping[str, Sequence[Summary]]) -> dict[str, Metric]:
     found = {}
-    for row in rows:
-        name = f"{row['method']}, {row['phase']}".replace(" ", "_").replace(",", "")
-        found[f"ttft_s_{name}"] = Metric(
-            _number(row["ttft_s"]), _number(row["ttft_s_p10"]), _number(row["ttft_s_p90"]), "s", "full prefill"
-        )
-        if row["exact_match"] is not None:
-            found[f"exact_match_{name}"] = Metric(_number(row["exact_match"]), unit="share")
+    for phase, rows in phases.items():
+        for row in rows:
+            name = f"{row.method} {phase}".replace(" ", "_")
+            found[f"ttft_s_{name}"] = Metric(row.ttft_s, row.ttft_s_p10, row.ttft_s_p90, "s", rows[0].ttft_s)
+            if row.exact_match is not None:
+                found[f"exact_match_{name}"] = Metric(row.exact_match, unit="share", baseline=rows[0].exact_match)
     return found
 
 
 def _page(
     options: DemoOptions,
-    scores: Sequence[Score],
-    rows: Sequence[dict[str, object]],
-    again: Sequence[dict[str, object]],
+    rows: Sequence[Summary],
+    again: Sequence[Summary],
     store_dir: Path,
 ) -> str:
     curves = sweep(options, store_dir)

@@ -116,24 +116,46 @@ class Score:
     def known(self) -> list[bool]:
         return [right for right in self.exact if right is not None]
 
-    def row(self, full: "Score") -> dict[str, object]:
-        """The method's line of the table, plain values."""
+    def summary(self, full: "Score") -> "Summary":
+        """The method's line of the table, beside full prefill's."""
         ttft, low, high = spread([o.ttft_s for o in self.outcomes])
         count = len(self.outcomes)
         loaded: Counter[str] = Counter()
         for outcome in self.outcomes:
             loaded.update(outcome.loaded_bytes)
-        return {
-            "method": self.method.name,
-            "ttft_s": ttft,
-            "ttft_s_p10": low,
-            "ttft_s_p90": high,
-            "speedup": spread(self.speedups(full))[0],
-            "computed_tokens": sum(o.computed_tokens for o in self.outcomes) / count,
-            "loaded_bytes": {tier: total / count for tier, total in loaded.items() if total},
-            "exact_match": sum(self.known) / len(self.known) if self.known else None,
-            "kl": sum(self.kl) / count,
-        }
+        return Summary(
+            method=self.method.name,
+            ttft_s=ttft,
+            ttft_s_p10=low,
+            ttft_s_p90=high,
+            speedup=spread(self.speedups(full))[0],
+            computed_tokens=sum(o.computed_tokens for o in self.outcomes) / count,
+            loaded_bytes={tier: total / count for tier, total in loaded.items() if total},
+            exact_match=sum(self.known) / len(self.known) if self.known else None,
+            kl=sum(self.kl) / count,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One method in figures: medians of times and of ratios to full prefill, means of the rest.
+
+    Attributes
+    ----------
+    ttft_s, ttft_s_p10, ttft_s_p90 : median, 10th and 90th percentile.
+    exact_match : share of the cases with a known answer; None if there are none.
+    kl : nats, of the next-token distribution to full prefill's.
+    """
+
+    method: str
+    ttft_s: float
+    ttft_s_p10: float
+    ttft_s_p90: float
+    speedup: float
+    computed_tokens: float
+    loaded_bytes: dict[str, float]
+    exact_match: float | None
+    kl: float
 
 
 def score(

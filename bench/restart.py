@@ -2,9 +2,10 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
-from .demo import DemoOptions, measure, rows_of
+from .demo import DemoOptions, measure
 
 
 def main() -> None:
@@ -14,7 +15,7 @@ def main() -> None:
     model, docs = (None if asked[name] is None else Path(asked[name]) for name in ("model", "docs"))
     options = DemoOptions(model=model, docs=docs, question=asked["question"], quick=asked["quick"])
     scores, _ = measure(options, Path(store_dir), restarted=True)
-    Path(out).write_text(json.dumps(rows_of(scores, "after restart")))
+    Path(out).write_text(json.dumps([asdict(s.summary(scores[0])) for s in scores]))
 
 
 if __name__ == "__main__":
