@@ -104,14 +104,14 @@ def demo_cases(options: DemoOptions, count_tokens: Callable[[str], int], max_tok
             )
         return [Case("question", documents, f"\nQ: {options.question}\nA:")] * (2 if options.quick else 5)
     context = min(512 if options.quick else 4480, max_tokens - 128)  # of which documents fill a little less
-    count = 2 if options.quick else 12
+    count = 2 if options.quick else 8
     kinds = {"record": count, "alias": count // 2}
     cases = [
         case
         for kind, n in kinds.items()
         for case in task_cases(texts, count_tokens, kind=kind, count=n, context_tokens=context)
     ]
-    return cases if texts is not None else [*cases, *question_cases(1 if options.quick else 4)]
+    return cases if texts is not None else [*cases, *question_cases(1 if options.quick else 2)]
 
 
 def measure(options: DemoOptions, store_dir: Path, *, restarted: bool) -> tuple[list[Score], list[Case]]:

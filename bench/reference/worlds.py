@@ -260,6 +260,10 @@ class WorldSampler:
                 ask(*rng.choice(askable))
             elif (statement := world.next_statement()) is not None:
                 say(statement, STATEMENT)
+                if statement.startswith((" Now consider", " Its ")) and rng.random() < 0.6:
+                    # Without these gaps the model learns that an entity is named in the sentence just before.
+                    for _ in range(rng.choice((1, 1, 2, 3, 5))):
+                        say(" " + rng.choice(self._sentences), FILLER)
                 if statement.startswith(" Its ") and rng.random() < 0.25:
                     say(" This is about", STATEMENT)
                     say(f" {world.current}.", ANSWER)
