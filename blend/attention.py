@@ -42,6 +42,8 @@ def causal_attention(
     grouped = queries.view(kv_heads, group, count, dim)
     key_positions = torch.arange(keys.shape[1], device=keys.device)
     bounds = positions.cpu()
+    if window_tokens is None and count and int(bounds[-1] - bounds[0]) + 1 == count > int(bounds[0]):
+        return _dense_attention(queries, keys, values, int(bounds[0]), scale)
     for start in range(0, count, _BLOCK_TOKENS):
         stop = min(start + _BLOCK_TOKENS, count)
         last = int(bounds[stop - 1]) + 1
@@ -60,3 +62,20 @@ def causal_attention(
         )
         out[:, :, start:stop] = attended.view(kv_heads, group, stop - start, -1)
     return out.flatten(0, 1)
+
+
+def _dense_attention(queries: Tensor, keys: Tensor, values: Tensor, first: int, scale: float) -> Tensor:
+    """The same for queries at `first`, `first + 1`, ...: the causal kernel needs no mask, which is twice as fast.
+
+    It aligns its triangle to the first query, so that `first` queries of zeros stand in for the ones not asked for.
+    """
+    last = first + queries.shape[1]
+    attended = F.scaled_dot_product_attention(
+        F.pad(queries, (0, 0, first, 0))[None],
+        keys[None, :, :last],
+        values[None, :, :last],
+        is_causal=True,
+        scale=scale,
+        enable_gqa=True,
+    )
+    return attended[0, :, first:]
