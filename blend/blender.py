@@ -29,7 +29,10 @@ class LayerSource(Protocol):
     """Where the cached KV of a context comes from, one layer at a time."""
 
     def load(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Fill `keys [H, S, D]` and `values [H, S, Dv]` with one layer, placed. Called in order, by one thread."""
+        """Fill `keys [H, N, D]` and `values [H, N, Dv]`: the first N tokens of one layer, placed.
+
+        Called layer by layer, from one other thread. N is all tokens, or the exact ones if the others are all computed.
+        """
         ...
 
 
@@ -132,12 +135,14 @@ class Blender:
         hidden = model.embed(token_ids.to(device)[active])
         attended: list[int] = []
         fresh: list[Tensor] = []
+        needed = exact_tokens if self.recompute_ratio >= 1.0 else total  # what is computed anyway need not be loaded
         with ThreadPoolExecutor(1, thread_name_prefix="kvloom-load") as loader:
-            pending = loader.submit(source.load, 0, keys[0], values[0])
+            pending = loader.submit(source.load, 0, keys[0, :, :needed], values[0, :, :needed])
             for layer in range(layers):
                 pending.result()
                 if layer + 1 < layers:
-                    pending = loader.submit(source.load, layer + 1, keys[layer + 1], values[layer + 1])
+                    ahead = layer + 1
+                    pending = loader.submit(source.load, ahead, keys[ahead, :, :needed], values[ahead, :, :needed])
                 fresh.append(active)
                 attended.append(0)
                 if not len(active):
@@ -148,7 +153,7 @@ class Blender:
                 values[layer][:, active] = v
                 if layer + 1 == layers:
                     break
-                if layer > 0:
+                if layer > 0 and needed == total:
                     tokens = CandidateTokens(active, offsets[active], kv_deviation(k, cached_k, v, cached_v))
                     kept = self._keep(tokens, layer, layers, candidates)
                     if len(kept) < len(active):

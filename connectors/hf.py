@@ -69,7 +69,10 @@ class _StoreSource:
         ]
 
     def load(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        total = keys.shape[1]
         for key, start, positions in self._places:
+            if start >= total:
+                break
             here = slice(start, start + len(positions))
             chunk = self._held.get(key)
             if chunk is not None:

@@ -34,8 +34,8 @@ class Placed:
 
     def load(self, layer: int, keys: Tensor, values: Tensor) -> None:
         self.asked.append(layer)
-        keys.copy_(self.keys[layer])
-        values.copy_(self.values[layer])
+        keys.copy_(self.keys[layer, :, : keys.shape[1]])
+        values.copy_(self.values[layer, :, : values.shape[1]])
 
 
 @dataclass
