@@ -65,7 +65,7 @@ def causal_attention(
 
 
 def _dense_attention(queries: Tensor, keys: Tensor, values: Tensor, first: int, scale: float) -> Tensor:
-    """The same for queries at `first`, `first + 1`, ...: the causal kernel needs no mask, which is twice as fast.
+    """The same for queries at `first`, `first + 1`, ...: the causal kernel needs no mask and is faster.
 
     It aligns its triangle to the first query, so that `first` queries of zeros stand in for the ones not asked for.
     """
