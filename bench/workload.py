@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .passages import load_questions, sentences
-from .reference.worlds import TaskSampler
+from .reference.tasks import TaskSampler
 
 _TEXT_SUFFIXES = (".txt", ".md", ".rst")
 

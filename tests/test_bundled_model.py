@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from kvloom.bench.demo import BUNDLED_MODEL
 from kvloom.bench.passages import load_questions, sentences
 from kvloom.bench.reference.evaluate import answered, encode_task
-from kvloom.bench.reference.worlds import TaskSampler
+from kvloom.bench.reference.tasks import TaskSampler
 
 MAX_BYTES = 16_000_000
 

@@ -4,6 +4,8 @@ import argparse
 import itertools
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kvloom.bench.reference import evaluate, network, train
+from kvloom.bench.reference import evaluate, network, statements, train
 from kvloom.bench.reference.model_card import model_card
+from kvloom.bench.reference.muon import Muon
 from kvloom.bench.reference.ngram import NgramModel
 from kvloom.bench.reference.outliers import export_stressed, inject_outliers, outlier_factors
 from kvloom.bench.reference.tokenizer import save_tokenizer, train_tokenizer
@@ -243,6 +246,70 @@ def test_stressed_export_is_a_whole_model_folder(folder: Path, tmp_path: Path) -
 # ----------------------------------------------------------------------------------------------------- training
 
 
+def test_a_model_starts_with_retrieval_and_binding() -> None:
+    """Untrained, the answer mostly has the largest logit among the values stated; by chance that were 13 of 40."""
+    words = [*statements.name_ends(), *statements.value_beginnings(), "is"]
+    token = {word: 10 + i for i, word in enumerate(words)}
+    others = ["Now", "consider", ".", "Its", "code", "The", "of", "What", "?", "Q", ":", "A", "\n"]
+    token |= {word: 10 + len(words) + i for i, word in enumerate(others)}
+    model = network.Model(network.ModelConfig())
+    names, values = ([token[word] for word in f()] for f in (statements.name_ends, statements.value_beginnings))
+    network.start_near_retrieval(model, 0, names=names, values=values, is_=token["is"])
+    rng, right = random.Random(0), {"fact": 0, "record": 0}
+    for kind in ("fact", "record") * 40:
+        asked = rng.sample(statements.name_ends(), 3)
+        stated = rng.sample([str(n) for n in range(10, 100)], 3)
+        text: list[str] = []
+        for name, value in zip(asked, stated, strict=True):
+            said = f"The code of {name} is" if kind == "fact" else f"Now consider {name} . Its code is"
+            text += [*said.split(), value, "."]
+        text += ["Q", ":", "What", "is", "The", "code", "of", asked[1], "?", "\n", "A", ":"]
+        ids = torch.tensor([[1, *(token[word] for word in text)]])
+        with torch.inference_mode():
+            logits = model(ids, torch.arange(ids.shape[1])[None])[0, -1, [token[value] for value in stated]]
+        right[kind] += int(logits.argmax()) == 1
+    assert min(right.values()) >= 22, right
+
+
+def test_processes_share_the_work_of_muon_and_of_the_gradients(tmp_path: Path) -> None:
+    script = tmp_path / "step.py"
+    script.write_text(_STEP_IN_TWO)
+    subprocess.run([sys.executable, str(script)], check=True, timeout=120)
+    alone = [torch.nn.Parameter(torch.full((4, 6), 0.5)) for _ in range(3)]
+    for i, p in enumerate(alone):
+        p.grad = (_gradient(0, i) + _gradient(1, i)) / 2
+    Muon([{"params": alone}], lr=0.1).step()
+    for rank in range(2):
+        for ours, theirs in zip(alone, torch.load(tmp_path / f"{rank}.pt"), strict=True):
+            torch.testing.assert_close(theirs, ours.data)
+
+
+def _gradient(rank: int, index: int) -> Tensor:
+    return torch.randn(4, 6, generator=torch.Generator().manual_seed(10 * rank + index))
+
+
+_STEP_IN_TWO = """
+import torch
+from pathlib import Path
+from kvloom.bench.reference.muon import Muon
+from kvloom.bench.reference.train import mean_over_processes
+
+folder = Path(__file__).parent
+
+def step(rank):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    parameters = [torch.nn.Parameter(torch.full((4, 6), 0.5)) for _ in range(3)]
+    for i, p in enumerate(parameters):
+        p.grad = torch.randn(4, 6, generator=torch.Generator().manual_seed(10 * rank + i))
+    mean_over_processes(parameters)
+    Muon([{"params": parameters}], lr=0.1).step()
+    torch.save([p.data for p in parameters], folder / f"{rank}.pt")
+
+if __name__ == "__main__":
+    torch.multiprocessing.spawn(step, nprocs=2)
+"""
+
+
 def test_training_learns_resumes_and_exports_the_same_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "train.txt").write_text("\n".join(PARAGRAPHS))
     run, out = tmp_path / "run", tmp_path / "model"
@@ -250,18 +317,19 @@ def test_training_learns_resumes_and_exports_the_same_function(tmp_path: Path, m
         corpus=tmp_path,
         run=run,
         minutes=0.05,
-        layers=2,
+        layers=4,
         batch_tokens=512,
         muon_lr=0.02,
         adam_lr=3e-3,
         seed=0,
         compile=False,
+        processes=1,
     )
     monkeypatch.setattr(train, "stage", lambda progress: train.Stage((64,), 0.5, 0.5, 0.5, 0.3))
-    train.train(args)
+    train.launch(args)
     first = torch.load(run / "checkpoint.pt", weights_only=True)
     args.minutes = 0.1
-    train.train(args)
+    train.launch(args)
     second = torch.load(run / "checkpoint.pt", weights_only=True)
     assert 0 < first["step"] < second["step"]
     assert second["tokens"] > first["tokens"]

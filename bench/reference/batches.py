@@ -10,10 +10,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from .tokenizer import BOS, PAD
-from .worlds import FILLER, WorldSampler
+from .worlds import FILLER, STATEMENT, WorldSampler
 
 MAX_POSITIONS = 32768
-NATURAL = 3  # class of a token beside FILLER, STATEMENT, ANSWER
+NATURAL = 8  # class of a token beside FILLER, STATEMENT and those of ANSWER
 
 
 def split_sentences(paragraphs: list[str]) -> list[str]:
@@ -35,17 +35,20 @@ class Batches:
         self._natural = natural_ids
         self._worlds = WorldSampler(filler_sentences(paragraphs), lambda text: len(text) * 10 // 36 + 1)
 
-    def _world(self, rng: random.Random, tokens: int, alias_share: float) -> tuple[list[int], list[int]]:
-        ids, classes = [BOS], [FILLER]
+    def _world(self, rng: random.Random, tokens: int, alias_share: float) -> tuple[list[int], list[int], list[int]]:
+        """(ids, classes, places where a sentence ends and positions may jump)."""
+        ids, classes, breaks = [BOS], [FILLER], [1]
         segments = self._worlds.sample(rng, int(tokens * 0.95), alias_share)
         encoded = self._tokenizer.encode_batch([text for text, _ in segments], add_special_tokens=False)
-        for (_, kind), encoding in zip(segments, encoded, strict=True):
+        for (text, kind), encoding in zip(segments, encoded, strict=True):
+            if kind in (FILLER, STATEMENT) and text[0] != ".":
+                breaks.append(len(ids))
             ids.extend(encoding.ids)
             classes.extend([kind] * len(encoding.ids))
-        while len(ids) < tokens + 1:
-            ids.append(PAD)
-            classes.append(-1)
-        return ids[: tokens + 1], classes[: tokens + 1]
+        missing = max(0, tokens + 1 - len(ids))
+        ids.extend([PAD] * missing)
+        classes.extend([-1] * missing)
+        return ids[: tokens + 1], classes[: tokens + 1], breaks
 
     def sample(
         self,
@@ -66,17 +69,28 @@ class Batches:
                 ids[row, 0] = BOS
                 ids[row, 1:] = self._natural[start : start + tokens]
                 classes[row] = NATURAL
+                breaks = (np.flatnonzero(ids[row] == self._newline) + 1).tolist()
             else:
-                ids[row], classes[row] = self._world(rng, tokens, alias_share)
+                ids[row], classes[row], breaks = self._world(rng, tokens, alias_share)
             if rng.random() < jump_share:
-                line_ends = np.flatnonzero(ids[row, :tokens] == self._newline)
-                breaks = rng.choices(line_ends.tolist(), k=rng.randint(1, 3)) if len(line_ends) else [1]
-                room = MAX_POSITIONS * 3 // 4 - tokens
-                for place in breaks:
-                    skip = int(math.exp(rng.uniform(0.0, math.log(max(2, room // len(breaks))))))
-                    positions[row, place + 1 :] += skip
+                positions[row] += _jumps(rng, breaks, tokens)
         return torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(classes[:, 1:])
 
     @property
     def _newline(self) -> int:
         return int(self._tokenizer.encode("\n", add_special_tokens=False).ids[0])
+
+
+def _jumps(rng: random.Random, breaks: list[int], tokens: int) -> np.ndarray:
+    """What jumps at half of the sentence ends add to the positions: `[tokens]`.
+
+    Their mean is drawn once for a sequence, so that statements lie at every distance from one another, as between the
+    sentences of long documents, though few tokens stand between them.
+    """
+    skips = np.zeros(tokens, dtype=np.int64)
+    mean = math.exp(rng.uniform(math.log(4), math.log(800)))
+    for place in breaks:
+        if place < tokens and rng.random() < 0.5:
+            skips[place] = int(rng.expovariate(1.0 / mean))
+    added: np.ndarray = np.minimum(skips.cumsum(), MAX_POSITIONS * 3 // 4 - tokens)
+    return added

@@ -25,7 +25,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from ..passages import load_heldout, load_questions, sentences
 from ..report import BenchResult, Metric, mean_difference, paired_bootstrap
 from .ngram import Ids, NgramModel
-from .worlds import Task, TaskSampler
+from .tasks import Task, TaskSampler
 
 SHORTEST_CONTEXT = 512
 WINDOW_TOKENS = 1024  # of the English test, BOS included

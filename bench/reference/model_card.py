@@ -16,7 +16,7 @@ from ..report import write_text
 from .batches import MAX_POSITIONS
 from .corpus import PACKAGES
 from .evaluate import WINDOW_TOKENS
-from .worlds import TaskSampler
+from .tasks import TaskSampler
 
 Json = Mapping[str, Any]
 

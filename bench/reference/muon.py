@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -17,6 +18,18 @@ def _orthogonalise(matrix: Tensor) -> Tensor:
         a = x @ x.mT
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
     return (x.mT if transposed else x).float()
+
+
+def _orthogonalise_shared(stack: Tensor) -> Tensor:
+    """The same of every matrix of a stack `[n, rows, columns]`, a share of them in each process."""
+    if not dist.is_initialized():
+        return _orthogonalise(stack)
+    processes = dist.get_world_size()
+    padded = torch.cat((stack, stack[: -len(stack) % processes]))
+    own = _orthogonalise(padded.chunk(processes)[dist.get_rank()])
+    parts = [torch.empty_like(own) for _ in range(processes)]
+    dist.all_gather(parts, own)
+    return torch.cat(parts)[: len(stack)]
 
 
 class Muon(torch.optim.Optimizer):
@@ -42,5 +55,5 @@ class Muon(torch.optim.Optimizer):
                     buffer.lerp_(p.grad, 1 - group["momentum"])
                     updates.append(p.grad.lerp(buffer, group["momentum"]))
                 scale = max(1.0, shape[0] / shape[1]) ** 0.5
-                for p, update in zip(parameters, _orthogonalise(torch.stack(updates)), strict=True):
+                for p, update in zip(parameters, _orthogonalise_shared(torch.stack(updates)), strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)

@@ -19,7 +19,7 @@ class ModelConfig:
     head_dim: int = 64
     intermediate: int = 512
     vocab: int = VOCAB_SIZE
-    rope_theta: float = 500_000.0
+    rope_theta: float = 10_000_000.0
     norm_eps: float = 1e-5
 
 
@@ -105,16 +105,45 @@ class Model(nn.Module):
         return F.linear(self.norm(x), self.embed_tokens.weight)
 
 
-@torch.no_grad()
-def start_near_retrieval(model: Model, seed: int) -> None:
-    """Initialise heads of layers 0 and 1 as previous-token and induction heads; everything else small and random.
+CIRCUIT = r"layers\.[012]\.[qkvo]_proj"  # the matrices in which `start_near_retrieval` initialises heads
 
-    The residual stream starts out divided: channel 0 is constant, the next ones hold the token itself, and each head of
-    layer 0 has some of its own. Layer 0, head h attends at offset h + 1 (the constant drives q and k, whose phases over
-    the fast RoPE pairs peak there) and writes a projection of the token found into its channels. Layer 1 matches what a
-    query token carries with what key tokens carry, in the slow RoPE pairs where distance hardly rotates, and copies the
-    token found: induction over one and over two tokens, and the value behind a name. Training is free to change all of
-    it.
+
+def _recency(frequencies: Tensor) -> Tensor:
+    """Coefficients of the cosines and of the sines `[2, n]` of a score that falls by the logarithm of the distance."""
+    distance = torch.logspace(0.2, 3.8, 400, dtype=torch.float64)
+    phases = distance[:, None] * frequencies.double()
+    basis = torch.cat((phases.cos(), phases.sin()), 1)
+    score = 40.0 - 4.0 * torch.log1p(distance / 4.0)
+    ridge = torch.eye(basis.shape[1], dtype=torch.float64)
+    coefficients: Tensor = torch.linalg.solve(basis.T @ basis + ridge, basis.T @ score)
+    return coefficients.view(2, -1).float()
+
+
+@torch.no_grad()
+def start_near_retrieval(model: Model, seed: int, *, names: list[int], values: list[int], is_: int) -> None:
+    """Initialise heads of layers 0 to 2 as a retrieval circuit; everything else starts by adding nothing.
+
+    The residual stream starts out divided: channel 0 is constant, 1 marks names, 2 marks values, the next ones hold the
+    token itself, and each head below has some of its own.
+
+    - Layer 0 attends 1, 4 and 6 tokens back (the constant drives q and k, whose phases over some RoPE pairs peak
+      there): the colon after a question then carries the name in question, and the end of an alias statement the other
+      name. Its last head lets a value attend to the last name before it, however far: its entity, as a first guess.
+      Other tokens see there what stands right before them.
+    - Layer 1 matches what a query token carries with what key tokens carry, in the slow RoPE pairs where distance
+      hardly rotates: one head copies what followed the same token before (induction), one finds for a value whether its
+      entity is the alias of another.
+    - Layer 2 copies the value whose entity, or whose other entity, is the name in question, if "is" stands before it.
+
+    Training is free to change all of it. Values are found in layer 2 so that their KV must have passed through a layer
+    behind the one that bound them to their entity, as in deep models: in layer 1 already all KV is exact where fusion
+    computes one layer in full.
+
+    Parameters
+    ----------
+    names : tokens in which a name ends.
+    values : tokens with which a value begins.
+    is_ : the token before a value.
     """
     c = model.c
     g = torch.Generator().manual_seed(seed)
@@ -130,61 +159,75 @@ def start_near_retrieval(model: Model, seed: int) -> None:
     model.norm.weight.fill_(0.08)
     for layer in model.layers:
         for name, weight in layer.named_parameters():
-            if weight.ndim == 2:
-                into_residual = name.startswith(("o_proj", "down_proj"))
-                weight.copy_(
-                    torch.randn(weight.shape, generator=g) * weight.shape[1] ** -0.5 * (std if into_residual else 1.0)
-                )
-    written = 40  # channels that each head of layer 0 writes
-    own = c.hidden - c.heads * written  # channels [1, own) hold the token itself
-    carried = [slice(1, own), *(slice(own + h * written, own + (h + 1) * written) for h in range(c.heads))]
+            if name.startswith(("o_proj", "down_proj")):
+                weight.zero_()
+            elif weight.ndim == 2:
+                weight.copy_(torch.randn(weight.shape, generator=g) * weight.shape[1] ** -0.5)
+    width = 32  # channels that a head writes
+    own = c.hidden - 5 * width
+    itself = slice(3, own)
+    one_before, four_before, six_before, entity, other_entity = (
+        slice(start, start + width) for start in range(own, c.hidden, width)
+    )
     embedding = model.embed_tokens.weight
     embedding.copy_(torch.randn(embedding.shape, generator=g) * std)
-    embedding[:, own:] *= 0.1
-    embedding[:, 0] = 3 * std
-    drive = float((embedding / embedding.square().mean(-1, keepdim=True).sqrt())[:, 0].mean())
+    embedding[:, own:] *= 0.02
+    embedding[:, 1:3] = -3 * std
+    embedding[:, 0] = embedding[names, 1] = embedding[values, 2] = 3 * std
+    drive = 3 * std / float(embedding.square().mean(-1).sqrt().mean())
 
-    first, second = cast("Layer", model.layers[0]), cast("Layer", model.layers[1])
+    first, second, third = (cast("Layer", model.layers[i]) for i in range(3))
     half, group, dim = c.head_dim // 2, c.heads // c.kv_heads, c.head_dim
-    amplitude = torch.tensor([1, 1, 1, 0.8, 0.6, 0.5, 0.4, 0.3, 0.3, 0.2, 0.2, 0.2])
-    fast = len(amplitude)
-    amplitude *= (18.0 * dim**0.5 / float(amplitude.square().sum())) ** 0.5  # a score of 18 at the right offset
-    phases = model.inv_freq[:fast].cpu()
-    first.q_proj.weight.mul_(0.1)
-    first.k_proj.weight.mul_(0.1)
-    first.v_proj.weight.zero_()
-    first.o_proj.weight.zero_()
-    projection = orthonormal(written, own - 1)
+    projection = orthonormal(width, own - 3)
+    first.q_proj.weight.mul_(0.05)
+    first.k_proj.weight.mul_(0.05)
+    near = torch.tensor([0, 1, 2, 4, 6, 8, 10])  # RoPE pairs that tell offsets apart
+    amplitude = torch.tensor([1, 1, 1, 0.7, 0.5, 0.3, 0.2])
+    amplitude *= (30.0 * dim**0.5 / float(amplitude.square().sum())) ** 0.5 / drive  # a score of 30 at the right offset
+    phases = model.inv_freq[near].cpu()
     for kv_head in range(c.kv_heads):
         rows = kv_head * dim
-        first.k_proj.weight[rows : rows + fast, 0] = amplitude / drive
-        first.v_proj.weight[rows : rows + written, carried[0]] = projection
-    for head in range(c.heads):
-        rows, offset = head * dim, head + 1
-        first.q_proj.weight[rows : rows + fast, 0] = amplitude * torch.cos(-offset * phases) / drive
-        first.q_proj.weight[rows + half : rows + half + fast, 0] = amplitude * torch.sin(-offset * phases) / drive
-        first.o_proj.weight[carried[head + 1], rows : rows + written] = torch.eye(written) * std
+        first.k_proj.weight[rows + near, 0] = amplitude
+        first.v_proj.weight[rows : rows + dim] = 0.0
+        first.v_proj.weight[rows : rows + width, itself] = projection
+    for head, (offset, target) in enumerate(((1, one_before), (4, four_before), (6, six_before))):
+        column = head * dim
+        first.q_proj.weight[column + near, 0] = amplitude * torch.cos(-offset * phases)
+        first.q_proj.weight[column + half + near, 0] = amplitude * torch.sin(-offset * phases)
+        first.o_proj.weight[target, column : column + width] = torch.eye(width) * std
+    recent = torch.tensor([3, 5, 7, 9, *range(11, 25)])  # RoPE pairs that tell near from far
+    cosines, sines = _recency(model.inv_freq[recent].cpu()) * dim**0.5 / 5.0 / drive
+    first.k_proj.weight[(c.kv_heads - 1) * dim + recent, 1] = 5.0 / drive
+    first.q_proj.weight[(c.heads - 1) * dim + recent, 2] = cosines
+    first.q_proj.weight[(c.heads - 1) * dim + half + recent, 2] = -sines
+    first.o_proj.weight[entity, (c.heads - 1) * dim :][:, :width] = torch.eye(width) * std
 
-    slow = torch.arange(18, half)
-    channels = torch.cat((slow, slow + half))
-    # (KV head, what its keys carry, what the queries of its group carry): 0 is the token itself, n the nth before.
-    matches = (
-        (0, (1, 2), ((0,), (0, 1))),  # after this token; after these two tokens
-        (1, (2,), ((0,), (4,))),  # two after this token; two after the fourth before, where a question's name ends
-    )
-    for kv_head, key_parts, members in matches:
-        second.q_proj.weight[kv_head * group * dim :][: group * dim] *= 0.3
-        second.k_proj.weight[kv_head * dim :][:dim] *= 0.3
-        compress = [orthonormal(len(channels), written) * 2.5 for _ in key_parts]
-        rows = kv_head * dim
-        for part, matrix in zip(key_parts, compress, strict=True):
-            second.k_proj.weight[rows + channels, carried[part]] = matrix
-        copied = orthonormal(dim, own - 1)
-        second.v_proj.weight[rows : rows + dim] = 0.0
-        second.v_proj.weight[rows : rows + dim, carried[0]] = copied
-        for member, query_parts in enumerate(members):
-            column = (kv_head * group + member) * dim
-            for part, matrix in zip(query_parts, compress, strict=False):
-                second.q_proj.weight[column + channels, carried[part]] = matrix @ projection if part == 0 else matrix
-            second.o_proj.weight[:, column : column + dim] = 0.0
-            second.o_proj.weight[carried[0], column : column + dim] = copied.T * std
+    slow = torch.arange(half - width // 2, half - 1)
+    channels = torch.cat((slow, slow + half))  # the slowest pair is left for a bias
+
+    def match(layer: Layer, kv_head: int, query: slice, key: slice, target: slice) -> None:
+        """Let the first query head of a KV head find keys that carry in `key` what the query carries in `query`."""
+        rows, column = kv_head * dim, kv_head * group * dim
+        copied = orthonormal(dim, own - 3) if target == itself else projection
+        layer.v_proj.weight[rows : rows + dim] = 0.0
+        layer.v_proj.weight[rows : rows + len(copied), itself] = copied
+        written = copied.T if target == itself else torch.eye(width)
+        layer.o_proj.weight[target, column : column + len(copied)] = written * std
+        layer.q_proj.weight[column : column + dim] *= 0.05
+        layer.k_proj.weight[rows : rows + dim] *= 0.05
+        rotation = orthonormal(len(channels), width) * 2.5
+        layer.k_proj.weight[rows + channels, key] = rotation
+        layer.q_proj.weight[column + channels, query] = rotation @ projection if query == itself else rotation
+
+    match(second, 0, itself, one_before, itself)
+    match(second, 1, entity, six_before, other_entity)
+    # Values of layer 1 show the entity, though no head reads it from there yet.
+    second.v_proj.weight[(c.kv_heads - 1) * dim + width :, entity] = 3.0 * torch.eye(width)
+    match(third, 0, four_before, entity, itself)
+    match(third, 1, four_before, other_entity, itself)
+    word = projection @ embedding[is_, itself]
+    for kv_head in range(c.kv_heads):  # a score of about 12 more for keys behind "is"
+        third.q_proj.weight[kv_head * group * dim + half - 1, 0] = 3.0
+        third.k_proj.weight[kv_head * dim + half - 1, one_before] = (
+            12.0 * dim**0.5 / 10.0 * 0.5 * word / word.square().sum()
+        )

@@ -1,4 +1,4 @@
-"""The reference model's tokenizer: byte-level BPE, digits one by one, BOS always first."""
+"""The reference model's tokenizer: byte-level BPE, digits by twos, BOS always first."""
 
 import random
 from collections.abc import Iterator
@@ -9,10 +9,10 @@ from transformers import PreTrainedTokenizerFast
 
 from .worlds import WorldSampler
 
-VOCAB_SIZE = 2560
+VOCAB_SIZE = 3072
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
 PAD, BOS, EOS = range(3)
-_WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def train_tokenizer(paragraphs: list[str], sentences: list[str], *, seed: int = 0) -> Tokenizer:

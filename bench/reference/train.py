@@ -1,40 +1,48 @@
 """Train the reference model: a small `LlamaForCausalLM` with real retrieval heads.
 
-    python -m kvloom.bench.reference.train --corpus DIR --run DIR --minutes 110
+    python -m kvloom.bench.reference.train --corpus DIR --run DIR --minutes 90
 
-Resumable (the run directory holds a checkpoint, its optimiser, its clock), seeded, on a CPU or a GPU; bfloat16
-autocast. `--export FOLDER` writes the newest checkpoint as a Hugging Face folder. What makes it learn in CPU-hours:
+Resumable (the run directory holds a checkpoint, its optimiser, its clock), seeded, on a GPU or on CPU cores, one
+process each; bfloat16 autocast. `--export FOLDER` writes the newest checkpoint as a Hugging
+Face folder. What makes it learn in CPU-hours:
 
-- it starts near a retrieval circuit (`start_near_retrieval`): layer 0 attends to the 1 to 4 tokens before, layer 1
-  matches their content at any distance;
+- it starts near a retrieval circuit (`start_near_retrieval`): layer 0 attends a few tokens back and to the
+  last name, layers 1 and 2 match content at any distance;
 - Muon for matrices, AdamW for embeddings and norms;
-- short sequences first, long ones in the last third, with random jumps of the position ids at line ends so that far
-  positions are trained long before (PoSE, arXiv 2309.10400);
+- short sequences first, long ones last, with random jumps of the position ids at sentence ends so that far positions
+  are trained long before (PoSE, arXiv 2309.10400);
 - separate means of the loss over answers, natural text and the rest, so that neither drowns the others.
 """
 
 import argparse
 import json
+import os
 import random
 import re
+import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from .batches import MAX_POSITIONS, NATURAL, Batches, split_sentences
 from .muon import Muon
-from .network import Model, ModelConfig, start_near_retrieval
+from .network import CIRCUIT, Model, ModelConfig, start_near_retrieval
+from .statements import name_ends, value_beginnings
 from .tokenizer import BOS, EOS, PAD, save_tokenizer, train_tokenizer
 from .worlds import ANSWER, FILLER, STATEMENT
 
 FILLER_WEIGHT, STATEMENT_WEIGHT = 0.05, 0.1  # of their loss, beside 1 for answers
-WARM_UP_STEPS = 600
+WARM_UP_STEPS = 300
+CIRCUIT_LR_RATIO = 0.3  # of Muon's rate, for the initialised heads: the full one washes them out before they are used
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,25 +67,33 @@ class Stage:
 
 def stage(progress: float) -> Stage:
     """The curriculum: binding first, then language, then length."""
-    if progress < 0.40:
-        return Stage((256,), 0.2, 0.2, 0.2, 0.15)
-    if progress < 0.78:
-        return Stage((256, 512, 1024), 0.35, 0.35, 0.4, 0.3)
-    return Stage((512, 1024, 2048, 4608), 0.4, 0.6, 0.3, 0.3)
+    if progress < 0.35:
+        return Stage((256,), 0.2, 0.3, 0.5, 0.25)
+    if progress < 0.65:
+        return Stage((256, 512, 1024), 0.4, 0.6, 0.5, 0.25)
+    return Stage((512, 1024, 2048, 4608), 0.45, 1.0, 0.3, 0.25)
 
 
-def circuit_lr_ratio(progress: float) -> float:
-    """Share of Muon's rate for the initialised heads: at the full one it washes them out before anything uses them."""
-    return 0.1 if progress < 0.15 else 0.3
-
-
-def class_losses(logits: Tensor, targets: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean loss of each class `[4]`, share of answer tokens right)."""
+def class_losses(logits: Tensor, targets: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean loss of filler, statements, answers, natural text `[4]`; right tokens and tokens by class `[9]` each)."""
+    classes = classes.flatten()
     flat = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-    masks = torch.stack([(classes.flatten() == kind).float() for kind in range(4)])
+    is_answer = (classes >= min(ANSWER.values())) & (classes <= max(ANSWER.values()))
+    masks = torch.stack([classes == FILLER, classes == STATEMENT, is_answer, classes == NATURAL]).float()
     means = (masks * flat).sum(1) / masks.sum(1).clamp_min(1.0)
-    hits = (logits.argmax(-1).flatten() == targets.flatten()).float() * masks[ANSWER]
-    return means, hits.sum() / masks[ANSWER].sum().clamp_min(1.0)
+    by_class = torch.stack([classes == kind for kind in range(NATURAL + 1)])
+    hits = (logits.argmax(-1).flatten() == targets.flatten()) & by_class
+    return means, hits.sum(1), by_class.sum(1)
+
+
+def mean_over_processes(parameters: Iterable[Tensor]) -> None:
+    """Replace every gradient by its mean over the processes."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 def prepare(corpus: Path, run: Path) -> tuple[Tokenizer, list[str], np.ndarray]:
@@ -97,19 +113,32 @@ def prepare(corpus: Path, run: Path) -> tuple[Tokenizer, list[str], np.ndarray]:
     return tokenizer, paragraphs, np.load(ids_path)
 
 
-def train(args: argparse.Namespace) -> None:
+def train(rank: int, args: argparse.Namespace, rendezvous: str) -> None:
+    """One of `args.processes` processes that train the same model on different batches."""
     run: Path = args.run
-    run.mkdir(parents=True, exist_ok=True)
+    processes: int = args.processes
+    if processes > 1:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=processes)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
+    if rank == 0:
+        prepare(args.corpus, run)
+    if processes > 1:
+        dist.barrier()
     tokenizer, paragraphs, natural_ids = prepare(args.corpus, run)
     batches = Batches(tokenizer, paragraphs, natural_ids)
     config = ModelConfig(layers=args.layers)
     model = Model(config)
-    start_near_retrieval(model, args.seed)
+    names, beginnings = (
+        [tokenizer.encode(f" {word}", add_special_tokens=False).ids[0] for word in words]
+        for words in (name_ends(), value_beginnings())
+    )
+    is_ = tokenizer.encode(" is", add_special_tokens=False).ids[0]
+    start_near_retrieval(model, args.seed, names=names, values=beginnings, is_=is_)
     model.to(device)
     named = dict(model.named_parameters())
-    circuit = [n for n in named if re.match(r"layers\.[01]\.[qkvo]_proj", n)]
+    circuit = [n for n in named if re.match(CIRCUIT, n)]
     matrices = [n for n, p in named.items() if p.ndim == 2 and "embed" not in n and n not in circuit]
     others = [p for n, p in named.items() if p.ndim == 1 or "embed" in n]
     muon = Muon([{"params": [named[n] for n in group]} for group in (matrices, circuit)], lr=args.muon_lr)
@@ -123,7 +152,7 @@ def train(args: argparse.Namespace) -> None:
         adam.load_state_dict(state["adam"])
         elapsed, step, seen = state["elapsed_s"], state["step"], state["tokens"]
 
-    def forward(ids: Tensor, positions: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ids: Tensor, positions: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast(device, dtype=torch.bfloat16):
             logits = model(ids[:, :-1], positions)
         return class_losses(logits, ids[:, 1:], classes)
@@ -134,13 +163,12 @@ def train(args: argparse.Namespace) -> None:
     averages: dict[str, float] = {}
     last_save = last = time.monotonic()
     while elapsed < budget:
-        rng = random.Random(args.seed * 1_000_003 + step)
         progress = elapsed / budget
         now_at = stage(progress)
-        tokens = rng.choice(now_at.lengths)
+        tokens = random.Random(f"{args.seed} {step}").choice(now_at.lengths)
         ids, positions, classes = batches.sample(
-            rng,
-            batch=max(1, args.batch_tokens // tokens),
+            random.Random(f"{args.seed} {step} {rank}"),
+            batch=max(1, args.batch_tokens // processes // tokens),
             tokens=tokens,
             natural_share=now_at.natural_share,
             jump_share=now_at.jump_share,
@@ -150,26 +178,34 @@ def train(args: argparse.Namespace) -> None:
         rate = min(1.0, (step + 1) / WARM_UP_STEPS) * min(1.0, max(0.02, (1.0 - progress) / 0.3))
         for group, lr in zip(
             (*muon.param_groups, *adam.param_groups),
-            (args.muon_lr, args.muon_lr * circuit_lr_ratio(progress), args.adam_lr),
+            (args.muon_lr, args.muon_lr * CIRCUIT_LR_RATIO, args.adam_lr),
             strict=True,
         ):
             group["lr"] = lr * rate
-        means, right = compute(ids, positions, classes)
-        weights = {FILLER: FILLER_WEIGHT, STATEMENT: STATEMENT_WEIGHT, ANSWER: 1.0, NATURAL: now_at.natural_weight}
-        sum((means[kind] * weight for kind, weight in weights.items()), means.new_zeros(())).backward()
+        means, hits, totals = compute(ids, positions, classes)
+        weights = means.new_tensor((FILLER_WEIGHT, STATEMENT_WEIGHT, 1.0, now_at.natural_weight))
+        (means * weights).sum().backward()
+        if processes > 1:
+            mean_over_processes(model.parameters())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         muon.step()
         adam.step()
         model.zero_grad(set_to_none=True)
         step += 1
-        seen += ids.numel()
+        seen += ids.numel() * processes
         now = time.monotonic()
-        elapsed += now - last
+        clock = torch.tensor(now - last)
         last = now
-        values = {"answer": means[ANSWER].item(), "right": right.item(), "natural": means[NATURAL].item()}
+        if processes > 1:
+            dist.broadcast(clock, 0)  # all must see the same progress
+        elapsed += clock.item()
+        values = {kind: (hits[i] / totals[i]).item() for kind, i in ANSWER.items() if totals[i]}
+        if totals[NATURAL]:
+            values["natural"] = means[3].item()
         for name, value in values.items():
-            if value > 0.0:
-                averages[name] = 0.97 * averages.get(name, value) + 0.03 * value
+            averages[name] = 0.97 * averages.get(name, value) + 0.03 * value
+        if rank > 0:
+            continue
         if step % 20 == 0:
             row = {"step": step, "tokens": seen, "minutes": round(elapsed / 60, 1), "length": tokens, **averages}
             log.write(json.dumps(row) + "\n")
@@ -181,6 +217,16 @@ def train(args: argparse.Namespace) -> None:
             torch.save(state, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)
             last_save = now
+
+
+def launch(args: argparse.Namespace) -> None:
+    """Train in as many processes as wanted, until all are done."""
+    args.run.mkdir(parents=True, exist_ok=True)
+    if args.processes == 1:
+        train(0, args, "")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(train, args=(args, f"file://{folder}/rendezvous"), nprocs=args.processes)
 
 
 def export(run: Path, folder: Path) -> None:
@@ -226,11 +272,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, help="folder with train.txt, from corpus.py")
     parser.add_argument("--run", type=Path, required=True, help="run directory: checkpoint, tokenizer, log")
-    parser.add_argument("--minutes", type=float, default=108.0, help="training time, over all resumptions")
+    parser.add_argument("--minutes", type=float, default=42.0, help="training time, over all resumptions")
+    parser.add_argument("--processes", type=int, default=1 if torch.cuda.is_available() else os.cpu_count())
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--batch-tokens", type=int, default=4096)
-    parser.add_argument("--muon-lr", type=float, default=0.02)
-    parser.add_argument("--adam-lr", type=float, default=3e-3)
+    parser.add_argument("--muon-lr", type=float, default=0.003)
+    parser.add_argument("--adam-lr", type=float, default=8e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--export", type=Path, help="write the newest checkpoint to this folder, do not train")
@@ -239,8 +286,10 @@ def main() -> None:
         export(args.run, args.export)
     elif args.corpus is None:
         parser.error("--corpus is needed to train")
+    elif args.layers < 4:
+        parser.error(f"--layers is {args.layers}; the circuit that training starts from takes at least 4")
     else:
-        train(args)
+        launch(args)
 
 
 if __name__ == "__main__":

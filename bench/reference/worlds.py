@@ -1,127 +1,14 @@
-"""Small worlds of stated facts, hidden in real text: what the reference model learns, and what it is tested on.
+"""Small worlds of stated facts, hidden in real text: what the reference model learns to retrieve and to bind from."""
 
-Three kinds of statement, each with a question whose answer is known:
-
-- fact     ` The code of Falcon is 4821.`
-- record   ` Now consider Alice.` ... ` Its code is 4821.`: the second sentence is worthless without the first;
-           when they stand in two documents, the KV of the second depends on the first, which is what separates
-           the ways of fusing independently cached chunks.
-- alias    ` Falcon is the alias of Alice.` and ` The code of Falcon is 4821.`, asked about Alice: two hops.
-
-`WorldSampler` makes training sequences (many statements, many questions); `TaskSampler` makes test tasks: documents
-of natural text with statements in them, one question, one answer, over names never seen in training.
-"""
-
-import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from .statements import ATTRIBUTES, alias, consider, draw_names, draw_value, fact, its, question
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
-
-
-_ONSETS = _words("b d f g k l m n p r s t v z")
-_VOWELS = _words("a e i o u")
-_CODAS = ("", "", "n", "r", "l")
-_PLAIN_NAMES = _words(
-    "Alice Bruno Clara David Elena Felix Grace Henry Irene Jonas Karen Louis Maria Nadia Oscar Paula Quinn Robert "
-    "Sarah Thomas Ursula Victor Wendy Xavier Yvonne Zoltan Anton Bella Cyrus Diana Edgar Fiona Gustav Helen Igor "
-    "Julia Kevin Laura Martin Nora Oliver Peter Rita Simon Tanya Ulrich Vera Walter Falcon Tiger Raven Otter Panda "
-    "Cobra Eagle Lynx Bison Heron Viper Koala Badger Comet Nova Orion Vega Titan Atlas Delta Sigma Omega Quartz "
-    "Amber Cedar Maple Willow Storm Frost Ember Flint Shadow Mercury Saturn Neptune Apollo Hermes Juno Pluto"
-)
-
-NUMERIC_ATTRIBUTES: dict[str, int] = {"code": 4, "number": 4, "badge": 4, "year": 4, "key": 4, "room": 3, "age": 2}
-WORD_ATTRIBUTES: dict[str, tuple[str, ...]] = {
-    name: _words(values)
-    for name, values in {
-        "city": "Paris London Berlin Madrid Rome Vienna Oslo Dublin Athens Cairo Tokyo Delhi Lima Boston Chicago "
-        "Prague",
-        "color": "red blue green yellow black white brown orange purple pink gray silver gold violet",
-        "animal": "cat dog horse sheep goat bear wolf fox lion mouse rabbit snake whale shark duck swan",
-        "job": "doctor lawyer farmer baker painter singer writer pilot sailor teacher nurse judge miner tailor",
-        "drink": "water tea coffee milk juice wine beer cider cocoa soda rum lemonade",
-        "metal": "iron copper zinc lead nickel steel bronze brass tin cobalt chrome platinum",
-        "fruit": "apple pear plum cherry lemon grape peach mango melon banana fig olive",
-        "sport": "tennis football hockey golf boxing chess rugby rowing skating cycling fencing archery",
-        "language": "French German Spanish Italian Greek Latin Arabic Polish Dutch Danish Finnish Turkish",
-        "tool": "hammer saw drill knife axe file wrench chisel spade brush needle ladder",
-    }.items()
-}
-ATTRIBUTES = (*NUMERIC_ATTRIBUTES, *WORD_ATTRIBUTES)
-
-
-def is_held_out(name: str) -> bool:
-    """One invented name in eight is kept for tests: no training sequence contains it."""
-    return hashlib.blake2b(name.encode(), digest_size=2).digest()[0] % 8 == 0
-
-
-def invent_name(rng: random.Random, *, held_out: bool) -> str:
-    while True:
-        syllables = 2 if rng.random() < 0.9 else 3
-        name = "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(syllables))
-        name = name.capitalize()
-        if name not in _PLAIN_NAMES and is_held_out(name) == held_out:
-            return name
-
-
-def draw_names(rng: random.Random, count: int, *, held_out: bool) -> list[str]:
-    """`count` different names: invented ones, and in training a third of plain ones."""
-    names: dict[str, None] = {}
-    while len(names) < count:
-        plain = not held_out and rng.random() < 0.33
-        names[rng.choice(_PLAIN_NAMES) if plain else invent_name(rng, held_out=held_out)] = None
-    return list(names)
-
-
-def draw_value(rng: random.Random, attribute: str) -> str:
-    digits = NUMERIC_ATTRIBUTES.get(attribute)
-    if digits is None:
-        return rng.choice(WORD_ATTRIBUTES[attribute])
-    return str(rng.randrange(10 ** (digits - 1), 10**digits))
-
-
-def fact(attribute: str, name: str, value: str) -> str:
-    return f" The {attribute} of {name} is {value}."
-
-
-def consider(name: str) -> str:
-    return f" Now consider {name}."
-
-
-def its(attribute: str, value: str) -> str:
-    return f" Its {attribute} is {value}."
-
-
-def alias(new_name: str, name: str) -> str:
-    return f" {new_name} is the alias of {name}."
-
-
-def question(attribute: str, name: str) -> str:
-    return f"\nQ: What is the {attribute} of {name}?\nA:"
-
-
-def reverse_question(attribute: str, value: str) -> str:
-    """Asks for the name: in training only, since it makes the tokens of a value carry whose it is."""
-    return f"\nQ: Whose {attribute} is {value}?\nA:"
-
-
-# ------------------------------------------------------------------------------------------------- training
-
-FILLER, STATEMENT, ANSWER = 0, 1, 2  # what a segment of a training sequence is; the loss weighs them differently
-
-
-@dataclass(frozen=True, slots=True)
-class Mixture:
-    """Shares of one training sequence."""
-
-    fact: float
-    record: float
-    alias: float
-    filler_ratio: float
-    question_ratio: float
+FILLER, STATEMENT = 0, 1  # what a segment of a training sequence is; the loss weighs them differently
+ANSWER = {"fact": 2, "record": 3, "alias": 4, "about": 5, "link": 6, "copy": 7}  # answers, by what must be understood
+FOCUS_SHARES = {"fact": 0.15, "record": 0.45, "mixed": 0.2}  # of the worlds; the others are mostly aliases
 
 
 @dataclass(slots=True)
@@ -129,68 +16,73 @@ class _World:
     """What has been said so far, and therefore may be asked."""
 
     rng: random.Random
-    mixture: Mixture
+    shares: dict[str, float]  # of the kinds of statement
     attributes: list[str]
     names: list[str]
-    answers: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)  # (attribute, name) -> value, kind
-    alias_of: dict[str, str] = field(default_factory=dict)  # new name -> name
-    pending: list[str] = field(default_factory=list)  # sentences of an unfinished alias pair
-    current: str | None = None
-
-    def _free_pair(self) -> tuple[str, str] | None:
-        for _ in range(8):
-            pair = (self.rng.choice(self.attributes), self.rng.choice(self.names))
-            if pair not in self.answers and pair[1] not in self.alias_of:
-                return pair
-        return None
+    finish: float  # chance that the next statement is the other half of an alias begun before
+    values: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)  # (attribute, name) -> value, kind
+    links: list[tuple[str, str]] = field(default_factory=list)  # (new name, name), stated
+    pending: list[tuple[str, str, str, str, bool]] = field(default_factory=list)  # half-stated aliases
+    current: str | None = None  # the entity of a record
+    owner: str | None = None  # whose value has just been stated, where that takes understanding
 
     def next_statement(self) -> str | None:
+        """None where nothing new could be found to say."""
+        rng, self.owner = self.rng, None
+        if self.pending and rng.random() < self.finish:
+            return self.finish_alias()
+        kind = rng.choices(list(self.shares), list(self.shares.values()))[0]
+        return self._record() if kind == "record" else self._fact_or_alias(kind)
+
+    def _record(self) -> str | None:
         rng = self.rng
-        if self.pending and rng.random() < 0.45:
-            return self.pending.pop(0)
-        mixture = self.mixture
-        kind = rng.choices(("fact", "record", "alias"), (mixture.fact, mixture.record, mixture.alias))[0]
-        if kind == "record":
-            said = [a for a in self.attributes if (a, self.current) in self.answers]
-            if self.current is None or len(said) == len(self.attributes) or rng.random() < 0.3:
-                fresh = [n for n in self.names if n != self.current and n not in self.alias_of]
-                self.current = rng.choice(fresh)
-                return consider(self.current)
-            attribute = rng.choice(self.attributes)
-            if (attribute, self.current) in self.answers:
-                return None
-            value = draw_value(rng, attribute)
-            self.answers[attribute, self.current] = (value, "record")
-            return its(attribute, value)
-        pair = self._free_pair()
-        if pair is None:
+        unsaid = [a for a in self.attributes if (a, self.current) not in self.values]
+        if self.current is None or not unsaid or rng.random() < 0.45:
+            self.current = rng.choice([n for n in self.names if n != self.current])
+            return consider(self.current)
+        attribute = rng.choice(unsaid)
+        value = draw_value(rng, attribute)
+        self.values[attribute, self.current] = (value, "record")
+        self.owner = self.current
+        return its(attribute, value)
+
+    def _fact_or_alias(self, kind: str) -> str | None:
+        rng = self.rng
+        attribute, name = rng.choice(self.attributes), rng.choice(self.names)
+        if (attribute, name) in self.values:
             return None
-        attribute, name = pair
         value = draw_value(rng, attribute)
         if kind == "fact":
-            self.answers[attribute, name] = (value, "fact")
+            self.values[attribute, name] = (value, "fact")
             return fact(attribute, name, value)
         new_name = draw_names(rng, 1, held_out=False)[0]
-        if new_name in self.names or new_name in self.alias_of:
+        if new_name in self.names or any(name in pair or new_name in pair for pair in self.links):
             return None
-        self.alias_of[new_name] = name
-        first, second = alias(new_name, name), fact(attribute, new_name, value)
-        if rng.random() < 0.35:
-            first, second = second, first
-        self.pending.append(second)
-        self.answers[attribute, name] = (value, f"alias:{second}")
-        return first
+        if any(name in half or new_name in half for half in self.pending):
+            return None
+        alias_first = rng.random() < 0.75
+        self.pending.append((new_name, name, attribute, value, alias_first))
+        return self._link(new_name, name) if alias_first else self._value(new_name, attribute, value)
 
-    def askable(self) -> list[tuple[str, str, str]]:
-        return [
-            (attribute, name, value)
-            for (attribute, name), (value, kind) in self.answers.items()
-            if not (kind.startswith("alias:") and kind[6:] in self.pending)
-        ]
+    def _link(self, new_name: str, name: str) -> str:
+        self.links.append((new_name, name))
+        return alias(new_name, name)
+
+    def _value(self, new_name: str, attribute: str, value: str) -> str:
+        self.values[attribute, new_name] = (value, "fact")
+        return fact(attribute, new_name, value)
+
+    def finish_alias(self) -> str:
+        new_name, name, attribute, value, alias_first = self.pending.pop(self.rng.randrange(len(self.pending)))
+        self.values[attribute, name] = (value, "alias")
+        if alias_first:
+            self.owner = name
+            return self._value(new_name, attribute, value)
+        return self._link(new_name, name)
 
 
 class WorldSampler:
-    """Training sequences as (text, kind) segments, `kind` one of FILLER, STATEMENT, ANSWER.
+    """Training sequences as (text, class) segments, the class one of FILLER, STATEMENT and the values of ANSWER.
 
     Parameters
     ----------
@@ -200,167 +92,109 @@ class WorldSampler:
 
     def __init__(self, sentences: Sequence[str], count_tokens: Callable[[str], int]) -> None:
         self._sentences = sentences
+        self._short_sentences = [s for s in sentences if len(s) < 90] or sentences
         self._count_tokens = count_tokens
 
-    def _mixture(self, rng: random.Random, tokens: int, alias_share: float) -> Mixture:
-        filler = rng.choice((0.0, 0.15, 0.3, 0.5) if tokens <= 256 else (0.0, 0.3, 0.6, 0.8, 0.9))
-        questions = rng.choice((0.2, 0.3, 0.4))
-        focus = rng.random()
-        if focus < 0.10:
-            return Mixture(1.0, 0.0, 0.0, filler, questions)
-        if focus < 0.60:
-            return Mixture(0.1, 0.9, 0.0, filler, questions)
-        if focus < 0.60 + alias_share:
-            return Mixture(0.15, 0.05, 0.8, filler, questions)
-        return Mixture(0.4, 0.35, 0.25, filler, questions)
+    def _world(self, rng: random.Random, tokens: int, alias_share: float) -> _World:
+        draw = rng.random() / (1 - alias_share) * sum(FOCUS_SHARES.values())
+        shares = {"fact": 0.1, "record": 0.0, "alias": 0.9}
+        for focus, share in FOCUS_SHARES.items():
+            if draw < share:
+                shares = {"fact": 0.3, "record": 0.4, "alias": 0.3}
+                if focus != "mixed":
+                    shares = {kind: 0.9 if kind == focus else 0.1 * (kind == "fact") for kind in shares}
+                break
+            draw -= share
+        return _World(
+            rng,
+            shares,
+            rng.sample(ATTRIBUTES, rng.choice((1, 1, 1, 2, 3))),
+            draw_names(rng, rng.randint(3, 6 + tokens // 100), held_out=False),
+            finish=rng.choice((0.15, 0.4, 0.8)),
+        )
 
-    def sample(self, rng: random.Random, tokens: int, alias_share: float = 0.35) -> list[tuple[str, int]]:
-        """One sequence of at least `tokens` tokens (the caller cuts)."""
-        mixture = self._mixture(rng, tokens, alias_share)
-        attributes = rng.sample(ATTRIBUTES, rng.choice((1, 1, 2, 3, 5)))
-        names = draw_names(rng, rng.randint(3, 6 + tokens // 100), held_out=False)
-        world = _World(rng, mixture, attributes, names)
+    def sample(self, rng: random.Random, tokens: int, alias_share: float = 0.2) -> list[tuple[str, int]]:
+        """One sequence of at least `tokens` tokens (the caller cuts); `alias_share` of them are mostly aliases."""
+        world = self._world(rng, tokens, alias_share)
+        question_ratio = rng.choice((0.2, 0.3, 0.4))
+        # Mean number of sentences between two statements. Without gaps a model learns that an entity is always named
+        # in the sentence just before.
+        gap = rng.choice((0.0, 0.3, 1.0, 2.0) if tokens <= 256 else (0.3, 1.0, 3.0, 8.0, 16.0))
+        filler = self._short_sentences if tokens <= 256 else self._sentences
         segments: list[tuple[str, int]] = []
         used = 0
         copy_source: str | None = None
+        asked: set[tuple[str, str]] = set()
 
         def say(text: str, kind: int) -> None:
             nonlocal used
             segments.append((text, kind))
             used += self._count_tokens(text)
 
-        def ask(attribute: str, name: str, value: str) -> None:
-            direct = world.answers[attribute, name][1] in ("fact", "record")
-            if direct and value.isdigit() and rng.random() < 0.25:
-                say(reverse_question(attribute, value), STATEMENT)
-                say(f" {name}.", ANSWER)
-            else:
+        def answer(text: str, kind: str) -> None:
+            say(f" {text}", ANSWER[kind])
+            say(".\n" if rng.random() < 0.5 else ".", FILLER)
+
+        def ask() -> None:
+            """Once each: the second time the answer could be copied from the first."""
+            if unasked := [pair for pair in world.values if pair not in asked]:
+                attribute, name = rng.choice(unasked)
+                asked.add((attribute, name))
+                value, kind = world.values[attribute, name]
                 say(question(attribute, name), STATEMENT)
-                say(f" {value}.", ANSWER)
-            if rng.random() < 0.5:
-                say("\n", FILLER)
+                answer(value, kind)
+
+        def ask_back() -> None:
+            """Questions that make tokens carry what the others need of them: whose a value is, who an alias is."""
+            if world.links and rng.random() < 0.7:
+                new_name, name = rng.choice(world.links)
+                if rng.random() < 0.5:
+                    say(f"\nQ: Who is the alias of {name}?\nA:", STATEMENT)
+                    answer(new_name, "link")
+                else:
+                    say(f"\nQ: Whose alias is {new_name}?\nA:", STATEMENT)
+                    answer(name, "link")
+            else:
+                (attribute, name), (value, kind) = rng.choice(list(world.values.items()))
+                if kind != "alias" and value.isdigit():
+                    say(f"\nQ: Whose {attribute} is {value}?\nA:", STATEMENT)
+                    answer(name, "link")
 
         final_questions = rng.randint(2, 4 + tokens // 128)
-        body_tokens = tokens - 22 * final_questions
+        body_tokens = tokens - 20 * final_questions
         while used < body_tokens:
             draw = rng.random()
-            if draw < mixture.filler_ratio:
-                if rng.random() < 0.25:
-                    say("\n", FILLER)
-                else:
-                    say(" " + rng.choice(self._sentences), FILLER)
-            elif draw < mixture.filler_ratio + 0.03:
+            if draw < 0.02:
                 if copy_source is None:
-                    copy_source = " " + " ".join(draw_names(rng, rng.randint(4, 8), held_out=False)) + ";"
-                    say(copy_source, FILLER)
+                    copy_source = " ".join(draw_names(rng, rng.randint(3, 6), held_out=False))
+                    say(f" {copy_source};", FILLER)
                 else:
-                    say(copy_source, ANSWER)
+                    answer(copy_source, "copy")
                     copy_source = None
-            elif rng.random() < mixture.question_ratio and (askable := world.askable()):
-                ask(*rng.choice(askable))
-            elif (statement := world.next_statement()) is not None:
-                say(statement, STATEMENT)
-                if statement.startswith((" Now consider", " Its ")) and rng.random() < 0.6:
-                    # Without these gaps the model learns that an entity is named in the sentence just before.
-                    for _ in range(rng.choice((1, 1, 2, 3, 5))):
-                        say(" " + rng.choice(self._sentences), FILLER)
-                if statement.startswith(" Its ") and rng.random() < 0.25:
-                    say(" This is about", STATEMENT)
-                    say(f" {world.current}.", ANSWER)
-            else:
-                names.extend(draw_names(rng, 2, held_out=False))
-                world.names = [n for n in dict.fromkeys(names) if n not in world.alias_of]
-        for statement in world.pending:
+                continue
+            if world.values and draw < question_ratio:
+                if rng.random() < 0.3:
+                    ask_back()
+                else:
+                    ask()
+                if rng.random() < 0.7:
+                    continue
+            statement = world.next_statement()
+            if statement is None:
+                world.names.extend(draw_names(rng, 2, held_out=False))
+                continue
             say(statement, STATEMENT)
-        world.pending.clear()
-        askable = world.askable()
-        for attribute, name, value in rng.sample(askable, min(len(askable), final_questions)):
-            ask(attribute, name, value)
+            if world.owner is not None and rng.random() < 0.4:
+                say(" This is about", STATEMENT)
+                answer(world.owner, "about")
+            for _ in range(int(rng.expovariate(1.0) * gap + rng.random())):
+                say(" " + rng.choice(filler), FILLER)
+            if rng.random() < 0.1:
+                say("\n", FILLER)
+        while world.pending:
+            say(world.finish_alias(), STATEMENT)
+        for _ in range(final_questions):
+            ask()
         while used < tokens:
-            say(" " + rng.choice(self._sentences), FILLER)
+            say(" " + rng.choice(filler), FILLER)
         return segments
-
-
-# ---------------------------------------------------------------------------------------------------- tests
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """One question over documents. `answer` is the exact text that must follow `question`, without its full stop."""
-
-    kind: str
-    documents: tuple[str, ...]
-    question: str
-    answer: str
-
-
-class TaskSampler:
-    """Test tasks over held-out names and natural text.
-
-    Parameters
-    ----------
-    sentences : natural sentences to hide the statements in, taken in order from a random start.
-    count_tokens : tokens in a text.
-    """
-
-    KINDS = ("needle", "needle8", "record", "alias")
-
-    def __init__(self, sentences: Sequence[str], count_tokens: Callable[[str], int]) -> None:
-        if not sentences:
-            raise ValueError("sentences is empty: tasks need natural text to hide their statements in")
-        self._sentences = sentences
-        self._count_tokens = count_tokens
-
-    def _document(self, rng: random.Random, statements: Sequence[str], tokens: int) -> str:
-        """Natural sentences filling `tokens` tokens, the statements spread among them in their order."""
-        budget = tokens - sum(self._count_tokens(s) for s in statements) - 1
-        start = rng.randrange(len(self._sentences))
-        body: list[str] = []
-        while budget > 0:
-            sentence = " " + self._sentences[(start + len(body)) % len(self._sentences)]
-            budget -= self._count_tokens(sentence)
-            if budget < 0 and body:
-                break
-            body.append(sentence)
-        places = sorted(rng.randrange(len(body) + 1) for _ in statements)
-        for shift, (place, statement) in enumerate(zip(places, statements, strict=True)):
-            body.insert(place + shift, statement)
-        return "".join(body) + "\n"
-
-    def sample(self, rng: random.Random, kind: str, *, context_tokens: int, num_documents: int = 8) -> Task:
-        """One task whose documents hold about `context_tokens` tokens together.
-
-        `needle` and `needle8` state 1 and 8 facts. `record` names an entity in every document but the last and
-        states its attribute in the next one, so that every answer needs two documents. `alias` states the aliases in
-        the first half of the documents and the facts in the second half.
-        """
-        if kind not in self.KINDS:
-            raise ValueError(f"kind is {kind!r}; expected one of {', '.join(self.KINDS)}")
-        if num_documents < 2:
-            raise ValueError(f"num_documents is {num_documents}; expected at least 2")
-        attribute = rng.choice([a for a, digits in NUMERIC_ATTRIBUTES.items() if digits == 4])
-        statements: list[list[str]] = [[] for _ in range(num_documents)]
-        asked: list[tuple[str, str]] = []
-        if kind in ("needle", "needle8"):
-            for name in draw_names(rng, 1 if kind == "needle" else 8, held_out=True):
-                value = draw_value(rng, attribute)
-                statements[rng.randrange(num_documents)].append(fact(attribute, name, value))
-                asked.append((name, value))
-        elif kind == "record":
-            names = draw_names(rng, num_documents - 1, held_out=True)
-            for i, name in enumerate(names):
-                value = draw_value(rng, attribute)
-                statements[i].append(consider(name))
-                statements[i + 1].append(its(attribute, value))
-                asked.append((name, value))
-        else:
-            half = num_documents // 2
-            names = draw_names(rng, 2 * half, held_out=True)
-            for i, (name, new_name) in enumerate(zip(names[:half], names[half:], strict=True)):
-                value = draw_value(rng, attribute)
-                statements[i].append(alias(new_name, name))
-                statements[half + i].append(fact(attribute, new_name, value))
-                asked.append((name, value))
-        name, value = rng.choice(asked)
-        documents = tuple(self._document(rng, s, context_tokens // num_documents) for s in statements)
-        return Task(kind, documents, question(attribute, name), value)
