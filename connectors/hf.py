@@ -144,14 +144,24 @@ class TransformersConnector:
     def encode_document(self, document: str) -> list[int]:
         """Token ids of one document, ended by the separator, without BOS.
 
+        A document is data: what looks like a special token in it is plain text (in the separator and the question,
+        which are the application's own, it is not).
+
         Raises
         ------
         ValueError : the document is empty, or longer than the model's context.
         """
         if not document.strip():
             raise ValueError("a document is empty; leave it out")
-        text = document if document.endswith(self._separator) else document + self._separator
-        ids = self.encode_question(text)
+        end_ids = self.encode_question(self._separator)
+        if set(end_ids).isdisjoint(self.tokenizer.all_special_ids):
+            end_ids = []  # as plain text, whose tokens may merge with the document's
+            if not document.endswith(self._separator):
+                document += self._separator
+        ids: list[int] = self.tokenizer(
+            document, add_special_tokens=False, split_special_tokens=True, verbose=False
+        ).input_ids
+        ids += end_ids
         if len(ids) + len(self.lead_ids) >= self.layers.max_tokens:
             raise ValueError(
                 f"a document has {len(ids)} tokens, the model's context {self.layers.max_tokens}; split it: "

@@ -226,6 +226,19 @@ def test_precompute_skips_dedups_and_counts(rag: TransformersConnector) -> None:
     assert rag.store.stats().tiers[0].puts == 4
 
 
+def test_a_document_cannot_smuggle_in_special_tokens(model: PreTrainedModel) -> None:
+    tokenizer = make_tokenizer(bos=True)
+    special = tokenizer.bos_token_id
+    text = f"Before {tokenizer.bos_token} after {tokenizer.bos_token}"
+    rag = connect(model)
+    assert special not in rag.encode_document(text)
+    assert special in rag.encode_question(text)
+    separated = connect(model, separator=tokenizer.bos_token)
+    ids = separated.encode_document(text)
+    assert ids.count(special) == 1
+    assert ids[-1] == special
+
+
 def test_precompute_adds_a_missing_separator_only(rag: TransformersConnector) -> None:
     rag.precompute(DOCUMENTS[:1])
     assert rag.precompute([DOCUMENTS[0] + "\n"]) == Precomputed(0, 1, 0)
