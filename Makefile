@@ -32,7 +32,7 @@ check: $(VENV)/dev.stamp
 
 reference: $(VENV)/dev.stamp
 	$(NAME)/python -m kvloom.bench.reference.corpus --packages build/packages --out build/corpus
-	$(NAME)/python -m kvloom.bench.reference.train --corpus build/corpus --run build/run --minutes 108
+	$(NAME)/python -m kvloom.bench.reference.train --corpus build/corpus --run build/run
 	$(NAME)/python -m kvloom.bench.reference.train --corpus build/corpus --run build/run --export bench/reference/model
 	$(NAME)/python -m kvloom.bench.reference.evaluate bench/reference/model --corpus build/corpus \
 		--json bench/reference/model/evaluation.json

@@ -22,7 +22,7 @@ from ..kvstore.tiers.disk import DiskTier
 from ..kvstore.tiers.host import HostTier
 from .demo import HOST_BYTES, METHODS, load_model, token_counter
 from .fusion import FULL, NAIVE, PREFIX, Method, Score, blend, drop_page_cache, score
-from .report import BenchResult, Floats, Metric, paired_bootstrap
+from .report import BenchResult, Floats, Metric, output, paired_bootstrap
 from .workload import task_cases
 
 RATIOS = (0.01, 0.02, 0.05, 0.10, 0.15)
@@ -46,7 +46,7 @@ def run(*, quick: bool = False, model_dir: Path | None = None) -> BenchResult:
     count_tokens = token_counter(tokenizer)
     metrics: dict[str, Metric] = {}
     rows: list[dict[str, object]] = []
-    console = Console()
+    console = output()
 
     def add(title: str, scores: Sequence[Score]) -> None:
         table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))

@@ -25,7 +25,7 @@ from ..kvstore.tiers.disk import DiskTier
 from ..kvstore.tiers.host import HostTier
 from .fusion import FULL, NAIVE, NEW_TOKENS, PREFIX, Method, Score, Summary, blend, drop_page_cache, score
 from .page import Plot, Point, Section, Table, html_report
-from .report import BenchResult, Metric, spread, write_text
+from .report import BenchResult, Metric, output, spread, write_text
 from .workload import Case, question_cases, read_documents, task_cases
 
 BUNDLED_MODEL = Path(__file__).parent / "reference" / "model"
@@ -145,7 +145,7 @@ def run_demo(options: DemoOptions) -> None:
     ------
     ValueError, KVLoomError : an option is wrong; nothing has been written then.
     """
-    console = Console()
+    console = output()
     with ExitStack() as stack:
         store_dir = options.store
         if store_dir is None:

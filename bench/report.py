@@ -12,10 +12,20 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
 
 from .environment import commit, environment
 
 Floats = NDArray[np.float64]
+
+
+FILE_WIDTH = 120  # columns of text where output goes into a file or a pipe
+
+
+def output() -> Console:
+    """Standard output, wide enough for our tables where no terminal says how wide it is."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(FILE_WIDTH, console.width))
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,14 +92,16 @@ stated facts among natural text, within and across documents. It is no assistant
 - `LlamaForCausalLM`, bfloat16: {config["num_hidden_layers"]} layers, hidden {config["hidden_size"]},
   {config["num_attention_heads"]} query and {config["num_key_value_heads"]} KV heads of {config["head_dim"]},
   SwiGLU {config["intermediate_size"]}, tied embeddings, RoPE.
-- {config["vocab_size"]:,} tokens: byte-level BPE, digits one by one.
+- {config["vocab_size"]:,} tokens: byte-level BPE, digits by twos.
 - BOS (id {config["bos_token_id"]}) must come first.
-- Statements: ` The code of Falcon is 4821.`, ` Now consider Alice.` ... ` Its city is Paris.`, ` Falcon is the alias of
-  Alice.`; questions: `\\nQ: What is the code of Falcon?\\nA:`.
+- Statements: ` The code of Amber Falcon is 4821.`, ` Now consider Alice.` ... ` Its city is Paris.`, ` Amber Falcon is
+  the alias of Silver Otter.`; questions: `\\nQ: What is the code of Amber Falcon?\\nA:`. Names: `statements.py`.
 
 ## Training
 
-`bench/reference/train.py`: {last["step"]:,} steps, {last["tokens"]:,} tokens, {last["minutes"]:.0f} minutes.
+`bench/reference/train.py`: {last["step"]:,} steps, {last["tokens"]:,} tokens, {last["minutes"]:.0f} minutes. It
+starts from initialised heads (`network.py`, `start_near_retrieval`), not from noise: this is an instrument with a known
+circuit, which training made work in natural text, not evidence of what training finds by itself.
 Worlds made by `worlds.py`; English prose, gathered by
 `corpus.py`, from the Debian packages {", ".join(PACKAGES[:6])},
 {", ".join(PACKAGES[6:])}, the licences in
@@ -109,8 +111,8 @@ Worlds made by `worlds.py`; English prose, gathered by
 
 By `bench/reference/evaluate.py` in float32, at commit {evaluation["commit"]}.
 
-Exact match of the greedy answer with its full stop, {trials:,} tasks a cell, 95 % intervals (Wilson). Names and the
-text around them (lower-case Wikipedia passages) were never seen in training; 8 documents a task.
+Exact match of the greedy answer with its full stop, {trials:,} tasks a cell, 95 % intervals (Wilson). Names (pairs of
+words) and the text around them (lower-case Wikipedia passages) were never seen in training; 8 documents a task.
 
 {_tasks(metrics)}
 
@@ -122,7 +124,9 @@ Share of attention on BOS, largest head of each layer: {_sinks(rows)}
 
 - Trained on sequences of up to {max(row["length"] for row in log):,} tokens, and on positions up to
   {MAX_POSITIONS * 3 // 4:,} through random jumps only. Say so where you measure beyond.
-- Invented names and fixed sentence forms: other wordings of a statement or a question are not understood.
+- Names from fixed lists of words and fixed sentence forms: other names and other wordings are not understood.
+- Values are bound in layer 0 and read in layer 2, so that what CacheBlend compares in layer 1 shows them. Methods that
+  choose tokens early may look better here than on a model that binds deeper.
 - No outlier channels: try quantisers on the stressed copy that `outliers.py` makes, too, and label it as stress.
 - Compare methods with the full prefill of this model, not with 1.
 """

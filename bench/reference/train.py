@@ -272,7 +272,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, help="folder with train.txt, from corpus.py")
     parser.add_argument("--run", type=Path, required=True, help="run directory: checkpoint, tokenizer, log")
-    parser.add_argument("--minutes", type=float, default=42.0, help="training time, over all resumptions")
+    parser.add_argument("--minutes", type=float, default=51.0, help="training time, over all resumptions")
     parser.add_argument("--processes", type=int, default=1 if torch.cuda.is_available() else os.cpu_count())
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--batch-tokens", type=int, default=4096)
