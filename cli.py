@@ -62,6 +62,27 @@ def _output_file(path: Path | None) -> Path | None:
     return path
 
 
+def _parts(text: str) -> list[str]:
+    """Items of a comma-separated list."""
+    return [part.strip() for part in text.split(",")]
+
+
+def _number(text: str, name: str, example: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} is {text!r}; expected {example}, or several of the kind with commas between"
+        ) from error
+
+
+def _share(text: str) -> float:
+    """`"5%"` is 0.05."""
+    if not text.endswith("%"):
+        raise ValueError(f"capacity is {text!r}; expected a percentage such as 5%")
+    return _number(text.removesuffix("%"), "capacity", "a percentage such as 5%") / 100
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"kvloom {__version__}")
@@ -121,6 +142,45 @@ def bench(
         raise TypeError(f"benchmark {name} returned {type(result).__name__}; expected BenchResult")
     if json:
         result.write(json)
+
+
+@app.command()
+def simulate(
+    trace: Annotated[Path, typer.Argument(metavar="TRACE.jsonl", help="Requests as JSON lines, in Mooncake's format.")],
+    capacity: Annotated[
+        str, typer.Option(metavar="SHARES", help="Capacities, in % of the bytes of all different blocks.")
+    ] = "2%,5%,10%,25%",
+    codec_ratio: Annotated[
+        str, typer.Option(metavar="RATIOS", help="How many times smaller a codec makes a block.")
+    ] = "1",
+    policy: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Only these beside lru and default; default: all.")
+    ] = None,
+    json: JsonFile = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            "--report",
+            "--plot",
+            metavar="FILE",
+            callback=_output_file,
+            help="Draw hit ratios (.svg, or .html with tables).",
+        ),
+    ] = None,
+) -> None:
+    """Replay a recorded trace: hit ratios by eviction policy, capacity and codec ratio."""
+    from .bench.simulate import SimulateOptions, simulate
+    from .kvstore.policy import POLICIES
+
+    options = SimulateOptions(
+        trace=trace,
+        capacity_ratios=[_share(text) for text in _parts(capacity)],
+        codec_ratios=[_number(text, "codec ratio", "4") for text in _parts(codec_ratio)],
+        policies=list(POLICIES) if policy is None else _parts(policy),
+        json=json,
+        report=report,
+    )
+    simulate(options)
 
 
 @app.command()

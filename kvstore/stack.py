@@ -1,4 +1,6 @@
-"""Encoded chunks in a stack of tiers, fastest first: what is where, what goes when a tier is full, and where it goes.
+"""Encoded chunks in a stack of tiers, fastest first: what is where, and where it goes when a tier is full.
+
+What goes then is for the eviction policy of the tier to say (`policy.py`).
 
 Faults of tiers end here: they are counted, logged at most once a minute for each tier, and turned into "not found" or
 into a `TierError` for who wanted to write.
@@ -9,13 +11,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol, TypeAlias, runtime_checkable
 
 from ..core import ChunkKey, EncodedChunk, Tier
 from ..errors import ChunkCorruptError, CodecError, TierError, TierFullError, TierUnavailableError
+from .policy import EvictionPolicy
 from .stats import TierStats
 
 logger = logging.getLogger(__name__)
@@ -38,25 +41,37 @@ class Level:
 
     Attributes
     ----------
-    recency : keys in the tier, least recently used first.
+    policy : orders `keys` for eviction.
+    keys : keys in the tier, least recently written first, each with the key of the chunk that it continues, if known.
+    leaving : keys that a thread is about to evict, so that another thread picks another victim.
     """
 
-    def __init__(self, tier: Tier) -> None:
+    def __init__(self, tier: Tier, policy: EvictionPolicy) -> None:
         self.tier = tier
-        self.recency: OrderedDict[ChunkKey, None] = OrderedDict.fromkeys(tier)
+        self.policy = policy
+        self.keys: dict[ChunkKey, ChunkKey | None] = {}
+        self.leaving: set[ChunkKey] = set()
         self.counts: Counter[str] = Counter()
         self.warned_at_s = float("-inf")
+        found = list(tier)
+        for key in found:
+            self.add(key, tier.used_bytes // len(found), None)
+
+    def add(self, key: ChunkKey, nbytes: int, after: ChunkKey | None) -> None:
+        self.keys.pop(key, None)
+        self.keys[key] = after
+        self.policy.add(key, nbytes, after)
 
 
 class TierStack:
     """Moves encoded chunks between tiers. Every method may be called from any thread; I/O runs outside the lock.
 
-    Writing or removing a key in a tier and in its level's `recency` is one step under the key's stripe, a lock that
-    1/64 of all keys share. Stripes are taken before the lock and never within one another.
+    Writing or removing a key in a tier and in its level's `keys` is one step under the key's stripe, a lock that 1/64
+    of all keys share. Stripes are taken before the lock and never within one another.
     """
 
-    def __init__(self, tiers: Sequence[Tier]) -> None:
-        self.levels = [Level(tier) for tier in tiers]
+    def __init__(self, tiers: Sequence[Tier], policy: Callable[[], EvictionPolicy]) -> None:
+        self.levels = [Level(tier, policy()) for tier in tiers]
         self._lock = threading.Lock()
         self._stripes = [threading.Lock() for _ in range(_STRIPES)]
         self._pins: Counter[ChunkKey] = Counter()
@@ -65,14 +80,14 @@ class TierStack:
         """How many leading keys are in some tier."""
         with self._lock:
             for count, key in enumerate(keys):
-                if not any(key in level.recency for level in self.levels):
+                if not any(key in level.keys for level in self.levels):
                     return count
         return len(keys)
 
     def locate(self, key: ChunkKey) -> int | None:
         """Index of the fastest tier that holds the chunk."""
         with self._lock:
-            return next((index for index, level in enumerate(self.levels) if key in level.recency), None)
+            return next((index for index, level in enumerate(self.levels) if key in level.keys), None)
 
     @contextmanager
     def pinned(self, keys: Iterable[ChunkKey]) -> Iterator[None]:
@@ -88,13 +103,13 @@ class TierStack:
                     if not self._pins[key]:
                         del self._pins[key]
 
-    def put(self, key: ChunkKey, blob: EncodedChunk, *, everywhere: bool) -> None:
+    def put(self, key: ChunkKey, blob: EncodedChunk, after: ChunkKey | None, *, everywhere: bool) -> None:
         """Writes to every tier, or to the first that takes the chunk; raises the last `TierError` if none does."""
         refusal: TierError | None = None
         stored = False
         for index, level in enumerate(self.levels):
             try:
-                self.insert(index, key, blob)
+                self.insert(index, key, blob, after)
             except TierError as exc:
                 refusal = exc
                 self._refused(level, exc)
@@ -118,9 +133,9 @@ class TierStack:
         """Copies a chunk to the next tier that takes it, unless a slower tier has it already."""
         slower = range(index + 1, len(self.levels))
         with self._lock:
-            if not slower or any(key in self.levels[i].recency for i in slower):
+            if not slower or any(key in self.levels[i].keys for i in slower):
                 return
-        blob, _ = self.fetch(self.levels[index], key, whole(key))
+        blob, _ = self.fetch(self.levels[index], key, whole(key), is_use=False)
         if blob is None:
             return
         for i in slower:
@@ -132,8 +147,11 @@ class TierStack:
                 self.count(self.levels[index], demotions=1)
                 return
 
-    def insert(self, index: int, key: ChunkKey, blob: EncodedChunk) -> None:
-        """Puts into one tier, evicting until the chunk fits; raises `TierError` if it cannot be done."""
+    def insert(self, index: int, key: ChunkKey, blob: EncodedChunk, after: ChunkKey | None = None) -> None:
+        """Puts into one tier, evicting until the chunk fits; raises `TierError` if it cannot be done.
+
+        If `after` is None, the key continues what it does in any tier.
+        """
         level = self.levels[index]
         capacity_bytes = level.tier.capacity_bytes
         while True:
@@ -141,21 +159,27 @@ class TierStack:
                 with self._stripe(key):
                     level.tier.put(key, blob)
                     with self._lock:
-                        level.recency[key] = None
-                        level.recency.move_to_end(key)
+                        known = (other.keys.get(key) for other in self.levels)
+                        level.add(key, blob.nbytes, after or next(filter(None, known), None))
                 break
             except TierFullError as exc:
                 hopeless = capacity_bytes is not None and exc.needed_bytes > capacity_bytes
-                if hopeless or not self._evict(index, spare=key):
+                if hopeless or not self._evict(index, key, after):
                     raise
         self.count(level, puts=1, bytes_written=blob.nbytes)
 
-    def fetch(self, level: Level, key: ChunkKey, fetch: Fetch) -> tuple[EncodedChunk | None, str | None]:
-        """What one tier holds, or why it cannot be read (`corrupt`, `unavailable`); (None, None) if it has nothing."""
+    def fetch(
+        self, level: Level, key: ChunkKey, fetch: Fetch, *, is_use: bool = True
+    ) -> tuple[EncodedChunk | None, str | None]:
+        """What one tier holds, or why it cannot be read (`corrupt`, `unavailable`); (None, None) if it has nothing.
+
+        `is_use`: the policy of the tier is told.
+        """
         with self._lock:
-            if key not in level.recency:
+            if key not in level.keys:
                 return None, None
-            level.recency.move_to_end(key)
+            if is_use:
+                level.policy.touch(key)
         try:
             blob = fetch(level.tier)
         except ChunkCorruptError as exc:
@@ -168,25 +192,29 @@ class TierStack:
             with self._stripe(key):
                 if key not in level.tier:  # rather than evicted and put again since
                     with self._lock:
-                        level.recency.pop(key, None)
+                        if key in level.keys:
+                            del level.keys[key]
+                            level.policy.remove(key)
         return blob, None
 
-    def remove(self, level: Level, key: ChunkKey, *, unless_pinned: bool = False) -> bool:
-        """Deletes from one tier; whether this call did it.
+    def remove(self, level: Level, key: ChunkKey, *, for_space: bool = False) -> bool:
+        """Deletes from one tier, if it is for space then only what is not pinned; whether this call did it.
 
-        The key leaves `recency` first, under the lock: who pins it later does not count on this copy.
+        The key leaves `keys` first, under the lock: who pins it later does not count on this copy.
         """
         with self._stripe(key):
             with self._lock:
-                if key not in level.recency or (unless_pinned and self._pins[key]):
+                if key not in level.keys or (for_space and self._pins[key]):
                     return False
-                del level.recency[key]
+                after = level.keys.pop(key)
             try:
                 level.tier.delete(key)
             except TierError:
                 with self._lock:
-                    level.recency[key] = None
+                    level.keys[key] = after
                 raise
+            with self._lock:
+                level.policy.remove(key, evicted=for_space)
             return True
 
     def discard(self, level: Level, key: ChunkKey, exc: CodecError) -> None:
@@ -205,7 +233,7 @@ class TierStack:
     def stats(self) -> tuple[TierStats, ...]:
         with self._lock:
             return tuple(
-                TierStats(tier.name, tier.used_bytes, tier.capacity_bytes, len(level.recency), **level.counts)
+                TierStats(tier.name, tier.used_bytes, tier.capacity_bytes, len(level.keys), **level.counts)
                 for level in self.levels
                 for tier in [level.tier]
             )
@@ -216,7 +244,7 @@ class TierStack:
             tier = level.tier
             if isinstance(tier, ChecksItself):
                 problems += tier.check()
-            stray = set(tier) ^ level.recency.keys()
+            stray = set(tier) ^ level.keys.keys()
             problems += [f"tier {tier.name!r} and the store disagree about chunk {key.hex()}" for key in stray]
             if tier.capacity_bytes is not None and tier.used_bytes > tier.capacity_bytes:
                 problems.append(f"tier {tier.name!r} uses {tier.used_bytes} bytes of {tier.capacity_bytes}")
@@ -226,17 +254,29 @@ class TierStack:
         for level in self.levels:
             level.tier.close()
 
-    def _evict(self, index: int, *, spare: ChunkKey) -> bool:
-        """Removes the least recently used chunk of a tier, after demoting it; False if there is none to remove."""
+    def _evict(self, index: int, key: ChunkKey, after: ChunkKey | None) -> bool:
+        """Makes room for `key` by removing a chunk that is not pinned, after demoting it; False if there is none.
+
+        What `key` continues goes only if nothing else can, as what another thread is about to evict.
+        """
         level = self.levels[index]
+
+        def may_go(other: ChunkKey) -> bool:
+            return other != key and other in level.keys and not self._pins[other]
+
         with self._lock:
-            victim = next((key for key in level.recency if key != spare and not self._pins[key]), None)
+            victim = level.policy.victim(lambda other: other not in level.leaving and other != after and may_go(other))
+            victim = victim or next(filter(may_go, (*level.leaving, *([] if after is None else [after]))), None)
             if victim is None:
                 return False
-            level.recency.move_to_end(victim)  # so that another thread picks another victim
-        self.demote(index, victim)
-        if self.remove(level, victim, unless_pinned=True):
-            self.count(level, evictions=1)
+            level.leaving.add(victim)
+        try:
+            self.demote(index, victim)
+            if self.remove(level, victim, for_space=True):
+                self.count(level, evictions=1)
+        finally:
+            with self._lock:
+                level.leaving.discard(victim)
         return True
 
     def _refused(self, level: Level, exc: TierError) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Self
@@ -15,6 +15,7 @@ from ..compress.raw import RawCodec
 from ..core import ChunkKey, Codec, EncodedChunk, KVChunk, ReadsLayers, Tier
 from ..errors import CodecError, SpecMismatchError, TierError, TierUnavailableError
 from .keys import KEY_BYTES
+from .policy import EvictionPolicy, policy_factory
 from .stack import Fetch, TierStack, whole
 from .stats import StoreStats
 
@@ -22,10 +23,10 @@ from .stats import StoreStats
 class KVStore:
     """Keeps chunks in tiers and finds them again.
 
-    A chunk found in a slower tier is promoted to the first. A tier that is full evicts its least recently used chunk
-    that is not pinned; the victim is demoted to the next tier that takes it. Corrupt chunks and failing tiers are
-    misses, counted by `stats` and logged. Every method may be called from any thread; encoding, decoding and I/O run
-    outside the locks of the store.
+    A chunk found in a slower tier is promoted to the first. A tier that is full evicts the chunk that its policy names
+    among those that are not pinned; the victim is demoted to the next tier that takes it. Corrupt chunks and failing
+    tiers are misses, counted by `stats` and logged. Every method may be called from any thread; encoding, decoding and
+    I/O run outside the locks of the store.
 
     Parameters
     ----------
@@ -35,10 +36,12 @@ class KVStore:
     write_through : `put` writes every tier, so that a killed process loses nothing of what `put` has returned for, as
         far as a tier that survives it took the chunk. Otherwise `put` writes the first tier that takes the chunk, and
         the others get it by demotion, on eviction and on `close`.
+    policy : what goes when a tier is full: a name from `policy.POLICIES`, or what makes an `EvictionPolicy`. Each tier
+        gets one of its own.
 
     Raises
     ------
-    ValueError : no tiers, or two of one name.
+    ValueError : no tiers, or two of one name; no policy of that name.
     """
 
     def __init__(
@@ -48,23 +51,29 @@ class KVStore:
         codec: Codec | None = None,
         codecs: Sequence[Codec] = (),
         write_through: bool = True,
+        policy: str | Callable[[], EvictionPolicy] = "default",
     ) -> None:
         if not tiers or len({tier.name for tier in tiers}) < len(tiers):
             raise ValueError(f"tiers are {[tier.name for tier in tiers]}; expected at least one, with different names")
         self._codec: Codec = RawCodec() if codec is None else codec
         self._codecs: dict[str, Codec] = {known.name: known for known in (RawCodec(), *codecs, self._codec)}
         self._write_through = write_through
-        self._stack = TierStack(tiers)
+        self._stack = TierStack(tiers, policy_factory(policy))
         self._lock = threading.Lock()  # of the counters below
         self._misses: Counter[str] = Counter()
         self._background_errors = 0
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvloom-prefetch")
         self._closed = False
 
-    def put(self, key: ChunkKey, chunk: KVChunk) -> None:
+    def put(self, key: ChunkKey, chunk: KVChunk, *, after: ChunkKey | None = None) -> None:
         """Encodes and stores a whole chunk; afterwards the caller may overwrite its tensors.
 
         A tier that cannot take the chunk is passed over and counted, as long as another takes it.
+
+        Parameters
+        ----------
+        after : key of the chunk that this one continues (its predecessor among `prefix_keys`). A hint for eviction: a
+            chunk is useless once its prefix is gone. It need not be stored.
 
         Raises
         ------
@@ -78,7 +87,7 @@ class KVStore:
             raise ValueError(f"key is {key!r}; expected {KEY_BYTES} bytes made by prefix_keys or content_key")
         if len(chunk.keys) != chunk.spec.num_layers:
             raise SpecMismatchError(f"chunk has {len(chunk.keys)} layers; expected all {chunk.spec.num_layers}")
-        self._stack.put(key, self._codec.encode(chunk), everywhere=self._write_through)
+        self._stack.put(key, self._codec.encode(chunk), after, everywhere=self._write_through)
 
     def get(self, key: ChunkKey, positions: Tensor | None = None) -> KVChunk | None:
         """The chunk, read-only, or None; a chunk found in a slower tier is promoted to the first.
@@ -98,6 +107,8 @@ class KVStore:
     def get_layers(self, key: ChunkKey, start: int, stop: int, positions: Tensor | None = None) -> KVChunk | None:
         """Layers `[start, stop)` of the chunk, read-only, or None; promotes nothing.
 
+        A chunk read layer by layer counts as used once, with its first layer.
+
         Raises
         ------
         ValueError : the range is empty, or the chunk has no such layers.
@@ -115,7 +126,7 @@ class KVStore:
                 raise ValueError(f"layers are [{start}, {stop}); chunk {key.hex()} has fewer")
             return blob
 
-        found = self._lookup(key, fetch, positions)
+        found = self._lookup(key, fetch, positions, is_use=start == 0)
         return None if found is None else found[2]
 
     def match(self, keys: Sequence[ChunkKey]) -> int:
@@ -178,7 +189,7 @@ class KVStore:
             self._closed = True
         self._background.shutdown(wait=True, cancel_futures=True)
         if not self._write_through:
-            for key in list(self._stack.levels[0].recency):
+            for key in list(self._stack.levels[0].keys):
                 self._stack.demote(0, key)
         self._stack.close()
 
@@ -189,13 +200,13 @@ class KVStore:
         self.close()
 
     def _lookup(
-        self, key: ChunkKey, fetch: Fetch, positions: Tensor | None
+        self, key: ChunkKey, fetch: Fetch, positions: Tensor | None, *, is_use: bool = True
     ) -> tuple[int, EncodedChunk, KVChunk] | None:
         """Index of the tier that had the chunk, what it held, and that decoded; None for a miss, which is counted."""
         self._expect_open()
         reason = "absent"
         for index, level in enumerate(self._stack.levels):
-            blob, fault = self._stack.fetch(level, key, fetch)
+            blob, fault = self._stack.fetch(level, key, fetch, is_use=is_use)
             reason = fault or reason
             if blob is None:
                 continue

@@ -1,6 +1,7 @@
 """What every implementation of a protocol must do: subclass, give the fixture, done."""
 
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from kvloom.core import ChunkKey, Codec, EncodedChunk, KVChunk, KVSpec, ReadsLayers, RopeSpec, Tier
 from kvloom.errors import CodecError, SpecMismatchError, TierFullError, TierUnavailableError
+from kvloom.kvstore.policy import EvictionPolicy
 
 ROPE = RopeSpec(inv_freq=tuple(10000.0 ** -(i / 4) for i in range(4)))
 SPEC = KVSpec("tiny@1", num_layers=3, num_kv_heads=2, head_dim=8, dtype=torch.float32, rope=ROPE)
@@ -251,3 +253,50 @@ class TierContract:
         ):
             with pytest.raises(TierUnavailableError):
                 call()
+
+
+class PolicyContract:
+    """Give `make`, which makes an eviction policy."""
+
+    make: Callable[[], EvictionPolicy]
+
+    @pytest.fixture
+    def policy(self) -> EvictionPolicy:
+        return type(self).make()
+
+    def test_is_a_policy(self, policy: EvictionPolicy) -> None:
+        assert isinstance(policy, EvictionPolicy)
+        assert policy.victim(lambda _: True) is None
+
+    def test_asking_changes_nothing_that_is_held(self, policy: EvictionPolicy) -> None:
+        policy.add(make_key(1), 100)
+        assert policy.victim(lambda _: False) is None
+        assert policy.victim(lambda _: True) == policy.victim(lambda _: True) == make_key(1)
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_every_key_goes_exactly_once(self, policy: EvictionPolicy, seed: int) -> None:
+        draw = random.Random(seed)
+        held: set[ChunkKey] = set()
+        for step in range(6000):
+            key = make_key(draw.randrange(400))
+            if key not in held or draw.random() < 0.1:
+                policy.add(key, 100, draw.choice([None, make_key(draw.randrange(400))]))
+                held.add(key)
+            elif draw.random() < 0.1:
+                policy.remove(key)
+                held.remove(key)
+            else:
+                policy.touch(key)
+            if len(held) > 100:
+                pinned = set(draw.sample(sorted(held), 5))
+                victim = policy.victim(lambda key: key not in pinned)  # noqa: B023
+                assert victim in held - pinned, step
+                policy.remove(victim, evicted=True)
+                held.remove(victim)
+        last = draw.choice(sorted(held))
+        assert policy.victim(lambda key: key == last) == last
+        while held:
+            victim = policy.victim(lambda _: True)
+            held.remove(victim)
+            policy.remove(victim, evicted=draw.random() < 0.5)
+        assert policy.victim(lambda _: True) is None
