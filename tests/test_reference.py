@@ -271,15 +271,16 @@ def test_a_model_starts_with_retrieval_and_binding() -> None:
     assert min(right.values()) >= 22, right
 
 
-def test_processes_share_the_work_of_muon_and_of_the_gradients(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("processes", "matrices"), [(2, 3), (3, 1)], ids=["uneven", "fewer matrices than processes"])
+def test_processes_share_the_work_of_muon_and_of_the_gradients(tmp_path: Path, processes: int, matrices: int) -> None:
     script = tmp_path / "step.py"
-    script.write_text(_STEP_IN_TWO)
-    subprocess.run([sys.executable, str(script)], check=True, timeout=120)
-    alone = [torch.nn.Parameter(torch.full((4, 6), 0.5)) for _ in range(3)]
+    script.write_text(_STEP_TOGETHER)
+    subprocess.run([sys.executable, str(script), str(processes), str(matrices)], check=True, timeout=120)
+    alone = [torch.nn.Parameter(torch.full((4, 6), 0.5)) for _ in range(matrices)]
     for i, p in enumerate(alone):
-        p.grad = (_gradient(0, i) + _gradient(1, i)) / 2
+        p.grad = torch.stack([_gradient(rank, i) for rank in range(processes)]).mean(0)
     Muon([{"params": alone}], lr=0.1).step()
-    for rank in range(2):
+    for rank in range(processes):
         for ours, theirs in zip(alone, torch.load(tmp_path / f"{rank}.pt"), strict=True):
             torch.testing.assert_close(theirs, ours.data)
 
@@ -288,17 +289,19 @@ def _gradient(rank: int, index: int) -> Tensor:
     return torch.randn(4, 6, generator=torch.Generator().manual_seed(10 * rank + index))
 
 
-_STEP_IN_TWO = """
+_STEP_TOGETHER = """
+import sys
 import torch
 from pathlib import Path
 from kvloom.bench.reference.muon import Muon
 from kvloom.bench.reference.train import mean_over_processes
 
 folder = Path(__file__).parent
+processes, matrices = map(int, sys.argv[1:])
 
 def step(rank):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    parameters = [torch.nn.Parameter(torch.full((4, 6), 0.5)) for _ in range(3)]
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes)
+    parameters = [torch.nn.Parameter(torch.full((4, 6), 0.5)) for _ in range(matrices)]
     for i, p in enumerate(parameters):
         p.grad = torch.randn(4, 6, generator=torch.Generator().manual_seed(10 * rank + i))
     mean_over_processes(parameters)
@@ -306,7 +309,7 @@ def step(rank):
     torch.save([p.data for p in parameters], folder / f"{rank}.pt")
 
 if __name__ == "__main__":
-    torch.multiprocessing.spawn(step, nprocs=2)
+    torch.multiprocessing.spawn(step, nprocs=processes)
 """
 
 

@@ -25,7 +25,7 @@ def _orthogonalise_shared(stack: Tensor) -> Tensor:
     if not dist.is_initialized():
         return _orthogonalise(stack)
     processes = dist.get_world_size()
-    padded = torch.cat((stack, stack[: -len(stack) % processes]))
+    padded = torch.cat((stack, stack.new_zeros(-len(stack) % processes, *stack.shape[1:])))
     own = _orthogonalise(padded.chunk(processes)[dist.get_rank()])
     parts = [torch.empty_like(own) for _ in range(processes)]
     dist.all_gather(parts, own)
