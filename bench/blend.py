@@ -22,7 +22,7 @@ from ..kvstore.tiers.disk import DiskTier
 from ..kvstore.tiers.host import HostTier
 from .demo import HOST_BYTES, METHODS, load_model, token_counter
 from .fusion import FULL, NAIVE, PREFIX, Method, Score, blend, drop_page_cache, score
-from .report import BenchResult, Floats, Metric, output, paired_bootstrap
+from .report import BenchResult, Floats, Metric, output, paired_bootstrap, share_of_gap
 from .workload import task_cases
 
 RATIOS = (0.01, 0.02, 0.05, 0.10, 0.15)
@@ -139,8 +139,7 @@ def _named(scores: Sequence[Score], name: str) -> Score:
 
 
 def _gap(naive: Floats, full: Floats, other: Floats) -> float:
-    gap = float(full.mean() - naive.mean())
-    return float(other.mean() - naive.mean()) / gap if gap > 0 else math.nan
+    return share_of_gap(float(naive.mean()), float(full.mean()), float(other.mean()))
 
 
 def gap_closed(scores: Sequence[Score], other: Score) -> Metric:

@@ -28,6 +28,11 @@ def output() -> Console:
     return console if console.is_terminal else Console(width=max(FILE_WIDTH, console.width))
 
 
+def share_of_gap(low: float, high: float, value: float) -> float:
+    """How far `value` is on the way from `low` (0) to `high` (1); NaN if there is no way to go."""
+    return (value - low) / (high - low) if high > low else math.nan
+
+
 @dataclass(frozen=True, slots=True)
 class Metric:
     """One figure.

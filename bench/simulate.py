@@ -21,7 +21,7 @@ from rich.table import Table as ScreenTable
 from ..kvstore.policy import POLICIES
 from .page import Plot, Point, Section, Table, html_report
 from .replay import belady_hits, read_trace, replay
-from .report import BenchResult, Metric, write_text
+from .report import BenchResult, Metric, output, share_of_gap, write_text
 
 BLOCK_BYTES = 1 << 20  # what a block counts for without a codec; any figure gives the same hits
 BOUND = "belady"
@@ -102,7 +102,7 @@ def simulate(options: SimulateOptions) -> BenchResult:
                     rows.append({**row, "hit_ratio": hit_ratio})
     result = BenchResult("simulate", _metrics(hit_ratios), rows)
     tables = _tables(hit_ratios, [*names, BOUND], options)
-    console = Console()
+    console = output()
     console.print(f"{options.trace.name}: {len(requests):,} requests, {references:,} references to {unique:,} blocks")
     for table in tables:
         console.print(table.caption, style="bold")
@@ -115,11 +115,6 @@ def simulate(options: SimulateOptions) -> BenchResult:
     return result
 
 
-def gap_closed(lru: float, bound: float, other: float) -> float:
-    """Share of the way from LRU to the bound; NaN if there is none."""
-    return (other - lru) / (bound - lru) if bound > lru else math.nan
-
-
 def _metrics(hit_ratios: dict[tuple[float, float, str], float]) -> dict[str, Metric]:
     metrics = {}
     gaps = []
@@ -128,7 +123,7 @@ def _metrics(hit_ratios: dict[tuple[float, float, str], float]) -> dict[str, Met
         suffix = f"at_{capacity_ratio:g}" + (f"_codec_{codec_ratio:g}" if codec_ratio != 1 else "")
         metrics[f"hit_ratio_{name}_{suffix}"] = Metric(hit_ratio, unit="share of block references", baseline=lru)
         if name == "default":
-            gaps.append(gap_closed(lru, bound, hit_ratio))
+            gaps.append(share_of_gap(lru, bound, hit_ratio))
             metrics[f"gap_closed_{suffix}"] = Metric(gaps[-1], unit="share", baseline="LRU is 0, belady is 1")
     known = [gap for gap in gaps if math.isfinite(gap)]
     mean = sum(known) / len(known) if known else math.nan
@@ -142,7 +137,7 @@ def _tables(
     for codec_ratio in options.codec_ratios:
         found = {name: [hit_ratios[codec_ratio, c, name] for c in options.capacity_ratios] for name in names}
         rows: list[list[str | float | None]] = [[name, *ratios] for name, ratios in found.items()]
-        gaps = map(gap_closed, found["lru"], found[BOUND], found["default"])
+        gaps = map(share_of_gap, found["lru"], found[BOUND], found["default"])
         rows.append(["gap closed by default", *(gap if math.isfinite(gap) else None for gap in gaps)])
         heads = [f"{capacity_ratio * 100:g} %" for capacity_ratio in options.capacity_ratios]
         tables.append(Table(["policy", *heads], rows, f"hit ratio by capacity, codec ratio {codec_ratio:g}"))

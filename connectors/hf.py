@@ -138,6 +138,9 @@ class TransformersConnector:
             first = tokenizer("").input_ids[:1]
             lead_ids = first if first == [tokenizer.bos_token_id] else []
         self.lead_ids = tuple(lead_ids)
+        # A separator with special tokens is put behind a document as tokens; plain text may merge with the document's.
+        end_ids = self.encode_question(separator)
+        self._special_end = [] if set(end_ids).isdisjoint(tokenizer.all_special_ids) else end_ids
 
     # ------------------------------------------------------------------------------------------------ tokens
 
@@ -153,15 +156,12 @@ class TransformersConnector:
         """
         if not document.strip():
             raise ValueError("a document is empty; leave it out")
-        end_ids = self.encode_question(self._separator)
-        if set(end_ids).isdisjoint(self.tokenizer.all_special_ids):
-            end_ids = []  # as plain text, whose tokens may merge with the document's
-            if not document.endswith(self._separator):
-                document += self._separator
+        if not self._special_end and not document.endswith(self._separator):
+            document += self._separator
         ids: list[int] = self.tokenizer(
             document, add_special_tokens=False, split_special_tokens=True, verbose=False
         ).input_ids
-        ids += end_ids
+        ids += self._special_end
         if len(ids) + len(self.lead_ids) >= self.layers.max_tokens:
             raise ValueError(
                 f"a document has {len(ids)} tokens, the model's context {self.layers.max_tokens}; split it: "

@@ -10,10 +10,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from .tokenizer import BOS, PAD
-from .worlds import FILLER, STATEMENT, WorldSampler
+from .worlds import ANSWER, FILLER, STATEMENT, WorldSampler
 
 MAX_POSITIONS = 32768
-NATURAL = 8  # class of a token beside FILLER, STATEMENT and those of ANSWER
+NATURAL = max(ANSWER.values()) + 1  # class of a token beside FILLER, STATEMENT and those of ANSWER
 
 
 def split_sentences(paragraphs: list[str]) -> list[str]:

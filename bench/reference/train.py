@@ -1,6 +1,6 @@
 """Train the reference model: a small `LlamaForCausalLM` with real retrieval heads.
 
-    python -m kvloom.bench.reference.train --corpus DIR --run DIR --minutes 90
+    python -m kvloom.bench.reference.train --corpus DIR --run DIR
 
 Resumable (the run directory holds a checkpoint, its optimiser, its clock), seeded, on a GPU or on CPU cores, one
 process each; bfloat16 autocast. `--export FOLDER` writes the newest checkpoint as a Hugging
@@ -122,11 +122,11 @@ def train(rank: int, args: argparse.Namespace, rendezvous: str) -> None:
         dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=processes)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
-    if rank == 0:
-        prepare(args.corpus, run)
-    if processes > 1:
-        dist.barrier()
+    if rank > 0:
+        dist.barrier()  # the first process makes the files, the others read them
     tokenizer, paragraphs, natural_ids = prepare(args.corpus, run)
+    if rank == 0 and processes > 1:
+        dist.barrier()
     batches = Batches(tokenizer, paragraphs, natural_ids)
     config = ModelConfig(layers=args.layers)
     model = Model(config)

@@ -9,6 +9,12 @@ from .statements import ATTRIBUTES, alias, consider, draw_names, draw_value, fac
 FILLER, STATEMENT = 0, 1  # what a segment of a training sequence is; the loss weighs them differently
 ANSWER = {"fact": 2, "record": 3, "alias": 4, "about": 5, "link": 6, "copy": 7}  # answers, by what must be understood
 FOCUS_SHARES = {"fact": 0.15, "record": 0.45, "mixed": 0.2}  # of the worlds; the others are mostly aliases
+STATEMENT_SHARES = {  # in a world of each focus
+    "fact": {"fact": 0.9, "record": 0.0, "alias": 0.0},
+    "record": {"fact": 0.1, "record": 0.9, "alias": 0.0},
+    "mixed": {"fact": 0.3, "record": 0.4, "alias": 0.3},
+    "alias": {"fact": 0.1, "record": 0.0, "alias": 0.9},
+}
 
 
 @dataclass(slots=True)
@@ -96,18 +102,12 @@ class WorldSampler:
         self._count_tokens = count_tokens
 
     def _world(self, rng: random.Random, tokens: int, alias_share: float) -> _World:
-        draw = rng.random() / (1 - alias_share) * sum(FOCUS_SHARES.values())
-        shares = {"fact": 0.1, "record": 0.0, "alias": 0.9}
-        for focus, share in FOCUS_SHARES.items():
-            if draw < share:
-                shares = {"fact": 0.3, "record": 0.4, "alias": 0.3}
-                if focus != "mixed":
-                    shares = {kind: 0.9 if kind == focus else 0.1 * (kind == "fact") for kind in shares}
-                break
-            draw -= share
+        others = sum(FOCUS_SHARES.values())
+        focus_shares = [*(share / others * (1 - alias_share) for share in FOCUS_SHARES.values()), alias_share]
+        focus = rng.choices((*FOCUS_SHARES, "alias"), focus_shares)[0]
         return _World(
             rng,
-            shares,
+            STATEMENT_SHARES[focus],
             rng.sample(ATTRIBUTES, rng.choice((1, 1, 1, 2, 3))),
             draw_names(rng, rng.randint(3, 6 + tokens // 100), held_out=False),
             finish=rng.choice((0.15, 0.4, 0.8)),
