@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import NewType, Protocol, runtime_checkable
 
@@ -196,6 +196,33 @@ class EncodedChunk:
         return EncodedChunk(self.codec, tensors, {**self.meta, "first_layer": str(start)}, self.layered)
 
 
+@dataclass(frozen=True, slots=True)
+class ChunkInfo:
+    """What is remembered of a stored chunk beside its bytes. A tier that survives a restart keeps it with the key.
+
+    Attributes
+    ----------
+    after : the chunk that this one continues (its predecessor among `prefix_keys`), stored or not.
+    namespace : whose it is, for quotas; at most 255 bytes of UTF-8.
+    expires_at_s : Unix time from which on it is a miss; None for never.
+    recompute_s : seconds that computing it took, if measured.
+    """
+
+    after: ChunkKey | None = None
+    namespace: str = ""
+    expires_at_s: float | None = None
+    recompute_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A chunk in a tier. `nbytes` is what it takes there."""
+
+    key: ChunkKey
+    nbytes: int
+    info: ChunkInfo
+
+
 @runtime_checkable
 class Codec(Protocol):
     """How a chunk gets smaller. A frozen dataclass; its parameters are stored with the data."""
@@ -228,14 +255,14 @@ class Tier(Protocol):
         """Raises `ChunkCorruptError` or `TierUnavailableError`; read-only."""
         ...
 
-    def put(self, key: ChunkKey, blob: EncodedChunk) -> None:
+    def put(self, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo = ...) -> None:
         """Complete or not at all. Raises `TierFullError` (nothing is changed) or `TierUnavailableError`."""
         ...
 
     def delete(self, key: ChunkKey) -> bool: ...
     def __contains__(self, key: object) -> bool: ...
-    def __iter__(self) -> Iterator[ChunkKey]:
-        """Least recently written first."""
+    def entries(self) -> list[Entry]:
+        """All chunks, least recently written first; reads no payload."""
         ...
 
     def close(self) -> None: ...
@@ -247,6 +274,15 @@ class ReadsLayers(Protocol):
 
     def get_layers(self, key: ChunkKey, start: int, stop: int) -> EncodedChunk | None:
         """Layers `[start, stop)` of a chunk, verified; errors as `Tier.get`."""
+        ...
+
+
+@runtime_checkable
+class ReportsChanges(Protocol):
+    """Optional capability of a tier: other processes write to it, too."""
+
+    def changes(self) -> list[Entry | ChunkKey]:
+        """What others put (an entry) or removed (its key) since the last call, in order; microseconds if nothing."""
         ...
 
 

@@ -24,7 +24,7 @@ class EvictionPolicy(Protocol):
 
         Parameters
         ----------
-        nbytes : of its tensors, encoded; for what a tier held when the store was opened, their mean.
+        nbytes : of its tensors, encoded; for what a tier held when the store was opened, what it takes there.
         after : the chunk that it continues, held or not; None if it continues none, or that is unknown.
         """
         ...

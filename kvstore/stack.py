@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol, TypeAlias, runtime_checkable
 
-from ..core import ChunkKey, EncodedChunk, Tier
+from ..core import ChunkInfo, ChunkKey, EncodedChunk, Tier
 from ..errors import ChunkCorruptError, CodecError, TierError, TierFullError, TierUnavailableError
 from .policy import EvictionPolicy
 from .stats import TierStats
@@ -42,25 +42,24 @@ class Level:
     Attributes
     ----------
     policy : orders `keys` for eviction.
-    keys : keys in the tier, least recently written first, each with the key of the chunk that it continues, if known.
+    keys : keys in the tier, least recently written first, each with what is remembered of the chunk.
     leaving : keys that a thread is about to evict, so that another thread picks another victim.
     """
 
     def __init__(self, tier: Tier, policy: EvictionPolicy) -> None:
         self.tier = tier
         self.policy = policy
-        self.keys: dict[ChunkKey, ChunkKey | None] = {}
+        self.keys: dict[ChunkKey, ChunkInfo] = {}
         self.leaving: set[ChunkKey] = set()
         self.counts: Counter[str] = Counter()
         self.warned_at_s = float("-inf")
-        found = list(tier)
-        for key in found:
-            self.add(key, tier.used_bytes // len(found), None)
+        for entry in tier.entries():
+            self.add(entry.key, entry.nbytes, entry.info)
 
-    def add(self, key: ChunkKey, nbytes: int, after: ChunkKey | None) -> None:
+    def add(self, key: ChunkKey, nbytes: int, info: ChunkInfo) -> None:
         self.keys.pop(key, None)
-        self.keys[key] = after
-        self.policy.add(key, nbytes, after)
+        self.keys[key] = info
+        self.policy.add(key, nbytes, info.after)
 
 
 class TierStack:
@@ -103,13 +102,13 @@ class TierStack:
                     if not self._pins[key]:
                         del self._pins[key]
 
-    def put(self, key: ChunkKey, blob: EncodedChunk, after: ChunkKey | None, *, everywhere: bool) -> None:
+    def put(self, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo, *, everywhere: bool) -> None:
         """Writes to every tier, or to the first that takes the chunk; raises the last `TierError` if none does."""
         refusal: TierError | None = None
         stored = False
         for index, level in enumerate(self.levels):
             try:
-                self.insert(index, key, blob, after)
+                self.insert(index, key, blob, info)
             except TierError as exc:
                 refusal = exc
                 self._refused(level, exc)
@@ -147,24 +146,27 @@ class TierStack:
                 self.count(self.levels[index], demotions=1)
                 return
 
-    def insert(self, index: int, key: ChunkKey, blob: EncodedChunk, after: ChunkKey | None = None) -> None:
+    def insert(self, index: int, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo | None = None) -> None:
         """Puts into one tier, evicting until the chunk fits; raises `TierError` if it cannot be done.
 
-        If `after` is None, the key continues what it does in any tier.
+        If `info` is None, it is what another tier remembers of the chunk.
         """
         level = self.levels[index]
+        if info is None:
+            with self._lock:
+                known = (other.keys.get(key) for other in self.levels)
+                info = next(filter(None, known), ChunkInfo())
         capacity_bytes = level.tier.capacity_bytes
         while True:
             try:
                 with self._stripe(key):
-                    level.tier.put(key, blob)
+                    level.tier.put(key, blob, info)
                     with self._lock:
-                        known = (other.keys.get(key) for other in self.levels)
-                        level.add(key, blob.nbytes, after or next(filter(None, known), None))
+                        level.add(key, blob.nbytes, info)
                 break
             except TierFullError as exc:
                 hopeless = capacity_bytes is not None and exc.needed_bytes > capacity_bytes
-                if hopeless or not self._evict(index, key, after):
+                if hopeless or not self._evict(index, key, info.after):
                     raise
         self.count(level, puts=1, bytes_written=blob.nbytes)
 
@@ -206,12 +208,12 @@ class TierStack:
             with self._lock:
                 if key not in level.keys or (for_space and self._pins[key]):
                     return False
-                after = level.keys.pop(key)
+                info = level.keys.pop(key)
             try:
                 level.tier.delete(key)
             except TierError:
                 with self._lock:
-                    level.keys[key] = after
+                    level.keys[key] = info
                 raise
             with self._lock:
                 level.policy.remove(key, evicted=for_space)
@@ -244,7 +246,7 @@ class TierStack:
             tier = level.tier
             if isinstance(tier, ChecksItself):
                 problems += tier.check()
-            stray = set(tier) ^ level.keys.keys()
+            stray = {entry.key for entry in tier.entries()} ^ level.keys.keys()
             problems += [f"tier {tier.name!r} and the store disagree about chunk {key.hex()}" for key in stray]
             if tier.capacity_bytes is not None and tier.used_bytes > tier.capacity_bytes:
                 problems.append(f"tier {tier.name!r} uses {tier.used_bytes} bytes of {tier.capacity_bytes}")

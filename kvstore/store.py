@@ -12,7 +12,7 @@ from typing import Self
 from torch import Tensor
 
 from ..compress.raw import RawCodec
-from ..core import ChunkKey, Codec, EncodedChunk, KVChunk, ReadsLayers, Tier
+from ..core import ChunkInfo, ChunkKey, Codec, EncodedChunk, KVChunk, ReadsLayers, Tier
 from ..errors import CodecError, SpecMismatchError, TierError, TierUnavailableError
 from .keys import KEY_BYTES
 from .policy import EvictionPolicy, policy_factory
@@ -87,7 +87,7 @@ class KVStore:
             raise ValueError(f"key is {key!r}; expected {KEY_BYTES} bytes made by prefix_keys or content_key")
         if len(chunk.keys) != chunk.spec.num_layers:
             raise SpecMismatchError(f"chunk has {len(chunk.keys)} layers; expected all {chunk.spec.num_layers}")
-        self._stack.put(key, self._codec.encode(chunk), after, everywhere=self._write_through)
+        self._stack.put(key, self._codec.encode(chunk), ChunkInfo(after), everywhere=self._write_through)
 
     def get(self, key: ChunkKey, positions: Tensor | None = None) -> KVChunk | None:
         """The chunk, read-only, or None; a chunk found in a slower tier is promoted to the first.

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvloom.core import ChunkKey, Codec, EncodedChunk, KVChunk, KVSpec, ReadsLayers, RopeSpec, Tier
+from kvloom.core import ChunkInfo, ChunkKey, Codec, EncodedChunk, KVChunk, KVSpec, ReadsLayers, RopeSpec, Tier
 from kvloom.errors import CodecError, SpecMismatchError, TierFullError, TierUnavailableError
 from kvloom.kvstore.policy import EvictionPolicy
 
@@ -62,6 +62,10 @@ def make_blob(seed: int, *, numbers: int = 100) -> EncodedChunk:
         "scale": torch.randn(6, generator=random),
     }
     return EncodedChunk("test", tensors, {"seed": str(seed), "first_layer": "0"}, frozenset({"codes"}))
+
+
+def keys_of(tier: Tier) -> list[ChunkKey]:
+    return [entry.key for entry in tier.entries()]
 
 
 class CodecContract:
@@ -176,7 +180,7 @@ class TierContract:
         raise NotImplementedError
 
     def test_is_a_tier(self, tier: Tier) -> None:
-        assert isinstance(tier, Tier) and tier.name and tier.used_bytes == 0 and list(tier) == []
+        assert isinstance(tier, Tier) and tier.name and tier.used_bytes == 0 and keys_of(tier) == []
 
     def test_absent(self, tier: Tier) -> None:
         assert tier.get(make_key(1)) is None and make_key(1) not in tier and not tier.delete(make_key(1))
@@ -205,12 +209,21 @@ class TierContract:
         tier.put(make_key(1), make_blob(2, numbers=10))
         found = tier.get(make_key(1))
         assert found is not None and same_blob(found, make_blob(2, numbers=10))
-        assert 0 < tier.used_bytes < large_bytes and list(tier) == [make_key(1)]
+        assert 0 < tier.used_bytes < large_bytes and keys_of(tier) == [make_key(1)]
 
     def test_iterates_in_order_of_writing(self, tier: Tier) -> None:
         for number in (5, 3, 9, 5):
             tier.put(make_key(number), make_blob(number))
-        assert list(tier) == [make_key(3), make_key(9), make_key(5)]
+        assert keys_of(tier) == [make_key(3), make_key(9), make_key(5)]
+        assert sum(entry.nbytes for entry in tier.entries()) == tier.used_bytes
+
+    def test_remembers_what_it_is_told_of_a_chunk(self, tier: Tier) -> None:
+        infos = [ChunkInfo(make_key(9), "tenant é", 2e9, 0.25), ChunkInfo(), ChunkInfo(namespace="other")]
+        for number, info in enumerate(infos):
+            tier.put(make_key(number), make_blob(number), info)
+        assert [entry.info for entry in tier.entries()] == infos
+        tier.put(make_key(0), make_blob(0))
+        assert [entry.info for entry in tier.entries()] == [*infos[1:], ChunkInfo()]
 
     def test_full_changes_nothing(self, tier: Tier) -> None:
         tier.put(make_key(0), make_blob(0))
@@ -228,7 +241,7 @@ class TierContract:
         small.put(make_key(1), make_blob(3))  # replacing takes no further space
         assert small.delete(make_key(0))
         small.put(make_key(2), make_blob(2))
-        assert list(small) == [make_key(1), make_key(2)]
+        assert keys_of(small) == [make_key(1), make_key(2)]
         small.close()
 
     def test_layers_are_those_of_the_whole(self, tier: Tier) -> None:

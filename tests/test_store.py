@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvloom.compress.raw import RawCodec
-from kvloom.core import ChunkKey, EncodedChunk, KVChunk
+from kvloom.core import ChunkInfo, ChunkKey, EncodedChunk, KVChunk
 from kvloom.errors import CodecError, SpecMismatchError, TierFullError, TierUnavailableError
 from kvloom.kvstore.format import to_bytes
 from kvloom.kvstore.store import KVStore
@@ -32,6 +32,7 @@ from .contracts import SPEC, make_chunk, make_key, same_chunk
 BLOB = RawCodec().encode(make_chunk(0))
 CHUNK_BYTES = BLOB.nbytes
 FILE_BYTES = len(to_bytes(make_key(0), BLOB))
+NOTHING = ChunkInfo()
 
 
 class FailingTier(HostTier):
@@ -50,11 +51,11 @@ class WatchedTier(HostTier):
 
     on_put: Callable[[], object] | None = None
 
-    def put(self, key: ChunkKey, blob: EncodedChunk) -> None:
+    def put(self, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo = NOTHING) -> None:
         if self.on_put is not None:
             on_put, self.on_put = self.on_put, None
             on_put()
-        super().put(key, blob)
+        super().put(key, blob, info)
 
 
 class RenamedCodec(RawCodec):

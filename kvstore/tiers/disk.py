@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from ...core import ChunkKey, EncodedChunk
+from ...core import ChunkInfo, ChunkKey, EncodedChunk, Entry
 from ...errors import ChunkCorruptError, KVLoomError, TierError, TierFullError, TierUnavailableError
 from ..format import Header, read_chunk, read_header, to_buffers
 
@@ -36,6 +36,7 @@ _FILE_NAME = re.compile("[0-9a-f]{64}")
 _QUARANTINE_FILES = 16
 _CACHED_HEADERS = 256
 _BUFFERS_PER_WRITE = 1024  # IOV_MAX
+_NOTHING = ChunkInfo()
 
 _Fingerprint: TypeAlias = tuple[ChunkKey, int, int]
 
@@ -78,6 +79,7 @@ class DiskTier:
         self.path = Path(path)
         self._lock = threading.Lock()
         self._sizes: OrderedDict[ChunkKey, int] = OrderedDict()
+        self._infos: dict[ChunkKey, ChunkInfo] = {}
         self._headers: OrderedDict[_Fingerprint, Header] = OrderedDict()
         self._used_bytes = 0
         self._reserved_bytes = 0  # of puts between the check of the capacity and the rename
@@ -102,7 +104,7 @@ class DiskTier:
     def get_layers(self, key: ChunkKey, start: int, stop: int) -> EncodedChunk | None:
         return self._read(key, lambda fd: read_chunk(_reader(fd), self._cached_header(fd, key), (start, stop)))
 
-    def put(self, key: ChunkKey, blob: EncodedChunk) -> None:
+    def put(self, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo = _NOTHING) -> None:
         buffers = to_buffers(key, blob)
         size = sum(map(len, buffers))
         with self._lock:
@@ -125,6 +127,7 @@ class DiskTier:
                         incoming.rename(self._file(key))
                         self._used_bytes += size - self._sizes.pop(key, 0)
                         self._sizes[key] = size
+                        self._infos[key] = info
                 except BaseException:
                     incoming.unlink(missing_ok=True)
                     raise
@@ -146,9 +149,9 @@ class DiskTier:
     def __contains__(self, key: object) -> bool:
         return key in self._sizes
 
-    def __iter__(self) -> Iterator[ChunkKey]:
+    def entries(self) -> list[Entry]:
         with self._lock:
-            return iter(list(self._sizes))
+            return [Entry(key, size, self._infos.get(key, _NOTHING)) for key, size in self._sizes.items()]
 
     def check(self) -> list[str]:
         """What is inconsistent, in words; empty if all is well. Compares names and sizes, not payloads."""
@@ -273,6 +276,7 @@ class DiskTier:
 
     def _forget(self, key: ChunkKey) -> None:
         self._used_bytes -= self._sizes.pop(key, 0)
+        self._infos.pop(key, None)
 
     def _write(self, file: Path, buffers: list[memoryview]) -> None:
         fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
 
-from ...core import ChunkKey, EncodedChunk
+from ...core import ChunkInfo, ChunkKey, EncodedChunk, Entry
 from ...errors import TierFullError, TierUnavailableError
+
+_NOTHING = ChunkInfo()
 
 
 class HostTier:
@@ -24,7 +25,7 @@ class HostTier:
         self.name = name
         self.capacity_bytes = capacity_bytes
         self._lock = threading.Lock()
-        self._chunks: OrderedDict[ChunkKey, EncodedChunk] = OrderedDict()
+        self._chunks: OrderedDict[ChunkKey, tuple[EncodedChunk, ChunkInfo]] = OrderedDict()
         self._used_bytes = 0
         self._closed = False
 
@@ -34,46 +35,47 @@ class HostTier:
 
     def get(self, key: ChunkKey) -> EncodedChunk | None:
         self._expect_open()
-        return self._chunks.get(key)
+        found = self._chunks.get(key)
+        return None if found is None else found[0]
 
     def get_layers(self, key: ChunkKey, start: int, stop: int) -> EncodedChunk | None:
         blob = self.get(key)
         return None if blob is None else blob.layers(start, stop)
 
-    def put(self, key: ChunkKey, blob: EncodedChunk) -> None:
+    def put(self, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo = _NOTHING) -> None:
         with self._lock:
             self._expect_open()
             old = self._chunks.get(key)
-            used_bytes = self._used_bytes + blob.nbytes - (0 if old is None else old.nbytes)
+            used_bytes = self._used_bytes + blob.nbytes - (0 if old is None else old[0].nbytes)
             if self.capacity_bytes is not None and used_bytes > self.capacity_bytes:
                 raise TierFullError(
                     f"tier {self.name!r}: {blob.nbytes} bytes do not fit, "
                     f"{self._used_bytes} of {self.capacity_bytes} are used",
                     needed_bytes=blob.nbytes,
                 )
-            self._chunks[key] = blob
+            self._chunks[key] = blob, info
             self._chunks.move_to_end(key)
             self._used_bytes = used_bytes
 
     def delete(self, key: ChunkKey) -> bool:
         with self._lock:
             self._expect_open()
-            blob = self._chunks.pop(key, None)
-            if blob is not None:
-                self._used_bytes -= blob.nbytes
-            return blob is not None
+            found = self._chunks.pop(key, None)
+            if found is not None:
+                self._used_bytes -= found[0].nbytes
+            return found is not None
 
     def __contains__(self, key: object) -> bool:
         return key in self._chunks
 
-    def __iter__(self) -> Iterator[ChunkKey]:
+    def entries(self) -> list[Entry]:
         with self._lock:
-            return iter(list(self._chunks))
+            return [Entry(key, blob.nbytes, info) for key, (blob, info) in self._chunks.items()]
 
     def check(self) -> list[str]:
         """What is inconsistent, in words; empty if all is well."""
         with self._lock:
-            held_bytes = sum(blob.nbytes for blob in self._chunks.values())
+            held_bytes = sum(blob.nbytes for blob, _ in self._chunks.values())
             if held_bytes != self._used_bytes:
                 return [f"tier {self.name!r}: chunks take {held_bytes} bytes, {self._used_bytes} are accounted"]
             return []
