@@ -255,8 +255,11 @@ class Tier(Protocol):
         """Raises `ChunkCorruptError` or `TierUnavailableError`; read-only."""
         ...
 
-    def put(self, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo = ...) -> None:
-        """Complete or not at all. Raises `TierFullError` (nothing is changed) or `TierUnavailableError`."""
+    def put(self, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo = ...) -> int | None:
+        """Complete or not at all. Raises `TierFullError` (nothing is changed) or `TierUnavailableError`.
+
+        Returns what the chunk takes in this tier, in bytes, as `entries` has it; None: about as much as its tensors.
+        """
         ...
 
     def delete(self, key: ChunkKey) -> bool: ...

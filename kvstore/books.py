@@ -1,0 +1,211 @@
+"""What is where in a stack of tiers, until when, and what is pinned: all that is known without asking a tier."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal, TypeAlias
+
+from ..core import ChunkInfo, ChunkKey, Entry, Tier
+from .admission import AdmissionPolicy
+from .level import Held, Level
+from .pins import Pins
+from .policy import EvictionPolicy
+from .quota import Quota
+from .stats import TierStats
+
+Removal: TypeAlias = Literal["evictions", "expirations", "deletions", "corruptions", "undecodable", "departures"]
+
+_ABSENT_S = float("-inf")
+
+
+class Books:
+    """The levels of a stack under one lock. Every method may be called from any thread, and does no I/O.
+
+    A key enters and leaves the books of a level in one step. The stack sees to it that they say what the tier does.
+
+    Parameters
+    ----------
+    policy, admission : make what orders and admits chunks, for each tier anew.
+    clock : Unix time in seconds, for expiry and the deadlines of pins.
+    """
+
+    def __init__(
+        self,
+        tiers: Sequence[Tier],
+        *,
+        policy: Callable[[], EvictionPolicy],
+        admission: Callable[[], AdmissionPolicy],
+        quotas: Mapping[str, Quota],
+        clock: Callable[[], float],
+    ) -> None:
+        self.levels = [Level(tier, policy, admission(), quotas) for tier in tiers]
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._pins = Pins()
+        self._until: dict[ChunkKey, float] = {}  # of every key in some tier: when the last copy expires, or infinity
+        for level in self.levels:
+            self.apply(level, level.tier.entries())
+
+    def match(self, keys: Sequence[ChunkKey]) -> int:
+        """How many leading keys are in some tier, unexpired."""
+        # Without the lock: each look-up is one step of the interpreter, and the answer may be outdated when it is
+        # returned in any case. A key that stays stored is never missing from `_until`, not even while it moves.
+        until, now_s = self._until.get, self._clock()
+        for count, key in enumerate(keys):
+            if until(key, _ABSENT_S) <= now_s:
+                return count
+        return len(keys)
+
+    def locate(self, key: ChunkKey) -> int | None:
+        """Index of the fastest tier that holds the chunk, unexpired."""
+        with self._lock:
+            now_s = self._clock()
+            for index, level in enumerate(self.levels):
+                held = level.keys.get(key)
+                if held is not None and held.expires_at_s > now_s:
+                    return index
+        return None
+
+    def info(self, key: ChunkKey) -> ChunkInfo:
+        """What the fastest tier that holds the chunk remembers of it; nothing if none does."""
+        with self._lock:
+            return next((level.keys[key].info for level in self.levels if key in level.keys), ChunkInfo())
+
+    def held(self, level: Level, key: ChunkKey) -> Held | None:
+        with self._lock:
+            return level.keys.get(key)
+
+    def read(self, level: Level, key: ChunkKey, *, is_use: bool) -> Literal["absent", "expired", "held"]:
+        """Whether a tier can be asked for the chunk; notes that it is, if `is_use`."""
+        with self._lock:
+            held = level.keys.get(key)
+            if held is None:
+                return "absent"
+            if held.expires_at_s <= self._clock():
+                return "expired"
+            if is_use:
+                level.touch(key)
+            return "held"
+
+    @contextmanager
+    def pinned(self, keys: Iterable[ChunkKey], deadline_s: float | None) -> Iterator[None]:
+        """`deadline_s`: from now; None for no deadline."""
+        with self._lock:
+            hold = self._pins.hold(keys, None if deadline_s is None else self._clock() + deadline_s)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._pins.lapse(self._clock())
+                self._pins.release(hold)
+
+    def pin_counts(self) -> tuple[int, int]:
+        """Different keys that are pinned now, and how many calls of `pinned` have outlived their deadline so far."""
+        with self._lock:
+            self._pins.lapse(self._clock())
+            return len(self._pins), self._pins.overdue
+
+    def admits(self, level: Level, key: ChunkKey, nbytes: int) -> bool:
+        """Whether a chunk may evict others; one that is there already may."""
+        with self._lock:
+            return key in level.keys or level.admission.admit(key, nbytes)
+
+    def excess_bytes(self, level: Level, key: ChunkKey, nbytes: int, namespace: str) -> float:
+        """By how much the namespace would exceed its limit with `key`; 0 or less if not at all."""
+        with self._lock:
+            return level.excess_bytes(key, nbytes, namespace)
+
+    def expired(self, level: Level) -> ChunkKey | None:
+        """A chunk of the level whose time is over; it is named once."""
+        with self._lock:
+            return level.expired(self._clock())
+
+    def choose_victim(self, level: Level, key: ChunkKey, info: ChunkInfo, *, own_room: bool) -> ChunkKey | None:
+        """The chunk to evict for `key`, `leaving` until `let_go`; None if none may go."""
+        with self._lock:
+            self._pins.lapse(self._clock())
+            victim = level.victim(key, info, self._pins, own_room=own_room)
+            if victim is not None:
+                level.leaving.add(victim)
+            return victim
+
+    def let_go(self, level: Level, victim: ChunkKey) -> None:
+        """The thread that was to evict `victim` has done so, or has given up."""
+        with self._lock:
+            level.leaving.discard(victim)
+
+    def enter(self, level: Level, key: ChunkKey, nbytes: int, info: ChunkInfo, **counts: int) -> None:
+        """A chunk is in the tier from now on; with what else is to be counted for it."""
+        with self._lock:
+            self._enter(level, key, nbytes, info)
+            level.counts.update(counts)
+
+    def strike(self, level: Level, key: ChunkKey, why: Removal) -> Held | None:
+        """A chunk is in the tier no longer; what it was. None if it was not there.
+
+        None also if it may not go: what is pinned is not evicted, what is not due does not expire.
+        """
+        with self._lock:
+            now_s = self._clock()
+            self._pins.lapse(now_s)
+            held = level.keys.get(key)
+            if held is None or (why == "evictions" and key in self._pins):
+                return None
+            if why == "expirations" and held.expires_at_s > now_s:
+                return None
+            level.drop(key, evicted=why == "evictions")
+            level.counts.update({why: 1, "removed_bytes": held.nbytes})
+            self._note(key)
+            return held
+
+    def restore(self, level: Level, key: ChunkKey, held: Held, why: Removal) -> None:
+        """A chunk that was struck out is still there: as if it had not happened."""
+        with self._lock:
+            level.counts.update({why: -1, "removed_bytes": -held.nbytes, "added_bytes": -held.nbytes})
+            self._enter(level, key, held.nbytes, held.info)
+
+    def apply(self, level: Level, changes: Iterable[Entry | ChunkKey]) -> None:
+        """The books follow what was put into the tier, or removed from it, by others than this store."""
+        for change in changes:
+            if isinstance(change, Entry):
+                self.enter(level, change.key, change.nbytes, change.info, arrivals=1)
+            elif change not in level.tier:  # rather than put again, here, since it was removed
+                self.strike(level, change, "departures")
+
+    def count(self, level: Level, **counts: int) -> None:
+        with self._lock:
+            level.counts.update(counts)
+
+    def stats(self) -> tuple[TierStats, ...]:
+        with self._lock:
+            return tuple(level.stats() for level in self.levels)
+
+    def check(self) -> list[str]:
+        problems = [problem for level in self.levels for problem in level.check()]
+        until: dict[ChunkKey, float] = {}
+        for level in self.levels:
+            for key, held in level.keys.items():
+                until[key] = max(until.get(key, _ABSENT_S), held.expires_at_s)
+        if until != self._until:
+            problems.append(f"{len(until)} keys are stored, {len(self._until)} are found, or expire at another time")
+        return problems + self._pins.check()
+
+    def _enter(self, level: Level, key: ChunkKey, nbytes: int, info: ChunkInfo) -> None:
+        old = level.add(key, nbytes, info)
+        level.counts["added_bytes"] += nbytes
+        if old is not None:
+            level.counts.update(replaced=1, removed_bytes=old.nbytes)
+        self._note(key)
+
+    def _note(self, key: ChunkKey) -> None:
+        until = _ABSENT_S
+        for level in self.levels:
+            held = level.keys.get(key)
+            if held is not None:
+                until = max(until, held.expires_at_s)
+        if until == _ABSENT_S:
+            self._until.pop(key, None)
+        else:
+            self._until[key] = until
