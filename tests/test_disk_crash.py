@@ -50,9 +50,9 @@ class Model:
         self.durable: dict[ChunkKey, set[int | None]] = {key: {None} for key in KEYS}
 
     def begin(self, key: ChunkKey, seed: int | None) -> None:
-        """From now on until `end`, either."""
+        """From now on until `end`, either; what is replaced is lost if only the record of the new one gets through."""
         self.may[key].add(seed)
-        self.durable[key].add(seed)
+        self.durable[key] |= {seed, None}
 
     def end(self, key: ChunkKey, seed: int | None, *, synced: bool) -> None:
         self.may[key] = {seed}
@@ -87,7 +87,9 @@ def check_against(files: SimulatedFiles, may: dict[ChunkKey, set[int | None]]) -
         tier = open_tier(files)
         listed = [entry.key for entry in tier.entries()]
         contents = {key: found(tier, key) for key in KEYS}
-        assert all(contents[key] in may[key] for key in KEYS), {key[-1]: (contents[key], may[key]) for key in KEYS}
+        assert all(contents[key] in may[key] for key in KEYS), [
+            (key[-1], contents[key], may[key]) for key in KEYS if contents[key] not in may[key]
+        ]
         assert tier.check() == []
         assert {key for key in KEYS if contents[key] is not None} == {entry.key for entry in tier.entries()}
         assert len(listed) == len(set(listed))
@@ -169,15 +171,27 @@ def run_to_death(
 @pytest.mark.parametrize("durability", ["cache", "batch", "sync"])
 def test_killed_at_every_call(durability: Durability, can_punch: bool) -> None:
     """Put, replace, delete, new segment, journal rewritten, compaction, flush and close among them."""
-    steps = steps_of(random.Random(3), 30)
+    kill_at_every_call(durability, can_punch, steps_of(random.Random(3), 30))
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("can_punch", [True, False], ids=["punching", "compacting"])
+@pytest.mark.parametrize("durability", ["cache", "batch", "sync"])
+def test_killed_at_every_call_of_longer_runs(durability: Durability, can_punch: bool, seed: int) -> None:
+    kill_at_every_call(durability, can_punch, steps_of(random.Random(seed), 100))
+
+
+def kill_at_every_call(durability: Durability, can_punch: bool, steps: list[Step]) -> None:
     calls = 0
     while True:
         files, model = SimulatedFiles(can_punch=can_punch), Model()
         if not run_to_death(files, model, steps, durability, calls):
             break
         check_against(files.restarted(), model.may)
-        calls += 1 if calls < 60 else 3
-    assert calls > 300
+        calls += 1
+    assert calls > 200
 
 
 def test_the_run_comes_through_everything() -> None:
@@ -280,7 +294,11 @@ def test_a_fault_at_every_call(durability: Durability, code: int) -> None:
             continue
         run(tier, model, steps, durability, faults=True)
         files.before = lambda _: None
-        assert all(found(tier, key) in model.may[key] for key in KEYS)
+        contents = {key: found(tier, key) for key in KEYS}
+        assert all(contents[key] in model.may[key] for key in KEYS), (
+            nth,
+            [(key[-1], contents[key], model.may[key]) for key in KEYS if contents[key] not in model.may[key]],
+        )
         assert tier.check() == []
         for number, key in enumerate(KEYS[:3]):
             try:

@@ -322,14 +322,14 @@ class DiskTier:
         try:
             self._segments.sync()
             self._journal.sync()
-        except OSError:
+        except OSError as exc:
             self._journal.touch([key for key, _ in opened.written])
             with self._journal.exclusive() as index:
                 lost = [(key, place) for key, place in opened.written if index.places.get(key) == place]
                 self._journal.append([(Op.DELETE, key, None) for key, _ in lost])
             opened.freed += [place for _, place in lost]
             self._journal.touch([key for key, _ in lost])
-            raise
+            raise TierUnavailableError(f"tier {self.name!r} cannot sync: {exc}; gave up {len(lost)} chunks") from exc
         finally:
             self._release(opened.freed)
 

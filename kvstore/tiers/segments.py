@@ -236,16 +236,18 @@ class Segments:
 
     def _create(self, journal: Journal) -> Segment:
         """A new segment in place of the current one; under the lock."""
-        with journal.exclusive() as index:
-            self.sweep(journal)
-            # the clock: no number comes again, even if the journal and the folder have lost it
-            number = max(index.last_segment + 1, time.time_ns() // 1000)
-            fd = self._open(self.path(number), os.O_RDWR | os.O_CREAT | os.O_EXCL)
-            try:
+        fd = None
+        try:
+            with journal.exclusive() as index:
+                self.sweep(journal)
+                # the clock: no number comes again, even if the journal and the folder have lost it
+                number = max(index.last_segment + 1, time.time_ns() // 1000)
+                fd = self._open(self.path(number), os.O_RDWR | os.O_CREAT | os.O_EXCL)
                 self._files.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BaseException:
+        except BaseException:
+            if fd is not None:
                 self._files.close(fd)
-                raise
+            raise
         segment = Segment(number, Descriptor(self._files, fd))
         if self._current is not None:
             self._current.file.retire()
