@@ -117,25 +117,69 @@ class TestDeviceTier(TierContract):
         assert same(tier.get(make_key(2)), 1)
 
 
+class ImaginedCudart:
+    """Stands for the CUDA runtime as torch shows it: pins memory, and knows which."""
+
+    def __init__(self) -> None:
+        self.pinned: dict[int, int] = {}
+        self.error = 0
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802
+        if not self.error:
+            assert flags == 1 and nbytes > 0 and address not in self.pinned
+            self.pinned[address] = nbytes
+        return self.error
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+        del self.pinned[address]
+        return 0
+
+
+@pytest.fixture
+def cudart(monkeypatch: pytest.MonkeyPatch) -> Iterator[ImaginedCudart]:
+    cudart = ImaginedCudart()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(host, "wait_for_devices", lambda: None)
+    yield cudart
+    gc.collect()
+    assert cudart.pinned == {}
+
+
+@pytest.mark.skipif(HAS_CUDA, reason="there is a real device")
 class TestPinnedHostTier(TierContract):
-    """Without CUDA the buffer is plain memory and the devices are imagined."""
+    """On a device that is imagined."""
 
     @pytest.fixture(autouse=True)
-    def imagine_a_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        if not HAS_CUDA:
-            plain = lambda name, nbytes, *, pinned: torch.empty(nbytes, dtype=torch.uint8)  # noqa: E731
-            monkeypatch.setattr(host, "allocate_buffer", plain)
-            monkeypatch.setattr(host, "wait_for_devices", lambda: None)
+    def imagine_a_device(self, cudart: ImaginedCudart) -> None:
+        self.cudart = cudart
 
     def make_tier(self, capacity_bytes: int | None) -> HostTier:
         return HostTier(MIB if capacity_bytes is None else capacity_bytes, pinned=True)
+
+    def test_is_pinned_until_the_last_reader_is_gone(self, tier: HostTier) -> None:
+        address = tier._memory._buffer.data_ptr()
+        assert self.cudart.pinned == {address: MIB}
+        tier.put(make_key(1), make_blob(1))
+        found = tier.get(make_key(1))
+        tier.close()
+        assert self.cudart.pinned == {address: MIB} and same(found, 1)
+        del found
+        assert self.cudart.pinned == {}
+
+    def test_pinned_memory_that_cannot_be_had(self) -> None:
+        self.cudart.error = 2
+        with pytest.raises(TierUnavailableError, match=r"bytes of pinned memory; give a smaller .* returned error 2"):
+            HostTier(MIB, pinned=True)
+
+    def test_nothing_to_pin(self) -> None:
+        with pytest.raises(TierFullError):
+            HostTier(0, pinned=True).put(make_key(1), make_blob(1))
 
     def test_everything_is_in_the_buffer(self, tier: HostTier) -> None:
         tier.put(make_key(1), make_blob(1))
         assert tier.used_bytes == BLOB_BYTES + 256
         found = tier.get(make_key(1))
         assert found.leased and found.tensors["scale"].data_ptr() == found.tensors["codes"].data_ptr() + BLOB_BYTES
-        assert not HAS_CUDA or found.tensors["codes"].is_pinned()
 
     def test_is_the_default_where_it_can_be(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(host, "can_pin", lambda: True)
@@ -543,6 +587,16 @@ def test_under_a_store(kind: str, write_through: bool) -> None:
         assert moved is None or torch.allclose(
             moved.keys.cpu(), SPEC.rope.shift(make_chunk(number).keys, 100), atol=1e-5
         )
+
+
+@pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")
+class TestReallyPinnedHostTier(TierContract):
+    def make_tier(self, capacity_bytes: int | None) -> HostTier:
+        return HostTier(MIB if capacity_bytes is None else capacity_bytes, pinned=True)
+
+    def test_is_pinned(self, tier: HostTier) -> None:
+        tier.put(make_key(1), make_blob(1))
+        assert tier.get(make_key(1)).tensors["codes"].is_pinned()
 
 
 @pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")
