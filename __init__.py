@@ -22,13 +22,16 @@ if TYPE_CHECKING:
     from .kvstore.keys import content_key as content_key
     from .kvstore.keys import prefix_keys as prefix_keys
     from .kvstore.store import KVStore as KVStore
+    from .kvstore.tiers.device import DeviceTier as DeviceTier
     from .kvstore.tiers.disk import DiskTier as DiskTier
     from .kvstore.tiers.host import HostTier as HostTier
+    from .kvstore.tiers.shared import SharedTier as SharedTier
 
 _HOME = {
     "Blender": "blend.blender",
     "ChunkKey": "core",
     "Codec": "core",
+    "DeviceTier": "kvstore.tiers.device",
     "DiskTier": "kvstore.tiers.disk",
     "EncodedChunk": "core",
     "HostTier": "kvstore.tiers.host",
@@ -39,6 +42,7 @@ _HOME = {
     "LayerwiseModel": "core",
     "RawCodec": "compress.raw",
     "RopeSpec": "core",
+    "SharedTier": "kvstore.tiers.shared",
     "Tier": "core",
     "TransformersConnector": "connectors.hf",
     "content_key": "kvstore.keys",

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from ..core import ChunkKey, EncodedChunk
 from ..errors import ChunkCorruptError, CodecError
+from .copies import on_cpu
 
 ReadAt: TypeAlias = Callable[[memoryview, int], None]
 """Fills the buffer with the container's bytes from that offset on, or raises."""
@@ -96,15 +97,16 @@ class Header:
 
 
 def to_buffers(key: ChunkKey, blob: EncodedChunk) -> list[memoryview]:
-    """The container of a chunk as header and tensor buffers, in file order; tensors are not copied.
+    """The container of a chunk as header and tensor buffers, in file order; only tensors on CUDA devices are copied.
 
     Raises
     ------
-    CodecError : a tensor is not contiguous on the cpu or of a dtype that is not stored, a layered one is missing, or
-        the header is too large.
+    CodecError : a tensor is not contiguous, neither on the cpu nor on a CUDA device, or of a dtype that is not stored;
+        a layered one is missing, or the header is too large.
     """
     if not blob.layered <= blob.tensors.keys():
         raise CodecError(f"layered tensors {sorted(blob.layered)} are not all among {sorted(blob.tensors)}")
+    blob = on_cpu(blob)
     names = sorted(blob.tensors, key=lambda name: (-blob.tensors[name].dtype.itemsize, name))
     buffers = {name: _raw_bytes(name, blob.tensors[name]) for name in names}
     fields: dict[str, object] = {
