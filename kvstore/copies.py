@@ -23,10 +23,12 @@ def copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
             target.copy_(source)
         return
     stream = torch.cuda.Stream(device)
-    with torch.cuda.stream(stream):
-        for target, source in pairs:
-            target.copy_(source, non_blocking=True)
-    stream.synchronize()
+    try:
+        with torch.cuda.stream(stream):
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+    finally:
+        stream.synchronize()  # also if one fails: the others must not write once the caller has given the space away
 
 
 def on_cpu(blob: EncodedChunk, *, unleased: bool = False) -> EncodedChunk:

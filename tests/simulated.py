@@ -221,9 +221,6 @@ class SimulatedFiles(Files):
         self._step("stat")
         return _stat(self._find(path))
 
-    def read_ahead(self, fd: int, offset: int, nbytes: int) -> None:
-        pass
-
     def punch(self, fd: int, offset: int, nbytes: int) -> None:
         self._step("punch")
         if not self.can_punch:

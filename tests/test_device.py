@@ -19,6 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from kvloom.compress.raw import RawCodec
 from kvloom.core import EncodedChunk
 from kvloom.errors import TierFullError, TierUnavailableError
+from kvloom.kvstore.copies import wait_for_devices
 from kvloom.kvstore.format import from_bytes, to_bytes
 from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers import host, slab
@@ -208,6 +209,21 @@ def test_pinned_memory_that_cannot_be_had() -> None:
         HostTier(MIB, pinned=True)
 
 
+@pytest.mark.parametrize(("in_use", "expected"), [({1, 2}, [1, 2]), (None, [0, 1, 2])])
+def test_waits_for_the_devices_in_use(
+    monkeypatch: pytest.MonkeyPatch, in_use: set[int] | None, expected: list[int]
+) -> None:
+    """A device that the process does not use gets no context by that; where torch cannot tell, all are waited for."""
+    waited: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    monkeypatch.delattr(torch._C, "_cuda_hasPrimaryContext", raising=False)
+    if in_use is not None:
+        monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", in_use.__contains__, raising=False)
+    wait_for_devices()
+    assert waited == expected
+
+
 def test_decoding_stays_on_the_device() -> None:
     """`meta` has no data, so whatever went through the cpu would fail."""
     blob = RawCodec().encode(make_chunk(1))
@@ -349,6 +365,22 @@ def test_who_reads_during_the_wait_is_not_overlooked(device: Device) -> None:
     assert device.waits == 3 and same(tier.get(make_key(1)), 2)
 
 
+def test_who_lets_go_during_the_wait_may_have_queued_work(device: Device) -> None:
+    tier = slab_tier(2 * BLOB_BYTES, device)
+    tier.put(make_key(1), make_blob(1))
+    tier.put(make_key(2), make_blob(2))
+    held = [tier.get(make_key(1))]
+    tier.get(make_key(2))
+    tier.delete(make_key(2))
+    device.during = held.clear
+    large = make_blob(3, numbers=2 * BLOB_BYTES // 4)
+    with pytest.raises(TierFullError):
+        tier.put(make_key(1), large)
+    assert device.waits == 1 and held == [] and same(tier.get(make_key(1)), 1)
+    tier.put(make_key(1), large)
+    assert device.waits == 2 and same(tier.get(make_key(1)), 3, numbers=256)
+
+
 def test_a_device_that_fails_loses_nothing(tier: MemoryTier[Any], device: Device) -> None:
     fill(tier)
     tier.get(make_key(1))
@@ -415,6 +447,7 @@ def test_check_finds_damage(tier: MemoryTier[Any]) -> None:
 def test_any_mode_of_autograd(made: bool, written: bool) -> None:
     with torch.inference_mode(made):
         tier = DeviceTier(MIB, device="cpu")
+    assert not tier._memory._buffer.is_inference()
     with torch.inference_mode(written):
         tier.put(make_key(1), make_blob(1))
     assert same(tier.get(make_key(1)), 1)

@@ -20,7 +20,7 @@ from typing import Literal, TypeAlias
 
 from ...core import ChunkInfo, ChunkKey, EncodedChunk, Entry
 from ...errors import ChunkCorruptError, KVLoomError, TierFullError, TierUnavailableError
-from ..format import Header, ReadAt, read_chunk, read_header, to_buffers
+from ..format import Header, ReadAt, read_container, read_header, read_layers, to_buffers
 from ..keys import KEY_BYTES
 from .commit import GroupCommit, Round
 from .directory import Directory
@@ -132,13 +132,13 @@ class DiskTier:
 
     def get(self, key: ChunkKey) -> EncodedChunk | None:
         def read(read_at: ReadAt, place: Place) -> EncodedChunk:
-            return read_chunk(read_at, read_header(read_at, place.nbytes, key))
+            return read_container(read_at, place.nbytes, key)
 
         return self._read(key, read)
 
     def get_layers(self, key: ChunkKey, start: int, stop: int) -> EncodedChunk | None:
         def read(read_at: ReadAt, place: Place) -> EncodedChunk:
-            return read_chunk(read_at, self._cached_header(read_at, key, place), (start, stop))
+            return read_layers(read_at, self._cached_header(read_at, key, place), start, stop)
 
         return self._read(key, read)
 

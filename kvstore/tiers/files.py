@@ -76,10 +76,6 @@ class Files:
     def stat(self, path: Path) -> os.stat_result:
         return path.stat()
 
-    def read_ahead(self, fd: int, offset: int, nbytes: int) -> None:
-        """A hint: these bytes are read next."""
-        os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
-
     def punch(self, fd: int, offset: int, nbytes: int) -> None:
         """Gives the space of a range back; it reads as zeros then."""
         self._allocate(fd, _KEEP_SIZE | _PUNCH_HOLE, offset, nbytes)

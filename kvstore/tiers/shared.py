@@ -16,11 +16,10 @@ _IN_MEMORY = {"tmpfs", "ramfs"}
 class SharedTier(DiskTier):
     """A `DiskTier` in memory (tmpfs): what one engine process puts, the others on the host find.
 
-    The format, the verified reads and the safety between processes are those of `DiskTier`; nothing here can be damaged
-    by a process that dies, since readers hold no memory of it: `get` copies, and verifies what it has copied. Chunks
-    outlive the processes, not the machine; they take memory until they are evicted or the folder is deleted.
-
-    Until `DiskTier` shares its directory, a second process gets `TierUnavailableError`.
+    The format, the verified reads and what several processes may do with one folder are those of `DiskTier`. A process
+    that dies can leave no damage that `DiskTier` would not find, and holds no memory of others: `get` copies, and
+    verifies what it has copied. Chunks outlive the processes, not the machine; they take memory until they are evicted
+    or the folder is deleted.
 
     Parameters
     ----------
