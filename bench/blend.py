@@ -21,7 +21,8 @@ from ..kvstore.store import KVStore
 from ..kvstore.tiers.disk import DiskTier
 from ..kvstore.tiers.host import HostTier
 from .demo import HOST_BYTES, METHODS, load_model, token_counter
-from .fusion import FULL, NAIVE, PREFIX, Method, Score, blend, drop_page_cache, score
+from .fusion import FULL, NAIVE, PREFIX, Method, Score, blend, score
+from .page_cache import drop_page_cache
 from .report import BenchResult, Floats, Metric, output, paired_bootstrap, share_of_gap
 from .workload import task_cases
 

@@ -23,8 +23,9 @@ from ..core import Tier
 from ..kvstore.store import KVStore
 from ..kvstore.tiers.disk import DiskTier
 from ..kvstore.tiers.host import HostTier
-from .fusion import FULL, NAIVE, NEW_TOKENS, PREFIX, Method, Score, Summary, blend, drop_page_cache, score
+from .fusion import FULL, NAIVE, NEW_TOKENS, PREFIX, Method, Score, Summary, blend, score
 from .page import Plot, Point, Section, Table, html_report
+from .page_cache import drop_page_cache
 from .report import BenchResult, Metric, output, spread, write_text
 from .workload import Case, question_cases, read_documents, task_cases
 
