@@ -28,8 +28,9 @@ INSTALL = (
     f".venv-lmcache/bin/pip install --no-deps lmcache=={LMCACHE_VERSION}",
     f".venv-lmcache/bin/pip install {' '.join(LMCACHE_NEEDS)}",
 )
-ANSWER_S = 120.0
+START_S, ANSWER_S = 120.0, 120.0
 CLOSE_S = 20.0
+OF_THIS_ENVIRONMENT = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
 
 
 class PeerError(RuntimeError):
@@ -52,18 +53,23 @@ class Peer:
 
     def __init__(self, python: Path, folder: Path, pool_bytes: int) -> None:
         script = Path(__file__).with_name("lmcache_peer.py")
-        quiet = {"LMCACHE_TRACK_USAGE": "false", "LMCACHE_LOG_LEVEL": "ERROR"}
+        own = {name: value for name, value in os.environ.items() if name not in OF_THIS_ENVIRONMENT}
         self._stderr = TemporaryFile()  # noqa: SIM115  # closed with the process
-        self._process = subprocess.Popen(
-            [str(python), str(script), str(folder), str(pool_bytes), str(torch.get_num_threads())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            env={**os.environ, **quiet},
-        )
+        try:
+            self._process = subprocess.Popen(
+                [str(python), str(script), str(folder), str(pool_bytes), str(torch.get_num_threads())],
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._stderr,
+                env=own | {"LMCACHE_TRACK_USAGE": "false", "LMCACHE_LOG_LEVEL": "ERROR"},
+            )
+        except OSError as exc:
+            self._stderr.close()
+            raise PeerError(f"LMCache's process does not start: {exc}") from exc
         self._unread = b""
         try:
-            self.version = str(self._answer()["version"])
+            self.version = str(self._answer(START_S)["version"])
         except BaseException:
             self.close()
             raise
@@ -80,10 +86,9 @@ class Peer:
             raise PeerError("LMCache's process has no standard input")
         try:
             pipe.write(json.dumps({"do": do, **question}).encode() + b"\n")
-            pipe.flush()
         except BrokenPipeError as exc:
             raise self._died() from exc
-        answer = self._answer()
+        answer = self._answer(ANSWER_S)
         if "error" in answer:
             raise PeerError(f"LMCache cannot {do}: {answer['error']}")
         return float(str(answer["seconds"]))
@@ -100,27 +105,34 @@ class Peer:
             self._process.wait()
         self._stderr.close()
 
-    def _answer(self) -> dict[str, object]:
+    def _answer(self, timeout_s: float) -> dict[str, object]:
         pipe = self._process.stdout
         if pipe is None:
             raise PeerError("LMCache's process has no standard output")
-        deadline = time.monotonic() + ANSWER_S
+        deadline = time.monotonic() + timeout_s
         with selectors.DefaultSelector() as ready:
             ready.register(pipe, selectors.EVENT_READ)
             while b"\n" not in self._unread:
                 if not ready.select(max(0.0, deadline - time.monotonic())):
                     self._process.kill()
-                    raise PeerError(f"LMCache's process said nothing for {ANSWER_S:.0f} s")
+                    raise PeerError(f"LMCache's process said nothing for {timeout_s:g} s")
                 found = os.read(pipe.fileno(), 1 << 16)
                 if not found:
                     raise self._died()
                 self._unread += found
         line, _, self._unread = self._unread.partition(b"\n")
-        answer: dict[str, object] = json.loads(line)
+        try:
+            answer: dict[str, object] = json.loads(line)
+        except ValueError as exc:
+            raise PeerError(f"LMCache's process said {line!r}; expected JSON") from exc
         return answer
 
     def _died(self) -> PeerError:
-        code = self._process.wait()
+        try:
+            code = self._process.wait(timeout=CLOSE_S)
+        except subprocess.TimeoutExpired:  # it has only closed its end
+            self._process.kill()
+            code = self._process.wait()
         self._stderr.seek(0)
         words = self._stderr.read().decode(errors="replace").strip().splitlines()
         return PeerError(f"LMCache's process ended with exit code {code}: {words[-1] if words else 'without a word'}")

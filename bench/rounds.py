@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,8 +68,8 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of every way, round by round.
 
-    A round that does not count comes first. Every other round goes backwards: what a way leaves behind (caches, free
-    memory, dirty pages) falls to each neighbour equally often.
+    A round that does not count comes first. Every round has another order, drawn by lot and always the same: what a way
+    leaves behind (caches, free memory, dirty pages) falls to all of them.
 
     Parameters
     ----------
@@ -76,8 +77,9 @@ def interleave(
     """
     task = bar.add_task(title, total=rounds + 1)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    draw = random.Random(0)
     for number in range(rounds + 1):
-        for name in list(ways) if number % 2 else reversed(list(ways)):
+        for name in draw.sample(list(ways), len(ways)):
             spent = ways[name]()
             if number:
                 seconds[name].append(spent)

@@ -163,9 +163,11 @@ def run(*, quick: bool = False, folder: Path | None = None, lmcache_python: Path
 
 
 def _notes(folder: Path) -> list[str]:
-    notes = [f"Disk: {file_system(folder)}; reads after which the system kept no pages are called cold."]
-    if not lets_go_of_pages(folder):
-        notes = [f"Disk: {file_system(folder)}, which keeps its pages in memory: what is called cold is not cold here."]
+    kind = file_system(folder)
+    if lets_go_of_pages(folder):
+        notes = [f"Disk: {kind}; its page cache was emptied before every cold read."]
+    else:
+        notes = [f"Disk: {kind}, which keeps its pages in memory although asked to let go: no read was cold."]
     if LMDB not in installed_stores():
         notes.append('LMDB is not installed and left out; run: pip install "kvloom[bench-peers]"')
     return notes

@@ -22,7 +22,7 @@ from .rounds import Comparison, exhaust, interleave, timed
 from .samples import present
 
 WARM_VERIFY, COLD_VERIFY = "verification, page cache", "verification, cold"
-UNVERIFIED, VERIFIED, HASH_ALONE = "DiskTier.get, checksums a constant", "DiskTier.get", "xxh3 alone"
+UNVERIFIED, VERIFIED, HASH_ALONE = "unverified", "DiskTier.get", "xxh3 alone"
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
 
