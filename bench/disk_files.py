@@ -87,13 +87,17 @@ def write_raw(path: Path, chunks: Sequence[bytes]) -> None:
         os.close(fd)
 
 
-def read_raw(fd: int, offset: int, nbytes: int) -> torch.Tensor:
-    """One pread into memory of its own."""
-    data = torch.empty(nbytes, dtype=torch.uint8)
-    view = data.numpy().data
-    while view:
-        count = os.preadv(fd, [view], offset)
+def read_raw(fd: int, offset: int, sizes: Sequence[int]) -> list[torch.Tensor]:
+    """One preadv into tensors of their own, of so many bytes each: memory as a tier must give it."""
+    tensors = [torch.empty(nbytes, dtype=torch.uint8) for nbytes in sizes]
+    views = [tensor.numpy().data for tensor in tensors]
+    while views:
+        count = os.preadv(fd, views, offset)
         if not count:
             raise RuntimeError(f"the raw file ends at byte {offset}; was it cut off meanwhile?")
-        view, offset = view[count:], offset + count
-    return data
+        offset += count
+        while views and count >= len(views[0]):
+            count -= len(views.pop(0))
+        if views:
+            views[0] = views[0][count:]
+    return tensors

@@ -1,7 +1,8 @@
 """The disk tier beside raw writes and reads of the same bytes in the same folder.
 
 Put: everything is written, then one sync makes it durable, for raw pwrite + fdatasync and for the tier (`batch`) alike.
-Get: chunks in random order. Every read, the raw one too, goes into memory of its own, as what `get` hands out must.
+Get: chunks in random order. Every read, the raw one too, goes into tensors of its own, as what `get` hands out must:
+the same allocations and the same page faults on both sides.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .samples import present, sample_chunk, sample_key
 from .verification import verification_speeds
 
 PUT, WARM_GET, COLD_GET = "disk put, one sync at the end", "disk get, page cache", "disk get, cold"
-RAW_WRITE, RAW_READ = "pwrite + fdatasync", "pread"
+RAW_WRITE, RAW_READ = "pwrite + fdatasync", "preadv"
 STORE_PUT, TIER_PUT = "KVStore.put", "DiskTier.put"
 STORE_GET, TIER_GET = "KVStore.get", "DiskTier.get"
 
@@ -89,7 +90,7 @@ def _get_speeds(
     folder: Path, blobs: Mapping[ChunkKey, EncodedChunk], rounds: int, bar: Progress, size: str
 ) -> list[Comparison]:
     raw, raw_folder = _as_bytes(blobs), folder / "raw"
-    nbytes = len(raw[0])
+    nbytes, tensor_bytes = len(raw[0]), [t.nbytes for t in next(iter(blobs.values())).tensors.values()]
     raw_folder.mkdir()
     write_raw(raw_folder / "chunks", raw)
     places = in_random_order(blobs)
@@ -101,7 +102,7 @@ def _get_speeds(
             reads: dict[str, tuple[Path, Callable[[], object]]] = {
                 RAW_READ: (
                     raw_folder,
-                    lambda: exhaust(read_raw(fd, place * nbytes, nbytes) for place in places.values()),
+                    lambda: exhaust(read_raw(fd, place * nbytes, tensor_bytes) for place in places.values()),
                 ),
                 STORE_GET: (tier.path, lambda: exhaust(present(store.get(key)) for key in places)),
                 TIER_GET: (tier.path, lambda: exhaust(present(tier.get(key)) for key in places)),

@@ -3,7 +3,8 @@
 The baseline has the same page faults as what is compared with it, for the first touch of fresh memory costs as much as
 the copy. What is put must lie in memory that the store did not have before, so put is measured against a copy into
 fresh memory. What is got goes into buffers that the caller has had for long (an engine's), so get, and a copy behind
-it, is measured against a copy into memory that was written to before. The other kind of copy stands beside it.
+it, is measured against a copy into memory that was written to before. The other kind of copy stands beside it, and so
+does a put into a tier that is full, where memory comes from the chunks that go.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .samples import copy_into, expect_same, present, sample_chunk, sample_key, 
 
 PUT, GET = "host put", "host get"
 FRESH, WARM = "plain copy, fresh memory", "plain copy, warm memory"
-STORE_PUT, TIER_PUT = "KVStore.put", "HostTier.put (a reference)"
+STORE_PUT, FULL_PUT, TIER_PUT = "KVStore.put", "KVStore.put, evicting", "HostTier.put (a reference)"
 STORE_GET, TIER_GET = "KVStore.get and copy", "HostTier.get and copy"
 STORE_REFERENCE, TIER_REFERENCE = "KVStore.get (zero-copy)", "HostTier.get (zero-copy)"
 
@@ -54,6 +55,13 @@ def _put_speed(
         with KVStore([HostTier(None)], codec=codec) as store:
             return timed(lambda: exhaust(map(store.put, chunks.keys(), chunks.values())))
 
+    def put_in_full_store() -> float:
+        give_back_memory()
+        with KVStore([HostTier(nbytes * len(chunks))], codec=codec) as store:
+            for i, chunk in enumerate(chunks.values()):
+                store.put(sample_key("old", i), chunk)
+            return timed(lambda: exhaust(map(store.put, chunks.keys(), chunks.values())))
+
     def put_in_tier() -> float:
         tier = HostTier(None)
         spent = timed(lambda: exhaust(map(tier.put, blobs.keys(), blobs.values())))
@@ -64,6 +72,7 @@ def _put_speed(
         FRESH: copy_to_fresh,
         WARM: lambda: timed(lambda: _copy_all(targets, map(tensors_of, chunks.values()))),
         STORE_PUT: put_in_store,
+        FULL_PUT: put_in_full_store,
         TIER_PUT: put_in_tier,
     }
     seconds = interleave(ways, rounds, bar, title)

@@ -131,9 +131,9 @@ class Peer:
         self._targets = [torch.zeros_like(source) for source in self._sources]
 
     def _drain(self, deadline: float) -> None:
-        """Returns once its threads have written everything."""
+        """Returns once its threads have written everything. `exists_in_put_tasks` would cost them more than writing."""
         for key in self._keys:
-            while self._disk.exists_in_put_tasks(key) or not self._disk.contains(key):
+            while not self._disk.contains(key):
                 if time.perf_counter() > deadline:
                     raise RuntimeError(f"LMCache has not written a chunk after {DRAIN_S:.0f} s")
                 time.sleep(POLL_S)

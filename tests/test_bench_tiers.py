@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import textwrap
 import types
@@ -16,6 +17,7 @@ from rich.progress import Progress
 from kvloom import cli
 from kvloom.bench import peer, peer_speed, tiers
 from kvloom.bench.alternatives import KVLOOM, LMDB, STORES
+from kvloom.bench.disk_files import in_random_order, read_raw, write_raw
 from kvloom.bench.environment import usable
 from kvloom.bench.many_chunks import ListedTier, match_times, reopen_times
 from kvloom.bench.page_cache import drop_page_cache, file_system, lets_go_of_pages, sync_files
@@ -258,9 +260,46 @@ class TestStores:
             store.get(sample_key("nothing"), target)
 
 
-def test_cold_is_cold(tmp_path: Path) -> None:
-    import os
+def test_raw_reads_are_whole_also_if_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system may read or write less than asked: at most 5 bytes at a time here."""
+    preadv, pwrite = os.preadv, os.pwrite
+    chunks = [bytes(range(20)), bytes(range(100, 120))]
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[:5], offset))
+    write_raw(tmp_path / "raw", chunks)
+    monkeypatch.undo()
+    assert (tmp_path / "raw").read_bytes() == b"".join(chunks)
 
+    def short(fd: int, views: list[memoryview], offset: int) -> int:
+        data = bytearray(min(5, sum(map(len, views))))
+        count = preadv(fd, [data], offset)
+        for view in views:
+            part = data[: len(view)]
+            view[: len(part)] = part
+            data = data[len(part) :]
+        return count
+
+    fd = os.open(tmp_path / "raw", os.O_RDONLY)
+    try:
+        for patched in (False, True):
+            if patched:
+                monkeypatch.setattr(os, "preadv", short)
+            first, empty, last = read_raw(fd, 20, [3, 0, 17])
+            assert bytes(first.tolist() + empty.tolist() + last.tolist()) == chunks[1]
+        with pytest.raises(RuntimeError, match="ends at byte 40"):
+            read_raw(fd, 35, [6])
+    finally:
+        os.close(fd)
+
+
+def test_reading_order_is_a_shuffle_that_stays() -> None:
+    keys = [sample_key(i) for i in range(50)]
+    order = in_random_order(keys)
+    assert order == in_random_order(keys)
+    assert list(order) != keys
+    assert {keys[place]: place for place in order.values()} == order
+
+
+def test_cold_is_cold(tmp_path: Path) -> None:
     if not lets_go_of_pages(tmp_path):
         pytest.skip("the file system of the temporary folder keeps its pages")
     path = tmp_path / "a" / "file"
