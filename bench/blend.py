@@ -21,8 +21,9 @@ from ..kvstore.store import KVStore
 from ..kvstore.tiers.disk import DiskTier
 from ..kvstore.tiers.host import HostTier
 from .demo import METHODS
-from .fusion import FULL, HOST_BYTES, NAIVE, PREFIX, Method, Score, blend, drop_page_cache, score
+from .fusion import FULL, HOST_BYTES, NAIVE, PREFIX, Method, Score, blend, score
 from .models import load_model, token_counter
+from .page_cache import drop_page_cache
 from .report import BenchResult, Floats, Metric, output, paired_bootstrap, share_of_gap
 from .workload import task_cases
 

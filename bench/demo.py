@@ -21,9 +21,10 @@ from ..core import Tier
 from ..kvstore.store import KVStore
 from ..kvstore.tiers.disk import DiskTier
 from ..kvstore.tiers.host import HostTier
-from .fusion import FULL, HOST_BYTES, NAIVE, NEW_TOKENS, PREFIX, Score, Summary, blend, drop_page_cache, score
+from .fusion import FULL, HOST_BYTES, NAIVE, NEW_TOKENS, PREFIX, Score, Summary, blend, score
 from .models import load_model, token_counter
 from .page import Section, Table, html_report
+from .page_cache import drop_page_cache
 from .report import BenchResult, Metric, output, write_text
 from .sweep import sweep
 from .workload import Case, question_cases, read_documents, task_cases

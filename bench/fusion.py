@@ -1,11 +1,9 @@
 """One question under every way of using cached documents: time to first token, tokens, bytes, answer."""
 
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -216,15 +214,3 @@ def kl_divergence(reference: Tensor, other: Tensor) -> float:
     """KL of next-token distributions in nats, from logits `[V]`: how surprised `other` is by `reference`."""
     p, q = reference.double().log_softmax(-1), other.double().log_softmax(-1)
     return max(0.0, float((p.exp() * (p - q)).sum()))
-
-
-def drop_page_cache(folder: Path) -> None:
-    """Make the next reads of the files below `folder` come from the disk itself; needs no privileges."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fdatasync(handle)
-                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(handle)
