@@ -46,15 +46,17 @@ class Books:
         self._pins = Pins()
         self._until: dict[ChunkKey, float] = {}  # of every key in some tier: when the last copy expires, or infinity
         for level in self.levels:
-            self.apply(level, level.tier.entries())
+            for entry in level.tier.entries():
+                self._enter(level, entry.key, entry.nbytes, entry.info)
+                level.counts["arrivals"] += 1
 
     def match(self, keys: Sequence[ChunkKey]) -> int:
         """How many leading keys are in some tier, unexpired."""
         # Without the lock: each look-up is one step of the interpreter, and the answer may be outdated when it is
         # returned in any case. A key that stays stored is never missing from `_until`, not even while it moves.
-        until, now_s = self._until.get, self._clock()
-        for count, key in enumerate(keys):
-            if until(key, _ABSENT_S) <= now_s:
+        now_s = self._clock()
+        for count, until_s in enumerate(map(self._until.get, keys)):
+            if until_s is None or until_s <= now_s:
                 return count
         return len(keys)
 

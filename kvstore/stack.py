@@ -141,6 +141,7 @@ class TierStack:
         level = self.levels[index]
         info = self._books.info(key) if info is None else info
         room = level.room(info.namespace)
+        self._catch_up(level)  # so that what others wrote before counts as older
         admitted = was_read or self._books.admits(level, key, blob.nbytes)
         while True:
             refusal = self._over_limit(level, key, blob.nbytes, info)

@@ -237,6 +237,12 @@ class TierContract:
         assert tier.delete(make_key(1)) and not tier.delete(make_key(1))
         assert tier.used_bytes == used[2] and tier.get(make_key(1)) is None and make_key(1) not in tier
 
+    def test_says_what_a_chunk_takes_if_it_says_anything(self, tier: Tier) -> None:
+        for number, numbers in enumerate((10, 1000, 300, 0)):
+            taken_bytes = tier.put(make_key(number % 3), make_blob(number, numbers=numbers))
+            held = {entry.key: entry.nbytes for entry in tier.entries()}
+            assert taken_bytes in (None, held[make_key(number % 3)])
+
     def test_replaces(self, tier: Tier) -> None:
         tier.put(make_key(1), make_blob(1, numbers=1000))
         large_bytes = tier.used_bytes

@@ -30,6 +30,7 @@ from kvloom.kvstore.tiers.host import HostTier
 from kvloom.kvstore.tiers.index import taken_bytes
 
 from .contracts import SPEC, flip, make_chunk, make_key, overwrite, same_chunk, stored_at, stored_bytes
+from .fakes import assert_adds_up
 
 BLOB = RawCodec().encode(make_chunk(0))
 CHUNK_BYTES = BLOB.nbytes
@@ -386,6 +387,7 @@ def test_threads(tmp_path: Path, write_through: bool) -> None:
         assert store.check() == [] and store.stats().background_errors == 0
         stats = store.stats()
         assert all(tier.errors == tier.corruptions == 0 for tier in stats.tiers) and stats.tiers[0].evictions > 0
+        assert_adds_up(stats)
     assert threading.active_count() < 20
 
 
@@ -522,6 +524,7 @@ class StoreMachine(RuleBasedStateMachine):
     def books_are_in_order(self) -> None:
         assert self.store.check() == []
         stats = self.store.stats()
+        assert_adds_up(stats)
         assert all(tier.used_bytes <= tier.capacity_bytes for tier in stats.tiers)
         assert self.stored <= self.model.keys() and self.kept <= self.stored
         self.kept = self.stored & {key for keys, _ in self.pins for key in keys}

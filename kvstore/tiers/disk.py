@@ -142,7 +142,7 @@ class DiskTier:
 
         return self._read(key, read)
 
-    def put(self, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo = _NOTHING) -> None:
+    def put(self, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo = _NOTHING) -> int:
         if len(key) != KEY_BYTES:
             raise ValueError(f"key has {len(key)} bytes; expected {KEY_BYTES}")
         if len(info.namespace.encode()) > MAX_NAMESPACE_BYTES:
@@ -159,6 +159,7 @@ class DiskTier:
                     raise
                 self._commit.flush()  # gives back what was deleted since the last sync
                 self._put(key, buffers, nbytes, info)
+        return taken_bytes(nbytes)
 
     def delete(self, key: ChunkKey) -> bool:
         with self._os_errors("delete"):

@@ -69,7 +69,7 @@ class MemoryTier(Generic[H]):
         blob = self.get(key)
         return None if blob is None else blob.layers(start, stop)
 
-    def put(self, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo = _NOTHING) -> None:
+    def put(self, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo = _NOTHING) -> int:
         self._expect_open()
         old = self._chunks.get(key)
         try:
@@ -89,6 +89,7 @@ class MemoryTier(Generic[H]):
         if is_late:
             self._memory.release(held)
             self._expect_open()
+        return held.nbytes
 
     def delete(self, key: ChunkKey) -> bool:
         with self._lock:
