@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .errors import KVLoomError as KVLoomError
     from .kvstore.keys import content_key as content_key
     from .kvstore.keys import prefix_keys as prefix_keys
+    from .kvstore.quota import Quota as Quota
     from .kvstore.store import KVStore as KVStore
     from .kvstore.tiers.device import DeviceTier as DeviceTier
     from .kvstore.tiers.disk import DiskTier as DiskTier
@@ -40,6 +41,7 @@ _HOME = {
     "KVSpec": "core",
     "KVStore": "kvstore.store",
     "LayerwiseModel": "core",
+    "Quota": "kvstore.quota",
     "RawCodec": "compress.raw",
     "RopeSpec": "core",
     "SharedTier": "kvstore.tiers.shared",

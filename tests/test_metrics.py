@@ -21,7 +21,8 @@ CHUNK_BYTES = RawCodec().encode(make_chunk(0)).nbytes
 
 def scrape(registry: CollectorRegistry) -> dict[tuple[str, ...], float]:
     families = text_string_to_metric_families(generate_latest(registry).decode())
-    return {(s.name, *(s.labels[label] for label in sorted(s.labels))): s.value for family in families for s in family.samples}
+    samples = [sample for family in families for sample in family.samples]
+    return {(s.name, *(value for _, value in sorted(s.labels.items()))): s.value for s in samples}
 
 
 def test_scrape_says_what_stats_say() -> None:

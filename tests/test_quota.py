@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from kvloom.compress.raw import RawCodec
 from kvloom.core import ChunkInfo, ChunkKey
 from kvloom.errors import TierFullError
+from kvloom.kvstore.admission import Always
+from kvloom.kvstore.books import Books
 from kvloom.kvstore.policy import POLICIES
 from kvloom.kvstore.queues import LRU
 from kvloom.kvstore.quota import Quota
@@ -16,7 +18,7 @@ from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.host import HostTier
 
 from .contracts import TierContract, make_blob, make_chunk, make_key
-from .fakes import HEADER_BYTES, SharedShelfTier, Shelf, ShelfTier, assert_adds_up
+from .fakes import HEADER_BYTES, Clock, SharedShelfTier, Shelf, ShelfTier, assert_adds_up
 
 CHUNK_BYTES = RawCodec().encode(make_chunk(0)).nbytes
 TAKEN_BYTES = CHUNK_BYTES + HEADER_BYTES
@@ -106,6 +108,28 @@ def test_at_its_limit_a_namespace_evicts_its_own() -> None:
         assert held(store, "a") == 3
 
 
+def test_written_again_at_the_limit_a_chunk_evicts_nothing() -> None:
+    with KVStore([ShelfTier(Shelf(), 10 * TAKEN_BYTES)], quotas={"a": Quota(limit_ratio=0.3)}) as store:
+        put(store, "a", 0, 1, 2)
+        put(store, "a", 1)
+        assert held(store, "a") == 3 and store.stats().tiers[0].evictions == 0
+
+
+def test_two_threads_together_do_not_take_more_than_can_be_spared() -> None:
+    tier = HostTier(4 * CHUNK_BYTES)
+    for number in range(3):
+        tier.put(make_key(number), RawCodec().encode(make_chunk(number)), ChunkInfo(namespace="a"))
+    quotas = {"a": Quota(0.5)}
+    books = Books([tier], policy=LRU, admission=Always, quotas=quotas, clock=Clock())
+    (level,) = books.levels
+    assert books.choose_victim(level, make_key(8), ChunkInfo(namespace="b"), own_room=False) == make_key(0)
+    # While that one is on its way out, no other can be spared: the second thread helps with it.
+    assert books.choose_victim(level, make_key(9), ChunkInfo(namespace="b"), own_room=False) == make_key(0)
+    assert books.strike(level, make_key(0), "evictions") is not None
+    assert books.choose_victim(level, make_key(9), ChunkInfo(namespace="b"), own_room=False) is None
+    assert books.choose_victim(level, make_key(9), ChunkInfo(namespace="a"), own_room=False) == make_key(1)
+
+
 def test_the_limit_counts_what_the_tier_adds() -> None:
     """Two chunks' tensors fit, their headers do not."""
     capacity_bytes = 20 * CHUNK_BYTES
@@ -131,7 +155,8 @@ def test_another_reserve_is_not_broken_for_a_large_chunk() -> None:
     large_bytes = RawCodec().encode(large).nbytes
     capacity_bytes = large_bytes + 4 * CHUNK_BYTES
     reserve_ratio = (large_bytes - 1) / capacity_bytes
-    with KVStore([HostTier(capacity_bytes)], quotas={"a": Quota(reserve_ratio)}) as store:
+    quotas = {"a": Quota(reserve_ratio), "b": Quota(4 * CHUNK_BYTES / capacity_bytes)}
+    with KVStore([HostTier(capacity_bytes)], quotas=quotas) as store:
         store.put(make_key(0), large, namespace="a")
         put(store, "b", *range(10, 20))
         assert make_key(0) in store

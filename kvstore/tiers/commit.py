@@ -41,7 +41,8 @@ class GroupCommit:
     def __init__(self, sync: Callable[[Round], None], interval_s: float) -> None:
         self._sync = sync
         self._interval_s = interval_s
-        self._running = threading.Lock()  # held by who runs a round
+        self._turn = threading.Condition()  # of the next
+        self._running = False  # whether anybody runs a round
         self._lock = threading.Lock()  # of everything below
         self._round = Round()
         self._thread: threading.Thread | None = None
@@ -65,9 +66,19 @@ class GroupCommit:
 
     def wait(self, opened: Round) -> None:
         """Returns when the round is durable, and runs it if nobody does; raises what it raised."""
-        with self._running:
-            if not opened.done.done():
+        with self._turn:
+            # who only waits to hear that a round is done must not wait for the next one
+            self._turn.wait_for(lambda: opened.done.done() or not self._running)
+            runs = not opened.done.done()
+            if runs:
+                self._running = True
+        if runs:
+            try:
                 self._run_round()
+            finally:
+                with self._turn:
+                    self._running = False
+                    self._turn.notify_all()
         opened.done.result()
 
     def flush(self) -> None:

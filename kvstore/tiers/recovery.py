@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from itertools import pairwise
 
 from ...core import ChunkKey
@@ -54,21 +54,23 @@ def compact(files: Files, journal: Journal, segments: Segments, number: int) -> 
 
     If that fails, the chunks are where they are, and the next chunk that leaves the segment is the next occasion.
     """
-    moved_to = set()
     with suppress(OSError, ChunkCorruptError, TierError), segments.claimed(number) as fd:
         if fd is None:
             return
         held = journal.in_segment(number)
         if 2 * sum(place.taken_bytes for _, place in held) > files.fstat(fd).st_size:
             return
-        for key, place in held:
-            data = memoryview(bytearray(place.nbytes))
-            read_exactly(files, fd, data, place.offset)  # verified by whoever reads it
-            with segments.written(place.taken_bytes, [data], journal) as (to, offset), journal.exclusive() as index:
-                found = index.places.get(key)
-                if found is not None and found.at == place.at:
-                    journal.append([(Op.MOVE, key, Place(to, offset, place.nbytes, place.info))])
-            moved_to.add(to)
-        segments.sync_files(moved_to)
+        with ExitStack() as copies:
+            moves = []
+            for key, place in held:
+                data = memoryview(bytearray(place.nbytes))
+                read_exactly(files, fd, data, place.offset)  # verified by whoever reads it
+                to, offset = copies.enter_context(segments.written(place.taken_bytes, [data], journal))
+                moves.append((key, place, Place(to, offset, place.nbytes, place.info)))
+            # before the journal says so: after a power loss it must not send readers to what has not arrived
+            segments.sync_files({place.segment for _, _, place in moves})
+            with journal.exclusive() as index:
+                still = [move for move in moves if move[0] in index.places and index.places[move[0]].at == move[1].at]
+                journal.append([(Op.MOVE, key, to_place) for key, _, to_place in still])
         journal.sync()
         files.unlink(segments.path(number))
