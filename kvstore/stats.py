@@ -18,7 +18,9 @@ class TierStats:
     promotions : chunks written to this tier because they were found in a slower one.
     corruptions : chunks that were found corrupt, and removed.
     rejections : chunks that did not fit.
-    errors : operations that failed for any other reason.
+    timeouts : operations that were given up because the tier did not answer in time.
+    errors : operations that failed for any other reason, or were not begun because the tier is stalled or down.
+    recoveries : times that the tier was down, and answered again.
     """
 
     name: str
@@ -34,7 +36,9 @@ class TierStats:
     promotions: int = 0
     corruptions: int = 0
     rejections: int = 0
+    timeouts: int = 0
     errors: int = 0
+    recoveries: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +48,16 @@ class StoreStats:
     Attributes
     ----------
     tiers : fastest first.
-    misses : lookups without an answer, by reason: `absent`; `corrupt`, `undecodable` or `unavailable` if a tier that
-        was asked had the chunk and could not give it.
-    background_errors : prefetches that failed; the error itself is raised by the future.
+    misses : lookups without an answer, by reason: `absent`; `corrupt`, `undecodable`, `timeout` or `unavailable` if a
+        tier that was asked had the chunk and could not give it.
+    background_errors : prefetches that failed; the error itself is raised by their `result`.
+    refused_prefetches : prefetches that were refused because too many were waiting.
     """
 
     tiers: tuple[TierStats, ...]
     misses: Mapping[str, int]
     background_errors: int = 0
+    refused_prefetches: int = 0
 
     @property
     def hits(self) -> int:

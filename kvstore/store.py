@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Self
 
@@ -16,6 +15,7 @@ from ..core import ChunkInfo, ChunkKey, Codec, EncodedChunk, KVChunk, ReadsLayer
 from ..errors import CodecError, SpecMismatchError, TierError, TierUnavailableError
 from .keys import KEY_BYTES
 from .policy import EvictionPolicy, policy_factory
+from .prefetch import Prefetch, PrefetchQueue
 from .stack import Fetch, TierStack, whole
 from .stats import StoreStats
 
@@ -38,10 +38,13 @@ class KVStore:
         the others get it by demotion, on eviction and on `close`.
     policy : what goes when a tier is full: a name from `policy.POLICIES`, or what makes an `EvictionPolicy`. Each tier
         gets one of its own.
+    timeout_s : longest time that a call waits for one operation of a tier that may stall (`MayStall`: disks, networks).
+        Past it a chunk is a miss, and is not written; a tier that goes on like this is left alone for a while. Not of
+        this constructor, nor of tiers in memory. None: as long as it takes.
 
     Raises
     ------
-    ValueError : no tiers, or two of one name; no policy of that name.
+    ValueError : no tiers, or two of one name; no policy of that name; `timeout_s` is not above 0.
     """
 
     def __init__(
@@ -52,17 +55,20 @@ class KVStore:
         codecs: Sequence[Codec] = (),
         write_through: bool = True,
         policy: str | Callable[[], EvictionPolicy] = "default",
+        timeout_s: float | None = 10.0,
     ) -> None:
         if not tiers or len({tier.name for tier in tiers}) < len(tiers):
             raise ValueError(f"tiers are {[tier.name for tier in tiers]}; expected at least one, with different names")
+        if timeout_s is not None and not 0 < timeout_s < threading.TIMEOUT_MAX:
+            raise ValueError(f"timeout_s is {timeout_s}; expected seconds above 0, or None")
+        self._timeout_s = timeout_s
         self._codec: Codec = RawCodec() if codec is None else codec
         self._codecs: dict[str, Codec] = {known.name: known for known in (RawCodec(), *codecs, self._codec)}
         self._write_through = write_through
-        self._stack = TierStack(tiers, policy_factory(policy))
+        self._stack = TierStack(tiers, policy_factory(policy), timeout_s=timeout_s)
+        self._prefetches = PrefetchQueue(self._stack)
         self._lock = threading.Lock()  # of the counters below
         self._misses: Counter[str] = Counter()
-        self._background_errors = 0
-        self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvloom-prefetch")
         self._closed = False
 
     def put(self, key: ChunkKey, chunk: KVChunk, *, after: ChunkKey | None = None) -> None:
@@ -89,23 +95,27 @@ class KVStore:
             raise SpecMismatchError(f"chunk has {len(chunk.keys)} layers; expected all {chunk.spec.num_layers}")
         self._stack.put(key, self._codec.encode(chunk), ChunkInfo(after), everywhere=self._write_through)
 
-    def get(self, key: ChunkKey, positions: Tensor | None = None) -> KVChunk | None:
+    def get(self, key: ChunkKey, positions: Tensor | None = None, *, timeout_s: float | None = None) -> KVChunk | None:
         """The chunk, read-only, or None; a chunk found in a slower tier is promoted to the first.
 
         Parameters
         ----------
         positions : `[T]` int64, where to place the chunk; None where it was computed.
+        timeout_s : how long this call waits for tiers in all, if less than the store's `timeout_s` for each.
         """
-        found = self._lookup(key, whole(key), positions)
-        if found is None:
-            return None
-        index, blob, chunk = found
-        if index:
-            self._stack.promote(key, blob)
-        return chunk
+        with self._stack.patience.within(timeout_s):
+            found = self._lookup(key, whole(key), positions)
+            if found is None:
+                return None
+            index, blob, chunk = found
+            if index:
+                self._stack.promote(key, blob)
+            return chunk
 
-    def get_layers(self, key: ChunkKey, start: int, stop: int, positions: Tensor | None = None) -> KVChunk | None:
-        """Layers `[start, stop)` of the chunk, read-only, or None; promotes nothing.
+    def get_layers(
+        self, key: ChunkKey, start: int, stop: int, positions: Tensor | None = None, *, timeout_s: float | None = None
+    ) -> KVChunk | None:
+        """Layers `[start, stop)` of the chunk, read-only, or None; promotes nothing. `timeout_s` as for `get`.
 
         A chunk read layer by layer counts as used once, with its first layer.
 
@@ -126,7 +136,8 @@ class KVStore:
                 raise ValueError(f"layers are [{start}, {stop}); chunk {key.hex()} has fewer")
             return blob
 
-        found = self._lookup(key, fetch, positions, is_use=start == 0)
+        with self._stack.patience.within(timeout_s):
+            found = self._lookup(key, fetch, positions, is_use=start == 0)
         return None if found is None else found[2]
 
     def match(self, keys: Sequence[ChunkKey]) -> int:
@@ -148,10 +159,19 @@ class KVStore:
         self._expect_open()
         return self._stack.pinned(keys)
 
-    def prefetch(self, keys: Iterable[ChunkKey]) -> Future[int]:
-        """Promotes chunks to the first tier in the background; the result is how many of them are there then."""
+    def prefetch(self, keys: Iterable[ChunkKey], *, deadline_s: float | None = None) -> Prefetch:
+        """Promotes chunks to the first tier in the background, in order; the result is how many of them are there then.
+
+        Parameters
+        ----------
+        deadline_s : seconds from now after which no more are promoted, and no tier is waited for.
+
+        Raises
+        ------
+        ValueError : `deadline_s` is negative.
+        """
         self._expect_open()
-        return self._background.submit(self._prefetch, list(keys))
+        return self._prefetches.add(list(keys), deadline_s)
 
     def delete(self, key: ChunkKey) -> bool:
         """Removes the chunk from every tier, pinned or not; whether it was in any.
@@ -174,7 +194,8 @@ class KVStore:
     def stats(self) -> StoreStats:
         """Counts since the store was opened."""
         with self._lock:
-            return StoreStats(self._stack.stats(), dict(self._misses), self._background_errors)
+            misses = dict(self._misses)
+        return StoreStats(self._stack.stats(), misses, self._prefetches.failed, self._prefetches.refused)
 
     def check(self) -> list[str]:
         """What is inconsistent, in words; empty if all is well. For a moment when no other thread uses the store."""
@@ -182,12 +203,15 @@ class KVStore:
         return self._stack.check()
 
     def close(self) -> None:
-        """Cancels prefetches, demotes what only the first tier holds unless `write_through`, and closes the tiers."""
+        """Cancels prefetches, demotes what only the first tier holds unless `write_through`, and closes the tiers.
+
+        A tier that does not answer is waited for no longer than `timeout_s` at a time, and closed when it does answer.
+        """
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-        self._background.shutdown(wait=True, cancel_futures=True)
+        self._prefetches.close(self._timeout_s)
         if not self._write_through:
             for key in list(self._stack.levels[0].keys):
                 self._stack.demote(0, key)
@@ -226,21 +250,6 @@ class KVStore:
         if blob.codec not in self._codecs:
             raise CodecError(f"codec {blob.codec!r} is not among {sorted(self._codecs)}; see KVStore(codecs=...)")
         return self._codecs[blob.codec].decode(blob, positions)
-
-    def _prefetch(self, keys: list[ChunkKey]) -> int:
-        try:
-            for key in keys:
-                found_at = self._stack.locate(key)
-                for level in self._stack.levels[1:] if found_at else ():
-                    blob, _ = self._stack.fetch(level, key, whole(key))
-                    if blob is not None:
-                        self._stack.promote(key, blob)
-                        break
-        except BaseException:
-            with self._lock:
-                self._background_errors += 1
-            raise
-        return sum(self._stack.locate(key) == 0 for key in keys)
 
     def _expect_open(self) -> None:
         if self._closed:
