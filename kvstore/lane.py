@@ -170,10 +170,10 @@ class Lane:
             finally:
                 lock.release()
 
-    def doubts(self, key: ChunkKey) -> bool:
-        """Whether the tier may hold the chunk although its writing or deletion was given up."""
+    def doubtful(self) -> frozenset[ChunkKey]:
+        """Chunks that the tier may hold although their writing or deletion was given up."""
         with self._lock:
-            return key in self._doubtful
+            return frozenset(self._doubtful)
 
     def close(self) -> None:
         """Closes the tier after the calls that are queued, and ends the threads.

@@ -82,6 +82,9 @@ class Level:
         lock = self.stripes[key[-1] % _STRIPES]
         return lock if self.lane is None else self.lane.hold(lock)
 
+    def doubtful(self) -> frozenset[ChunkKey]:
+        return frozenset() if self.lane is None else self.lane.doubtful()
+
     def close(self) -> None:
         self.tier.close() if self.lane is None else self.lane.close()
 
@@ -138,18 +141,21 @@ class TierStack:
         """Writes to every tier, or to the first that takes the chunk; raises the last `TierError` if none does."""
         refusal: TierError | None = None
         stored = False
-        for index, level in enumerate(self.levels):
-            try:
-                self.insert(index, key, blob, info)
-            except TierError as exc:
-                refusal = exc
-                self._refused(level, exc)
-                continue
-            stored = True
-            if not everywhere:
-                break
-        if refusal is not None and not stored:
-            raise refusal
+        try:
+            for index, level in enumerate(self.levels):
+                try:
+                    self.insert(index, key, blob, info)
+                except TierError as exc:
+                    refusal = exc
+                    self._refused(level, exc)
+                    continue
+                stored = True
+                if not everywhere:
+                    break
+            if refusal is not None and not stored:
+                raise refusal
+        finally:
+            refusal = None  # its traceback leads back to this frame, a cycle that would keep the chunk alive
 
     def promote(self, key: ChunkKey, blob: EncodedChunk) -> bool:
         """Copies a chunk to the first tier; whether that could take it."""
@@ -261,7 +267,7 @@ class TierStack:
                 stays = key not in level.keys or (for_space and self._pins[key])
                 info = None if stays else level.keys.pop(key)
             if info is None:
-                if level.lane is not None and level.lane.doubts(key):
+                if key in level.doubtful():
                     raise TierUnavailableError(f"tier {level.tier.name!r} may still hold the chunk until it answers")
                 return False
             try:
@@ -302,14 +308,14 @@ class TierStack:
     def check(self) -> list[str]:
         problems = []
         for level in self.levels:
-            tier = level.tier
+            tier, doubtful = level.tier, level.doubtful()  # before the tier is asked: some may be settled then
             try:
                 problems += level.call(lambda tier: tier.check() if isinstance(tier, ChecksItself) else [])
                 held = level.call(lambda tier: {entry.key for entry in tier.entries()})
             except TierUnavailableError as exc:
                 problems.append(f"tier {tier.name!r} cannot be checked: {exc}")
                 continue
-            stray = held ^ level.keys.keys()
+            stray = (held ^ level.keys.keys()) - doubtful
             problems += [f"tier {tier.name!r} and the store disagree about chunk {key.hex()}" for key in stray]
             if tier.capacity_bytes is not None and tier.used_bytes > tier.capacity_bytes:
                 problems.append(f"tier {tier.name!r} uses {tier.used_bytes} bytes of {tier.capacity_bytes}")
