@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Generic, TypeVar, cast
 
@@ -30,12 +30,14 @@ class Patience(threading.local):
     def left_s(self) -> float:
         return self.until_s - time.monotonic()
 
-    @contextmanager
-    def within(self, timeout_s: float | None) -> Iterator[None]:
+    def within(self, timeout_s: float | None) -> AbstractContextManager[None]:
         """Not longer than `timeout_s` from now, nor than was said before; None changes nothing."""
+        return nullcontext() if timeout_s is None else self._until(time.monotonic() + timeout_s)
+
+    @contextmanager
+    def _until(self, until_s: float) -> Iterator[None]:
         before_s = self.until_s
-        if timeout_s is not None:
-            self.until_s = min(before_s, time.monotonic() + timeout_s)
+        self.until_s = min(before_s, until_s)
         try:
             yield
         finally:

@@ -246,7 +246,7 @@ class TierStack:
             blob = level.call(fetch)
             if blob is None:
                 with level.stripe(key):
-                    if key not in level.tier:  # rather than evicted and put again since
+                    if not level.call(lambda tier: key in tier):  # rather than evicted and put again since
                         with self._lock:
                             level.forget(key)
         except ChunkCorruptError as exc:

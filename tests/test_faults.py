@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from kvloom.compress.raw import RawCodec
 from kvloom.core import ChunkKey, EncodedChunk, KVChunk
@@ -415,8 +415,9 @@ def test_the_real_disk_behind_a_lane(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ all at once
 
 
+@pytest.mark.parametrize("steps", [80, pytest.param(4000, marks=pytest.mark.torture)])
 @pytest.mark.parametrize("write_through", [True, False])
-def test_threads_on_a_device_that_comes_and_goes(write_through: bool) -> None:
+def test_threads_on_a_device_that_comes_and_goes(write_through: bool, steps: int) -> None:
     disk = FaultyTier(8 * CHUNK_BYTES)
     stop = threading.Event()
 
@@ -438,7 +439,7 @@ def test_threads_on_a_device_that_comes_and_goes(write_through: bool) -> None:
 
         def work(seed: int) -> int:
             dice, hits = random.Random(seed), 0
-            for _ in range(80):
+            for _ in range(steps):
                 number = dice.randrange(16)
                 key, action = make_key(number), dice.random()
                 try:
@@ -555,4 +556,9 @@ class FaultMachine(RuleBasedStateMachine):
 
 
 TestFaultMachine = FaultMachine.TestCase
-TestFaultMachine.settings = settings(max_examples=15, stateful_step_count=20, deadline=None)
+TestFaultMachine.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
+
+
+@pytest.mark.torture
+def test_many_more_of_them() -> None:
+    run_state_machine_as_test(FaultMachine, settings=settings(max_examples=1000, stateful_step_count=50, deadline=None))
