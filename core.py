@@ -281,8 +281,8 @@ class ReadsLayers(Protocol):
 class MayStall(Protocol):
     """Optional capability of a tier: its methods wait for a device or a network, which may never answer.
 
-    The store calls them from threads on which it can give up (`kvstore/lane.py`). The tier's properties are answered from
-    memory all the same.
+    The store calls them from threads on which it can give up (`kvstore/lane.py`). The tier's properties are answered
+    from memory all the same.
     """
 
     @property

@@ -252,8 +252,8 @@ class TierStack:
         except ChunkCorruptError as exc:
             self.discard(level, key, exc)
             return None, "corrupt"
-        except TierUnavailableError as exc:
-            self._refused(level, exc)
+        except TierError as exc:
+            self._failed(level, exc)
             return None, "timeout" if isinstance(exc, TierTimeoutError) else "unavailable"
         return blob, None
 
@@ -312,7 +312,7 @@ class TierStack:
             try:
                 problems += level.call(lambda tier: tier.check() if isinstance(tier, ChecksItself) else [])
                 held = level.call(lambda tier: {entry.key for entry in tier.entries()})
-            except TierUnavailableError as exc:
+            except TierError as exc:
                 problems.append(f"tier {tier.name!r} cannot be checked: {exc}")
                 continue
             stray = (held ^ level.keys.keys()) - doubtful
@@ -365,8 +365,11 @@ class TierStack:
         if isinstance(exc, TierFullError):
             self.count(level, rejections=1)
         else:
-            self.count(level, **{"timeouts" if isinstance(exc, TierTimeoutError) else "errors": 1})
-            self._warn(level, exc)
+            self._failed(level, exc)
+
+    def _failed(self, level: Level, exc: TierError) -> None:
+        self.count(level, **{"timeouts" if isinstance(exc, TierTimeoutError) else "errors": 1})
+        self._warn(level, exc)
 
     def _welcome(self, index: int, down_s: float) -> None:
         level = self.levels[index]
