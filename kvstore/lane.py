@@ -31,7 +31,14 @@ class Patience(threading.local):
         return self.until_s - time.monotonic()
 
     def within(self, timeout_s: float | None) -> AbstractContextManager[None]:
-        """Not longer than `timeout_s` from now, nor than was said before; None changes nothing."""
+        """Not longer than `timeout_s` from now, nor than was said before; None changes nothing.
+
+        Raises
+        ------
+        ValueError : `timeout_s` is negative or no number.
+        """
+        if timeout_s is not None and not timeout_s >= 0:
+            raise ValueError(f"timeout_s is {timeout_s}; expected seconds, 0 or more, or None")
         return nullcontext() if timeout_s is None else self._until(time.monotonic() + timeout_s)
 
     @contextmanager
@@ -264,6 +271,9 @@ class Lane:
         with self._lock:
             if call.finished:
                 fault = isinstance(call.error, TierUnavailableError)
+                if isinstance(call.error, TierTimeoutError) and call.error.begun and call.writes is not None:
+                    self._doubtful.add(call.writes)  # the tier itself has given up, and does not know either
+                    self._removals.append(call.writes)
                 was_down_s = self._breaker.judge(probes=call.probes, fault=fault, answered=not fault)
             else:
                 call.given_up = True

@@ -84,7 +84,10 @@ class Prefetch:
                 return
             self._begun = True
         try:
-            with self._stack.patience.within(self._until_s - time.monotonic()), self._stack.pinned(self._keys):
+            with (
+                self._stack.patience.within(max(0.0, self._until_s - time.monotonic())),
+                self._stack.pinned(self._keys),
+            ):
                 outcome = self._promote()
         except BaseException as exc:  # noqa: BLE001  raised again by `result`
             self.end("failed", exc)

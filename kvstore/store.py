@@ -102,6 +102,10 @@ class KVStore:
         ----------
         positions : `[T]` int64, where to place the chunk; None where it was computed.
         timeout_s : how long this call waits for tiers in all, if less than the store's `timeout_s` for each.
+
+        Raises
+        ------
+        ValueError : `timeout_s` is negative.
         """
         with self._stack.patience.within(timeout_s):
             found = self._lookup(key, whole(key), positions)
@@ -121,7 +125,7 @@ class KVStore:
 
         Raises
         ------
-        ValueError : the range is empty, or the chunk has no such layers.
+        ValueError : the range is empty, or the chunk has no such layers; `timeout_s` is negative.
         """
         if not 0 <= start < stop:
             raise ValueError(f"layers are [{start}, {stop}); expected 0 <= start < stop")

@@ -190,6 +190,9 @@ def test_time_of_one_call(make_store: Callable[..., KVStore], disk: FaultyTier) 
     assert holds(store.get(make_key(1), timeout_s=0.0), 1)  # the host is not waited for
     disk.gate.set()
     assert holds(store.get(make_key(0)), 0) and in_order(store) and store.stats().tiers[1].recoveries == 0
+    for wrong in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="timeout_s is"):
+            store.get(make_key(0), timeout_s=wrong)
 
 
 def test_the_tier_below_a_stalled_one_is_asked(disk: FaultyTier) -> None:

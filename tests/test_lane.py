@@ -368,6 +368,20 @@ def test_a_late_deletion_is_certain(make_lane: Callable[..., Lane], tier: Faulty
     assert eventually(lambda: not lane.doubtful()) and keys_of(tier) == []
 
 
+def test_a_tier_that_gives_up_by_itself(make_lane: Callable[..., Lane], tier: FaultyTier) -> None:
+    lane = make_lane()
+
+    def lose_the_answer(tier: Tier) -> None:
+        tier.put(make_key(1), make_blob(1))
+        raise TierTimeoutError("no answer", begun=True)
+
+    with pytest.raises(TierTimeoutError, match="no answer"):
+        lane.run(lose_the_answer, writes=make_key(1))
+    assert lane.doubtful() == {make_key(1)} == set(keys_of(tier))
+    assert lane.run(lambda tier: tier.get(make_key(2))) is None
+    assert eventually(lambda: not lane.doubtful()) and keys_of(tier) == []
+
+
 def test_an_undoing_that_fails_is_tried_again_and_a_bug_in_it_is_heard(
     make_lane: Callable[..., Lane], tier: FaultyTier
 ) -> None:
