@@ -107,14 +107,16 @@ class KVStore:
         ------
         ValueError : `timeout_s` is negative.
         """
-        with self._stack.patience.within(timeout_s):
-            found = self._lookup(key, whole(key), positions)
-            if found is None:
-                return None
-            index, blob, chunk = found
-            if index:
-                self._stack.promote(key, blob)
-            return chunk
+        if timeout_s is not None:
+            with self._stack.patience.within(timeout_s):
+                return self.get(key, positions)
+        found = self._lookup(key, whole(key), positions)
+        if found is None:
+            return None
+        index, blob, chunk = found
+        if index:
+            self._stack.promote(key, blob)
+        return chunk
 
     def get_layers(
         self, key: ChunkKey, start: int, stop: int, positions: Tensor | None = None, *, timeout_s: float | None = None
@@ -127,6 +129,9 @@ class KVStore:
         ------
         ValueError : the range is empty, or the chunk has no such layers; `timeout_s` is negative.
         """
+        if timeout_s is not None:
+            with self._stack.patience.within(timeout_s):
+                return self.get_layers(key, start, stop, positions)
         if not 0 <= start < stop:
             raise ValueError(f"layers are [{start}, {stop}); expected 0 <= start < stop")
 
@@ -140,8 +145,7 @@ class KVStore:
                 raise ValueError(f"layers are [{start}, {stop}); chunk {key.hex()} has fewer")
             return blob
 
-        with self._stack.patience.within(timeout_s):
-            found = self._lookup(key, fetch, positions, is_use=start == 0)
+        found = self._lookup(key, fetch, positions, is_use=start == 0)
         return None if found is None else found[2]
 
     def match(self, keys: Sequence[ChunkKey]) -> int:
