@@ -21,14 +21,18 @@ if TYPE_CHECKING:
     from .errors import KVLoomError as KVLoomError
     from .kvstore.keys import content_key as content_key
     from .kvstore.keys import prefix_keys as prefix_keys
+    from .kvstore.quota import Quota as Quota
     from .kvstore.store import KVStore as KVStore
+    from .kvstore.tiers.device import DeviceTier as DeviceTier
     from .kvstore.tiers.disk import DiskTier as DiskTier
     from .kvstore.tiers.host import HostTier as HostTier
+    from .kvstore.tiers.shared import SharedTier as SharedTier
 
 _HOME = {
     "Blender": "blend.blender",
     "ChunkKey": "core",
     "Codec": "core",
+    "DeviceTier": "kvstore.tiers.device",
     "DiskTier": "kvstore.tiers.disk",
     "EncodedChunk": "core",
     "HostTier": "kvstore.tiers.host",
@@ -37,8 +41,10 @@ _HOME = {
     "KVSpec": "core",
     "KVStore": "kvstore.store",
     "LayerwiseModel": "core",
+    "Quota": "kvstore.quota",
     "RawCodec": "compress.raw",
     "RopeSpec": "core",
+    "SharedTier": "kvstore.tiers.shared",
     "Tier": "core",
     "TransformersConnector": "connectors.hf",
     "content_key": "kvstore.keys",

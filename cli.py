@@ -15,7 +15,7 @@ import typer
 from . import __version__
 from .errors import KVLoomError
 
-BENCHMARKS = {"blend": ".bench.blend"}
+BENCHMARKS = {"blend": ".bench.blend", "tiers": ".bench.tiers"}
 """Module of each benchmark by name. It offers `run(*, quick: bool) -> BenchResult`."""
 
 app = typer.Typer(
@@ -131,13 +131,26 @@ def bench(
     name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of: {', '.join(BENCHMARKS)}.")],
     json: JsonFile = None,
     quick: Quick = False,
+    folder: Annotated[
+        Path | None, typer.Option("--dir", metavar="DIR", help="tiers: folder whose disk is measured; default: here.")
+    ] = None,
+    lmcache_python: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH", help="tiers: python that has LMCache; default: .venv-lmcache/bin/python, if it is there."
+        ),
+    ] = None,
 ) -> None:
     """Run one benchmark and print its figures."""
     if name not in BENCHMARKS:
         raise ValueError(f"unknown benchmark {name!r}; known: {', '.join(BENCHMARKS)}")
+    options = {"folder": folder, "lmcache_python": lmcache_python}
+    given = {option: value for option, value in options.items() if value is not None}
+    if given and name != "tiers":
+        raise ValueError(f"--dir and --lmcache-python belong to the benchmark tiers, not to {name}")
     from .bench.report import BenchResult
 
-    result = import_module(BENCHMARKS[name], __package__).run(quick=quick)
+    result = import_module(BENCHMARKS[name], __package__).run(quick=quick, **given)
     if not isinstance(result, BenchResult):
         raise TypeError(f"benchmark {name} returned {type(result).__name__}; expected BenchResult")
     if json:

@@ -130,8 +130,8 @@ class KVChunk:
     ----------
     token_ids : `[T]` int64, cpu.
     positions : `[T]` int64, cpu; rotary position of each key.
-    keys : `[L, H, T, D]`, after rotary embedding.
-    values : `[L, H, T, Dv]`.
+    keys : `[L, H, T, D]`, after rotary embedding; on any device.
+    values : `[L, H, T, Dv]`, on the device of the keys.
     first_layer : layer of `keys[0]`; a chunk read layer by layer holds only `len(keys)` layers from there.
 
     Raises
@@ -175,15 +175,19 @@ class EncodedChunk:
     Attributes
     ----------
     codec : name of the codec that made it.
-    tensors : contiguous cpu tensors by name.
+    tensors : contiguous tensors by name, complete: nothing queued on a device is still to write them. Those that are
+        layered lie on one device, all others on the cpu.
     meta : what the codec needs beside them, as text.
     layered : names of the tensors whose first dimension is the layer, so that layers can be read and verified alone.
+    leased : the tensors lie in memory that a tier wants back, and gets when the last view of them is gone. Who keeps
+        them for long copies them.
     """
 
     codec: str
     tensors: Mapping[str, Tensor]
     meta: Mapping[str, str]
     layered: frozenset[str] = field(default=frozenset())
+    leased: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -193,7 +197,7 @@ class EncodedChunk:
     def layers(self, start: int, stop: int) -> EncodedChunk:
         """Layers `[start, stop)` alone, without a copy; tensors without a layer dimension are kept whole."""
         tensors = {name: t[start:stop] if name in self.layered else t for name, t in self.tensors.items()}
-        return EncodedChunk(self.codec, tensors, {**self.meta, "first_layer": str(start)}, self.layered)
+        return EncodedChunk(self.codec, tensors, {**self.meta, "first_layer": str(start)}, self.layered, self.leased)
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,8 +259,11 @@ class Tier(Protocol):
         """Raises `ChunkCorruptError` or `TierUnavailableError`; read-only."""
         ...
 
-    def put(self, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo = ...) -> None:
-        """Complete or not at all. Raises `TierFullError` (nothing is changed) or `TierUnavailableError`."""
+    def put(self, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo = ...) -> int | None:
+        """Complete or not at all. Raises `TierFullError` (nothing is changed) or `TierUnavailableError`.
+
+        Returns what the chunk takes in this tier, in bytes, as `entries` has it; None: about as much as its tensors.
+        """
         ...
 
     def delete(self, key: ChunkKey) -> bool: ...

@@ -20,8 +20,10 @@ from ..connectors.hf import TransformersConnector
 from ..kvstore.store import KVStore
 from ..kvstore.tiers.disk import DiskTier
 from ..kvstore.tiers.host import HostTier
-from .demo import HOST_BYTES, METHODS, load_model, token_counter
-from .fusion import FULL, NAIVE, PREFIX, Method, Score, blend, drop_page_cache, score
+from .demo import METHODS
+from .fusion import FULL, HOST_BYTES, NAIVE, PREFIX, Method, Score, blend, score
+from .models import load_model, token_counter
+from .page_cache import drop_page_cache
 from .report import BenchResult, Floats, Metric, output, paired_bootstrap, share_of_gap
 from .workload import task_cases
 
@@ -60,7 +62,7 @@ def run(*, quick: bool = False, model_dir: Path | None = None) -> BenchResult:
                 f"{row.ttft_s * 1e3:.0f}",
                 f"{row.speedup:.2f}x",
                 f"{row.computed_tokens:,.0f}",
-                "-" if row.exact_match is None else f"{row.exact_match:.1%}",
+                *(f"{share:.1%}" for share in row.exact_match.values()),
                 _with_interval(gap),
                 f"{row.kl:.4f}",
             )

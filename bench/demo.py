@@ -4,18 +4,16 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table as ConsoleTable
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from ..connectors.hf import TransformersConnector
 from ..connectors.hf_model import check_supported
@@ -23,13 +21,14 @@ from ..core import Tier
 from ..kvstore.store import KVStore
 from ..kvstore.tiers.disk import DiskTier
 from ..kvstore.tiers.host import HostTier
-from .fusion import FULL, NAIVE, NEW_TOKENS, PREFIX, Method, Score, Summary, blend, drop_page_cache, score
-from .page import Plot, Point, Section, Table, html_report
-from .report import BenchResult, Metric, output, spread, write_text
+from .fusion import FULL, HOST_BYTES, NAIVE, NEW_TOKENS, PREFIX, Score, Summary, blend, score
+from .models import load_model, token_counter
+from .page import Section, Table, html_report
+from .page_cache import drop_page_cache
+from .report import BenchResult, Metric, output, write_text
+from .sweep import sweep
 from .workload import Case, question_cases, read_documents, task_cases
 
-BUNDLED_MODEL = Path(__file__).parent / "reference" / "model"
-HOST_BYTES = 4 << 30
 METHODS = (FULL, PREFIX, NAIVE, blend(0.15, "first"), blend(0.05), blend(0.15), blend(0.30))
 
 
@@ -56,36 +55,6 @@ class DemoOptions:
     quick: bool = False
 
 
-def load_model(folder: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A local model and its tokenizer; float32 on a CPU, where it is exact, the model's own dtype on a GPU.
-
-    Raises
-    ------
-    ValueError : there is no usable Hugging Face folder.
-    """
-    folder = BUNDLED_MODEL if folder is None else folder
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"no model in {folder}: --model takes a local Hugging Face folder with config.json and weights"
-        )
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    cuda = torch.cuda.is_available()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, dtype="auto" if cuda else torch.float32, attn_implementation="sdpa"
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"cannot load the model in {folder}: {error}") from error
-    torch.nn.Module.to(model, "cuda" if cuda else "cpu")
-    return model.eval(), tokenizer
-
-
-def token_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int]:
-    return lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-
-
 def demo_cases(options: DemoOptions, count_tokens: Callable[[str], int], max_tokens: int) -> list[Case]:
     """What the demo asks, see `DemoOptions`.
 
@@ -104,14 +73,13 @@ def demo_cases(options: DemoOptions, count_tokens: Callable[[str], int], max_tok
             )
         return [Case("question", documents, f"\nQ: {options.question}\nA:")] * (2 if options.quick else 5)
     context = min(512 if options.quick else 4480, max_tokens - 128)  # of which documents fill a little less
-    count = 2 if options.quick else 8
-    kinds = {"record": count, "alias": count // 2}
+    counts = {"record": 2, "alias": 1} if options.quick else {"record": 6, "alias": 4}
     cases = [
         case
-        for kind, n in kinds.items()
+        for kind, n in counts.items()
         for case in task_cases(texts, count_tokens, kind=kind, count=n, context_tokens=context)
     ]
-    return cases if texts is not None else [*cases, *question_cases(1 if options.quick else 2)]
+    return cases if texts is not None else [*cases, *question_cases(1)]
 
 
 def measure(options: DemoOptions, store_dir: Path, *, restarted: bool) -> tuple[list[Score], list[Case]]:
@@ -180,31 +148,33 @@ def _restarted(options: DemoOptions, store_dir: Path) -> list[Summary]:
 
 
 def _intro(cases: Sequence[Case]) -> str:
-    kinds: dict[str, int] = {}
-    for case in cases:
-        kinds[case.kind] = kinds.get(case.kind, 0) + 1
-    names = {
-        "record": "records (an entity is named in one document, its code stands in the next)",
-        "alias": "aliases (two hops over two documents)",
-        "question": "questions over documents as they are",
-    }
-    return "Asked: " + "; ".join(f"{n} {names.get(kind, kind)}" for kind, n in kinds.items())
+    kinds = Counter(case.kind for case in cases)
+    return "Asked: " + "; ".join(f"{n} {_KINDS[kind]}" for kind, n in kinds.items())
 
 
 def _console_table(title: str, rows: Sequence[Summary]) -> ConsoleTable:
     table = ConsoleTable(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for i, column in enumerate(_COLUMNS):
+    for i, column in enumerate(_columns(rows)):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*_cells(row))
     return table
 
 
-_COLUMNS = ("method", "TTFT ms", "speed-up", "computed", "loaded", "exact", "KL nats")
+def _columns(rows: Sequence[Summary]) -> list[str]:
+    right = [f"{_KINDS[kind].split()[0]} right" for kind in rows[0].exact_match]
+    return ["method", "TTFT ms", "speed-up", "computed", "loaded", *right, "KL nats"]
+
+
+_KINDS = {
+    "record": "records (an entity is named in one document, its code stands in the next)",
+    "alias": "aliases (two hops over two documents)",
+    "question": "questions over documents as they are",
+}
 _LEGEND = (
     "TTFT: time to first token, from the request's tokens to the answer's first, median. Speed-up: full prefill's time "
     "over it, question by question. Computed: tokens that ran through a layer, mean over layers. Loaded: from where. "
-    "Exact: questions with a known answer that were answered word for word. KL: of the next-token distribution to that "
+    "Right: answered word for word. KL: of the next-token distribution to that "
     "of full prefill."
 )
 
@@ -216,7 +186,7 @@ def _cells(row: Summary) -> list[str]:
         f"{row.speedup:.2f}x",
         f"{row.computed_tokens:,.0f}",
         " + ".join(f"{size / 1e6:.1f} MB {tier}" for tier, size in row.loaded_bytes.items()) or "-",
-        "-" if row.exact_match is None else f"{row.exact_match:.0%}",
+        *(f"{share:.0%}" for share in row.exact_match.values()),
         f"{row.kl:.4f}",
     ]
 
@@ -234,8 +204,9 @@ def _metrics(phases: Mapping[str, Sequence[Summary]]) -> dict[str, Metric]:
         for row in rows:
             name = f"{row.method} {phase}".replace(" ", "_")
             found[f"ttft_s_{name}"] = Metric(row.ttft_s, row.ttft_s_p10, row.ttft_s_p90, "s", rows[0].ttft_s)
-            if row.exact_match is not None:
-                found[f"exact_match_{name}"] = Metric(row.exact_match, unit="share", baseline=rows[0].exact_match)
+            for kind, share in row.exact_match.items():
+                baseline = rows[0].exact_match[kind]
+                found[f"exact_match_{kind}_{name}"] = Metric(share, unit="share", baseline=baseline)
     return found
 
 
@@ -245,7 +216,7 @@ def _page(
     again: Sequence[Summary],
     store_dir: Path,
 ) -> str:
-    curves = sweep(options, store_dir)
+    curves = sweep(options.model, options.docs, store_dir, quick=options.quick)
     return html_report(
         "kvloom: a question over cached documents",
         [
@@ -253,52 +224,11 @@ def _page(
                 "Every method side by side",
                 _LEGEND,
                 [
-                    Table(_COLUMNS, [_cells(r) for r in rows], "First run: chunks in host memory"),
-                    Table(_COLUMNS, [_cells(r) for r in again], "After a process restart: chunks on disk"),
+                    Table(_columns(rows), [_cells(r) for r in rows], "First run: chunks in host memory"),
+                    Table(_columns(rows), [_cells(r) for r in again], "After a process restart: chunks on disk"),
                 ],
             ),
             Section("Time against the number of cached documents", "", [curves[0]]),
             Section("Quality against the share of tokens recomputed", "", [curves[1]]),
         ],
-    )
-
-
-def sweep(options: DemoOptions, store_dir: Path) -> tuple[Plot, Plot]:
-    """TTFT against the number of chunks, and exact match against the recompute ratio."""
-    model, tokenizer = load_model(options.model)
-    texts = None if options.docs is None else read_documents(options.docs)
-    count_tokens = token_counter(tokenizer)
-    times: dict[str, list[Point]] = {}
-    quality: dict[str, list[Point]] = {}
-    with KVStore([HostTier(HOST_BYTES), DiskTier(store_dir)]) as store:
-        connector = TransformersConnector(model, tokenizer, store)
-        longest = connector.layers.max_tokens - 128
-        for chunks in (2, 4, 8) if options.quick else (2, 4, 8, 16):
-            context = min(chunks * (128 if options.quick else 512), longest)
-            cases = task_cases(
-                texts, count_tokens, kind="record", count=3, context_tokens=context, num_documents=chunks, seed=1
-            )
-            connector.precompute([d for case in cases for d in case.documents])
-            for s in score(connector, cases, [FULL, PREFIX, NAIVE, blend(0.15)]):
-                middle, low, high = (1e3 * t for t in spread([o.ttft_s for o in s.outcomes]))
-                times.setdefault(s.method.name, []).append(Point(chunks, middle, low, high))
-        cases = task_cases(
-            texts,
-            count_tokens,
-            kind="record",
-            count=4 if options.quick else 24,
-            context_tokens=min(1024, longest),
-            seed=2,
-        )
-        connector.precompute([d for case in cases for d in case.documents])
-        ratios = (0.0, 0.05, 0.15, 1.0) if options.quick else (0.0, 0.02, 0.05, 0.1, 0.15, 0.3, 0.5, 1.0)
-        for selector in ("deviation", "first", "random"):
-            methods: list[Method] = [FULL, *(blend(ratio, selector) for ratio in ratios)]
-            for ratio, s in zip(ratios, score(connector, cases, methods)[1:], strict=True):
-                share = Metric.of_share(sum(s.known), len(s.known))
-                name = "CacheBlend" if selector == "deviation" else f"{selector} tokens"
-                quality.setdefault(name, []).append(Point(ratio, share.value, share.low, share.high))
-    return (
-        Plot("documents", "TTFT, ms", times, "Documents of equal length; the band is the 10th to 90th percentile."),
-        Plot("recompute ratio", "exact match", quality, "Cross-document records; the band is the 95 % interval."),
     )

@@ -25,7 +25,11 @@ CAVEAT = (
     "keeps cached pages although it was asked to let go, the read speed is that of memory, not of the disk."
 )
 MODEL = Path(__file__).parent / "reference" / "model"
-EXTRAS = {"transformers": ("transformers", "tokenizers"), "bench": ("transformers", "tokenizers", "matplotlib")}
+EXTRAS = {
+    "transformers": ("transformers", "tokenizers"),
+    "bench": ("transformers", "tokenizers", "matplotlib"),
+    "bench-peers": ("lmdb",),
+}
 
 
 def diagnose(folder: Path) -> BenchResult:

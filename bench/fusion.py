@@ -1,11 +1,9 @@
 """One question under every way of using cached documents: time to first token, tokens, bytes, answer."""
 
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,6 +16,7 @@ from .report import spread
 from .workload import Case
 
 NEW_TOKENS = 6
+HOST_BYTES = 4 << 30  # of the host tier in front of the disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +102,17 @@ def _bytes_read(connector: TransformersConnector) -> Counter[str]:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One method over all cases, in their order; `None` where a case has no known answer."""
+    """One method over all cases, in their order.
+
+    Attributes
+    ----------
+    kinds : of the cases.
+    exact : whether the answer was right word for word; None where no answer is known.
+    kl : see `Summary`.
+    """
 
     method: Method
+    kinds: tuple[str, ...]
     outcomes: tuple[Outcome, ...]
     exact: tuple[bool | None, ...]
     kl: tuple[float, ...]
@@ -117,6 +124,15 @@ class Score:
     @property
     def known(self) -> list[bool]:
         return [right for right in self.exact if right is not None]
+
+    @property
+    def exact_match(self) -> dict[str, float]:
+        """Share of right answers by kind of case, where answers are known."""
+        by_kind: dict[str, list[bool]] = {}
+        for kind, right in zip(self.kinds, self.exact, strict=True):
+            if right is not None:
+                by_kind.setdefault(kind, []).append(right)
+        return {kind: sum(rights) / len(rights) for kind, rights in by_kind.items()}
 
     def summary(self, full: "Score") -> "Summary":
         """The method's line of the table, beside full prefill's."""
@@ -133,7 +149,7 @@ class Score:
             speedup=spread(self.speedups(full))[0],
             computed_tokens=sum(o.computed_tokens for o in self.outcomes) / count,
             loaded_bytes={tier: total / count for tier, total in loaded.items() if total},
-            exact_match=sum(self.known) / len(self.known) if self.known else None,
+            exact_match=self.exact_match,
             kl=sum(self.kl) / count,
         )
 
@@ -145,7 +161,7 @@ class Summary:
     Attributes
     ----------
     ttft_s, ttft_s_p10, ttft_s_p90 : median, 10th and 90th percentile.
-    exact_match : share of the cases with a known answer; None if there are none.
+    exact_match : share of right answers by kind of case, where answers are known.
     kl : nats, of the next-token distribution to full prefill's.
     """
 
@@ -156,7 +172,7 @@ class Summary:
     speedup: float
     computed_tokens: float
     loaded_bytes: dict[str, float]
-    exact_match: float | None
+    exact_match: dict[str, float]
     kl: float
 
 
@@ -190,22 +206,11 @@ def score(
             exact[i].append(None if gold is None else outcome.tokens[: len(gold)] == gold)
             kl[i].append(kl_divergence(outcomes[0][-1].logits, outcome.logits))
         advance()
-    return [Score(method, tuple(outcomes[i]), tuple(exact[i]), tuple(kl[i])) for i, method in enumerate(methods)]
+    kinds = tuple(case.kind for case in cases)
+    return [Score(method, kinds, tuple(outcomes[i]), tuple(exact[i]), tuple(kl[i])) for i, method in enumerate(methods)]
 
 
 def kl_divergence(reference: Tensor, other: Tensor) -> float:
     """KL of next-token distributions in nats, from logits `[V]`: how surprised `other` is by `reference`."""
     p, q = reference.double().log_softmax(-1), other.double().log_softmax(-1)
     return max(0.0, float((p.exp() * (p - q)).sum()))
-
-
-def drop_page_cache(folder: Path) -> None:
-    """Make the next reads of the files below `folder` come from the disk itself; needs no privileges."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fdatasync(handle)
-                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(handle)

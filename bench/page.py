@@ -27,10 +27,10 @@ p { margin: .5rem 0 1rem; max-width: 46rem; white-space: pre-line; }
 figure { margin: 1rem 0 1.75rem; overflow-x: auto; }
 figcaption { color: var(--quiet); font-size: .875rem; margin: .5rem 0; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .75rem; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th, td { padding: .4rem .75rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { color: var(--quiet); font-weight: 600; vertical-align: bottom; white-space: normal; }
+th:first-child, td:first-child { text-align: left; }
 tbody tr:nth-child(even) { background: var(--stripe); }
-.number { text-align: right; }
 svg { display: block; max-width: 100%; height: auto; color: var(--ink); }
 """
 
@@ -41,7 +41,7 @@ class Table:
 
     Attributes
     ----------
-    rows : numbers are set right and shortened to four digits; text stays as it is; None is an empty cell.
+    rows : numbers are shortened to four digits; text stays as it is; None is an empty cell.
     """
 
     columns: Sequence[str]
@@ -160,17 +160,8 @@ def _figure(inner: str, caption: str) -> str:
 
 
 def _table(table: Table) -> str:
-    numeric = [
-        any(isinstance(row[i], int | float) for row in table.rows)
-        and not any(isinstance(row[i], str) for row in table.rows)
-        for i in range(len(table.columns))
-    ]
-    classes = [' class="number"' if is_number else "" for is_number in numeric]
-    head = "".join(f"<th{mark}>{escape(name)}</th>" for mark, name in zip(classes, table.columns, strict=True))
-    rows = "\n".join(
-        "<tr>" + "".join(f"<td{mark}>{_cell(value)}</td>" for mark, value in zip(classes, row, strict=True)) + "</tr>"
-        for row in table.rows
-    )
+    head = "".join(f"<th>{escape(name)}</th>" for name in table.columns)
+    rows = "\n".join("<tr>" + "".join(f"<td>{_cell(value)}</td>" for value in row) + "</tr>" for row in table.rows)
     return _figure(f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>", table.caption)
 
 

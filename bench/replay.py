@@ -91,7 +91,7 @@ def replay(
     """Hits of a store with one tier in memory, by a policy of `POLICIES`."""
     codec = _Placeholder(block_bytes)
     hits = 0
-    with KVStore([HostTier(capacity_bytes)], codec=codec, policy=policy) as store:
+    with KVStore([HostTier(capacity_bytes, pinned=False)], codec=codec, policy=policy) as store:
         for keys in requests:
             matched = store.match(keys)
             with store.pinned(keys[:matched]):

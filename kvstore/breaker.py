@@ -27,17 +27,21 @@ class Breaker:
     def is_down(self) -> bool:
         return self._down_since_s is not None
 
+    @property
+    def keeps_away(self) -> bool:
+        """Whether no call may be made now."""
+        return self.is_down and (self._probing or self._clock() < self._retry_at_s)
+
     def wait_s(self) -> float:
         """Until the next probe."""
         return max(0.0, self._retry_at_s - self._clock())
 
     def admits(self) -> bool:
         """Whether a call may be made now; if the tier is down, it is the probe, to be judged in any case."""
-        if not self.is_down:
-            return True
-        if self._probing or self._clock() < self._retry_at_s:
+        if self.keeps_away:
             return False
-        self._probing = True
+        if self.is_down:
+            self._probing = True
         return True
 
     def judge(self, *, probes: bool, fault: bool = False, answered: bool = False) -> float | None:

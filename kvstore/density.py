@@ -113,7 +113,7 @@ class HitDensity:
         self._hits, self._ends = np.zeros((2, 2 * _USES, _AGES))
         self._density: list[list[float]] = np.zeros((2 * _USES, _AGES)).tolist()
 
-    def add(self, key: ChunkKey, nbytes: int, after: ChunkKey | None = None) -> None:
+    def add(self, key: ChunkKey, nbytes: int, after: ChunkKey | None = None, recompute_s: float | None = None) -> None:
         parent = None if after is None else self._held.get(after) or self._ghosts.get(after)
         if parent is not None and not parent.continued:
             self._forget(parent)

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from ..core import ChunkKey, EncodedChunk
 from ..errors import ChunkCorruptError, CodecError
+from .copies import on_cpu
 
 ReadAt: TypeAlias = Callable[[memoryview, int], None]
 """Fills the buffer with the container's bytes from that offset on, or raises."""
@@ -47,6 +48,7 @@ _SEALED_BYTES = _PREAMBLE.size - 8  # what comes before the checksum
 _JSON_START = _PREAMBLE.size + 8
 _ALIGNMENT_BYTES = 64
 _FIRST_READ_BYTES = 1 << 14  # holds the whole header of a chunk of 32 layers
+_PIECE_BYTES = 1 << 19  # half of a second-level cache
 _MAX_DIMS = 16
 
 _DTYPES = {
@@ -96,15 +98,16 @@ class Header:
 
 
 def to_buffers(key: ChunkKey, blob: EncodedChunk) -> list[memoryview]:
-    """The container of a chunk as header and tensor buffers, in file order; tensors are not copied.
+    """The container of a chunk as header and tensor buffers, in file order; only tensors on CUDA devices are copied.
 
     Raises
     ------
-    CodecError : a tensor is not contiguous on the cpu or of a dtype that is not stored, a layered one is missing, or
-        the header is too large.
+    CodecError : a tensor is not contiguous, neither on the cpu nor on a CUDA device, or of a dtype that is not stored;
+        a layered one is missing, or the header is too large.
     """
     if not blob.layered <= blob.tensors.keys():
         raise CodecError(f"layered tensors {sorted(blob.layered)} are not all among {sorted(blob.tensors)}")
+    blob = on_cpu(blob)
     names = sorted(blob.tensors, key=lambda name: (-blob.tensors[name].dtype.itemsize, name))
     buffers = {name: _raw_bytes(name, blob.tensors[name]) for name in names}
     fields: dict[str, object] = {
@@ -148,7 +151,49 @@ def from_bytes(key: ChunkKey, data: bytes | bytearray | memoryview) -> EncodedCh
     def read_at(buffer: memoryview, offset: int) -> None:
         buffer[:] = source[offset : offset + len(buffer)]
 
-    return read_chunk(read_at, read_header(read_at, len(source), key))
+    return read_container(read_at, len(source), key)
+
+
+def read_container(read_at: ReadAt, total_bytes: int, key: ChunkKey) -> EncodedChunk:
+    """The whole chunk of the container of `key`, which is `total_bytes` long; its tensors share one buffer.
+
+    Each piece is verified right after it was read, while it still is in the processor's cache.
+
+    Raises
+    ------
+    ChunkCorruptError : anything about it is doubtful.
+    """
+    _expect(total_bytes >= _JSON_START, f"container of {total_bytes} bytes is shorter than a header")
+    data = torch.empty(total_bytes, dtype=torch.uint8)
+    view = _byte_view(data)
+    filled = 0
+
+    def fill(stop: int) -> None:
+        nonlocal filled
+        while filled < stop:
+            piece = view[filled : filled + _PIECE_BYTES]
+            read_at(piece, filled)
+            filled += len(piece)
+
+    def read_filled(buffer: memoryview, offset: int) -> None:
+        fill(offset + len(buffer))
+        buffer[:] = view[offset : offset + len(buffer)]
+
+    header = read_header(read_filled, total_bytes, key)
+    tensors = {}
+    for name, stored in header.tensors.items():
+        end = stored.offset
+        for section, checksum in enumerate(stored.checksums):
+            begin, end = end, end + stored.section_bytes
+            digest = xxhash.xxh3_64()
+            for start in range(begin, end, _PIECE_BYTES):
+                stop = min(start + _PIECE_BYTES, end)
+                fill(stop)
+                digest.update(view[start:stop])
+            _expect(digest.hexdigest() == checksum, f"checksum of {name}, section {section}, is wrong")
+        tensors[name] = data[stored.offset : end].view(stored.dtype).view(stored.shape)
+    layered = frozenset(name for name, stored in header.tensors.items() if stored.layered)
+    return EncodedChunk(header.codec, tensors, dict(header.meta), layered)
 
 
 def read_header(read_at: ReadAt, total_bytes: int, key: ChunkKey) -> Header:
@@ -167,7 +212,7 @@ def read_header(read_at: ReadAt, total_bytes: int, key: ChunkKey) -> Header:
     _expect(stored_key == key, f"container holds {stored_key.hex()}, asked for {key.hex()}")
     _expect(stored_bytes == total_bytes, f"container has {total_bytes} bytes, its header says {stored_bytes}")
     _expect(
-        _JSON_START <= header_bytes <= min(total_bytes, MAX_HEADER_BYTES),
+        _JSON_START <= header_bytes <= min(total_bytes, MAX_HEADER_BYTES) and not header_bytes % _ALIGNMENT_BYTES,
         f"header of {header_bytes} bytes in a container of {total_bytes}",
     )
     if header_bytes > len(head):
@@ -183,8 +228,8 @@ def read_header(read_at: ReadAt, total_bytes: int, key: ChunkKey) -> Header:
         raise ChunkCorruptError(f"header is not of this format: {exc!r}") from exc
 
 
-def read_chunk(read_at: ReadAt, header: Header, layers: tuple[int, int] | None = None) -> EncodedChunk:
-    """The chunk, or its layers `[start, stop)` as `EncodedChunk.layers` gives them; one read for each tensor.
+def read_layers(read_at: ReadAt, header: Header, start: int, stop: int) -> EncodedChunk:
+    """Layers `[start, stop)` of a chunk as `EncodedChunk.layers` gives them; one read for each tensor.
 
     Raises
     ------
@@ -193,8 +238,8 @@ def read_chunk(read_at: ReadAt, header: Header, layers: tuple[int, int] | None =
     tensors = {}
     for name, stored in header.tensors.items():
         sections = range(len(stored.checksums))
-        if layers is not None and stored.layered:
-            sections = sections[layers[0] : layers[1]]
+        if stored.layered:
+            sections = sections[start:stop]
         size = stored.section_bytes
         data = torch.empty(size * len(sections), dtype=torch.uint8)
         view = _byte_view(data)
@@ -205,9 +250,8 @@ def read_chunk(read_at: ReadAt, header: Header, layers: tuple[int, int] | None =
             _expect(found == stored.checksums[section], f"checksum of {name}, section {section}, is wrong")
         shape = (len(sections), *stored.shape[1:]) if stored.layered else stored.shape
         tensors[name] = data.view(stored.dtype).view(shape)
-    meta = dict(header.meta) if layers is None else {**header.meta, "first_layer": str(layers[0])}
     layered = frozenset(name for name, stored in header.tensors.items() if stored.layered)
-    return EncodedChunk(header.codec, tensors, meta, layered)
+    return EncodedChunk(header.codec, tensors, {**header.meta, "first_layer": str(start)}, layered)
 
 
 def _parse_json(text: bytes, header_bytes: int, total_bytes: int) -> Header:

@@ -2,53 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Generic, TypeVar, cast
 
 from ..core import ChunkKey, Tier
 from ..errors import TierError, TierTimeoutError, TierUnavailableError
 from .breaker import Breaker
+from .patience import Patience
 from .workers import Workers
 
 T = TypeVar("T")
 
 _QUEUED_CALLS = 256
 _DOUBTFUL_CHUNKS = 1024
-
-
-class Patience(threading.local):
-    """Until when the calling thread waits for tiers, all its calls together; shared by the lanes of a store."""
-
-    until_s = math.inf
-
-    def left_s(self) -> float:
-        return self.until_s - time.monotonic()
-
-    def within(self, timeout_s: float | None) -> AbstractContextManager[None]:
-        """Not longer than `timeout_s` from now, nor than was said before; None changes nothing.
-
-        Raises
-        ------
-        ValueError : `timeout_s` is negative or no number.
-        """
-        if timeout_s is not None and not timeout_s >= 0:
-            raise ValueError(f"timeout_s is {timeout_s}; expected seconds, 0 or more, or None")
-        return nullcontext() if timeout_s is None else self._until(time.monotonic() + timeout_s)
-
-    @contextmanager
-    def _until(self, until_s: float) -> Iterator[None]:
-        before_s = self.until_s
-        self.until_s = min(before_s, until_s)
-        try:
-            yield
-        finally:
-            self.until_s = before_s
 
 
 class _Call(Generic[T]):
@@ -111,6 +82,7 @@ class Lane:
     timeout_s : longest time that a caller waits for a call, queue included.
     patience : of the calling thread, if it waits less than that.
     on_recovery : called with the seconds that the tier was down, by the thread that found it up again.
+    on_removal : called with a doubtful chunk that has been deleted, before it can be written again.
     threads : calls that run at a time.
     """
 
@@ -121,12 +93,14 @@ class Lane:
         *,
         patience: Patience | None = None,
         on_recovery: Callable[[float], None] = lambda _: None,
+        on_removal: Callable[[ChunkKey], object] = lambda _: None,
         threads: int = 4,
     ) -> None:
         self.timeout_s = timeout_s
         self._tier = tier
         self._patience = patience or Patience()
         self._on_recovery = on_recovery
+        self._on_removal = on_removal
         self._workers = Workers(f"kvloom-{tier.name}", threads, queued_tasks=_QUEUED_CALLS)
         self._lock = threading.Lock()  # of what follows; taken before the lock of the workers
         self._breaker = Breaker()
@@ -179,6 +153,14 @@ class Lane:
             finally:
                 lock.release()
 
+    @property
+    def refuses(self) -> bool:
+        """Whether the tier would not be asked now: it is stalled, down or closed, or another process's."""
+        if self._workers.forked:
+            return True
+        with self._lock:
+            return self._closed or self._is_stalled() or self._breaker.keeps_away
+
     def doubtful(self) -> frozenset[ChunkKey]:
         """Chunks that the tier may hold although their writing or deletion was given up."""
         with self._lock:
@@ -224,12 +206,9 @@ class Lane:
 
     def _refusal(self, writes: ChunkKey | None) -> str | None:
         """Why the tier is not asked; None if it is, which may begin a probe."""
-        stuck_since_s = time.monotonic() - self.timeout_s
         if self._closed:
             return "is closed"
-        if len(self._running) == self._workers.count and all(
-            call.begun_at_s is not None and call.begun_at_s < stuck_since_s for call in self._running
-        ):
+        if self._is_stalled():
             return f"is stalled: {len(self._running)} calls have been waiting for more than {self.timeout_s:.3g} s"
         if writes is not None and writes in self._doubtful:
             return (
@@ -240,6 +219,12 @@ class Lane:
         if not self._breaker.admits():
             return f"is down, and asked again in {self._breaker.wait_s():.3g} s"
         return None
+
+    def _is_stalled(self) -> bool:
+        stuck_since_s = time.monotonic() - self.timeout_s
+        return len(self._running) == self._workers.count and all(
+            call.begun_at_s is not None and call.begun_at_s < stuck_since_s for call in self._running
+        )
 
     def _perform(self, call: _Call[T]) -> None:
         """The life of a call on its worker."""
@@ -301,5 +286,6 @@ class Lane:
                     if not isinstance(exc, TierError):
                         self._unheard = exc
                 return
+            self._on_removal(key)
             with self._lock:
                 self._doubtful.discard(key)

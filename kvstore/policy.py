@@ -1,4 +1,4 @@
-"""What goes when a tier is full. A tier holds bytes, a policy orders victims; the stack asks it under its lock."""
+"""What goes when a tier is full. A tier holds bytes, a policy orders victims; the books ask it under their lock."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from .queues import GDSF, LRU, S3FIFO, PrefixLRU
 
 @runtime_checkable
 class EvictionPolicy(Protocol):
-    """Orders the chunks of one tier. Needs no lock of its own; every call takes O(log n) or less, pins aside.
+    """Orders the chunks of one room of a tier. Needs no lock of its own; every call is O(log n) or less, pins aside.
 
-    The stack keeps the books: it calls `touch` and `remove` only for keys that were added and not removed since, and
+    `Level` keeps the books: it calls `touch` and `remove` only for keys that were added and not removed since, and
     pins are its business.
     """
 
-    def add(self, key: ChunkKey, nbytes: int, after: ChunkKey | None = None) -> None:
+    def add(self, key: ChunkKey, nbytes: int, after: ChunkKey | None = None, recompute_s: float | None = None) -> None:
         """`key` was written, for the first time or again.
 
         Parameters
         ----------
-        nbytes : of its tensors, encoded; for what a tier held when the store was opened, what it takes there.
+        nbytes : what it takes in the tier.
         after : the chunk that it continues, held or not; None if it continues none, or that is unknown.
+        recompute_s : seconds that computing it took; None if that was not measured.
         """
         ...
 

@@ -86,7 +86,7 @@ class Prefetch:
         try:
             with (
                 self._stack.patience.within(max(0.0, self._until_s - time.monotonic())),
-                self._stack.pinned(self._keys),
+                self._stack.pinned(self._keys, None),
             ):
                 outcome = self._promote()
         except BaseException as exc:  # noqa: BLE001  raised again by `result`
@@ -100,7 +100,7 @@ class Prefetch:
             if self._outcome is not None:
                 return
             self._outcome, self._error = outcome, error
-        self._found = sum(self._stack.locate(key) == 0 for key in self._keys)
+        self._found = self._stack.count_in_first(self._keys)
         self._on_end(outcome)
         self._ended.set()
 

@@ -17,7 +17,7 @@ class LRU:
     def __init__(self) -> None:
         self._order: OrderedDict[ChunkKey, None] = OrderedDict()
 
-    def add(self, key: ChunkKey, nbytes: int, after: ChunkKey | None = None) -> None:
+    def add(self, key: ChunkKey, nbytes: int, after: ChunkKey | None = None, recompute_s: float | None = None) -> None:
         self._order[key] = None
         self._order.move_to_end(key)
 
@@ -50,7 +50,7 @@ class S3FIFO:
         self._main: OrderedDict[ChunkKey, int] = OrderedDict()
         self._ghosts: OrderedDict[ChunkKey, None] = OrderedDict()
 
-    def add(self, key: ChunkKey, nbytes: int, after: ChunkKey | None = None) -> None:
+    def add(self, key: ChunkKey, nbytes: int, after: ChunkKey | None = None, recompute_s: float | None = None) -> None:
         if key in self._small or key in self._main:
             self.touch(key)
         elif key in self._ghosts:
@@ -96,25 +96,25 @@ class S3FIFO:
 class GDSF:
     """Evicts the chunk of lowest priority: uses times cost over bytes, plus the last victim's priority at its last use.
 
-    Parameters
-    ----------
-    cost : what it takes to compute a chunk again, from its key and bytes, in any unit; None if that is proportional to
-        its bytes.
+    The cost is the seconds that computing the chunk took, over those of an average chunk of its bytes; where they were
+    not measured, the chunk counts as average.
 
     Notes
     -----
     Cherkasova, Improving WWW proxies performance with greedy-dual-size-frequency caching policy, HPL-98-69R1, 1998.
+    Deviation: costs are relative to the mean so far, so that chunks with and without a measured cost compare.
     """
 
-    def __init__(self, *, cost: Callable[[ChunkKey, int], float] | None = None) -> None:
-        self._cost = cost
+    def __init__(self) -> None:
+        self._measured_s = 0.0
+        self._measured_bytes = 0
         self._floor = 0.0  # priority of the last victim
         self._worth: dict[ChunkKey, float] = {}
         self._uses: Counter[ChunkKey] = Counter()
         self._queue = _Ranked()
 
-    def add(self, key: ChunkKey, nbytes: int, after: ChunkKey | None = None) -> None:
-        self._worth[key] = 1.0 if self._cost is None else self._cost(key, nbytes) / max(nbytes, 1)
+    def add(self, key: ChunkKey, nbytes: int, after: ChunkKey | None = None, recompute_s: float | None = None) -> None:
+        self._worth[key] = 1.0 if recompute_s is None or nbytes < 1 else self._relative_cost(recompute_s, nbytes)
         self.touch(key)
 
     def touch(self, key: ChunkKey) -> None:
@@ -130,6 +130,11 @@ class GDSF:
     def victim(self, may_go: Callable[[ChunkKey], bool]) -> ChunkKey | None:
         return self._queue.first(may_go)
 
+    def _relative_cost(self, recompute_s: float, nbytes: int) -> float:
+        self._measured_s += recompute_s
+        self._measured_bytes += nbytes
+        return recompute_s / nbytes * self._measured_bytes / self._measured_s if self._measured_s else 1.0
+
 
 class PrefixLRU:
     """Evicts the least recently used leaf: a chunk that no held chunk continues. A chunk without its prefix is useless.
@@ -143,7 +148,7 @@ class PrefixLRU:
         self._chains = Chains()
         self._leaves = _Ranked()
 
-    def add(self, key: ChunkKey, nbytes: int, after: ChunkKey | None = None) -> None:
+    def add(self, key: ChunkKey, nbytes: int, after: ChunkKey | None = None, recompute_s: float | None = None) -> None:
         if key not in self._used_at:
             self._chains.add(key, after)
             if after is not None and after in self._leaves:

@@ -1,394 +1,223 @@
-"""Encoded chunks in a stack of tiers, fastest first: what is where, and where it goes when a tier is full.
+"""Encoded chunks in a stack of tiers, fastest first: how they get there, and where they go when a tier is full.
 
-What goes then is for the eviction policy of the tier to say (`policy.py`).
-
-Faults of tiers end here: they are counted, logged at most once a minute for each tier, and turned into "not found" or
-into a `TierError` for who wanted to write. A tier that may stall is called through its lane (`lane.py`).
+What goes then is for the eviction policy of the tier to say (`policy.py`), within the quotas of namespaces
+(`level.py`); what may evict others, for its admission policy (`admission.py`).
 """
 
 from __future__ import annotations
 
-import logging
-import threading
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial
-from typing import Protocol, TypeAlias, TypeVar, runtime_checkable
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import NoReturn
 
-from ..core import ChunkInfo, ChunkKey, EncodedChunk, MayStall, Tier
-from ..errors import ChunkCorruptError, CodecError, TierError, TierFullError, TierTimeoutError, TierUnavailableError
-from .lane import Lane, Patience
-from .policy import EvictionPolicy
-from .stats import TierStats
+from ..core import ChunkInfo, ChunkKey, EncodedChunk
+from ..errors import TierError, TierFullError
+from .books import Books
+from .clerk import Clerk, whole
+from .level import Level
 
-T = TypeVar("T")
-
-logger = logging.getLogger(__name__)
-
-Fetch: TypeAlias = Callable[[Tier], EncodedChunk | None]
-
-_WARNING_INTERVAL_S = 60.0
-_STRIPES = 64
-
-
-@runtime_checkable
-class ChecksItself(Protocol):
-    """Optional capability of a tier: finding its own inconsistencies."""
-
-    def check(self) -> list[str]: ...
-
-
-class Level:
-    """A tier and what the stack knows about it; all but the tier is guarded by the stack's lock.
-
-    Attributes
-    ----------
-    policy : orders `keys` for eviction.
-    keys : keys in the tier, least recently written first, each with what is remembered of the chunk.
-    leaving : keys that a thread is about to evict, so that another thread picks another victim.
-    lane : the way to the tier if it may stall.
-    stripes : locks that 1/64 of all keys share. Writing or removing a key in the tier and in `keys` is one step under
-        the key's stripe. A stripe is taken before the stack's lock and never within another.
-    """
-
-    def __init__(self, tier: Tier, policy: EvictionPolicy, lane: Lane | None) -> None:
-        self.tier = tier
-        self.policy = policy
-        self.lane = lane
-        self.stripes = [threading.Lock() for _ in range(_STRIPES)]
-        self.keys: dict[ChunkKey, ChunkInfo] = {}
-        self.leaving: set[ChunkKey] = set()
-        self.counts: Counter[str] = Counter()
-        self.warned_at_s = self.welcomed_at_s = float("-inf")
-        for entry in tier.entries():
-            self.add(entry.key, entry.nbytes, entry.info)
-
-    def add(self, key: ChunkKey, nbytes: int, info: ChunkInfo) -> None:
-        self.keys.pop(key, None)
-        self.keys[key] = info
-        self.policy.add(key, nbytes, info.after)
-
-    def forget(self, key: ChunkKey) -> None:
-        if self.keys.pop(key, None) is not None:
-            self.policy.remove(key)
-
-    def call(self, operation: Callable[[Tier], T], *, writes: ChunkKey | None = None) -> T:
-        """Every call of the tier that may wait for a device; see `Lane.run`."""
-        return operation(self.tier) if self.lane is None else self.lane.run(operation, writes=writes)
-
-    def stripe(self, key: ChunkKey) -> AbstractContextManager[object]:
-        lock = self.stripes[key[-1] % _STRIPES]
-        return lock if self.lane is None else self.lane.hold(lock)
-
-    def doubtful(self) -> frozenset[ChunkKey]:
-        return frozenset() if self.lane is None else self.lane.doubtful()
-
-    def close(self) -> None:
-        self.tier.close() if self.lane is None else self.lane.close()
+_VAIN_EVICTIONS = 2  # of as many bytes as are needed
 
 
 class TierStack:
-    """Moves encoded chunks between tiers. Every method may be called from any thread; I/O runs outside the lock.
+    """Moves encoded chunks between tiers. Every method may be called from any thread."""
 
-    Attributes
-    ----------
-    patience : how long the calling thread waits for tiers, if not as long as the store does.
-    """
-
-    def __init__(
-        self, tiers: Sequence[Tier], policy: Callable[[], EvictionPolicy], *, timeout_s: float | None = None
-    ) -> None:
-        self.patience = Patience()
-        self._lock = threading.Lock()
-        self.levels: list[Level] = []
-        for index, tier in enumerate(tiers):
-            lane = None
-            if timeout_s is not None and isinstance(tier, MayStall) and tier.may_stall:
-                lane = Lane(tier, timeout_s, patience=self.patience, on_recovery=partial(self._welcome, index))
-            self.levels.append(Level(tier, policy(), lane))
-        self._pins: Counter[ChunkKey] = Counter()
+    def __init__(self, books: Books, clerk: Clerk) -> None:
+        self.levels = books.levels
+        self.patience = clerk.patience
+        self._books = books
+        self._clerk = clerk
 
     def match(self, keys: Sequence[ChunkKey]) -> int:
-        """How many leading keys are in some tier."""
-        with self._lock:
-            for count, key in enumerate(keys):
-                if not any(key in level.keys for level in self.levels):
-                    return count
-        return len(keys)
+        """How many leading keys are in some tier that answers, unexpired."""
+        self._clerk.catch_up(*self.levels)
+        return self._books.match(keys)
 
     def locate(self, key: ChunkKey) -> int | None:
-        """Index of the fastest tier that holds the chunk."""
-        with self._lock:
-            return next((index for index, level in enumerate(self.levels) if key in level.keys), None)
+        """Index of the fastest tier that answers and holds the chunk, unexpired."""
+        self._clerk.catch_up(*self.levels)
+        return self._books.locate(key)
 
-    @contextmanager
-    def pinned(self, keys: Iterable[ChunkKey]) -> Iterator[None]:
-        keys = list(keys)
-        with self._lock:
-            self._pins.update(keys)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._pins.subtract(keys)
-                for key in set(keys):
-                    if not self._pins[key]:
-                        del self._pins[key]
+    def count_in_first(self, keys: Iterable[ChunkKey]) -> int:
+        """How many of the keys the first tier holds."""
+        return sum(self._books.locate(key) == 0 for key in keys)
 
-    def put(self, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo, *, everywhere: bool) -> None:
-        """Writes to every tier, or to the first that takes the chunk; raises the last `TierError` if none does."""
+    def pinned(self, keys: Iterable[ChunkKey], deadline_s: float | None) -> AbstractContextManager[None]:
+        return self._books.pinned(keys, deadline_s)
+
+    def put(self, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo, *, everywhere: bool) -> int:
+        """Writes to every tier, or to the first that takes the chunk; returns how many did.
+
+        0 if it was not admitted. Raises the last `TierError` if no tier took it and none turned it away for that.
+        """
         refusal: TierError | None = None
-        stored = False
+        admitted = True
+        written: list[Level] = []
         try:
             for index, level in enumerate(self.levels):
                 try:
-                    self.insert(index, key, blob, info)
+                    if self.insert(index, key, blob, info):
+                        written.append(level)
+                        if not everywhere:
+                            break
+                    else:
+                        admitted = False
                 except TierError as exc:
                     refusal = exc
-                    self._refused(level, exc)
-                    continue
-                stored = True
-                if not everywhere:
-                    break
-            if refusal is not None and not stored:
+                    self._clerk.faults.refused(level, exc)
+            if refusal is not None and admitted and not written:
                 raise refusal
         finally:
             refusal = None  # its traceback leads back to this frame, a cycle that would keep the chunk alive
+        for level in self.levels if written else ():
+            if level not in written:
+                self._remove_older(level, key, info)
+        return len(written)
 
     def promote(self, key: ChunkKey, blob: EncodedChunk) -> bool:
-        """Copies a chunk to the first tier; whether that could take it."""
+        """Copies a chunk to the first tier; False if that has no room, though it might have."""
+        first = self.levels[0]
+        info = self._books.info(key)
         try:
-            self.insert(0, key, blob)
+            self.insert(0, key, blob, info, was_read=True)
         except TierError as exc:
-            self._refused(self.levels[0], exc)
-            return False
-        self.count(self.levels[0], promotions=1)
+            self._clerk.faults.refused(first, exc)
+            return isinstance(exc, TierFullError) and exc.needed_bytes > first.most_bytes(info.namespace)
+        self._books.count(first, promotions=1)
         return True
 
     def raise_to_first(self, key: ChunkKey) -> bool:
         """Promotes a chunk from where it is, if it is stored; False if the first tier has no room, though it might."""
         found_at = self.locate(key)
         for level in self.levels[1:] if found_at else ():
-            blob, _ = self.fetch(level, key, whole(key))
+            blob, _ = self._clerk.fetch(level, key, whole(key))
             if blob is not None:
-                capacity_bytes = self.levels[0].tier.capacity_bytes
-                too_large = capacity_bytes is not None and blob.nbytes > capacity_bytes
-                return self.promote(key, blob) or too_large
+                return self.promote(key, blob)
         return True
+
+    def reads(self, level: Level, key: ChunkKey) -> int:
+        """How often the chunk was read in this tier."""
+        held = self._books.held(level, key)
+        return 0 if held is None else held.reads
 
     def demote(self, index: int, key: ChunkKey) -> None:
         """Copies a chunk to the next tier that takes it, unless a slower tier has it already."""
         slower = range(index + 1, len(self.levels))
-        with self._lock:
-            if not slower or any(key in self.levels[i].keys for i in slower):
-                return
-        blob, _ = self.fetch(self.levels[index], key, whole(key), is_use=False)
+        if not slower or any(self._books.held(self.levels[i], key) for i in slower):
+            return
+        was_read = self.reads(self.levels[index], key) > 0
+        blob, _ = self._clerk.fetch(self.levels[index], key, whole(key), is_use=False)
         if blob is None:
             return
         for i in slower:
             try:
-                self.insert(i, key, blob)
+                done = self.insert(i, key, blob, was_read=was_read)
             except TierError as exc:
-                self._refused(self.levels[i], exc)
+                self._clerk.faults.refused(self.levels[i], exc)
             else:
-                self.count(self.levels[index], demotions=1)
-                return
+                if done:
+                    self._books.count(self.levels[index], demotions=1)
+                    return
 
-    def insert(self, index: int, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo | None = None) -> None:
-        """Puts into one tier, evicting until the chunk fits; raises `TierError` if it cannot be done.
+    def insert(
+        self, index: int, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo | None = None, *, was_read: bool = False
+    ) -> bool:
+        """Puts into one tier, evicting until the chunk fits; False if it may not evict others.
 
-        If `info` is None, it is what another tier remembers of the chunk.
+        Parameters
+        ----------
+        info : None for what another tier remembers of the chunk.
+        was_read : in another tier, so that it may evict others.
+
+        Raises
+        ------
+        TierError : it cannot be done.
         """
         level = self.levels[index]
-        if info is None:
-            with self._lock:
-                known = (other.keys.get(key) for other in self.levels)
-                info = next(filter(None, known), ChunkInfo())
-        capacity_bytes = level.tier.capacity_bytes
+        info = self._books.info(key) if info is None else info
+        self._clerk.catch_up(level)  # so that what others wrote before counts as older
+        admitted = was_read or self._books.admits(level, key, blob.nbytes)
+        vain_bytes = 0
         while True:
+            excess_bytes = self._books.excess_bytes(level, key, blob.nbytes, info.namespace)
+            at_limit = excess_bytes > 0
             try:
-                with level.stripe(key):
-                    self._write(level, key, blob, info)
+                if at_limit:
+                    _refuse_over_limit(level, blob.nbytes, info.namespace, excess_bytes)
+                self._clerk.write(level, key, blob, info)
                 break
             except TierFullError as exc:
-                hopeless = capacity_bytes is not None and exc.needed_bytes > capacity_bytes
-                if hopeless or not self._evict(index, key, info.after):
+                needed_bytes = exc.needed_bytes
+                if needed_bytes > level.most_bytes(info.namespace):
                     raise
-        self.count(level, puts=1, bytes_written=blob.nbytes)
+                if self._expire(level):
+                    continue
+                if not admitted:
+                    self._books.count(level, not_admitted=1)
+                    return False
+                # A device that others fill, or memory that readers have not let go, is not to be waited for by evicting
+                # everything: what the books say should fit, and does not, is tried a few times.
+                is_vain = not at_limit and self._books.fits(level, needed_bytes)
+                freed_bytes = None
+                if vain_bytes < _VAIN_EVICTIONS * needed_bytes:
+                    freed_bytes = self._evict(index, key, info, own_room=at_limit)
+                if freed_bytes is None:
+                    raise
+                vain_bytes += freed_bytes if is_vain else 0
+        self._trim(index, key, info)
+        return True
 
-    def _write(self, level: Level, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo) -> None:
-        try:
-            level.call(lambda tier: tier.put(key, blob, info), writes=key)
-        except TierTimeoutError as exc:
-            if exc.begun:  # the lane sees to it that the tier ends without the chunk
-                with self._lock:
-                    level.forget(key)
-            raise
-        with self._lock:
-            level.add(key, blob.nbytes, info)
+    def _expire(self, level: Level) -> bool:
+        """Removes an expired chunk; False if there is none."""
+        key = self._books.expired(level)
+        if key is not None:
+            self._clerk.remove(level, key, "expirations")
+        return key is not None
 
-    def fetch(
-        self, level: Level, key: ChunkKey, fetch: Fetch, *, is_use: bool = True
-    ) -> tuple[EncodedChunk | None, str | None]:
-        """What one tier holds, or why it cannot be read (`corrupt`, `timeout`, `unavailable`); (None, None) if it has
-        nothing.
+    def _evict(self, index: int, key: ChunkKey, info: ChunkInfo, *, own_room: bool) -> int | None:
+        """Makes room for `key` by removing a chunk that is not pinned, after demoting it.
 
-        `is_use`: the policy of the tier is told.
-        """
-        with self._lock:
-            if key not in level.keys:
-                return None, None
-            if is_use:
-                level.policy.touch(key)
-        try:
-            blob = level.call(fetch)
-            if blob is None:
-                with level.stripe(key):
-                    if not level.call(lambda tier: key in tier):  # rather than evicted and put again since
-                        with self._lock:
-                            level.forget(key)
-        except ChunkCorruptError as exc:
-            self.discard(level, key, exc)
-            return None, "corrupt"
-        except TierError as exc:
-            self._failed(level, exc)
-            return None, "timeout" if isinstance(exc, TierTimeoutError) else "unavailable"
-        return blob, None
-
-    def remove(self, level: Level, key: ChunkKey, *, for_space: bool = False) -> bool:
-        """Deletes from one tier, if it is for space then only what is not pinned; whether this call did it.
-
-        The key leaves `keys` first, under the lock: who pins it later does not count on this copy.
-        """
-        with level.stripe(key):
-            with self._lock:
-                stays = key not in level.keys or (for_space and self._pins[key])
-                info = None if stays else level.keys.pop(key)
-            if info is None:
-                if key in level.doubtful():
-                    raise TierUnavailableError(f"tier {level.tier.name!r} may still hold the chunk until it answers")
-                return False
-            try:
-                level.call(lambda tier: tier.delete(key), writes=key)
-            except TierError as exc:
-                gone = isinstance(exc, TierTimeoutError) and exc.begun  # as soon as the tier answers
-                with self._lock:
-                    if gone:
-                        level.policy.remove(key)
-                    else:
-                        level.keys[key] = info
-                raise
-            with self._lock:
-                level.policy.remove(key, evicted=for_space)
-            return True
-
-    def discard(self, level: Level, key: ChunkKey, exc: CodecError) -> None:
-        """Removes a chunk that cannot be given back as it was, counts it and warns."""
-        self.count(level, **{"corruptions" if isinstance(exc, ChunkCorruptError) else "errors": 1})
-        self._warn(level, exc)
-        try:
-            self.remove(level, key)
-        except TierError as refusal:
-            self._refused(level, refusal)
-
-    def count(self, level: Level, **counts: int) -> None:
-        with self._lock:
-            level.counts.update(counts)
-
-    def stats(self) -> tuple[TierStats, ...]:
-        with self._lock:
-            return tuple(
-                TierStats(tier.name, tier.used_bytes, tier.capacity_bytes, len(level.keys), **level.counts)
-                for level in self.levels
-                for tier in [level.tier]
-            )
-
-    def check(self) -> list[str]:
-        problems = []
-        for level in self.levels:
-            tier, doubtful = level.tier, level.doubtful()  # before the tier is asked: some may be settled then
-            try:
-                problems += level.call(lambda tier: tier.check() if isinstance(tier, ChecksItself) else [])
-                held = level.call(lambda tier: {entry.key for entry in tier.entries()})
-            except TierError as exc:
-                problems.append(f"tier {tier.name!r} cannot be checked: {exc}")
-                continue
-            stray = (held ^ level.keys.keys()) - doubtful
-            problems += [f"tier {tier.name!r} and the store disagree about chunk {key.hex()}" for key in stray]
-            if tier.capacity_bytes is not None and tier.used_bytes > tier.capacity_bytes:
-                problems.append(f"tier {tier.name!r} uses {tier.used_bytes} bytes of {tier.capacity_bytes}")
-        return problems + [f"chunk {key.hex()} has {pins} pins" for key, pins in self._pins.items() if pins < 1]
-
-    def close(self) -> None:
-        """Closes every tier; one that does not answer is closed when it does."""
-        with ExitStack() as closing:
-            for level in reversed(self.levels):
-                closing.callback(self._close, level)
-
-    def _close(self, level: Level) -> None:
-        try:
-            level.close()
-        except TierTimeoutError as exc:
-            self._refused(level, exc)
-
-    def _evict(self, index: int, key: ChunkKey, after: ChunkKey | None) -> bool:
-        """Makes room for `key` by removing a chunk that is not pinned, after demoting it; False if there is none.
-
-        What `key` continues goes only if nothing else can, as what another thread is about to evict. No chunk goes
+        Returns the bytes that are free by that, 0 if another thread was faster; None if nothing may go. No chunk goes
         without having been demoted because this thread was in a hurry.
         """
         level = self.levels[index]
-
-        def may_go(other: ChunkKey) -> bool:
-            return other != key and other in level.keys and not self._pins[other]
-
-        with self._lock:
-            victim = level.policy.victim(lambda other: other not in level.leaving and other != after and may_go(other))
-            victim = victim or next(filter(may_go, (*level.leaving, *([] if after is None else [after]))), None)
-            if victim is None:
-                return False
-            level.leaving.add(victim)
+        self._clerk.catch_up(level)
+        victim = self._books.choose_victim(level, key, info, own_room=own_room)
+        if victim is None:
+            return None
         try:
             self.demote(index, victim)
             if self.patience.left_s() <= 0:
-                return False
-            if self.remove(level, victim, for_space=True):
-                self.count(level, evictions=1)
+                return None
+            held = self._clerk.remove(level, victim, "evictions")
         finally:
-            with self._lock:
-                level.leaving.discard(victim)
-        return True
+            self._books.let_go(level, victim)
+        return 0 if held is None else held.nbytes
 
-    def _refused(self, level: Level, exc: TierError) -> None:
-        if isinstance(exc, TierFullError):
-            self.count(level, rejections=1)
-        else:
-            self._failed(level, exc)
-
-    def _failed(self, level: Level, exc: TierError) -> None:
-        self.count(level, **{"timeouts" if isinstance(exc, TierTimeoutError) else "errors": 1})
-        self._warn(level, exc)
-
-    def _welcome(self, index: int, down_s: float) -> None:
+    def _trim(self, index: int, key: ChunkKey, info: ChunkInfo) -> None:
+        """Brings a namespace back to its limit: what the tier adds to the tensors was not known before."""
         level = self.levels[index]
-        self.count(level, recoveries=1)
-        with self._lock:
-            now_s = time.monotonic()
-            if now_s - level.welcomed_at_s < _WARNING_INTERVAL_S:
-                return
-            level.welcomed_at_s = now_s
-        logger.warning("tier %r answers again, after %.1f s", level.tier.name, down_s)
+        room = level.room(info.namespace)
+        try:
+            while room.is_over and self._evict(index, key, info, own_room=True) is not None:
+                pass
+        except TierError as exc:  # the chunk itself is written
+            self._clerk.faults.failed(level, exc)
 
-    def _warn(self, level: Level, exc: Exception) -> None:
-        with self._lock:
-            now_s = time.monotonic()
-            if now_s - level.warned_at_s < _WARNING_INTERVAL_S:
-                return
-            level.warned_at_s = now_s
-        logger.warning("tier %r: %s (its further warnings are held back for a minute)", level.tier.name, exc)
+    def _remove_older(self, level: Level, key: ChunkKey, info: ChunkInfo) -> None:
+        """A copy that the last `put` did not write must not outlive the new one, nor count for another namespace."""
+        held = self._books.held(level, key)
+        if held is None or (held.info.expires_at_s, held.info.namespace) == (info.expires_at_s, info.namespace):
+            return
+        try:
+            self._clerk.remove(level, key, "deletions")
+        except TierError as exc:
+            self._clerk.faults.failed(level, exc)
 
 
-def whole(key: ChunkKey) -> Fetch:
-    return lambda tier: tier.get(key)
+def _refuse_over_limit(level: Level, nbytes: int, namespace: str, excess_bytes: float) -> NoReturn:
+    raise TierFullError(
+        f"tier {level.tier.name!r}: {nbytes} bytes exceed the limit of namespace {namespace!r} "
+        f"by {excess_bytes}, and nothing of it can go; raise its Quota, or unpin some of its chunks",
+        needed_bytes=nbytes,
+    )

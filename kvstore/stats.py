@@ -8,15 +8,33 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class TierStats:
-    """Counts of one tier. Bytes are those of encoded tensors, except `used_bytes`, which is what the tier says.
+    """Counts of one tier. Bytes are what chunks take there, except those read and written: of encoded tensors.
+
+    While nothing is under way,
+
+        chunks == arrivals + puts - replaced - evictions - expirations - deletions - corruptions - undecodable
+                  - departures - given_up
+        held_bytes == added_bytes - removed_bytes == sum(namespace_bytes.values())
+
+    and `held_bytes == used_bytes` for a tier whose `put` says what a chunk takes.
 
     Attributes
     ----------
+    chunks, held_bytes : in the books of the store; `used_bytes` is what the tier says.
+    namespace_bytes : `held_bytes` by namespace.
     hits : lookups that this tier answered; `bytes_read` counts their bytes.
+    arrivals : chunks that were there when the store was opened, or that another process put.
     puts : chunks written, by `put`, promotion or demotion alike; `bytes_written` counts their bytes.
+    replaced : chunks written over by the same key, here or by another process.
     evictions : chunks removed for space; `demotions` of them were first written to a slower tier.
+    expirations : chunks removed because their time was over.
+    deletions : chunks removed because `delete` or a newer `put` said so.
+    corruptions, undecodable : chunks removed because they were damaged, or because no codec knew them.
+    departures : chunks that another process removed, or that the tier has lost.
+    given_up : chunks that left the books because writing them anew or removing them was given up after it had begun.
+        The tier removes what is left of them as soon as it answers; until then `used_bytes` counts it, too.
     promotions : chunks written to this tier because they were found in a slower one.
-    corruptions : chunks that were found corrupt, and removed.
+    not_admitted : chunks that the admission policy did not let evict others.
     rejections : chunks that did not fit.
     timeouts : operations that were given up because the tier did not answer in time.
     errors : operations that failed for any other reason, or were not begun because the tier is stalled or down.
@@ -27,43 +45,71 @@ class TierStats:
     used_bytes: int
     capacity_bytes: int | None
     chunks: int
+    held_bytes: int
+    namespace_bytes: Mapping[str, int]
     hits: int = 0
     bytes_read: int = 0
+    arrivals: int = 0
     puts: int = 0
     bytes_written: int = 0
+    replaced: int = 0
     evictions: int = 0
+    expirations: int = 0
+    deletions: int = 0
+    corruptions: int = 0
+    undecodable: int = 0
+    departures: int = 0
+    given_up: int = 0
     demotions: int = 0
     promotions: int = 0
-    corruptions: int = 0
+    not_admitted: int = 0
     rejections: int = 0
     timeouts: int = 0
     errors: int = 0
     recoveries: int = 0
+    added_bytes: int = 0
+    removed_bytes: int = 0
+
+    @property
+    def removals(self) -> int:
+        """Chunks that left the tier, for whatever reason; without those replaced."""
+        asked = self.evictions + self.expirations + self.deletions
+        return asked + self.corruptions + self.undecodable + self.departures + self.given_up
 
 
 @dataclass(frozen=True, slots=True)
 class StoreStats:
     """Counts of a store.
 
+    While nothing is under way,
+
+        lookups == hits + sum(misses.values())
+        sum(tier.puts for tier in tiers) == writes + promotions + demotions, each summed over the tiers
+
     Attributes
     ----------
     tiers : fastest first.
-    misses : lookups without an answer, by reason: `absent`; `corrupt`, `undecodable`, `timeout` or `unavailable` if a
-        tier that was asked had the chunk and could not give it.
+    lookups : calls of `get` and `get_layers`.
+    misses : lookups without an answer, by reason: `absent`; `expired`; `corrupt`, `undecodable`, `timeout` or
+        `unavailable` if a tier that was asked had the chunk and could not give it; `error` if the call raised.
+    puts : calls of `put` by outcome: `stored`; `not_admitted` if no tier let it evict others; `refused` if it raised.
+    writes : chunks that these puts wrote, one for every tier that took one.
+    pinned : different keys that are pinned now.
+    overdue_pins : calls of `pinned` that their deadline ended.
     background_errors : prefetches that failed; the error itself is raised by their `result`.
     refused_prefetches : prefetches that were refused because too many were waiting.
     """
 
     tiers: tuple[TierStats, ...]
+    lookups: int
     misses: Mapping[str, int]
+    puts: Mapping[str, int]
+    writes: int
+    pinned: int = 0
+    overdue_pins: int = 0
     background_errors: int = 0
     refused_prefetches: int = 0
 
     @property
     def hits(self) -> int:
         return sum(tier.hits for tier in self.tiers)
-
-    @property
-    def lookups(self) -> int:
-        """Calls of `get` and `get_layers`."""
-        return self.hits + sum(self.misses.values())

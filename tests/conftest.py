@@ -1,8 +1,16 @@
 """What holds for every test: one thread for tensors this small, and no deadlines on a machine that may be busy."""
 
+import pytest
 import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)  # two threads on two busy cores wait for each other: seven times slower on these models
 settings.register_profile("kvloom", deadline=None)
 settings.load_profile("kvloom")
+
+
+@pytest.fixture(autouse=True)
+def plain_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that count the bytes of a `HostTier` count the same ones where CUDA is there; who wants pinned says so."""
+    if torch.cuda.is_available():
+        monkeypatch.setattr("kvloom.kvstore.tiers.host.can_pin", lambda: False)

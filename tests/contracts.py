@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from kvloom.core import ChunkInfo, ChunkKey, Codec, EncodedChunk, KVChunk, KVSpec, ReadsLayers, RopeSpec, Tier
 from kvloom.errors import CodecError, SpecMismatchError, TierFullError, TierUnavailableError
 from kvloom.kvstore.policy import EvictionPolicy
+from kvloom.kvstore.tiers.index import Index
+from kvloom.kvstore.tiers.records import SLOT_BYTES, Records, read_header
 
 ROPE = RopeSpec(inv_freq=tuple(10000.0 ** -(i / 4) for i in range(4)))
 SPEC = KVSpec("tiny@1", num_layers=3, num_kv_heads=2, head_dim=8, dtype=torch.float32, rope=ROPE)
@@ -36,7 +39,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal dtype, shape and every bit; NaN equals itself, 0.0 is not -0.0."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
+    return torch.equal(*(t.cpu().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
 
 
 def same_chunk(a: KVChunk, b: KVChunk) -> bool:
@@ -66,6 +69,37 @@ def make_blob(seed: int, *, numbers: int = 100) -> EncodedChunk:
 
 def keys_of(tier: Tier) -> list[ChunkKey]:
     return [entry.key for entry in tier.entries()]
+
+
+def stored_at(folder: Path, key: ChunkKey) -> tuple[Path, int, int]:
+    """Where the container of a chunk lies in a disk tier, open or not: file, offset and bytes."""
+    data = memoryview((folder / "journal").read_bytes())
+    index = Index()
+    for _ in Records(read_header(data)[0]).read(data[SLOT_BYTES:], 1, index):
+        pass
+    place = index.places[key]
+    return folder / "segments" / f"{place.segment:016d}.seg", place.offset, place.nbytes
+
+
+def stored_bytes(folder: Path, key: ChunkKey) -> bytes:
+    path, offset, nbytes = stored_at(folder, key)
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(nbytes)
+
+
+def overwrite(folder: Path, key: ChunkKey, data: bytes, at: int = 0) -> None:
+    """Damages the container of a chunk in place, from byte `at` on."""
+    path, offset, _ = stored_at(folder, key)
+    with path.open("r+b") as file:
+        file.seek(offset + at)
+        file.write(data)
+
+
+def flip(folder: Path, key: ChunkKey, at: int, bits: int = 1) -> None:
+    """Flips bits of one byte of the container of a chunk; a negative `at` counts from its end."""
+    data = stored_bytes(folder, key)
+    overwrite(folder, key, bytes([data[at] ^ bits]), at % len(data))
 
 
 class CodecContract:
@@ -203,6 +237,12 @@ class TierContract:
         assert tier.delete(make_key(1)) and not tier.delete(make_key(1))
         assert tier.used_bytes == used[2] and tier.get(make_key(1)) is None and make_key(1) not in tier
 
+    def test_says_what_a_chunk_takes_if_it_says_anything(self, tier: Tier) -> None:
+        for number, numbers in enumerate((10, 1000, 300, 0)):
+            taken_bytes = tier.put(make_key(number % 3), make_blob(number, numbers=numbers))
+            held = {entry.key: entry.nbytes for entry in tier.entries()}
+            assert taken_bytes in (None, held[make_key(number % 3)])
+
     def test_replaces(self, tier: Tier) -> None:
         tier.put(make_key(1), make_blob(1, numbers=1000))
         large_bytes = tier.used_bytes
@@ -238,6 +278,7 @@ class TierContract:
         assert small.used_bytes == small.capacity_bytes == 2 * chunk_bytes
         found = small.get(make_key(0))
         assert found is not None and same_blob(found, make_blob(0)) and make_key(2) not in small
+        del found  # what is being read may keep its space
         small.put(make_key(1), make_blob(3))  # replacing takes no further space
         assert small.delete(make_key(0))
         small.put(make_key(2), make_blob(2))

@@ -77,9 +77,9 @@ class FaultyTier(HostTier):
         blob = super().get(key)
         return None if blob is None else blob.layers(start, stop)
 
-    def put(self, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo = NOTHING) -> None:
+    def put(self, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo = NOTHING) -> int:
         self._reach("put")
-        super().put(key, blob, info)
+        return super().put(key, blob, info)
 
     def delete(self, key: ChunkKey) -> bool:
         self._reach("delete")

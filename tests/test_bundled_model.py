@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from kvloom.bench.demo import BUNDLED_MODEL
+from kvloom.bench.models import BUNDLED_MODEL
 from kvloom.bench.passages import load_questions, sentences
 from kvloom.bench.reference.evaluate import answered, encode_task
 from kvloom.bench.reference.tasks import TaskSampler

@@ -49,7 +49,7 @@ def test_runs_as_a_module_from_anywhere(tmp_path: Path) -> None:
         check=False,
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "kvloom: unknown benchmark 'nothing'; known: blend\n"
+    assert done.stderr == "kvloom: unknown benchmark 'nothing'; known: blend, tiers\n"
 
 
 def test_unknown_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,6 +57,12 @@ def test_unknown_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
     line = one_line(capsys)
     for name in cli.BENCHMARKS:
         assert name in line
+
+
+@pytest.mark.parametrize("option", ["--dir", "--lmcache-python"])
+def test_options_of_another_benchmark_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("bench", "blend", option, "here") == 2
+    assert one_line(capsys) == "kvloom: --dir and --lmcache-python belong to the benchmark tiers, not to blend"
 
 
 @pytest.mark.parametrize("option", ["--json", "--report"])
@@ -134,6 +140,7 @@ def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {row["subject"]: row["finding"] for row in doctor._extras()} == {
         "extra transformers": "usable",
         "extra bench": 'matplotlib missing; run: pip install "kvloom[bench]"',
+        "extra bench-peers": "usable",
     }
 
 

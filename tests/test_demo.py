@@ -49,6 +49,7 @@ def test_demo_measures_both_phases(model_dir: Path, tmp_path: Path) -> None:
         assert rows["full prefill"]["speedup"] == 1.0
         assert rows["full prefill"]["loaded_bytes"] == {}
         assert rows["full prefill"]["kl"] == 0.0
+        assert all(set(row["exact_match"]) == {"record", "alias"} for row in rows.values())
         assert rows["prefix caching"]["kl"] < 1e-9
         assert rows["naive reuse"]["kl"] > 1e-4
         for name in ("naive reuse", "CacheBlend 15%"):
@@ -59,7 +60,9 @@ def test_demo_measures_both_phases(model_dir: Path, tmp_path: Path) -> None:
     for before, after in zip(*phases.values(), strict=True):
         assert before["kl"] == pytest.approx(after["kl"], abs=1e-7)
         assert sum(before["loaded_bytes"].values()) == sum(after["loaded_bytes"].values())
+    assert "exact_match_alias_CacheBlend_15%_after_restart" in result["metrics"]
     page = (tmp_path / "r.html").read_text()
+    assert "records right" in page and "aliases right" in page
     assert page.count("<svg") == 2
     assert "https://" not in page.replace("http://www.w3.org", "")
     with KVStore([DiskTier(tmp_path / "store")]) as store:
@@ -137,7 +140,12 @@ def test_blend_benchmark_writes_every_figure(model_dir: Path) -> None:
 
 def make_score(method: Method, exact: list[bool]) -> Score:
     outcomes = tuple(Outcome(1.0, (0,), torch.zeros(2), 1.0, {}) for _ in exact)
-    return Score(method, outcomes, tuple(exact), tuple(0.0 for _ in exact))
+    return Score(method, ("record",) * len(exact), outcomes, tuple(exact), tuple(0.0 for _ in exact))
+
+
+def test_right_answers_are_counted_by_kind() -> None:
+    score = Score(FULL, ("a", "b", "a", "c"), (), (True, False, False, None), ())
+    assert score.exact_match == {"a": 0.5, "b": 0.0}
 
 
 def test_gap_closed() -> None:

@@ -28,6 +28,7 @@ from kvloom.kvstore.tiers.disk import DiskTier
 from kvloom.kvstore.tiers.host import HostTier
 
 from .contracts import make_chunk, make_key, same_chunk
+from .fakes import assert_adds_up
 from .faulty import LONG_S, FaultyTier, eventually, leaves_no_threads
 
 no_threads_left = pytest.fixture(autouse=True)(leaves_no_threads)
@@ -52,7 +53,7 @@ def revive(store: KVStore, disk: FaultyTier) -> None:
 
     def asked_until_quiet() -> bool:
         for level in store._stack.levels[1:]:
-            store._stack.fetch(level, next(iter(level.keys), make_key(99)), lambda tier: tier.get(make_key(99)))
+            store._clerk.fetch(level, next(iter(level.keys), make_key(99)), lambda tier: tier.get(make_key(99)))
             if level.lane is not None and (level.lane._breaker.is_down or level.lane.doubtful()):
                 try:
                     level.call(lambda tier: tier.get(make_key(99)))
@@ -64,7 +65,8 @@ def revive(store: KVStore, disk: FaultyTier) -> None:
 
 
 def in_order(store: KVStore) -> bool:
-    return store.check() == [] and not store._stack._pins
+    assert_adds_up(store.stats())
+    return store.check() == [] and not store._books._pins
 
 
 @pytest.fixture
@@ -164,7 +166,7 @@ def test_death_and_comeback(
 def test_a_stalled_read_is_a_miss(make_store: Callable[..., KVStore], disk: FaultyTier) -> None:
     store = make_store(0.1)
     store.put(make_key(0), make_chunk(0))
-    store._stack.remove(store._stack.levels[0], make_key(0))
+    store._clerk.remove(store._stack.levels[0], make_key(0), "deletions")
     disk.gate.clear()
     begun_s = time.monotonic()
     assert store.get(make_key(0)) is None and store.get_layers(make_key(0), 1, 2) is None
@@ -403,19 +405,13 @@ def test_forked_and_leaving_processes(tmp_path: Path) -> None:
     assert done.stdout.startswith("leaving") and done.returncode == 0, done.stderr
 
 
-class StallingDisk(DiskTier):
-    """The real disk, behind a lane."""
-
-    may_stall = True
-
-
 def test_the_real_disk_behind_a_lane(tmp_path: Path) -> None:
-    with KVStore([HostTier(CHUNK_BYTES), StallingDisk(tmp_path)]) as store:
+    with KVStore([HostTier(CHUNK_BYTES), DiskTier(tmp_path)]) as store:
         for number in range(5):
             store.put(make_key(number), make_chunk(number))
         assert all(holds(store.get(make_key(n)), n) for n in range(5)) and in_order(store)
         assert torch.equal(store.get_layers(make_key(0), 1, 2).values, make_chunk(0).values[1:2])
-    with KVStore([StallingDisk(tmp_path)]) as store:
+    with KVStore([DiskTier(tmp_path)]) as store:
         assert store.match([make_key(n) for n in range(9)]) == 5 and in_order(store)
 
 
@@ -558,7 +554,7 @@ class FaultMachine(RuleBasedStateMachine):
 
     @invariant()
     def nothing_leaks(self) -> None:
-        assert not self.store._stack._pins
+        assert not self.store._books._pins
         lane = self.store._stack.levels[1].lane
         assert len(lane._workers._threads) <= 4 and len(lane._running) <= 4
 

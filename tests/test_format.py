@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kvloom.core import EncodedChunk
 from kvloom.errors import ChunkCorruptError, CodecError
-from kvloom.kvstore.format import from_bytes, read_chunk, read_header, to_buffers, to_bytes
+from kvloom.kvstore.format import from_bytes, read_header, read_layers, to_buffers, to_bytes
 
 from .contracts import make_blob, make_key, same_bits, same_blob
 
@@ -69,7 +69,7 @@ def test_layers_alone(blob: EncodedChunk, start: int, stop: int) -> None:
     header = read_header(read_at, len(data), KEY)
     read.clear()
     expected = blob.layers(start, stop)
-    assert same_blob(read_chunk(read_at, header, (start, stop)), expected)
+    assert same_blob(read_layers(read_at, header, start, stop), expected)
     assert sum(read) == expected.nbytes and len(read) <= len(blob.tensors)
 
 
@@ -99,6 +99,18 @@ def test_every_truncation_and_extension_is_found() -> None:
     for tail in (b"\0", b" ", data, b"\0" * 4096):
         with pytest.raises(ChunkCorruptError):
             from_bytes(KEY, data + tail)
+
+
+def test_sections_larger_than_a_piece() -> None:
+    tensors = {"layered": torch.arange(3 * 90_000).view(3, -1), "plain": torch.arange(600_000, dtype=torch.int16)}
+    blob = EncodedChunk("c", tensors, {}, frozenset({"layered"}))
+    data = bytearray(to_bytes(KEY, blob))
+    assert same_blob(from_bytes(KEY, data), blob)
+    for offset in range(1000, len(data), 250_007):
+        data[offset] ^= 1
+        with pytest.raises(ChunkCorruptError, match="checksum"):
+            from_bytes(KEY, data)
+        data[offset] ^= 1
 
 
 def test_another_key_is_found() -> None:

@@ -1,6 +1,7 @@
 """Keys: stable, chained or position-free, and different as soon as anything that shapes the KV differs."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -68,6 +69,55 @@ def test_lead_is_not_content() -> None:
         content_key(SPEC, [2, 3]),
     }
     assert len(keys) == 4
+
+
+def test_there_is_a_variant_of_every_field_of_a_spec() -> None:
+    """A field added to a spec needs one, and thereby a proof that it is part of the key."""
+
+    def differing(spec: KVSpec) -> list[str]:
+        names = [field.name for field in fields(KVSpec) if getattr(spec, field.name) != getattr(SPEC, field.name)]
+        if names != ["rope"] or spec.rope is None:
+            return names
+        return [f.name for f in fields(RopeSpec) if getattr(spec.rope, f.name) != getattr(SPEC.rope, f.name)]
+
+    changed = [differing(spec) for spec in OTHER_SPECS.values()]
+    assert all(len(names) == 1 for names in changed)
+    every = {field.name for kind in (KVSpec, RopeSpec) for field in fields(kind)}
+    assert {name for names in changed for name in names} == every
+
+
+def test_one_change_at_a_time_changes_every_key() -> None:
+    """Whatever makes KV incompatible: spec, tenant, kind of reuse, the tokens, their order and what precedes them."""
+    tokens, salt = [5, 6, 7, 8], b"tenant"
+    first, second = prefix_keys(SPEC, tokens, chunk_tokens=2, salt=salt)
+    named: dict[str, bytes] = {"first": first, "second": second, "content": content_key(SPEC, tokens[:2], salt=salt)}
+    for name, spec in OTHER_SPECS.items():
+        named[f"{name}, first"], named[f"{name}, second"] = prefix_keys(spec, tokens, chunk_tokens=2, salt=salt)
+        named[f"{name}, content"] = content_key(spec, tokens[:2], salt=salt)
+    for other_salt in (b"", b"tenan", b"tenant\0", b"Tenant"):
+        named[f"{other_salt!r}, first"], named[f"{other_salt!r}, second"] = prefix_keys(
+            SPEC, tokens, chunk_tokens=2, salt=other_salt
+        )
+        named[f"{other_salt!r}, content"] = content_key(SPEC, tokens[:2], salt=other_salt)
+    for place in range(4):
+        changed = [token + 100 * (place == i) for i, token in enumerate(tokens)]
+        keys = prefix_keys(SPEC, changed, chunk_tokens=2, salt=salt)
+        if place < 2:
+            named[f"token {place}, first"] = keys[0]
+            named[f"token {place}, content"] = content_key(SPEC, changed[:2], salt=salt)
+        named[f"token {place}, second"] = keys[1]
+    named["tokens swapped"] = prefix_keys(SPEC, [6, 5], chunk_tokens=2, salt=salt)[0]
+    named["tokens swapped, content"] = content_key(SPEC, [6, 5], salt=salt)
+    named["chunks swapped, first"], named["chunks swapped, second"] = prefix_keys(
+        SPEC, [7, 8, 5, 6], chunk_tokens=2, salt=salt
+    )
+    (named["one chunk of all"],) = prefix_keys(SPEC, tokens, chunk_tokens=4, salt=salt)
+    named["first alone"], named["rest of three"] = (prefix_keys(SPEC, tokens, chunk_tokens=n)[0] for n in (1, 3))
+    named["content of all"] = content_key(SPEC, tokens, salt=salt)
+    named["content behind a lead"] = content_key(SPEC, tokens[:2], lead_ids=[1], salt=salt)
+    named["lead taken from the content"] = content_key(SPEC, tokens[1:2], lead_ids=tokens[:1], salt=salt)
+    assert len(set(named.values())) == len(named) > 60
+    assert prefix_keys(SPEC, tokens, chunk_tokens=2, salt=salt) == [first, second]
 
 
 def test_every_field_of_the_spec_and_the_salt_count() -> None:

@@ -144,8 +144,8 @@ def test_page_holds_the_figures_and_fetches_nothing() -> None:
     page = html_report("Fusion <1>", [Section("Speed", "Two cores.", [table]), Section("Quality", parts=[plot])])
     assert "<title>Fusion &lt;1&gt;</title>" in page
     assert "<td>full &lt;prefill&gt;</td>" in page
-    assert '<td class="number">0.1235</td>' in page
-    assert '<td class="number">4,096</td>' in page
+    assert "<td>0.1235</td>" in page
+    assert "<td>4,096</td>" in page
     assert "Cold &amp; warm" in page
     assert not re.search(r"<(script|link|img|iframe)|@import|url\((?!#)", page)
     assert all(address.startswith("http://www.w3.org/") for address in re.findall(r"https?://[^\"' )]+", page))

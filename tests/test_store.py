@@ -1,6 +1,7 @@
 """KVStore: never a wrong chunk, whatever happens below it."""
 
 import logging
+import os
 import random
 import shutil
 import signal
@@ -26,12 +27,15 @@ from kvloom.kvstore.format import to_bytes
 from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.disk import DiskTier
 from kvloom.kvstore.tiers.host import HostTier
+from kvloom.kvstore.tiers.index import taken_bytes
 
-from .contracts import SPEC, make_chunk, make_key, same_chunk
+from .contracts import SPEC, flip, make_chunk, make_key, overwrite, same_chunk, stored_at, stored_bytes
+from .fakes import assert_adds_up
 
 BLOB = RawCodec().encode(make_chunk(0))
 CHUNK_BYTES = BLOB.nbytes
-FILE_BYTES = len(to_bytes(make_key(0), BLOB))
+CONTAINER_BYTES = len(to_bytes(make_key(0), BLOB))
+FILE_BYTES = taken_bytes(CONTAINER_BYTES)
 NOTHING = ChunkInfo()
 
 
@@ -72,10 +76,6 @@ def store(tmp_path: Path) -> Iterator[KVStore]:
     with KVStore([HostTier(3 * CHUNK_BYTES), DiskTier(tmp_path / "kv", 5 * FILE_BYTES)]) as store:
         yield store
         assert store.check() == []
-
-
-def files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("kv/??/*"))
 
 
 def test_put_get(store: KVStore) -> None:
@@ -240,12 +240,9 @@ def test_restart(tmp_path: Path) -> None:
 def test_any_flipped_bit_is_a_counted_miss(tmp_path: Path) -> None:
     with KVStore([DiskTier(tmp_path / "kv")]) as store:
         store.put(make_key(1), make_chunk(1))
-        regions = (0, 8, 12, 16, 48, 56, 64, 72, 300, FILE_BYTES - CHUNK_BYTES, FILE_BYTES - CHUNK_BYTES + 50, -1)
-        for count, offset in enumerate(regions, 1):
-            (file,) = files(tmp_path)
-            data = bytearray(file.read_bytes())
-            data[offset] ^= 1 << count % 8
-            file.write_bytes(data)
+        data = CONTAINER_BYTES - CHUNK_BYTES
+        for count, offset in enumerate((0, 8, 12, 16, 48, 56, 64, 72, 300, data, data + 50, -1), 1):
+            flip(tmp_path / "kv", make_key(1), offset, 1 << count % 8)
             assert store.get(make_key(1)) is None and make_key(1) not in store and store.check() == []
             assert store.stats().tiers[0].corruptions == count and store.stats().misses == {"corrupt": count}
             store.put(make_key(1), make_chunk(1))
@@ -255,20 +252,20 @@ def test_any_flipped_bit_is_a_counted_miss(tmp_path: Path) -> None:
 def test_corrupt_chunk_is_found_in_the_tier_below(tmp_path: Path) -> None:
     with KVStore([DiskTier(tmp_path / "kv", name="near"), DiskTier(tmp_path / "far", name="far")]) as store:
         store.put(make_key(1), make_chunk(1))
-        (file,) = files(tmp_path)
-        file.write_bytes(file.read_bytes()[:-1])
+        path, offset, nbytes = stored_at(tmp_path / "kv", make_key(1))
+        os.truncate(path, offset + nbytes - 1)
         assert holds(store.get(make_key(1)), 1)
         near, far = store.stats().tiers
         assert (near.corruptions, near.hits, near.promotions, far.hits) == (1, 0, 1, 1)
         assert store.stats().misses == {} and store.locate(make_key(1)) == "near" and store.check() == []
 
 
-def test_swapped_files_are_misses(tmp_path: Path) -> None:
+def test_swapped_chunks_are_misses(tmp_path: Path) -> None:
     with KVStore([DiskTier(tmp_path / "kv")]) as store:
         for number in (1, 2):
             store.put(make_key(number), make_chunk(number))
-        one, two = files(tmp_path)
-        one.rename(tmp_path / "aside"), two.rename(one), (tmp_path / "aside").rename(two)
+        one, two = (stored_bytes(tmp_path / "kv", make_key(number)) for number in (1, 2))
+        overwrite(tmp_path / "kv", make_key(1), two), overwrite(tmp_path / "kv", make_key(2), one)
         assert store.get(make_key(1)) is None and store.get(make_key(2)) is None
         assert store.stats().tiers[0].corruptions == 2 and store.check() == []
 
@@ -309,7 +306,8 @@ def test_codecs_by_name(tmp_path: Path) -> None:
     with KVStore([DiskTier(tmp_path)]) as store:  # not known here: a miss that makes room for a chunk that is
         assert store.get(make_key(1)) is None and make_key(1) not in store and make_key(2) in store
         stats = store.stats()
-        assert stats.misses == {"undecodable": 1} and stats.tiers[0].errors == 1 and stats.tiers[0].corruptions == 0
+        assert stats.misses == {"undecodable": 1}
+        assert (stats.tiers[0].undecodable, stats.tiers[0].corruptions, stats.tiers[0].errors) == (1, 0, 0)
 
 
 def test_wrong_arguments(store: KVStore) -> None:
@@ -389,6 +387,7 @@ def test_threads(tmp_path: Path, write_through: bool) -> None:
         assert store.check() == [] and store.stats().background_errors == 0
         stats = store.stats()
         assert all(tier.errors == tier.corruptions == 0 for tier in stats.tiers) and stats.tiers[0].evictions > 0
+        assert_adds_up(stats)
     assert threading.active_count() < 20
 
 
@@ -489,10 +488,7 @@ class StoreMachine(RuleBasedStateMachine):
         key = make_key(number)
         if self.store.locate(key) != "disk":
             return
-        (file,) = self.folder.glob(f"kv/??/{key.hex()}")
-        data = bytearray(file.read_bytes())
-        data[len(data) // 2] ^= 4
-        file.write_bytes(data)
+        flip(self.folder / "kv", key, stored_at(self.folder / "kv", key)[2] // 2, 4)
         corruptions = self.store.stats().tiers[1].corruptions
         assert self.store.get(key) is None and self.store.stats().tiers[1].corruptions == corruptions + 1
         self.kept.discard(key)
@@ -528,6 +524,7 @@ class StoreMachine(RuleBasedStateMachine):
     def books_are_in_order(self) -> None:
         assert self.store.check() == []
         stats = self.store.stats()
+        assert_adds_up(stats)
         assert all(tier.used_bytes <= tier.capacity_bytes for tier in stats.tiers)
         assert self.stored <= self.model.keys() and self.kept <= self.stored
         self.kept = self.stored & {key for keys, _ in self.pins for key in keys}

@@ -1,65 +1,85 @@
-"""Chunks in a directory: one file for each, written aside and renamed into place.
+"""Chunks in a directory: segments of payload, and a journal that says which chunk lies where.
 
-kvloom.json   format of the directory; locked while a process has it open
-00/ .. ff/    <key as hex>: one container of kvstore/format.py
-incoming/     files being written; emptied on opening
-quarantine/   the newest files that were found corrupt, for a post-mortem
+kvloom.json   format of the directory; its lock orders the writes of all processes to the journal
+journal       what happened to chunks (records.py), replayed on opening
+segments/     containers of kvstore/format.py one behind the other; each process appends to a file of its own
+quarantine/   the newest containers that were found corrupt, for a post-mortem
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
-import itertools
-import json
 import os
-import re
 import threading
-import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 from ...core import ChunkInfo, ChunkKey, EncodedChunk, Entry
-from ...errors import ChunkCorruptError, KVLoomError, TierError, TierFullError, TierUnavailableError
-from ..format import Header, read_chunk, read_header, to_buffers
+from ...errors import ChunkCorruptError, KVLoomError, TierFullError, TierUnavailableError
+from ..format import Header, ReadAt, read_container, read_header, read_layers, to_buffers
+from ..keys import KEY_BYTES
+from .commit import GroupCommit, Round
+from .directory import Directory
+from .files import NO_SPACE, Files, read_exactly
+from .index import Index, Place, taken_bytes
+from .journal import Journal
+from .quarantine import keep_copy
+from .records import MAX_NAMESPACE_BYTES, Op
+from .recovery import compact, lost_chunks, overlapping_chunks, recover
+from .segments import Segments
 
-Durability: TypeAlias = Literal["cache", "sync"]
+Durability: TypeAlias = Literal["cache", "batch", "sync"]
 
-_MARKER = "kvloom.json"
-_MARKER_FIELDS = {"kind": "kvloom chunk directory", "format": 1}
-_FOREIGN_BUT_FINE = {_MARKER, "lost+found"}  # the second: the root of a file system given to the cache
-_FOLDER_NAME = re.compile("[0-9a-f]{2}")
-_FILE_NAME = re.compile("[0-9a-f]{64}")
-_QUARANTINE_FILES = 16
+_LARGEST_SEGMENT_BYTES, _SMALLEST_SEGMENT_BYTES = 1 << 30, 1 << 20
+_BATCH_BYTES = 256 << 20
 _CACHED_HEADERS = 256
-_BUFFERS_PER_WRITE = 1024  # IOV_MAX
+_ATTEMPTS = 16
 _NOTHING = ChunkInfo()
-
-_Fingerprint: TypeAlias = tuple[ChunkKey, int, int]
 
 
 class DiskTier:
-    """One file per chunk; every read verifies what it returns.
+    """Segments in a directory that several processes share; every read verifies what it returns.
 
-    A chunk is visible complete or not at all, also after kill -9. The directory belongs to one process at a time.
-    Opening lists names and sizes and reads no payload.
+    A chunk is visible complete or not at all, also after kill -9. What one process puts or deletes, the others see at
+    their next call. Opening replays the journal and reads no payload. The space of a chunk that is deleted or replaced
+    is given back at once (by punching holes; where the file system cannot, segments that are more than half dead are
+    compacted), or in the classes `batch` and `sync` after the next sync, while others go on reading.
+
+    After a power loss nothing that a read returns is wrong: what did not reach the device whole is found by its
+    checksums, and is a miss. Which chunks are still there is a matter of the durability of the process that put them:
+
+    `cache`
+        Nothing is synced. Recent chunks may be gone, and recently deleted ones may be back.
+    `batch`
+        `put` returns when the chunk is written. All that was put since the last sync shares the next one, at most
+        `sync_interval_s` later, or when 256 MiB have come together, or when `flush` is called: what was put before a
+        `flush` is there. If a sync fails, its chunks are given up, and the next `put` or `flush` raises.
+    `sync`
+        `put` returns when the chunk is on the device; puts of several threads share syncs. If the sync fails, the chunk
+        is given up.
+
+    A chunk that was deleted or replaced may be gone, or be back, until the process that did it has synced.
 
     Parameters
     ----------
-    path : a directory made by this class, an empty one, or one yet to be made.
-    capacity_bytes : of the chunks' files; None for no limit. A chunk that is replaced, files being written and the
-        quarantine (at most 16 files) come on top.
-    durability : `cache`: after a power loss recent chunks may be lost or torn; the torn are detected by their checksums
-        when they are read. `sync`: when `put` returns, the chunk has reached the device.
+    path : a directory made by this class, an empty one, or one yet to be made, on a local file system.
+    capacity_bytes : of the chunks of all processes, in steps of 4 KiB each; None for no limit. Chunks that are being
+        written or wait for a sync, the journal (128 bytes for each record) and the quarantine (16 chunks) come on top.
+    sync_interval_s : how long `batch` lets a chunk wait.
+    segment_bytes : of a file of payload; None for a sixteenth of the capacity, within 1 MiB and 1 GiB.
+    files : the operating system, for tests.
 
     Raises
     ------
     TierError : the directory is not a kvloom store, or of a format that this release does not read.
-    TierUnavailableError : another process has it open, or the file system refuses.
+    TierUnavailableError : the file system refuses, or another process holds the lock of the directory for ten seconds.
     """
+
+    may_stall = True  # for the device, for the lock of the directory, and for a swap device if it is a tmpfs
 
     def __init__(
         self,
@@ -68,246 +88,259 @@ class DiskTier:
         *,
         name: str = "disk",
         durability: Durability = "cache",
+        sync_interval_s: float = 1.0,
+        segment_bytes: int | None = None,
+        files: Files | None = None,
     ) -> None:
         if capacity_bytes is not None and capacity_bytes < 0:
             raise ValueError(f"capacity_bytes is {capacity_bytes}; expected 0 or more, or None")
-        if durability not in ("cache", "sync"):
-            raise ValueError(f"durability is {durability!r}; expected 'cache' or 'sync'")
+        if durability not in ("cache", "batch", "sync"):
+            raise ValueError(f"durability is {durability!r}; expected 'cache', 'batch' or 'sync'")
+        if not sync_interval_s > 0:
+            raise ValueError(f"sync_interval_s is {sync_interval_s}; expected more than 0")
+        if segment_bytes is None:
+            share = _LARGEST_SEGMENT_BYTES if capacity_bytes is None else capacity_bytes // 16
+            segment_bytes = min(max(share, _SMALLEST_SEGMENT_BYTES), _LARGEST_SEGMENT_BYTES)
+        elif segment_bytes < 1:
+            raise ValueError(f"segment_bytes is {segment_bytes}; expected 1 or more")
         self.name = name
         self.capacity_bytes = capacity_bytes
         self.durability = durability
         self.path = Path(path)
-        self._lock = threading.Lock()
-        self._sizes: OrderedDict[ChunkKey, int] = OrderedDict()
-        self._infos: dict[ChunkKey, ChunkInfo] = {}
-        self._headers: OrderedDict[_Fingerprint, Header] = OrderedDict()
-        self._used_bytes = 0
-        self._reserved_bytes = 0  # of puts between the check of the capacity and the rename
-        self._numbers = itertools.count()
-        self._folders: set[str] = set()
+        self._files = Files() if files is None else files
+        self._lock = threading.Lock()  # of the three below
+        self._reserved: Counter[ChunkKey] = Counter()  # bytes of puts that are on their way
+        self._headers: OrderedDict[tuple[int, int], Header] = OrderedDict()
         self._closed = False
+        self._pid = os.getpid()
+        self._commit = GroupCommit(self._sync, sync_interval_s)
         with self._os_errors("open"):
-            self._marker_fd = self._claim()
-            try:
-                self._scan()
-            except BaseException:
-                os.close(self._marker_fd)
-                raise
+            self._directory = Directory(self._files, self.path)
+            with ExitStack() as undo:
+                undo.callback(self._directory.close)
+                for folder in ("segments", "quarantine"):
+                    self._files.mkdir(self.path / folder)
+                self._journal = Journal(self._files, self._directory)
+                undo.callback(self._journal.close)
+                syncs = durability != "cache"
+                self._segments = Segments(self._files, self.path / "segments", segment_bytes, syncs=syncs)
+                recover(self._files, self._journal, self._segments)
+                undo.pop_all()
 
     @property
     def used_bytes(self) -> int:
-        return self._used_bytes
+        """As of the last call of any other method."""
+        return self._journal.index.used_bytes
 
     def get(self, key: ChunkKey) -> EncodedChunk | None:
-        return self._read(key, lambda fd: read_chunk(_reader(fd), _read_header(fd, key)))
+        def read(read_at: ReadAt, place: Place) -> EncodedChunk:
+            return read_container(read_at, place.nbytes, key)
+
+        return self._read(key, read)
 
     def get_layers(self, key: ChunkKey, start: int, stop: int) -> EncodedChunk | None:
-        return self._read(key, lambda fd: read_chunk(_reader(fd), self._cached_header(fd, key), (start, stop)))
+        def read(read_at: ReadAt, place: Place) -> EncodedChunk:
+            return read_layers(read_at, self._cached_header(read_at, key, place), start, stop)
 
-    def put(self, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo = _NOTHING) -> None:
+        return self._read(key, read)
+
+    def put(self, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo = _NOTHING) -> int:
+        if len(key) != KEY_BYTES:
+            raise ValueError(f"key has {len(key)} bytes; expected {KEY_BYTES}")
+        if len(info.namespace.encode()) > MAX_NAMESPACE_BYTES:
+            raise ValueError(f"namespace is {info.namespace!r}; expected at most {MAX_NAMESPACE_BYTES} bytes of UTF-8")
         buffers = to_buffers(key, blob)
-        size = sum(map(len, buffers))
-        with self._lock:
+        nbytes = sum(map(len, buffers))
+        with self._os_errors("write", needed_bytes=taken_bytes(nbytes)):
             self._expect_open()
-            used_bytes = self._used_bytes - self._sizes.get(key, 0) + self._reserved_bytes
-            if self.capacity_bytes is not None and used_bytes + size > self.capacity_bytes:
-                raise TierFullError(
-                    f"tier {self.name!r}: {size} bytes do not fit, {used_bytes} of {self.capacity_bytes} are used",
-                    needed_bytes=size,
-                )
-            self._reserved_bytes += size
-        incoming = self.path / "incoming" / f"{key.hex()}.{next(self._numbers)}"
-        try:
-            with self._os_errors("write", needed_bytes=size):
-                try:
-                    self._write(incoming, buffers)
-                    with self._lock:
-                        self._expect_open()
-                        self._make_folder(key)
-                        incoming.rename(self._file(key))
-                        self._used_bytes += size - self._sizes.pop(key, 0)
-                        self._sizes[key] = size
-                        self._infos[key] = info
-                except BaseException:
-                    incoming.unlink(missing_ok=True)
+            self._commit.expect_sound()
+            try:
+                self._put(key, buffers, nbytes, info)
+            except OSError as exc:
+                if exc.errno not in NO_SPACE or not self._commit.has_freed:
                     raise
-                if self.durability == "sync":
-                    _sync_folder(self._file(key).parent)
-        finally:
-            with self._lock:
-                self._reserved_bytes -= size
+                self._commit.flush()  # gives back what was deleted since the last sync
+                self._put(key, buffers, nbytes, info)
+        return taken_bytes(nbytes)
 
     def delete(self, key: ChunkKey) -> bool:
-        with self._os_errors("delete"), self._lock:
+        with self._os_errors("delete"):
             self._expect_open()
-            if key not in self._sizes:
+            if self._journal.find(key) is None:
                 return False
-            self._file(key).unlink(missing_ok=True)
-            self._forget(key)
+            with self._journal.exclusive() as index:
+                old = index.places.get(key)
+                if old is None:
+                    return False
+                self._journal.append([(Op.DELETE, key, None)])
+            self._let_go(old)
             return True
 
     def __contains__(self, key: object) -> bool:
-        return key in self._sizes
+        with self._os_errors("look up"):
+            return isinstance(key, bytes) and self._journal.find(ChunkKey(key)) is not None
 
     def entries(self) -> list[Entry]:
-        with self._lock:
-            return [Entry(key, size, self._infos.get(key, _NOTHING)) for key, size in self._sizes.items()]
+        with self._os_errors("list"):
+            return self._journal.entries()
+
+    def changes(self) -> list[Entry | ChunkKey]:
+        """The state of each chunk that others touched since the last call, in the order in which they did so last."""
+        with self._os_errors("list"):
+            return self._journal.changes()
+
+    def flush(self) -> None:
+        """Returns when all that was put is durable; at once in the class `cache`, where nothing ever is."""
+        with self._os_errors("sync"):
+            self._expect_open()
+            if self.durability != "cache":
+                self._commit.flush()
 
     def check(self) -> list[str]:
-        """What is inconsistent, in words; empty if all is well. Compares names and sizes, not payloads."""
-        with self._os_errors("check"), self._lock:
-            self._expect_open()
-            found = {key: size for key, size, _ in self._list_files()}
-            problems = [
-                f"chunk {key.hex()} has a file of {found.get(key)} bytes, {self._sizes.get(key)} are accounted"
-                for key in found.keys() | self._sizes.keys()
-                if found.get(key) != self._sizes.get(key)
-            ]
-            if sum(self._sizes.values()) != self._used_bytes:
-                problems.append(f"chunks take {sum(self._sizes.values())} bytes, {self._used_bytes} are accounted")
-            return [f"tier {self.name!r}: {problem}" for problem in problems]
+        """What is inconsistent, in words; empty if all is well. For a moment when nothing is put or deleted."""
+        with self._os_errors("check"):
+            problems = self._journal.check()
+            with self._journal.exclusive() as index:
+                lost = lost_chunks(self._files, self._segments, index)
+                overlapping = overlapping_chunks(index)
+        problems += [f"chunk {key.hex()} lies beyond the end of its segment" for key in lost]
+        problems += [f"chunk {key.hex()} overlaps another" for key in overlapping]
+        return [f"tier {self.name!r}: {problem}" for problem in problems]
 
     def close(self) -> None:
-        """Lets another process open the directory; every later call raises `TierUnavailableError`."""
+        """Syncs if need be and lets go of the directory; every later call raises `TierUnavailableError`."""
         with self._lock:
-            if not self._closed:
-                self._closed = True
-                os.close(self._marker_fd)
-
-    def _claim(self) -> int:
-        """Locks the marker file, makes it if the directory is empty, and returns its descriptor."""
-        if self.path.exists() and not self.path.is_dir():
-            raise TierError(f"{self.path} is a file; give the directory of a kvloom store")
-        self.path.mkdir(parents=True, exist_ok=True)
-        marker = self.path / _MARKER
-        if not marker.exists() and not {entry.name for entry in self.path.iterdir()} <= _FOREIGN_BUT_FINE:
-            raise TierError(f"{self.path} is not a kvloom store and not empty; give an empty or a new directory")
-        fd = os.open(marker, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
+            if self._closed:
+                return
+            self._closed = True
+        with self._os_errors("close"):
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as exc:
-                raise TierUnavailableError(
-                    f"{self.path} is already open, here or in another process; close it there or give another directory"
-                ) from exc
-            text = os.pread(fd, 4096, 0)
-            if not text:  # new, or its making was cut short before anything else was stored
-                os.pwrite(fd, json.dumps(_MARKER_FIELDS).encode() + b"\n", 0)
-                os.fsync(fd)
-            elif not _is_marker(text):
-                raise TierError(
-                    f"{marker} is not of a format that this release reads ({_MARKER_FIELDS}); "
-                    "use the release that made it, or delete the directory"
-                )
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
-
-    def _scan(self) -> None:
-        for folder in ("incoming", "quarantine"):
-            (self.path / folder).mkdir(exist_ok=True)
-        self._folders = {entry.name for entry in self.path.iterdir() if _FOLDER_NAME.fullmatch(entry.name)}
-        for file in (self.path / "incoming").iterdir():
-            file.unlink()
-        for key, size, _ in sorted(self._list_files(), key=lambda entry: entry[2]):
-            self._sizes[key] = size
-            self._used_bytes += size
-
-    def _list_files(self) -> Iterator[tuple[ChunkKey, int, int]]:
-        """Key, bytes and time of the last write of every chunk on disk."""
-        for folder in self._folders:
-            with os.scandir(self.path / folder) as files:
-                for file in files:
-                    if _FILE_NAME.fullmatch(file.name):
-                        stat = file.stat(follow_symlinks=False)
-                        yield ChunkKey(bytes.fromhex(file.name)), stat.st_size, stat.st_mtime_ns
-
-    def _read(self, key: ChunkKey, read: Callable[[int], EncodedChunk]) -> EncodedChunk | None:
-        with self._os_errors("read"):
-            self._expect_open()
-            if key not in self._sizes:
-                return None
-            try:
-                fd = os.open(self._file(key), os.O_RDONLY)
-            except FileNotFoundError:
-                self._missing(key)
-                return None
-            try:
-                return read(fd)
-            except ChunkCorruptError as exc:
-                self._quarantine(key, fd)
-                raise ChunkCorruptError(f"tier {self.name!r}, chunk {key.hex()}: {exc}") from exc
+                self._commit.close()
+                if self.durability != "cache":
+                    self._commit.flush()
             finally:
-                os.close(fd)
+                self._segments.close()
+                self._journal.close()
+                self._directory.close()
 
-    def _cached_header(self, fd: int, key: ChunkKey) -> Header:
-        """The header of an open file; a replaced file is another inode, so a stale header is never used."""
-        stat = os.fstat(fd)
-        fingerprint = key, stat.st_ino, stat.st_mtime_ns
+    def _put(self, key: ChunkKey, buffers: list[memoryview], nbytes: int, info: ChunkInfo) -> None:
+        taken = taken_bytes(nbytes)
+        self._journal.find(key)
+        with self._reservation(key, taken), self._segments.written(taken, buffers, self._journal) as (number, offset):
+            place = Place(number, offset, nbytes, info)
+            with self._journal.exclusive() as index:
+                old = index.places.get(key)
+                self._expect_room(index, old, taken, 0)  # others may have filled it
+                self._journal.append([(Op.PUT, key, place)])
+        if self.durability == "cache":
+            if old is not None:
+                self._release([old])
+            return
+        opened = self._commit.join((key, place), old, in_background=self.durability == "batch")
+        if self.durability == "sync" or opened.nbytes > _BATCH_BYTES:
+            self._commit.wait(opened)
+
+    @contextmanager
+    def _reservation(self, key: ChunkKey, taken: int) -> Iterator[None]:
+        index = self._journal.index
         with self._lock:
-            header = self._headers.pop(fingerprint, None)
-        header = header or _read_header(fd, key)
+            self._expect_room(index, index.places.get(key), taken, self._reserved.total())
+            self._reserved[key] += taken
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._reserved[key] -= taken
+                if not self._reserved[key]:
+                    del self._reserved[key]
+
+    def _expect_room(self, index: Index, old: Place | None, taken: int, reserved: int) -> None:
+        used = index.used_bytes - (0 if old is None else old.taken_bytes) + reserved
+        if self.capacity_bytes is not None and used + taken > self.capacity_bytes:
+            raise TierFullError(
+                f"tier {self.name!r}: {taken} bytes do not fit, {used} of {self.capacity_bytes} are used",
+                needed_bytes=taken,
+            )
+
+    def _read(self, key: ChunkKey, read: Callable[[ReadAt, Place], EncodedChunk]) -> EncodedChunk | None:
+        with self._os_errors("read"):
+            for _ in range(_ATTEMPTS):
+                self._expect_open()
+                place = self._journal.find(key)
+                if place is None:
+                    return None
+                try:
+                    with self._segments.reading(place.segment) as fd:
+                        return read(partial(self._read_at, fd, place.offset), place)
+                except (ChunkCorruptError, FileNotFoundError) as exc:
+                    if self._quarantine(key, place):
+                        raise ChunkCorruptError(f"tier {self.name!r}, chunk {key.hex()}: {exc}") from exc
+            return None  # replaced, each time while it was being read
+
+    def _read_at(self, fd: int, base: int, buffer: memoryview, offset: int) -> None:
+        read_exactly(self._files, fd, buffer, base + offset)
+
+    def _cached_header(self, read_at: ReadAt, key: ChunkKey, place: Place) -> Header:
+        """A place holds one container for ever, so a cached header is never stale."""
         with self._lock:
-            self._headers[fingerprint] = header
+            header = self._headers.pop(place.at, None)
+        header = header or read_header(read_at, place.nbytes, key)
+        with self._lock:
+            self._headers[place.at] = header
             if len(self._headers) > _CACHED_HEADERS:
                 self._headers.popitem(last=False)
         return header
 
-    def _missing(self, key: ChunkKey) -> None:
-        with self._lock:
-            if key not in self._sizes or self._file(key).exists():
-                return  # deleted or replaced while this thread was on its way
-            self._forget(key)
-        raise ChunkCorruptError(f"tier {self.name!r}, chunk {key.hex()}: its file is gone")
+    def _quarantine(self, key: ChunkKey, place: Place) -> bool:
+        """Removes what cannot be read as it was written and keeps a copy; False if the chunk is elsewhere by now.
 
-    def _quarantine(self, key: ChunkKey, fd: int) -> None:
-        folder = self.path / "quarantine"
-        with self._lock:
-            try:
-                same = os.path.samestat(os.fstat(fd), self._file(key).stat())
-            except FileNotFoundError:
-                return
-            if same:  # and not a good chunk that has replaced it
-                self._file(key).rename(folder / f"{time.time_ns():020d}-{key.hex()}")
-                self._forget(key)
-            for file in sorted(folder.iterdir())[:-_QUARANTINE_FILES]:
-                file.unlink(missing_ok=True)
+        Whoever deletes or moves a chunk writes so before touching its bytes. What has gone from the journal since a
+        reader looked there is therefore no sign of corruption.
+        """
+        with self._journal.exclusive() as index:
+            found = index.places.get(key)
+            if found is None or found.at != place.at:
+                return False
+            self._journal.append([(Op.DELETE, key, None)])
+        with suppress(OSError):  # for a post-mortem only
+            keep_copy(self._files, self.path / "quarantine", self._segments, key, place)
+        self._let_go(place)
+        return True
 
-    def _forget(self, key: ChunkKey) -> None:
-        self._used_bytes -= self._sizes.pop(key, 0)
-        self._infos.pop(key, None)
+    def _let_go(self, place: Place) -> None:
+        """What lay there has left the journal."""
+        if self.durability == "cache":
+            self._release([place])
+        else:
+            self._commit.join(None, place, in_background=True)
 
-    def _write(self, file: Path, buffers: list[memoryview]) -> None:
-        fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    def _release(self, places: list[Place]) -> None:
+        self._segments.free(places, self._journal)
+        if not self._segments.can_punch:
+            for number in {place.segment for place in places}:
+                compact(self._files, self._journal, self._segments, number)
+
+    def _sync(self, opened: Round) -> None:
+        """Makes a round durable; if that fails, gives up its chunks: whether they will be there nobody can say."""
         try:
-            pending = deque(buffers)
-            while pending:
-                written = os.writev(fd, list(itertools.islice(pending, _BUFFERS_PER_WRITE)))
-                while pending and written >= len(pending[0]):
-                    written -= len(pending.popleft())
-                if written:
-                    pending[0] = pending[0][written:]
-            if self.durability == "sync":
-                os.fsync(fd)
+            self._segments.sync()
+            self._journal.sync()
+        except OSError as exc:
+            self._journal.touch([key for key, _ in opened.written])
+            with self._journal.exclusive() as index:
+                lost = [(key, place) for key, place in opened.written if index.places.get(key) == place]
+                self._journal.append([(Op.DELETE, key, None) for key, _ in lost])
+            opened.freed += [place for _, place in lost]
+            self._journal.touch([key for key, _ in lost])
+            raise TierUnavailableError(f"tier {self.name!r} cannot sync: {exc}; gave up {len(lost)} chunks") from exc
         finally:
-            os.close(fd)
-
-    def _make_folder(self, key: ChunkKey) -> None:
-        folder = self._file(key).parent
-        if folder.name not in self._folders:
-            folder.mkdir(exist_ok=True)
-            if self.durability == "sync":
-                _sync_folder(self.path)
-            self._folders.add(folder.name)
-
-    def _file(self, key: ChunkKey) -> Path:
-        name = key.hex()
-        return self.path / name[:2] / name
+            self._release(opened.freed)
 
     def _expect_open(self) -> None:
         if self._closed:
             raise TierUnavailableError(f"tier {self.name!r} is closed")
+        if os.getpid() != self._pid:
+            raise TierUnavailableError(f"tier {self.name!r} was opened before a fork; open it anew in this process")
 
     @contextmanager
     def _os_errors(self, verb: str, *, needed_bytes: int = 0) -> Iterator[None]:
@@ -318,36 +351,10 @@ class DiskTier:
             raise
         except OSError as exc:
             message = f"tier {self.name!r} cannot {verb} in {self.path}: {exc}"
-            if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            if exc.errno in NO_SPACE:
                 raise TierFullError(message, needed_bytes=needed_bytes) from exc
+            if exc.errno not in (errno.EMFILE, errno.ENFILE) and verb != "open":
+                self._journal.suspect()  # the device may have gone and come back
+                self._segments.abandon()
+                self._segments.close_readers()
             raise TierUnavailableError(message) from exc
-
-
-def _is_marker(text: bytes) -> bool:
-    try:
-        return bool(json.loads(text) == _MARKER_FIELDS)
-    except ValueError:
-        return False
-
-
-def _reader(fd: int) -> Callable[[memoryview, int], None]:
-    def read_at(buffer: memoryview, offset: int) -> None:
-        while buffer:
-            count = os.preadv(fd, [buffer], offset)
-            if not count:
-                raise ChunkCorruptError(f"file ends at byte {offset}")
-            buffer, offset = buffer[count:], offset + count
-
-    return read_at
-
-
-def _read_header(fd: int, key: ChunkKey) -> Header:
-    return read_header(_reader(fd), os.fstat(fd).st_size, key)
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
