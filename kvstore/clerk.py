@@ -84,8 +84,10 @@ class Clerk:
 
         (None, None) if it has nothing. `is_use`: the policy of the tier is told.
         """
-        self.catch_up(level)
         state = self._books.read(level, key, is_use=is_use)
+        if state != "held" and level.shared is not None:  # others may have put it; what they removed, the tier says
+            self.catch_up(level)
+            state = self._books.read(level, key, is_use=is_use)
         if state == "absent":
             return None, None
         try:
@@ -95,7 +97,7 @@ class Clerk:
             blob = level.call(fetch)
             if blob is None:
                 with level.stripe(key):
-                    if not level.call(lambda tier: key in tier):  # rather than evicted and put again since
+                    if not level.call(lambda tier: key in tier, is_brief=True):  # rather than evicted and put again since
                         self._books.strike(level, key, "departures")
         except ChunkCorruptError as exc:
             self.discard(level, key, exc)
@@ -150,7 +152,7 @@ class Clerk:
                 continue
             try:
                 with self.patience.within(within_s):
-                    level.call(partial(self._collect, level, level.shared))
+                    level.call(partial(self._collect, level, level.shared), is_brief=True)
             except TierError as exc:
                 self.faults.failed(level, exc)
 

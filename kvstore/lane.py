@@ -110,12 +110,13 @@ class Lane:
         self._unheard: BaseException | None = None
         self._closed = False
 
-    def run(self, operation: Callable[[Tier], T], *, writes: ChunkKey | None = None) -> T:
+    def run(self, operation: Callable[[Tier], T], *, writes: ChunkKey | None = None, is_brief: bool = False) -> T:
         """What `operation` returns or raises.
 
         Parameters
         ----------
         writes : the chunk that it puts or deletes, if it does; one such call a chunk at a time.
+        is_brief : it moves no chunk, and need not wait behind those that do.
 
         Raises
         ------
@@ -128,7 +129,7 @@ class Lane:
         if timeout_s <= 0:
             raise TierTimeoutError(f"tier {self._tier.name!r} was not asked: no time is left", begun=False)
         call = _Call(operation, writes)
-        self._send(call)
+        self._send(call, is_brief=is_brief)
         sent_at_s = time.monotonic()
         try:
             call.ended.acquire(timeout=timeout_s)
@@ -190,7 +191,7 @@ class Lane:
             raise TierTimeoutError(f"tier {self._tier.name!r} does not answer; it is closed when it does", begun=True)
         call.outcome()
 
-    def _send(self, call: _Call[T]) -> None:
+    def _send(self, call: _Call[T], *, is_brief: bool) -> None:
         with self._lock:
             error, self._unheard = self._unheard, None
             if error is not None:
@@ -198,7 +199,7 @@ class Lane:
             refusal = self._refusal(call.writes)
             if refusal is None:
                 call.probes = self._breaker.is_down
-                if self._workers.submit(partial(self._perform, call)):
+                if self._workers.submit(partial(self._perform, call), first=is_brief):
                     return
                 refusal = "takes no more calls: too many are waiting, or no thread can be started"
                 self._breaker.judge(probes=call.probes)

@@ -105,9 +105,11 @@ class Level:
         """False while the tier is left alone, so that what it holds cannot be had."""
         return self.lane is None or not self.lane.refuses
 
-    def call(self, operation: Callable[[Tier], T], *, writes: ChunkKey | None = None) -> T:
+    def call(self, operation: Callable[[Tier], T], *, writes: ChunkKey | None = None, is_brief: bool = False) -> T:
         """Every call of the tier that may wait for a device; see `Lane.run`."""
-        return operation(self.tier) if self.lane is None else self.lane.run(operation, writes=writes)
+        if self.lane is None:
+            return operation(self.tier)
+        return self.lane.run(operation, writes=writes, is_brief=is_brief)
 
     def stripe(self, key: ChunkKey) -> AbstractContextManager[object]:
         """A lock that 1/64 of all keys share; see `Clerk`."""

@@ -38,10 +38,11 @@ class Workers:
         """Whether this is not the process that made it; the lock may have been held by a thread that is not here."""
         return os.getpid() != self._pid
 
-    def submit(self, task: Callable[[], None], *, last: bool = False) -> bool:
+    def submit(self, task: Callable[[], None], *, first: bool = False, last: bool = False) -> bool:
         """Queues a task, which must not raise; False if it was refused.
 
-        `last`: nothing is taken after it, and it is taken even if the queue is full.
+        `first`: it goes to the front of the queue. `last`: nothing is taken after it, and it is taken even if the queue
+        is full.
         """
         if self.forked:
             return False
@@ -49,11 +50,11 @@ class Workers:
             if self._closed or (len(self._tasks) >= self._queued_tasks and not last):
                 return False
             self._closed = last
-            self._tasks.append(task)
+            self._tasks.appendleft(task) if first else self._tasks.append(task)
             if self._idle >= len(self._tasks) or (len(self._threads) < self.count and self._start()):
                 self._wake.notify()
             elif not self._threads:
-                self._tasks.pop()
+                self._tasks.remove(task)
                 return False
         return True
 

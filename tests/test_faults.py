@@ -555,6 +555,7 @@ class FaultMachine(RuleBasedStateMachine):
     @invariant()
     def nothing_leaks(self) -> None:
         assert not self.store._books._pins
+        assert_adds_up(self.store.stats())
         lane = self.store._stack.levels[1].lane
         assert len(lane._workers._threads) <= 4 and len(lane._running) <= 4
 

@@ -255,6 +255,21 @@ def test_what_is_given_up_in_the_queue_never_happens(make_lane: Callable[..., La
     assert lane.run(lambda tier: tier.get(make_key(1))) is None and tier.calls == ["get", "get"]
 
 
+def test_brief_calls_do_not_wait_behind_others(make_lane: Callable[..., Lane], tier: FaultyTier) -> None:
+    lane, done = make_lane(threads=1), []
+    tier.gate.clear()
+    with ThreadPoolExecutor(4) as pool:
+        running = pool.submit(lane.run, lambda tier: tier.get(make_key(1)))
+        assert eventually(lambda: tier.calls == ["get"])
+        waiting = []
+        for number, is_brief in enumerate([False, False, True]):
+            waiting.append(pool.submit(lane.run, lambda tier, n=number: done.append(n), is_brief=is_brief))
+            assert eventually(lambda n=number: len(lane._workers._tasks) == n + 1)
+        tier.gate.set()
+        assert [call.result(LONG_S) for call in (running, *waiting)] == [None] * 4
+    assert done == [2, 0, 1]
+
+
 def test_nothing_piles_up_behind_a_stalled_tier(make_lane: Callable[..., Lane], tier: FaultyTier) -> None:
     recovered: list[float] = []
     lane = make_lane(0.1, on_recovery=recovered.append)
