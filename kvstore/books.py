@@ -121,6 +121,17 @@ class Books:
         with self._lock:
             return level.excess_bytes(key, nbytes, namespace)
 
+    @contextmanager
+    def inserting(self, level: Level) -> Iterator[None]:
+        """Within, the level knows that a chunk is on its way into it."""
+        with self._lock:
+            level.inserts += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                level.inserts -= 1
+
     def fits(self, level: Level, nbytes: int) -> bool:
         """Whether the tier should have room for so much more, by the books."""
         with self._lock:

@@ -71,6 +71,7 @@ class Level:
     lane : the way to the tier if it may stall; given once, by `Clerk`.
     keys : chunks in the tier, least recently written first.
     leaving : keys that a thread is about to evict, so that another thread picks another victim.
+    inserts : chunks that are on their way into the tier.
     shared : the tier, if other processes write to it too.
     collecting : held while changes of other processes are collected and applied, so that this is done in order.
     news : such changes that were collected and are not yet applied; guarded by `collecting`.
@@ -90,6 +91,7 @@ class Level:
         self.admission = admission
         self.keys: dict[ChunkKey, Held] = {}
         self.leaving: set[ChunkKey] = set()
+        self.inserts = 0
         self.shared = tier if isinstance(tier, ReportsChanges) else None
         self.collecting = threading.Lock()
         self.news: deque[Entry | ChunkKey] = deque()

@@ -16,7 +16,7 @@ from .books import Books
 from .clerk import Clerk, whole
 from .level import Level
 
-_VAIN_EVICTIONS = 2  # of as many bytes as are needed
+_VAIN_EVICTIONS = 2  # of as many bytes as are needed, although by the books there was room
 
 
 class TierStack:
@@ -137,6 +137,14 @@ class TierStack:
         info = self._books.info(key) if info is None else info
         self._clerk.catch_up(level)  # so that what others wrote before counts as older
         admitted = was_read or self._books.admits(level, key, blob.nbytes)
+        with self._books.inserting(level):
+            written = self._fit_in(index, key, blob, info, may_evict=admitted)
+        if written:
+            self._trim(index, key, info)
+        return written
+
+    def _fit_in(self, index: int, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo, *, may_evict: bool) -> bool:
+        level = self.levels[index]
         vain_bytes = 0
         while True:
             excess_bytes = self._books.excess_bytes(level, key, blob.nbytes, info.namespace)
@@ -145,27 +153,25 @@ class TierStack:
                 if at_limit:
                     _refuse_over_limit(level, blob.nbytes, info.namespace, excess_bytes)
                 self._clerk.write(level, key, blob, info)
-                break
+                return True
             except TierFullError as exc:
                 needed_bytes = exc.needed_bytes
                 if needed_bytes > level.most_bytes(info.namespace):
                     raise
                 if self._expire(level):
                     continue
-                if not admitted:
+                if not may_evict:
                     self._books.count(level, not_admitted=1)
                     return False
-                # A device that others fill, or memory that readers have not let go, is not to be waited for by evicting
-                # everything: what the books say should fit, and does not, is tried a few times.
+                # A device that others have filled, or memory that readers have not let go, is not to be waited for by
+                # evicting everything. What others insert here at the same time may take what this evicts.
+                if vain_bytes >= _VAIN_EVICTIONS * needed_bytes * level.inserts:
+                    raise
                 is_vain = not at_limit and self._books.fits(level, needed_bytes)
-                freed_bytes = None
-                if vain_bytes < _VAIN_EVICTIONS * needed_bytes:
-                    freed_bytes = self._evict(index, key, info, own_room=at_limit)
+                freed_bytes = self._evict(index, key, info, own_room=at_limit)
                 if freed_bytes is None:
                     raise
                 vain_bytes += freed_bytes if is_vain else 0
-        self._trim(index, key, info)
-        return True
 
     def _expire(self, level: Level) -> bool:
         """Removes an expired chunk; False if there is none."""
