@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal, TypeAlias
 
-from ..core import ChunkInfo, ChunkKey, Entry, Tier
+from ..core import ChunkInfo, ChunkKey, Tier
 from .admission import AdmissionPolicy
 from .level import Held, Level
 from .pins import Pins
