@@ -285,6 +285,20 @@ class ReadsLayers(Protocol):
 
 
 @runtime_checkable
+class MayStall(Protocol):
+    """Optional capability of a tier: its methods wait for a device or a network, which may never answer.
+
+    The store calls them from threads on which it can give up (`kvstore/lane.py`). The tier's properties are answered
+    from memory all the same.
+    """
+
+    @property
+    def may_stall(self) -> bool:
+        """True; a class attribute will do."""
+        ...
+
+
+@runtime_checkable
 class ReportsChanges(Protocol):
     """Optional capability of a tier: other processes write to it, too."""
 

@@ -38,6 +38,19 @@ class TierUnavailableError(TierError, ConnectionError):
     """A tier is gone for now: closed, unreachable, locked by another process, or its device fails."""
 
 
+class TierTimeoutError(TierUnavailableError):
+    """A tier did not answer in time, and the call was given up.
+
+    Attributes
+    ----------
+    begun : the tier may still be at it. A chunk that it was to write or delete is gone from it once it answers.
+    """
+
+    def __init__(self, message: str, *, begun: bool) -> None:
+        super().__init__(message)
+        self.begun = begun
+
+
 class UncertifiedError(KVLoomError):
     """A lossy method was asked for by force, without a certificate for this model."""
 

@@ -43,11 +43,11 @@ class FusedContext:
     blended: BlendedContext
 
 
-class _LostChunkError(Exception):
-    """A stored chunk cannot be read any more; the request computes it again and starts over."""
+class _LostChunksError(Exception):
+    """Stored chunks cannot be read any more; the request computes them again and starts over."""
 
-    def __init__(self, key: ChunkKey) -> None:
-        self.key = key
+    def __init__(self, keys: set[ChunkKey]) -> None:
+        self.keys = keys
 
 
 class _StoreSource:
@@ -70,6 +70,7 @@ class _StoreSource:
 
     def load(self, layer: int, keys: Tensor, values: Tensor) -> None:
         total = keys.shape[1]
+        lost: set[ChunkKey] = set()  # all of the layer: a tier that is gone costs one start, not one for each chunk
         for key, start, positions in self._places:
             if start >= total:
                 break
@@ -83,9 +84,12 @@ class _StoreSource:
                 continue
             part = self._store.get_layers(key, layer, layer + 1, positions)
             if part is None:
-                raise _LostChunkError(key)
+                lost.add(key)
+                continue
             keys[:, here] = part.keys[0]
             values[:, here] = part.values[0]
+        if lost:
+            raise _LostChunksError(lost)
 
 
 class TransformersConnector:
@@ -266,8 +270,8 @@ class TransformersConnector:
     def fuse(self, documents: Sequence[Sequence[int]], *, blender: Blender | None = None) -> FusedContext:
         """KV of documents (token ids) in this order, behind the lead tokens; what is not stored is computed and stored.
 
-        A chunk that turns out corrupt or gone while it is read is computed again and the fusion starts over, so that a
-        damaged store costs time, never the answer.
+        Chunks that turn out corrupt, gone or too slow while they are read are computed again and the fusion starts
+        over, so that a damaged store costs time, never the answer.
         """
         blender = blender or self.blender
         by_key = {self.key_of(ids): ids for ids in documents}
@@ -291,8 +295,8 @@ class TransformersConnector:
                         exact_tokens=len(self.lead_ids) + len(documents[0]),
                         device=self.model.device,
                     )
-                except _LostChunkError as lost:
-                    self._compute_missing({lost.key: by_key[lost.key]}, held)
+                except _LostChunksError as lost:
+                    self._compute_missing({key: by_key[key] for key in lost.keys}, held)
                 else:
                     return FusedContext(token_ids, blended)
 

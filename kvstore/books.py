@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal, TypeAlias
 
-from ..core import ChunkInfo, ChunkKey, Entry, Tier
+from ..core import ChunkInfo, ChunkKey, Tier
 from .admission import AdmissionPolicy
 from .level import Held, Level
 from .pins import Pins
@@ -15,7 +15,9 @@ from .policy import EvictionPolicy
 from .quota import Quota
 from .stats import TierStats
 
-Removal: TypeAlias = Literal["evictions", "expirations", "deletions", "corruptions", "undecodable", "departures"]
+Removal: TypeAlias = Literal[
+    "evictions", "expirations", "deletions", "corruptions", "undecodable", "departures", "given_up"
+]
 
 _ABSENT_S = float("-inf")
 
@@ -51,7 +53,10 @@ class Books:
                 level.counts["arrivals"] += 1
 
     def match(self, keys: Sequence[ChunkKey]) -> int:
-        """How many leading keys are in some tier, unexpired."""
+        """How many leading keys are in some tier that answers, unexpired."""
+        answering = [level for level in self.levels if level.answers]
+        if len(answering) < len(self.levels):
+            return self._match_in(answering, keys)
         # Without the lock: each look-up is one step of the interpreter, and the answer may be outdated when it is
         # returned in any case. A key that stays stored is never missing from `_until`, not even while it moves.
         now_s = self._clock()
@@ -61,14 +66,11 @@ class Books:
         return len(keys)
 
     def locate(self, key: ChunkKey) -> int | None:
-        """Index of the fastest tier that holds the chunk, unexpired."""
+        """Index of the fastest tier that answers and holds the chunk, unexpired."""
         with self._lock:
             now_s = self._clock()
-            for index, level in enumerate(self.levels):
-                held = level.keys.get(key)
-                if held is not None and held.expires_at_s > now_s:
-                    return index
-        return None
+            found = [index for index, level in enumerate(self.levels) if level.has(key, now_s)]
+        return next((index for index in found if self.levels[index].answers), None)
 
     def info(self, key: ChunkKey) -> ChunkInfo:
         """What the fastest tier that holds the chunk remembers of it; nothing if none does."""
@@ -119,6 +121,23 @@ class Books:
         with self._lock:
             return level.excess_bytes(key, nbytes, namespace)
 
+    @contextmanager
+    def inserting(self, level: Level) -> Iterator[None]:
+        """Within, the level knows that a chunk is on its way into it."""
+        with self._lock:
+            level.inserts += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                level.inserts -= 1
+
+    def fits(self, level: Level, nbytes: int) -> bool:
+        """Whether the tier should have room for so much more, by the books."""
+        with self._lock:
+            capacity_bytes = level.tier.capacity_bytes
+            return capacity_bytes is None or level.held_bytes + nbytes <= capacity_bytes
+
     def expired(self, level: Level) -> ChunkKey | None:
         """A chunk of the level whose time is over; it is named once."""
         with self._lock:
@@ -168,13 +187,10 @@ class Books:
             level.counts.update({why: -1, "removed_bytes": -held.nbytes, "added_bytes": -held.nbytes})
             self._enter(level, key, held.nbytes, held.info)
 
-    def apply(self, level: Level, changes: Iterable[Entry | ChunkKey]) -> None:
-        """The books follow what was put into the tier, or removed from it, by others than this store."""
-        for change in changes:
-            if isinstance(change, Entry):
-                self.enter(level, change.key, change.nbytes, change.info, arrivals=1)
-            elif change not in level.tier:  # rather than put again, here, since it was removed
-                self.strike(level, change, "departures")
+    def give_up(self, level: Level, why: Removal) -> None:
+        """A chunk that was struck out for `why` may be in the tier until that answers: it counts as given up."""
+        with self._lock:
+            level.counts.update({why: -1, "given_up": 1})
 
     def count(self, level: Level, **counts: int) -> None:
         with self._lock:
@@ -185,7 +201,8 @@ class Books:
             return tuple(level.stats() for level in self.levels)
 
     def check(self) -> list[str]:
-        problems = [problem for level in self.levels for problem in level.check()]
+        """What is inconsistent among the books, in words."""
+        problems = []
         until: dict[ChunkKey, float] = {}
         for level in self.levels:
             for key, held in level.keys.items():
@@ -193,6 +210,14 @@ class Books:
         if until != self._until:
             problems.append(f"{len(until)} keys are stored, {len(self._until)} are found, or expire at another time")
         return problems + self._pins.check()
+
+    def _match_in(self, levels: Sequence[Level], keys: Sequence[ChunkKey]) -> int:
+        with self._lock:
+            now_s = self._clock()
+            for count, key in enumerate(keys):
+                if not any(level.has(key, now_s) for level in levels):
+                    return count
+        return len(keys)
 
     def _enter(self, level: Level, key: ChunkKey, nbytes: int, info: ChunkInfo) -> None:
         old = level.add(key, nbytes, info)

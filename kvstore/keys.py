@@ -91,3 +91,9 @@ def _token_row(token_ids: TokenIds, name: str) -> NDArray[np.int64]:
     if row.min() < 0 or row.max() > np.iinfo(np.int64).max:
         raise ValueError(f"{name} reaches from {row.min()} to {row.max()}; expected token ids from 0 within int64")
     return np.ascontiguousarray(row, dtype="<i8")
+
+
+def check_key(key: object, name: str) -> None:
+    """Raises `ValueError` for what is no key; `name` is that of the argument."""
+    if not isinstance(key, bytes) or len(key) != KEY_BYTES:
+        raise ValueError(f"{name} is {key!r}; expected {KEY_BYTES} bytes made by prefix_keys or content_key")

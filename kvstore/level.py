@@ -1,19 +1,26 @@
-"""What is known of one tier: which chunks are there, whose they are, and which of them goes first."""
+"""One tier: the way to it, and what is known of it: which chunks are there, whose they are, and which goes first."""
 
 from __future__ import annotations
 
 import heapq
 import math
 import threading
-from collections import Counter
-from collections.abc import Callable, Container, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Container, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TypeVar
 
-from ..core import ChunkInfo, ChunkKey, ReportsChanges, Tier
+from ..core import ChunkInfo, ChunkKey, Entry, ReportsChanges, Tier
 from .admission import AdmissionPolicy
+from .lane import Lane
 from .policy import EvictionPolicy
 from .quota import Quota
 from .stats import TierStats
+
+T = TypeVar("T")
+
+_STRIPES = 64
 
 
 @dataclass(slots=True)
@@ -57,14 +64,17 @@ class Room:
 
 
 class Level:
-    """A tier and its books. All but the tier is guarded by the lock of `Books`, and changes in one step.
+    """A tier, the way to it, and its books. The books are guarded by the lock of `Books`, and change in one step.
 
     Attributes
     ----------
+    lane : the way to the tier if it may stall; given once, by `Clerk`.
     keys : chunks in the tier, least recently written first.
     leaving : keys that a thread is about to evict, so that another thread picks another victim.
+    inserts : chunks that are on their way into the tier.
     shared : the tier, if other processes write to it too.
     collecting : held while changes of other processes are collected and applied, so that this is done in order.
+    news : such changes that were collected and are not yet applied; guarded by `collecting`.
     says_sizes : every `put` so far has said what the chunk takes; otherwise it is taken for the bytes of its tensors.
     """
 
@@ -76,21 +86,57 @@ class Level:
         quotas: Mapping[str, Quota],
     ) -> None:
         self.tier = tier
+        self.lane: Lane | None = None
+        self._stripes = [threading.Lock() for _ in range(_STRIPES)]
         self.admission = admission
         self.keys: dict[ChunkKey, Held] = {}
         self.leaving: set[ChunkKey] = set()
+        self.inserts = 0
         self.shared = tier if isinstance(tier, ReportsChanges) else None
         self.collecting = threading.Lock()
+        self.news: deque[Entry | ChunkKey] = deque()
         self.says_sizes = True
         self.counts: Counter[str] = Counter()
-        self.warned_at_s = float("-inf")
         self._common = Room(policy(), Quota(), tier.capacity_bytes)
         self._rooms = {name: Room(policy(), quota, tier.capacity_bytes) for name, quota in quotas.items()}
         self._namespace_bytes: Counter[str] = Counter()
         self._expiring: list[tuple[float, ChunkKey]] = []  # a heap, with chunks that are gone or written anew
 
+    @property
+    def answers(self) -> bool:
+        """False while the tier is left alone, so that what it holds cannot be had."""
+        return self.lane is None or not self.lane.refuses
+
+    def call(self, operation: Callable[[Tier], T], *, writes: ChunkKey | None = None, is_brief: bool = False) -> T:
+        """Every call of the tier that may wait for a device; see `Lane.run`."""
+        if self.lane is None:
+            return operation(self.tier)
+        return self.lane.run(operation, writes=writes, is_brief=is_brief)
+
+    def stripe(self, key: ChunkKey) -> AbstractContextManager[object]:
+        """A lock that 1/64 of all keys share; see `Clerk`."""
+        lock = self._stripes[key[-1] % _STRIPES]
+        return lock if self.lane is None else self.lane.hold(lock)
+
+    def doubtful(self) -> frozenset[ChunkKey]:
+        """Chunks that the tier may hold until it answers, although they are in no books."""
+        return frozenset() if self.lane is None else self.lane.doubtful()
+
+    def close(self) -> None:
+        self.tier.close() if self.lane is None else self.lane.close()
+
     def room(self, namespace: str) -> Room:
         return self._rooms.get(namespace, self._common)
+
+    def most_bytes(self, namespace: str) -> float:
+        """What a chunk may take at most, if all others could go."""
+        capacity_bytes = self.tier.capacity_bytes
+        limit_bytes = self.room(namespace).limit_bytes
+        return limit_bytes if capacity_bytes is None else min(capacity_bytes, limit_bytes)
+
+    @property
+    def held_bytes(self) -> int:
+        return self._common.used_bytes + sum(room.used_bytes for room in self._rooms.values())
 
     def add(self, key: ChunkKey, nbytes: int, info: ChunkInfo) -> Held | None:
         """Enters a chunk that was written; what was in its place."""
@@ -124,6 +170,11 @@ class Level:
         held = self.keys[key]
         held.reads += 1
         self.room(held.info.namespace).policy.touch(key)
+
+    def has(self, key: ChunkKey, now_s: float) -> bool:
+        """Whether the chunk is there, unexpired."""
+        held = self.keys.get(key)
+        return held is not None and held.expires_at_s > now_s
 
     def excess_bytes(self, key: ChunkKey, nbytes: int, namespace: str) -> float:
         """By how much its room would exceed its limit, if `key` took `nbytes`; 0 or less if not at all."""
@@ -173,16 +224,22 @@ class Level:
 
     def stats(self) -> TierStats:
         tier, by_namespace = self.tier, dict(self._namespace_bytes)
-        held_bytes = sum(by_namespace.values())
         return TierStats(
-            tier.name, tier.used_bytes, tier.capacity_bytes, len(self.keys), held_bytes, by_namespace, **self.counts
+            tier.name,
+            tier.used_bytes,
+            tier.capacity_bytes,
+            len(self.keys),
+            sum(by_namespace.values()),
+            by_namespace,
+            **self.counts,
         )
 
-    def check(self) -> list[str]:
-        """What is inconsistent between the books and the tier, in words."""
-        tier, problems = self.tier, []
-        entries = {entry.key: entry.nbytes for entry in tier.entries()}
-        problems += [f"the store disagrees about chunk {key.hex()}" for key in entries.keys() ^ self.keys.keys()]
+    def check(self, held_by_tier: Iterable[Entry], doubtful: frozenset[ChunkKey]) -> list[str]:
+        """What is inconsistent between the books and what the tier holds, in words."""
+        tier = self.tier
+        entries = {entry.key: entry.nbytes for entry in held_by_tier}
+        stray = (entries.keys() ^ self.keys.keys()) - doubtful
+        problems = [f"the store disagrees about chunk {key.hex()}" for key in stray]
         if self.says_sizes:
             problems += [
                 f"chunk {key.hex()} takes {entries[key]} bytes, {held.nbytes} are in the books"

@@ -13,7 +13,7 @@ class TierStats:
     While nothing is under way,
 
         chunks == arrivals + puts - replaced - evictions - expirations - deletions - corruptions - undecodable
-                  - departures
+                  - departures - given_up
         held_bytes == added_bytes - removed_bytes == sum(namespace_bytes.values())
 
     and `held_bytes == used_bytes` for a tier whose `put` says what a chunk takes.
@@ -31,10 +31,14 @@ class TierStats:
     deletions : chunks removed because `delete` or a newer `put` said so.
     corruptions, undecodable : chunks removed because they were damaged, or because no codec knew them.
     departures : chunks that another process removed, or that the tier has lost.
+    given_up : chunks that left the books because writing them anew or removing them was given up after it had begun.
+        The tier removes what is left of them as soon as it answers; until then `used_bytes` counts it, too.
     promotions : chunks written to this tier because they were found in a slower one.
     not_admitted : chunks that the admission policy did not let evict others.
     rejections : chunks that did not fit.
-    errors : operations that failed for any other reason.
+    timeouts : operations that were given up because the tier did not answer in time.
+    errors : operations that failed for any other reason, or were not begun because the tier is stalled or down.
+    recoveries : times that the tier was down, and answered again.
     """
 
     name: str
@@ -55,11 +59,14 @@ class TierStats:
     corruptions: int = 0
     undecodable: int = 0
     departures: int = 0
+    given_up: int = 0
     demotions: int = 0
     promotions: int = 0
     not_admitted: int = 0
     rejections: int = 0
+    timeouts: int = 0
     errors: int = 0
+    recoveries: int = 0
     added_bytes: int = 0
     removed_bytes: int = 0
 
@@ -67,7 +74,7 @@ class TierStats:
     def removals(self) -> int:
         """Chunks that left the tier, for whatever reason; without those replaced."""
         asked = self.evictions + self.expirations + self.deletions
-        return asked + self.corruptions + self.undecodable + self.departures
+        return asked + self.corruptions + self.undecodable + self.departures + self.given_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +90,14 @@ class StoreStats:
     ----------
     tiers : fastest first.
     lookups : calls of `get` and `get_layers`.
-    misses : lookups without an answer, by reason: `absent`; `expired`; `corrupt`, `undecodable` or `unavailable` if a
-        tier that was asked had the chunk and could not give it; `error` if the call raised.
+    misses : lookups without an answer, by reason: `absent`; `expired`; `corrupt`, `undecodable`, `timeout` or
+        `unavailable` if a tier that was asked had the chunk and could not give it; `error` if the call raised.
     puts : calls of `put` by outcome: `stored`; `not_admitted` if no tier let it evict others; `refused` if it raised.
     writes : chunks that these puts wrote, one for every tier that took one.
     pinned : different keys that are pinned now.
     overdue_pins : calls of `pinned` that their deadline ended.
-    background_errors : prefetches that failed; the error itself is raised by the future.
+    background_errors : prefetches that failed; the error itself is raised by their `result`.
+    refused_prefetches : prefetches that were refused because too many were waiting.
     """
 
     tiers: tuple[TierStats, ...]
@@ -100,6 +108,7 @@ class StoreStats:
     pinned: int = 0
     overdue_pins: int = 0
     background_errors: int = 0
+    refused_prefetches: int = 0
 
     @property
     def hits(self) -> int:

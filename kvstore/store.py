@@ -7,7 +7,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import Literal, Self, TypeAlias, get_args
@@ -16,13 +15,16 @@ from torch import Tensor
 
 from ..compress.raw import RawCodec
 from ..core import ChunkInfo, ChunkKey, Codec, EncodedChunk, KVChunk, ReadsLayers, Tier
-from ..errors import CodecError, SpecMismatchError, TierError, TierUnavailableError
+from ..errors import SpecMismatchError, TierError, TierUnavailableError
 from .admission import AdmissionPolicy, admission_factory
 from .books import Books
-from .keys import KEY_BYTES
+from .clerk import Clerk, whole
+from .keys import check_key
 from .policy import EvictionPolicy, policy_factory
+from .prefetch import Prefetch, PrefetchQueue
 from .quota import Quota, check_namespace, check_quotas
-from .stack import Fetch, TierStack, whole
+from .reader import Reader
+from .stack import TierStack
 from .stats import StoreStats
 
 Promotion: TypeAlias = Literal["always", "second-hit", "never"]
@@ -55,10 +57,14 @@ class KVStore:
         tier on, or `never`. `prefetch` always does.
     quotas : by namespace. Namespaces without one share what is left, as one.
     clock : Unix time in seconds; what expiry and the deadlines of pins go by.
+    timeout_s : longest time that a call waits for one operation of a tier that may stall (`MayStall`: disks, networks).
+        Past it a chunk is a miss, and is not written; a tier that goes on like this is left alone for a while, and what
+        it holds is not found meanwhile. Not of this constructor, nor of tiers in memory. None: as long as it takes.
 
     Raises
     ------
-    ValueError : no tiers, or two of one name; no policy, admission or promotion of that name; reserves above 1.
+    ValueError : no tiers, or two of one name; no policy, admission or promotion of that name; reserves above 1;
+        `timeout_s` is not above 0.
     """
 
     def __init__(
@@ -73,14 +79,17 @@ class KVStore:
         promote: Promotion = "always",
         quotas: Mapping[str, Quota] = _NO_QUOTAS,
         clock: Callable[[], float] = time.time,
+        timeout_s: float | None = 10.0,
     ) -> None:
         if not tiers or len({tier.name for tier in tiers}) < len(tiers):
             raise ValueError(f"tiers are {[tier.name for tier in tiers]}; expected at least one, with different names")
         if promote not in get_args(Promotion):
             raise ValueError(f"promote is {promote!r}; expected one of {', '.join(get_args(Promotion))}")
         check_quotas(quotas)
+        if timeout_s is not None and not 0 < timeout_s < threading.TIMEOUT_MAX:
+            raise ValueError(f"timeout_s is {timeout_s}; expected seconds above 0, or None")
+        self._timeout_s = timeout_s
         self._codec: Codec = RawCodec() if codec is None else codec
-        self._codecs: dict[str, Codec] = {known.name: known for known in (RawCodec(), *codecs, self._codec)}
         self._write_through = write_through
         self._promote = promote
         self._clock = clock
@@ -91,13 +100,13 @@ class KVStore:
             quotas=quotas,
             clock=clock,
         )
-        self._stack = TierStack(self._books)
+        self._clerk = Clerk(self._books, timeout_s=timeout_s)
+        self._reader = Reader(self._books, self._clerk, {c.name: c for c in (RawCodec(), *codecs, self._codec)})
+        self._stack = TierStack(self._books, self._clerk)
+        self._prefetches = PrefetchQueue(self._stack)
         self._lock = threading.Lock()  # of the counters below
-        self._lookups = self._writes = 0
-        self._misses: Counter[str] = Counter()
         self._puts: Counter[str] = Counter()
-        self._background_errors = 0
-        self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvloom-prefetch")
+        self._writes = 0
         self._closed = False
 
     def put(
@@ -133,9 +142,9 @@ class KVStore:
         TierFullError, TierUnavailableError : no tier took it; why the last one did not.
         """
         self._expect_open()
-        _check_key(key, "key")
+        check_key(key, "key")
         if after is not None:
-            _check_key(after, "after")
+            check_key(after, "after")
         check_namespace(namespace)
         for name, value, is_good, expected in (
             ("ttl_s", ttl_s, ttl_s is None or 0 < ttl_s < math.inf, "a finite number above 0"),
@@ -157,14 +166,23 @@ class KVStore:
                 self._puts[outcome] += 1
                 self._writes += writes
 
-    def get(self, key: ChunkKey, positions: Tensor | None = None) -> KVChunk | None:
+    def get(self, key: ChunkKey, positions: Tensor | None = None, *, timeout_s: float | None = None) -> KVChunk | None:
         """The chunk, read-only, or None; a chunk found in a slower tier may be promoted to the first (`promote`).
 
         Parameters
         ----------
         positions : `[T]` int64, where to place the chunk; None where it was computed.
+        timeout_s : how long this call waits for tiers in all, if less than the store's `timeout_s` for each.
+
+        Raises
+        ------
+        ValueError : `timeout_s` is negative.
         """
-        found = self._lookup(key, whole(key), positions)
+        if timeout_s is not None:
+            with self._clerk.patience.within(timeout_s):
+                return self.get(key, positions)
+        self._expect_open()
+        found = self._reader.find(key, whole(key), positions)
         if found is None:
             return None
         index, blob, chunk = found
@@ -172,15 +190,20 @@ class KVStore:
             self._stack.promote(key, blob)
         return chunk
 
-    def get_layers(self, key: ChunkKey, start: int, stop: int, positions: Tensor | None = None) -> KVChunk | None:
-        """Layers `[start, stop)` of the chunk, read-only, or None; promotes nothing.
+    def get_layers(
+        self, key: ChunkKey, start: int, stop: int, positions: Tensor | None = None, *, timeout_s: float | None = None
+    ) -> KVChunk | None:
+        """Layers `[start, stop)` of the chunk, read-only, or None; promotes nothing. `timeout_s` as for `get`.
 
         A chunk read layer by layer counts as used once, with its first layer.
 
         Raises
         ------
-        ValueError : the range is empty, or the chunk has no such layers.
+        ValueError : the range is empty, or the chunk has no such layers; `timeout_s` is negative.
         """
+        if timeout_s is not None:
+            with self._clerk.patience.within(timeout_s):
+                return self.get_layers(key, start, stop, positions)
         if not 0 <= start < stop:
             raise ValueError(f"layers are [{start}, {stop}); expected 0 <= start < stop")
 
@@ -194,11 +217,15 @@ class KVStore:
                 raise ValueError(f"layers are [{start}, {stop}); chunk {key.hex()} has fewer")
             return blob
 
-        found = self._lookup(key, fetch, positions, is_use=start == 0)
+        self._expect_open()
+        found = self._reader.find(key, fetch, positions, is_use=start == 0)
         return None if found is None else found[2]
 
     def match(self, keys: Sequence[ChunkKey]) -> int:
-        """How many leading keys are stored, unexpired. Reads nothing: a corrupt chunk shows itself only to `get`."""
+        """How many leading keys are stored, unexpired, in tiers that answer.
+
+        Reads no chunk: a corrupt one shows itself only to `get`.
+        """
         self._expect_open()
         return self._stack.match(keys)
 
@@ -206,10 +233,10 @@ class KVStore:
         return self.locate(key) is not None
 
     def locate(self, key: ChunkKey) -> str | None:
-        """Name of the fastest tier that holds the chunk, unexpired."""
+        """Name of the fastest tier that answers and holds the chunk, unexpired."""
         self._expect_open()
         index = self._stack.locate(key)
-        return None if index is None else self._stack.levels[index].tier.name
+        return None if index is None else self._books.levels[index].tier.name
 
     def pinned(self, keys: Iterable[ChunkKey], *, deadline_s: float | None = None) -> AbstractContextManager[None]:
         """Within, no tier evicts these chunks; `delete`, expiry and corruption still remove them. Pins are counted.
@@ -228,10 +255,19 @@ class KVStore:
             raise ValueError(f"deadline_s is {deadline_s!r}; expected a finite number above 0, or None")
         return self._stack.pinned(keys, deadline_s)
 
-    def prefetch(self, keys: Iterable[ChunkKey]) -> Future[int]:
-        """Promotes chunks to the first tier in the background; the result is how many of them are there then."""
+    def prefetch(self, keys: Iterable[ChunkKey], *, deadline_s: float | None = None) -> Prefetch:
+        """Promotes chunks to the first tier in the background, in order; the result is how many of them are there then.
+
+        Parameters
+        ----------
+        deadline_s : seconds from now after which no more are promoted, and no tier is waited for.
+
+        Raises
+        ------
+        ValueError : `deadline_s` is negative.
+        """
         self._expect_open()
-        return self._background.submit(self._prefetch, list(keys))
+        return self._prefetches.add(list(keys), deadline_s)
 
     def delete(self, key: ChunkKey) -> bool:
         """Removes the chunk from every tier, pinned or not; whether it was in any.
@@ -242,9 +278,9 @@ class KVStore:
         """
         self._expect_open()
         found, refusal = False, None
-        for level in self._stack.levels:
+        for level in self._books.levels:
             try:
-                found |= self._stack.remove(level, key, "deletions")
+                found |= self._clerk.remove(level, key, "deletions") is not None
             except TierError as exc:
                 refusal = exc
         if refusal is not None:
@@ -254,34 +290,39 @@ class KVStore:
     def stats(self) -> StoreStats:
         """Counts since the store was opened."""
         pinned, overdue_pins = self._books.pin_counts()
+        lookups, misses = self._reader.counts()
         with self._lock:
             return StoreStats(
-                self._stack.stats(),
-                lookups=self._lookups,
-                misses=dict(self._misses),
+                self._books.stats(),
+                lookups=lookups,
+                misses=misses,
                 puts=dict(self._puts),
                 writes=self._writes,
                 pinned=pinned,
                 overdue_pins=overdue_pins,
-                background_errors=self._background_errors,
+                background_errors=self._prefetches.failed,
+                refused_prefetches=self._prefetches.refused,
             )
 
     def check(self) -> list[str]:
         """What is inconsistent, in words; empty if all is well. For a moment when no other thread uses the store."""
         self._expect_open()
-        return self._stack.check()
+        return self._clerk.check()
 
     def close(self) -> None:
-        """Cancels prefetches, demotes what only the first tier holds unless `write_through`, and closes the tiers."""
+        """Cancels prefetches, demotes what only the first tier holds unless `write_through`, and closes the tiers.
+
+        A tier that does not answer is waited for no longer than `timeout_s` at a time, and closed when it does answer.
+        """
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-        self._background.shutdown(wait=True, cancel_futures=True)
+        self._prefetches.close(self._timeout_s)
         if not self._write_through:
-            for key in list(self._stack.levels[0].keys):
+            for key in list(self._books.levels[0].keys):
                 self._stack.demote(0, key)
-        self._stack.close()
+        self._clerk.close()
 
     def __enter__(self) -> Self:
         return self
@@ -289,71 +330,11 @@ class KVStore:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _lookup(
-        self, key: ChunkKey, fetch: Fetch, positions: Tensor | None, *, is_use: bool = True
-    ) -> tuple[int, EncodedChunk, KVChunk] | None:
-        """Index of the tier that had the chunk, what it held, and that decoded; None for a miss, which is counted."""
-        self._expect_open()
-        miss: str | None = "error"
-        try:
-            found = self._find(key, fetch, positions, is_use=is_use)
-            miss = found if isinstance(found, str) else None
-        finally:
-            with self._lock:
-                self._lookups += 1
-                self._misses.update([] if miss is None else [miss])
-        return None if isinstance(found, str) else found
-
-    def _find(
-        self, key: ChunkKey, fetch: Fetch, positions: Tensor | None, *, is_use: bool
-    ) -> tuple[int, EncodedChunk, KVChunk] | str:
-        """As `_lookup`, or why it is a miss."""
-        reason = "absent"
-        for index, level in enumerate(self._stack.levels):
-            blob, fault = self._stack.fetch(level, key, fetch, is_use=is_use)
-            reason = fault or reason
-            if blob is None:
-                continue
-            try:
-                chunk = self._decode(blob, positions)
-            except CodecError as exc:
-                reason = "undecodable"
-                self._stack.discard(level, key, exc)
-                continue
-            self._stack.count(level, hits=1, bytes_read=blob.nbytes)
-            return index, blob, chunk
-        return reason
-
-    def _decode(self, blob: EncodedChunk, positions: Tensor | None) -> KVChunk:
-        if blob.codec not in self._codecs:
-            raise CodecError(f"codec {blob.codec!r} is not among {sorted(self._codecs)}; see KVStore(codecs=...)")
-        return self._codecs[blob.codec].decode(blob, positions)
-
     def _is_to_be_promoted(self, index: int, key: ChunkKey) -> bool:
         if self._promote == "second-hit":
-            return self._stack.reads(self._stack.levels[index], key) > 1
+            return self._stack.reads(self._books.levels[index], key) > 1
         return self._promote == "always"
-
-    def _prefetch(self, keys: list[ChunkKey]) -> int:
-        try:
-            for key in keys:
-                found_at = self._stack.locate(key)
-                for level in self._stack.levels[1:] if found_at else ():
-                    blob, _ = self._stack.fetch(level, key, whole(key))
-                    if blob is not None:
-                        self._stack.promote(key, blob)
-                        break
-        except BaseException:
-            with self._lock:
-                self._background_errors += 1
-            raise
-        return sum(self._stack.locate(key) == 0 for key in keys)
 
     def _expect_open(self) -> None:
         if self._closed:
             raise TierUnavailableError("the store is closed")
-
-
-def _check_key(key: object, name: str) -> None:
-    if not isinstance(key, bytes) or len(key) != KEY_BYTES:
-        raise ValueError(f"{name} is {key!r}; expected {KEY_BYTES} bytes made by prefix_keys or content_key")

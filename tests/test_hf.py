@@ -1,5 +1,6 @@
 """The transformers connector: stock `generate` over a fused cache says what it says over plain text."""
 
+import errno
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,13 +14,14 @@ from kvloom.blend.blender import Blender
 from kvloom.blend.selection import no_tokens
 from kvloom.connectors.hf import Precomputed, TransformersConnector
 from kvloom.connectors.hf_model import weights_id
-from kvloom.core import ChunkKey, KVChunk, Tier
+from kvloom.core import ChunkKey, EncodedChunk, KVChunk, Tier
 from kvloom.errors import EngineError, KVLoomError, TierFullError
 from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.disk import DiskTier
 from kvloom.kvstore.tiers.host import HostTier
 
 from .contracts import flip, overwrite, stored_at
+from .faulty import LONG_S, FaultyTier, device_error, eventually
 from .models import (
     CONFIGS,
     DOCUMENTS,
@@ -338,6 +340,51 @@ def test_all_chunks_corrupt(model: PreTrainedModel, tmp_path: Path) -> None:
     assert same(fused(rag), expected)
     assert rag.store.stats().tiers[0].corruptions == len(DOCUMENTS)
     rag.store.close()
+
+
+class LayerFaults(FaultyTier):
+    """From some layer on, chosen chunks cannot be read."""
+
+    lost: frozenset[ChunkKey] = frozenset()
+    layer = 0
+    how = "absent"
+
+    def get_layers(self, key: ChunkKey, start: int, stop: int) -> EncodedChunk | None:
+        if key in self.lost and start >= self.layer:
+            if self.how == "absent":
+                return None
+            if self.how == "stalled":
+                self.gate.wait(LONG_S)
+            raise device_error(errno.EIO)
+        return super().get_layers(key, start, stop)
+
+
+@pytest.mark.parametrize("how", ["absent", "failing", "stalled"])
+@pytest.mark.parametrize("layer", [0, 1, 3])
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_miss_in_the_middle_of_documents(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, how: str, layer: int, count: int
+) -> None:
+    """What is lost in a layer is computed again, all of it at once, and the context is that of a sound store."""
+    disk, blends, blend = LayerFaults(), [], Blender.blend
+    monkeypatch.setattr(Blender, "blend", lambda *args, **options: (blends.append(1), blend(*args, **options))[1])
+    with KVStore([disk], timeout_s=0.05 if how == "stalled" else LONG_S) as store:
+        rag = TransformersConnector(model, make_tokenizer(bos=True), store, blender=Blender(0.3), model_id="m")
+        rag.precompute(DOCUMENTS)
+        expected = fused(rag)
+        assert model.config.num_hidden_layers == 4 and len(DOCUMENTS) >= count and len(blends) == 1
+        disk.how, disk.layer = how, layer
+        disk.lost = frozenset(rag.key_of(rag.encode_document(document)) for document in DOCUMENTS[:count])
+        disk.gate.clear() if how == "stalled" else None
+        asked = store.stats().lookups
+        # while the tier stalls it takes no chunks either: what is computed again is held for the request
+        assert same(fused(rag), expected)
+        assert len(blends) == 3 and store.stats().lookups > asked
+        assert sum(store.stats().misses.values()) >= count and not store._books._pins
+        disk.lost = frozenset()
+        disk.heal()
+        assert same(fused(rag), expected)
+        assert eventually(lambda: store.check() == [])
 
 
 def test_what_is_computed_anyway_is_not_loaded(model: PreTrainedModel, tmp_path: Path) -> None:

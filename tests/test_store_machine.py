@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvloom.compress.raw import RawCodec
 from kvloom.core import ChunkInfo, ChunkKey, KVChunk
 from kvloom.errors import TierFullError, TierUnavailableError
+from kvloom.kvstore.breaker import Breaker
 from kvloom.kvstore.quota import Quota
 from kvloom.kvstore.store import KVStore
 
@@ -36,7 +37,7 @@ class Known:
 class FullStoreMachine(RuleBasedStateMachine):
     """The store may forget, but not what is pinned, and what it returns is right and not expired.
 
-    Every shelf is asked by name of the tier; the lower one is shared with another process.
+    Every shelf is asked by name of the tier; the lower one is shared with another process, and may be behind a lane.
     """
 
     def __init__(self) -> None:
@@ -55,8 +56,12 @@ class FullStoreMachine(RuleBasedStateMachine):
         policy=st.sampled_from(["default", "lru", "s3-fifo"]),
         admission=st.sampled_from(["always", "always", "second-use"]),
         promote=st.sampled_from(["always", "second-hit", "never"]),
+        with_lane=st.sampled_from([False, False, True]),
     )
-    def begin(self, write_through: bool, with_quotas: bool, policy: str, admission: str, promote: str) -> None:
+    def begin(
+        self, write_through: bool, with_quotas: bool, policy: str, admission: str, promote: str, with_lane: bool
+    ) -> None:
+        self.with_lane = with_lane
         self.quotas = QUOTAS if with_quotas else {}
         self.admission = admission
         self.options = {
@@ -73,7 +78,12 @@ class FullStoreMachine(RuleBasedStateMachine):
         self.host = ShelfTier(Shelf(), 4 * TAKEN_BYTES, name="host")
         self.disk = SharedShelfTier(self.shelf, 6 * TAKEN_BYTES, name="disk")
         self.other = ShelfTier(self.shelf, 6 * TAKEN_BYTES, name="of another process")
+        self.disk.may_stall = self.with_lane
         self.store = KVStore([self.host, self.disk], **self.options)
+        self.lane = self.store._books.levels[1].lane
+        assert (self.lane is not None) == self.with_lane
+        if self.lane is not None:
+            self.lane._breaker = Breaker(self.clock)
 
     def teardown(self) -> None:
         if hasattr(self, "store"):
@@ -186,6 +196,8 @@ class FullStoreMachine(RuleBasedStateMachine):
     @rule(failing=st.booleans())
     def fail(self, failing: bool) -> None:
         self.disk.failing = failing
+        if self.lane is not None and not failing:
+            self.lane._breaker.hurry()
 
     @rule(number=NUMBERS)
     def another_process_puts(self, number: int) -> None:
@@ -245,7 +257,9 @@ class FullStoreMachine(RuleBasedStateMachine):
         sure = {key for key, known in self.model.items() if known.sure_until_s > now_s}
         pinned = {key for keys, until_s, _ in self.pins if until_s > now_s for key in keys}
         assert stats.pinned == len(pinned)
-        assert self.stored <= alive and self.kept & sure & pinned <= self.stored
+        assert self.stored <= alive
+        if not (self.lane is not None and self.disk.failing):  # what cannot be had is not found
+            assert self.kept & sure & pinned <= self.stored
         assert self.store.match(sorted(self.stored)) == len(self.stored)
         self.kept = {key for key in self.stored & pinned if key in self.host or key in self.disk}
         self.check_quotas(stats.tiers[0].namespace_bytes)

@@ -284,7 +284,7 @@ def test_a_removal_that_was_overtaken_by_a_put_here_is_no_news() -> None:
     assert make_key(1) in both.two
     both.one.delete(make_key(1))
     blob = RawCodec().encode(make_chunk(1))
-    both.two._stack._write(both.two._stack.levels[1], make_key(1), blob, ChunkInfo())
+    both.two._clerk.write(both.two._stack.levels[1], make_key(1), blob, ChunkInfo())
     assert make_key(1) in both.two and both.two.check() == both.one.check() == []
 
 

@@ -79,6 +79,8 @@ class DiskTier:
     TierUnavailableError : the file system refuses, or another process holds the lock of the directory for ten seconds.
     """
 
+    may_stall = True  # for the device, for the lock of the directory, and for a swap device if it is a tmpfs
+
     def __init__(
         self,
         path: str | os.PathLike[str],

@@ -1,0 +1,78 @@
+"""Chunks found in some tier and decoded; hits and misses, counted."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ..core import ChunkKey, Codec, EncodedChunk, KVChunk
+from ..errors import CodecError
+from .books import Books
+from .clerk import Clerk, Fetch
+
+
+class Reader:
+    """Looks for a chunk from the fastest tier on. Every method may be called from any thread.
+
+    Parameters
+    ----------
+    codecs : by the name that chunks carry.
+    """
+
+    def __init__(self, books: Books, clerk: Clerk, codecs: Mapping[str, Codec]) -> None:
+        self._books = books
+        self._clerk = clerk
+        self._codecs = codecs
+        self._lock = threading.Lock()  # of the counters
+        self._lookups = 0
+        self._misses: Counter[str] = Counter()
+
+    def find(
+        self, key: ChunkKey, fetch: Fetch, positions: Tensor | None, *, is_use: bool = True
+    ) -> tuple[int, EncodedChunk, KVChunk] | None:
+        """Index of the tier that had the chunk, what it held, and that decoded; None for a miss.
+
+        `is_use`: the policies of tiers are told.
+        """
+        miss: str | None = "error"
+        try:
+            found = self._search(key, fetch, positions, is_use=is_use)
+            miss = found if isinstance(found, str) else None
+        finally:
+            with self._lock:
+                self._lookups += 1
+                self._misses.update([] if miss is None else [miss])
+        return None if isinstance(found, str) else found
+
+    def counts(self) -> tuple[int, dict[str, int]]:
+        """Lookups so far, and how many of them were misses, by reason."""
+        with self._lock:
+            return self._lookups, dict(self._misses)
+
+    def _search(
+        self, key: ChunkKey, fetch: Fetch, positions: Tensor | None, *, is_use: bool
+    ) -> tuple[int, EncodedChunk, KVChunk] | str:
+        """As `find`, or why it is a miss."""
+        reason = "absent"
+        for index, level in enumerate(self._books.levels):
+            blob, fault = self._clerk.fetch(level, key, fetch, is_use=is_use)
+            reason = fault or reason
+            if blob is None:
+                continue
+            try:
+                chunk = self._decode(blob, positions)
+            except CodecError as exc:
+                reason = "undecodable"
+                self._clerk.discard(level, key, exc)
+                continue
+            self._books.count(level, hits=1, bytes_read=blob.nbytes)
+            return index, blob, chunk
+        return reason
+
+    def _decode(self, blob: EncodedChunk, positions: Tensor | None) -> KVChunk:
+        if blob.codec not in self._codecs:
+            raise CodecError(f"codec {blob.codec!r} is not among {sorted(self._codecs)}; see KVStore(codecs=...)")
+        return self._codecs[blob.codec].decode(blob, positions)
