@@ -97,7 +97,9 @@ class Clerk:
             blob = level.call(fetch)
             if blob is None:
                 with level.stripe(key):
-                    if not level.call(lambda tier: key in tier, is_brief=True):  # rather than evicted and put again since
+                    if not level.call(
+                        lambda tier: key in tier, is_brief=True
+                    ):  # rather than evicted and put again since
                         self._books.strike(level, key, "departures")
         except ChunkCorruptError as exc:
             self.discard(level, key, exc)
@@ -128,7 +130,7 @@ class Clerk:
                 level.call(lambda tier: tier.delete(key), writes=key)
             except TierError as exc:
                 if isinstance(exc, TierTimeoutError) and exc.begun:
-                    self._books.give_up(level, why)
+                    self._books.give_up(level, key, why)
                 else:
                     self._books.restore(level, key, held, why)
                 raise
