@@ -335,7 +335,8 @@ def test_all_chunks_corrupt(model: PreTrainedModel, tmp_path: Path) -> None:
     rag.precompute(DOCUMENTS)
     expected = fused(rag)
     for document in DOCUMENTS:
-        overwrite(tmp_path, key_of(rag, document), b"nothing of the kind")
+        key = key_of(rag, document)
+        overwrite(tmp_path, key, b"\xa5" * stored_at(tmp_path, key)[2])
     assert same(fused(rag), expected)
     assert rag.store.stats().tiers[0].corruptions == len(DOCUMENTS)
     rag.store.close()
