@@ -442,9 +442,13 @@ def test_an_interrupted_caller_gives_up(make_lane: Callable[..., Lane], tier: Fa
         tier.put(make_key(1), make_blob(1))
 
     tier.gate.clear()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     begun_s = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        lane.run(interrupt, writes=make_key(1))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            lane.run(interrupt, writes=make_key(1))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - begun_s < LONG_S / 2
     assert lane.doubtful() == {make_key(1)}
     tier.heal()
