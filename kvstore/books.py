@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 
 from ..core import ChunkInfo, ChunkKey, Tier
 from .admission import AdmissionPolicy
+from .history import Explanation, History
 from .level import Held, Level
 from .pins import Pins
 from .policy import EvictionPolicy
@@ -31,6 +32,10 @@ class Books:
     ----------
     policy, admission : make what orders and admits chunks, for each tier anew.
     clock : Unix time in seconds, for expiry and the deadlines of pins.
+
+    Attributes
+    ----------
+    history : what became of chunks lately.
     """
 
     def __init__(
@@ -43,6 +48,7 @@ class Books:
         clock: Callable[[], float],
     ) -> None:
         self.levels = [Level(tier, policy, admission(), quotas) for tier in tiers]
+        self.history = History()
         self._clock = clock
         self._lock = threading.Lock()
         self._pins = Pins()
@@ -179,6 +185,7 @@ class Books:
             level.drop(key, evicted=why == "evictions")
             level.counts.update({why: 1, "removed_bytes": held.nbytes})
             self._note(key)
+            self.history.departed(key, level.tier.name, why)
             return held
 
     def restore(self, level: Level, key: ChunkKey, held: Held, why: Removal) -> None:
@@ -186,11 +193,25 @@ class Books:
         with self._lock:
             level.counts.update({why: -1, "removed_bytes": -held.nbytes, "added_bytes": -held.nbytes})
             self._enter(level, key, held.nbytes, held.info)
+        self.history.returned(key)
 
-    def give_up(self, level: Level, why: Removal) -> None:
+    def turn_away(self, level: Level, key: ChunkKey, why: Literal["not_admitted", "rejections"]) -> None:
+        """The tier has not taken a chunk that was offered."""
+        self.count(level, **{why: 1})
+        self.history.departed(key, level.tier.name, why)
+
+    def explain(self, key: ChunkKey) -> Explanation:
+        """What is known of a chunk, without asking a tier."""
+        with self._lock:
+            held = [(level.tier.name, level.keys[key]) for level in self.levels if key in level.keys]
+        recompute_s = held[0][1].info.recompute_s if held else None
+        return self.history.explain(key, [(name, there.nbytes) for name, there in held], recompute_s)
+
+    def give_up(self, level: Level, key: ChunkKey, why: Removal) -> None:
         """A chunk that was struck out for `why` may be in the tier until that answers: it counts as given up."""
         with self._lock:
             level.counts.update({why: -1, "given_up": 1})
+        self.history.departed(key, level.tier.name, "given_up")
 
     def count(self, level: Level, **counts: int) -> None:
         with self._lock:

@@ -129,7 +129,7 @@ class Clerk:
                 level.call(lambda tier: tier.delete(key), writes=key)
             except TierError as exc:
                 if isinstance(exc, TierTimeoutError) and exc.begun:
-                    self._books.give_up(level, why)
+                    self._books.give_up(level, key, why)
                 else:
                     self._books.restore(level, key, held, why)
                 raise

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 
+from ..core import ChunkKey
 from ..errors import TierError, TierFullError, TierTimeoutError
 from .books import Books
 from .level import Level
@@ -23,10 +24,10 @@ class Faults:
         self._lock = threading.Lock()
         self._logged_at_s: dict[tuple[Level, str], float] = {}
 
-    def refused(self, level: Level, exc: TierError) -> None:
-        """The tier has not taken a chunk."""
+    def refused(self, level: Level, key: ChunkKey, exc: TierError) -> None:
+        """The tier has not taken the chunk."""
         if isinstance(exc, TierFullError):
-            self._books.count(level, rejections=1)
+            self._books.turn_away(level, key, "rejections")
         else:
             self.failed(level, exc)
 

@@ -90,11 +90,18 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A verified header: everything but the data."""
+    """A verified header: everything but the data. `raw` is what was verified."""
 
     codec: str
     meta: Mapping[str, str]
     tensors: Mapping[str, StoredTensor]
+    raw: bytes
+
+    def stands(self, read_at: ReadAt) -> bool:
+        """Whether the container still begins with these very bytes; far cheaper than reading it anew."""
+        found = bytearray(len(self.raw))
+        read_at(memoryview(found), 0)
+        return found == self.raw
 
 
 def to_buffers(key: ChunkKey, blob: EncodedChunk) -> list[memoryview]:
@@ -223,7 +230,7 @@ def read_header(read_at: ReadAt, total_bytes: int, key: ChunkKey) -> Header:
     _expect(xxhash.xxh3_64_intdigest(head[:_SEALED_BYTES] + body_header) == checksum, "checksum of the header is wrong")
     _expect(int.from_bytes(body_header[:8], "little") == header_bytes - _JSON_START, "length of the JSON is wrong")
     try:
-        return _parse_json(bytes(body_header[8:]), header_bytes, total_bytes)
+        return _parse(bytes(head[:header_bytes]), total_bytes)
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as exc:
         raise ChunkCorruptError(f"header is not of this format: {exc!r}") from exc
 
@@ -254,8 +261,9 @@ def read_layers(read_at: ReadAt, header: Header, start: int, stop: int) -> Encod
     return EncodedChunk(header.codec, tensors, {**header.meta, "first_layer": str(start)}, layered)
 
 
-def _parse_json(text: bytes, header_bytes: int, total_bytes: int) -> Header:
-    fields = json.loads(text)
+def _parse(raw: bytes, total_bytes: int) -> Header:
+    header_bytes = len(raw)
+    fields = json.loads(raw[_JSON_START:])
     metadata = fields.pop("__metadata__")
     codec, meta = metadata["codec"], json.loads(metadata["meta"])
     layered, checksums = json.loads(metadata["layered"]), json.loads(metadata["checksums"])
@@ -274,7 +282,7 @@ def _parse_json(text: bytes, header_bytes: int, total_bytes: int) -> Header:
         tensors[name] = StoredTensor(dtype, shape, name in layered, header_bytes + begin, sums)
         end, width = stop, dtype.itemsize
     _expect(header_bytes + end == total_bytes, f"tensors end at {header_bytes + end}, the container at {total_bytes}")
-    return Header(codec, meta, tensors)
+    return Header(codec, meta, tensors, raw)
 
 
 def _raw_bytes(name: str, tensor: Tensor) -> memoryview:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Mapping
 
@@ -12,6 +13,7 @@ from ..core import ChunkKey, Codec, EncodedChunk, KVChunk
 from ..errors import CodecError
 from .books import Books
 from .clerk import Clerk, Fetch
+from .history import Lookup
 
 
 class Reader:
@@ -38,14 +40,20 @@ class Reader:
         `is_use`: the policies of tiers are told.
         """
         miss: str | None = "error"
+        tier, nbytes, began_s = None, 0, time.perf_counter()
         try:
             found = self._search(key, fetch, positions, is_use=is_use)
-            miss = found if isinstance(found, str) else None
+            if isinstance(found, str):
+                miss = found
+                return None
+            miss, tier, nbytes = None, self._books.levels[found[0]].tier.name, found[1].nbytes
+            return found
         finally:
+            load_s = time.perf_counter() - began_s
             with self._lock:
                 self._lookups += 1
                 self._misses.update([] if miss is None else [miss])
-        return None if isinstance(found, str) else found
+            self._books.history.looked_up(key, Lookup(tier, miss, load_s, nbytes, time.time()))
 
     def counts(self) -> tuple[int, dict[str, int]]:
         """Lookups so far, and how many of them were misses, by reason."""

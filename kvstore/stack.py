@@ -64,7 +64,7 @@ class TierStack:
                         admitted = False
                 except TierError as exc:
                     refusal = exc
-                    self._clerk.faults.refused(level, exc)
+                    self._clerk.faults.refused(level, key, exc)
             if refusal is not None and admitted and not written:
                 raise refusal
         finally:
@@ -81,7 +81,7 @@ class TierStack:
         try:
             self.insert(0, key, blob, info, was_read=True)
         except TierError as exc:
-            self._clerk.faults.refused(first, exc)
+            self._clerk.faults.refused(first, key, exc)
             return isinstance(exc, TierFullError) and exc.needed_bytes > first.most_bytes(info.namespace)
         self._books.count(first, promotions=1)
         return True
@@ -113,7 +113,7 @@ class TierStack:
             try:
                 done = self.insert(i, key, blob, was_read=was_read)
             except TierError as exc:
-                self._clerk.faults.refused(self.levels[i], exc)
+                self._clerk.faults.refused(self.levels[i], key, exc)
             else:
                 if done:
                     self._books.count(self.levels[index], demotions=1)
@@ -161,7 +161,7 @@ class TierStack:
                 if self._expire(level):
                     continue
                 if not may_evict:
-                    self._books.count(level, not_admitted=1)
+                    self._books.turn_away(level, key, "not_admitted")
                     return False
                 # A device that others have filled, or memory that readers have not let go, is not to be waited for by
                 # evicting everything. What others insert here at the same time may take what this evicts.

@@ -19,6 +19,7 @@ from ..errors import SpecMismatchError, TierError, TierUnavailableError
 from .admission import AdmissionPolicy, admission_factory
 from .books import Books
 from .clerk import Clerk, whole
+from .history import Explanation
 from .keys import check_key
 from .policy import EvictionPolicy, policy_factory
 from .prefetch import Prefetch, PrefetchQueue
@@ -303,6 +304,14 @@ class KVStore:
                 background_errors=self._prefetches.failed,
                 refused_prefetches=self._prefetches.refused,
             )
+
+    def explain(self, keys: Iterable[ChunkKey]) -> list[Explanation]:
+        """For each chunk: where it is, what its last lookup gave and cost, why it is not where it was, and what
+        computing it took. `str` of each says it in a line. Asks no tier and counts as no lookup; what lies further back
+        than some 65,000 chunks is forgotten.
+        """
+        self._expect_open()
+        return [self._books.explain(key) for key in keys]
 
     def check(self) -> list[str]:
         """What is inconsistent, in words; empty if all is well. For a moment when no other thread uses the store."""

@@ -118,7 +118,8 @@ def assert_adds_up(stats: StoreStats) -> None:
     for tier in stats.tiers:
         assert tier.chunks == tier.arrivals + tier.puts - tier.replaced - tier.removals
         asked = tier.evictions + tier.expirations + tier.deletions
-        assert tier.removals == asked + tier.corruptions + tier.undecodable + tier.departures + tier.given_up
+        found = tier.corruptions + tier.undecodable + tier.departures + tier.given_up
+        assert tier.removals == asked + found
         assert tier.held_bytes == tier.added_bytes - tier.removed_bytes == sum(tier.namespace_bytes.values())
         assert tier.promotions <= tier.puts
         assert all(nbytes > 0 for nbytes in tier.namespace_bytes.values())

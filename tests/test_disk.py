@@ -203,6 +203,14 @@ def test_layers_verify_what_they_read(tier: DiskTier) -> None:
     assert make_key(1) not in tier
 
 
+def test_layers_verify_a_header_that_was_read_before(tier: DiskTier) -> None:
+    assert tier.get_layers(make_key(1), 0, 1) is not None
+    flip(tier.path, make_key(1), 80)
+    with pytest.raises(ChunkCorruptError, match="header"):
+        tier.get_layers(make_key(1), 0, 1)
+    assert make_key(1) not in tier
+
+
 def test_layers_of_a_replaced_chunk(tier: DiskTier) -> None:
     for seed in (1, 2, 3):
         tier.put(make_key(1), make_blob(seed))

@@ -311,11 +311,10 @@ def test_a_flipped_byte_costs_time_not_the_answer(
     flip(tmp_path, key, int(place * (stored_at(tmp_path, key)[2] - 1)))
     if reopen:
         rag = connect(model, DiskTier(tmp_path), blender=blender)
-    found = 0 if place == 0.02 and not reopen else 1  # a header that was verified once is not read again
     assert rag.answer(DOCUMENTS, QUESTION, max_new_tokens=10) == answer
-    assert rag.store.stats().tiers[0].corruptions == found
+    assert rag.store.stats().tiers[0].corruptions == 1
     assert same(fused(rag), expected)
-    assert rag.store.stats().tiers[0].corruptions == found  # stored again, sound
+    assert rag.store.stats().tiers[0].corruptions == 1  # stored again, sound
     assert rag.store.check() == []
     rag.store.close()
 
@@ -336,7 +335,8 @@ def test_all_chunks_corrupt(model: PreTrainedModel, tmp_path: Path) -> None:
     rag.precompute(DOCUMENTS)
     expected = fused(rag)
     for document in DOCUMENTS:
-        overwrite(tmp_path, key_of(rag, document), b"nothing of the kind")
+        key = key_of(rag, document)
+        overwrite(tmp_path, key, b"\xa5" * stored_at(tmp_path, key)[2])
     assert same(fused(rag), expected)
     assert rag.store.stats().tiers[0].corruptions == len(DOCUMENTS)
     rag.store.close()

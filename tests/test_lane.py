@@ -437,6 +437,7 @@ def test_an_interrupted_caller_gives_up(make_lane: Callable[..., Lane], tier: Fa
     lane = make_lane()
 
     def interrupt(tier: Tier) -> None:
+        time.sleep(0.2)  # until the caller waits: a signal right before that wakes nobody
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         tier.put(make_key(1), make_blob(1))
 

@@ -70,8 +70,8 @@ def stage(progress: float) -> Stage:
     if progress < 0.35:
         return Stage((256,), 0.2, 0.3, 0.5, 0.25)
     if progress < 0.65:
-        return Stage((256, 512, 1024), 0.4, 0.6, 0.5, 0.25)
-    return Stage((512, 1024, 2048, 4608), 0.45, 1.0, 0.3, 0.25)
+        return Stage((256, 512, 1024), 0.45, 0.8, 0.5, 0.25)
+    return Stage((512, 1024, 2048, 4608), 0.5, 1.0, 0.3, 0.25)
 
 
 def class_losses(logits: Tensor, targets: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -272,7 +272,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, help="folder with train.txt, from corpus.py")
     parser.add_argument("--run", type=Path, required=True, help="run directory: checkpoint, tokenizer, log")
-    parser.add_argument("--minutes", type=float, default=51.0, help="training time, over all resumptions")
+    parser.add_argument("--minutes", type=float, default=148.0, help="training time, over all resumptions")
     parser.add_argument("--processes", type=int, default=1 if torch.cuda.is_available() else os.cpu_count())
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--batch-tokens", type=int, default=4096)

@@ -281,10 +281,11 @@ class DiskTier:
         read_exactly(self._files, fd, buffer, base + offset)
 
     def _cached_header(self, read_at: ReadAt, key: ChunkKey, place: Place) -> Header:
-        """A place holds one container for ever, so a cached header is never stale."""
+        """A place holds one container for ever, so a cached header is stale only if the device has changed it."""
         with self._lock:
             header = self._headers.pop(place.at, None)
-        header = header or read_header(read_at, place.nbytes, key)
+        if header is None or not header.stands(read_at):
+            header = read_header(read_at, place.nbytes, key)
         with self._lock:
             self._headers[place.at] = header
             if len(self._headers) > _CACHED_HEADERS:
