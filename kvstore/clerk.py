@@ -97,9 +97,8 @@ class Clerk:
             blob = level.call(fetch)
             if blob is None:
                 with level.stripe(key):
-                    if not level.call(
-                        lambda tier: key in tier, is_brief=True
-                    ):  # rather than evicted and put again since
+                    is_there = level.call(lambda tier: key in tier, is_brief=True)
+                    if not is_there:  # rather than evicted and put again since
                         self._books.strike(level, key, "departures")
         except ChunkCorruptError as exc:
             self.discard(level, key, exc)
