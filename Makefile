@@ -7,12 +7,13 @@ TORCH   := $(shell grep '^torch==' constraints.txt)
 INPUTS  := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check reference clean
+.PHONY: help demo test check torture reference clean
 
 help:
 	@echo "make demo       install what is needed into $(VENV) and answer questions over cached documents"
 	@echo "make test       install the developer tools too and run the whole default test suite"
 	@echo "make check      ruff, its formatter and mypy --strict"
+	@echo "make torture    the long forms of the store's tests: kills, power losses, damage, stalls (hours)"
 	@echo "make reference  gather text, train the bundled model again, export and measure it (hours)"
 	@echo "make clean      remove $(VENV), build/ and caches"
 	@echo "Another interpreter: make PYTHON=python3.12 ..."
@@ -22,6 +23,9 @@ demo: $(VENV)/demo.stamp
 
 test: $(VENV)/dev.stamp
 	$(NAME)/pytest -q
+
+torture: $(VENV)/dev.stamp
+	$(NAME)/pytest -q -m torture
 
 # mypy finds the package by its name: a temporary folder holds a link `kvloom` to this one.
 check: $(VENV)/dev.stamp
