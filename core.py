@@ -229,10 +229,18 @@ class Entry:
 
 @runtime_checkable
 class Codec(Protocol):
-    """How a chunk gets smaller. A frozen dataclass; its parameters are stored with the data."""
+    """How a chunk gets smaller. A frozen dataclass; its parameters are stored with the data.
+
+    Attributes
+    ----------
+    is_lossless : what is decoded is what was encoded, bit for bit, where it was computed. Any other codec needs a
+        certificate for the model.
+    """
 
     @property
     def name(self) -> str: ...
+    @property
+    def is_lossless(self) -> bool: ...
     def encode(self, chunk: KVChunk) -> EncodedChunk:
         """Shares no memory with `chunk`."""
         ...

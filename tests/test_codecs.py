@@ -37,7 +37,7 @@ class TestRawCodec(CodecContract):
     def test_refuses_wrong_lengths(self, codec: RawCodec, name: str) -> None:
         blob = codec.encode(make_chunk(1))
         cut = {**blob.tensors, name: blob.tensors[name][..., :-1]}
-        with pytest.raises(CodecError, match=r"contradicts|holds"):
+        with pytest.raises(CodecError, match="contradicts"):
             codec.decode(EncodedChunk(blob.codec, cut, blob.meta, blob.layered))
 
     @pytest.mark.parametrize("meta", [{"spec": "[]"}, {"spec": "{"}, {"spec": "{}"}, {"first_layer": "one"}])

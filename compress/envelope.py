@@ -1,0 +1,153 @@
+"""What every encoded chunk carries beside its codec's own tensors: spec, tokens, positions and parameters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core import Codec, EncodedChunk, KVChunk, KVSpec
+from ..errors import CodecError, SpecMismatchError
+from .profile import Profile
+
+_COMMON = frozenset({"token_ids", "positions"})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Envelope:
+    """What an encoded chunk says of itself, checked.
+
+    Attributes
+    ----------
+    num_layers : layers in the blob, from `first_layer` on.
+    token_ids, positions : `[T]` int64; where the chunk was computed.
+    parameters : of the codec that made it, as `parameters_of` gave them.
+    """
+
+    spec: KVSpec
+    first_layer: int
+    num_layers: int
+    token_ids: Tensor
+    positions: Tensor
+    parameters: Mapping[str, Any]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.token_ids)
+
+    def placed(self, positions: Tensor | None) -> Tensor:
+        """`positions` (`[T]` int64), or where the chunk was computed if they are None.
+
+        Raises
+        ------
+        SpecMismatchError : they are not one int64 for each token.
+        """
+        if positions is None:
+            return self.positions
+        if positions.shape != self.positions.shape or positions.dtype != torch.int64:
+            raise SpecMismatchError(
+                f"positions are {positions.dtype} {list(positions.shape)}; expected torch.int64 [{self.tokens}]"
+            )
+        return positions.cpu()
+
+
+def parameters_of(codec: Codec) -> dict[str, Any]:
+    """Fields of a codec as JSON takes them: a wrapped codec is its name and parameters, a profile its fingerprint.
+
+    Two codecs of one name and equal parameters make the same bytes of a chunk; a certificate is bound to both.
+    """
+    return {f.name: _plain(getattr(codec, f.name)) for f in fields(codec)}  # type: ignore[arg-type]
+
+
+def seal(codec: Codec, chunk: KVChunk, tensors: Mapping[str, Tensor], layered: Iterable[str]) -> EncodedChunk:
+    """The encoded chunk: the codec's own `tensors` and what `open_envelope` needs.
+
+    Parameters
+    ----------
+    tensors : contiguous, on the cpu, sharing no memory with `chunk`.
+    layered : names of those whose first dimension is the layer.
+    """
+    own = {"token_ids": cpu_copy(chunk.token_ids), "positions": cpu_copy(chunk.positions)}
+    meta = {"spec": chunk.spec.to_json(), "first_layer": str(chunk.first_layer)}
+    if parameters := parameters_of(codec):
+        meta["parameters"] = json.dumps(parameters, sort_keys=True, separators=(",", ":"))
+    return EncodedChunk(codec.name, {**tensors, **own}, meta, frozenset(layered))
+
+
+def open_envelope(blob: EncodedChunk, codec: str, names: Iterable[str]) -> Envelope:
+    """What `blob` says of itself.
+
+    Parameters
+    ----------
+    codec : name of the codec that is to decode it.
+    names : the codec's own tensors, all of them.
+
+    Raises
+    ------
+    CodecError : another codec made it, tensors are missing or unknown, or its parts contradict one another.
+    """
+    if blob.codec != codec:
+        raise CodecError(f"chunk was encoded by {blob.codec!r}, this is the codec {codec!r}")
+    expected = _COMMON | set(names)
+    if blob.tensors.keys() != expected:
+        raise CodecError(f"{codec} chunk holds {sorted(blob.tensors)}; expected {sorted(expected)}")
+    try:
+        spec, parameters = _read_spec(blob.meta["spec"]), json.loads(blob.meta.get("parameters", "{}"))
+        first_layer = int(blob.meta["first_layer"])
+    except (LookupError, TypeError, ValueError, AttributeError) as exc:
+        raise CodecError(f"{codec} chunk without a readable spec, first layer and parameters: {exc!r}") from exc
+    counts = {len(blob.tensors[name]) if blob.tensors[name].ndim else -1 for name in blob.layered}
+    if len(counts) != 1:
+        raise CodecError(f"{codec} chunk has layered tensors of {sorted(counts)} layers")
+    (num_layers,) = counts
+    if not 0 <= first_layer <= first_layer + num_layers <= spec.num_layers:
+        raise CodecError(f"{codec} chunk holds {num_layers} layers from {first_layer}; its spec has {spec.num_layers}")
+    token_ids, positions = blob.tensors["token_ids"], blob.tensors["positions"]
+    for name, tensor in (("token_ids", token_ids), ("positions", positions)):
+        if tensor.dtype != torch.int64 or tensor.ndim != 1 or len(tensor) != len(token_ids):
+            raise CodecError(
+                f"{codec} chunk contradicts itself: {name} {tensor.dtype} {list(tensor.shape)}; expected torch.int64 "
+                f"[{len(token_ids)}]"
+            )
+    if not isinstance(parameters, dict):
+        raise CodecError(f"{codec} chunk: parameters are {type(parameters).__name__}; expected an object")
+    return Envelope(spec, first_layer, num_layers, token_ids, positions, parameters)
+
+
+def expect_tensor(blob: EncodedChunk, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """The tensor of that name, which must have this dtype and shape.
+
+    Raises
+    ------
+    CodecError : it has not.
+    """
+    tensor = blob.tensors[name]
+    if tensor.dtype != dtype or tensor.shape != shape:
+        raise CodecError(
+            f"{blob.codec} chunk: {name} is {tensor.dtype} {list(tensor.shape)}; expected {dtype} {list(shape)}"
+        )
+    return tensor
+
+
+def cpu_copy(tensor: Tensor) -> Tensor:
+    """Contiguous, on the cpu, sharing no memory."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+@lru_cache(maxsize=64)
+def _read_spec(text: str) -> KVSpec:
+    # Reading the frequency table costs as much as copying 300 KiB, and a store sees few specs.
+    return KVSpec.from_json(text)
+
+
+def _plain(value: object) -> Any:
+    if isinstance(value, Profile):
+        return value.fingerprint
+    if is_dataclass(value) and not isinstance(value, type):
+        return {"codec": getattr(value, "name", type(value).__name__)} | parameters_of(value)  # type: ignore[arg-type]
+    return value

@@ -1,0 +1,105 @@
+"""What calibration learned of one model, in one safetensors file: level tables, thresholds, smoothing, bases."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import safetensors
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..core import KVSpec
+from ..errors import CodecError, SpecMismatchError
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """Statistics of one model's KV, shared by all chunks. Codecs hold one and write its fingerprint into chunks.
+
+    Attributes
+    ----------
+    spec : of the model it was made for; keys and values of another model are refused. Its dtype does not count: levels
+        are kept in float32 and serve the model in any precision.
+    tensors : by name, on the cpu, named `METHOD.WHAT`, for instance `nuq.keys.levels.4`; first dimension is the layer.
+    meta : how it was made, as text: texts, tokens, date, versions.
+    """
+
+    spec: KVSpec
+    tensors: Mapping[str, Tensor]
+    meta: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """64 hex digits over the spec and every tensor; `meta` does not count."""
+        digest = hashlib.blake2b(b"kvloom Profile 1\0" + self._identity().encode(), digest_size=32)
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\0".encode())
+            digest.update(tensor.contiguous().view(-1).numpy().tobytes())
+        return digest.hexdigest()
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor of that name.
+
+        Raises
+        ------
+        CodecError : the profile has none; says how to get it.
+        """
+        if name not in self.tensors:
+            raise CodecError(
+                f"the profile of {self.spec.model_id} has no {name!r}, only {sorted(self.tensors)}; "
+                "make it anew with `kvloom calibrate`"
+            )
+        return self.tensors[name]
+
+    def check_serves(self, spec: KVSpec) -> None:
+        """Refuse another model's KV.
+
+        Raises
+        ------
+        SpecMismatchError : model, geometry or rope of `spec` differ from the profile's.
+        """
+        if _without_dtype(spec) != _without_dtype(self.spec):
+            raise SpecMismatchError(
+                f"this profile was made for {self.spec.model_id} ({self.spec.num_layers} layers, "
+                f"{self.spec.num_kv_heads} heads of {self.spec.head_dim}), the chunk is of {spec.model_id} "
+                f"({spec.num_layers} layers, {spec.num_kv_heads} heads of {spec.head_dim}); "
+                "make one for it with `kvloom calibrate`"
+            )
+
+    def save(self, path: Path) -> None:
+        """As a safetensors file."""
+        meta = {"kvloom_profile": str(FORMAT_VERSION), "spec": self.spec.to_json(), **self.meta}
+        save_file({name: tensor.contiguous() for name, tensor in self.tensors.items()}, path, metadata=meta)
+
+    @classmethod
+    def load(cls, path: Path) -> Profile:
+        """The profile that `save` wrote.
+
+        Raises
+        ------
+        CodecError : no such file, or it is no profile of a version that this release reads.
+        """
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                meta = dict(file.metadata() or {})
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            version, spec = meta.pop("kvloom_profile", None), meta.pop("spec", "")
+            if version != str(FORMAT_VERSION):
+                raise CodecError(f"{path} is no profile of version {FORMAT_VERSION} (kvloom_profile: {version})")
+            return cls(KVSpec.from_json(spec), tensors, meta)
+        except (OSError, safetensors.SafetensorError, LookupError, TypeError, ValueError, AttributeError) as exc:
+            raise CodecError(f"{path} cannot be read as a profile: {exc}") from exc
+
+    def _identity(self) -> str:
+        return _without_dtype(self.spec)
+
+
+def _without_dtype(spec: KVSpec) -> str:
+    return json.dumps(json.loads(spec.to_json()) | {"dtype": None}, sort_keys=True)
