@@ -26,7 +26,7 @@ from ..kvstore.tiers.host import HostTier
 from .page_cache import drop_page_cache
 from .peer import Peer
 from .rounds import Comparison, interleave, size_text, timed
-from .samples import copy_into, expect_same, present, sample_chunk, sample_key, tensors_of, touched_like
+from .samples import copy_into, expect_same, present, sample_chunks, tensors_of, touched_like
 
 DISK_PUT, DISK_GET, COLD_DISK_GET = "put to memory and disk", "get from disk, page cache", "get from disk, cold"
 HOST_PUT, HOST_GET = "put to memory", "get from memory"
@@ -50,7 +50,7 @@ def peer_speeds(
         lmcache_path.mkdir()
         with closing(Peer(python.absolute(), lmcache_path, max(MIN_POOL_BYTES, 4 * total_bytes))) as peer:
             for size in sizes:
-                chunks = {sample_key(size, i): sample_chunk(size, seed=i) for i in range(max(1, total_bytes // size))}
+                chunks = sample_chunks(size, total_bytes)
                 found += _in_memory(peer, chunks, size, rounds, bar)
                 found += _on_disk(peer, lmcache_path, kvloom_path, chunks, size, rounds, bar)
             return peer.version, found

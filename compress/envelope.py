@@ -64,19 +64,21 @@ def parameters_of(codec: Codec) -> dict[str, Any]:
     return {f.name: _plain(getattr(codec, f.name)) for f in fields(codec)}  # type: ignore[arg-type]
 
 
-def seal(codec: Codec, chunk: KVChunk, tensors: Mapping[str, Tensor], layered: Iterable[str]) -> EncodedChunk:
+def seal(
+    codec: Codec, chunk: KVChunk, tensors: Mapping[str, Tensor], layered: Iterable[str], *, leased: bool = False
+) -> EncodedChunk:
     """The encoded chunk: the codec's own `tensors` and what `open_envelope` needs.
 
     Parameters
     ----------
-    tensors : contiguous, on the cpu, sharing no memory with `chunk`.
+    tensors : contiguous, on the cpu, sharing no memory with `chunk` unless `leased`.
     layered : names of those whose first dimension is the layer.
     """
     own = {"token_ids": cpu_copy(chunk.token_ids), "positions": cpu_copy(chunk.positions)}
     meta = {"spec": chunk.spec.to_json(), "first_layer": str(chunk.first_layer)}
-    if parameters := parameters_of(codec):
-        meta["parameters"] = json.dumps(parameters, sort_keys=True, separators=(",", ":"))
-    return EncodedChunk(codec.name, {**tensors, **own}, meta, frozenset(layered))
+    if fields(codec):  # type: ignore[arg-type]
+        meta["parameters"] = json.dumps(parameters_of(codec), sort_keys=True, separators=(",", ":"))
+    return EncodedChunk(codec.name, {**tensors, **own}, meta, frozenset(layered), leased)
 
 
 def open_envelope(blob: EncodedChunk, codec: str, names: Iterable[str]) -> Envelope:
@@ -101,7 +103,7 @@ def open_envelope(blob: EncodedChunk, codec: str, names: Iterable[str]) -> Envel
         first_layer = int(blob.meta["first_layer"])
     except (LookupError, TypeError, ValueError, AttributeError) as exc:
         raise CodecError(f"{codec} chunk without a readable spec, first layer and parameters: {exc!r}") from exc
-    counts = {len(blob.tensors[name]) if blob.tensors[name].ndim else -1 for name in blob.layered}
+    counts = {blob.tensors[name].shape[0] if blob.tensors[name].ndim else -1 for name in blob.layered}
     if len(counts) != 1:
         raise CodecError(f"{codec} chunk has layered tensors of {sorted(counts)} layers")
     (num_layers,) = counts
@@ -109,7 +111,7 @@ def open_envelope(blob: EncodedChunk, codec: str, names: Iterable[str]) -> Envel
         raise CodecError(f"{codec} chunk holds {num_layers} layers from {first_layer}; its spec has {spec.num_layers}")
     token_ids, positions = blob.tensors["token_ids"], blob.tensors["positions"]
     for name, tensor in (("token_ids", token_ids), ("positions", positions)):
-        if tensor.dtype != torch.int64 or tensor.ndim != 1 or len(tensor) != len(token_ids):
+        if tensor.dtype != torch.int64 or tensor.ndim != 1 or tensor.shape != token_ids.shape:
             raise CodecError(
                 f"{codec} chunk contradicts itself: {name} {tensor.dtype} {list(tensor.shape)}; expected torch.int64 "
                 f"[{len(token_ids)}]"

@@ -14,7 +14,7 @@ from typing import Literal, Self, TypeAlias, get_args
 from torch import Tensor
 
 from ..compress.raw import RawCodec
-from ..core import ChunkInfo, ChunkKey, Codec, EncodedChunk, KVChunk, ReadsLayers, Tier
+from ..core import ChunkInfo, ChunkKey, Codec, EncodedChunk, HoldsChunks, KVChunk, ReadsLayers, Tier
 from ..errors import SpecMismatchError, TierError, TierUnavailableError
 from .admission import AdmissionPolicy, admission_factory
 from .books import Books
@@ -25,6 +25,7 @@ from .policy import EvictionPolicy, policy_factory
 from .prefetch import Prefetch, PrefetchQueue
 from .quota import Quota, check_namespace, check_quotas
 from .reader import Reader
+from .spares import Spares
 from .stack import TierStack
 from .stats import StoreStats
 
@@ -104,6 +105,7 @@ class KVStore:
         self._clerk = Clerk(self._books, timeout_s=timeout_s)
         self._reader = Reader(self._books, self._clerk, {c.name: c for c in (RawCodec(), *codecs, self._codec)})
         self._stack = TierStack(self._books, self._clerk)
+        self._spares = Spares()
         self._prefetches = PrefetchQueue(self._stack)
         self._lock = threading.Lock()  # of the counters below
         self._puts: Counter[str] = Counter()
@@ -158,6 +160,8 @@ class KVStore:
         outcome, writes = "refused", 0
         try:
             blob = self._codec.encode(chunk)
+            if blob.leased:  # a write that is given up goes on when the caller's memory is the caller's again
+                blob = self._spares.copy(blob)
             expires_at_s = None if ttl_s is None else self._clock() + ttl_s
             info = ChunkInfo(after, namespace, expires_at_s, recompute_s)
             writes = self._stack.put(key, blob, info, everywhere=self._write_through)
@@ -208,7 +212,7 @@ class KVStore:
         if not 0 <= start < stop:
             raise ValueError(f"layers are [{start}, {stop}); expected 0 <= start < stop")
 
-        def fetch(tier: Tier) -> EncodedChunk | None:
+        def fetch(tier: HoldsChunks) -> EncodedChunk | None:
             if isinstance(tier, ReadsLayers):
                 blob = tier.get_layers(key, start, stop)
             else:

@@ -20,7 +20,7 @@ from kvloom.bench.alternatives import KVLOOM, LMDB, STORES
 from kvloom.bench.disk_files import in_random_order, read_raw, write_raw
 from kvloom.bench.environment import usable
 from kvloom.bench.many_chunks import ListedTier, match_times, reopen_times
-from kvloom.bench.page_cache import drop_page_cache, file_system, lets_go_of_pages, sync_files
+from kvloom.bench.page_cache import drop_page_cache, file_system, lets_go_of_pages
 from kvloom.bench.peer import Peer, PeerError, find_python
 from kvloom.bench.rounds import Comparison, interleave, size_text, speed_table, time_text, timed
 from kvloom.bench.samples import expect_same, sample_chunk, sample_key, tensors_of, touched_like
@@ -305,7 +305,6 @@ def test_cold_is_cold(tmp_path: Path) -> None:
     path = tmp_path / "a" / "file"
     path.parent.mkdir()
     path.write_bytes(bytes(MIB))
-    sync_files(tmp_path)
     with path.open("rb", buffering=0) as file:
         assert os.preadv(file.fileno(), [bytearray(4096)], 0, os.RWF_NOWAIT) == 4096
         drop_page_cache(tmp_path)
