@@ -34,7 +34,7 @@ from kvloom.kvstore.store import KVStore
 KIB, MIB = 1 << 10, 1 << 20
 ALWAYS = {
     *("host_put_vs_copy", "host_get_vs_copy", "disk_put_vs_raw", "disk_cold_get_vs_raw", "verify_overhead"),
-    *("verify_overhead_cold", "worst_vs_alternatives", "match_1m_p99_s", "reopen_100k_s"),
+    *("verify_overhead_page_cache", "worst_vs_alternatives", "match_1m_p99_s", "reopen_100k_s"),
 }
 WITH_LMCACHE = {"put_vs_lmcache_disk", "get_vs_lmcache_disk", "get_vs_lmcache_host"}
 
@@ -371,7 +371,7 @@ def test_targets() -> None:
     at_least, below = tiers.Target("a", ">=", 0.8), tiers.Target("b", "<", 0.07)
     assert [at_least.reached(v) for v in (0.79, 0.8, math.nan)] == [False, True, False]
     assert [below.reached(v) for v in (0.069, 0.07, math.nan)] == [True, False, False]
-    assert {target.metric for target in tiers.TARGETS} == (ALWAYS | WITH_LMCACHE) - {"verify_overhead_cold"}
+    assert {target.metric for target in tiers.TARGETS} == (ALWAYS | WITH_LMCACHE) - {"verify_overhead_page_cache"}
 
 
 def test_peer_answers_fails_and_dies(fake_lmcache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
