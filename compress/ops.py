@@ -36,6 +36,10 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     `[..., packed_bytes(N, bits)]` uint8.
     """
     _check_bits(bits)
+    if codes.is_cuda:
+        from . import ops_triton
+
+        return ops_triton.pack_bits(codes, bits)
     count = codes.shape[-1]
     padded = -(-count // 8) * 8
     if padded != count:
@@ -62,6 +66,10 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     _check_bits(bits)
     if packed.shape[-1] != packed_bytes(count, bits):
         raise ValueError(f"{packed.shape[-1]} bytes; {count} codes of {bits} bits take {packed_bytes(count, bits)}")
+    if packed.is_cuda:
+        from . import ops_triton
+
+        return ops_triton.unpack_bits(packed, bits, count)
     padded = -(-count // 8) * 8
     codes = torch.zeros(*packed.shape[:-1], padded, dtype=torch.uint8, device=packed.device)
     start, shift = 0, 0

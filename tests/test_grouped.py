@@ -256,9 +256,8 @@ def test_golden() -> None:
     """Stored chunks must stay readable: a change of these is a change of the format."""
     chunk = make_chunk(1, tokens=11, spec=PLAIN)
     assert digest(GroupedCodec(2, group_tokens=4).encode(chunk)) == "cd9fed0dbc4f52b4"
-    assert (
-        digest(GroupedCodec(3, group_tokens=2, group_channels=4, residual_tokens=3).encode(chunk)) == "b33f79e6c69c18c1"
-    )
+    small = GroupedCodec(3, group_tokens=2, group_channels=4, residual_tokens=3)
+    assert digest(small.encode(chunk)) == "b33f79e6c69c18c1"
     assert digest(GroupedCodec(8, key_axis="token", group_channels=None).encode(chunk)) == "4bca0f54f8ed3013"
 
 
