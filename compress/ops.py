@@ -39,7 +39,8 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     if codes.is_cuda:
         from . import ops_triton
 
-        return ops_triton.pack_bits(codes, bits)
+        with torch.cuda.device(codes.device):
+            return ops_triton.pack_bits(codes, bits)
     count = codes.shape[-1]
     padded = -(-count // 8) * 8
     if padded != count:
@@ -69,7 +70,8 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     if packed.is_cuda:
         from . import ops_triton
 
-        return ops_triton.unpack_bits(packed, bits, count)
+        with torch.cuda.device(packed.device):
+            return ops_triton.unpack_bits(packed, bits, count)
     padded = -(-count // 8) * 8
     codes = torch.zeros(*packed.shape[:-1], padded, dtype=torch.uint8, device=packed.device)
     start, shift = 0, 0
@@ -118,9 +120,10 @@ def dequantize_rotate(
     if packed.is_cuda:
         from . import ops_triton
 
-        ops_triton.dequantize_rotate(
-            packed, bits, scale, zero, out, levels=levels, smooth=smooth, cos=cos, sin=sin, interleaved=interleaved
-        )
+        with torch.cuda.device(packed.device):
+            ops_triton.dequantize_rotate(
+                packed, bits, scale, zero, out, levels=levels, smooth=smooth, cos=cos, sin=sin, interleaved=interleaved
+            )
         return
     (N, T, D), (_, G, C) = out.shape, scale.shape
     block = max(1, _BLOCK_NUMBERS // (T * D))
@@ -162,7 +165,8 @@ def rebuild_rotate(
     if factor.is_cuda:
         from . import ops_triton
 
-        ops_triton.rebuild_rotate(factor, basis, out, cos=cos, sin=sin, interleaved=interleaved)
+        with torch.cuda.device(factor.device):
+            ops_triton.rebuild_rotate(factor, basis, out, cos=cos, sin=sin, interleaved=interleaved)
         return
     x = factor.float() @ basis.float().transpose(0, 1)
     out.copy_(x if cos is None or sin is None else rotate_pairs(x, cos, sin, interleaved))

@@ -1,6 +1,7 @@
 """The functions of ops.py as Triton kernels, for tensors on a CUDA device; values are those of the torch reference.
 
-Launchers trust that ops.py has checked shapes and dtypes of what it dispatches here. With `TRITON_INTERPRET=1`, set
+Launchers trust that ops.py has checked shapes and dtypes of what it dispatches here, and made its device the current
+one. With `TRITON_INTERPRET=1`, set
 before Triton is imported, the kernels run on the cpu.
 """
 
