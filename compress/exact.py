@@ -39,7 +39,7 @@ def take_exact(prefix: str, x: Tensor, unusual: Tensor) -> dict[str, Tensor]:
     L, _, T, _ = x.shape
     tokens = torch.cat([unusual.nonzero()[:, 0], torch.arange(len(unusual), T, device=x.device)])
     return {
-        f"{prefix}_exact": x.detach().index_select(2, tokens).cpu(),
+        f"{prefix}_exact": x.index_select(2, tokens).cpu(),
         f"{prefix}_exact_tokens": tokens.to("cpu", torch.int32).repeat(L, 1),
     }
 

@@ -50,7 +50,7 @@ class Fp8Codec:
 
     def encode(self, chunk: KVChunk) -> EncodedChunk:
         """On the device of the chunk, in float32."""
-        spec, keys = chunk.spec, chunk.keys
+        spec, keys = chunk.spec, chunk.keys.detach()
         plain = keys.float()
         if spec.rope is not None and not self.rotated:
             plain = spec.rope.shift(plain, -chunk.positions)
@@ -79,7 +79,7 @@ class Fp8Codec:
 
     def encode_values(self, spec: KVSpec, values: Tensor, first_layer: int) -> dict[str, Tensor]:
         """See `EncodesValues`."""
-        return _encode("values", values, values.float())
+        return _encode("values", values.detach(), values.detach().float())
 
     def decode_values(
         self, spec: KVSpec, tensors: Mapping[str, Tensor], first_layer: int, tokens: int, parameters: Mapping[str, Any]

@@ -73,7 +73,7 @@ class GroupedCodec:
 
     def encode(self, chunk: KVChunk) -> EncodedChunk:
         """On the device of the chunk, in float32."""
-        spec, keys = chunk.spec, chunk.keys
+        spec, keys = chunk.spec, chunk.keys.detach()
         grouping, covered = _of_keys(self, keys.shape)
         unusual = unusual_tokens(keys[:, :, :covered])
         plain = keys[:, :, :covered].float()
@@ -106,6 +106,7 @@ class GroupedCodec:
 
     def encode_values(self, spec: KVSpec, values: Tensor, first_layer: int) -> dict[str, Tensor]:
         """See `EncodesValues`."""
+        values = values.detach()
         grouping, covered = _of_values(self, values.shape)
         unusual = unusual_tokens(values[:, :, :covered])
         coded = quantize("values", values[:, :, :covered].float(), self.bits, grouping, unusual)

@@ -48,7 +48,7 @@ class Kv4Codec:
     rotated: bool = True
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
+        if not isinstance(self.bits, int) or self.bits not in (4, 8):
             raise ValueError(f"bits is {self.bits!r}; expected 4 or 8")
         if not isinstance(self.rotated, bool):
             raise TypeError(f"rotated is {self.rotated!r}; expected a bool")
@@ -66,7 +66,7 @@ class Kv4Codec:
         SpecMismatchError : the profile is another model's.
         CodecError : the profile has no usable factors.
         """
-        spec, keys = chunk.spec, chunk.keys
+        spec, keys = chunk.spec, chunk.keys.detach()
         plain = keys.float()
         if spec.rope is not None and not self.rotated:
             plain = spec.rope.shift(plain, -chunk.positions)
@@ -108,6 +108,7 @@ class Kv4Codec:
 
     def encode_values(self, spec: KVSpec, values: Tensor, first_layer: int) -> dict[str, Tensor]:
         """See `EncodesValues`."""
+        values = values.detach()
         unusual = unusual_tokens(values)
         coded = quantize("values", values.float(), self.bits, Grouping(1, 1, max(1, spec.value_dim)), unusual)
         return coded | take_exact("values", values, unusual)

@@ -89,9 +89,12 @@ def assert_values_stand_alone(codec: Codec) -> None:
     """`EncodesValues`: the half that other codecs join makes the same tensors and numbers as the whole."""
     assert isinstance(codec, EncodesValues)
     chunk = make_chunk(4, tokens=9)
+    chunk.keys.requires_grad_()
+    chunk.values.requires_grad_()
     blob, whole = codec.encode(chunk), codec.decode(codec.encode(chunk)).values
     alone = codec.encode_values(chunk.spec, chunk.values, 0)
     assert alone.keys() == codec.value_names and codec.value_names <= blob.layered
+    assert not any(tensor.requires_grad for tensor in blob.tensors.values())
     for name, tensor in alone.items():
         assert name.startswith("values") and same_bits(tensor, blob.tensors[name])
     parameters = {"codec": codec.name} | parameters_of(codec)

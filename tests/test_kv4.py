@@ -243,6 +243,7 @@ def test_spoiled_chunks_are_refused() -> None:
     "meta",
     [
         {"parameters": '{"bits":3}'},
+        {"parameters": '{"bits":4.0}'},
         {"parameters": '{"bits":8,"profile":null}'},
         {"parameters": '{"rotated":0}'},
         {"spec": replace(SPEC, head_dim=10**13).to_json()},

@@ -88,5 +88,5 @@ def test_dequantize_refuses_what_does_not_fit(name: str, wrong: torch.Tensor | N
         "sin": torch.zeros(4, 4),
     }
     dequantize_rotate(**right)
-    with pytest.raises(ValueError, match="expected|divide"):
+    with pytest.raises(ValueError, match=r"expected|divide"):
         dequantize_rotate(**(right | {name: wrong}))
