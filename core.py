@@ -38,6 +38,12 @@ class RopeSpec:
     attention_scaling: float = 1.0
     interleaved: bool = False
 
+    def cos_sin(self, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines that move each pair by `offsets` (`[T]` int64): `[T, D / 2]` float32, from float64."""
+        frequencies = torch.tensor(self.inv_freq, dtype=torch.float64, device=offsets.device)
+        angles = offsets.to(torch.float64)[:, None] * frequencies
+        return angles.cos().float(), angles.sin().float()
+
     def shift(self, keys: Tensor, offsets: Tensor | int) -> Tensor:
         """Rotated keys moved by `offsets` positions: `k R_p -> k R_(p + offset)`.
 
@@ -59,19 +65,20 @@ class RopeSpec:
             return keys
         if bool((offsets == offsets[0]).all()):
             offsets = offsets[:1]
-        frequencies = torch.tensor(self.inv_freq, dtype=torch.float64, device=keys.device)
-        angles = offsets.to(keys.device, torch.float64)[:, None] * frequencies
-        cos, sin = angles.cos().float(), angles.sin().float()
-        wide = keys.float()
-        if self.interleaved:
-            a, b = wide[..., 0::2], wide[..., 1::2]
-        else:
-            a, b = wide.chunk(2, dim=-1)
-        moved = torch.empty_like(wide)
-        out_a, out_b = (moved[..., 0::2], moved[..., 1::2]) if self.interleaved else moved.chunk(2, dim=-1)
-        torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1)
-        torch.mul(b, cos, out=out_b).addcmul_(a, sin)
-        return moved.to(keys.dtype)
+        cos, sin = self.cos_sin(offsets.to(keys.device))
+        return rotate_pairs(keys.float(), cos, sin, self.interleaved).to(keys.dtype)
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """`[..., T, D]` float32 with channel pairs turned by the angles of `cos` and `sin`, `[T, D / 2]`; a new tensor."""
+    turned = torch.empty_like(x)
+    if interleaved:
+        a, b, out_a, out_b = x[..., 0::2], x[..., 1::2], turned[..., 0::2], turned[..., 1::2]
+    else:
+        (a, b), (out_a, out_b) = x.chunk(2, dim=-1), turned.chunk(2, dim=-1)
+    torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=out_b).addcmul_(a, sin)
+    return turned
 
 
 @dataclass(frozen=True, slots=True)

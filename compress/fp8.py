@@ -1,0 +1,139 @@
+"""Eight-bit floats: half the bytes of 16-bit keys and values, with a scale for each layer and head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..core import EncodedChunk, KVChunk, KVSpec, rotate_pairs
+from ..errors import CodecError
+from .envelope import expect_tensor, open_envelope, seal
+from .exact import EXACT_PARTS, read_exact, take_exact, unusual_tokens
+from .uniform import Turn
+
+_GREATEST = 448.0  # of e4m3; it has no infinity
+_PARTS = ("", "_scale", *EXACT_PARTS)
+_KEYS = frozenset(f"keys{part}" for part in _PARTS)
+_VALUES = frozenset(f"values{part}" for part in _PARTS)
+
+
+@dataclass(frozen=True)
+class Fp8Codec:
+    """Every number as float8 e4m3 times a float32 scale of its layer and head, in this chunk.
+
+    The greatest number of a head becomes 448, the greatest of e4m3, so nothing overflows; each number is off by at most
+    1/16 of itself, or by 2 ** -10 of the scale. Tokens with NaN, infinity or numbers beyond 16384 stay exact: e4m3 has
+    no infinity. The format is that of Micikevicius et al. (arXiv 2209.05433).
+
+    Attributes
+    ----------
+    rotated : keys are coded as they come, after rotation, as engines do: they need no rotation to stay in place.
+    """
+
+    name: ClassVar[str] = "fp8"
+    is_lossless: ClassVar[bool] = False
+
+    rotated: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rotated, bool):
+            raise TypeError(f"rotated is {self.rotated!r}; expected a bool")
+
+    @property
+    def value_names(self) -> frozenset[str]:
+        """See `EncodesValues`."""
+        return _VALUES
+
+    def encode(self, chunk: KVChunk) -> EncodedChunk:
+        """On the device of the chunk, in float32."""
+        spec, keys = chunk.spec, chunk.keys.detach()
+        plain = keys.float()
+        if spec.rope is not None and not self.rotated:
+            plain = spec.rope.shift(plain, -chunk.positions)
+        tensors = _encode("keys", keys, plain) | self.encode_values(spec, chunk.values, chunk.first_layer)
+        return seal(self, chunk, tensors, _KEYS | _VALUES)
+
+    def decode(self, blob: EncodedChunk, positions: Tensor | None = None) -> KVChunk:
+        """The chunk at `positions`: keys are rotated once, in float32; those kept exact only if they move.
+
+        Raises
+        ------
+        CodecError : `blob` was not made by this codec, or its parts contradict one another.
+        SpecMismatchError : `positions` are not one int64 for each token.
+        """
+        envelope = open_envelope(blob, self.name, _KEYS | _VALUES)
+        spec, tokens, maker = envelope.spec, envelope.tokens, _maker(envelope.parameters)
+        placed = envelope.placed(positions)
+        turn = None
+        if spec.rope is not None:
+            offsets = placed - envelope.positions
+            turn = Turn(spec.rope, offsets if maker.rotated else placed, offsets)
+        shape = (envelope.num_layers, spec.num_kv_heads, tokens, spec.head_dim)
+        keys = _decode(blob.tensors, "keys", spec.dtype, shape, turn)
+        values = self.decode_values(spec, blob.tensors, envelope.first_layer, tokens, envelope.parameters)
+        return KVChunk(spec, envelope.token_ids, placed, keys, values, envelope.first_layer)
+
+    def encode_values(self, spec: KVSpec, values: Tensor, first_layer: int) -> dict[str, Tensor]:
+        """See `EncodesValues`."""
+        return _encode("values", values.detach(), values.detach().float())
+
+    def decode_values(
+        self, spec: KVSpec, tensors: Mapping[str, Tensor], first_layer: int, tokens: int, parameters: Mapping[str, Any]
+    ) -> Tensor:
+        """See `EncodesValues`."""
+        _maker(parameters)
+        codes = tensors["values"]
+        shape = (len(codes) if codes.ndim else 0, spec.num_kv_heads, tokens, spec.value_dim)
+        return _decode(tensors, "values", spec.dtype, shape)
+
+
+def _encode(prefix: str, x: Tensor, plain: Tensor) -> dict[str, Tensor]:
+    """Codes and scales of `plain` (float32), which is `x` (`[L, H, T, D]`) in the form that is coded."""
+    unusual = unusual_tokens(x)
+    if bool(unusual.any()):
+        plain = plain.masked_fill(unusual[:, None], 0.0)
+    greatest = plain.abs().amax((2, 3)) if plain.numel() else plain.new_zeros(plain.shape[:2])
+    scale = (greatest / _GREATEST).clamp_min(torch.finfo(torch.float32).tiny)
+    codes = (plain / scale[:, :, None, None]).clamp_(-_GREATEST, _GREATEST).to(torch.float8_e4m3fn)
+    return {prefix: codes.cpu(), f"{prefix}_scale": scale.cpu()} | take_exact(prefix, x, unusual)
+
+
+def _decode(
+    tensors: Mapping[str, Tensor],
+    prefix: str,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int, int],
+    turn: Turn | None = None,
+) -> Tensor:
+    L, H, T, D = shape
+    blob = EncodedChunk("fp8", tensors, {})
+    codes = expect_tensor(blob, prefix, torch.float8_e4m3fn, shape)
+    scale = expect_tensor(blob, f"{prefix}_scale", torch.float32, (L, H))
+    tokens, rows = read_exact("fp8", tensors, prefix, dtype, shape, T)
+    if not dtype.is_floating_point or (turn is not None and 2 * len(turn.rope.inv_freq) != D):
+        raise CodecError(f"fp8 chunk contradicts itself: {prefix} of {D} channels in {dtype} do not fit its spec")
+    out = torch.empty(shape, dtype=dtype, device=codes.device)
+    cos = sin = None
+    if turn is not None and bool(turn.coded.any()):
+        cos, sin = turn.rope.cos_sin(turn.coded.to(codes.device))
+    for layer in range(L):  # float32 of one layer stays in a cache
+        x = codes[layer].float().mul_(scale[layer, :, None, None])
+        if cos is not None and sin is not None and turn is not None:
+            x = rotate_pairs(x, cos, sin, turn.rope.interleaved)
+        out[layer] = x
+    if len(tokens):
+        rows = rows if turn is None else turn.rope.shift(rows, turn.exact[tokens])
+        out.index_copy_(2, tokens.to(out.device), rows)
+    return out
+
+
+def _maker(parameters: Mapping[str, Any]) -> Fp8Codec:
+    """The codec with these parameters, as a chunk names them."""
+    try:
+        return Fp8Codec(**{name: value for name, value in parameters.items() if name != "codec"})
+    except (TypeError, ValueError) as exc:
+        raise CodecError(f"fp8 chunk with parameters {dict(parameters)}: {exc}") from exc
