@@ -1,0 +1,83 @@
+"""Byte streams of unequal length as tensors that can still be read layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core import EncodedChunk
+from ..errors import CodecError
+from .envelope import expect_tensor
+
+STREAM_NAMES = frozenset({"streams.rows", "streams.sizes", "streams.spill_at", "streams.spill"})
+STREAM_LAYERED = STREAM_NAMES - {"streams.spill"}
+
+_LARGEST_PADDING_RATIO = 0.01
+
+
+def pack_streams(streams: Sequence[Sequence[bytes]]) -> dict[str, Tensor]:
+    """Every layer's streams, joined, in a row of one width for all layers; what does not fit a row is in the spill.
+
+    Rows are as wide as they can be with padding that takes at most 1 % of all bytes. A reader of some layers reads
+    their rows and the whole spill, which holds little: layers of one chunk are compressed about equally well.
+
+    Parameters
+    ----------
+    streams : equally many for each layer.
+
+    Returns
+    -------
+    streams.rows : `[L, W]` uint8.
+    streams.sizes : `[L, P]` int64, bytes of each stream of a layer.
+    streams.spill_at : `[L]` int64, where in the spill the layer goes on.
+    streams.spill : `[S]` uint8, not layered.
+    """
+    joined = [b"".join(layer) for layer in streams]
+    sizes = torch.tensor([[len(stream) for stream in layer] for layer in streams], dtype=torch.int64)
+    width = _row_bytes([len(layer) for layer in joined])
+    rows = np.zeros((len(joined), width), np.uint8)
+    for row, layer in zip(rows, joined, strict=True):
+        part = np.frombuffer(layer[:width], np.uint8)
+        row[: len(part)] = part
+    rests = [layer[width:] for layer in joined]
+    starts = np.cumsum([0, *map(len, rests)])[:-1]
+    return {
+        "streams.rows": torch.from_numpy(rows),
+        "streams.sizes": sizes.reshape(len(joined), -1),
+        "streams.spill_at": torch.from_numpy(starts.astype(np.int64)),
+        "streams.spill": torch.from_numpy(np.frombuffer(b"".join(rests), np.uint8).copy()),
+    }
+
+
+def unpack_streams(blob: EncodedChunk, num_layers: int, count: int) -> list[list[memoryview]]:
+    """The `count` streams of each of the `num_layers` layers that the blob holds.
+
+    Raises
+    ------
+    CodecError : the tensors contradict one another.
+    """
+    sizes = expect_tensor(blob, "streams.sizes", torch.int64, (num_layers, count)).tolist()
+    starts = expect_tensor(blob, "streams.spill_at", torch.int64, (num_layers,)).tolist()
+    rows, spill = blob.tensors["streams.rows"], blob.tensors["streams.spill"]
+    expect_tensor(blob, "streams.rows", torch.uint8, (num_layers, rows.shape[-1]))
+    expect_tensor(blob, "streams.spill", torch.uint8, (spill.numel(),))
+    rest, width, found = memoryview(spill.numpy()), rows.shape[-1], []
+    for row, layer, start in zip(rows.numpy(), sizes, starts, strict=True):
+        beyond = max(0, sum(layer) - width)
+        if min(layer, default=0) < 0 or not 0 <= start <= start + beyond <= len(rest):
+            raise CodecError(
+                f"{blob.codec} chunk: streams of {layer} bytes in a row of {width} and from {start} of the spill's "
+                f"{len(rest)}"
+            )
+        joined = memoryview(row) if not beyond else memoryview(bytes(row) + rest[start : start + beyond])
+        ends = np.cumsum([0, *layer]).tolist()
+        found.append([joined[a:b] for a, b in zip(ends, ends[1:], strict=False)])
+    return found
+
+
+def _row_bytes(lengths: Sequence[int]) -> int:
+    allowed = int(sum(lengths) * _LARGEST_PADDING_RATIO)
+    return max((w for w in lengths if sum(max(0, w - n) for n in lengths) <= allowed), default=0)
