@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -74,7 +75,7 @@ def unpack_streams(blob: EncodedChunk, num_layers: int, count: int) -> list[list
             )
         joined = memoryview(row) if not beyond else memoryview(bytes(row) + rest[start : start + beyond])
         ends = np.cumsum([0, *layer]).tolist()
-        found.append([joined[a:b] for a, b in zip(ends, ends[1:], strict=False)])
+        found.append([joined[a:b] for a, b in pairwise(ends)])
     return found
 
 
