@@ -72,7 +72,9 @@ class EntropyCodec:
             self.profile.check_serves(chunk.spec)
         inner = self.inner.encode(chunk)
         layers = range(chunk.first_layer, chunk.first_layer + len(chunk.keys))
-        streamed, tables, columns = {}, {}, []
+        streamed: dict[str, Streamed] = {}
+        tables: dict[str, Tensor] = {}
+        columns: list[list[bytes]] = []
         for name, (bits, count) in sorted(_packed_codes(self.inner, inner).items()):
             packed = inner.tensors[name]
             streamed[name] = one = Streamed(packed.dtype, tuple(packed.shape[1:]), bits, count)

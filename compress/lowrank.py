@@ -52,7 +52,7 @@ class LowRankCodec:
     energy: float | None = None
     factor_bits: int | None = None
     profile: Profile | None = None
-    sink_tokens: int = 4
+    sink_tokens: int = 1
     max_residual: float | None = 0.5
 
     name: ClassVar[str] = "lowrank"
@@ -76,9 +76,9 @@ class LowRankCodec:
         wild = ~(keys.norm(dim=-1) <= _LARGEST_NORM)  # NaN compares false
         exact = wild | (chunk.positions < self.sink_tokens)
         keys = torch.where(exact[..., None], 0.0, keys)
-        factor, basis = self._shared(chunk, keys) if self.profile else self._own(keys)
+        factor, basis = self._own(keys) if self.profile is None else self._shared(chunk, keys)
         tensors = _stored_factor(factor, self.factor_bits)
-        if not self.profile:
+        if self.profile is None:
             tensors["keys.basis"] = basis = basis.half()
         rebuilt = _read_factor(tensors, self.factor_bits) @ basis.float()
         errors = (rebuilt - keys).norm(dim=-1) / keys.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
@@ -99,6 +99,8 @@ class LowRankCodec:
         """
         names = _ALWAYS | self.values.value_names | ((_QUANTIZED | {"keys.basis"}) & blob.tensors.keys())
         envelope = open_envelope(blob, self.name, names)
+        if blob.layered != names:
+            raise CodecError(f"lowrank chunk has layered tensors {sorted(blob.layered)}; expected {sorted(names)}")
         spec, placed = envelope.spec, envelope.placed(positions)
         factor = _checked_factor(blob, envelope)
         basis = self._basis_of(blob, envelope, factor.shape[-1])

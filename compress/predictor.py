@@ -61,6 +61,10 @@ class Predictor:
         CodecError : they contradict one another.
         """
         channels = len(bias)
+        if frequencies.dtype != torch.int16 or bias.dtype != torch.int32:
+            raise CodecError(
+                f"frequencies are {frequencies.dtype}, bias {bias.dtype}; expected torch.int16, torch.int32"
+            )
         if (
             frequencies.ndim != 3
             or classes.shape != (channels,)
@@ -138,7 +142,8 @@ class Predictor:
                 raise CodecError(f"entropy stream of {len(stream)} bytes ends before channel {own.stop} of {channels}")
         if taken != len(words) or bool((states != 1 << 16).any()):
             raise CodecError(f"entropy stream of {len(stream)} bytes does not end where its codes do")
-        return ((numbers + (count - 1)) / 2).astype(np.uint8)
+        codes: NDArray[np.uint8] = ((numbers + (count - 1)) / 2).astype(np.uint8)
+        return codes
 
 
 def to_frequencies(counts: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ PROBABILITY_BITS = 12
 LOWEST_STATE = 1 << 16  # where every lane begins to encode, and must end to decode
 
 
-@numba.njit(nogil=True)
+@numba.njit(nogil=True, error_model="numpy")
 def encode(
     symbols: NDArray[np.uint8], contexts: NDArray[np.int32], starts: NDArray[np.int32], lanes: int
 ) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]:
@@ -47,7 +47,7 @@ def encode(
     return states.astype(np.uint32), words[free:]
 
 
-@numba.njit(nogil=True)
+@numba.njit(nogil=True, error_model="numpy")
 def decode(
     predicted: NDArray[np.float32],
     weights: NDArray[np.float32],

@@ -47,7 +47,7 @@ def pack_streams(streams: Sequence[Sequence[bytes]]) -> dict[str, Tensor]:
     starts = np.cumsum([0, *map(len, rests)])[:-1]
     return {
         "streams.rows": torch.from_numpy(rows),
-        "streams.sizes": sizes.reshape(len(joined), -1),
+        "streams.sizes": sizes.reshape(len(joined), len(streams[0]) if streams else 0),
         "streams.spill_at": torch.from_numpy(starts.astype(np.int64)),
         "streams.spill": torch.from_numpy(np.frombuffer(b"".join(rests), np.uint8).copy()),
     }
@@ -60,12 +60,16 @@ def unpack_streams(blob: EncodedChunk, num_layers: int, count: int) -> list[list
     ------
     CodecError : the tensors contradict one another.
     """
+    if not blob.layered >= STREAM_LAYERED:
+        raise CodecError(
+            f"{blob.codec} chunk has layered tensors {sorted(blob.layered)}; expected {sorted(STREAM_LAYERED)}"
+        )
     sizes = expect_tensor(blob, "streams.sizes", torch.int64, (num_layers, count)).tolist()
     starts = expect_tensor(blob, "streams.spill_at", torch.int64, (num_layers,)).tolist()
     rows, spill = blob.tensors["streams.rows"], blob.tensors["streams.spill"]
     expect_tensor(blob, "streams.rows", torch.uint8, (num_layers, rows.shape[-1]))
     expect_tensor(blob, "streams.spill", torch.uint8, (spill.numel(),))
-    rest, width, found = memoryview(spill.numpy()), rows.shape[-1], []
+    rest, width, found = spill.numpy().data, rows.shape[-1], []
     for row, layer, start in zip(rows.numpy(), sizes, starts, strict=True):
         beyond = max(0, sum(layer) - width)
         if min(layer, default=0) < 0 or not 0 <= start <= start + beyond <= len(rest):
@@ -73,7 +77,7 @@ def unpack_streams(blob: EncodedChunk, num_layers: int, count: int) -> list[list
                 f"{blob.codec} chunk: streams of {layer} bytes in a row of {width} and from {start} of the spill's "
                 f"{len(rest)}"
             )
-        joined = memoryview(row) if not beyond else memoryview(bytes(row) + rest[start : start + beyond])
+        joined = row.data if not beyond else memoryview(bytes(row) + rest[start : start + beyond])
         ends = np.cumsum([0, *layer]).tolist()
         found.append([joined[a:b] for a, b in pairwise(ends)])
     return found

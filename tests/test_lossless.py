@@ -106,9 +106,9 @@ def test_streams_of_any_length(lengths: list[list[int]], part: tuple[int, int]) 
 
 
 def test_a_layer_reads_little_beyond_its_row() -> None:
-    lengths = [1000, 1010, 990, 1005, 1002]
+    lengths = [1000, 1100, 990, 1005, 1002]
     tensors = pack_streams([[bytes(n)] for n in lengths])
-    assert tensors["streams.rows"].shape == (5, 1002) and len(tensors["streams.spill"]) == 11
+    assert tensors["streams.rows"].shape == (5, 1005) and len(tensors["streams.spill"]) == 95
 
 
 @pytest.mark.parametrize(
@@ -225,4 +225,4 @@ def test_stored_form_is_fixed() -> None:
     for layer in unpack_streams(blob, 3, 8):
         for stream in layer:
             digest.update(zstandard.decompress(stream))
-    assert digest.hexdigest() == "golden"
+    assert digest.hexdigest() == "d7a4b38554fff38e"

@@ -175,12 +175,12 @@ def test_sinks_and_strangers_are_exact() -> None:
 
 def test_every_token_within_the_residual() -> None:
     chunk = make_chunk(1, tokens=50, start=10)
-    for bound in (0.0, 0.05, 0.3, 0.8):
+    for bound in (0.0, 0.05, 0.5, 0.8):
         codec = LowRankCodec(rank=6, max_residual=bound)
         found = codec.decode(codec.encode(chunk)).keys
         ratios = (found - chunk.keys).norm(dim=(1, 3)) / chunk.keys.norm(dim=(1, 3))
         assert float(ratios.max()) <= bound + 1e-5
-        assert bound > 0.5 or bool((ratios > 0).any()) or bound == 0.0
+        assert bool((ratios > 0.05).any()) == (bound >= 0.5)
 
 
 def test_keys_take_a_twentieth_in_an_8b_model() -> None:
@@ -291,4 +291,4 @@ def test_stored_form_is_fixed() -> None:
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(blob.tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode() + tensor.numpy().tobytes())
-    assert digest.hexdigest() == "golden"
+    assert digest.hexdigest() == "514c89df049d2d68"
