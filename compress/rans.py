@@ -34,16 +34,18 @@ def encode(
     states = np.full(lanes, LOWEST_STATE, np.uint64)
     free = len(words)
     for channel in range(channels - 1, -1, -1):
+        lane = tokens % lanes  # counted, as a division takes longer than all the rest
         for token in range(tokens - 1, -1, -1):
+            lane = (lane if lane else lanes) - 1
             row = starts[contexts[channel, token]]
             start = np.uint64(row[symbols[channel, token]])
             share = np.uint64(row[symbols[channel, token] + 1]) - start
-            state = states[token % lanes]
+            state = states[lane]
             if state >= share << np.uint64(20):
                 free -= 1
                 words[free] = np.uint16(state & np.uint64(0xFFFF))
                 state >>= np.uint64(16)
-            states[token % lanes] = ((state // share) << np.uint64(PROBABILITY_BITS)) + state % share + start
+            states[lane] = ((state // share) << np.uint64(PROBABILITY_BITS)) + state % share + start
     return states.astype(np.uint32), words[free:]
 
 
@@ -86,10 +88,11 @@ def decode(
                 known = numbers[before]
                 for token in range(tokens):
                     row[token] += weight * known[token]
+        lane = 0
         for token in range(tokens):
             place = min(max(np.int32(row[token]) >> shift, 0), bins - 1)
             table = starts[offsets[channel] + place]
-            state = states[token % lanes]
+            state = states[lane]
             slot = np.int32(state & np.uint64((1 << PROBABILITY_BITS) - 1))
             symbol, half = 0, count >> 1
             while half:
@@ -103,6 +106,9 @@ def decode(
                     return -1
                 state = (state << np.uint64(16)) | np.uint64(words[taken])
                 taken += 1
-            states[token % lanes] = state
+            states[lane] = state
+            lane += 1
+            if lane == lanes:
+                lane = 0
             numbers[channel, token] = np.float32(2 * symbol - (count - 1))
     return taken
