@@ -36,7 +36,7 @@ def encode(
     for channel in range(channels - 1, -1, -1):
         lane = tokens % lanes  # counted, as a division takes longer than all the rest
         for token in range(tokens - 1, -1, -1):
-            lane = (lane if lane else lanes) - 1
+            lane = (lane or lanes) - 1
             row = starts[contexts[channel, token]]
             start = np.uint64(row[symbols[channel, token]])
             share = np.uint64(row[symbols[channel, token] + 1]) - start
