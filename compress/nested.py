@@ -113,6 +113,8 @@ def open_nested(blob: EncodedChunk, codec: str, names: Collection[str]) -> Neste
     meta |= {"spec": blob.meta["spec"], "first_layer": blob.meta["first_layer"]}
     tensors = {name.removeprefix(_PREFIX): blob.tensors[name] for name in kept}
     tensors |= {name: blob.tensors[name] for name in _COMMON}
+    if twice := streamed.keys() & tensors.keys():
+        raise CodecError(f"{codec} chunk holds {sorted(twice)} twice: as they are, and in streams")
     layered = frozenset(name.removeprefix(_PREFIX) for name in blob.layered & kept)
     return Nested(envelope, EncodedChunk(inner_codec, tensors, meta, layered, blob.leased), streamed)
 

@@ -207,6 +207,15 @@ def test_refuses_what_does_not_say_what_is_inside(inner: str) -> None:
         codec.decode(EncodedChunk(blob.codec, blob.tensors, blob.meta | {"inner": inner}, blob.layered))
 
 
+def test_refuses_a_tensor_that_is_there_twice() -> None:
+    codec = LosslessCodec()
+    blob = codec.encode(make_chunk(1))
+    inner = json.loads(blob.meta["inner"])
+    inner["streamed"]["token_ids"] = ["int64", [], 0, 0]
+    with pytest.raises(CodecError, match="token_ids"):
+        codec.decode(EncodedChunk(blob.codec, blob.tensors, blob.meta | {"inner": json.dumps(inner)}, blob.layered))
+
+
 def test_refuses_another_inner_codec() -> None:
     blob = LosslessCodec(LowRankCodec()).encode(make_chunk(1))
     with pytest.raises(CodecError, match="lowrank"):
