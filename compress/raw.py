@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..core import EncodedChunk, KVChunk
+from ..core import EncodedChunk, KVChunk, KVSpec
 from ..errors import CodecError, SpecMismatchError
 from .envelope import cpu_copy, open_envelope, seal
 
@@ -20,6 +21,7 @@ class RawCodec:
 
     name: ClassVar[str] = "raw"
     is_lossless: ClassVar[bool] = True
+    value_names: ClassVar[frozenset[str]] = frozenset({"values"})
 
     def encode(self, chunk: KVChunk) -> EncodedChunk:
         """The chunk's tensors themselves, leased, where they are contiguous on the cpu; otherwise copies that are."""
@@ -60,3 +62,22 @@ class RawCodec:
         positions = envelope.placed(positions)
         keys = chunk.keys if spec.rope is None else spec.rope.shift(chunk.keys, positions - chunk.positions)
         return KVChunk(spec, chunk.token_ids, positions, keys, chunk.values, chunk.first_layer)
+
+    def encode_values(self, spec: KVSpec, values: Tensor, first_layer: int) -> dict[str, Tensor]:  # noqa: ARG002
+        """The values as they are, for a codec that changes keys alone."""
+        return {"values": cpu_copy(values)}
+
+    def decode_values(
+        self,
+        spec: KVSpec,
+        tensors: Mapping[str, Tensor],
+        first_layer: int,  # noqa: ARG002
+        tokens: int,
+        parameters: Mapping[str, Any],  # noqa: ARG002
+    ) -> Tensor:
+        """See `EncodesValues`."""
+        values = tensors["values"]
+        shape = (len(values), spec.num_kv_heads, tokens, spec.value_dim)
+        if values.dtype != spec.dtype or values.shape != shape:
+            raise CodecError(f"values are {values.dtype} {list(values.shape)}; expected {spec.dtype} {list(shape)}")
+        return values
