@@ -1,4 +1,4 @@
-"""`dequantise` compiled for the processor at hand; needs numba (`pip install "kvloom[numba]"`).
+"""`dequantise` compiled for the processor at hand; needs numba (`pip install "kvloom[nuq]"`).
 
 For each layer and token, for each head: codes are unpacked and looked up, 16 at a time, in a table that already holds
 the token's range, then scaled by channel. Then outliers replace what stands in their channels, and each head's row is
@@ -183,7 +183,6 @@ def _decode_layers(
     numbers = np.zeros(padded + lanes, np.uint8)
     table = np.empty(_u(_MAX_LEVELS), np.float32)
     token = np.zeros(H * D + lanes, np.float32)  # a step of 16 may end in the next head, which is filled later
-    turned = np.zeros(D + lanes, np.float32)
     last = np.zeros(lanes, out.dtype)
     for layer in range(_u(start), _u(stop)):
         for t in range(T):
@@ -220,24 +219,21 @@ def _decode_layers(
                 token[channels[at * slots + i]] = outliers[at * slots + i]
             for h in range(H):
                 row, angle, target = h * D, t * half, ((layer * H + h) * T + t) * D
-                if turning == 0:
-                    for i in range(D):
-                        turned[i] = token[row + i]
-                elif turning == 1:
+                if turning == 1:
                     for i in range(half):
                         a, b, c, s = token[row + i], token[row + half + i], cos[angle + i], sin[angle + i]
-                        turned[i] = a * c - b * s
-                        turned[half + i] = b * c + a * s
-                else:
+                        token[row + i] = a * c - b * s
+                        token[row + half + i] = b * c + a * s
+                elif turning == 2:
                     for i in range(half):
                         a, b = token[row + _u(2) * i], token[row + _u(2) * i + _u(1)]
                         c, s = cos[angle + i], sin[angle + i]
-                        turned[_u(2) * i] = a * c - b * s
-                        turned[_u(2) * i + _u(1)] = b * c + a * s
+                        token[row + _u(2) * i] = a * c - b * s
+                        token[row + _u(2) * i + _u(1)] = b * c + a * s
                 whole = D // lanes * lanes
                 for i in range(_u(0), whole, lanes):
-                    _round(turned, i, out, target + i)
+                    _round(token, row + i, out, target + i)
                 if whole < D:
-                    _round(turned, whole, last, _u(0))
+                    _round(token, row + whole, last, _u(0))
                     for i in range(D - whole):
                         out[target + whole + i] = last[i]

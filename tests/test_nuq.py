@@ -286,15 +286,18 @@ def test_refuses_other_dtypes(name: str) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"bits": 3}, {"bits": "4"}, {"bits": 99}, {"bits": None}, {"outlier_ratio": 0.5}, {"outlier_ratio": 2}]
-    + [{"outlier_ratio": None}, {"q_norm": "no"}, {"profile": "0" * 64}, {"profile": None}],
+    [
+        *({"bits": bits} for bits in (3, "4", 99, None, 0)),
+        *({"outlier_ratio": ratio} for ratio in (0.5, 2, -1, None)),
+        *({"profile": profile} for profile in ("0" * 64, None)),
+        {"q_norm": "no"},
+    ],
+    ids=str,
 )
 def test_refuses_other_parameters(change: dict[str, object]) -> None:
-    parameters = json.dumps(json.loads(BLOB.meta["parameters"]) | change)
+    meta = {**BLOB.meta, "parameters": json.dumps(json.loads(BLOB.meta["parameters"]) | change)}
     with pytest.raises(CodecError):
-        NuqCodec(PROFILE).decode(
-            EncodedChunk("nuq", BLOB.tensors, {**BLOB.meta, "parameters": parameters}, BLOB.layered)
-        )
+        NuqCodec(PROFILE).decode(EncodedChunk("nuq", BLOB.tensors, meta, BLOB.layered))
 
 
 @pytest.mark.parametrize(
