@@ -83,9 +83,9 @@ def _flat(tensor: Tensor) -> np.ndarray[Any, Any]:
 
 def _compiled(function: Callable[..., None]) -> Callable[..., None]:
     try:
-        return njit(nogil=True, cache=True)(function)  # type: ignore[no-any-return]
+        return njit(nogil=True, cache=True)(function)
     except RuntimeError:  # numba found no folder that it may write machine code to
-        return njit(nogil=True)(function)  # type: ignore[no-any-return]
+        return njit(nogil=True)(function)
 
 
 def _lanes(context: Any, builder: Any, array_type: Any, array: Any, index: Any, element: ir.Type) -> Any:
@@ -106,8 +106,7 @@ def _vector(element: ir.Type, value: int) -> ir.Constant:
     return ir.Constant(ir.VectorType(element, _LANES), [value] * _LANES)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _look_up(_typing: Any, numbers: Any, i: Any, table: Any, scale: Any, zero: Any, c: Any, out: Any, o: Any) -> Any:
+def _type_look_up(_typing: Any, numbers: Any, i: Any, table: Any, scale: Any, zero: Any, c: Any, out: Any, o: Any) -> Any:
     """`out[o + n] = table[numbers[i + n]] * scale[c + n] + zero[c + n]` for 16 n; numbers are below 16.
 
     LLVM makes one permutation of the extractions and insertions where the processor has it (`vpermd` of AVX-512).
@@ -133,8 +132,7 @@ def _look_up(_typing: Any, numbers: Any, i: Any, table: Any, scale: Any, zero: A
     return types.void(numbers, u, table, scale, zero, u, out, u), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _round(_typing: Any, row: Any, i: Any, out: Any, o: Any) -> Any:
+def _type_round(_typing: Any, row: Any, i: Any, out: Any, o: Any) -> Any:
     """`out[o + n] = row[i + n]` for 16 n, rounded to nearest even as `_STORED_AS` says."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -156,6 +154,10 @@ def _round(_typing: Any, row: Any, i: Any, out: Any, o: Any) -> Any:
 
     out_type = out
     return types.void(row, types.uint64, out, types.uint64), generate
+
+
+_look_up: Any = intrinsic(_type_look_up)
+_round: Any = intrinsic(_type_round)
 
 
 @_compiled

@@ -96,7 +96,8 @@ def quantile(values: Tensor, share: float) -> Tensor:
     `torch.quantile` refuses more than 16 million values.
     """
     rank = round(share * (len(values) - 1))
-    return values.kthvalue(rank + 1, dim=0).values
+    found: Tensor = values.kthvalue(rank + 1, dim=0).values
+    return found
 
 
 def _run_edges(weights: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def fit_layer(
     ------
     ValueError : shapes disagree, there are no samples, or one is not finite.
     """
-    found = {}
+    found: dict[str, Tensor] = {}
     for half, samples, fisher in (("keys", keys, key_fisher), ("values", values, value_fisher)):
         if samples.shape != fisher.shape or samples.ndim != 2 or not len(samples) or samples.shape[1] % heads:
             raise ValueError(

@@ -76,12 +76,12 @@ def relative_error(found: Tensor, true: Tensor) -> float:
 def test_error_vanishes_as_bits_grow() -> None:
     chunk, errors = make_chunk(1, tokens=64, start=100), []
     for bits in range(1, 9):
-        codec = NuqCodec(PROFILE, bits=bits, outlier_ratio=0.0)
+        codec = NuqCodec(PROFILE, bits=bits, outlier_ratio=0.1)
         decoded = codec.decode(codec.encode(chunk))
         errors.append((relative_error(decoded.keys, chunk.keys), relative_error(decoded.values, chunk.values)))
     # A bit more halves the step, but not what lies beyond the last level.
-    assert all(b < 0.7 * a for before, after in itertools.pairwise(errors) for a, b in zip(before, after, strict=True))
-    assert max(errors[3]) < 0.12 and max(errors[7]) < 0.01
+    assert all(b < 0.85 * a for before, after in itertools.pairwise(errors) for a, b in zip(before, after, strict=True))
+    assert max(errors[3]) < 0.1 and max(errors[7]) < 0.02
 
 
 def test_error_vanishes_as_outliers_grow() -> None:
@@ -195,7 +195,7 @@ def test_numbers_too_large_for_slots_and_ranges_stay(dtype: torch.dtype, size: f
     spec = replace(SPEC, dtype=dtype)
     chunk = make_chunk(9, tokens=6, spec=spec, start=5)
     chunk.keys[0, 0, 3] = size
-    chunk.values[2, :, 4] = torch.linspace(-size, size, 8)
+    chunk.values[2, :, 4] = size * torch.linspace(-1, 1, 8)
     codec = NuqCodec(PROFILE, clipped_limit=clipped_limit)
     decoded = codec.decode(codec.encode(chunk))
     assert bool(decoded.keys.isfinite().all()) and bool(decoded.values.isfinite().all())
@@ -318,7 +318,13 @@ def test_refuses_a_rope_of_another_head_dim() -> None:
 
 
 LITERAL = KVSpec("literal@1", num_layers=1, num_kv_heads=2, head_dim=8, dtype=torch.float16, rope=None)
-GOLDEN = {1: "", 2: "", 3: "", 4: "", 8: ""}
+GOLDEN = {
+    1: "4772ed93f62dc4b5069467ddb36eb18c",
+    2: "839b4a25233c5fdc0dacf9668b3939a7",
+    3: "2f9abd1bb7a7842ead55b04d3fd37b8d",
+    4: "83dc644ccaacbe5bddf37072a10294a7",
+    8: "cd0aa77e349af27c76dbe42015e6b058",
+}
 
 
 def literal_profile() -> Profile:
