@@ -1,0 +1,110 @@
+"""Codes, levels and outliers back to rotated keys, or values: the reference in torch, and the choice of the kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..core import RopeSpec
+from .ops import unpack_bits
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Grid:
+    """What turns codes into numbers, in some layers: `level * scale + zero`. All float32, contiguous.
+
+    Attributes
+    ----------
+    levels : `[L, H, 2 ** bits]`, ascending.
+    scale, zero : `[L, H, D]`.
+    """
+
+    levels: Tensor
+    scale: Tensor
+    zero: Tensor
+
+    @property
+    def bits(self) -> int:
+        return (self.levels.shape[-1] - 1).bit_length()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Codes:
+    """A quantised tensor `[L, H, T, D]`; a channel is a number `h * D + d`.
+
+    Attributes
+    ----------
+    packed : `[L, H, T, packed_bytes(D, bits)]` uint8, by `pack_bits`.
+    ranges : `[L, T, 2]` float32: levels of a token are first multiplied by one and raised by the other; None: by 1, 0.
+    channels : `[L, T, k]` int64, each below `H * D`, unequal within a row.
+    outliers : `[L, T, k]` float32, what stands there instead.
+    """
+
+    packed: Tensor
+    ranges: Tensor | None
+    channels: Tensor
+    outliers: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rotation:
+    """Rotary angles of T tokens. `cos`, `sin`: `[T, D / 2]` float32, rounded from float64 as `RopeSpec.shift` does."""
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool
+
+    @classmethod
+    def to(cls, positions: Tensor, rope: RopeSpec) -> Rotation:
+        angles = positions.double()[:, None] * torch.tensor(rope.inv_freq, dtype=torch.float64)
+        return cls(angles.cos().float(), angles.sin().float(), rope.interleaved)
+
+    def turn(self, rows: Tensor) -> Tensor:
+        """`[..., T, D]` rotated."""
+        if self.interleaved:
+            a, b = rows[..., 0::2], rows[..., 1::2]
+        else:
+            a, b = rows.chunk(2, dim=-1)
+        turned = a * self.cos - b * self.sin, b * self.cos + a * self.sin
+        return torch.stack(turned, -1).flatten(-2) if self.interleaved else torch.cat(turned, -1)
+
+
+def dequantise(grid: Grid, codes: Codes, rotation: Rotation | None, dtype: torch.dtype) -> Tensor:
+    """The tensor that `codes` stand for, rotated, rounded once to `dtype`: `[L, H, T, D]`.
+
+    Computed by compiled code where numba is installed, otherwise by `dequantise_slowly`; both give the same bits.
+    """
+    kernel = _kernel()
+    return dequantise_slowly(grid, codes, rotation, dtype) if kernel is None else kernel(grid, codes, rotation, dtype)
+
+
+def dequantise_slowly(grid: Grid, codes: Codes, rotation: Rotation | None, dtype: torch.dtype) -> Tensor:
+    """The reference."""
+    (L, H, T, _), D = codes.packed.shape, grid.scale.shape[-1]
+    out = torch.empty(L, H, T, D, dtype=dtype)
+    for layer in range(L):
+        numbers = unpack_bits(codes.packed[layer], grid.bits, D).long()
+        rows = grid.levels[layer].gather(1, numbers.view(H, T * D)).view(H, T, D)
+        if codes.ranges is not None:
+            scale, zero = codes.ranges[layer, :, :, None].unbind(1)
+            rows = rows * scale + zero
+        rows = rows * grid.scale[layer, :, None] + grid.zero[layer, :, None]
+        by_token = rows.transpose(0, 1).reshape(T, H * D)
+        by_token.scatter_(1, codes.channels[layer], codes.outliers[layer])
+        rows = by_token.view(T, H, D).transpose(0, 1)
+        out[layer] = rows if rotation is None else rotation.turn(rows)
+    return out
+
+
+@lru_cache(maxsize=1)
+def _kernel() -> Callable[[Grid, Codes, Rotation | None, torch.dtype], Tensor] | None:
+    # numba takes a second to import, and only who decodes needs it.
+    try:
+        from .dequantise_numba import dequantise_compiled
+    except ImportError:
+        return None
+    return dequantise_compiled
