@@ -65,7 +65,7 @@ class Profile:
         ------
         SpecMismatchError : model, geometry or rope of `spec` differ from the profile's.
         """
-        if _without_dtype(spec) != _without_dtype(self.spec):
+        if model_identity(spec) != model_identity(self.spec):
             raise SpecMismatchError(
                 f"this profile was made for {self.spec.model_id} ({self.spec.num_layers} layers, "
                 f"{self.spec.num_kv_heads} heads of {self.spec.head_dim}), the chunk is of {spec.model_id} "
@@ -98,8 +98,9 @@ class Profile:
             raise CodecError(f"{path} cannot be read as a profile: {exc}") from exc
 
     def _identity(self) -> str:
-        return _without_dtype(self.spec)
+        return model_identity(self.spec)
 
 
-def _without_dtype(spec: KVSpec) -> str:
+def model_identity(spec: KVSpec) -> str:
+    """Text that two specs share if they are of one model, in whatever precision."""
     return json.dumps(json.loads(spec.to_json()) | {"dtype": None}, sort_keys=True)
