@@ -16,9 +16,9 @@ from .permits import Permits
 class Forms:
     """The codec of every tier, and all codecs that are known. Every method may be called from any thread.
 
-    An exact chunk takes the form of the tier that it goes into, whether it is put, demoted or promoted. A chunk that has
-    lost something stays as it is wherever it goes: encoding it again could only lose more, and nobody has measured two
-    losses in a row. So what a chunk says of itself, and the certificate that it needs, never change on its way.
+    An exact chunk takes the form of the tier that it goes into, whether it is put, demoted or promoted. A chunk that
+    has lost something stays as it is wherever it goes: encoding it again could only lose more, and nobody has measured
+    two losses in a row. So what a chunk says of itself, and the certificate that it needs, never change on its way.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ class Forms:
 
     def expect_permits(self, spec: KVSpec) -> None:
         """Raises `UncertifiedError` unless every tier's form may be used for this model."""
-        for codec in {form: codec for form, codec in self._tier_codecs}.values():
+        for codec in dict(self._tier_codecs).values():
             self.permits.expect(codec, spec)
 
     def encoder(self, chunk: KVChunk) -> Callable[[int], EncodedChunk]:

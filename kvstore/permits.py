@@ -95,8 +95,8 @@ class Permits:
             is_first, self._warned = not self._warned, True
         if is_first:
             warnings.warn(
-                f"the lossy codec {codec!r} is used for {model} without a certificate (allow_uncertified=True): answers "
-                "may differ from the exact model's by an unknown amount; measure it with `kvloom certify`",
+                f"the lossy codec {codec!r} is used for {model} without a certificate (allow_uncertified=True): "
+                "answers may differ from the exact model's by an unknown amount; measure it with `kvloom certify`",
                 UncertifiedWarning,
                 stacklevel=5,
             )

@@ -74,8 +74,8 @@ class KVStore:
 
     Raises
     ------
-    ValueError : no tiers, or two of one name; codecs for tiers that are not there; no policy, admission or promotion of that name; reserves above 1;
-        `timeout_s` is not above 0.
+    ValueError : no tiers, or two of one name; codecs for tiers that are not there; no policy, admission or promotion of
+        that name; reserves above 1; `timeout_s` is not above 0.
     """
 
     def __init__(

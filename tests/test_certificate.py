@@ -122,9 +122,8 @@ def test_put_needs_a_certificate() -> None:
 def test_every_tier_needs_its_certificate() -> None:
     tiers = [HostTier(None, pinned=False), HostTier(None, pinned=False)]
     tiers[1].name = "second"
-    with KVStore(tiers, tier_codecs={"second": COARSE}, write_through=False) as store:
-        with pytest.raises(UncertifiedError):
-            store.put(make_key(1), make_chunk(1))
+    with KVStore(tiers, tier_codecs={"second": COARSE}, write_through=False) as store, pytest.raises(UncertifiedError):
+        store.put(make_key(1), make_chunk(1))
 
 
 def test_get_without_a_certificate_is_a_miss_that_stays(tmp_path: Path) -> None:
@@ -182,9 +181,9 @@ def test_the_override_is_loud_once(tmp_path: Path) -> None:
             store.put(make_key(2), make_chunk(2))
             assert store.get(make_key(1)) is not None
         assert len(caught) == 1 and store.stats().uncertified_uses == 3
-    with KVStore([DiskTier(tmp_path)], codecs=[COARSE], allow_uncertified=True) as store:
-        with pytest.warns(UncertifiedWarning):
-            assert store.get(make_key(2)) is not None
+    again = KVStore([DiskTier(tmp_path)], codecs=[COARSE], allow_uncertified=True)
+    with again as store, pytest.warns(UncertifiedWarning):
+        assert store.get(make_key(2)) is not None
 
 
 def test_blobs_of_no_readable_model_are_not_served() -> None:

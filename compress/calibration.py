@@ -1,0 +1,72 @@
+"""What every method learns from a model's keys and values: one table, one line a method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from ..core import KVChunk, KVSpec
+from .profile import Profile
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerSample:
+    """Keys and values of one layer over a calibration text, and what an error in each number costs.
+
+    Attributes
+    ----------
+    keys : `[N, H, D]` float32, before rotation, as codecs take them back: `rope.shift(keys, -positions)`.
+    values : `[N, H, Dv]` float32.
+    key_fisher, value_fisher : of the same shapes, the squared gradients of the language-model loss (nats, summed over a
+        sequence): the diagonal of the Fisher information.
+    """
+
+    spec: KVSpec
+    keys: Tensor
+    values: Tensor
+    key_fisher: Tensor
+    value_fisher: Tensor
+
+
+LayerFit: TypeAlias = Callable[[LayerSample], Mapping[str, Tensor]]
+"""From a layer's sample to tensors of a profile, without the layer dimension."""
+
+ChunkFit: TypeAlias = Callable[[Profile, Callable[[], Iterator[KVChunk]]], Mapping[str, Tensor]]
+"""From what the layers' fits have found, and chunks of the same text (anew at each call), to further tensors, whole."""
+
+
+def _nuq(sample: LayerSample) -> Mapping[str, Tensor]:
+    flat = [t.flatten(1) for t in (sample.keys, sample.key_fisher, sample.values, sample.value_fisher)]
+    found: Mapping[str, Tensor] = _function("nuq_fit", "fit_layer")(*flat, heads=sample.spec.num_kv_heads)
+    return found
+
+
+def _kv4(sample: LayerSample) -> Mapping[str, Tensor]:
+    is_interleaved = sample.spec.rope is not None and sample.spec.rope.interleaved
+    return {"smooth.keys": _function("kv4", "fit_smoothing")(sample.keys, interleaved=is_interleaved)}
+
+
+def _lowrank(sample: LayerSample) -> Mapping[str, Tensor]:
+    gram = _function("gram", "Gram").of(sample.keys.flatten(1))
+    found: Mapping[str, Tensor] = _function("lowrank", "fit_layer")(gram)
+    return found
+
+
+def _function(module: str, name: str) -> Any:
+    return getattr(import_module(f".{module}", __package__), name)
+
+
+_MODULES: dict[str, tuple[str, LayerFit]] = {
+    "nuq": ("nuq_fit", _nuq),
+    "kv4": ("kv4", _kv4),
+    "lowrank": ("lowrank", _lowrank),
+}
+LAYER_FITS: Mapping[str, LayerFit] = {
+    method: fit for method, (module, fit) in _MODULES.items() if find_spec(f"{__package__}.{module}") is not None
+}
+CHUNK_FITS: Mapping[str, ChunkFit] = {}
