@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -12,6 +12,9 @@ from torch import Tensor
 
 from ..core import KVChunk, KVSpec
 from .profile import Profile
+
+
+_ENTROPY_BITS = (4, 3, 2)  # of `nuq`, whose codes get tables
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,8 +39,11 @@ class LayerSample:
 LayerFit: TypeAlias = Callable[[LayerSample], Mapping[str, Tensor]]
 """From a layer's sample to tensors of a profile, without the layer dimension."""
 
-ChunkFit: TypeAlias = Callable[[Profile, Callable[[], Iterator[KVChunk]]], Mapping[str, Tensor]]
-"""From what the layers' fits have found, and chunks of the same text (anew at each call), to further tensors, whole."""
+ChunkFit: TypeAlias = Callable[[Profile, Iterable[KVChunk]], Mapping[str, Tensor]]
+"""From what the layers' fits have found, and chunks of the same text, to further tensors, layers stacked.
+
+The chunks are computed while they are gone through, and may be gone through again.
+"""
 
 
 def _nuq(sample: LayerSample) -> Mapping[str, Tensor]:
@@ -57,6 +63,11 @@ def _lowrank(sample: LayerSample) -> Mapping[str, Tensor]:
     return found
 
 
+def _entropy(profile: Profile, chunks: Iterable[KVChunk]) -> Mapping[str, Tensor]:
+    fit, nuq = _function("entropy", "fit_entropy"), _function("nuq", "NuqCodec")
+    return {name: t for bits in _ENTROPY_BITS for name, t in fit(nuq(profile, bits=bits), chunks).items()}
+
+
 def _function(module: str, name: str) -> Any:
     return getattr(import_module(f".{module}", __package__), name)
 
@@ -69,4 +80,8 @@ _MODULES: dict[str, tuple[str, LayerFit]] = {
 LAYER_FITS: Mapping[str, LayerFit] = {
     method: fit for method, (module, fit) in _MODULES.items() if find_spec(f"{__package__}.{module}") is not None
 }
-CHUNK_FITS: Mapping[str, ChunkFit] = {}
+CHUNK_FITS: Mapping[str, ChunkFit] = {
+    method: fit
+    for method, modules, fit in (("entropy", ("nuq", "entropy"), _entropy),)
+    if all(find_spec(f"{__package__}.{module}") is not None for module in modules)
+}

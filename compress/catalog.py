@@ -53,6 +53,13 @@ def _grouped(bits: int) -> Make:
     return lambda _: _class("grouped", "GroupedCodec")(bits=bits)
 
 
+def _kv4(profile: Profile | None) -> Codec:
+    # Smoothing is an option: a profile without its factors is as good as none.
+    smooths = profile is not None and "smooth.keys" in profile.tensors
+    codec: Codec = _class("kv4", "Kv4Codec")(profile=profile if smooths else None)
+    return codec
+
+
 def _lowrank(name: str, factor_bits: int | None, values: Make) -> Make:
     return lambda profile: _class("lowrank", "LowRankCodec")(
         values(_wanted(profile, name)), factor_bits=factor_bits, profile=_wanted(profile, name)
@@ -73,7 +80,7 @@ CODECS: Mapping[str, Make] = {
     "raw": lambda _: RawCodec(),
     "lossless": _lossless(lambda _: RawCodec()),
     **{f"int{bits}": _grouped(bits) for bits in (8, 4, 2)},
-    "kv4": lambda profile: _class("kv4", "Kv4Codec")(profile=profile),
+    "kv4": _kv4,
     "fp8": lambda _: _class("fp8", "Fp8Codec")(),
     **_NUQ,
     "lowrank": _lowrank("lowrank", None, lambda _: RawCodec()),

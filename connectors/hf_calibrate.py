@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
@@ -143,7 +144,7 @@ def calibrate(
     }
     profile = Profile(spec, tensors, about)
     for chunk_fit in chunk_fits.values():
-        more = chunk_fit(profile, lambda: _chunks(layers, windows, skip_tokens, model.device))
+        more = chunk_fit(profile, _Chunks(layers, windows, skip_tokens, model.device))
         profile = Profile(spec, {**profile.tensors, **more}, about)
     return profile
 
@@ -221,24 +222,35 @@ def _loss_gradient(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> tuple
     return gradient.cpu(), total
 
 
-@torch.no_grad()
-def _chunks(
-    layers: TransformersModel, windows: Sequence[Sequence[int]], skip_tokens: int, device: torch.device
-) -> Iterator[KVChunk]:
-    """The same text as chunks of `_CHUNK_TOKENS` tokens, one sequence computed at a time."""
-    for window in windows:
-        ids = torch.tensor(list(window))
-        positions = torch.arange(len(ids), device=device)
-        hidden, both = layers.embed(ids.to(device)), []
+@dataclass(frozen=True, slots=True, eq=False)
+class _Chunks:
+    """The same text as chunks of `_CHUNK_TOKENS` tokens, computed anew each time that they are gone through."""
+
+    layers: TransformersModel
+    windows: Sequence[Sequence[int]]
+    skip_tokens: int
+    device: torch.device
+
+    def __iter__(self) -> Iterator[KVChunk]:
+        for window in self.windows:
+            whole = self._compute(torch.tensor(list(window)))
+            for start in range(self.skip_tokens, len(whole), _CHUNK_TOKENS):
+                here = slice(start, start + _CHUNK_TOKENS)
+                ids, positions = whole.token_ids[here], whole.positions[here]
+                yield KVChunk(whole.spec, ids, positions, whole.keys[:, :, here], whole.values[:, :, here])
+
+    @torch.no_grad()
+    def _compute(self, ids: Tensor) -> KVChunk:
+        layers = self.layers
+        positions = torch.arange(len(ids), device=self.device)
+        hidden, both = layers.embed(ids.to(self.device)), []
         for layer in range(layers.spec.num_layers):
             queries, keys, values = layers.qkv(layer, hidden, positions)
             both.append((keys.cpu(), values.cpu()))
             if layer + 1 < layers.spec.num_layers:
                 hidden = layers.finish(layer, hidden, _attend(layers, layer, queries, keys, values, positions))
         keys, values = (torch.stack(parts) for parts in zip(*both, strict=True))
-        for start in range(skip_tokens, len(ids), _CHUNK_TOKENS):
-            here = slice(start, start + _CHUNK_TOKENS)
-            yield KVChunk(layers.spec, ids[here], positions[here].cpu(), keys[:, :, here], values[:, :, here])
+        return KVChunk(layers.spec, ids, positions.cpu(), keys, values)
 
 
 def _attend(

@@ -1,6 +1,6 @@
 """Calibration: the layer-by-layer gradients are those of a plain backward pass, and profiles come out whole."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,7 @@ WINDOWS = [list(range(5, 45)), list(range(100, 133)), [7, 7, 9, 300, 11]]
 
 
 def plain_backward(model: PreTrainedModel, ids: list[int]) -> list[tuple[Tensor, ...]]:
-    """Keys before rotation and values `[T, H, D]` of every layer, and the gradients of the summed loss: one backward."""
+    """Keys before rotation and values `[T, H, D]` of every layer, and gradients of the summed loss."""
     seen: dict[tuple[int, str], Tensor] = {}
 
     def keep(layer: int, name: str) -> Callable[..., Tensor]:
@@ -143,9 +143,9 @@ def test_later_fits_see_the_profile_and_the_chunks() -> None:
     model = make_model("llama")
     seen: list[KVChunk] = []
 
-    def fit(profile: Profile, chunks: Callable[[], Iterator[KVChunk]]) -> Mapping[str, Tensor]:
-        seen.extend(chunks())
-        assert len(list(chunks())) == len(seen)  # anew at each call
+    def fit(profile: Profile, chunks: Iterable[KVChunk]) -> Mapping[str, Tensor]:
+        seen.extend(chunks)
+        assert len(list(chunks)) == len(seen)  # once more
         return {"late.mean": profile["mean.keys"] * 2}
 
     profile = calibrate(model, WINDOWS, model_id="m", layer_fits={"mean": Samples()}, chunk_fits={"late": fit})
