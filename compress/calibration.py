@@ -13,7 +13,6 @@ from torch import Tensor
 from ..core import KVChunk, KVSpec
 from .profile import Profile
 
-
 _ENTROPY_BITS = (4, 3, 2)  # of `nuq`, whose codes get tables
 
 

@@ -198,11 +198,11 @@ def _backward(
             output = layers.finish(layer, hidden, _attend(layers, layer, queries, keys, values, positions))
             found = torch.autograd.grad(output, (keys, values, hidden), gradient[a:b].to(device))
         gradient[a:b] = found[2].cpu()
-        half = [keys, values, found[0], found[1]]
+        half = [keys.detach(), values.detach(), found[0], found[1]]
         rope = layers.spec.rope
         if rope is not None:  # rotations are orthogonal: gradients turn back as keys do
-            half[0], half[2] = (rope.shift(t.float(), -positions) for t in (keys, found[0]))
-        kept.append(tuple(t.detach().transpose(0, 1)[skip_tokens:].float().cpu() for t in half))
+            half[0], half[2] = (rope.shift(t.float(), -positions) for t in (half[0], half[2]))
+        kept.append(tuple(t.transpose(0, 1)[skip_tokens:].float().cpu() for t in half))
         advance("backward", b - a)
     keys, values, key_gradient, value_gradient = (torch.cat(parts) for parts in zip(*kept, strict=True))
     return LayerSample(layers.spec, keys, values, key_gradient.square_(), value_gradient.square_())

@@ -115,7 +115,8 @@ def test_what_loses_more_measures_more(measured: Sequence[Measurement]) -> None:
     for name in ("kl", "prefix_kl"):
         assert 0 < fine[name].low <= fine[name].value <= fine[name].high < rough[name].value
         assert fine[name].limit == 0.1
-    assert not rough["kl"].passed
+    limits = Limits(kl=0.05)
+    assert measured[1].figures(limits)["kl"].passed and not measured[2].figures(limits)["kl"].passed
     assert rough["kl"].value > rough["prefix_kl"].value  # more is approximate
 
 
@@ -136,7 +137,7 @@ def test_a_way_that_is_not_layerwise_is_measured_behind_a_prefix() -> None:
     [
         ([True] * 3, [True] * 3, (0.0, -0.392, 0.392)),
         ([True] * 100, [True] * 100, (0.0, -0.0192, 0.0192)),
-        ([True] * 100, [True] * 90 + [False] * 10, (0.1, 0.0364, 0.1596)),
+        ([True] * 100, [True] * 90 + [False] * 10, (0.1, 0.0372, 0.1589)),
         ([False, True], [True, False], (0.0, -0.849, 0.849)),
     ],
 )
@@ -186,7 +187,7 @@ def test_the_reference_model_knows_its_tasks_and_needs_its_cache(bundled: tuple[
     assert found[0].right["needle"] == [(True, True)] * 4
     assert found[1].right["needle"] == [(True, False)] * 4
     figure = found[1].figures()["needle_loss"]
-    assert figure.value == 1.0 and figure.low > 0.5 and not figure.passed
+    assert figure.value == 1.0 and figure.low > 0.1 and not figure.passed
 
 
 # -------------------------------------------------------------------------------------------------- command line
@@ -201,7 +202,7 @@ def run(*args: object) -> int:
 SMALL = ("--windows", 3, "--window-tokens", 200, "--trials", 3, "--context-tokens", 256, "--tasks", "needle")
 
 
-@pytest.mark.parametrize(("step", "passed"), [(1 / 64, True), (2.0, False)])
+@pytest.mark.parametrize(("step", "passed"), [(1 / 8, True), (2.0, False)])
 def test_command(
     step: float,
     passed: bool,
