@@ -19,7 +19,12 @@ from .models import load_model
 from .report import output
 from .texts import read_texts
 
-_STAGES = {"forward": "hidden states", "backward": "keys, values, gradients", "fit": "fitting"}
+_STAGES = {
+    "forward": "hidden states",
+    "backward": "keys, values, gradients",
+    "fit": "fitting layers",
+    "chunks": "fitting chunks",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,8 +99,8 @@ def calibrate(
     skip_tokens : first tokens of every sequence that are no samples: attention sinks are unlike all others.
     memory_bytes : hidden states that take more than this are kept in a temporary file.
     meta : goes into the profile with what this function adds: sequences, tokens, loss, date.
-    advance : told of every stage (`forward`, `backward`, `fit`) and the tokens times layers that it has advanced by;
-        `stage_units` says how many there will be.
+    advance : told of every stage and by how much it has advanced: `forward`, `backward` and `fit` by tokens times
+        layers, `chunks` by methods. `stage_units` says how much there will be.
 
     Raises
     ------
@@ -146,12 +146,16 @@ def calibrate(
     for chunk_fit in chunk_fits.values():
         more = chunk_fit(profile, _Chunks(layers, windows, skip_tokens, model.device))
         profile = Profile(spec, {**profile.tensors, **more}, about)
+        advance("chunks", 1)
     return profile
 
 
-def stage_units(layers: int, windows: Sequence[Sequence[int]]) -> dict[str, int]:
+def stage_units(
+    layers: int, windows: Sequence[Sequence[int]], chunk_fits: Mapping[str, ChunkFit] = CHUNK_FITS
+) -> dict[str, int]:
     """What `advance` is told in all, by stage."""
-    return dict.fromkeys(("forward", "backward", "fit"), layers * sum(map(len, windows)))
+    tokens = layers * sum(map(len, windows))
+    return {"forward": tokens, "backward": tokens, "fit": tokens, "chunks": len(chunk_fits)}
 
 
 @contextmanager

@@ -84,7 +84,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_a_plain_backward_pass(name: str) -> None:
     model, samples = MODELS[name](), Samples()
-    profile = calibrate(model, WINDOWS, model_id="m", layer_fits={"mean": samples}, skip_tokens=1)
+    profile = calibrate(model, WINDOWS, model_id="m", chunk_fits={}, layer_fits={"mean": samples}, skip_tokens=1)
     scaling = profile.spec.rope.attention_scaling  # codecs keep keys with it: a rotation takes no amplitude off
     assert (scaling == 1.0) == (name != "yarn")
     true = [plain_backward(model, ids) for ids in WINDOWS]
@@ -103,7 +103,7 @@ def test_equals_a_plain_backward_pass(name: str) -> None:
 def test_the_hidden_states_may_lie_in_a_file() -> None:
     model = make_model("llama")
     both = [
-        calibrate(model, WINDOWS, model_id="m", layer_fits={"mean": Samples()}, memory_bytes=nbytes)
+        calibrate(model, WINDOWS, model_id="m", chunk_fits={}, layer_fits={"mean": Samples()}, memory_bytes=nbytes)
         for nbytes in (1 << 30, 0)
     ]
     assert both[0].fingerprint == both[1].fingerprint
@@ -113,7 +113,7 @@ def test_other_tokens_make_another_profile() -> None:
     model = make_model("llama")
     fits = {"mean": Samples()}
     a, b, c = (
-        calibrate(model, windows, model_id="m", layer_fits=fits, skip_tokens=skip_tokens)
+        calibrate(model, windows, model_id="m", chunk_fits={}, layer_fits=fits, skip_tokens=skip_tokens)
         for windows, skip_tokens in ((WINDOWS, 1), (WINDOWS[:2], 1), (WINDOWS, 2))
     )
     assert len({a.fingerprint, b.fingerprint, c.fingerprint}) == 3
@@ -124,20 +124,22 @@ def test_the_model_stays_as_it_was() -> None:
     model = make_model("llama")
     before = {name: (p.clone(), p.requires_grad) for name, p in model.named_parameters()}
     with torch.no_grad():  # callers may be within it
-        calibrate(model, WINDOWS, model_id="m", layer_fits={"mean": Samples()})
+        calibrate(model, WINDOWS, model_id="m", chunk_fits={}, layer_fits={"mean": Samples()})
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name][0]) and parameter.requires_grad == before[name][1]
         assert parameter.grad is None
 
 
 def test_progress_adds_up() -> None:
-    done = {"forward": 0, "backward": 0, "fit": 0}
+    done = {"forward": 0, "backward": 0, "fit": 0, "chunks": 0}
 
     def advance(stage: str, tokens: int) -> None:
         done[stage] += tokens
 
-    calibrate(make_model("llama"), WINDOWS, model_id="m", layer_fits={"mean": Samples()}, advance=advance)
-    assert done == stage_units(4, WINDOWS)
+    late = {"late": lambda profile, chunks: {}}
+    fits = {"layer_fits": {"mean": Samples()}, "chunk_fits": late}
+    calibrate(make_model("llama"), WINDOWS, model_id="m", advance=advance, **fits)
+    assert done == stage_units(4, WINDOWS, late) and done["chunks"] == 1
 
 
 def test_later_fits_see_the_profile_and_the_chunks() -> None:
@@ -168,7 +170,7 @@ def test_refuses_a_model_that_has_lost_its_mind() -> None:
     model = make_model("llama")
     model.model.norm.weight.data[0] = torch.nan
     with pytest.raises(EngineError, match="loss over the text is nan"):
-        calibrate(model, WINDOWS, model_id="m", layer_fits={"mean": Samples()})
+        calibrate(model, WINDOWS, model_id="m", chunk_fits={}, layer_fits={"mean": Samples()})
 
 
 # ------------------------------------------------------------------------------------------------------- windows
