@@ -11,7 +11,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from kvloom import cli
 from kvloom.bench.models import load_model
-from kvloom.compress.calibration import LAYER_FITS, LayerSample
+from kvloom.compress.calibration import CHUNK_FITS, LAYER_FITS, LayerSample
+from kvloom.compress.catalog import CODECS, codec_by_name
 from kvloom.compress.profile import Profile
 from kvloom.connectors.hf_calibrate import calibrate, stage_units, token_windows
 from kvloom.connectors.hf_model import TransformersModel
@@ -160,6 +161,24 @@ def test_later_fits_see_the_profile_and_the_chunks() -> None:
         torch.testing.assert_close(chunk.values, true.values[:, :, 1:], rtol=1e-4, atol=1e-5)
 
 
+def test_every_codec_works_with_the_profile_of_every_method() -> None:
+    if not LAYER_FITS:
+        pytest.skip("no method learns anything yet")
+    model = make_model("llama")
+    random = torch.Generator().manual_seed(0)
+    profile = calibrate(model, [torch.randint(1, 500, (300,), generator=random).tolist()], model_id="m")
+    assert all(len(t) == 4 and bool(t.float().isfinite().all()) for t in profile.tensors.values())
+    true = prefill(model, WINDOWS[0])
+    ids = torch.tensor(WINDOWS[0])
+    chunk = KVChunk(profile.spec, ids, torch.arange(len(ids)), true.keys, true.values)
+    for name in CODECS:
+        codec = codec_by_name(name, profile)
+        found = codec.decode(codec.encode(chunk))
+        for half in ("keys", "values"):
+            exact, other = getattr(chunk, half), getattr(found, half)
+            assert (exact - other).norm() <= (0.5 if "2" in name else 0.25) * exact.norm(), (name, half)
+
+
 @pytest.mark.parametrize("windows", [[], [[1]], [[1, 2]], [list(range(400)) + list(range(200))]])
 def test_refuses_sequences_of_wrong_length(windows: list[list[int]]) -> None:
     with pytest.raises(ValueError, match="expected at least one, each of more than 2 and at most 512"):
@@ -224,6 +243,9 @@ def run(*args: object) -> int:
 def test_command(
     folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for fits in (LAYER_FITS, CHUNK_FITS):
+        for method in list(fits):
+            monkeypatch.delitem(fits, method)
     monkeypatch.setitem(LAYER_FITS, "mean", Samples())
     out = tmp_path / "profile.safetensors"
     out.write_text("what was there before")
