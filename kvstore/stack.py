@@ -50,9 +50,12 @@ class TierStack:
     def put(self, key: ChunkKey, encode: Callable[[int], EncodedChunk], info: ChunkInfo, *, everywhere: bool) -> int:
         """Writes to every tier, or to the first that takes the chunk; returns how many did.
 
-        `encode` gives the chunk in the form of a tier, by index; what it raises comes before anything is written.
+        0 if it was not admitted. Raises the last `TierError` if no tier took it and none turned it away for that, and
+        what `encode` raises, before anything is written.
 
-        0 if it was not admitted. Raises the last `TierError` if no tier took it and none turned it away for that.
+        Parameters
+        ----------
+        encode : gives the chunk in the form of a tier, by index.
         """
         refusal: TierError | None = None
         admitted = True
