@@ -13,6 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from .. import __version__
+from ..compress.calibration import LEFT_OUT
 from ..compress.profile import Profile
 from ..connectors.hf_calibrate import SEQUENCE_TOKENS, SEQUENCES, calibrate, stage_units, token_windows
 from .models import load_model
@@ -91,3 +92,5 @@ def _show(profile: Profile, path: Path, elapsed_s: float) -> None:
         f"{meta['sequences']} sequences, {int(meta['tokens']):,} tokens, loss {meta['loss']} nats a token, "
         f"{elapsed_s:.0f} s: {path}"
     )
+    for method, missing in LEFT_OUT.items():
+        console.print(f"nothing for {method}, which needs {', '.join(missing)}")

@@ -71,16 +71,20 @@ def _function(module: str, name: str) -> Any:
     return getattr(import_module(f".{module}", __package__), name)
 
 
-_MODULES: dict[str, tuple[str, LayerFit]] = {
-    "nuq": ("nuq_fit", _nuq),
-    "kv4": ("kv4", _kv4),
-    "lowrank": ("lowrank", _lowrank),
+def _absent(modules: Iterable[str]) -> list[str]:
+    return [module for module in modules if find_spec(module, __package__) is None]
+
+
+_NEEDS: Mapping[str, tuple[str, ...]] = {
+    "nuq": (".nuq_fit",),
+    "kv4": (".kv4",),
+    "lowrank": (".gram", ".lowrank"),
+    "entropy": (".nuq", ".entropy", "numba"),
 }
+LEFT_OUT: Mapping[str, list[str]] = {method: missing for method, needs in _NEEDS.items() if (missing := _absent(needs))}
+"""Methods that learn nothing here, and the modules that they lack."""
+
 LAYER_FITS: Mapping[str, LayerFit] = {
-    method: fit for method, (module, fit) in _MODULES.items() if find_spec(f"{__package__}.{module}") is not None
+    method: fit for method, fit in (("nuq", _nuq), ("kv4", _kv4), ("lowrank", _lowrank)) if method not in LEFT_OUT
 }
-CHUNK_FITS: Mapping[str, ChunkFit] = {
-    method: fit
-    for method, modules, fit in (("entropy", ("nuq", "entropy"), _entropy),)
-    if all(find_spec(f"{__package__}.{module}") is not None for module in modules)
-}
+CHUNK_FITS: Mapping[str, ChunkFit] = {method: fit for method, fit in (("entropy", _entropy),) if method not in LEFT_OUT}
