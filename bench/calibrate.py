@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,10 +83,12 @@ def _show(profile: Profile, path: Path, elapsed_s: float) -> None:
     console = output()
     title = f"profile of {profile.spec.model_id[:24]}"
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for i, column in enumerate(("tensor", "shape", "bytes")):
+    for i, column in enumerate(("for", "tensors", "bytes")):
         table.add_column(column, justify="right" if i else "left", no_wrap=True)
-    for name, tensor in sorted(profile.tensors.items()):
-        table.add_row(name, " x ".join(map(str, tensor.shape)), f"{tensor.nbytes:,}")
+    kinds = Counter(name.partition(".")[0] for name in profile.tensors)
+    for kind, count in sorted(kinds.items()):
+        nbytes = sum(t.nbytes for name, t in profile.tensors.items() if name.partition(".")[0] == kind)
+        table.add_row(kind, f"{count}", f"{nbytes:,}")
     console.print(table)
     meta = profile.meta
     console.print(
