@@ -25,6 +25,7 @@ from .report import output, write_text
 from .texts import read_texts
 
 QUESTION_TOKENS = 128  # kept free of documents in the model's context
+UNPROVEN = "unproven"
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +145,8 @@ def _show(name: str, certificate: Certificate, found: Measurement) -> None:
         console.print(f"passed: {name} may be used for this model")
     else:
         console.print(f"not passed: {name} stays refused for this model")
+    if any(_verdict(figure) == UNPROVEN for figure in certificate.figures.values()):
+        console.print("unproven: the interval is too wide to tell; give more --trials, or more --windows and --text")
 
 
 def _cells(figure: Figure) -> tuple[str, str, str, str]:
@@ -151,5 +154,12 @@ def _cells(figure: Figure) -> tuple[str, str, str, str]:
         return f"{value:+.2%}" if figure.unit == "share" else f"{value:.5f}"
 
     limit = "" if figure.limit is None else text(figure.limit)
-    verdict = "" if figure.limit is None else "ok" if figure.passed else "too much"
-    return text(figure.value), f"{text(figure.low)} to {text(figure.high)}", limit, verdict
+    return text(figure.value), f"{text(figure.low)} to {text(figure.high)}", limit, _verdict(figure)
+
+
+def _verdict(figure: Figure) -> str:
+    if figure.limit is None:
+        return ""
+    if figure.passed:
+        return "ok"
+    return UNPROVEN if figure.value <= figure.limit else "too much"
