@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .blend.blender import Blender as Blender
+    from .compress.catalog import codec_by_name as codec_by_name
+    from .compress.certificate import Certificate as Certificate
+    from .compress.profile import Profile as Profile
     from .compress.raw import RawCodec as RawCodec
     from .connectors.hf import TransformersConnector as TransformersConnector
     from .core import ChunkKey as ChunkKey
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Blender": "blend.blender",
+    "Certificate": "compress.certificate",
     "ChunkKey": "core",
     "Codec": "core",
     "DeviceTier": "kvstore.tiers.device",
@@ -41,12 +45,14 @@ _HOME = {
     "KVSpec": "core",
     "KVStore": "kvstore.store",
     "LayerwiseModel": "core",
+    "Profile": "compress.profile",
     "Quota": "kvstore.quota",
     "RawCodec": "compress.raw",
     "RopeSpec": "core",
     "SharedTier": "kvstore.tiers.shared",
     "Tier": "core",
     "TransformersConnector": "connectors.hf",
+    "codec_by_name": "compress.catalog",
     "content_key": "kvstore.keys",
     "prefix_keys": "kvstore.keys",
 }

@@ -157,6 +157,102 @@ def bench(
         result.write(json)
 
 
+ModelDir = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Local Hugging Face folder; `reference` for the bundled model.")
+]
+ModelId = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Name of weights and adapter, as the server gives it; default: hash of both."),
+]
+Dtype = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Precision of the weights: auto, float32, bfloat16, float16.")
+]
+Texts = Annotated[
+    list[Path] | None, typer.Option("--text", metavar="FILE", help="Text file, or folder of them; may be repeated.")
+]
+
+
+def _model_dir(model: str) -> Path | None:
+    return None if model == "reference" else Path(model)
+
+
+@app.command()
+def calibrate(
+    model: ModelDir,
+    out: Annotated[
+        Path, typer.Option("-o", "--out", metavar="FILE", callback=_output_file, help="Write the profile here.")
+    ],
+    text: Texts = None,
+    sequences: Annotated[int, typer.Option(min=1, help="Token sequences; fewer if the text is short.")] = 16,
+    tokens: Annotated[int, typer.Option(min=16, help="Tokens in each.")] = 2048,
+    model_id: ModelId = None,
+    dtype: Dtype = None,
+) -> None:
+    """Learn a model's keys and values from text: the profile that nuq, lowrank, entropy and kv4 need."""
+    if not text:
+        raise ValueError("no text; name files or folders of it with --text")
+    from .bench.calibrate import CalibrateOptions, run_calibrate
+
+    options = CalibrateOptions(
+        model=_model_dir(model),
+        texts=text,
+        out=out,
+        sequences=sequences,
+        tokens=tokens,
+        model_id=model_id,
+        dtype=dtype,
+    )
+    run_calibrate(options)
+
+
+@app.command()
+def certify(
+    model: ModelDir,
+    codec: Annotated[str, typer.Option(metavar="NAME", help="Codec, for instance nuq4 or lowrank4+nuq4.")],
+    profile: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Profile of the model, from `kvloom calibrate`.")
+    ] = None,
+    text: Texts = None,
+    tasks: Annotated[
+        str, typer.Option(metavar="NAMES", help="needle, record, alias, needle8; auto: those the model knows; none.")
+    ] = "auto",
+    trials: Annotated[int, typer.Option(min=1, help="Of each kind of task.")] = 200,
+    context_tokens: Annotated[int, typer.Option(min=64, help="Of each task.")] = 1024,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of held-out text.")] = 16,
+    window_tokens: Annotated[int, typer.Option(min=16, help="Tokens in each.")] = 1024,
+    max_perplexity_increase: Annotated[float, typer.Option(metavar="SHARE", help="Limit; 0.05 is 5 %.")] = 0.05,
+    max_kl: Annotated[float, typer.Option(metavar="NATS", help="Limit of the divergence of a token.")] = 0.1,
+    max_task_loss: Annotated[float, typer.Option(metavar="SHARE", help="Limit; 0.05 is 5 points.")] = 0.05,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="FILE", callback=_output_file, help="Write the certificate.")
+    ] = None,
+    model_id: ModelId = None,
+    dtype: Dtype = None,
+) -> None:
+    """Measure what a codec costs a model, and write the certificate that lets a store use it; exit 1 if it fails."""
+    from .bench.certify import CertifyOptions
+    from .bench.certify import certify as measure
+    from .bench.quality import Limits
+
+    options = CertifyOptions(
+        codec=codec,
+        model=_model_dir(model),
+        profile=profile,
+        texts=text or (),
+        tasks=_parts(tasks),
+        windows=windows,
+        window_tokens=window_tokens,
+        trials=trials,
+        context_tokens=context_tokens,
+        limits=Limits(max_perplexity_increase, max_kl, max_task_loss),
+        out=out,
+        model_id=model_id,
+        dtype=dtype,
+    )
+    if not measure(options).passed:
+        raise typer.Exit(1)
+
+
 @app.command()
 def simulate(
     trace: Annotated[Path, typer.Argument(metavar="TRACE.jsonl", help="Requests as JSON lines, in Mooncake's format.")],

@@ -55,5 +55,9 @@ class UncertifiedError(KVLoomError):
     """A lossy method was asked for by force, without a certificate for this model."""
 
 
+class UncertifiedWarning(UserWarning):
+    """A lossy method is used without a certificate for this model, because `allow_uncertified` says so."""
+
+
 class EngineError(KVLoomError):
     """The engine (or model) broke its contract with kvloom, or is of a kind that kvloom does not support."""

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,7 +15,10 @@ from ..core import Codec, EncodedChunk, KVChunk, KVSpec
 from ..errors import CodecError, SpecMismatchError
 from .profile import Profile
 
+Form: TypeAlias = tuple[str, str]  # name of a codec, and its parameters as canonical JSON
+
 _COMMON = frozenset({"token_ids", "positions"})
+_LOSSY = "lossy"  # in the meta of chunks that are not given back bit for bit
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,9 +62,34 @@ class Envelope:
 def parameters_of(codec: Codec) -> dict[str, Any]:
     """Fields of a codec as JSON takes them: a wrapped codec is its name and parameters, a profile its fingerprint.
 
-    Two codecs of one name and equal parameters make the same bytes of a chunk; a certificate is bound to both.
+    Two codecs of one name and equal parameters make the same bytes of a chunk; a certificate is bound to both. A codec
+    that is no dataclass has no parameters.
     """
-    return {f.name: _plain(getattr(codec, f.name)) for f in fields(codec)}  # type: ignore[arg-type]
+    return {f.name: _plain(getattr(codec, f.name)) for f in fields(codec)} if is_dataclass(codec) else {}
+
+
+def form_of(codec: Codec) -> Form:
+    """The form in which it encodes: its name, and its parameters as canonical JSON."""
+    return codec.name, canonical_json(parameters_of(codec))
+
+
+def form_of_blob(blob: EncodedChunk) -> Form:
+    """The form that an encoded chunk has, as far as its codec has used `seal`."""
+    return blob.codec, blob.meta.get("parameters", "{}")
+
+
+def is_exact(blob: EncodedChunk, codec: Codec) -> bool:
+    """Whether `codec` gives back, bit for bit, what was put into `blob`.
+
+    The chunk's own word counts beside the codec's: a lossless wrapper around a lossy codec is one or the other by its
+    parameters, and those of `blob` may not be those of `codec`.
+    """
+    return codec.is_lossless and _LOSSY not in blob.meta
+
+
+def canonical_json(values: Mapping[str, Any]) -> str:
+    """Equal fields give equal text."""
+    return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
 
 def seal(
@@ -76,8 +104,10 @@ def seal(
     """
     own = {"token_ids": cpu_copy(chunk.token_ids), "positions": cpu_copy(chunk.positions)}
     meta = {"spec": chunk.spec.to_json(), "first_layer": str(chunk.first_layer)}
-    if fields(codec):  # type: ignore[arg-type]
-        meta["parameters"] = json.dumps(parameters_of(codec), sort_keys=True, separators=(",", ":"))
+    if parameters := parameters_of(codec):
+        meta["parameters"] = canonical_json(parameters)
+    if not codec.is_lossless:
+        meta[_LOSSY] = "true"
     return EncodedChunk(codec.name, {**tensors, **own}, meta, frozenset(layered), leased)
 
 

@@ -107,7 +107,8 @@ def _run_edges(weights: Tensor) -> Tensor:
     share = weights.pow(1 / 3).cumsum(0)
     wanted = torch.arange(1, _MOST_RUNS, dtype=torch.float64) / _MOST_RUNS * share[-1]
     inner = torch.searchsorted(share, wanted)
-    return torch.cat([inner.new_zeros(1), inner, inner.new_full((1,), len(weights))]).unique()
+    edges: Tensor = torch.cat([inner.new_zeros(1), inner, inner.new_full((1,), len(weights))]).unique()
+    return edges
 
 
 def _best_runs(edges: Tensor, mass: Tensor, moment: Tensor, square: Tensor, count: int) -> Tensor:

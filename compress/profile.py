@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import safetensors
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ..core import KVSpec
@@ -65,7 +67,7 @@ class Profile:
         ------
         SpecMismatchError : model, geometry or rope of `spec` differ from the profile's.
         """
-        if _without_dtype(spec) != _without_dtype(self.spec):
+        if model_identity(spec) != model_identity(self.spec):
             raise SpecMismatchError(
                 f"this profile was made for {self.spec.model_id} ({self.spec.num_layers} layers, "
                 f"{self.spec.num_kv_heads} heads of {self.spec.head_dim}), the chunk is of {spec.model_id} "
@@ -74,9 +76,18 @@ class Profile:
             )
 
     def save(self, path: Path) -> None:
-        """As a safetensors file."""
+        """As a safetensors file; one that is there is replaced in one step."""
         meta = {"kvloom_profile": str(FORMAT_VERSION), "spec": self.spec.to_json(), **self.meta}
-        save_file({name: tensor.contiguous() for name, tensor in self.tensors.items()}, path, metadata=meta)
+        data = save({name: tensor.contiguous() for name, tensor in self.tensors.items()}, metadata=meta)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
 
     @classmethod
     def load(cls, path: Path) -> Profile:
@@ -98,8 +109,9 @@ class Profile:
             raise CodecError(f"{path} cannot be read as a profile: {exc}") from exc
 
     def _identity(self) -> str:
-        return _without_dtype(self.spec)
+        return model_identity(self.spec)
 
 
-def _without_dtype(spec: KVSpec) -> str:
+def model_identity(spec: KVSpec) -> str:
+    """Text that two specs share if they are of one model, in whatever precision."""
     return json.dumps(json.loads(spec.to_json()) | {"dtype": None}, sort_keys=True)

@@ -63,7 +63,7 @@ class RawCodec:
         keys = chunk.keys if spec.rope is None else spec.rope.shift(chunk.keys, positions - chunk.positions)
         return KVChunk(spec, chunk.token_ids, positions, keys, chunk.values, chunk.first_layer)
 
-    def encode_values(self, spec: KVSpec, values: Tensor, first_layer: int) -> dict[str, Tensor]:  # noqa: ARG002
+    def encode_values(self, spec: KVSpec, values: Tensor, first_layer: int) -> dict[str, Tensor]:
         """The values as they are, for a codec that changes keys alone."""
         return {"values": cpu_copy(values)}
 
@@ -71,9 +71,9 @@ class RawCodec:
         self,
         spec: KVSpec,
         tensors: Mapping[str, Tensor],
-        first_layer: int,  # noqa: ARG002
+        first_layer: int,
         tokens: int,
-        parameters: Mapping[str, Any],  # noqa: ARG002
+        parameters: Mapping[str, Any],
     ) -> Tensor:
         """See `EncodesValues`."""
         values = tensors["values"]

@@ -24,7 +24,7 @@ from ..core import ChunkKey, KVChunk
 from ..errors import TierError
 from ..kvstore.keys import content_key
 from ..kvstore.store import KVStore
-from .hf_model import TransformersModel
+from .hf_model import TransformersModel, lead_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +139,7 @@ class TransformersConnector:
         self._salt = salt
         self._separator = separator
         self._pack_tokens = pack_tokens
-        if lead_ids is None:
-            first = tokenizer("").input_ids[:1]
-            lead_ids = first if first == [tokenizer.bos_token_id] else []
-        self.lead_ids = tuple(lead_ids)
+        self.lead_ids = lead_of(tokenizer) if lead_ids is None else tuple(lead_ids)
         # A separator with special tokens is put behind a document as tokens; plain text may merge with the document's.
         end_ids = self.encode_question(separator)
         self._special_end = [] if set(end_ids).isdisjoint(tokenizer.all_special_ids) else end_ids

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 try:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 except ImportError as error:
     raise ImportError('kvloom.connectors.hf_model needs transformers: pip install "kvloom[transformers]"') from error
 
@@ -32,6 +32,12 @@ def weights_id(model: PreTrainedModel) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return f"{model.config.model_type}-{digest.hexdigest(32)}"
+
+
+def lead_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens in front of every context: the BOS if the tokenizer puts one in front of a text, otherwise none."""
+    first = tokenizer("").input_ids[:1]
+    return tuple(first) if first == [tokenizer.bos_token_id] else ()
 
 
 def check_supported(model: PreTrainedModel) -> None:

@@ -5,29 +5,24 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
 
 from torch import Tensor
 
-from ..core import ChunkKey, Codec, EncodedChunk, KVChunk
+from ..core import ChunkKey, EncodedChunk, KVChunk
 from ..errors import CodecError
 from .books import Books
 from .clerk import Clerk, Fetch
+from .forms import Forms
 from .history import Lookup
 
 
 class Reader:
-    """Looks for a chunk from the fastest tier on. Every method may be called from any thread.
+    """Looks for a chunk from the fastest tier on. Every method may be called from any thread."""
 
-    Parameters
-    ----------
-    codecs : by the name that chunks carry.
-    """
-
-    def __init__(self, books: Books, clerk: Clerk, codecs: Mapping[str, Codec]) -> None:
+    def __init__(self, books: Books, clerk: Clerk, forms: Forms) -> None:
         self._books = books
         self._clerk = clerk
-        self._codecs = codecs
+        self._forms = forms
         self._lock = threading.Lock()  # of the counters
         self._lookups = 0
         self._misses: Counter[str] = Counter()
@@ -71,7 +66,10 @@ class Reader:
             if blob is None:
                 continue
             try:
-                chunk = self._decode(blob, positions)
+                if not self._forms.may_serve(blob):  # left where it is: a certificate may come
+                    reason = "uncertified"
+                    continue
+                chunk = self._forms.decode(blob, positions)
             except CodecError as exc:
                 reason = "undecodable"
                 self._clerk.discard(level, key, exc)
@@ -79,8 +77,3 @@ class Reader:
             self._books.count(level, hits=1, bytes_read=blob.nbytes)
             return index, blob, chunk
         return reason
-
-    def _decode(self, blob: EncodedChunk, positions: Tensor | None) -> KVChunk:
-        if blob.codec not in self._codecs:
-            raise CodecError(f"codec {blob.codec!r} is not among {sorted(self._codecs)}; see KVStore(codecs=...)")
-        return self._codecs[blob.codec].decode(blob, positions)

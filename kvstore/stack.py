@@ -6,14 +6,15 @@ What goes then is for the eviction policy of the tier to say (`policy.py`), with
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import NoReturn
 
 from ..core import ChunkInfo, ChunkKey, EncodedChunk
-from ..errors import TierError, TierFullError
+from ..errors import CodecError, SpecMismatchError, TierError, TierFullError
 from .books import Books
 from .clerk import Clerk, whole
+from .forms import Forms
 from .level import Level
 
 _VAIN_EVICTIONS = 2  # of as many bytes as are needed, although by the books there was room
@@ -22,11 +23,12 @@ _VAIN_EVICTIONS = 2  # of as many bytes as are needed, although by the books the
 class TierStack:
     """Moves encoded chunks between tiers. Every method may be called from any thread."""
 
-    def __init__(self, books: Books, clerk: Clerk) -> None:
+    def __init__(self, books: Books, clerk: Clerk, forms: Forms) -> None:
         self.levels = books.levels
         self.patience = clerk.patience
         self._books = books
         self._clerk = clerk
+        self._forms = forms
 
     def match(self, keys: Sequence[ChunkKey]) -> int:
         """How many leading keys are in some tier that answers, unexpired."""
@@ -45,18 +47,25 @@ class TierStack:
     def pinned(self, keys: Iterable[ChunkKey], deadline_s: float | None) -> AbstractContextManager[None]:
         return self._books.pinned(keys, deadline_s)
 
-    def put(self, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo, *, everywhere: bool) -> int:
+    def put(self, key: ChunkKey, encode: Callable[[int], EncodedChunk], info: ChunkInfo, *, everywhere: bool) -> int:
         """Writes to every tier, or to the first that takes the chunk; returns how many did.
 
-        0 if it was not admitted. Raises the last `TierError` if no tier took it and none turned it away for that.
+        0 if it was not admitted. Raises the last `TierError` if no tier took it and none turned it away for that, and
+        what `encode` raises, before anything is written.
+
+        Parameters
+        ----------
+        encode : gives the chunk in the form of a tier, by index.
         """
         refusal: TierError | None = None
         admitted = True
         written: list[Level] = []
+        for index in range(len(self.levels)) if everywhere else ():
+            encode(index)
         try:
             for index, level in enumerate(self.levels):
                 try:
-                    if self.insert(index, key, blob, info):
+                    if self.insert(index, key, encode(index), info):
                         written.append(level)
                         if not everywhere:
                             break
@@ -122,7 +131,7 @@ class TierStack:
     def insert(
         self, index: int, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo | None = None, *, was_read: bool = False
     ) -> bool:
-        """Puts into one tier, evicting until the chunk fits; False if it may not evict others.
+        """Puts into one tier, in its form, evicting until the chunk fits; False if it may not evict others.
 
         Parameters
         ----------
@@ -135,13 +144,24 @@ class TierStack:
         """
         level = self.levels[index]
         info = self._books.info(key) if info is None else info
+        came_as, blob = blob, self._in_form(index, blob)
         self._clerk.catch_up(level)  # so that what others wrote before counts as older
         admitted = was_read or self._books.admits(level, key, blob.nbytes)
         with self._books.inserting(level):
             written = self._fit_in(index, key, blob, info, may_evict=admitted)
         if written:
             self._trim(index, key, info)
+            if blob is not came_as:
+                self._books.count(level, transcodes=1)
         return written
+
+    def _in_form(self, index: int, blob: EncodedChunk) -> EncodedChunk:
+        """The chunk as this tier is to hold it; as it is where that cannot be had, which is exact as well."""
+        try:
+            return self._forms.fitted(index, blob)
+        except (CodecError, SpecMismatchError) as exc:
+            self._clerk.faults.warn(self.levels[index], exc)
+            return blob
 
     def _fit_in(self, index: int, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo, *, may_evict: bool) -> bool:
         level = self.levels[index]

@@ -34,6 +34,7 @@ class TierStats:
     given_up : chunks that left the books because writing them anew or removing them was given up after it had begun.
         The tier removes what is left of them as soon as it answers; until then `used_bytes` counts it, too.
     promotions : chunks written to this tier because they were found in a slower one.
+    transcodes : chunks written to this tier in another form than they had in the tier that they came from.
     not_admitted : chunks that the admission policy did not let evict others.
     rejections : chunks that did not fit.
     timeouts : operations that were given up because the tier did not answer in time.
@@ -62,6 +63,7 @@ class TierStats:
     given_up: int = 0
     demotions: int = 0
     promotions: int = 0
+    transcodes: int = 0
     not_admitted: int = 0
     rejections: int = 0
     timeouts: int = 0
@@ -91,13 +93,15 @@ class StoreStats:
     tiers : fastest first.
     lookups : calls of `get` and `get_layers`.
     misses : lookups without an answer, by reason: `absent`; `expired`; `corrupt`, `undecodable`, `timeout` or
-        `unavailable` if a tier that was asked had the chunk and could not give it; `error` if the call raised.
+        `unavailable` if a tier that was asked had the chunk and could not give it; `uncertified` if it had only a lossy
+        form of it that no certificate covers; `error` if the call raised.
     puts : calls of `put` by outcome: `stored`; `not_admitted` if no tier let it evict others; `refused` if it raised.
     writes : chunks that these puts wrote, one for every tier that took one.
     pinned : different keys that are pinned now.
     overdue_pins : calls of `pinned` that their deadline ended.
     background_errors : prefetches that failed; the error itself is raised by their `result`.
     refused_prefetches : prefetches that were refused because too many were waiting.
+    uncertified_uses : how often a lossy form was put or given back without a certificate, by `allow_uncertified`.
     """
 
     tiers: tuple[TierStats, ...]
@@ -109,6 +113,7 @@ class StoreStats:
     overdue_pins: int = 0
     background_errors: int = 0
     refused_prefetches: int = 0
+    uncertified_uses: int = 0
 
     @property
     def hits(self) -> int:

@@ -13,25 +13,28 @@ from typing import Literal, Self, TypeAlias, get_args
 
 from torch import Tensor
 
+from ..compress.certificate import Certificate
 from ..compress.raw import RawCodec
 from ..core import ChunkInfo, ChunkKey, Codec, EncodedChunk, HoldsChunks, KVChunk, ReadsLayers, Tier
 from ..errors import SpecMismatchError, TierError, TierUnavailableError
 from .admission import AdmissionPolicy, admission_factory
 from .books import Books
 from .clerk import Clerk, whole
+from .forms import Forms
 from .history import Explanation
 from .keys import check_key
+from .permits import Permits
 from .policy import EvictionPolicy, policy_factory
 from .prefetch import Prefetch, PrefetchQueue
 from .quota import Quota, check_namespace, check_quotas
 from .reader import Reader
-from .spares import Spares
 from .stack import TierStack
 from .stats import StoreStats
 
 Promotion: TypeAlias = Literal["always", "second-hit", "never"]
 
 _NO_QUOTAS: Mapping[str, Quota] = MappingProxyType({})
+_NO_CODECS: Mapping[str, Codec] = MappingProxyType({})
 
 
 class KVStore:
@@ -47,7 +50,13 @@ class KVStore:
     ----------
     tiers : fastest first; the store owns them and closes them.
     codec : what chunks are encoded with; None for `RawCodec()`.
-    codecs : further codecs, for stored chunks that were encoded by others than `codec`.
+    tier_codecs : by name of the tier, where another codec than `codec` is to be used. An exact chunk takes the form of
+        the tier that it goes into: `put` encodes it once for every form, demotion and promotion transcode it. A chunk
+        that has lost something moves as it is, is never encoded again, and never counts as exact again until it is put.
+    codecs : further codecs, for stored chunks that were encoded by others than these.
+    certificates : what makes lossy codecs usable, see `kvloom certify`. Without one that covers codec, parameters and
+        model, `put` raises, and a stored chunk is a miss (`uncertified`) that stays where it is.
+    allow_uncertified : use lossy codecs without a certificate all the same; warns once, and counts.
     write_through : `put` writes every tier, so that a killed process loses nothing of what `put` has returned for, as
         far as a tier that survives it took the chunk. Otherwise `put` writes the first tier that takes the chunk, and
         the others get it by demotion, on eviction and on `close`.
@@ -65,8 +74,8 @@ class KVStore:
 
     Raises
     ------
-    ValueError : no tiers, or two of one name; no policy, admission or promotion of that name; reserves above 1;
-        `timeout_s` is not above 0.
+    ValueError : no tiers, or two of one name; codecs for tiers that are not there; no policy, admission or promotion of
+        that name; reserves above 1; `timeout_s` is not above 0.
     """
 
     def __init__(
@@ -74,7 +83,10 @@ class KVStore:
         tiers: Sequence[Tier],
         *,
         codec: Codec | None = None,
+        tier_codecs: Mapping[str, Codec] = _NO_CODECS,
         codecs: Sequence[Codec] = (),
+        certificates: Sequence[Certificate] = (),
+        allow_uncertified: bool = False,
         write_through: bool = True,
         policy: str | Callable[[], EvictionPolicy] = "default",
         admission: str | Callable[[], AdmissionPolicy] = "always",
@@ -88,10 +100,11 @@ class KVStore:
         if promote not in get_args(Promotion):
             raise ValueError(f"promote is {promote!r}; expected one of {', '.join(get_args(Promotion))}")
         check_quotas(quotas)
+        if unknown := tier_codecs.keys() - {tier.name for tier in tiers}:
+            raise ValueError(f"tier_codecs are for {sorted(unknown)}; the tiers are {[tier.name for tier in tiers]}")
         if timeout_s is not None and not 0 < timeout_s < threading.TIMEOUT_MAX:
             raise ValueError(f"timeout_s is {timeout_s}; expected seconds above 0, or None")
         self._timeout_s = timeout_s
-        self._codec: Codec = RawCodec() if codec is None else codec
         self._write_through = write_through
         self._promote = promote
         self._clock = clock
@@ -103,9 +116,14 @@ class KVStore:
             clock=clock,
         )
         self._clerk = Clerk(self._books, timeout_s=timeout_s)
-        self._reader = Reader(self._books, self._clerk, {c.name: c for c in (RawCodec(), *codecs, self._codec)})
-        self._stack = TierStack(self._books, self._clerk)
-        self._spares = Spares()
+        codec = RawCodec() if codec is None else codec
+        self._forms = Forms(
+            [tier_codecs.get(tier.name, codec) for tier in tiers],
+            (RawCodec(), *codecs, codec),
+            Permits(certificates, allow_uncertified=allow_uncertified),
+        )
+        self._reader = Reader(self._books, self._clerk, self._forms)
+        self._stack = TierStack(self._books, self._clerk, self._forms)
         self._prefetches = PrefetchQueue(self._stack)
         self._lock = threading.Lock()  # of the counters below
         self._puts: Counter[str] = Counter()
@@ -141,7 +159,8 @@ class KVStore:
         ------
         ValueError : `key` was not made by `prefix_keys` or `content_key`; another argument is not as described.
         SpecMismatchError : `chunk` holds only some of its model's layers.
-        CodecError : the codec cannot encode it.
+        CodecError : a codec cannot encode it.
+        UncertifiedError : a tier's codec is lossy, and no certificate covers it for the model of the chunk.
         TierFullError, TierUnavailableError : no tier took it; why the last one did not.
         """
         self._expect_open()
@@ -159,12 +178,10 @@ class KVStore:
             raise SpecMismatchError(f"chunk has {len(chunk.keys)} layers; expected all {chunk.spec.num_layers}")
         outcome, writes = "refused", 0
         try:
-            blob = self._codec.encode(chunk)
-            if blob.leased:  # a write that is given up goes on when the caller's memory is the caller's again
-                blob = self._spares.copy(blob)
+            self._forms.expect_permits(chunk.spec)
             expires_at_s = None if ttl_s is None else self._clock() + ttl_s
             info = ChunkInfo(after, namespace, expires_at_s, recompute_s)
-            writes = self._stack.put(key, blob, info, everywhere=self._write_through)
+            writes = self._stack.put(key, self._forms.encoder(chunk), info, everywhere=self._write_through)
             outcome = "stored" if writes else "not_admitted"
         finally:
             with self._lock:
@@ -229,7 +246,7 @@ class KVStore:
     def match(self, keys: Sequence[ChunkKey]) -> int:
         """How many leading keys are stored, unexpired, in tiers that answer.
 
-        Reads no chunk: a corrupt one shows itself only to `get`.
+        Reads no chunk: one that is corrupt, or lossy without a certificate, shows itself only to `get`.
         """
         self._expect_open()
         return self._stack.match(keys)
@@ -307,6 +324,7 @@ class KVStore:
                 overdue_pins=overdue_pins,
                 background_errors=self._prefetches.failed,
                 refused_prefetches=self._prefetches.refused,
+                uncertified_uses=self._forms.permits.uncertified_uses,
             )
 
     def explain(self, keys: Iterable[ChunkKey]) -> list[Explanation]:

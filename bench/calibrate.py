@@ -1,0 +1,99 @@
+"""Makes the profile of a model from text files: `kvloom calibrate`."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from .. import __version__
+from ..compress.calibration import LEFT_OUT
+from ..compress.profile import Profile
+from ..connectors.hf_calibrate import SEQUENCE_TOKENS, SEQUENCES, calibrate, stage_units, token_windows
+from .models import load_model
+from .report import output
+from .texts import read_texts
+
+_STAGES = {
+    "forward": "hidden states",
+    "backward": "keys, values, gradients",
+    "fit": "fitting layers",
+    "chunks": "fitting chunks",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateOptions:
+    """What is read, and where the profile goes.
+
+    Attributes
+    ----------
+    out : the profile; one that is there is replaced in one step.
+    texts : files and folders of text like that which will be served.
+    model : a Hugging Face folder; None for the bundled reference model.
+    sequences, tokens : of calibration; less if the text is short.
+    model_id, dtype : as for `CertifyOptions`.
+    """
+
+    out: Path
+    texts: Sequence[Path]
+    model: Path | None = None
+    sequences: int = SEQUENCES
+    tokens: int = SEQUENCE_TOKENS
+    model_id: str | None = None
+    dtype: str | None = None
+
+
+def run_calibrate(options: CalibrateOptions) -> Profile:
+    """Calibrate, write the profile, print what is in it, and return it.
+
+    Raises
+    ------
+    ValueError : no text, too little of it, or no usable model.
+    EngineError : the model is of a kind that is not supported.
+    """
+    texts = read_texts(options.texts)
+    began_s = time.perf_counter()
+    model, tokenizer = load_model(options.model, dtype=options.dtype)
+    tokens = min(options.tokens, model.config.max_position_embeddings)
+    windows = token_windows(tokenizer, texts, sequences=options.sequences, tokens=tokens)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        totals = stage_units(model.config.num_hidden_layers, windows)
+        bars = {stage: bar.add_task(_STAGES[stage], total=total) for stage, total in totals.items()}
+        profile = calibrate(
+            model,
+            windows,
+            model_id=options.model_id,
+            meta={"texts": ", ".join(str(path) for path in options.texts), "version": __version__},
+            advance=lambda stage, done: bar.advance(bars[stage], done),
+        )
+    profile.save(options.out)
+    _show(profile, options.out, time.perf_counter() - began_s)
+    return profile
+
+
+def _show(profile: Profile, path: Path, elapsed_s: float) -> None:
+    console = output()
+    title = f"profile of {profile.spec.model_id[:24]}"
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for i, column in enumerate(("for", "tensors", "bytes")):
+        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    kinds = Counter(name.partition(".")[0] for name in profile.tensors)
+    for kind, count in sorted(kinds.items()):
+        nbytes = sum(t.nbytes for name, t in profile.tensors.items() if name.partition(".")[0] == kind)
+        table.add_row(kind, f"{count}", f"{nbytes:,}")
+    console.print(table)
+    meta = profile.meta
+    console.print(
+        f"{meta['sequences']} sequences, {int(meta['tokens']):,} tokens, loss {meta['loss']} nats a token, "
+        f"{elapsed_s:.0f} s: {path}"
+    )
+    for method, missing in LEFT_OUT.items():
+        console.print(f"nothing for {method}, which needs {', '.join(missing)}")

@@ -1,0 +1,264 @@
+"""Calibration: a model's keys and values over a text, and what errors in them cost, one layer at a time."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import accumulate, chain, pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+except ImportError as error:
+    raise ImportError(
+        'kvloom.connectors.hf_calibrate needs transformers: pip install "kvloom[transformers]"'
+    ) from error
+
+from ..blend.attention import causal_attention
+from ..compress.calibration import CHUNK_FITS, LAYER_FITS, ChunkFit, LayerFit, LayerSample
+from ..compress.profile import Profile
+from ..core import KVChunk
+from ..errors import EngineError
+from .hf_model import TransformersModel, lead_of
+
+SEQUENCES, SEQUENCE_TOKENS = 16, 2048  # KVQuant, section 4
+LEAST_TOKENS = 512  # of a text; from less nothing is learned that holds for another
+
+_HEAD_TOKENS = 256  # whose logits are computed at once: a vocabulary of 128,000 makes each of them half a megabyte
+_CHUNK_TOKENS = 256
+_MEMORY_BYTES = 2 << 30
+
+
+def token_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    sequences: int = SEQUENCES,
+    tokens: int = SEQUENCE_TOKENS,
+    least_tokens: int = LEAST_TOKENS,
+) -> list[list[int]]:
+    """Token sequences out of texts, each behind the model's own BOS if it has one, spread evenly over what there is.
+
+    Parameters
+    ----------
+    sequences : at most so many; fewer if the text is short.
+    tokens : of each, BOS included; a text that is shorter gives one sequence of its length.
+
+    Raises
+    ------
+    ValueError : too little text.
+    """
+    if sequences < 1 or tokens < 2:
+        raise ValueError(f"{sequences} sequences of {tokens} tokens; expected at least 1 of at least 2")
+    ids = [
+        token
+        for text in texts
+        for token in tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+    ]
+    if len(ids) < least_tokens:
+        raise ValueError(f"the text has {len(ids)} tokens; expected at least {least_tokens}: give more --text")
+    lead = list(lead_of(tokenizer))
+    width = min(tokens - len(lead), len(ids))
+    count = min(sequences, len(ids) // width)
+    last = len(ids) - width
+    starts = [last * i // max(1, count - 1) for i in range(count)]
+    return [lead + ids[start : start + width] for start in starts]
+
+
+def calibrate(
+    model: PreTrainedModel,
+    windows: Sequence[Sequence[int]],
+    *,
+    model_id: str | None = None,
+    layer_fits: Mapping[str, LayerFit] = LAYER_FITS,
+    chunk_fits: Mapping[str, ChunkFit] = CHUNK_FITS,
+    skip_tokens: int = 1,
+    memory_bytes: int = _MEMORY_BYTES,
+    meta: Mapping[str, str] | None = None,
+    advance: Callable[[str, int], object] = lambda _stage, _tokens: None,
+) -> Profile:
+    """The profile of a model, from its keys, its values and the gradients of its loss over token sequences.
+
+    Layer by layer, so that beside the weights only one layer's samples and one sequence's activations of one layer are
+    in memory: a forward pass keeps the hidden states at every layer's border, then each layer from the last on is
+    computed again, with gradients. The Fisher information is that of the true next tokens (KVQuant, arXiv 2401.18079,
+    section 3.3). The model is not changed.
+
+    Parameters
+    ----------
+    windows : token sequences, see `token_windows`; all of them fit the model's context.
+    model_id : names the weights; None computes `weights_id`.
+    layer_fits, chunk_fits : by method, what is to be learned.
+    skip_tokens : first tokens of every sequence that are no samples: attention sinks are unlike all others.
+    memory_bytes : hidden states that take more than this are kept in a temporary file.
+    meta : goes into the profile with what this function adds: sequences, tokens, loss, date.
+    advance : told of every stage and by how much it has advanced: `forward`, `backward` and `fit` by tokens times
+        layers, `chunks` by methods. `stage_units` says how much there will be.
+
+    Raises
+    ------
+    ValueError : no sequences, or one that is too short or too long.
+    EngineError : the model is of a kind that is not supported, or its loss is not finite.
+    """
+    layers = TransformersModel(model, model_id=model_id)
+    shortest, longest = min(map(len, windows), default=0), max(map(len, windows), default=0)
+    if not skip_tokens + 1 < shortest <= longest <= layers.max_tokens:
+        raise ValueError(
+            f"{len(windows)} sequences of {shortest} to {longest} tokens; expected at least one, each of more than "
+            f"{skip_tokens + 1} and at most {layers.max_tokens} tokens"
+        )
+    spec, bounds = layers.spec, list(pairwise(accumulate(map(len, windows), initial=0)))
+    ids = torch.tensor(list(chain.from_iterable(windows)))
+    width = model.config.hidden_size
+    with _memory((spec.num_layers + 1, len(ids), width), model.dtype, memory_bytes) as borders:
+        for a, b in bounds:
+            _forward(layers, ids[a:b].to(model.device), borders[:, a:b], advance)
+        gradient = torch.zeros(len(ids), width, dtype=model.dtype)
+        loss = 0.0
+        for a, b in bounds:
+            gradient[a:b], lost = _loss_gradient(model, borders[-1, a:b].to(model.device), ids[a:b].to(model.device))
+            loss += lost
+        loss /= len(ids) - len(bounds)
+        if not bool(torch.tensor(loss).isfinite()):
+            raise EngineError(f"the model's loss over the text is {loss}; expected a finite number")
+        found: list[dict[str, Tensor]] = []
+        for layer in reversed(range(spec.num_layers)):
+            sample = _backward(layers, layer, borders[layer], gradient, bounds, skip_tokens, model.device, advance)
+            found.append({name: t for fit in layer_fits.values() for name, t in fit(sample).items()})
+            advance("fit", len(ids))
+    found.reverse()
+    tensors = {name: torch.stack([tensors[name] for tensors in found]).contiguous() for name in found[0]}
+    about = {
+        **(meta or {}),
+        "sequences": str(len(windows)),
+        "tokens": str(len(ids)),
+        "loss": f"{loss:.4f}",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    profile = Profile(spec, tensors, about)
+    for chunk_fit in chunk_fits.values():
+        more = chunk_fit(profile, _Chunks(layers, windows, skip_tokens, model.device))
+        profile = Profile(spec, {**profile.tensors, **more}, about)
+        advance("chunks", 1)
+    return profile
+
+
+def stage_units(
+    layers: int, windows: Sequence[Sequence[int]], chunk_fits: Mapping[str, ChunkFit] = CHUNK_FITS
+) -> dict[str, int]:
+    """What `advance` is told in all, by stage."""
+    tokens = layers * sum(map(len, windows))
+    return {"forward": tokens, "backward": tokens, "fit": tokens, "chunks": len(chunk_fits)}
+
+
+@contextmanager
+def _memory(shape: tuple[int, ...], dtype: torch.dtype, memory_bytes: int) -> Iterator[Tensor]:
+    """An uninitialised tensor: in memory if it is no larger than that, otherwise in a file that goes afterwards."""
+    count = torch.Size(shape).numel()
+    if count * dtype.itemsize <= memory_bytes:
+        yield torch.empty(shape, dtype=dtype)
+        return
+    with tempfile.TemporaryDirectory(prefix="kvloom-calibrate-") as folder:
+        yield torch.from_file(str(Path(folder) / "borders"), shared=True, size=count, dtype=dtype).view(shape)
+
+
+@torch.no_grad()
+def _forward(layers: TransformersModel, ids: Tensor, borders: Tensor, advance: Callable[[str, int], object]) -> None:
+    """Fills `borders` `[L + 1, T, E]` with the inputs of every layer and the output of the last."""
+    positions = torch.arange(len(ids), device=ids.device)
+    hidden = layers.embed(ids)
+    borders[0] = hidden.cpu()
+    for layer in range(layers.spec.num_layers):
+        queries, keys, values = layers.qkv(layer, hidden, positions)
+        hidden = layers.finish(layer, hidden, _attend(layers, layer, queries, keys, values, positions))
+        borders[layer + 1] = hidden.cpu()
+        advance("forward", len(ids))
+
+
+def _backward(
+    layers: TransformersModel,
+    layer: int,
+    inputs: Tensor,
+    gradient: Tensor,
+    bounds: Sequence[tuple[int, int]],
+    skip_tokens: int,
+    device: torch.device,
+    advance: Callable[[str, int], object],
+) -> LayerSample:
+    """The sample of one layer; turns `gradient` `[tokens, E]` at its output into that at its input, in place."""
+    kept: list[tuple[Tensor, ...]] = []
+    for a, b in bounds:
+        positions = torch.arange(b - a, device=device)
+        with torch.enable_grad():
+            hidden = inputs[a:b].to(device).detach().requires_grad_()
+            queries, keys, values = layers.qkv(layer, hidden, positions)
+            output = layers.finish(layer, hidden, _attend(layers, layer, queries, keys, values, positions))
+            found = torch.autograd.grad(output, (keys, values, hidden), gradient[a:b].to(device))
+        gradient[a:b] = found[2].cpu()
+        half = [keys.detach(), values.detach(), found[0], found[1]]
+        rope = layers.spec.rope
+        if rope is not None:  # rotations are orthogonal: gradients turn back as keys do
+            half[0], half[2] = (rope.shift(t.float(), -positions) for t in (half[0], half[2]))
+        kept.append(tuple(t.transpose(0, 1)[skip_tokens:].float().cpu() for t in half))
+        advance("backward", b - a)
+    keys, values, key_gradient, value_gradient = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    return LayerSample(layers.spec, keys, values, key_gradient.square_(), value_gradient.square_())
+
+
+def _loss_gradient(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> tuple[Tensor, float]:
+    """Gradient `[T, E]`, at the last layer's output, of the summed loss of the next tokens, and that loss."""
+    gradient, total = torch.zeros_like(hidden), 0.0
+    for start in range(0, len(ids) - 1, _HEAD_TOKENS):
+        stop = min(start + _HEAD_TOKENS, len(ids) - 1)
+        with torch.enable_grad():
+            rows = hidden[start:stop].detach().requires_grad_()
+            logits = model.lm_head(model.model.norm(rows)).float()
+            loss = F.cross_entropy(logits, ids[start + 1 : stop + 1], reduction="sum")
+            (gradient[start:stop],) = torch.autograd.grad(loss, rows)
+        total += loss.item()
+    return gradient.cpu(), total
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Chunks:
+    """The same text as chunks of `_CHUNK_TOKENS` tokens, computed anew each time that they are gone through."""
+
+    layers: TransformersModel
+    windows: Sequence[Sequence[int]]
+    skip_tokens: int
+    device: torch.device
+
+    def __iter__(self) -> Iterator[KVChunk]:
+        for window in self.windows:
+            whole = self._compute(torch.tensor(list(window)))
+            for start in range(self.skip_tokens, len(whole), _CHUNK_TOKENS):
+                here = slice(start, start + _CHUNK_TOKENS)
+                ids, positions = whole.token_ids[here], whole.positions[here]
+                yield KVChunk(whole.spec, ids, positions, whole.keys[:, :, here], whole.values[:, :, here])
+
+    @torch.no_grad()
+    def _compute(self, ids: Tensor) -> KVChunk:
+        layers = self.layers
+        positions = torch.arange(len(ids), device=self.device)
+        hidden, both = layers.embed(ids.to(self.device)), []
+        for layer in range(layers.spec.num_layers):
+            queries, keys, values = layers.qkv(layer, hidden, positions)
+            both.append((keys.cpu(), values.cpu()))
+            if layer + 1 < layers.spec.num_layers:
+                hidden = layers.finish(layer, hidden, _attend(layers, layer, queries, keys, values, positions))
+        keys, values = (torch.stack(parts) for parts in zip(*both, strict=True))
+        return KVChunk(layers.spec, ids, positions.cpu(), keys, values)
+
+
+def _attend(
+    layers: TransformersModel, layer: int, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor
+) -> Tensor:
+    window_tokens = layers.window_tokens[layer]
+    return causal_attention(queries, keys, values, positions, scale=layers.scale, window_tokens=window_tokens)
