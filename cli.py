@@ -15,7 +15,7 @@ import typer
 from . import __version__
 from .errors import KVLoomError
 
-BENCHMARKS = {"blend": ".bench.blend", "tiers": ".bench.tiers"}
+BENCHMARKS = {"blend": ".bench.blend", "codecs": ".bench.codecs", "tiers": ".bench.tiers"}
 """Module of each benchmark by name. It offers `run(*, quick: bool) -> BenchResult`."""
 
 app = typer.Typer(
@@ -132,7 +132,8 @@ def bench(
     json: JsonFile = None,
     quick: Quick = False,
     folder: Annotated[
-        Path | None, typer.Option("--dir", metavar="DIR", help="tiers: folder whose disk is measured; default: here.")
+        Path | None,
+        typer.Option("--dir", metavar="DIR", help="codecs, tiers: folder whose disk is measured; default: here."),
     ] = None,
     lmcache_python: Annotated[
         Path | None,
@@ -140,17 +141,26 @@ def bench(
             metavar="PATH", help="tiers: python that has LMCache; default: .venv-lmcache/bin/python, if it is there."
         ),
     ] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="codecs: a page with the tables and plots.")
+    ] = None,
 ) -> None:
     """Run one benchmark and print its figures."""
     if name not in BENCHMARKS:
         raise ValueError(f"unknown benchmark {name!r}; known: {', '.join(BENCHMARKS)}")
-    options = {"folder": folder, "lmcache_python": lmcache_python}
-    given = {option: value for option, value in options.items() if value is not None}
-    if given and name != "tiers":
-        raise ValueError(f"--dir and --lmcache-python belong to the benchmark tiers, not to {name}")
+    options: dict[str, Path] = {}
+    for flag, option, value, takers in (
+        ("--dir", "folder", folder, ("codecs", "tiers")),
+        ("--lmcache-python", "lmcache_python", lmcache_python, ("tiers",)),
+        ("--report", "report", report, ("codecs",)),
+    ):
+        if value is not None and name not in takers:
+            raise ValueError(f"{flag} belongs to {' and '.join(takers)}, not to {name}")
+        if value is not None:
+            options[option] = value
     from .bench.report import BenchResult
 
-    result = import_module(BENCHMARKS[name], __package__).run(quick=quick, **given)
+    result = import_module(BENCHMARKS[name], __package__).run(quick=quick, **options)
     if not isinstance(result, BenchResult):
         raise TypeError(f"benchmark {name} returned {type(result).__name__}; expected BenchResult")
     if json:

@@ -62,7 +62,7 @@ def test_unknown_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("option", ["--dir", "--lmcache-python"])
 def test_options_of_another_benchmark_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("bench", "blend", option, "here") == 2
-    assert one_line(capsys) == "kvloom: --dir and --lmcache-python belong to the benchmark tiers, not to blend"
+    assert one_line(capsys) == "kvloom: --dir belongs to codecs and tiers, not to blend"
 
 
 @pytest.mark.parametrize("option", ["--json", "--report"])

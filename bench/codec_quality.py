@@ -1,0 +1,236 @@
+"""What codecs cost a model: the way from its profile to losses beside the bits that a number takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..compress.calibration import CHUNK_FITS, LAYER_FITS, LayerFit, LayerSample
+from ..compress.catalog import codec_by_name
+from ..compress.gram import Gram
+from ..compress.grouped import GroupedCodec
+from ..compress.lowrank import LowRankCodec
+from ..compress.nuq import NuqCodec
+from ..compress.nuq_fit import FitOptions, fit_layer
+from ..compress.profile import Profile
+from ..connectors.hf_calibrate import calibrate, token_windows
+from ..core import Codec, KVChunk
+from ..kvstore.format import to_buffers
+from ..kvstore.keys import content_key
+from .forcing import CHUNK_TOKENS, ForcedModel, split, through_codec
+from .passages import load_heldout, load_questions
+from .quality import KINDS, Limits, Measurement, measure, task_trials
+from .report import Metric
+
+WIDTHS = (4, 3, 2)
+NAMED = ("int8", "kv4", "fp8", *(f"nuq{bits}" for bits in WIDTHS))
+RANK_RATIOS = (0.125, 0.25, 0.375, 0.5)
+FITS: Mapping[str, FitOptions] = {
+    "even levels": FitOptions(nonuniform=False),
+    "F instead of F s^2": FitOptions(scale_weights=False),
+    "no Fisher weights": FitOptions(fisher=False),
+}
+"""What is left out of the fit of level tables, one piece at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """How much is measured.
+
+    Attributes
+    ----------
+    calibration, windows : sequences of `window_tokens`, to learn from and to measure on; different text.
+    trials : of each kind of task.
+    """
+
+    calibration: int
+    windows: int
+    window_tokens: int
+    trials: int
+    context_tokens: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Learned:
+    """Profiles of one model: `whole`, and one for each of `FITS`."""
+
+    whole: Profile
+    variants: Mapping[str, Profile]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Loss:
+    """A codec, what it takes and what it costs.
+
+    Attributes
+    ----------
+    bits : for each number of keys and values of a chunk of this model in float16, everything that is stored counted.
+    """
+
+    name: str
+    bits: float
+    found: Measurement
+
+    def figures(self) -> dict[str, tuple[float, float, float]]:
+        """Each loss with its 95 % interval."""
+        return {name: (f.value, f.low, f.high) for name, f in self.found.figures(Limits()).items()}
+
+
+def learn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, scope: Scope) -> Learned:
+    """Calibrate on the bundled Wikipedia passages and on the first half of the bundled prose."""
+    prose = load_heldout()
+    passages = [text for question in load_questions() for text in question.passages]
+    windows = [
+        window
+        for texts in ([" ".join(passages)], ["\n".join(prose[: len(prose) // 2])])
+        for window in token_windows(
+            tokenizer, texts, sequences=-(-scope.calibration // 2), tokens=scope.window_tokens, least_tokens=64
+        )
+    ]
+    fits = dict(LAYER_FITS) | {name: _renamed(name, options) for name, options in FITS.items()}
+    profile = calibrate(model, windows, layer_fits=fits, chunk_fits=CHUNK_FITS)
+    own = {name: tensor for name, tensor in profile.tensors.items() if "/" not in name}
+    variants = {
+        variant: Profile(
+            profile.spec,
+            {n.removeprefix(f"{variant}/"): t for n, t in profile.tensors.items() if n.startswith(f"{variant}/")},
+        )
+        for variant in FITS
+    }
+    return Learned(Profile(profile.spec, own, profile.meta), variants)
+
+
+def all_codecs(learned: Learned) -> dict[str, Codec]:
+    """What is compared: named codecs, the plain integers that they must beat, and low rank, by the name to show."""
+    found = {name: codec_by_name(name, learned.whole) for name in NAMED}
+    for bits in WIDTHS:
+        found[f"KIVI {bits} bits"] = kivi(bits)
+        found[f"uniform {bits} bits"] = uniform(bits)
+    width = learned.whole.spec.num_kv_heads * learned.whole.spec.head_dim
+    for ratio in RANK_RATIOS:
+        found[f"low rank {ratio:.3g}"] = LowRankCodec(rank=round(ratio * width), profile=learned.whole)
+    return found
+
+
+def ablations(learned: Learned, bits: int) -> dict[str, Codec]:
+    """KVQuant in pieces: from integers per token to all of it, and all of it but for one."""
+    whole = NuqCodec(learned.whole, bits=bits)
+    return {
+        "integers, keys per token": uniform(bits),
+        "integers, keys per channel after rotation": replace(kivi(bits), rotated=True),
+        "integers, keys per channel before rotation": kivi(bits),
+        **{f"nuq, {name}": NuqCodec(profile, bits=bits) for name, profile in learned.variants.items()},
+        "nuq, no outliers": replace(whole, outlier_ratio=0.0),
+        "nuq, no sinks": replace(whole, sink_tokens=0),
+        "nuq, with Q-Norm": replace(whole, q_norm=True),
+        "nuq": whole,
+    }
+
+
+def kivi(bits: int) -> GroupedCodec:
+    """KIVI in groups so large that it takes about as many bits as `nuq`: a quarter of a bit on top."""
+    return GroupedCodec(bits=bits, group_tokens=128, group_channels=None)
+
+
+def uniform(bits: int) -> GroupedCodec:
+    """Integers between the least and the greatest number of each token."""
+    return GroupedCodec(bits=bits, key_axis="token", group_channels=None)
+
+
+def losses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    codecs: Mapping[str, Codec],
+    scope: Scope,
+    advance: Callable[[str], object],
+) -> list[Loss]:
+    """Every codec beside the exact model, on the second half of the bundled prose and on tasks.
+
+    `advance` is told of `windows` or the kind of task after each.
+    """
+    forced = ForcedModel(model)
+    windows = heldout_windows(tokenizer, scope)
+    trials = {
+        kind: task_trials(tokenizer, kind, count=scope.trials, context_tokens=scope.context_tokens)
+        for kind in (KINDS if scope.trials else ())
+    }
+    found = measure(
+        forced, [through_codec(c) for c in codecs.values()], windows=windows, trials=trials, advance=advance
+    )
+    chunk, _ = forced.prefill(torch.tensor(windows[0]))
+    return [Loss(name, bits_of(codec, chunk), one) for (name, codec), one in zip(codecs.items(), found, strict=True)]
+
+
+def heldout_windows(tokenizer: PreTrainedTokenizerBase, scope: Scope) -> list[list[int]]:
+    """Out of the second half of the bundled prose, which no profile has seen."""
+    prose = load_heldout()
+    text = "\n".join(prose[len(prose) // 2 :])
+    return token_windows(tokenizer, [text], sequences=scope.windows, tokens=scope.window_tokens, least_tokens=64)
+
+
+def entropy_gain(model: PreTrainedModel, windows: Sequence[Sequence[int]], learned: Learned) -> Metric:
+    """How many times smaller entropy coding makes `nuq4` chunks on disk, in float16."""
+    plain, coded = (codec_by_name(name, learned.whole) for name in ("nuq4", "entropy+nuq4"))
+    forced = ForcedModel(model)
+    gains = []
+    for window in windows:
+        for chunk in split(_half(forced.prefill(torch.tensor(list(window)))[0]), CHUNK_TOKENS):
+            gains.append(stored_bytes(plain, chunk) / stored_bytes(coded, chunk))
+    return Metric.of_samples(gains, unit="times", baseline="nuq4")
+
+
+def bits_of(codec: Codec, context: KVChunk) -> float:
+    """Bits for each number of a float16 chunk from the middle of a context, containers counted."""
+    chunk = split(context, CHUNK_TOKENS)[1] if len(context) >= 2 * CHUNK_TOKENS else context
+    half = _half(chunk)
+    return 8 * stored_bytes(codec, half) / (half.keys.numel() + half.values.numel())
+
+
+def stored_bytes(codec: Codec, chunk: KVChunk) -> int:
+    """Of the container that a tier writes: header, checksums, token ids and positions included."""
+    key = content_key(chunk.spec, [0], salt=b"bench")
+    return sum(map(len, to_buffers(key, codec.encode(chunk))))
+
+
+def key_energy(model: PreTrainedModel, windows: Sequence[Sequence[int]]) -> list[tuple[float, float, float]]:
+    """Share of the keys' squared norm in their first dimensions, before and after rotation: mean over layers.
+
+    Rows (rank over width, before, after), for each of `RANK_RATIOS`.
+    """
+    forced = ForcedModel(model)
+    grams: dict[bool, list[Gram]] = {True: [], False: []}
+    for window in windows:
+        chunk, _ = forced.prefill(torch.tensor(list(window)))
+        for before in grams:
+            keys = chunk.keys.float()
+            if before and chunk.spec.rope is not None:
+                keys = chunk.spec.rope.shift(keys, -chunk.positions)
+            of_window = [Gram.of(layer.transpose(0, 1).flatten(1)) for layer in keys]
+            known = grams[before]
+            grams[before] = [a + b for a, b in zip(known, of_window, strict=True)] if known else of_window
+    width = forced.spec.num_kv_heads * forced.spec.head_dim
+    rows = []
+    for ratio in RANK_RATIOS:
+        shares = []
+        for before in (True, False):
+            spectra = [gram.spectrum()[0] for gram in grams[before]]
+            shares.append(sum(float(s[: round(ratio * width)].sum() / s.sum()) for s in spectra) / len(spectra))
+        rows.append((ratio, shares[0], shares[1]))
+    return rows
+
+
+def _half(chunk: KVChunk) -> KVChunk:
+    spec = replace(chunk.spec, dtype=torch.float16)
+    return KVChunk(spec, chunk.token_ids, chunk.positions, chunk.keys.half(), chunk.values.half())
+
+
+def _renamed(variant: str, options: FitOptions) -> LayerFit:
+    def fit(sample: LayerSample) -> Mapping[str, torch.Tensor]:
+        flat = [t.flatten(1) for t in (sample.keys, sample.key_fisher, sample.values, sample.value_fisher)]
+        found = fit_layer(*flat, heads=sample.spec.num_kv_heads, options=options)
+        return {f"{variant}/{name}": tensor for name, tensor in found.items()}
+
+    return fit
