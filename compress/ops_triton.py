@@ -8,7 +8,6 @@ before Triton is imported, the kernels run on the cpu.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,7 +121,7 @@ def _or(table: Tensor | None, other: Tensor) -> Tensor:
 
 
 @triton.jit
-def _code(row: Any, index: Any, eighth: Any, mask: Any, BITS: tl.constexpr) -> Any:
+def _code(row, index, eighth, mask, BITS: tl.constexpr):
     """Codes at `index` of the packed row at pointer `row`: a load for each plane, see `pack_bits` in ops.py."""
     code = tl.zeros_like(index)
     start = eighth * 0
@@ -146,7 +145,7 @@ def _code(row: Any, index: Any, eighth: Any, mask: Any, BITS: tl.constexpr) -> A
 
 
 @triton.jit
-def _unpack(packed: Any, codes: Any, count: Any, eighth: Any, BITS: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def _unpack(packed, codes, count, eighth, BITS: tl.constexpr, BLOCK: tl.constexpr):
     """For each run of BLOCK codes of a row: load the byte of each plane, shift, mask, join, store.
 
     Grid: (rows, ceil(count / BLOCK)). Codes past `count` are masked. A code loads a byte of each plane, which it shares
@@ -160,7 +159,7 @@ def _unpack(packed: Any, codes: Any, count: Any, eighth: Any, BITS: tl.constexpr
 
 
 @triton.jit
-def _pack(codes: Any, packed: Any, count: Any, eighth: Any, BITS: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def _pack(codes, packed, count, eighth, BITS: tl.constexpr, BLOCK: tl.constexpr):
     """For each plane, for each run of its bytes: load the 8 / width codes of a byte, join them, store.
 
     Grid: (rows, ceil(eighth / BLOCK)), where `eighth` is a plane's bytes per bit of width; a program makes `width` runs
@@ -184,9 +183,7 @@ def _pack(codes: Any, packed: Any, count: Any, eighth: Any, BITS: tl.constexpr, 
 
 
 @triton.jit
-def _pack_plane(
-    codes: Any, plane: Any, column: Any, count: Any, eighth: Any, WIDTH: tl.constexpr, LOW: tl.constexpr
-) -> None:
+def _pack_plane(codes, plane, column, count, eighth, WIDTH: tl.constexpr, LOW: tl.constexpr):
     """Bits `[LOW, LOW + WIDTH)` of the codes of a row, as bytes `column + i * eighth` of their plane."""
     for run in tl.static_range(WIDTH):
         j = column + run * eighth
@@ -200,19 +197,19 @@ def _pack_plane(
 
 @triton.jit
 def _number(
-    row: Any,
-    scale: Any,
-    zero: Any,
-    levels: Any,
-    smooth: Any,
-    channel: Any,
-    eighth: Any,
-    run: Any,
-    mask: Any,
+    row,
+    scale,
+    zero,
+    levels,
+    smooth,
+    channel,
+    eighth,
+    run,
+    mask,
     BITS: tl.constexpr,
     HAS_LEVELS: tl.constexpr,
     HAS_SMOOTH: tl.constexpr,
-) -> Any:
+):
     """Dequantised channels in float32; `run` is the offset of their scale and zero."""
     code = _code(row, channel, eighth, mask, BITS)
     x = tl.load(levels + code, mask=mask, other=0.0) if HAS_LEVELS else code.to(tl.float32)
@@ -225,20 +222,20 @@ def _number(
 
 @triton.jit
 def _dequantize_rotate(
-    packed: Any,
-    scale: Any,
-    zero: Any,
-    levels: Any,
-    smooth: Any,
-    cos: Any,
-    sin: Any,
-    out: Any,
-    out_row: Any,
-    out_token: Any,
-    T: Any,
-    D: Any,
-    G: Any,
-    C: Any,
+    packed,
+    scale,
+    zero,
+    levels,
+    smooth,
+    cos,
+    sin,
+    out,
+    out_row,
+    out_token,
+    T,
+    D,
+    G,
+    C,
     BITS: tl.constexpr,
     HAS_LEVELS: tl.constexpr,
     HAS_SMOOTH: tl.constexpr,
@@ -246,7 +243,7 @@ def _dequantize_rotate(
     INTERLEAVED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
-) -> None:
+):
     """For each block of tokens of a row (a layer's head): both channels of each pair are unpacked, dequantised, turned.
 
     Grid: (N, ceil(T / BLOCK_TOKENS)); a tile is BLOCK_TOKENS by all pairs, padded to a power of 2. Tokens past T and
@@ -281,20 +278,20 @@ def _dequantize_rotate(
 
 @triton.jit
 def _store_pairs(
-    a: Any,
-    b: Any,
-    cos: Any,
-    sin: Any,
-    out: Any,
-    token: Any,
-    pair: Any,
-    half: Any,
-    first: Any,
-    second: Any,
-    mask_a: Any,
-    mask_b: Any,
+    a,
+    b,
+    cos,
+    sin,
+    out,
+    token,
+    pair,
+    half,
+    first,
+    second,
+    mask_a,
+    mask_b,
     TURNS: tl.constexpr,
-) -> None:
+):
     """Turns pairs by the angles of their tokens and stores both halves; `out` points to the rows of the tokens."""
     if TURNS:
         c = tl.load(cos + token * half + pair, mask=mask_a, other=0.0)
@@ -306,23 +303,23 @@ def _store_pairs(
 
 @triton.jit
 def _rebuild_rotate(
-    factor: Any,
-    basis: Any,
-    cos: Any,
-    sin: Any,
-    out: Any,
-    out_head: Any,
-    out_token: Any,
-    T: Any,
-    R: Any,
-    H: Any,
-    D: Any,
+    factor,
+    basis,
+    cos,
+    sin,
+    out,
+    out_head,
+    out_token,
+    T,
+    R,
+    H,
+    D,
     TURNS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
-) -> None:
+):
     """For each block of tokens of a head: over runs of ranks, add `factor @ basis` for both channels of pairs; turn.
 
     Grid: (H, ceil(T / BLOCK_TOKENS)). The two products share the factor's tile; sums are float32, and float32 operands

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvloom.compress.fp8 import Fp8Codec
+from kvloom.compress.fp8 import Fp8Codec, _wide
 from kvloom.core import KVChunk, KVSpec, RopeSpec
 from kvloom.errors import CodecError
 from kvloom.kvstore.format import from_bytes, to_bytes
@@ -21,7 +21,7 @@ from .coding import (
     digest,
     with_meta,
 )
-from .contracts import SPEC, CodecContract, make_chunk, make_key, same_blob, same_chunk
+from .contracts import SPEC, CodecContract, make_chunk, make_key, same_bits, same_blob, same_chunk
 
 
 class TestFp8(CodecContract):
@@ -62,6 +62,12 @@ def test_error_is_half_a_step_of_e4m3(tokens: int, dtype: torch.dtype, log_size:
             bound = torch.maximum(true.abs() / 16, greatest / 448 * 2.0**-10)
             rounding = 2 * torch.finfo(dtype).eps * true.abs() + 2 * torch.finfo(dtype).smallest_normal
             assert bool(((found - true).abs() <= bound * 1.0001 + rounding).all())
+
+
+def test_every_number_of_e4m3_is_read() -> None:
+    codes = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn)
+    codes = codes[codes.float().isfinite()]
+    assert len(codes) == 254 and same_bits(_wide(codes), codes.float())
 
 
 def test_the_greatest_number_is_kept() -> None:
