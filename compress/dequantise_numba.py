@@ -56,7 +56,7 @@ def dequantise_compiled(grid: Grid, codes: Codes, rotation: Rotation | None, dty
         _flat(F.pad(grid.scale.reshape(-1), (0, _LANES))),
         _flat(F.pad(grid.zero.reshape(-1), (0, _LANES))),
         _flat(ranges),
-        _flat(codes.channels).view(np.uint64),
+        _flat(codes.channels).view(np.uint32),
         _flat(codes.outliers),
         _flat(half if rotation is None else rotation.cos),
         _flat(half if rotation is None else rotation.sin),
@@ -106,7 +106,9 @@ def _vector(element: ir.Type, value: int) -> ir.Constant:
     return ir.Constant(ir.VectorType(element, _LANES), [value] * _LANES)
 
 
-def _type_look_up(_typing: Any, numbers: Any, i: Any, table: Any, scale: Any, zero: Any, c: Any, out: Any, o: Any) -> Any:
+def _type_look_up(
+    _typing: Any, numbers: Any, i: Any, table: Any, scale: Any, zero: Any, c: Any, out: Any, o: Any
+) -> Any:
     """`out[o + n] = table[numbers[i + n]] * scale[c + n] + zero[c + n]` for 16 n; numbers are below 16.
 
     LLVM makes one permutation of the extractions and insertions where the processor has it (`vpermd` of AVX-512).
