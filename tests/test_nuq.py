@@ -5,6 +5,7 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -311,10 +312,15 @@ def test_refuses_numbers_beyond_what_there_is(name: str, number: int) -> None:
         NuqCodec(PROFILE).decode(EncodedChunk("nuq", {**BLOB.tensors, name: damaged}, BLOB.meta, BLOB.layered))
 
 
-def test_refuses_a_rope_of_another_head_dim() -> None:
-    spec = replace(SPEC, rope=RopeSpec((1.0, 0.1)))
-    with pytest.raises(CodecError, match="pairs"):
-        NuqCodec(PROFILE).decode(EncodedChunk("nuq", BLOB.tensors, {**BLOB.meta, "spec": spec.to_json()}, BLOB.layered))
+@pytest.mark.parametrize(
+    "change",
+    [{"rope": RopeSpec((1.0, 0.1))}, {"num_layers": 9}, {"num_kv_heads": 1, "head_dim": 16}, {"model_id": "x"}],
+    ids=str,
+)
+def test_refuses_a_spec_that_is_not_the_profiles(change: dict[str, Any]) -> None:
+    meta = {**BLOB.meta, "spec": replace(SPEC, **change).to_json(), "first_layer": "0"}
+    with pytest.raises(CodecError, match="calibrate"):
+        NuqCodec(PROFILE).decode(EncodedChunk("nuq", BLOB.tensors, meta, BLOB.layered))
 
 
 LITERAL = KVSpec("literal@1", num_layers=1, num_kv_heads=2, head_dim=8, dtype=torch.float16, rope=None)
