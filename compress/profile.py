@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import safetensors
@@ -101,5 +101,6 @@ class Profile:
         return _without_dtype(self.spec)
 
 
+@lru_cache(maxsize=64)
 def _without_dtype(spec: KVSpec) -> str:
     return json.dumps(json.loads(spec.to_json()) | {"dtype": None}, sort_keys=True)
