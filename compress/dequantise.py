@@ -40,7 +40,7 @@ class Codes:
     ----------
     packed : `[L, H, T, packed_bytes(D, bits)]` uint8, by `pack_bits`.
     ranges : `[L, T, 2]` float32: levels of a token are first multiplied by one and raised by the other; None: by 1, 0.
-    channels : `[L, T, k]` int64, each below `H * D`, unequal within a row.
+    channels : `[L, T, k]` int32, each below `H * D`, unequal within a row.
     outliers : `[L, T, k]` float32, what stands there instead.
     """
 
@@ -94,7 +94,7 @@ def dequantise_slowly(grid: Grid, codes: Codes, rotation: Rotation | None, dtype
             rows = rows * scale + zero
         rows = rows * grid.scale[layer, :, None] + grid.zero[layer, :, None]
         by_token = rows.transpose(0, 1).reshape(T, H * D)
-        by_token.scatter_(1, codes.channels[layer], codes.outliers[layer])
+        by_token.scatter_(1, codes.channels[layer].long(), codes.outliers[layer])
         rows = by_token.view(T, H, D).transpose(0, 1)
         out[layer] = rows if rotation is None else rotation.turn(rows)
     return out

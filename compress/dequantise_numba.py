@@ -43,9 +43,10 @@ def dequantise_compiled(grid: Grid, codes: Codes, rotation: Rotation | None, dty
     if dtype not in _STORED_AS:
         return dequantise_compiled(grid, codes, rotation, torch.float32).to(dtype)
     (L, H, T, _), D = codes.packed.shape, grid.scale.shape[-1]
-    out = torch.empty(L, H, T, D, dtype=dtype)
-    if out.numel() == 0:
-        return out
+    if 0 in (L, H, T, D):
+        return torch.empty(L, H, T, D, dtype=dtype)
+    # From numpy, which asks for huge pages: faults of small ones take longer than all that is computed here.
+    out = torch.from_numpy(np.empty(L * H * T * D * dtype.itemsize, np.uint8)).view(dtype).view(L, H, T, D)
     ranges = torch.tensor([1.0, 0.0]).expand(L, T, 2) if codes.ranges is None else codes.ranges
     half = torch.zeros(0, dtype=torch.float32)
     arrays = (
@@ -56,7 +57,7 @@ def dequantise_compiled(grid: Grid, codes: Codes, rotation: Rotation | None, dty
         _flat(F.pad(grid.scale.reshape(-1), (0, _LANES))),
         _flat(F.pad(grid.zero.reshape(-1), (0, _LANES))),
         _flat(ranges),
-        _flat(codes.channels).view(np.uint64),
+        _flat(codes.channels).view(np.uint32),
         _flat(codes.outliers),
         _flat(half if rotation is None else rotation.cos),
         _flat(half if rotation is None else rotation.sin),

@@ -87,7 +87,8 @@ def tempered(fisher: Tensor, *, clip_quantile: float = 0.999, uniform_ratio: flo
     uniform_ratio : share of the total weight that is spread evenly; 1 leaves no Fisher information.
     """
     clipped = fisher.clamp(max=quantile(fisher.reshape(-1), clip_quantile))
-    return (1 - uniform_ratio) * clipped + uniform_ratio * clipped.mean()
+    mixed: Tensor = (1 - uniform_ratio) * clipped + uniform_ratio * clipped.mean()
+    return mixed
 
 
 def quantile(values: Tensor, share: float) -> Tensor:

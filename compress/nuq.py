@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core import EncodedChunk, KVChunk, KVSpec
-from ..errors import CodecError
+from ..errors import CodecError, SpecMismatchError
 from .dequantise import Codes, Grid, Rotation, dequantise
 from .envelope import cpu_copy, expect_tensor, open_envelope, seal
 from .ops import pack_bits, packed_bytes
@@ -113,8 +113,6 @@ class NuqCodec:
         """
         envelope = open_envelope(blob, self.name, _KEY_NAMES | _VALUE_NAMES)
         spec, placed = envelope.spec, envelope.placed(positions)
-        if spec.rope is not None and spec.head_dim != 2 * len(spec.rope.inv_freq):
-            raise CodecError(f"nuq chunk: head dim is {spec.head_dim}; its rope has {len(spec.rope.inv_freq)} pairs")
         moved = (envelope.positions, placed)
         layers = (envelope.first_layer, envelope.num_layers)
         keys = self._decode_half("keys", spec, blob, layers, envelope.tokens, envelope.parameters, moved)
@@ -204,6 +202,10 @@ class NuqCodec:
     ) -> Tensor:
         # `moved` is given for keys: positions where they were computed, and where they are asked for.
         bits, outlier_ratio, q_norm = self._parameters(parameters)
+        try:
+            self.profile.check_serves(spec)
+        except SpecMismatchError as exc:
+            raise CodecError(f"nuq chunk contradicts its profile: {exc}") from exc
         (first_layer, L), H, T = layers, spec.num_kv_heads, tokens
         D = spec.head_dim if half == "keys" else spec.value_dim
         if H * D > MAX_CHANNELS:

@@ -177,8 +177,8 @@ def _without_largest(errors: Tensor, outlier_ratio: float) -> Tensor:
 def _by_head(rows: Tensor, heads: int) -> Tensor:
     """`[..., M]` to `[heads, ..., M / heads]`, with one row if there is none."""
     rows = rows if rows.ndim > 1 else rows[None]
-    split: Tensor = rows.unflatten(-1, (heads, -1)).movedim(-2, 0)
-    return split
+    by_head: Tensor = rows.unflatten(-1, (heads, -1)).movedim(-2, 0)
+    return by_head
 
 
 def _looked_up(levels: Tensor, codes: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import safetensors
@@ -112,6 +112,7 @@ class Profile:
         return model_identity(self.spec)
 
 
+@lru_cache(maxsize=64)
 def model_identity(spec: KVSpec) -> str:
     """Text that two specs share if they are of one model, in whatever precision."""
     return json.dumps(json.loads(spec.to_json()) | {"dtype": None}, sort_keys=True)

@@ -49,7 +49,7 @@ def pack_channels(indices: Tensor, channels: int) -> Tensor:
 
 
 def unpack_channels(packed: Tensor, slots: int, channels: int) -> Tensor:
-    """The inverse of `pack_channels`: `[..., slots]` int64. They are below `channels` only if they were before.
+    """The inverse of `pack_channels`: `[..., slots]` int32. They are below `channels` only if they were before.
 
     Raises
     ------
@@ -57,10 +57,10 @@ def unpack_channels(packed: Tensor, slots: int, channels: int) -> Tensor:
     """
     if packed.shape[-1] != slot_bytes(slots, channels):
         raise ValueError(f"{packed.shape[-1]} bytes; {slots} slots among {channels} channels take other than that")
-    low, high_bits = packed[..., :slots].long(), _high_bits(channels)
+    low, high_bits = packed[..., :slots].to(torch.int32), _high_bits(channels)
     if not high_bits:
         return low
-    return low | unpack_bits(packed[..., slots:], high_bits, slots).long() << 8
+    return low | unpack_bits(packed[..., slots:], high_bits, slots).to(torch.int32) << 8
 
 
 def _high_bits(channels: int) -> int:

@@ -59,10 +59,14 @@ def test_unknown_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
         assert name in line
 
 
-@pytest.mark.parametrize("option", ["--dir", "--lmcache-python"])
-def test_options_of_another_benchmark_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("option", "takers"), [("--dir", "codecs and tiers"), ("--lmcache-python", "tiers"), ("--report", "codecs")]
+)
+def test_options_of_another_benchmark_are_refused(
+    option: str, takers: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("bench", "blend", option, "here") == 2
-    assert one_line(capsys) == "kvloom: --dir belongs to codecs and tiers, not to blend"
+    assert one_line(capsys) == f"kvloom: {option} belongs to {takers}, not to blend"
 
 
 @pytest.mark.parametrize("option", ["--json", "--report"])
