@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import NewType, Protocol, runtime_checkable
 
 import torch
@@ -103,6 +104,7 @@ class KVSpec:
         """Bytes that one token's keys and values take in all layers."""
         return self.num_layers * self.num_kv_heads * (self.head_dim + self.value_dim) * self.dtype.itemsize
 
+    @lru_cache(maxsize=64)  # noqa: B019  specs are few and small, and each put asks
     def to_json(self) -> str:
         """Canonical JSON: equal specs give equal text, in every process and release."""
         fields = asdict(self) | {"dtype": str(self.dtype).removeprefix("torch.")}
@@ -147,20 +149,20 @@ class KVChunk:
     first_layer: int = 0
 
     def __post_init__(self) -> None:
-        spec, tokens = self.spec, len(self.token_ids)
+        spec, tokens, layers = self.spec, self.token_ids.shape[0], self.keys.shape[0]
         for name, tensor, dtype, shape in (
             ("token_ids", self.token_ids, torch.int64, (tokens,)),
             ("positions", self.positions, torch.int64, (tokens,)),
-            ("keys", self.keys, spec.dtype, (len(self.keys), spec.num_kv_heads, tokens, spec.head_dim)),
-            ("values", self.values, spec.dtype, (len(self.keys), spec.num_kv_heads, tokens, spec.value_dim)),
+            ("keys", self.keys, spec.dtype, (layers, spec.num_kv_heads, tokens, spec.head_dim)),
+            ("values", self.values, spec.dtype, (layers, spec.num_kv_heads, tokens, spec.value_dim)),
         ):
             if tensor.dtype != dtype or tensor.shape != shape:
                 raise SpecMismatchError(
                     f"{name} is {tensor.dtype} {list(tensor.shape)}; {spec.model_id} asks for {dtype} {list(shape)}"
                 )
-        if not 0 <= self.first_layer <= self.first_layer + len(self.keys) <= spec.num_layers:
+        if not 0 <= self.first_layer <= self.first_layer + layers <= spec.num_layers:
             raise SpecMismatchError(
-                f"chunk holds layers {self.first_layer} to {self.first_layer + len(self.keys)}; "
+                f"chunk holds layers {self.first_layer} to {self.first_layer + layers}; "
                 f"{spec.model_id} has {spec.num_layers}"
             )
 
@@ -179,8 +181,8 @@ class EncodedChunk:
         layered lie on one device, all others on the cpu.
     meta : what the codec needs beside them, as text.
     layered : names of the tensors whose first dimension is the layer, so that layers can be read and verified alone.
-    leased : the tensors lie in memory that a tier wants back, and gets when the last view of them is gone. Who keeps
-        them for long copies them.
+    leased : the tensors lie in memory that is another's: of a tier that gets it back when the last view of them is
+        gone, or, while a chunk is put, of who puts it. Who keeps them for long copies them.
     """
 
     codec: str
@@ -218,6 +220,10 @@ class ChunkInfo:
     recompute_s: float | None = None
 
 
+NOTHING = ChunkInfo()
+"""Of a chunk of which nothing more is known."""
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """A chunk in a tier. `nbytes` is what it takes there."""
@@ -242,7 +248,7 @@ class Codec(Protocol):
     @property
     def is_lossless(self) -> bool: ...
     def encode(self, chunk: KVChunk) -> EncodedChunk:
-        """Shares no memory with `chunk`."""
+        """Shares no memory with `chunk`, unless it is `leased`."""
         ...
 
     def decode(self, blob: EncodedChunk, positions: Tensor | None = None) -> KVChunk:
@@ -304,6 +310,32 @@ class MayStall(Protocol):
     def may_stall(self) -> bool:
         """True; a class attribute will do."""
         ...
+
+
+class HoldsChunks(Protocol):
+    """The reading part of a tier."""
+
+    def get(self, key: ChunkKey) -> EncodedChunk | None: ...
+
+
+class AnswersAtOnce(HoldsChunks, Protocol):
+    """What a tier can say without waiting for a device, for another thread's I/O or for another process.
+
+    It reads like the tier, by the same methods, but raises `BlockingIOError` rather than wait, and wherever the tier
+    itself has more to do than to read.
+    """
+
+    def has_news(self) -> bool:
+        """Whether `ReportsChanges.changes` may have something to tell."""
+        ...
+
+
+@runtime_checkable
+class ReadsCached(Protocol):
+    """Optional capability of a tier that may stall: what it has in memory can be read without waiting."""
+
+    @property
+    def cached(self) -> AnswersAtOnce: ...
 
 
 @runtime_checkable

@@ -21,7 +21,7 @@ from .alternatives import KVLOOM, Store, installed_stores
 from .disk_files import in_random_order
 from .page_cache import drop_page_cache
 from .rounds import Comparison, interleave, size_text, timed
-from .samples import expect_same, sample_chunk, sample_key, tensors_of, touched_like
+from .samples import expect_same, sample_chunks, tensors_of, touched_like
 
 PUT_END, PUT_EACH = "put, one sync at the end", "put, each synced"
 WARM_GET, COLD_GET = "get, page cache", "get, cold"
@@ -37,7 +37,7 @@ def alternative_speeds(
     stores = installed_stores()
     found = []
     for size in sizes:
-        chunks = {sample_key(size, i): sample_chunk(size, seed=i) for i in range(max(1, total_bytes // size))}
+        chunks = sample_chunks(size, total_bytes)
         few = dict(list(chunks.items())[:SYNCED_PUTS])
         with TemporaryDirectory(dir=folder, prefix="kvloom-bench-") as place:
             found.append(_put_speed(Path(place), stores, chunks, rounds, bar, PUT_END))

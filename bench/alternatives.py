@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from ..core import ChunkKey, EncodedChunk
-from .disk_files import make_durable, open_disk
+from ..kvstore.tiers.disk import DiskTier
 from .environment import usable
 from .samples import copy_into, present
 
@@ -54,13 +54,13 @@ class KVLoom:
     """The disk tier alone, with every read verified. `batch` with a flush at the end, or `sync`."""
 
     def __init__(self, folder: Path, *, sync_each: bool) -> None:
-        self._tier = open_disk(folder / "tier", sync_each=sync_each)
+        self._tier = DiskTier(folder / "tier", durability="sync" if sync_each else "batch")
 
     def put(self, key: ChunkKey, tensors: Tensors) -> None:
         self._tier.put(key, EncodedChunk("raw", tensors, {}, frozenset({"keys", "values"})))
 
     def sync(self) -> None:
-        make_durable(self._tier)
+        self._tier.flush()
 
     def get(self, key: ChunkKey, targets: Tensors) -> None:
         copy_into(targets, present(self._tier.get(key)).tensors)

@@ -7,49 +7,22 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from ..core import ChunkKey, EncodedChunk
 from ..kvstore.tiers.disk import DiskTier
-from .page_cache import drop_page_cache, sync_files
+from .page_cache import drop_page_cache
 from .rounds import timed
 from .samples import expect_same, present
 
 
-@runtime_checkable
-class Flushes(Protocol):
-    """A tier with group commit: what was put before `flush` survives a power loss after it."""
-
-    def flush(self) -> None: ...
-
-
-def open_disk(path: Path, *, sync_each: bool = False) -> DiskTier:
-    """The disk tier; chunks are durable after each put, or after `make_durable`."""
-    if sync_each:
-        return DiskTier(path, durability="sync")
-    batch: Any = "batch"
-    try:
-        return DiskTier(path, durability=batch)
-    except ValueError:  # a tier without group commit
-        return DiskTier(path, durability="cache")
-
-
-def make_durable(tier: DiskTier) -> None:
-    """Everything put so far has reached the device."""
-    if isinstance(tier, Flushes):
-        tier.flush()
-    else:
-        sync_files(tier.path)
-
-
 def fill(path: Path, blobs: Mapping[ChunkKey, EncodedChunk]) -> None:
     """Make a disk tier of these chunks, durable and closed, after a look at whether it gives back what it was given."""
-    with closing(open_disk(path)) as tier:
+    with closing(DiskTier(path, durability="batch")) as tier:
         for key, blob in blobs.items():
             tier.put(key, blob)
-        make_durable(tier)
+        tier.flush()
         for key, blob in blobs.items():
             expect_same(present(tier.get(key)).tensors, blob.tensors, "the disk tier")
 

@@ -16,12 +16,12 @@ from tempfile import TemporaryDirectory
 import torch
 from rich.progress import Progress
 
-from ..compress.raw import RawCodec
 from ..core import ChunkKey, EncodedChunk, KVChunk
 from ..kvstore.store import KVStore
-from .disk_files import fill, in_random_order, make_durable, open_disk, read_raw, reading, write_raw
+from ..kvstore.tiers.disk import DiskTier
+from .disk_files import fill, in_random_order, read_raw, reading, write_raw
 from .rounds import Comparison, exhaust, interleave, size_text, timed
-from .samples import present, sample_chunk, sample_key
+from .samples import encoded, present, sample_chunks
 from .verification import verification_speeds
 
 PUT, WARM_GET, COLD_GET = "disk put, one sync at the end", "disk get, page cache", "disk get, cold"
@@ -39,9 +39,8 @@ def disk_speeds(folder: Path, sizes: Sequence[int], total_bytes: int, rounds: in
     """
     found = []
     for size in sizes:
-        chunks = {sample_key(size, i): sample_chunk(size, seed=i) for i in range(max(1, total_bytes // size))}
-        codec = RawCodec()
-        blobs = {key: codec.encode(chunk) for key, chunk in chunks.items()}
+        chunks = sample_chunks(size, total_bytes)
+        blobs = encoded(chunks)
         with TemporaryDirectory(dir=folder, prefix="kvloom-bench-") as place:
             found.append(_put_speed(Path(place), chunks, blobs, rounds, bar, size_text(size)))
             fill(Path(place) / "tier", blobs)
@@ -66,7 +65,7 @@ def _put_speed(
         return spent
 
     def put(use_store: bool) -> float:
-        tier = open_disk(tier_path)
+        tier = DiskTier(tier_path, durability="batch")
         with KVStore([tier]) as store:
 
             def put_all() -> None:
@@ -76,7 +75,7 @@ def _put_speed(
                 else:
                     for key, blob in blobs.items():
                         tier.put(key, blob)
-                make_durable(tier)
+                tier.flush()
 
             spent = timed(put_all)
         rmtree(tier_path)
@@ -97,7 +96,7 @@ def _get_speeds(
     fd = os.open(raw_folder / "chunks", os.O_RDONLY)
     found = []
     try:
-        tier = open_disk(folder / "tier")
+        tier = DiskTier(folder / "tier", durability="batch")
         with KVStore([tier]) as store:
             reads: dict[str, tuple[Path, Callable[[], object]]] = {
                 RAW_READ: (

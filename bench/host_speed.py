@@ -14,12 +14,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from rich.progress import Progress
 from torch import Tensor
 
-from ..compress.raw import RawCodec
 from ..core import ChunkKey, KVChunk
 from ..kvstore.store import KVStore
 from ..kvstore.tiers.host import HostTier
 from .rounds import Comparison, exhaust, give_back_memory, interleave, size_text, timed
-from .samples import copy_into, expect_same, present, sample_chunk, sample_key, tensors_of, touched_like
+from .samples import copy_into, encoded, expect_same, present, sample_chunks, sample_key, tensors_of, touched_like
 
 PUT, GET = "host put", "host get"
 FRESH, WARM = "plain copy, fresh memory", "plain copy, warm memory"
@@ -32,7 +31,7 @@ def host_speeds(sizes: Sequence[int], total_bytes: int, rounds: int, bar: Progre
     """Put and get for every size of chunk; a round moves about `total_bytes` each way."""
     found = []
     for size in sizes:
-        chunks = {sample_key(size, i): sample_chunk(size, seed=i) for i in range(max(1, total_bytes // size))}
+        chunks = sample_chunks(size, total_bytes)
         targets = touched_like(chunks.values())
         found.append(_put_speed(chunks, targets, rounds, bar, f"{PUT}, {size_text(size)}"))
         found.append(_get_speed(chunks, targets, rounds, bar, f"{GET}, {size_text(size)}"))
@@ -42,22 +41,17 @@ def host_speeds(sizes: Sequence[int], total_bytes: int, rounds: int, bar: Progre
 def _put_speed(
     chunks: Mapping[ChunkKey, KVChunk], targets: Sequence[dict[str, Tensor]], rounds: int, bar: Progress, title: str
 ) -> Comparison:
-    codec = RawCodec()
-    blobs = {key: codec.encode(chunk) for key, chunk in chunks.items()}
+    blobs = encoded(chunks)
     nbytes = next(iter(blobs.values())).nbytes
-
-    def copy_to_fresh() -> float:
-        give_back_memory()
-        return timed(lambda: [[t.clone() for t in tensors_of(chunk).values()] for chunk in chunks.values()])
 
     def put_in_store() -> float:
         give_back_memory()
-        with KVStore([HostTier(None)], codec=codec) as store:
+        with KVStore([HostTier(None)]) as store:
             return timed(lambda: exhaust(map(store.put, chunks.keys(), chunks.values())))
 
     def put_in_full_store() -> float:
         give_back_memory()
-        with KVStore([HostTier(nbytes * len(chunks))], codec=codec) as store:
+        with KVStore([HostTier(nbytes * len(chunks))]) as store:
             for i, chunk in enumerate(chunks.values()):
                 store.put(sample_key("old", i), chunk)
             return timed(lambda: exhaust(map(store.put, chunks.keys(), chunks.values())))
@@ -69,8 +63,8 @@ def _put_speed(
         return spent
 
     ways: dict[str, Callable[[], float]] = {
-        FRESH: copy_to_fresh,
-        WARM: lambda: timed(lambda: _copy_all(targets, map(tensors_of, chunks.values()))),
+        FRESH: lambda: _copy_to_fresh(chunks.values()),
+        WARM: lambda: _copy_to_warm(chunks.values(), targets),
         STORE_PUT: put_in_store,
         FULL_PUT: put_in_full_store,
         TIER_PUT: put_in_tier,
@@ -93,13 +87,9 @@ def _get_speed(
         def from_tier() -> Iterable[Mapping[str, Tensor]]:
             return (present(tier.get(key)).tensors for key in chunks)
 
-        def copy_to_fresh() -> float:
-            give_back_memory()
-            return timed(lambda: [[t.clone() for t in tensors_of(chunk).values()] for chunk in chunks.values()])
-
         ways: dict[str, Callable[[], float]] = {
-            WARM: lambda: timed(lambda: _copy_all(targets, map(tensors_of, chunks.values()))),
-            FRESH: copy_to_fresh,
+            WARM: lambda: _copy_to_warm(chunks.values(), targets),
+            FRESH: lambda: _copy_to_fresh(chunks.values()),
             STORE_GET: lambda: timed(lambda: _copy_all(targets, from_store())),
             TIER_GET: lambda: timed(lambda: _copy_all(targets, from_tier())),
             STORE_REFERENCE: lambda: timed(lambda: list(from_store())),
@@ -111,6 +101,15 @@ def _get_speed(
             expect_same(target, tensors_of(chunk), "the host tier")
         nbytes = tier.used_bytes // len(chunks)
     return Comparison(GET, nbytes, len(chunks), WARM, seconds, frozenset({STORE_REFERENCE, TIER_REFERENCE}))
+
+
+def _copy_to_fresh(chunks: Iterable[KVChunk]) -> float:
+    give_back_memory()
+    return timed(lambda: [[t.clone() for t in tensors_of(chunk).values()] for chunk in chunks])
+
+
+def _copy_to_warm(chunks: Iterable[KVChunk], targets: Sequence[Mapping[str, Tensor]]) -> float:
+    return timed(lambda: _copy_all(targets, map(tensors_of, chunks)))
 
 
 def _copy_all(targets: Sequence[Mapping[str, Tensor]], sources: Iterable[Mapping[str, Tensor]]) -> None:

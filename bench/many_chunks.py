@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
-from ..core import ChunkInfo, ChunkKey, EncodedChunk, Entry
+from ..core import NOTHING, ChunkInfo, ChunkKey, EncodedChunk, Entry
 from ..errors import TierUnavailableError
 from ..kvstore.store import KVStore
 from ..kvstore.tiers.disk import DiskTier
@@ -29,7 +29,6 @@ PLAIN_LOOKUP, STORE_MATCH = "lookups in a dict", "KVStore.match"
 COLD_OPEN, WARM_OPEN = "KVStore on DiskTier, cold", "KVStore on DiskTier, page cache"
 COLD_LIST = "SQLite list of keys and sizes, cold"
 _TINY_BYTES = 64
-_NOTHING = ChunkInfo()
 
 
 class ListedTier:
@@ -49,7 +48,7 @@ class ListedTier:
     def get(self, key: ChunkKey) -> EncodedChunk | None:
         raise TierUnavailableError(f"tier {self.name!r} lists chunk {key.hex()} and does not hold it")
 
-    def put(self, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo = _NOTHING) -> None:
+    def put(self, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo = NOTHING) -> None:
         raise TierUnavailableError(f"tier {self.name!r} holds nothing, chunk {key.hex()} neither")
 
     def delete(self, key: ChunkKey) -> bool:

@@ -21,17 +21,6 @@ def drop_page_cache(folder: Path) -> None:
                 os.close(handle)
 
 
-def sync_files(folder: Path) -> None:
-    """Whatever was written below `folder` has reached the device, names included."""
-    for path in (folder, *folder.rglob("*")):
-        if path.is_file() or path.is_dir():
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-
-
 def lets_go_of_pages(folder: Path) -> bool:
     """Whether `drop_page_cache` works in this folder; on a file system in memory it cannot."""
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:

@@ -4,7 +4,8 @@ Both hold chunks in memory and on disk, as their connectors have them do, and ne
 kvloom is set to `cache`. Both are timed from the caller's tensors until the store is done, and from the call until the
 bytes are in the caller's buffers; what only hands out references is shown beside it. LMCache gets its chunks a batch at
 a time and reads files with several threads; kvloom is asked for one after the other, and verifies what it reads.
-LMCache takes all its memory when it starts, kvloom with every put, from a C library that was not made to begin anew.
+Both stay open from round to round and are emptied in between, so that both write into memory that they have had before.
+kvloom reads the disk with room for two chunks in memory, so that each one that is got evicts another.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ..kvstore.tiers.host import HostTier
 from .page_cache import drop_page_cache
 from .peer import Peer
 from .rounds import Comparison, interleave, size_text, timed
-from .samples import copy_into, expect_same, present, sample_chunk, sample_key, tensors_of, touched_like
+from .samples import copy_into, expect_same, present, sample_chunks, tensors_of, touched_like
 
 DISK_PUT, DISK_GET, COLD_DISK_GET = "put to memory and disk", "get from disk, page cache", "get from disk, cold"
 HOST_PUT, HOST_GET = "put to memory", "get from memory"
@@ -50,7 +51,7 @@ def peer_speeds(
         lmcache_path.mkdir()
         with closing(Peer(python.absolute(), lmcache_path, max(MIN_POOL_BYTES, 4 * total_bytes))) as peer:
             for size in sizes:
-                chunks = {sample_key(size, i): sample_chunk(size, seed=i) for i in range(max(1, total_bytes // size))}
+                chunks = sample_chunks(size, total_bytes)
                 found += _in_memory(peer, chunks, size, rounds, bar)
                 found += _on_disk(peer, lmcache_path, kvloom_path, chunks, size, rounds, bar)
             return peer.version, found
@@ -61,10 +62,6 @@ def _in_memory(
 ) -> list[Comparison]:
     count, targets = len(chunks), touched_like(chunks.values())
 
-    def put() -> float:
-        with KVStore([HostTier(None)]) as store:
-            return timed(lambda: _put_all(store, chunks))
-
     def put_peer() -> float:
         spent = peer.ask("put", where="host", size_bytes=size, count=count)
         peer.ask("clear")
@@ -74,7 +71,8 @@ def _in_memory(
         seconds = interleave(ways, rounds, bar, f"{what}, LMCache, {size_text(size)}")
         return Comparison(what, size, count, LMCACHE, seconds, frozenset({KVLOOM_REFERENCE, LMCACHE_REFERENCE}))
 
-    found = [compare(HOST_PUT, {LMCACHE: put_peer, KVLOOM: put})]
+    with KVStore([HostTier(None)]) as store:
+        found = [compare(HOST_PUT, {LMCACHE: put_peer, KVLOOM: lambda: _put_and_delete_all(store, chunks)})]
     peer.ask("put", where="host", size_bytes=size, count=count)
     with KVStore([HostTier(None)]) as store:
         _put_all(store, chunks)
@@ -100,25 +98,18 @@ def _on_disk(
 ) -> list[Comparison]:
     count, targets = len(chunks), touched_like(chunks.values())
 
-    def open_store() -> KVStore:
-        return KVStore([HostTier(None), DiskTier(kvloom_path, durability="cache")])
-
-    def put() -> float:
-        with open_store() as store:
-            spent = timed(lambda: _put_all(store, chunks))
-        rmtree(kvloom_path)
-        return spent
+    def open_store(host_bytes: int | None = None) -> KVStore:
+        return KVStore([HostTier(host_bytes), DiskTier(kvloom_path, durability="cache")])
 
     def put_peer() -> float:
         spent = peer.ask("put", where="disk", size_bytes=size, count=count)
         peer.ask("clear")
         return spent
 
-    def get(cold: bool) -> float:
+    def get(store: KVStore, cold: bool) -> float:
         if cold:
             drop_page_cache(kvloom_path)
-        with open_store() as store:  # its memory is empty
-            return timed(lambda: _get_all(store, chunks, targets))
+        return timed(lambda: _get_all(store, chunks, targets))
 
     def get_peer(cold: bool) -> float:
         if cold:
@@ -130,18 +121,28 @@ def _on_disk(
         seconds = interleave(ways, rounds, bar, f"{what}, LMCache, {size_text(size)}")
         return Comparison(what, size, count, LMCACHE, seconds)
 
-    found = [compare(DISK_PUT, {LMCACHE: put_peer, KVLOOM: put})]
+    with open_store() as store:
+        found = [compare(DISK_PUT, {LMCACHE: put_peer, KVLOOM: lambda: _put_and_delete_all(store, chunks)})]
     peer.ask("put", where="disk", size_bytes=size, count=count)
     with open_store() as store:
         _put_all(store, chunks)
-    get(cold=False)
-    for chunk, target in zip(chunks.values(), targets, strict=True):
-        expect_same(target, tensors_of(chunk), "the disk tier")
-    for what, cold in ((DISK_GET, False), (COLD_DISK_GET, True)):
-        found.append(compare(what, {LMCACHE: partial(get_peer, cold), KVLOOM: partial(get, cold)}))
+    with open_store(host_bytes=2 * size) as store:  # what is got evicts what was got before it
+        get(store, cold=False)
+        for chunk, target in zip(chunks.values(), targets, strict=True):
+            expect_same(target, tensors_of(chunk), "the disk tier")
+        for what, cold in ((DISK_GET, False), (COLD_DISK_GET, True)):
+            found.append(compare(what, {LMCACHE: partial(get_peer, cold), KVLOOM: partial(get, store, cold)}))
     peer.ask("clear")
     rmtree(kvloom_path)
     return found
+
+
+def _put_and_delete_all(store: KVStore, chunks: Mapping[ChunkKey, KVChunk]) -> float:
+    """Only the puts count. The store stays as it is, as the peer does: both write into memory that they had before."""
+    spent = timed(lambda: _put_all(store, chunks))
+    for key in chunks:
+        store.delete(key)
+    return spent
 
 
 def _put_all(store: KVStore, chunks: Mapping[ChunkKey, KVChunk]) -> None:

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import ChunkKey, KVChunk, KVSpec
+from ..compress.raw import RawCodec
+from ..core import ChunkKey, EncodedChunk, KVChunk, KVSpec
+from ..kvstore.spares import Spares
 
 Found = TypeVar("Found")
 
@@ -34,6 +36,18 @@ def sample_chunk(size_bytes: int, seed: int) -> KVChunk:
     numbers = np.random.default_rng(seed).integers(-(1 << 62), 1 << 62, size_bytes // 8, dtype=np.int64)
     both = torch.from_numpy(numbers).view(torch.bfloat16).view(2, layers, KV_HEADS, tokens, HEAD_DIM)
     return KVChunk(spec, torch.arange(tokens) + seed, torch.arange(tokens), both[0], both[1])
+
+
+def sample_chunks(size_bytes: int, total_bytes: int) -> dict[ChunkKey, KVChunk]:
+    """Chunks of one size that take about `total_bytes` together, at least one; always the same."""
+    count = max(1, total_bytes // size_bytes)
+    return {sample_key(size_bytes, i): sample_chunk(size_bytes, seed=i) for i in range(count)}
+
+
+def encoded(chunks: Mapping[ChunkKey, KVChunk]) -> dict[ChunkKey, EncodedChunk]:
+    """The same as tiers hold them, in memory of their own."""
+    codec, memory = RawCodec(), Spares()
+    return {key: memory.copy(codec.encode(chunk)) for key, chunk in chunks.items()}
 
 
 def sample_key(*names: object) -> ChunkKey:

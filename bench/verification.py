@@ -16,7 +16,8 @@ import xxhash
 from rich.progress import Progress
 
 from ..core import ChunkKey, EncodedChunk
-from .disk_files import fill, in_random_order, open_disk, reading
+from ..kvstore.tiers.disk import DiskTier
+from .disk_files import fill, in_random_order, reading
 from .report import Metric
 from .rounds import Comparison, exhaust, interleave, timed
 from .samples import present
@@ -56,7 +57,7 @@ def verification_speeds(
             "constant_checksums replaces; it must replace those that the disk tier calls now"
         )
     with constant_checksums():
-        bare = open_disk(folder / "bare")
+        bare = DiskTier(folder / "bare", durability="batch")
 
     def get_bare() -> None:
         with constant_checksums():
@@ -64,7 +65,7 @@ def verification_speeds(
 
     found = []
     try:
-        with closing(open_disk(folder / "tier")) as tier:
+        with closing(DiskTier(folder / "tier", durability="batch")) as tier:
             for what, cold in ((WARM_VERIFY, False), (COLD_VERIFY, True)):
                 ways = {
                     UNVERIFIED: reading(bare.path, get_bare, cold=cold),

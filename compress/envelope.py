@@ -92,12 +92,14 @@ def canonical_json(values: Mapping[str, Any]) -> str:
     return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
 
-def seal(codec: Codec, chunk: KVChunk, tensors: Mapping[str, Tensor], layered: Iterable[str]) -> EncodedChunk:
+def seal(
+    codec: Codec, chunk: KVChunk, tensors: Mapping[str, Tensor], layered: Iterable[str], *, leased: bool = False
+) -> EncodedChunk:
     """The encoded chunk: the codec's own `tensors` and what `open_envelope` needs.
 
     Parameters
     ----------
-    tensors : contiguous, on the cpu, sharing no memory with `chunk`.
+    tensors : contiguous, on the cpu, sharing no memory with `chunk` unless `leased`.
     layered : names of those whose first dimension is the layer.
     """
     own = {"token_ids": cpu_copy(chunk.token_ids), "positions": cpu_copy(chunk.positions)}
@@ -106,7 +108,7 @@ def seal(codec: Codec, chunk: KVChunk, tensors: Mapping[str, Tensor], layered: I
         meta["parameters"] = canonical_json(parameters)
     if not codec.is_lossless:
         meta[_LOSSY] = "true"
-    return EncodedChunk(codec.name, {**tensors, **own}, meta, frozenset(layered))
+    return EncodedChunk(codec.name, {**tensors, **own}, meta, frozenset(layered), leased)
 
 
 def open_envelope(blob: EncodedChunk, codec: str, names: Iterable[str]) -> Envelope:
@@ -131,7 +133,7 @@ def open_envelope(blob: EncodedChunk, codec: str, names: Iterable[str]) -> Envel
         first_layer = int(blob.meta["first_layer"])
     except (LookupError, TypeError, ValueError, AttributeError) as exc:
         raise CodecError(f"{codec} chunk without a readable spec, first layer and parameters: {exc!r}") from exc
-    counts = {len(blob.tensors[name]) if blob.tensors[name].ndim else -1 for name in blob.layered}
+    counts = {blob.tensors[name].shape[0] if blob.tensors[name].ndim else -1 for name in blob.layered}
     if len(counts) != 1:
         raise CodecError(f"{codec} chunk has layered tensors of {sorted(counts)} layers")
     (num_layers,) = counts
@@ -139,7 +141,7 @@ def open_envelope(blob: EncodedChunk, codec: str, names: Iterable[str]) -> Envel
         raise CodecError(f"{codec} chunk holds {num_layers} layers from {first_layer}; its spec has {spec.num_layers}")
     token_ids, positions = blob.tensors["token_ids"], blob.tensors["positions"]
     for name, tensor in (("token_ids", token_ids), ("positions", positions)):
-        if tensor.dtype != torch.int64 or tensor.ndim != 1 or len(tensor) != len(token_ids):
+        if tensor.dtype != torch.int64 or tensor.ndim != 1 or tensor.shape != token_ids.shape:
             raise CodecError(
                 f"{codec} chunk contradicts itself: {name} {tensor.dtype} {list(tensor.shape)}; expected torch.int64 "
                 f"[{len(token_ids)}]"

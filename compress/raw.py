@@ -22,8 +22,12 @@ class RawCodec:
     is_lossless: ClassVar[bool] = True
 
     def encode(self, chunk: KVChunk) -> EncodedChunk:
-        """Contiguous cpu copies of the chunk's tensors."""
-        return seal(self, chunk, {"keys": cpu_copy(chunk.keys), "values": cpu_copy(chunk.values)}, _LAYERED)
+        """The chunk's tensors themselves, leased, where they are contiguous on the cpu; otherwise copies that are."""
+        tensors = {"keys": chunk.keys.detach(), "values": chunk.values.detach()}
+        lent = all(t.device.type == "cpu" and t.is_contiguous() for t in tensors.values())
+        if not lent:
+            tensors = {name: cpu_copy(t) for name, t in tensors.items()}
+        return seal(self, chunk, tensors, _LAYERED, leased=lent)
 
     def decode(self, blob: EncodedChunk, positions: Tensor | None = None) -> KVChunk:
         """The chunk, at `positions` if they are given; shares memory with `blob` where nothing had to move.

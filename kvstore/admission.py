@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
 from ..core import ChunkKey
+from .policy import chosen
 
 
 @runtime_checkable
@@ -68,10 +69,4 @@ ADMISSIONS: Mapping[str, Callable[[], AdmissionPolicy]] = MappingProxyType({"alw
 
 def admission_factory(admission: str | Callable[[], AdmissionPolicy]) -> Callable[[], AdmissionPolicy]:
     """What makes the admission policies of a store, from a name in `ADMISSIONS`; a callable is taken as it is."""
-    if not isinstance(admission, str):
-        return admission
-    if admission not in ADMISSIONS:
-        raise ValueError(
-            f"admission is {admission!r}; expected one of {', '.join(ADMISSIONS)}, or what makes an AdmissionPolicy"
-        )
-    return ADMISSIONS[admission]
+    return chosen("admission", admission, ADMISSIONS, "an AdmissionPolicy")

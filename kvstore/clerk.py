@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Protocol, TypeAlias, runtime_checkable
 
-from ..core import ChunkInfo, ChunkKey, EncodedChunk, Entry, MayStall, ReportsChanges, Tier
+from ..core import ChunkInfo, ChunkKey, EncodedChunk, Entry, HoldsChunks, MayStall, ReportsChanges, Tier
 from ..errors import ChunkCorruptError, CodecError, TierError, TierTimeoutError, TierUnavailableError
 from .books import Books, Removal
 from .faults import Faults
@@ -19,7 +19,7 @@ from .lane import Lane
 from .level import Held, Level
 from .patience import Patience
 
-Fetch: TypeAlias = Callable[[Tier], EncodedChunk | None]
+Fetch: TypeAlias = Callable[[HoldsChunks], EncodedChunk | None]
 
 _NEWS_S = 1.0  # how long a call waits for what other processes did; what comes later is heeded when it comes
 
@@ -94,7 +94,9 @@ class Clerk:
             if state == "expired":
                 self.remove(level, key, "expirations")
                 return None, "expired"
-            blob = level.call(fetch)
+            blob = level.call_at_once(fetch)
+            if blob is None:
+                blob = level.call(fetch)
             if blob is None:
                 with level.stripe(key):
                     is_there = level.call(lambda tier: key in tier, is_brief=True)
@@ -149,7 +151,7 @@ class Clerk:
         Who finds another thread at it goes on with the books as they are, rather than wait behind a slow tier.
         """
         for level in levels:
-            if level.shared is None or level.collecting.locked() or not level.answers:
+            if level.shared is None or level.collecting.locked() or not level.answers or not level.has_news:
                 continue
             try:
                 with self.patience.within(within_s):

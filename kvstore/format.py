@@ -24,6 +24,7 @@ import math
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeAlias
 
 import numpy as np
@@ -39,6 +40,9 @@ from .copies import on_cpu
 ReadAt: TypeAlias = Callable[[memoryview, int], None]
 """Fills the buffer with the container's bytes from that offset on, or raises."""
 
+Empty: TypeAlias = Callable[[int], Tensor]
+"""`[nbytes]` uint8 on the cpu, of any content."""
+
 FORMAT_VERSION = 1
 MAX_HEADER_BYTES = 1 << 24
 
@@ -50,6 +54,7 @@ _ALIGNMENT_BYTES = 64
 _FIRST_READ_BYTES = 1 << 14  # holds the whole header of a chunk of 32 layers
 _PIECE_BYTES = 1 << 19  # half of a second-level cache
 _MAX_DIMS = 16
+_METADATA = b'{"__metadata__":'
 
 _DTYPES = {
     "I64": torch.int64,
@@ -104,6 +109,10 @@ class Header:
         return found == self.raw
 
 
+def _fresh(nbytes: int) -> Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8)
+
+
 def to_buffers(key: ChunkKey, blob: EncodedChunk) -> list[memoryview]:
     """The container of a chunk as header and tensor buffers, in file order; only tensors on CUDA devices are copied.
 
@@ -125,12 +134,9 @@ def to_buffers(key: ChunkKey, blob: EncodedChunk) -> list[memoryview]:
             "checksums": json.dumps({name: _checksums(name, blob, buffers[name]) for name in names}),
         }
     }
-    end = 0
-    for name in names:
-        tensor, begin = blob.tensors[name], end
-        end += len(buffers[name])
-        fields[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(fields, separators=(",", ":")).encode()
+    layout = _layout_text(tuple((name, blob.tensors[name].dtype, tuple(blob.tensors[name].shape)) for name in names))
+    text = json.dumps(fields, separators=(",", ":"))[:-1].encode() + layout
+    end = sum(map(len, buffers.values()))
     text += b" " * (-(_JSON_START + len(text)) % _ALIGNMENT_BYTES)
     header_bytes = _JSON_START + len(text)
     if header_bytes > MAX_HEADER_BYTES:
@@ -161,17 +167,21 @@ def from_bytes(key: ChunkKey, data: bytes | bytearray | memoryview) -> EncodedCh
     return read_container(read_at, len(source), key)
 
 
-def read_container(read_at: ReadAt, total_bytes: int, key: ChunkKey) -> EncodedChunk:
+def read_container(read_at: ReadAt, total_bytes: int, key: ChunkKey, empty: Empty = _fresh) -> EncodedChunk:
     """The whole chunk of the container of `key`, which is `total_bytes` long; its tensors share one buffer.
 
     Each piece is verified right after it was read, while it still is in the processor's cache.
+
+    Parameters
+    ----------
+    empty : where the buffer comes from.
 
     Raises
     ------
     ChunkCorruptError : anything about it is doubtful.
     """
     _expect(total_bytes >= _JSON_START, f"container of {total_bytes} bytes is shorter than a header")
-    data = torch.empty(total_bytes, dtype=torch.uint8)
+    data = empty(total_bytes)
     view = _byte_view(data)
     filled = 0
 
@@ -189,15 +199,22 @@ def read_container(read_at: ReadAt, total_bytes: int, key: ChunkKey) -> EncodedC
     header = read_header(read_filled, total_bytes, key)
     tensors = {}
     for name, stored in header.tensors.items():
-        end = stored.offset
+        end, size = stored.offset, stored.section_bytes
         for section, checksum in enumerate(stored.checksums):
-            begin, end = end, end + stored.section_bytes
-            digest = xxhash.xxh3_64()
-            for start in range(begin, end, _PIECE_BYTES):
-                stop = min(start + _PIECE_BYTES, end)
-                fill(stop)
-                digest.update(view[start:stop])
-            _expect(digest.hexdigest() == checksum, f"checksum of {name}, section {section}, is wrong")
+            begin, end = end, end + size
+            if size <= _PIECE_BYTES:
+                if filled < end:
+                    fill(end)
+                found = xxhash.xxh3_64_hexdigest(view[begin:end])
+            else:
+                digest = xxhash.xxh3_64()
+                for start in range(begin, end, _PIECE_BYTES):
+                    stop = min(start + _PIECE_BYTES, end)
+                    fill(stop)
+                    digest.update(view[start:stop])
+                found = digest.hexdigest()
+            if found != checksum:
+                raise ChunkCorruptError(f"checksum of {name}, section {section}, is wrong")
         tensors[name] = data[stored.offset : end].view(stored.dtype).view(stored.shape)
     layered = frozenset(name for name, stored in header.tensors.items() if stored.layered)
     return EncodedChunk(header.codec, tensors, dict(header.meta), layered)
@@ -235,8 +252,12 @@ def read_header(read_at: ReadAt, total_bytes: int, key: ChunkKey) -> Header:
         raise ChunkCorruptError(f"header is not of this format: {exc!r}") from exc
 
 
-def read_layers(read_at: ReadAt, header: Header, start: int, stop: int) -> EncodedChunk:
+def read_layers(read_at: ReadAt, header: Header, start: int, stop: int, empty: Empty = _fresh) -> EncodedChunk:
     """Layers `[start, stop)` of a chunk as `EncodedChunk.layers` gives them; one read for each tensor.
+
+    Parameters
+    ----------
+    empty : where their buffers come from.
 
     Raises
     ------
@@ -248,7 +269,7 @@ def read_layers(read_at: ReadAt, header: Header, start: int, stop: int) -> Encod
         if stored.layered:
             sections = sections[start:stop]
         size = stored.section_bytes
-        data = torch.empty(size * len(sections), dtype=torch.uint8)
+        data = empty(size * len(sections))
         view = _byte_view(data)
         if len(view):
             read_at(view, stored.offset + sections.start * size)
@@ -263,26 +284,61 @@ def read_layers(read_at: ReadAt, header: Header, start: int, stop: int) -> Encod
 
 def _parse(raw: bytes, total_bytes: int) -> Header:
     header_bytes = len(raw)
-    fields = json.loads(raw[_JSON_START:])
-    metadata = fields.pop("__metadata__")
+    metadata, text = _split(raw[_JSON_START:])
+    layout, names, end = _layout(text)
     codec, meta = metadata["codec"], json.loads(metadata["meta"])
     layered, checksums = json.loads(metadata["layered"]), json.loads(metadata["checksums"])
     _expect(isinstance(codec, str) and all(isinstance(text, str) for text in meta.values()), "meta is not text")
-    _expect(fields.keys() == checksums.keys() >= set(layered), "tensors and checksums do not match")
-    tensors, end, width = {}, 0, 8
+    _expect(set(names) == checksums.keys() >= set(layered), "tensors and checksums do not match")
+    tensors = {}
+    for name, stored in zip(names, layout, strict=True):
+        is_layered, sums = name in layered, tuple(checksums[name])
+        sections = stored.shape[0] if is_layered else 1
+        _expect(len(sums) == sections, f"{name} has {len(sums)} checksums; expected {sections}")
+        tensors[name] = StoredTensor(stored.dtype, stored.shape, is_layered, header_bytes + stored.offset, sums)
+    _expect(header_bytes + end == total_bytes, f"tensors end at {header_bytes + end}, the container at {total_bytes}")
+    return Header(codec, meta, tensors, raw)
+
+
+def _split(text: bytes) -> tuple[dict[str, str], bytes]:
+    """The metadata, and the JSON of the tensors."""
+    metadata, comma, tensors = text.partition(b'},"')  # within strings, quotes are escaped
+    if comma and metadata.startswith(_METADATA):
+        found: dict[str, str] = json.loads(metadata[len(_METADATA) :] + b"}")
+        return found, b'{"' + tensors.rstrip(b" ")
+    fields = json.loads(text)
+    found = fields.pop("__metadata__")
+    return found, json.dumps(fields).encode()
+
+
+@lru_cache(maxsize=256)
+def _layout_text(tensors: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]) -> bytes:
+    """The JSON of what is in the container, from the comma behind the metadata on."""
+    fields, end = {}, 0
+    for name, dtype, shape in tensors:
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        fields[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    return b"," + text[1:] if fields else text[1:]
+
+
+@lru_cache(maxsize=256)
+def _layout(text: bytes) -> tuple[tuple[StoredTensor, ...], tuple[str, ...], int]:
+    """Tensors of a container whose header and layers are not known yet, their names, and the bytes of all.
+
+    Chunks of one geometry have this text in common, and reading it takes as long as copying a hundred kilobytes.
+    """
+    tensors, end, width = [], 0, 8
+    fields = json.loads(text)
     for name, entry in fields.items():
         dtype, shape, (begin, stop) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
         _expect(all(type(n) is int and n >= 0 for n in (*shape, begin, stop)), f"numbers of {name} are wrong")
         _expect(len(shape) <= _MAX_DIMS and math.prod(max(n, 1) for n in shape) < 1 << 48, f"{name} is too large")
         _expect(begin == end and stop - begin == math.prod(shape) * dtype.itemsize, f"place of {name} is wrong")
         _expect(dtype.itemsize <= width, f"{name} is not in the order of dtypes")
-        sections = shape[0] if name in layered else 1
-        sums = tuple(checksums[name])
-        _expect(len(sums) == sections, f"{name} has {len(sums)} checksums; expected {sections}")
-        tensors[name] = StoredTensor(dtype, shape, name in layered, header_bytes + begin, sums)
+        tensors.append(StoredTensor(dtype, shape, False, begin, ()))
         end, width = stop, dtype.itemsize
-    _expect(header_bytes + end == total_bytes, f"tensors end at {header_bytes + end}, the container at {total_bytes}")
-    return Header(codec, meta, tensors, raw)
+    return tuple(tensors), tuple(fields), end
 
 
 def _raw_bytes(name: str, tensor: Tensor) -> memoryview:

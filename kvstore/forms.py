@@ -11,6 +11,7 @@ from ..core import Codec, EncodedChunk, KVChunk, KVSpec
 from ..errors import CodecError
 from .copies import on_cpu
 from .permits import Permits
+from .spares import Spares
 
 
 class Forms:
@@ -28,6 +29,7 @@ class Forms:
 
     def __init__(self, tier_codecs: Sequence[Codec], known: Iterable[Codec], permits: Permits) -> None:
         self.permits = permits
+        self._spares = Spares()
         self._tier_codecs = [(form_of(codec), codec) for codec in tier_codecs]
         known = [*known, *tier_codecs]
         self._by_name = {codec.name: codec for codec in known}
@@ -39,13 +41,15 @@ class Forms:
             self.permits.expect(codec, spec)
 
     def encoder(self, chunk: KVChunk) -> Callable[[int], EncodedChunk]:
-        """What gives the chunk in the form of a tier, by index; encodes once for every form."""
+        """What gives the chunk in the form of a tier, by index, in memory of its own; encodes once for every form."""
         made: dict[Form, EncodedChunk] = {}
 
         def encode(index: int) -> EncodedChunk:
             form, codec = self._tier_codecs[index]
             if form not in made:
-                made[form] = codec.encode(chunk)
+                blob = codec.encode(chunk)
+                # A write that is given up goes on when the caller's memory is the caller's again.
+                made[form] = self._spares.copy(blob) if blob.leased else blob
             return made[form]
 
         return encode

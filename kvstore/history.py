@@ -29,7 +29,7 @@ _MEMORY = 0.9  # of a tier's speed: the last ten reads or so count
 
 @dataclass(frozen=True, slots=True)
 class Lookup:
-    """One `get`, or the `get_layers` of a chunk's first layer.
+    """One `get`, or one `get_layers`.
 
     Attributes
     ----------

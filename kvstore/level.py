@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ..core import ChunkInfo, ChunkKey, Entry, ReportsChanges, Tier
+from ..core import ChunkInfo, ChunkKey, Entry, HoldsChunks, ReadsCached, ReportsChanges, Tier
 from .admission import AdmissionPolicy
 from .lane import Lane
 from .policy import EvictionPolicy
@@ -93,6 +93,7 @@ class Level:
         self.leaving: set[ChunkKey] = set()
         self.inserts = 0
         self.shared = tier if isinstance(tier, ReportsChanges) else None
+        self._cached = tier.cached if isinstance(tier, ReadsCached) else None
         self.collecting = threading.Lock()
         self.news: deque[Entry | ChunkKey] = deque()
         self.says_sizes = True
@@ -112,6 +113,23 @@ class Level:
         if self.lane is None:
             return operation(self.tier)
         return self.lane.run(operation, writes=writes, is_brief=is_brief)
+
+    def call_at_once(self, operation: Callable[[HoldsChunks], T]) -> T | None:
+        """What reading gives if it need not wait; None if it must, or has nothing.
+
+        A call through the lane wakes up another thread, which takes longer than to read a megabyte of the page cache.
+        """
+        if self._cached is None or self.lane is None or self.lane.refuses:
+            return None
+        try:
+            return operation(self._cached)
+        except BlockingIOError:
+            return None
+
+    @property
+    def has_news(self) -> bool:
+        """Whether other processes may have changed what the tier holds."""
+        return bool(self.news) or self._cached is None or self._cached.has_news()
 
     def stripe(self, key: ChunkKey) -> AbstractContextManager[object]:
         """A lock that 1/64 of all keys share; see `Clerk`."""

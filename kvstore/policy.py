@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 from ..core import ChunkKey
 from .density import HitDensity
 from .queues import GDSF, LRU, S3FIFO, PrefixLRU
+
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -51,10 +53,20 @@ POLICIES: Mapping[str, Callable[[], EvictionPolicy]] = MappingProxyType(
 
 def policy_factory(policy: str | Callable[[], EvictionPolicy]) -> Callable[[], EvictionPolicy]:
     """What makes the policies of a store, from a name in `POLICIES`; a callable is taken as it is."""
-    if not isinstance(policy, str):
-        return policy
-    if policy not in POLICIES:
-        raise ValueError(
-            f"policy is {policy!r}; expected one of {', '.join(POLICIES)}, or what makes an EvictionPolicy"
-        )
-    return POLICIES[policy]
+    return chosen("policy", policy, POLICIES, "an EvictionPolicy")
+
+
+def chosen(
+    what: str, choice: str | Callable[[], T], known: Mapping[str, Callable[[], T]], kind: str
+) -> Callable[[], T]:
+    """A maker of `kind` from its name; a callable is taken as it is.
+
+    Raises
+    ------
+    ValueError : no such name is known.
+    """
+    if not isinstance(choice, str):
+        return choice
+    if choice not in known:
+        raise ValueError(f"{what} is {choice!r}; expected one of {', '.join(known)}, or what makes {kind}")
+    return known[choice]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..compress.certificate import Certificate
 from ..compress.raw import RawCodec
-from ..core import ChunkInfo, ChunkKey, Codec, EncodedChunk, KVChunk, ReadsLayers, Tier
+from ..core import ChunkInfo, ChunkKey, Codec, EncodedChunk, HoldsChunks, KVChunk, ReadsLayers, Tier
 from ..errors import SpecMismatchError, TierError, TierUnavailableError
 from .admission import AdmissionPolicy, admission_factory
 from .books import Books
@@ -229,7 +229,7 @@ class KVStore:
         if not 0 <= start < stop:
             raise ValueError(f"layers are [{start}, {stop}); expected 0 <= start < stop")
 
-        def fetch(tier: Tier) -> EncodedChunk | None:
+        def fetch(tier: HoldsChunks) -> EncodedChunk | None:
             if isinstance(tier, ReadsLayers):
                 blob = tier.get_layers(key, start, stop)
             else:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kvloom.core import ChunkInfo, ChunkKey, EncodedChunk, Entry
+from kvloom.core import NOTHING, ChunkInfo, ChunkKey, EncodedChunk, Entry
 from kvloom.errors import ChunkCorruptError, TierFullError, TierUnavailableError
 from kvloom.kvstore.stats import StoreStats
 
-NOTHING = ChunkInfo()
 HEADER_BYTES = 40
 
 

@@ -6,11 +6,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from kvloom.core import ChunkInfo, ChunkKey, EncodedChunk
+from kvloom.core import NOTHING, ChunkInfo, ChunkKey, EncodedChunk
 from kvloom.errors import TierError, TierFullError, TierUnavailableError
 from kvloom.kvstore.tiers.host import HostTier
 
-NOTHING = ChunkInfo()
 LONG_S = 20.0  # what no test ever waits for, on however slow a machine
 
 

@@ -154,6 +154,9 @@ class SimulatedFiles(Files):
             done += len(part)
         return done
 
+    def preadv_cached(self, fd: int, buffers: list[memoryview], offset: int) -> int:
+        return self.preadv(fd, buffers, offset)
+
     def pwritev(self, fd: int, buffers: list[memoryview], offset: int) -> int:
         self._step("pwritev")
         inode, data = self._inode(fd), b"".join(buffers)

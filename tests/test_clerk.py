@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from kvloom.compress.raw import RawCodec
-from kvloom.core import ChunkInfo, ChunkKey, EncodedChunk, Entry
+from kvloom.core import NOTHING, ChunkInfo, ChunkKey, EncodedChunk, Entry
 from kvloom.errors import TierFullError, TierUnavailableError
 from kvloom.kvstore.quota import Quota
 from kvloom.kvstore.store import KVStore
@@ -16,7 +16,7 @@ from kvloom.kvstore.tiers.device import DeviceTier
 from kvloom.kvstore.tiers.host import HostTier
 
 from .contracts import keys_of, make_chunk, make_key, same_chunk
-from .fakes import HEADER_BYTES, NOTHING, SharedShelfTier, Shelf, ShelfTier, assert_adds_up
+from .fakes import HEADER_BYTES, SharedShelfTier, Shelf, ShelfTier, assert_adds_up
 from .faulty import LONG_S, FaultyTier, eventually, leaves_no_threads
 
 no_threads_left = pytest.fixture(autouse=True)(leaves_no_threads)

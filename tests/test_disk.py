@@ -50,8 +50,9 @@ class FaultyFiles(Files):
         if name.startswith("_") or name in ("faults", "calls"):
             return found
         self.calls.append(name)
-        if name in self.faults:
-            code = self.faults[name]
+        cause = name.removesuffix("_cached")
+        if cause in self.faults:
+            code = self.faults[cause]
 
             def fail(*_: object) -> None:
                 raise OSError(code, os.strerror(code))

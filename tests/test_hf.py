@@ -229,6 +229,15 @@ def test_precompute_skips_dedups_and_counts(rag: TransformersConnector) -> None:
     assert rag.store.stats().tiers[0].puts == 4
 
 
+def test_the_store_knows_what_documents_cost(rag: TransformersConnector) -> None:
+    rag.precompute(DOCUMENTS)
+    keys = [rag.key_of(rag.encode_document(document)) for document in DOCUMENTS]
+    costs = [found.recompute_s for found in rag.store.explain(keys)]
+    lengths = [len(rag.encode_document(document)) for document in DOCUMENTS]
+    assert all(cost is not None and cost > 0 for cost in costs)
+    assert [cost / costs[0] for cost in costs] == pytest.approx([length / lengths[0] for length in lengths])  # one pack
+
+
 def test_a_document_cannot_smuggle_in_special_tokens(model: PreTrainedModel) -> None:
     tokenizer = make_tokenizer(bos=True)
     special = tokenizer.bos_token_id

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvloom.compress.raw import RawCodec
-from kvloom.core import ChunkInfo, ChunkKey, EncodedChunk, KVChunk
+from kvloom.core import NOTHING, ChunkInfo, ChunkKey, EncodedChunk, KVChunk
 from kvloom.errors import CodecError, SpecMismatchError, TierFullError, TierUnavailableError
 from kvloom.kvstore.format import to_bytes
 from kvloom.kvstore.store import KVStore
@@ -36,7 +36,6 @@ BLOB = RawCodec().encode(make_chunk(0))
 CHUNK_BYTES = BLOB.nbytes
 CONTAINER_BYTES = len(to_bytes(make_key(0), BLOB))
 FILE_BYTES = taken_bytes(CONTAINER_BYTES)
-NOTHING = ChunkInfo()
 
 
 class FailingTier(HostTier):

@@ -75,7 +75,7 @@ class Directory:
 
     def _claim(self) -> None:
         buffer = bytearray(4096)
-        text = bytes(buffer[: read_fully(self._files, self._fd, memoryview(buffer), 0)])
+        text = bytes(buffer[: read_fully(self._files.preadv, self._fd, memoryview(buffer), 0)])
         if not text:  # new, or its making was cut short before anything else was stored
             write_fully(self._files, self._fd, [memoryview(json.dumps(_MARKER_FIELDS).encode() + b"\n")], 0)
             self._files.fdatasync(self._fd)

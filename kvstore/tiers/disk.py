@@ -11,24 +11,26 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from ...core import ChunkInfo, ChunkKey, EncodedChunk, Entry
+from ...core import NOTHING, ChunkInfo, ChunkKey, EncodedChunk, Entry
 from ...errors import ChunkCorruptError, KVLoomError, TierFullError, TierUnavailableError
-from ..format import Header, ReadAt, read_container, read_header, read_layers, to_buffers
+from ..format import to_buffers
 from ..keys import KEY_BYTES
+from ..quota import check_namespace
 from .commit import GroupCommit, Round
+from .containers import CachedReads, Containers, Read
 from .directory import Directory
 from .files import NO_SPACE, Files, read_exactly
 from .index import Index, Place, taken_bytes
 from .journal import Journal
 from .quarantine import keep_copy
-from .records import MAX_NAMESPACE_BYTES, Op
+from .records import Op
 from .recovery import compact, lost_chunks, overlapping_chunks, recover
 from .segments import Segments
 
@@ -36,9 +38,7 @@ Durability: TypeAlias = Literal["cache", "batch", "sync"]
 
 _LARGEST_SEGMENT_BYTES, _SMALLEST_SEGMENT_BYTES = 1 << 30, 1 << 20
 _BATCH_BYTES = 256 << 20
-_CACHED_HEADERS = 256
 _ATTEMPTS = 16
-_NOTHING = ChunkInfo()
 
 
 class DiskTier:
@@ -108,9 +108,8 @@ class DiskTier:
         self.durability = durability
         self.path = Path(path)
         self._files = Files() if files is None else files
-        self._lock = threading.Lock()  # of the three below
+        self._lock = threading.Lock()  # of the two below
         self._reserved: Counter[ChunkKey] = Counter()  # bytes of puts that are on their way
-        self._headers: OrderedDict[tuple[int, int], Header] = OrderedDict()
         self._closed = False
         self._pid = os.getpid()
         self._commit = GroupCommit(self._sync, sync_interval_s)
@@ -126,6 +125,8 @@ class DiskTier:
                 self._segments = Segments(self._files, self.path / "segments", segment_bytes, syncs=syncs)
                 recover(self._files, self._journal, self._segments)
                 undo.pop_all()
+        self._containers = Containers()
+        self.cached = CachedReads(self._files, self._journal, self._segments, self._containers, lambda: self._is_open)
 
     @property
     def used_bytes(self) -> int:
@@ -133,22 +134,15 @@ class DiskTier:
         return self._journal.index.used_bytes
 
     def get(self, key: ChunkKey) -> EncodedChunk | None:
-        def read(read_at: ReadAt, place: Place) -> EncodedChunk:
-            return read_container(read_at, place.nbytes, key)
-
-        return self._read(key, read)
+        return self._read(key, self._containers.whole(key))
 
     def get_layers(self, key: ChunkKey, start: int, stop: int) -> EncodedChunk | None:
-        def read(read_at: ReadAt, place: Place) -> EncodedChunk:
-            return read_layers(read_at, self._cached_header(read_at, key, place), start, stop)
+        return self._read(key, self._containers.layers(key, start, stop))
 
-        return self._read(key, read)
-
-    def put(self, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo = _NOTHING) -> int:
+    def put(self, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo = NOTHING) -> int:
         if len(key) != KEY_BYTES:
             raise ValueError(f"key has {len(key)} bytes; expected {KEY_BYTES}")
-        if len(info.namespace.encode()) > MAX_NAMESPACE_BYTES:
-            raise ValueError(f"namespace is {info.namespace!r}; expected at most {MAX_NAMESPACE_BYTES} bytes of UTF-8")
+        check_namespace(info.namespace)
         buffers = to_buffers(key, blob)
         nbytes = sum(map(len, buffers))
         with self._os_errors("write", needed_bytes=taken_bytes(nbytes)):
@@ -262,7 +256,7 @@ class DiskTier:
                 needed_bytes=taken,
             )
 
-    def _read(self, key: ChunkKey, read: Callable[[ReadAt, Place], EncodedChunk]) -> EncodedChunk | None:
+    def _read(self, key: ChunkKey, read: Read) -> EncodedChunk | None:
         with self._os_errors("read"):
             for _ in range(_ATTEMPTS):
                 self._expect_open()
@@ -271,26 +265,11 @@ class DiskTier:
                     return None
                 try:
                     with self._segments.reading(place.segment) as fd:
-                        return read(partial(self._read_at, fd, place.offset), place)
+                        return read(partial(read_exactly, self._files.preadv, fd, place.offset), place)
                 except (ChunkCorruptError, FileNotFoundError) as exc:
                     if self._quarantine(key, place):
                         raise ChunkCorruptError(f"tier {self.name!r}, chunk {key.hex()}: {exc}") from exc
             return None  # replaced, each time while it was being read
-
-    def _read_at(self, fd: int, base: int, buffer: memoryview, offset: int) -> None:
-        read_exactly(self._files, fd, buffer, base + offset)
-
-    def _cached_header(self, read_at: ReadAt, key: ChunkKey, place: Place) -> Header:
-        """A place holds one container for ever, so a cached header is stale only if the device has changed it."""
-        with self._lock:
-            header = self._headers.pop(place.at, None)
-        if header is None or not header.stands(read_at):
-            header = read_header(read_at, place.nbytes, key)
-        with self._lock:
-            self._headers[place.at] = header
-            if len(self._headers) > _CACHED_HEADERS:
-                self._headers.popitem(last=False)
-        return header
 
     def _quarantine(self, key: ChunkKey, place: Place) -> bool:
         """Removes what cannot be read as it was written and keeps a copy; False if the chunk is elsewhere by now.
@@ -336,6 +315,10 @@ class DiskTier:
             raise TierUnavailableError(f"tier {self.name!r} cannot sync: {exc}; gave up {len(lost)} chunks") from exc
         finally:
             self._release(opened.freed)
+
+    @property
+    def _is_open(self) -> bool:
+        return not self._closed and os.getpid() == self._pid
 
     def _expect_open(self) -> None:
         if self._closed:

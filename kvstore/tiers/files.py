@@ -9,17 +9,22 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
+from typing import TypeAlias
 
 from ...errors import ChunkCorruptError, TierUnavailableError
+
+Preadv: TypeAlias = Callable[[int, list[memoryview], int], int]
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV)
 
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # linux/falloc.h
 _BUFFERS_PER_WRITE = 1024  # IOV_MAX
+_BEGIN_WRITING = 2  # SYNC_FILE_RANGE_WRITE
+_READ_CACHED = getattr(os, "RWF_NOWAIT", 0)  # Linux alone has it
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 5e-5, 2e-3
 
 
@@ -27,9 +32,13 @@ class Files:
     """What the operating system does with files; every method raises `OSError`."""
 
     def __init__(self) -> None:
-        self._fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)  # Linux alone has it
+        library = ctypes.CDLL(None, use_errno=True)
+        self._fallocate = getattr(library, "fallocate", None)  # Linux alone has these two
         if self._fallocate is not None:
             self._fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+        self._sync_file_range = getattr(library, "sync_file_range", None)
+        if self._sync_file_range is not None:
+            self._sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
 
     def open(self, path: Path, flags: int) -> int:
         return os.open(path, flags, 0o644)
@@ -40,8 +49,19 @@ class Files:
     def preadv(self, fd: int, buffers: list[memoryview], offset: int) -> int:
         return os.preadv(fd, buffers, offset)
 
+    def preadv_cached(self, fd: int, buffers: list[memoryview], offset: int) -> int:
+        """As `preadv`, from the page cache alone: raises `BlockingIOError` rather than wait for the device."""
+        if not _READ_CACHED:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return os.preadv(fd, buffers, offset, _READ_CACHED)
+
     def pwritev(self, fd: int, buffers: list[memoryview], offset: int) -> int:
         return os.pwritev(fd, buffers, offset)
+
+    def will_sync(self, fd: int, offset: int, nbytes: int) -> None:
+        """Has the device begin to write what was written to a range; a hint, of which no failure is told."""
+        if self._sync_file_range is not None:
+            self._sync_file_range(fd, offset, nbytes, _BEGIN_WRITING)
 
     def fdatasync(self, fd: int) -> None:
         os.fdatasync(fd)
@@ -93,12 +113,12 @@ class Files:
                 raise OSError(code, os.strerror(code))
 
 
-def read_fully(files: Files, fd: int, buffer: memoryview, offset: int) -> int:
+def read_fully(preadv: Preadv, fd: int, buffer: memoryview, offset: int) -> int:
     """Reads until the buffer is full or the file ends; how many bytes were read."""
     done = 0
     while done < len(buffer):
         try:
-            count = files.preadv(fd, [buffer[done:]], offset + done)
+            count = preadv(fd, [buffer[done:]], offset + done)
         except InterruptedError:
             continue
         if not count:
@@ -107,10 +127,10 @@ def read_fully(files: Files, fd: int, buffer: memoryview, offset: int) -> int:
     return done
 
 
-def read_exactly(files: Files, fd: int, buffer: memoryview, offset: int) -> None:
-    """Fills the buffer; raises `ChunkCorruptError` if the file is too short for it."""
-    if read_fully(files, fd, buffer, offset) < len(buffer):
-        raise ChunkCorruptError(f"file ends before byte {offset + len(buffer)}")
+def read_exactly(preadv: Preadv, fd: int, base: int, buffer: memoryview, offset: int) -> None:
+    """Fills the buffer from `base + offset` on; raises `ChunkCorruptError` if the file is too short for it."""
+    if read_fully(preadv, fd, buffer, base + offset) < len(buffer):
+        raise ChunkCorruptError(f"file ends before byte {base + offset + len(buffer)}")
 
 
 def write_fully(files: Files, fd: int, buffers: Iterable[memoryview], offset: int) -> None:

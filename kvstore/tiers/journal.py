@@ -73,6 +73,31 @@ class Journal:
             self._refresh()
             return self.index.places.get(key)
 
+    def find_at_once(self, key: ChunkKey) -> Place:
+        """As `find`; raises `BlockingIOError` rather than wait for a lock or read what others wrote, and if there is
+        no such chunk.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise BlockingIOError
+        try:
+            place = self.index.places.get(key)
+            if place is None or not self._is_current():
+                raise BlockingIOError
+            return place
+        finally:
+            self._lock.release()
+
+    def has_news_at_once(self) -> bool:
+        """Whether `changes` may have something to tell, as far as can be said without waiting."""
+        if not self._lock.acquire(blocking=False):
+            return True
+        try:
+            return bool(self._touched) or not self._is_current()
+        except OSError:
+            return True
+        finally:
+            self._lock.release()
+
     def in_segment(self, number: int) -> list[tuple[ChunkKey, Place]]:
         """The chunks of a segment."""
         with self._lock:
@@ -178,6 +203,12 @@ class Journal:
         with self._opened as fd:
             return fd
 
+    def _is_current(self) -> bool:
+        if self._is_suspect or self._file is None:
+            return False
+        stat = self._files.fstat(self._fd)
+        return stat.st_nlink > 0 and stat.st_size == self._seen_bytes
+
     def _refresh(self) -> None:
         if self._is_suspect and not self._is_closed:
             self._open()
@@ -187,7 +218,7 @@ class Journal:
             self._open()
         elif stat.st_size > self._seen_bytes:
             data = memoryview(bytearray(stat.st_size - self._end))
-            data = data[: read_fully(self._files, fd, data, self._end)]
+            data = data[: read_fully(self._files.preadv, fd, data, self._end)]
             begin = self._end
             for reached, key in self._records.read(data, begin // SLOT_BYTES, self.index):
                 self._end = begin + reached
@@ -219,7 +250,7 @@ class Journal:
 
     def _load(self, fd: int) -> tuple[Index, Records, int, int, bool]:
         data = memoryview(bytearray(self._files.fstat(fd).st_size))
-        data = data[: read_fully(self._files, fd, data, 0)]
+        data = data[: read_fully(self._files.preadv, fd, data, 0)]
         generation, next_segment, sound = read_header(data)
         index, records, end = Index(), Records(generation), SLOT_BYTES
         index.last_segment = next_segment - 1

@@ -7,10 +7,8 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Generic, Protocol, TypeVar
 
-from ...core import ChunkInfo, ChunkKey, EncodedChunk, Entry
+from ...core import NOTHING, ChunkInfo, ChunkKey, EncodedChunk, Entry
 from ...errors import TierUnavailableError
-
-_NOTHING = ChunkInfo()
 
 
 class Held(Protocol):
@@ -69,7 +67,7 @@ class MemoryTier(Generic[H]):
         blob = self.get(key)
         return None if blob is None else blob.layers(start, stop)
 
-    def put(self, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo = _NOTHING) -> int:
+    def put(self, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo = NOTHING) -> int:
         self._expect_open()
         old = self._chunks.get(key)
         try:

@@ -18,7 +18,7 @@ def keep_copy(files: Files, folder: Path, segments: Segments, key: ChunkKey, pla
     """Copies what lies at `place` to a file named after time and key."""
     data = memoryview(bytearray(place.nbytes))
     with segments.reading(place.segment) as fd:
-        data = data[: read_fully(files, fd, data, place.offset)]
+        data = data[: read_fully(files.preadv, fd, data, place.offset)]
     fd = files.open(folder / f"{time.time_ns():020d}-{key.hex()}", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
         write_fully(files, fd, [data], 0)

@@ -19,11 +19,11 @@ from enum import IntEnum
 
 import xxhash
 
-from ...core import ChunkInfo, ChunkKey
+from ...core import NOTHING, ChunkInfo, ChunkKey
+from ..quota import MOST_NAMESPACE_BYTES
 from .index import ALIGNMENT_BYTES, Index, Place
 
 SLOT_BYTES = 128
-MAX_NAMESPACE_BYTES = 255
 
 _FORMAT_VERSION = 2
 _MAGIC = b"kvloom\nj"
@@ -34,7 +34,6 @@ _PART_BYTES = 64
 _MAX_BYTES = 1 << 48
 _GENERATION_BITS, _SLOT_BITS = 24, 40
 _HAS_AFTER, _HAS_EXPIRY, _HAS_COST = 1, 2, 4
-_NOTHING = ChunkInfo()
 _NO_KEY = bytes(32)
 
 
@@ -63,7 +62,7 @@ class Records:
 
     def to_bytes(self, slot: int, op: Op, key: ChunkKey, place: Place | None = None) -> bytes:
         """What to write at that slot: one record, after those that name a new namespace."""
-        segment, offset, nbytes, info = place or (0, 0, 0, _NOTHING)
+        segment, offset, nbytes, info = place or (0, 0, 0, NOTHING)
         written = b""
         if info.namespace not in self._numbers:
             written = self._name(slot, info.namespace)
@@ -96,7 +95,7 @@ class Records:
             if op == Op.DELETE:
                 index.remove(key)
             elif op in (Op.PUT, Op.MOVE) and number in self._names and _is_place(segment, offset, nbytes):
-                info = _NOTHING
+                info = NOTHING
                 if flags or number:
                     info = ChunkInfo(
                         ChunkKey(after) if flags & _HAS_AFTER else None,
@@ -123,7 +122,7 @@ class Records:
 
     def _learn(self, number: int, part: int, length: int, text: bytes) -> None:
         known = self._parts.get(number, b"")
-        if len(known) != part * _PART_BYTES or length > MAX_NAMESPACE_BYTES:
+        if len(known) != part * _PART_BYTES or length > MOST_NAMESPACE_BYTES:
             return  # an earlier part is lost
         known += text
         self._parts[number] = known

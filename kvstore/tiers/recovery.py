@@ -64,7 +64,7 @@ def compact(files: Files, journal: Journal, segments: Segments, number: int) -> 
             moves = []
             for key, place in held:
                 data = memoryview(bytearray(place.nbytes))
-                read_exactly(files, fd, data, place.offset)  # verified by whoever reads it
+                read_exactly(files.preadv, fd, place.offset, data, 0)  # verified by whoever reads it
                 to, offset = copies.enter_context(segments.written(place.taken_bytes, [data], journal))
                 moves.append((key, place, Place(to, offset, place.nbytes, place.info)))
             # before the journal says so: after a power loss it must not send readers to what has not arrived

@@ -25,14 +25,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ...core import ChunkInfo
+from ...core import NOTHING
 from .files import NO_SPACE, NOT_SUPPORTED, Descriptor, Files, write_fully
 from .index import Place
 from .journal import Journal
 
 _FILE_NAME = re.compile(r"(\d{16})\.seg")
 _OPEN_FILES = 64
-_NOTHING = ChunkInfo()
+_WRITE_BEHIND_BYTES = 4 << 20
 _UNFREED_PLACES = 1024  # that are tried again; the rest is found when the store is opened next
 
 
@@ -42,12 +42,13 @@ class Segment:
     Attributes
     ----------
     end : where the next container goes.
+    begun : up to where the device was asked to write.
     """
 
     def __init__(self, number: int, file: Descriptor) -> None:
         self.number = number
         self.file = file
-        self.end = 0
+        self.end = self.begun = 0
 
 
 class Segments:
@@ -89,10 +90,15 @@ class Segments:
             fd = segment.file.hold()
         try:
             write_fully(self._files, fd, buffers, offset)
+            begin = None
             with self._lock:
                 if self._syncs and segment.number not in self._unsynced:
                     segment.file.hold()
                     self._unsynced[segment.number] = segment
+                if self._syncs and segment.end - segment.begun >= _WRITE_BEHIND_BYTES:
+                    begin, segment.begun = segment.begun, segment.end
+            if begin is not None:  # so that the device writes while the next chunks come
+                self._files.will_sync(fd, begin, segment.begun - begin)
             yield segment.number, offset
         except BaseException as exc:
             if isinstance(exc, OSError) and exc.errno not in NO_SPACE:
@@ -100,7 +106,7 @@ class Segments:
             try:
                 self._punch(fd, offset, taken)
             except OSError:
-                self._keep_in_mind(Place(segment.number, offset, taken, _NOTHING))
+                self._keep_in_mind(Place(segment.number, offset, taken, NOTHING))
             raise
         finally:
             segment.file.release()
@@ -146,6 +152,24 @@ class Segments:
             if len(self._readers) > _OPEN_FILES:
                 self._readers.popitem(last=False)[1].retire()
             fd = file.hold()
+        try:
+            yield fd
+        finally:
+            file.release()
+
+    @contextmanager
+    def reading_at_once(self, number: int) -> Iterator[int]:
+        """As `reading`; raises `BlockingIOError` rather than wait for a lock or open a file."""
+        if not self._readers_lock.acquire(blocking=False):
+            raise BlockingIOError
+        try:
+            file = self._readers.get(number)
+            if file is None:
+                raise BlockingIOError
+            self._readers.move_to_end(number)
+            fd = file.hold()
+        finally:
+            self._readers_lock.release()
         try:
             yield fd
         finally:
