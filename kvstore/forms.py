@@ -41,7 +41,7 @@ class Forms:
             self.permits.expect(codec, spec)
 
     def encoder(self, chunk: KVChunk) -> Callable[[int], EncodedChunk]:
-        """What gives the chunk in the form of a tier, by index; encodes once for every form."""
+        """What gives the chunk in the form of a tier, by index, in memory of its own; encodes once for every form."""
         made: dict[Form, EncodedChunk] = {}
 
         def encode(index: int) -> EncodedChunk:

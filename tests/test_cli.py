@@ -62,9 +62,7 @@ def test_unknown_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("option", "takers"), [("--dir", "codecs and tiers"), ("--lmcache-python", "tiers"), ("--report", "codecs")]
 )
-def test_options_of_another_benchmark_are_refused(
-    option: str, takers: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_options_of_another_benchmark_are_refused(option: str, takers: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("bench", "blend", option, "here") == 2
     assert one_line(capsys) == f"kvloom: {option} belongs to {takers}, not to blend"
 
