@@ -175,10 +175,9 @@ def entropy_gain(model: PreTrainedModel, windows: Sequence[Sequence[int]], learn
     """How many times smaller entropy coding makes `nuq4` chunks on disk, in float16."""
     plain, coded = (codec_by_name(name, learned.whole) for name in ("nuq4", "entropy+nuq4"))
     forced = ForcedModel(model)
-    gains = []
-    for window in windows:
-        for chunk in split(_half(forced.prefill(torch.tensor(list(window)))[0]), CHUNK_TOKENS):
-            gains.append(stored_bytes(plain, chunk) / stored_bytes(coded, chunk))
+    contexts = (_half(forced.prefill(torch.tensor(list(window)))[0]) for window in windows)
+    chunks = (chunk for context in contexts for chunk in split(context, CHUNK_TOKENS))
+    gains = [stored_bytes(plain, chunk) / stored_bytes(coded, chunk) for chunk in chunks]
     return Metric.of_samples(gains, unit="times", baseline="nuq4")
 
 
@@ -204,12 +203,11 @@ def key_energy(model: PreTrainedModel, windows: Sequence[Sequence[int]]) -> list
     grams: dict[bool, list[Gram]] = {True: [], False: []}
     for window in windows:
         chunk, _ = forced.prefill(torch.tensor(list(window)))
-        for before in grams:
+        for before, known in grams.items():
             keys = chunk.keys.float()
             if before and chunk.spec.rope is not None:
                 keys = chunk.spec.rope.shift(keys, -chunk.positions)
             of_window = [Gram.of(layer.transpose(0, 1).flatten(1)) for layer in keys]
-            known = grams[before]
             grams[before] = [a + b for a, b in zip(known, of_window, strict=True)] if known else of_window
     width = forced.spec.num_kv_heads * forced.spec.head_dim
     rows = []

@@ -99,7 +99,7 @@ def _encode(prefix: str, x: Tensor, plain: Tensor) -> dict[str, Tensor]:
     greatest = plain.abs().amax((2, 3)) if plain.numel() else plain.new_zeros(plain.shape[:2])
     scale = (greatest / _GREATEST).clamp_min(torch.finfo(torch.float32).tiny)
     codes = (plain / scale[:, :, None, None]).clamp_(-_GREATEST, _GREATEST).to(torch.float8_e4m3fn)
-    return {prefix: codes.cpu(), f"{prefix}_scale": scale.cpu()} | take_exact(prefix, x, unusual)
+    return {prefix: codes.cpu().contiguous(), f"{prefix}_scale": scale.cpu()} | take_exact(prefix, x, unusual)
 
 
 def _decode(

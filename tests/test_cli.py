@@ -49,7 +49,7 @@ def test_runs_as_a_module_from_anywhere(tmp_path: Path) -> None:
         check=False,
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "kvloom: unknown benchmark 'nothing'; known: blend, tiers\n"
+    assert done.stderr == "kvloom: unknown benchmark 'nothing'; known: blend, codecs, tiers\n"
 
 
 def test_unknown_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
