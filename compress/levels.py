@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 _SMALLEST_STEP = 1e-7  # of the range of the values: a smaller one changes no code
 _MOST_RUNS = 512
+_NOTHING = 1e-300  # less than any cell with values in it weighs, the heaviest value being 1
 
 
 def fit_levels(values: Tensor, weights: Tensor, count: int, *, iterations: int = 100) -> Tensor:
@@ -37,7 +38,7 @@ def fit_levels(values: Tensor, weights: Tensor, count: int, *, iterations: int =
         raise ValueError("values or weights to fit levels to are not finite, or weights are negative")
     if not bool(weights.any()):
         weights = torch.ones_like(weights)
-    values, weights = values[weights > 0], weights[weights > 0]
+    values, weights = values[weights > 0], weights[weights > 0] / weights.max()
     centre = values.mean()
     values = values - centre  # or the sums of squares would cancel
     mass, moment = F.pad(weights.cumsum(0), (1, 0)), F.pad((weights * values).cumsum(0), (1, 0))
@@ -116,7 +117,7 @@ def _best_runs(edges: Tensor, mass: Tensor, moment: Tensor, square: Tensor, coun
     """Which `count + 1` of the edges bound the cells of least squared deviation, from sums up to each value."""
     mass, moment, square = mass[edges], moment[edges], square[edges]
     cell_mass = mass - mass[:, None]  # of the cell from edge a to edge b, at [a, b]
-    deviation = square - square[:, None] - (moment - moment[:, None]) ** 2 / cell_mass.clamp(min=mass[-1] * 1e-300)
+    deviation = square - square[:, None] - (moment - moment[:, None]) ** 2 / cell_mass.clamp(min=_NOTHING)
     deviation = deviation.clamp(min=0.0).masked_fill(torch.ones_like(deviation, dtype=torch.bool).tril(-1), torch.inf)
     least, starts = deviation[0], []
     for _ in range(count - 1):

@@ -86,6 +86,14 @@ def test_levels_ascend_within_the_values(numbers: list[float], count: int, seed:
     assert again == pytest.approx(cost(values, weights, levels), rel=1e-3, abs=slack**2)
 
 
+@pytest.mark.parametrize("unit", [1e-38, 1e38])
+def test_the_unit_of_weights_does_not_matter(unit: float) -> None:
+    values = torch.randn(2000, generator=torch.Generator().manual_seed(1))
+    weights = torch.rand(2000, generator=torch.Generator().manual_seed(2)).double()
+    found, true = fit_levels(values, weights * unit, 4), fit_levels(values, weights, 4)
+    assert torch.allclose(found, true, atol=1e-4)
+
+
 def test_values_without_weight_do_not_count() -> None:
     values, weights = torch.tensor([0.0, 1.0, 100.0, -100.0]), torch.tensor([1.0, 1.0, 0.0, 0.0])
     assert torch.equal(fit_levels(values, weights, 2), torch.tensor([0.0, 1.0]))
