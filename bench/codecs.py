@@ -243,16 +243,16 @@ def _loss_table(found: Sequence[Loss], title: str) -> Table:
     rows: list[list[str | float | None]] = []
     for loss in found:
         figures = loss.figures()
-        cells = [_interval(figures[name], "nats" if name == "kl" else "share") for name in names]
+        cells = [f"{figures[n][0]:.4f}" if n == "kl" else _percent(*figures[n]) for n in names]
         rows.append([loss.name, f"{loss.bits:.2f}", *cells])
-    heads = ["KL" if name == "kl" else name.removesuffix("_increase").replace("_loss", " lost") for name in names]
+    words = {"kl": "KL, nats", "perplexity_increase": "perplexity, %"}
+    heads = [words.get(name, name.replace("_loss", " lost, %")) for name in names]
     return Table(["codec", "bits", *heads], rows, title)
 
 
-def _interval(figure: tuple[float, float, float], unit: str) -> str:
-    if unit == "nats":
-        return f"{figure[0]:.4f}"
-    return f"{figure[0]:+.1%} ({figure[1]:+.1%} to {figure[2]:+.1%})"
+def _percent(value: float, low: float, high: float) -> str:
+    digits = 1 if abs(value) < 10 else 0
+    return f"{100 * value:+.{digits + 1}f} ({100 * low:+.{digits}f} {100 * high:+.{digits}f})"
 
 
 def _bytes_table(ratios: Mapping[str, float]) -> Table:
