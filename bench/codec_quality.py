@@ -68,15 +68,12 @@ class Loss:
     Attributes
     ----------
     bits : for each number of keys and values of a chunk of this model in float16, everything that is stored counted.
+    figures : each loss with its 95 % interval.
     """
 
     name: str
     bits: float
-    found: Measurement
-
-    def figures(self) -> dict[str, tuple[float, float, float]]:
-        """Each loss with its 95 % interval."""
-        return {name: (f.value, f.low, f.high) for name, f in self.found.figures(Limits()).items()}
+    figures: Mapping[str, tuple[float, float, float]]
 
 
 def learn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, scope: Scope) -> Learned:
@@ -161,7 +158,14 @@ def losses(
         forced, [through_codec(c) for c in codecs.values()], windows=windows, trials=trials, advance=advance
     )
     chunk, _ = forced.prefill(torch.tensor(windows[0]))
-    return [Loss(name, bits_of(codec, chunk), one) for (name, codec), one in zip(codecs.items(), found, strict=True)]
+    return [
+        Loss(name, bits_of(codec, chunk), _figures(one))
+        for (name, codec), one in zip(codecs.items(), found, strict=True)
+    ]
+
+
+def _figures(found: Measurement) -> dict[str, tuple[float, float, float]]:
+    return {name: (figure.value, figure.low, figure.high) for name, figure in found.figures(Limits()).items()}
 
 
 def heldout_windows(tokenizer: PreTrainedTokenizerBase, scope: Scope) -> list[list[int]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -38,8 +40,8 @@ def chunk_8b(seed: int, *, tokens: int = CHUNK_TOKENS, start: int = CHUNK_TOKENS
 def profile_8b(spec: KVSpec = SPEC_8B) -> Profile:
     """What calibration would find, from one layer: all layers of `chunk_8b` are alike."""
     random = torch.Generator().manual_seed(1 << 20)
-    keys = _keys(spec, 2048, random)[0]
-    values = torch.randn(2048, spec.num_kv_heads * spec.value_dim, generator=random)
+    keys = _keys(replace(spec, num_layers=1), 512, random)[0]
+    values = torch.randn(512, spec.num_kv_heads * spec.value_dim, generator=random)
     ones = torch.ones
     layer = fit_levels(keys, ones(keys.shape), values, ones(values.shape), heads=spec.num_kv_heads)
     layer |= fit_basis(Gram.of(keys), rank=RANK)

@@ -49,6 +49,7 @@ from .tiers import Target
 
 ABLATED_BITS = 3
 RAW = "raw"
+FAMILIES = ("nuq", "KIVI", "uniform", "low rank")  # one line of a plot each
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +111,9 @@ def run(*, quick: bool = False, folder: Path | None = None, report: Path | None 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         whole = bar.add_task("kvloom bench codecs", total=4)
-        ratios = _bytes_8b(sizes.tokens)
-        speeds, factor_s, attention_s = _speeds(folder, sizes, bar)
+        synthetic = profile_8b()
+        ratios = _bytes_8b(synthetic, sizes.tokens)
+        speeds, factor_s, attention_s = _speeds(synthetic, folder, sizes, bar)
         bar.advance(whole)
         model, tokenizer = load_model(None)
         learned = learn(model, tokenizer, sizes.scope)
@@ -164,9 +166,9 @@ def run(*, quick: bool = False, folder: Path | None = None, report: Path | None 
     return BenchResult("codecs", metrics, [*rows, *(row for comparison in speeds for row in comparison.rows())])
 
 
-def _bytes_8b(tokens: int) -> dict[str, float]:
+def _bytes_8b(profile: Profile, tokens: int) -> dict[str, float]:
     """Bytes of float16 over bytes on disk, in the shape of an 8B model; of low rank the keys alone."""
-    profile, chunk = profile_8b(), chunk_8b(0, tokens=tokens)
+    chunk = chunk_8b(0, tokens=tokens)
     halves = [tensor.nbytes for tensor in (chunk.keys, chunk.values)]
     found = {f"nuq{bits}": sum(halves) / stored_bytes(NuqCodec(profile, bits=bits), chunk) for bits in WIDTHS}
     keys_alone = replace(SPEC_8B, v_head_dim=0)
@@ -178,9 +180,8 @@ def _bytes_8b(tokens: int) -> dict[str, float]:
     return found
 
 
-def _speeds(folder: Path, sizes: Sizes, bar: Progress) -> tuple[list[Comparison], float, float]:
+def _speeds(profile: Profile, folder: Path, sizes: Sizes, bar: Progress) -> tuple[list[Comparison], float, float]:
     """Cold hits and coding in memory, and the seconds of factorisation and of attention."""
-    profile = profile_8b()
     codecs: dict[str, Codec] = {RAW: RawCodec()}
     codecs |= {f"nuq{bits}": NuqCodec(profile, bits=bits) for bits in WIDTHS}
     cold = cold_hits(folder, codecs, tokens=sizes.tokens, chunks=sizes.cold_chunks, rounds=sizes.rounds, bar=bar)
@@ -289,7 +290,7 @@ def _plot(found: Sequence[Loss], title: str) -> Plot:
     series: dict[str, list[Point]] = {}
     for loss in found:
         value, low, high = loss.figures()["perplexity_increase"]
-        family = loss.name.rstrip("0123456789. ").removesuffix(" bits").rstrip("0123456789. ")
+        family = next((family for family in FAMILIES if loss.name.startswith(family)), loss.name)
         floor = 1e-5  # a logarithmic axis has no place for what is not worse at all
         series.setdefault(family, []).append(Point(loss.bits, *(100 * max(v, floor) for v in (value, low, high))))
     lines = {name: sorted(points) for name, points in series.items()}

@@ -186,7 +186,8 @@ class TierCodecMachine(RuleBasedStateMachine):
 
     def possible(self, number: int) -> list[KVChunk]:
         lossy = [in_coarse(number, codec) for codec in self.codecs if not codec.is_lossless]
-        return lossy if not self.codecs[0].is_lossless else [make_chunk(number), *lossy]
+        exact = any(codec.is_lossless for codec in self.codecs)  # a tier below a lossy one may have been put exact
+        return [make_chunk(number), *lossy] if exact else lossy
 
     @rule(number=st.integers(0, 5))
     def put(self, number: int) -> None:
