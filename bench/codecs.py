@@ -213,7 +213,7 @@ def _metrics(
     metrics["bytes_ratio_lowrank4_keys_8b"] = Metric(ratios["lowrank4, keys"], unit="times")
     metrics["entropy_gain_nuq4"] = gain
     for suffix, losses_found in (("", quality), ("_stressed", stressed)):
-        by_name = {loss.name: loss.figures() for loss in losses_found}
+        by_name = {loss.name: loss.figures for loss in losses_found}
         for bits in WIDTHS:
             others = [by_name[name]["perplexity_increase"][0] for name in (f"KIVI {bits} bits", f"uniform {bits} bits")]
             own = by_name[f"nuq{bits}"]
@@ -234,16 +234,16 @@ def _metrics(
 
 def _loss_row(what: str, loss: Loss) -> dict[str, object]:
     row: dict[str, object] = {"what": what, "codec": loss.name, "bits": loss.bits}
-    for name, (value, low, high) in loss.figures().items():
+    for name, (value, low, high) in loss.figures.items():
         row |= {name: value, f"{name}_low": low, f"{name}_high": high}
     return row
 
 
 def _loss_table(found: Sequence[Loss], title: str) -> Table:
-    names = [name for name in found[0].figures() if not name.startswith("prefix_")]
+    names = [name for name in found[0].figures if not name.startswith("prefix_")]
     rows: list[list[str | float | None]] = []
     for loss in found:
-        figures = loss.figures()
+        figures = loss.figures
         cells = [f"{figures[n][0]:.4f}" if n == "kl" else _percent(*figures[n]) for n in names]
         rows.append([loss.name, f"{loss.bits:.2f}", *cells])
     words = {"kl": "KL, nats", "perplexity_increase": "perplexity, %"}
@@ -289,7 +289,7 @@ def _target_table(metrics: Mapping[str, Metric]) -> Table:
 def _plot(found: Sequence[Loss], title: str) -> Plot:
     series: dict[str, list[Point]] = {}
     for loss in found:
-        value, low, high = loss.figures()["perplexity_increase"]
+        value, low, high = loss.figures["perplexity_increase"]
         family = next((family for family in FAMILIES if loss.name.startswith(family)), loss.name)
         floor = 1e-5  # a logarithmic axis has no place for what is not worse at all
         series.setdefault(family, []).append(Point(loss.bits, *(100 * max(v, floor) for v in (value, low, high))))
