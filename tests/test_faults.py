@@ -418,7 +418,7 @@ def test_the_real_disk_behind_a_lane(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ all at once
 
 
-@pytest.mark.parametrize("steps", [80, pytest.param(4000, marks=pytest.mark.torture)])
+@pytest.mark.parametrize("steps", [80, pytest.param(4000, marks=[pytest.mark.torture, pytest.mark.timeout(7200)])])
 @pytest.mark.parametrize("write_through", [True, False])
 def test_threads_on_a_device_that_comes_and_goes(write_through: bool, steps: int) -> None:
     disk = FaultyTier(8 * CHUNK_BYTES)
@@ -565,5 +565,6 @@ TestFaultMachine.settings = settings(max_examples=30, stateful_step_count=25, de
 
 
 @pytest.mark.torture
+@pytest.mark.timeout(7200)
 def test_many_more_of_them() -> None:
     run_state_machine_as_test(FaultMachine, settings=settings(max_examples=1000, stateful_step_count=50, deadline=None))
