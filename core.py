@@ -156,7 +156,8 @@ class KVChunk:
     first_layer: int = 0
 
     def __post_init__(self) -> None:
-        spec, tokens, layers = self.spec, self.token_ids.shape[0], self.keys.shape[0]
+        # shapes, not `len`: torch's own is Python, and chunks are made on every hit
+        spec, tokens, layers = self.spec, self.token_ids.numel(), self.keys.shape[0] if self.keys.ndim else 0
         for name, tensor, dtype, shape in (
             ("token_ids", self.token_ids, torch.int64, (tokens,)),
             ("positions", self.positions, torch.int64, (tokens,)),

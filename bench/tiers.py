@@ -84,6 +84,8 @@ class Target:
     bound: float
 
     def reached(self, value: float) -> bool:
+        if self.sign == "<=":
+            return value <= self.bound
         return value >= self.bound if self.sign == ">=" else value < self.bound
 
 

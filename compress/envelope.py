@@ -50,13 +50,7 @@ class Envelope:
         ------
         SpecMismatchError : they are not one int64 for each token.
         """
-        if positions is None:
-            return self.positions
-        if positions.shape != self.positions.shape or positions.dtype != torch.int64:
-            raise SpecMismatchError(
-                f"positions are {positions.dtype} {list(positions.shape)}; expected torch.int64 [{self.tokens}]"
-            )
-        return positions.cpu()
+        return self.positions if positions is None else checked_positions(positions, self.tokens)
 
 
 def parameters_of(codec: Codec) -> dict[str, Any]:
@@ -102,13 +96,38 @@ def seal(
     tensors : contiguous, on the cpu, sharing no memory with `chunk` unless `leased`.
     layered : names of those whose first dimension is the layer.
     """
-    own = {"token_ids": cpu_copy(chunk.token_ids), "positions": cpu_copy(chunk.positions)}
+    own = {"token_ids": chunk.token_ids.detach(), "positions": chunk.positions.detach()}
+    if not leased or not all(tensor.is_contiguous() for tensor in own.values()):
+        own = {name: cpu_copy(tensor) for name, tensor in own.items()}
     meta = {"spec": chunk.spec.to_json(), "first_layer": str(chunk.first_layer)}
     if parameters := parameters_of(codec):
         meta["parameters"] = canonical_json(parameters)
     if not codec.is_lossless:
         meta[_LOSSY] = "true"
     return EncodedChunk(codec.name, {**tensors, **own}, meta, frozenset(layered), leased)
+
+
+def checked_positions(positions: Tensor, tokens: int) -> Tensor:
+    """`positions` on the cpu. Raises `SpecMismatchError` if they are not one int64 for each of so many tokens."""
+    if positions.shape != (tokens,) or positions.dtype != torch.int64:
+        raise SpecMismatchError(
+            f"positions are {positions.dtype} {list(positions.shape)}; expected torch.int64 [{tokens}]"
+        )
+    return positions.cpu()
+
+
+def read_meta(blob: EncodedChunk, codec: str, names: Iterable[str]) -> tuple[KVSpec, int, Mapping[str, Any]]:
+    """Spec, first layer and parameters; arguments and errors as for `open_envelope`, which checks more."""
+    if blob.codec != codec:
+        raise CodecError(f"chunk was encoded by {blob.codec!r}, this is the codec {codec!r}")
+    if blob.tensors.keys() != (expected := _COMMON.union(names)):
+        raise CodecError(f"{codec} chunk holds {sorted(blob.tensors)}; expected {sorted(expected)}")
+    try:
+        text = blob.meta.get("parameters")
+        parameters = {} if text is None else json.loads(text)
+        return _read_spec(blob.meta["spec"]), int(blob.meta["first_layer"]), parameters
+    except (LookupError, TypeError, ValueError, AttributeError) as exc:
+        raise CodecError(f"{codec} chunk without a readable spec, first layer and parameters: {exc!r}") from exc
 
 
 def open_envelope(blob: EncodedChunk, codec: str, names: Iterable[str]) -> Envelope:
@@ -123,16 +142,7 @@ def open_envelope(blob: EncodedChunk, codec: str, names: Iterable[str]) -> Envel
     ------
     CodecError : another codec made it, tensors are missing or unknown, or its parts contradict one another.
     """
-    if blob.codec != codec:
-        raise CodecError(f"chunk was encoded by {blob.codec!r}, this is the codec {codec!r}")
-    expected = _COMMON | set(names)
-    if blob.tensors.keys() != expected:
-        raise CodecError(f"{codec} chunk holds {sorted(blob.tensors)}; expected {sorted(expected)}")
-    try:
-        spec, parameters = _read_spec(blob.meta["spec"]), json.loads(blob.meta.get("parameters", "{}"))
-        first_layer = int(blob.meta["first_layer"])
-    except (LookupError, TypeError, ValueError, AttributeError) as exc:
-        raise CodecError(f"{codec} chunk without a readable spec, first layer and parameters: {exc!r}") from exc
+    spec, first_layer, parameters = read_meta(blob, codec, names)
     counts = {blob.tensors[name].shape[0] if blob.tensors[name].ndim else -1 for name in blob.layered}
     if len(counts) != 1:
         raise CodecError(f"{codec} chunk has layered tensors of {sorted(counts)} layers")

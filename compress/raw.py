@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core import EncodedChunk, KVChunk, KVSpec
 from ..errors import CodecError, SpecMismatchError
-from .envelope import cpu_copy, open_envelope, seal
+from .envelope import checked_positions, cpu_copy, read_meta, seal
 
 _LAYERED = frozenset({"keys", "values"})
 
@@ -44,24 +44,17 @@ class RawCodec:
         CodecError : `blob` was not made by this codec, or its parts contradict one another.
         SpecMismatchError : `positions` are not one int64 for each token.
         """
-        envelope = open_envelope(blob, self.name, _LAYERED)
-        spec, tensors = envelope.spec, blob.tensors
+        spec, first_layer, _ = read_meta(blob, self.name, _LAYERED)
+        token_ids, where, keys, values = (blob.tensors[n] for n in ("token_ids", "positions", "keys", "values"))
         try:
-            chunk = KVChunk(
-                spec,
-                envelope.token_ids,
-                envelope.positions,
-                tensors["keys"],
-                tensors["values"],
-                first_layer=envelope.first_layer,
-            )
+            chunk = KVChunk(spec, token_ids, where, keys, values, first_layer)
         except SpecMismatchError as exc:
             raise CodecError(f"raw chunk contradicts its spec: {exc}") from exc
         if positions is None:
             return chunk
-        positions = envelope.placed(positions)
-        keys = chunk.keys if spec.rope is None else spec.rope.shift(chunk.keys, positions - chunk.positions)
-        return KVChunk(spec, chunk.token_ids, positions, keys, chunk.values, chunk.first_layer)
+        placed = checked_positions(positions, len(chunk))
+        moved = keys if spec.rope is None else spec.rope.shift(keys, placed - where)
+        return KVChunk(spec, token_ids, placed, moved, values, first_layer)
 
     def encode_values(self, spec: KVSpec, values: Tensor, first_layer: int) -> dict[str, Tensor]:
         """The values as they are, for a codec that changes keys alone."""

@@ -217,6 +217,12 @@ class Books:
         with self._lock:
             level.counts.update(counts)
 
+    def count_hit(self, level: Level, nbytes: int) -> None:
+        """As `count`, of which there is one for each chunk read: hits and bytes_read."""
+        with self._lock:
+            level.counts["hits"] += 1
+            level.counts["bytes_read"] += nbytes
+
     def stats(self) -> tuple[TierStats, ...]:
         with self._lock:
             return tuple(level.stats() for level in self.levels)

@@ -41,13 +41,16 @@ class Reader:
             if isinstance(found, str):
                 miss = found
                 return None
-            miss, tier, nbytes = None, self._books.levels[found[0]].tier.name, found[1].nbytes
+            level, nbytes = self._books.levels[found[0]], found[1].nbytes
+            self._books.count_hit(level, nbytes)
+            miss, tier = None, level.tier.name
             return found
         finally:
             load_s = time.perf_counter() - began_s
             with self._lock:
                 self._lookups += 1
-                self._misses.update([] if miss is None else [miss])
+                if miss is not None:
+                    self._misses[miss] += 1
             self._books.history.looked_up(key, Lookup(tier, miss, load_s, nbytes, time.time()))
 
     def counts(self) -> tuple[int, dict[str, int]]:
@@ -74,6 +77,5 @@ class Reader:
                 reason = "undecodable"
                 self._clerk.discard(level, key, exc)
                 continue
-            self._books.count(level, hits=1, bytes_read=blob.nbytes)
             return index, blob, chunk
         return reason
