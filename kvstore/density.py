@@ -159,7 +159,9 @@ class HitDensity:
         if len(self._leaves) > self._samples:
             draw, count = self._random.random, len(self._leaves)
             sample = [self._leaves[int(draw() * count)] for _ in range(self._samples)]
-            worst = min(filter(may_go, sample), key=self._rank, default=None)
+            worst: ChunkKey | None = min(sample, key=self._rank)
+            if worst is not None and not may_go(worst):  # rarely, so that one question is enough
+                worst = min(filter(may_go, sample), key=self._rank, default=None)
             if worst is not None:
                 return worst
         worst = min(filter(may_go, self._leaves), key=self._rank, default=None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
-from math import prod
 
 import numpy as np
 import torch
@@ -73,23 +72,24 @@ class Spares:
                 del self._idle[buffer.data_ptr()]
                 self._idle_bytes -= size
         if buffer is None:
-            with torch.inference_mode(mode=False):  # else the buffer could be written in this mode only
-                buffer = torch.empty(size, dtype=torch.uint8)
+            buffer = _allocate(size)
         return _Loan(buffer, self._returned, self._capacity_bytes).storage(nbytes)
 
     def copy(self, blob: EncodedChunk) -> EncodedChunk:
-        """The chunk with its tensors copied, from the cpu, into one buffer."""
-        places, end = {}, 0
-        for name, tensor in blob.tensors.items():
-            places[name] = end
-            end += -(-tensor.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-        data = self.empty(end)
+        """The chunk with its tensors copied, from the cpu, large ones into one buffer."""
+        places, end = [], 0
         tensors = {}
-        for name, begin in places.items():
-            tensor = blob.tensors[name].detach()
-            nbytes = prod(tensor.shape) * tensor.itemsize
-            tensors[name] = data[begin : begin + nbytes].view(tensor.dtype).view(tensor.shape)
-            tensors[name].copy_(tensor)
+        for name, tensor in blob.tensors.items():
+            nbytes = tensor.nbytes
+            if nbytes < _SMALLEST_BYTES:
+                tensors[name] = tensor.detach().clone()
+            else:
+                places.append((name, tensor, end, end + nbytes))
+                end += -(-nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        data = self.empty(end)
+        for name, tensor, begin, stop in places:
+            tensors[name] = data[begin:stop].view(tensor.dtype).view(tensor.shape)
+            tensors[name].copy_(tensor.detach())
         return EncodedChunk(blob.codec, tensors, blob.meta, blob.layered)
 
     def _collect(self) -> None:
@@ -105,6 +105,13 @@ class Spares:
             if not buffers:
                 del self._by_size[buffer.nbytes]
             self._idle_bytes -= buffer.nbytes
+
+
+def _allocate(nbytes: int) -> Tensor:
+    if not torch.is_inference_mode_enabled():
+        return torch.empty(nbytes, dtype=torch.uint8)
+    with torch.inference_mode(mode=False):  # else the buffer could be written in this mode only
+        return torch.empty(nbytes, dtype=torch.uint8)
 
 
 def _rounded(nbytes: int) -> int:
