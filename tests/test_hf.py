@@ -545,13 +545,18 @@ def test_weights_id_names_the_weights(tmp_path: Path) -> None:
     assert name.startswith("llama-") and name == weights_id(make_model("llama"))
     assert len({name, weights_id(make_model("llama", seed=1)), weights_id(make_model("mistral"))}) == 3
     assert weights_id(make_model("llama", rope="linear")) != name  # no weight, but another function
-    assert weights_id(make_model("llama").to(torch.bfloat16)) != name
+    rounded = weights_id(make_model("llama").to(torch.bfloat16))
+    assert rounded != name and rounded == weights_id(make_model("llama").to(torch.bfloat16).float())
     model.model.layers[2].mlp.up_proj.weight.data.view(-1)[7] += 1e-3
     assert weights_id(model) != name
     for folder in ("a", "b"):
         make_model("llama").save_pretrained(tmp_path / folder)
     copies = {weights_id(LlamaForCausalLM.from_pretrained(tmp_path / folder)) for folder in ("a", "b")}
     assert len(copies) == 1
+    make_model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "c")
+    loaded = {dtype: LlamaForCausalLM.from_pretrained(tmp_path / "c", dtype=dtype) for dtype in ("auto", "float32")}
+    assert loaded["auto"].dtype == torch.bfloat16 and loaded["float32"].dtype == torch.float32
+    assert {weights_id(model) for model in loaded.values()} == {rounded}
 
 
 def test_weights_id_is_the_default_model_id(model: PreTrainedModel) -> None:
