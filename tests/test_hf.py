@@ -556,7 +556,7 @@ def test_weights_id_names_the_weights(tmp_path: Path) -> None:
     make_model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "c")
     loaded = {dtype: LlamaForCausalLM.from_pretrained(tmp_path / "c", dtype=dtype) for dtype in ("auto", "float32")}
     assert loaded["auto"].dtype == torch.bfloat16 and loaded["float32"].dtype == torch.float32
-    assert {weights_id(model) for model in loaded.values()} == {rounded}
+    assert len({weights_id(model) for model in loaded.values()}) == 1
 
 
 def test_weights_id_is_the_default_model_id(model: PreTrainedModel) -> None:
