@@ -403,6 +403,16 @@ def test_truncated_files(step: int) -> None:
         check_damaged(root, may)
 
 
+def test_a_torn_record_stays_torn() -> None:
+    """What is appended behind it must not complete it: a record may end in zeros, which is what a hole reads as."""
+    files, may = small_store()
+    whole = len(files.root.names["kv"].names["journal"].data)
+    for length in range(2 * 128 - 1, whole, 128):
+        root = copy_of(files.root)
+        del root.names["kv"].names["journal"].data[length:]
+        check_damaged(root, may)
+
+
 def test_swapped_and_foreign_files() -> None:
     files, may = small_store()
     count = len(list(stored_files(files.root)))

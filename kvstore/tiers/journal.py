@@ -143,7 +143,9 @@ class Journal:
             slot += len(written[-1]) // SLOT_BYTES
         self._set_aside(slot * SLOT_BYTES)
         try:
-            write_fully(self._files, self._fd, [memoryview(b"".join(written))], begin * SLOT_BYTES)
+            # A torn record is filled up so that it stays invalid: its last bytes are zeros, as a hole would be.
+            filler = b"\xff" * (begin * SLOT_BYTES - size)
+            write_fully(self._files, self._fd, [memoryview(filler + b"".join(written))], size)
         except BaseException as exc:
             self.suspect()  # names of namespaces may not have been written
             if not isinstance(exc, OSError) or not self._has(changes):
