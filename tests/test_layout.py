@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "errors": set(),
     "core": {"errors"},
     "compress": BELOW,
-    "retrieval": BELOW,
+    "retrieval": BELOW | {"compress"},
     "blend": BELOW,
     "kvstore": BELOW | {"compress"},
     "connectors": BELOW | {"compress", "retrieval", "blend", "kvstore"},

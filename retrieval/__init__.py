@@ -1,0 +1,1 @@
+"""Which tokens a query needs, and attention over them."""

@@ -1,0 +1,115 @@
+"""Exact search, the oracle that every other index is measured against, and the random choice that it must beat."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .selector import LayerShape, Pooling, Selection, pooled, top_ids
+
+
+class FlatIndex:
+    """`GrowableIndex` of the keys of one KV head: compares each with every query.
+
+    Parameters
+    ----------
+    dim : D.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+        self._pieces: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return sum(map(len, self._pieces))
+
+    def add(self, keys: Tensor) -> None:
+        """`[T, D]`, copied."""
+        if keys.ndim != 2 or keys.shape[1] != self.dim:
+            raise ValueError(f"keys are {list(keys.shape)}; expected [T, {self.dim}]")
+        self._pieces.append(keys.float().clone())
+
+    @property
+    def keys(self) -> Tensor:
+        """All of them, `[T, D]` float32."""
+        if len(self._pieces) != 1:
+            self._pieces = [torch.cat(self._pieces) if self._pieces else torch.empty(0, self.dim)]
+        return self._pieces[0]
+
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest inner products, exactly; see `KeyIndex`."""
+        if queries.ndim != 2 or queries.shape[1] != self.dim or bool(queries.isnan().any()):
+            raise ValueError(f"queries are {list(queries.shape)}; expected [Q, {self.dim}] without NaN")
+        found = min(k, len(self))
+        scores, ids = (queries.float() @ self.keys.T).topk(found, dim=1)
+        pad = (0, k - found)
+        scores = torch.nn.functional.pad(scores, pad, value=-torch.inf)
+        return scores, torch.nn.functional.pad(ids, pad, value=-1)
+
+
+class ExactSelector:
+    """`Selector` that computes all scores: what any other one can at best choose.
+
+    Parameters
+    ----------
+    start : first token of the context that it covers.
+    pooling : see `pooled`.
+    """
+
+    name = "exact"
+
+    def __init__(self, shape: LayerShape, *, start: int = 0, pooling: Pooling = "max") -> None:
+        self.shape, self.start, self._pooling = shape, start, pooling
+        self._heads = [FlatIndex(shape.head_dim) for _ in range(shape.kv_heads)]
+
+    def __len__(self) -> int:
+        return len(self._heads[0])
+
+    @property
+    def held_bytes(self) -> int:
+        return 0
+
+    def add(self, keys: Tensor, values: Tensor) -> None:
+        self.shape.check_keys(keys)
+        for head, of_head in zip(self._heads, keys, strict=True):
+            head.add(of_head)
+
+    def select(self, queries: Tensor, position: int, budget: int) -> Selection:
+        self.shape.check_query(queries, budget)
+        keys = torch.stack([head.keys for head in self._heads])
+        grouped = queries.float().view(self.shape.kv_heads, self.shape.group, -1)
+        scores = (grouped @ keys.mT).flatten(0, 1) * self.shape.scale
+        ids = top_ids(pooled(scores, self.shape, self._pooling), budget, self.start)
+        return Selection(ids, keys.nbytes, keys.shape[0] * keys.shape[1])
+
+
+class RandomSelector:
+    """`Selector` that draws tokens: what knowing nothing is worth.
+
+    Parameters
+    ----------
+    seed : equal seeds draw equally.
+    """
+
+    name = "random"
+
+    def __init__(self, shape: LayerShape, *, start: int = 0, seed: int = 0) -> None:
+        self.shape, self.start = shape, start
+        self._random = torch.Generator().manual_seed(seed)
+        self._tokens = 0
+
+    def __len__(self) -> int:
+        return self._tokens
+
+    @property
+    def held_bytes(self) -> int:
+        return 0
+
+    def add(self, keys: Tensor, values: Tensor) -> None:
+        self.shape.check_keys(keys)
+        self._tokens += keys.shape[1]
+
+    def select(self, queries: Tensor, position: int, budget: int) -> Selection:
+        self.shape.check_query(queries, budget)
+        drawn = torch.rand(self.shape.kv_heads, self._tokens, generator=self._random)
+        return Selection(top_ids(drawn, budget, self.start), 0)
