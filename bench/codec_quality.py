@@ -16,6 +16,7 @@ from ..compress.lowrank import LowRankCodec
 from ..compress.nuq import NuqCodec
 from ..compress.nuq_fit import FitOptions, fit_layer
 from ..compress.profile import Profile
+from ..compress.rotation import unrotated
 from ..connectors.hf_calibrate import calibrate, token_windows
 from ..core import Codec, KVChunk
 from ..kvstore.format import to_buffers
@@ -208,9 +209,7 @@ def key_energy(model: PreTrainedModel, windows: Sequence[Sequence[int]]) -> list
     for window in windows:
         chunk, _ = forced.prefill(torch.tensor(list(window)))
         for before, known in grams.items():
-            keys = chunk.keys.float()
-            if before and chunk.spec.rope is not None:
-                keys = chunk.spec.rope.shift(keys, -chunk.positions)
+            keys = unrotated(chunk.spec, chunk.keys, chunk.positions) if before else chunk.keys.float()
             of_window = [Gram.of(layer.transpose(0, 1).flatten(1)) for layer in keys]
             grams[before] = [a + b for a, b in zip(known, of_window, strict=True)] if known else of_window
     width = forced.spec.num_kv_heads * forced.spec.head_dim

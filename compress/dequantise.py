@@ -52,7 +52,7 @@ class Codes:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rotation:
-    """Rotary angles of T tokens. `cos`, `sin`: `[T, D / 2]` float32, rounded from float64 as `RopeSpec.shift` does."""
+    """Rotary angles of T tokens. `cos`, `sin`: `[T, D / 2]` float32, as `RopeSpec.cos_sin` gives them."""
 
     cos: Tensor
     sin: Tensor
@@ -60,11 +60,10 @@ class Rotation:
 
     @classmethod
     def to(cls, positions: Tensor, rope: RopeSpec) -> Rotation:
-        angles = positions.double()[:, None] * torch.tensor(rope.inv_freq, dtype=torch.float64)
-        return cls(angles.cos().float(), angles.sin().float(), rope.interleaved)
+        return cls(*rope.cos_sin(positions), rope.interleaved)
 
     def turn(self, rows: Tensor) -> Tensor:
-        """`[..., T, D]` rotated."""
+        """`[..., T, D]` rotated. Every product is rounded, unlike those of `rotate_pairs`: the same bits everywhere."""
         if self.interleaved:
             a, b = rows[..., 0::2], rows[..., 1::2]
         else:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from ..errors import CodecError, SpecMismatchError
 from .profile import Profile
 
 Form: TypeAlias = tuple[str, str]  # name of a codec, and its parameters as canonical JSON
+
+C = TypeVar("C", bound=Codec)
 
 _COMMON = frozenset({"token_ids", "positions"})
 _LOSSY = "lossy"  # in the meta of chunks that are not given back bit for bit
@@ -159,6 +161,20 @@ def open_envelope(blob: EncodedChunk, codec: str, names: Iterable[str]) -> Envel
     if not isinstance(parameters, dict):
         raise CodecError(f"{codec} chunk: parameters are {type(parameters).__name__}; expected an object")
     return Envelope(spec, first_layer, num_layers, token_ids, positions, parameters)
+
+
+def maker_of(kind: type[C], parameters: Mapping[str, Any], *, beside: Iterable[str] = ()) -> C:
+    """The codec with the parameters that a chunk names; those `beside` have the codec's own default.
+
+    Raises
+    ------
+    CodecError : a parameter is unknown, or its value makes no sense.
+    """
+    left_out = {"codec", *beside}
+    try:
+        return kind(**{name: value for name, value in parameters.items() if name not in left_out})
+    except (TypeError, ValueError) as exc:
+        raise CodecError(f"{kind.name} chunk with parameters {dict(parameters)}: {exc}") from exc
 
 
 def expect_tensor(blob: EncodedChunk, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

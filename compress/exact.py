@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CodecError
+from .rotation import Turn
 
 EXACT_PARTS = ("_exact", "_exact_tokens")
 """What follows the prefix in the names of the tensors that `take_exact` makes."""
@@ -51,16 +52,19 @@ def read_exact(
     dtype: torch.dtype,
     shape: tuple[int, int, int, int],
     covered: int,
+    turn: Turn | None,
 ) -> tuple[Tensor, Tensor]:
     """What `take_exact` made of a tensor `[L, H, T, D]`: tokens `[E]` int64 on the cpu, and their rows `[L, H, E, D]`.
 
     Parameters
     ----------
     covered : tokens that the codec covers; all others must be there.
+    turn : of the tensor, if it is rotated.
 
     Raises
     ------
-    CodecError : they contradict dtype or shape, or leave out a token from `covered` on.
+    CodecError : they contradict dtype or shape, or leave out a token from `covered` on; or no such tensor is coded: it
+        is not of floats, or not as wide as `turn` says.
     """
     rows, tokens = tensors[f"{prefix}_exact"], tensors[f"{prefix}_exact_tokens"]
     L, H, T, D = shape
@@ -70,6 +74,8 @@ def read_exact(
             f"{codec} chunk contradicts itself: {prefix}_exact is {rows.dtype} {list(rows.shape)} for tokens "
             f"{tokens.dtype} {list(tokens.shape)}; expected {dtype} [{L}, {H}, E, {D}] for torch.int32 [{L}, E]"
         )
+    if not dtype.is_floating_point or (turn is not None and 2 * len(turn.rope.inv_freq) != D):
+        raise CodecError(f"{codec} chunk contradicts itself: {prefix} of {D} channels in {dtype} do not fit its spec")
     if L == 0:
         return torch.arange(0), rows[:, :, :0]
     first, unusual = tokens[0].cpu().long(), E - (T - covered)
@@ -83,3 +89,10 @@ def read_exact(
             f"{codec} chunk contradicts itself: {prefix}_exact_tokens must be of {T}, all from {covered} on included"
         )
     return first, rows
+
+
+def put_exact(out: Tensor, tokens: Tensor, rows: Tensor, turn: Turn | None) -> None:
+    """Writes rows (`[L, H, E, D]`) over these tokens (`[E]`) of `out` (`[L, H, T, D]`), moved if they are keys."""
+    if len(tokens):
+        moved = rows if turn is None else turn.rope.shift(rows, turn.exact[tokens])
+        out.index_copy_(2, tokens.to(out.device), moved)

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from ..core import EncodedChunk, KVChunk, KVSpec, rotate_pairs
-from ..errors import CodecError
-from .envelope import expect_tensor, open_envelope, seal
-from .exact import EXACT_PARTS, read_exact, take_exact, unusual_tokens
-from .uniform import Turn
+from .envelope import expect_tensor, maker_of, open_envelope, seal
+from .exact import EXACT_PARTS, put_exact, read_exact, take_exact, unusual_tokens
+from .rotation import Turn, unrotated
 
 _GREATEST = 448.0  # of e4m3; it has no infinity
 _PARTS = ("", "_scale", *EXACT_PARTS)
@@ -51,9 +50,7 @@ class Fp8Codec:
     def encode(self, chunk: KVChunk) -> EncodedChunk:
         """On the device of the chunk, in float32."""
         spec, keys = chunk.spec, chunk.keys.detach()
-        plain = keys.float()
-        if spec.rope is not None and not self.rotated:
-            plain = spec.rope.shift(plain, -chunk.positions)
+        plain = keys.float() if self.rotated else unrotated(spec, keys, chunk.positions)
         tensors = _encode("keys", keys, plain) | self.encode_values(spec, chunk.values, chunk.first_layer)
         return seal(self, chunk, tensors, _KEYS | _VALUES)
 
@@ -66,12 +63,9 @@ class Fp8Codec:
         SpecMismatchError : `positions` are not one int64 for each token.
         """
         envelope = open_envelope(blob, self.name, _KEYS | _VALUES)
-        spec, tokens, maker = envelope.spec, envelope.tokens, _maker(envelope.parameters)
+        spec, tokens, maker = envelope.spec, envelope.tokens, maker_of(Fp8Codec, envelope.parameters)
         placed = envelope.placed(positions)
-        turn = None
-        if spec.rope is not None:
-            offsets = placed - envelope.positions
-            turn = Turn(spec.rope, offsets if maker.rotated else placed, offsets)
+        turn = Turn.to(placed, envelope, rotated=maker.rotated)
         shape = (envelope.num_layers, spec.num_kv_heads, tokens, spec.head_dim)
         keys = _decode(blob.tensors, "keys", spec.dtype, shape, turn)
         values = self.decode_values(spec, blob.tensors, envelope.first_layer, tokens, envelope.parameters)
@@ -85,7 +79,7 @@ class Fp8Codec:
         self, spec: KVSpec, tensors: Mapping[str, Tensor], first_layer: int, tokens: int, parameters: Mapping[str, Any]
     ) -> Tensor:
         """See `EncodesValues`."""
-        _maker(parameters)
+        maker_of(Fp8Codec, parameters)
         codes = tensors["values"]
         shape = (len(codes) if codes.ndim else 0, spec.num_kv_heads, tokens, spec.value_dim)
         return _decode(tensors, "values", spec.dtype, shape)
@@ -109,25 +103,19 @@ def _decode(
     shape: tuple[int, int, int, int],
     turn: Turn | None = None,
 ) -> Tensor:
-    L, H, T, D = shape
+    L, H, T, _ = shape
     blob = EncodedChunk("fp8", tensors, {})
     codes = expect_tensor(blob, prefix, torch.float8_e4m3fn, shape)
     scale = expect_tensor(blob, f"{prefix}_scale", torch.float32, (L, H))
-    tokens, rows = read_exact("fp8", tensors, prefix, dtype, shape, T)
-    if not dtype.is_floating_point or (turn is not None and 2 * len(turn.rope.inv_freq) != D):
-        raise CodecError(f"fp8 chunk contradicts itself: {prefix} of {D} channels in {dtype} do not fit its spec")
+    tokens, rows = read_exact("fp8", tensors, prefix, dtype, shape, T, turn)
     out = torch.empty(shape, dtype=dtype, device=codes.device)
-    cos = sin = None
-    if turn is not None and bool(turn.coded.any()):
-        cos, sin = turn.rope.cos_sin(turn.coded.to(codes.device))
+    cos, sin = (None, None) if turn is None else turn.cos_sin(T, out.device)
     for layer in range(L):  # float32 of one layer stays in a cache
         x = _wide(codes[layer]).mul_(scale[layer, :, None, None])
         if cos is not None and sin is not None and turn is not None:
             x = rotate_pairs(x, cos, sin, turn.rope.interleaved)
         out[layer] = x
-    if len(tokens):
-        rows = rows if turn is None else turn.rope.shift(rows, turn.exact[tokens])
-        out.index_copy_(2, tokens.to(out.device), rows)
+    put_exact(out, tokens, rows, turn)
     return out
 
 
@@ -138,11 +126,3 @@ def _wide(codes: Tensor) -> Tensor:
     """
     bits = codes.view(torch.int8).to(torch.int16)
     return (((bits & 0x7F) << 7) | (bits & -0x8000)).view(torch.float16).float().mul_(256.0)
-
-
-def _maker(parameters: Mapping[str, Any]) -> Fp8Codec:
-    """The codec with these parameters, as a chunk names them."""
-    try:
-        return Fp8Codec(**{name: value for name, value in parameters.items() if name != "codec"})
-    except (TypeError, ValueError) as exc:
-        raise CodecError(f"fp8 chunk with parameters {dict(parameters)}: {exc}") from exc

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..core import EncodedChunk, KVChunk, KVSpec
-from ..errors import CodecError
-from .envelope import open_envelope, seal
+from .envelope import maker_of, open_envelope, seal
 from .exact import EXACT_PARTS, take_exact, unusual_tokens
-from .uniform import PARTS, Grouping, Turn, dequantize, quantize
+from .rotation import Turn, unrotated
+from .uniform import PARTS, Grouping, dequantize, quantize
 
 _KEYS = frozenset(f"keys{part}" for part in PARTS + EXACT_PARTS)
 _VALUES = frozenset(f"values{part}" for part in PARTS + EXACT_PARTS)
@@ -75,10 +75,9 @@ class GroupedCodec:
         """On the device of the chunk, in float32."""
         spec, keys = chunk.spec, chunk.keys.detach()
         grouping, covered = _of_keys(self, keys.shape)
-        unusual = unusual_tokens(keys[:, :, :covered])
-        plain = keys[:, :, :covered].float()
-        if spec.rope is not None and not self.rotated:
-            plain = spec.rope.shift(plain, -chunk.positions[:covered])
+        coded = keys[:, :, :covered]
+        unusual = unusual_tokens(coded)
+        plain = coded.float() if self.rotated else unrotated(spec, coded, chunk.positions[:covered])
         tensors = quantize("keys", plain, self.bits, grouping, unusual) | take_exact("keys", keys, unusual)
         tensors |= self.encode_values(spec, chunk.values, chunk.first_layer)
         return seal(self, chunk, tensors, _KEYS | _VALUES)
@@ -92,12 +91,9 @@ class GroupedCodec:
         SpecMismatchError : `positions` are not one int64 for each token.
         """
         envelope = open_envelope(blob, self.name, _KEYS | _VALUES)
-        spec, tokens, maker = envelope.spec, envelope.tokens, _maker(envelope.parameters)
+        spec, tokens, maker = envelope.spec, envelope.tokens, maker_of(GroupedCodec, envelope.parameters)
         placed = envelope.placed(positions)
-        turn = None
-        if spec.rope is not None:
-            offsets = placed - envelope.positions
-            turn = Turn(spec.rope, offsets if maker.rotated else placed, offsets)
+        turn = Turn.to(placed, envelope, rotated=maker.rotated)
         shape = (envelope.num_layers, spec.num_kv_heads, tokens, spec.head_dim)
         grouping, covered = _of_keys(maker, shape)
         keys = dequantize(self.name, blob.tensors, "keys", spec.dtype, shape, maker.bits, grouping, covered, turn=turn)
@@ -116,7 +112,7 @@ class GroupedCodec:
         self, spec: KVSpec, tensors: Mapping[str, Tensor], first_layer: int, tokens: int, parameters: Mapping[str, Any]
     ) -> Tensor:
         """See `EncodesValues`."""
-        maker, codes = _maker(parameters), tensors["values"]
+        maker, codes = maker_of(GroupedCodec, parameters), tensors["values"]
         shape = (len(codes) if codes.ndim else 0, spec.num_kv_heads, tokens, spec.value_dim)
         grouping, covered = _of_values(maker, shape)
         return dequantize(self.name, tensors, "values", spec.dtype, shape, maker.bits, grouping, covered)
@@ -141,11 +137,3 @@ def _covered(codec: GroupedCodec, tokens: int, grouping: Grouping) -> int:
     """Tokens that are coded: whole groups outside the latest `residual_tokens`."""
     covered = max(0, tokens - codec.residual_tokens)
     return covered - covered % grouping.tokens
-
-
-def _maker(parameters: Mapping[str, Any]) -> GroupedCodec:
-    """The codec with these parameters, as a chunk names them."""
-    try:
-        return GroupedCodec(**{name: value for name, value in parameters.items() if name != "codec"})
-    except (TypeError, ValueError) as exc:
-        raise CodecError(f"grouped chunk with parameters {dict(parameters)}: {exc}") from exc

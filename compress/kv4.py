@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..core import EncodedChunk, KVChunk, KVSpec
 from ..errors import CodecError
-from .envelope import open_envelope, seal
+from .envelope import maker_of, open_envelope, seal
 from .exact import EXACT_PARTS, take_exact, unusual_tokens
 from .profile import Profile
-from .uniform import PARTS, Grouping, Turn, dequantize, quantize
+from .rotation import Turn, unrotated
+from .uniform import PARTS, Grouping, dequantize, quantize
 
 PROFILE_NAME = "smooth.keys"
 
@@ -67,9 +68,7 @@ class Kv4Codec:
         CodecError : the profile has no usable factors.
         """
         spec, keys = chunk.spec, chunk.keys.detach()
-        plain = keys.float()
-        if spec.rope is not None and not self.rotated:
-            plain = spec.rope.shift(plain, -chunk.positions)
+        plain = keys.float() if self.rotated else unrotated(spec, keys, chunk.positions)
         unusual = unusual_tokens(keys)
         factors = _factors(self.profile, spec, chunk.first_layer, len(keys))
         if factors is not None:
@@ -91,16 +90,14 @@ class Kv4Codec:
         SpecMismatchError : `positions` are not one int64 for each token, or the profile is another model's.
         """
         envelope = open_envelope(blob, self.name, _KEYS | _VALUES)
-        spec, tokens, first, maker = envelope.spec, envelope.tokens, envelope.first_layer, _maker(envelope.parameters)
+        spec, tokens, first = envelope.spec, envelope.tokens, envelope.first_layer
+        maker = maker_of(Kv4Codec, envelope.parameters, beside=("profile",))
         made_with, has = envelope.parameters.get("profile"), self.profile and self.profile.fingerprint
         if made_with != has:
             raise CodecError(f"kv4 chunk was encoded with profile {made_with}, this codec has {has}; give it that one")
         factors = _factors(self.profile, spec, first, envelope.num_layers)
         placed = envelope.placed(positions)
-        turn = None
-        if spec.rope is not None:
-            offsets = placed - envelope.positions
-            turn = Turn(spec.rope, offsets if maker.rotated else placed, offsets)
+        turn = Turn.to(placed, envelope, rotated=maker.rotated)
         shape = (envelope.num_layers, spec.num_kv_heads, tokens, spec.head_dim)
         keys = _decode(blob.tensors, "keys", spec.dtype, shape, maker.bits, turn, factors)
         values = self.decode_values(spec, blob.tensors, first, tokens, envelope.parameters)
@@ -119,7 +116,8 @@ class Kv4Codec:
         """See `EncodesValues`."""
         codes = tensors["values"]
         shape = (len(codes) if codes.ndim else 0, spec.num_kv_heads, tokens, spec.value_dim)
-        return _decode(tensors, "values", spec.dtype, shape, _maker(parameters).bits)
+        maker = maker_of(Kv4Codec, parameters, beside=("profile",))
+        return _decode(tensors, "values", spec.dtype, shape, maker.bits)
 
 
 def fit_smoothing(keys: Tensor, alpha: float = 0.5, *, interleaved: bool = False) -> Tensor:
@@ -182,12 +180,3 @@ def _factors(profile: Profile | None, spec: KVSpec, first_layer: int, num_layers
             f"{list(shape)}, finite and above 0; make it anew with `kvloom calibrate`"
         )
     return factors[first_layer : first_layer + num_layers]
-
-
-def _maker(parameters: Mapping[str, Any]) -> Kv4Codec:
-    """The codec with these parameters but no profile, as a chunk names them."""
-    try:
-        named = {name: value for name, value in parameters.items() if name not in ("codec", "profile")}
-        return Kv4Codec(**named)
-    except (TypeError, ValueError) as exc:
-        raise CodecError(f"kv4 chunk with parameters {dict(parameters)}: {exc}") from exc

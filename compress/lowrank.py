@@ -12,10 +12,12 @@ from torch import Tensor
 from ..core import EncodedChunk, KVChunk, KVSpec
 from ..errors import CodecError
 from .envelope import Envelope, expect_tensor, open_envelope, seal
+from .exact import put_exact
 from .gram import Gram, factorize, rank_for
 from .ops import pack_bits, packed_bytes, unpack_bits
 from .profile import Profile
 from .raw import RawCodec
+from .rotation import Turn, unrotated
 from .values import EncodesValues
 
 _ALWAYS = frozenset({"keys.factor", "keys.exact", "keys.exact_at"})
@@ -72,7 +74,7 @@ class LowRankCodec:
         """Raises `SpecMismatchError` if the profile is another model's."""
         spec = chunk.spec
         shape = (len(chunk.keys), len(chunk), spec.num_kv_heads * spec.head_dim)  # as keys may have no element
-        keys = _unrotated(chunk).cpu().transpose(1, 2).reshape(shape)
+        keys = unrotated(spec, chunk.keys, chunk.positions).cpu().transpose(1, 2).reshape(shape)
         wild = ~(keys.norm(dim=-1) <= _LARGEST_NORM)  # NaN compares false
         exact = wild | (chunk.positions < self.sink_tokens)
         keys = torch.where(exact[..., None], 0.0, keys)
@@ -109,7 +111,7 @@ class LowRankCodec:
         if spec.rope is not None:
             keys = spec.rope.shift(keys, placed)
         keys = keys.to(spec.dtype, memory_format=torch.contiguous_format)
-        _put_exact(blob, envelope, keys, placed)
+        _put_exact_rows(blob, envelope, keys, Turn.to(placed, envelope))
         values = self.values.decode_values(
             spec, blob.tensors, envelope.first_layer, envelope.tokens, self._value_parameters(envelope)
         )
@@ -198,11 +200,6 @@ def fit_layer(gram: Gram, *, rank: int = 256) -> dict[str, Tensor]:
     return {"lowrank.basis": gram.basis(rank=rank)}
 
 
-def _unrotated(chunk: KVChunk) -> Tensor:
-    keys, rope = chunk.keys.float(), chunk.spec.rope
-    return keys if rope is None else rope.shift(keys, -chunk.positions)
-
-
 def _stored_factor(factor: Tensor, bits: int | None) -> dict[str, Tensor]:
     """`[L, T, r]` float32 as float16, or as codes `zero + scale * code` with float16 scale and zero by column."""
     if bits is None:
@@ -257,7 +254,7 @@ def _exact_rows(keys: Tensor, exact: Tensor, errors: Tensor) -> dict[str, Tensor
     return {"keys.exact_at": at.to(torch.int32).contiguous(), "keys.exact": keys.gather(2, index).contiguous()}
 
 
-def _put_exact(blob: EncodedChunk, envelope: Envelope, keys: Tensor, placed: Tensor) -> None:
+def _put_exact_rows(blob: EncodedChunk, envelope: Envelope, keys: Tensor, turn: Turn | None) -> None:
     """Writes the exact tokens over the rebuilt ones."""
     spec, slots = envelope.spec, blob.tensors["keys.exact_at"].shape[-1]
     at = expect_tensor(blob, "keys.exact_at", torch.int32, (envelope.num_layers, slots)).long()
@@ -269,7 +266,6 @@ def _put_exact(blob: EncodedChunk, envelope: Envelope, keys: Tensor, placed: Ten
         raise CodecError(
             f"lowrank chunk of {envelope.tokens} tokens names exact tokens {int(at.min())}..{int(at.max())}"
         )
-    offsets = placed - envelope.positions
     for layer in range(envelope.num_layers):
-        moved = rows[layer] if spec.rope is None else spec.rope.shift(rows[layer], offsets[at[layer]])
-        keys[layer, :, at[layer]] = moved
+        one = slice(layer, layer + 1)
+        put_exact(keys[one], at[layer], rows[one], turn)

@@ -13,9 +13,11 @@ from ..core import EncodedChunk, KVChunk, KVSpec
 from ..errors import CodecError, SpecMismatchError
 from .dequantise import Codes, Grid, Rotation, dequantise
 from .envelope import cpu_copy, expect_tensor, open_envelope, seal
+from .exact import put_exact
 from .ops import pack_bits, packed_bytes
 from .profile import Profile
 from .quantise import by_token, code, code_in_ranges
+from .rotation import Turn, unrotated
 from .slots import MAX_CHANNELS, pack_channels, slot_bytes, slot_count, unpack_channels
 
 Half = Literal["keys", "values"]
@@ -113,9 +115,8 @@ class NuqCodec:
         """
         envelope = open_envelope(blob, self.name, _KEY_NAMES | _VALUE_NAMES)
         spec, placed = envelope.spec, envelope.placed(positions)
-        moved = (envelope.positions, placed)
-        layers = (envelope.first_layer, envelope.num_layers)
-        keys = self._decode_half("keys", spec, blob, layers, envelope.tokens, envelope.parameters, moved)
+        layers, turn = (envelope.first_layer, envelope.num_layers), Turn.to(placed, envelope)
+        keys = self._decode_half("keys", spec, blob, layers, envelope.tokens, envelope.parameters, turn)
         values = self._decode_half("values", spec, blob, layers, envelope.tokens, envelope.parameters, None)
         return KVChunk(spec, envelope.token_ids, placed, keys, values, envelope.first_layer)
 
@@ -144,7 +145,7 @@ class NuqCodec:
         self.profile.check_serves(chunk.spec)
         total = torch.zeros(len(chunk))
         for i in range(len(chunk.keys)):
-            total += self._clipped(chunk.first_layer + i, _unrotated(chunk.spec, chunk.keys[i], chunk.positions))
+            total += self._clipped(chunk.first_layer + i, unrotated(chunk.spec, chunk.keys[i].cpu(), chunk.positions))
         return total / max(1, len(chunk.keys))
 
     def _encode_half(
@@ -161,7 +162,8 @@ class NuqCodec:
         ranges = torch.zeros(L, T, 2, dtype=torch.float16)
         clipped = torch.zeros(T)
         for i in range(L if D else 0):
-            rows = _unrotated(spec, tensor[i], positions)
+            rows = tensor[i].detach().cpu()
+            rows = rows.float() if positions is None else unrotated(spec, rows, positions)
             if half == "keys":
                 clipped += self._clipped(first_layer + i, rows)
             fits = (rows.abs() <= torch.finfo(stored).max).all(-1).all(0)
@@ -198,9 +200,8 @@ class NuqCodec:
         layers: tuple[int, int],
         tokens: int,
         parameters: Mapping[str, Any],
-        moved: tuple[Tensor, Tensor] | None,
+        turn: Turn | None,
     ) -> Tensor:
-        # `moved` is given for keys: positions where they were computed, and where they are asked for.
         bits, outlier_ratio, q_norm = self._parameters(parameters)
         try:
             self.profile.check_serves(spec)
@@ -229,13 +230,10 @@ class NuqCodec:
         channels = unpack_channels(packed, slots, H * D)
         if not bool((channels < H * D).all()):
             raise CodecError(f"nuq chunk: outliers of {half} stand in channels beyond the {H * D} there are")
-        rotation = Rotation.to(moved[1], spec.rope) if moved and spec.rope else None
+        rotation = None if turn is None else Rotation.to(turn.coded, turn.rope)
         grid = self._grid(half, first_layer, L, H, bits, q_norm)
         found = dequantise(grid, Codes(codes, ranges, channels, outliers.float()), rotation, spec.dtype)
-        if count:
-            if moved and spec.rope:
-                exact = spec.rope.shift(exact, (moved[1] - moved[0])[at])
-            found[:, :, at] = exact
+        put_exact(found, at, exact, turn)
         return found
 
     def _parameters(self, parameters: Mapping[str, Any]) -> tuple[int, float, bool]:
@@ -279,11 +277,6 @@ class NuqCodec:
             scale.view(num_layers, heads, -1),
             zero.view(num_layers, heads, -1),
         )
-
-
-def _unrotated(spec: KVSpec, rows: Tensor, positions: Tensor | None) -> Tensor:
-    rows = rows.detach().to("cpu", torch.float32)
-    return rows if positions is None or spec.rope is None else spec.rope.shift(rows, -positions)
 
 
 def _slot_dtype(spec: KVSpec) -> torch.dtype:

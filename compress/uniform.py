@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core import EncodedChunk, RopeSpec
-from ..errors import CodecError
+from ..core import EncodedChunk
 from .envelope import expect_tensor
-from .exact import read_exact
+from .exact import put_exact, read_exact
 from .ops import dequantize_rotate, pack_bits, packed_bytes
+from .rotation import Turn
 
 PARTS = ("", "_scale", "_zero")
 """What follows the prefix in the names of the tensors that `quantize` makes."""
@@ -75,21 +75,6 @@ def quantize(prefix: str, x: Tensor, bits: int, grouping: Grouping, skip: Tensor
     }
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """How coded keys are rotated.
-
-    Attributes
-    ----------
-    coded : `[T]` int64, positions by which those that were coded are turned.
-    exact : `[T]` int64, positions by which those that were kept exact are moved.
-    """
-
-    rope: RopeSpec
-    coded: Tensor
-    exact: Tensor
-
-
 def dequantize(
     codec: str,
     tensors: Mapping[str, Tensor],
@@ -120,15 +105,11 @@ def dequantize(
     packed = expect_tensor(blob, prefix, torch.uint8, (*coded[:3], packed_bytes(D, bits)))
     scale = expect_tensor(blob, f"{prefix}_scale", torch.float16, grouping.shape(*coded))
     zero = expect_tensor(blob, f"{prefix}_zero", torch.float16, grouping.shape(*coded))
-    tokens, rows = read_exact(codec, tensors, prefix, dtype, shape, covered)
-    if not dtype.is_floating_point or (turn is not None and 2 * len(turn.rope.inv_freq) != D):
-        raise CodecError(f"{codec} chunk contradicts itself: {prefix} of {D} channels in {dtype} do not fit its spec")
+    tokens, rows = read_exact(codec, tensors, prefix, dtype, shape, covered, turn)
     if grouping.heads > 1:
         scale, zero = (x.repeat_interleave(grouping.heads, 1) for x in (scale, zero))
     out = torch.empty(shape, dtype=dtype, device=packed.device)
-    cos = sin = None
-    if turn is not None and bool(turn.coded[:covered].any()):
-        cos, sin = turn.rope.cos_sin(turn.coded[:covered].to(out.device))
+    cos, sin = (None, None) if turn is None else turn.cos_sin(covered, out.device)
     dequantize_rotate(
         packed.flatten(0, 1),
         bits,
@@ -140,9 +121,7 @@ def dequantize(
         sin=sin,
         interleaved=turn is not None and turn.rope.interleaved,
     )
-    if len(tokens):
-        rows = rows if turn is None else turn.rope.shift(rows, turn.exact[tokens])
-        out.index_copy_(2, tokens.to(out.device), rows)
+    put_exact(out, tokens, rows, turn)
     return out
 
 

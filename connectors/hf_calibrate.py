@@ -24,6 +24,7 @@ except ImportError as error:
 from ..blend.attention import causal_attention
 from ..compress.calibration import CHUNK_FITS, LAYER_FITS, ChunkFit, LayerFit, LayerSample
 from ..compress.profile import Profile
+from ..compress.rotation import unrotated
 from ..core import KVChunk
 from ..errors import EngineError
 from .hf_model import TransformersModel, lead_of
@@ -203,9 +204,8 @@ def _backward(
             found = torch.autograd.grad(output, (keys, values, hidden), gradient[a:b].to(device))
         gradient[a:b] = found[2].cpu()
         half = [keys.detach(), values.detach(), found[0], found[1]]
-        rope = layers.spec.rope
-        if rope is not None:  # rotations are orthogonal: gradients turn back as keys do
-            half[0], half[2] = (rope.shift(t.float(), -positions) for t in (half[0], half[2]))
+        # Rotations are orthogonal: gradients turn back as keys do.
+        half[0], half[2] = (unrotated(layers.spec, t, positions) for t in (half[0], half[2]))
         kept.append(tuple(t.transpose(0, 1)[skip_tokens:].float().cpu() for t in half))
         advance("backward", b - a)
     keys, values, key_gradient, value_gradient = (torch.cat(parts) for parts in zip(*kept, strict=True))

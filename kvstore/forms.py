@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from torch import Tensor
-
 from ..compress.envelope import Form, form_of, form_of_blob, is_exact
 from ..core import Codec, EncodedChunk, KVChunk, KVSpec
 from ..errors import CodecError
@@ -65,32 +63,25 @@ class Forms:
         form, codec = self._tier_codecs[index]
         if form_of_blob(blob) == form or blob.codec not in self._by_name:
             return blob
-        source = self._codec_of(blob)
+        source = self.codec_of(blob)
         if not is_exact(blob, source):
             return blob
         chunk = source.decode(on_cpu(blob))
         return self._encode(codec, chunk) if self.permits.covers(codec, chunk.spec) else blob
 
-    def may_serve(self, blob: EncodedChunk) -> bool:
-        """Whether a stored chunk may be given out. Raises as `decode`."""
-        return self.permits.may_serve(self._codec_of(blob), blob)
-
-    def decode(self, blob: EncodedChunk, positions: Tensor | None) -> KVChunk:
-        """The chunk, at `positions`.
+    def codec_of(self, blob: EncodedChunk) -> Codec:
+        """The codec that decodes a stored chunk.
 
         Raises
         ------
-        CodecError : its codec is not known, or cannot decode it.
+        CodecError : its codec is not known.
         """
-        return self._codec_of(blob).decode(blob, positions)
+        if blob.codec not in self._by_name:
+            raise CodecError(f"codec {blob.codec!r} is not among {sorted(self._by_name)}; see KVStore(codecs=...)")
+        # Of two codecs of one name, for instance with the profiles of two models, the one that made it.
+        return self._by_form.get(form_of_blob(blob), self._by_name[blob.codec])
 
     def _encode(self, codec: Codec, chunk: KVChunk) -> EncodedChunk:
         """In memory of its own: a write that is given up goes on when the caller's memory is the caller's again."""
         blob = codec.encode(chunk)
         return self._spares.copy(blob) if blob.leased else blob
-
-    def _codec_of(self, blob: EncodedChunk) -> Codec:
-        if blob.codec not in self._by_name:
-            raise CodecError(f"codec {blob.codec!r} is not among {sorted(self._by_name)}; see KVStore(codecs=...)")
-        # Of two codecs of one name, for instance with the profiles of two models, the one that made it.
-        return self._by_form.get(form_of_blob(blob), self._by_name[blob.codec])

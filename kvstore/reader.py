@@ -69,10 +69,11 @@ class Reader:
             if blob is None:
                 continue
             try:
-                if not self._forms.may_serve(blob):  # left where it is: a certificate may come
+                codec = self._forms.codec_of(blob)
+                if not self._forms.permits.may_serve(codec, blob):  # left where it is: a certificate may come
                     reason = "uncertified"
                     continue
-                chunk = self._forms.decode(blob, positions)
+                chunk = codec.decode(blob, positions)
             except CodecError as exc:
                 reason = "undecodable"
                 self._clerk.discard(level, key, exc)
