@@ -1,0 +1,288 @@
+"""Keys of one layer as rows of few numbers in a basis of their own, and the keys of chosen tokens from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..compress.gram import Gram
+from ..compress.ops import pack_bits, packed_bytes, unpack_bits
+from ..core import rotate_pairs
+from ..errors import CodecError
+from .rows import Rows
+from .selector import LayerShape
+
+PIECE_TOKENS = 4096  # projected or scored at once
+_FIT_TOKENS = 16384  # that a column's range is fitted to
+_CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # shares of a column's reach that its codes may cover
+_PARTS = ("factor.basis", "factor.columns", "factor.rows", "factor.exact_at", "factor.exact")
+
+
+class KeyFactor:
+    """`keys ~ A [T, r] @ basis^T`, before rotation, all heads side by side (ShadowKV, arXiv 2410.21465, 4.1).
+
+    A token's row is its key projected onto the basis, in float16 or in integers with a scale and a zero for each
+    column. Tokens that are rebuilt with a relative error above `max_residual`, their row's rounding included, are kept
+    exact as well, as they came. So tokens can be appended for ever: what leaves the basis costs bytes, not answers.
+
+    Deviations: eigenvectors of a Gram matrix instead of an SVD, which could not be appended to; integers; exact tokens,
+    where the paper keeps generated ones all exact.
+
+    Parameters
+    ----------
+    basis : `[M, r]` orthonormal columns, M = H D; stored in float16.
+    columns : `[2, r]` float32, scale and zero of each column's codes; None if `row_bits` is 16.
+    row_bits : 16, 8 or 4 bits of a number of a row.
+    start : position of the first token.
+    """
+
+    def __init__(
+        self,
+        shape: LayerShape,
+        basis: Tensor,
+        columns: Tensor | None = None,
+        *,
+        start: int = 0,
+        row_bits: int = 16,
+        max_residual: float = 0.5,
+    ) -> None:
+        if row_bits not in (16, 8, 4):
+            raise ValueError(f"row_bits is {row_bits}; expected 16, 8 or 4")
+        if basis.ndim != 2 or len(basis) != shape.kv_heads * shape.head_dim:
+            raise ValueError(f"basis is {list(basis.shape)}; expected [{shape.kv_heads * shape.head_dim}, r]")
+        rank = basis.shape[1]
+        if (columns is None) != (row_bits == 16) or (columns is not None and columns.shape != (2, rank)):
+            has = None if columns is None else list(columns.shape)
+            raise ValueError(f"columns are {has}; rows of {row_bits} bits and rank {rank} have others")
+        self.shape, self.start, self.row_bits, self.max_residual = shape, start, row_bits, max_residual
+        self.basis, self.columns, self.rank = basis.half(), columns, rank
+        self._rows, self._exact_at, self._exact = Rows(), Rows(), Rows(1)
+        self._exact_at.add(torch.empty(0, dtype=torch.int64))
+        self._norms = torch.zeros(2, dtype=torch.float64)  # squared, of the errors and of the keys
+
+    @classmethod
+    def of(
+        cls,
+        shape: LayerShape,
+        keys: Tensor,
+        *,
+        rank: int,
+        start: int = 0,
+        row_bits: int = 16,
+        max_residual: float = 0.5,
+        gram: Gram | None = None,
+    ) -> KeyFactor:
+        """Of `[H, T, D]` after rotation, T at least 1, from position `start` on.
+
+        The basis is of these keys, or of `gram` where their Gram matrix, or that of more of the context, is known
+        already. More than M columns are M.
+        """
+        shape.check_keys(keys)
+        if not keys.shape[1]:
+            raise ValueError("keys hold no token; a basis needs some")
+        plain = [_unrotated(shape, piece, start + i * PIECE_TOKENS) for i, piece in enumerate(keys.split(PIECE_TOKENS, 1))]
+        if gram is None:
+            gram = sum((Gram.of(piece) for piece in plain[1:]), Gram.of(plain[0]))
+        basis = gram.basis(rank=rank).half()
+        columns = None
+        if row_bits != 16:
+            columns = _fit_columns(plain, basis.float(), row_bits, max_residual)
+        factor = cls(shape, basis, columns, start=start, row_bits=row_bits, max_residual=max_residual)
+        for i, piece in enumerate(plain):
+            factor._take(keys[:, i * PIECE_TOKENS : (i + 1) * PIECE_TOKENS], piece)
+        return factor
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def rows_bytes(self) -> int:
+        """Of the rows, their columns' scales included."""
+        return self._rows.nbytes + (0 if self.columns is None else self.columns.nbytes)
+
+    @property
+    def exact_bytes(self) -> int:
+        """Of the tokens kept exact."""
+        return self._exact.nbytes + self._exact_at.nbytes
+
+    @property
+    def held_bytes(self) -> int:
+        return self.rows_bytes + self.basis.nbytes + self.exact_bytes
+
+    @property
+    def error_ratio(self) -> float:
+        """Squared norm of what the rows lose of all keys added, over that of the keys: 0 to 1."""
+        errors, norms = self._norms.tolist()
+        return errors / norms if norms else 0.0
+
+    @property
+    def exact_tokens(self) -> Tensor:
+        """Positions of the tokens kept exact, ascending."""
+        return self._exact_at.all + self.start
+
+    @property
+    def exact_keys(self) -> Tensor:
+        """Their keys as they came, `[H, N, D]`."""
+        return self._exact.all if len(self._exact) else self.basis.new_empty(self.shape.kv_heads, 0, self.shape.head_dim)
+
+    def add(self, keys: Tensor) -> None:
+        """The next tokens, `[H, T, D]` after rotation, of one dtype with those before."""
+        self.shape.check_keys(keys)
+        for piece in keys.split(PIECE_TOKENS, 1):
+            self._take(piece, _unrotated(self.shape, piece, self.start + len(self)))
+
+    def rows(self, first: int, stop: int) -> Tensor:
+        """Rows of the tokens `[first, stop)`, counted from `start`: `[stop - first, r]` float32."""
+        return self._read(self._rows.all[first:stop])
+
+    def keys_at(self, ids: Tensor) -> Tensor:
+        """Keys of positions `[H, K]` after rotation, `[H, K, D]` float32: rebuilt, or as they came. Those of -1 are
+        another token's.
+
+        Raises `ValueError` for positions that are not covered.
+        """
+        if ids.ndim != 2 or len(ids) != self.shape.kv_heads:
+            raise ValueError(f"ids are {list(ids.shape)}; expected [{self.shape.kv_heads}, K]")
+        if not ids.numel():
+            return torch.empty(*ids.shape, self.shape.head_dim)
+        end = self.start + len(self)
+        if bool(((ids >= end) | ((ids < self.start) & (ids != -1))).any()):
+            raise ValueError(f"ids lie in {int(ids.min())}..{int(ids.max())}; expected {self.start}..{end - 1}, or -1")
+        places = (ids - self.start).clamp(min=0)
+        rope, turn = self.shape.rope, {}
+        if rope is not None:
+            cos, sin = rope.cos_sin(places.flatten() + self.start)
+            turn = {"cos": cos.view(*ids.shape, -1), "sin": sin.view(*ids.shape, -1), "interleaved": rope.interleaved}
+        rows = self._read(self._rows.all[places.flatten()]).view(*ids.shape, -1)
+        keys = rebuild_keys(rows, self.by_head(), **turn)
+        exact_at = self._exact_at.all
+        if len(exact_at):
+            slots = torch.searchsorted(exact_at, places).clamp(max=len(exact_at) - 1)
+            exact = self._exact.all.gather(1, slots[..., None].expand_as(keys)).float()
+            keys = torch.where((exact_at[slots] == places)[..., None], exact, keys)
+        return keys
+
+    def by_head(self) -> Tensor:
+        """`[H, r, D]`: the part of the basis that makes each head's keys."""
+        return self.basis.view(self.shape.kv_heads, self.shape.head_dim, -1).mT
+
+    def state(self) -> dict[str, Tensor]:
+        """All of it as tensors; see `from_state`."""
+        columns = torch.empty(2, 0) if self.columns is None else self.columns
+        parts = (self.basis, columns, self._rows.all, self._exact_at.all, self.exact_keys)
+        return dict(zip(_PARTS, parts, strict=True))
+
+    @classmethod
+    def from_state(
+        cls, shape: LayerShape, parts: Mapping[str, Tensor], *, start: int = 0, max_residual: float = 0.5
+    ) -> KeyFactor:
+        """What gave this `state`. Raises `CodecError` for tensors that are not a factor's of this shape."""
+        missing = [name for name in _PARTS if name not in parts]
+        if missing:
+            raise CodecError(f"{', '.join(missing)} of a key factor are missing; expected {', '.join(_PARTS)}")
+        basis, columns, rows, exact_at, exact = (parts[name] for name in _PARTS)
+        rank = basis.shape[-1]
+        bits = 16 if columns.numel() == 0 else 8 if rows.shape[-1] == packed_bytes(rank, 8) else 4
+        widths = {16: (rank, torch.float16), 8: (packed_bytes(rank, 8), torch.uint8), 4: (packed_bytes(rank, 4), torch.uint8)}
+        try:
+            found = cls(
+                shape, basis, None if bits == 16 else columns, start=start, row_bits=bits, max_residual=max_residual
+            )
+        except ValueError as exc:
+            raise CodecError(f"key factor: {exc}") from exc
+        ascending = bool((exact_at.diff() > 0).all()) and (
+            not exact_at.numel() or 0 <= int(exact_at[0]) <= int(exact_at[-1]) < len(rows)
+        )
+        fits = (
+            (rows.ndim, rows.shape[-1], rows.dtype) == (2, *widths[bits])
+            and exact_at.dtype == torch.int64
+            and exact.shape == (shape.kv_heads, len(exact_at), shape.head_dim)
+            and all(bool(part.isfinite().all()) for part in (basis, columns, exact) + ((rows,) if bits == 16 else ()))
+        )
+        if not fits or not ascending:
+            raise CodecError("key factor contradicts itself; index these tokens anew")
+        found._rows.add(rows)
+        found._exact_at.add(exact_at)
+        if len(exact_at):
+            found._exact.add(exact)
+        return found
+
+    def _take(self, keys: Tensor, plain: Tensor) -> None:
+        basis = self.basis.float()
+        rows = self._write(plain @ basis)
+        errors, norms = (self._read(rows) @ basis.T - plain).norm(dim=1), plain.norm(dim=1)
+        exact = ~(errors <= self.max_residual * norms)  # a row that float16 cannot hold makes NaN, which compares false
+        if bool(exact.any()):
+            self._exact_at.add(exact.nonzero().flatten() + len(self))
+            self._exact.add(keys[:, exact])
+            rows[exact] = 0
+            errors = errors[~exact]
+        self._norms += torch.stack([errors.double().square().sum(), norms.double().square().sum()])
+        self._rows.add(rows)
+
+    def _write(self, rows: Tensor) -> Tensor:
+        if self.columns is None:
+            return rows.half()
+        scale, zero = self.columns
+        codes = ((rows - zero) / scale).round().clamp(0, (1 << self.row_bits) - 1)
+        return pack_bits(codes.to(torch.uint8), self.row_bits)
+
+    def _read(self, stored: Tensor) -> Tensor:
+        if self.columns is None:
+            return stored.float()
+        scale, zero = self.columns
+        return unpack_bits(stored, self.row_bits, self.rank).float().mul_(scale).add_(zero)
+
+
+def rebuild_keys(
+    rows: Tensor, basis: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, *, interleaved: bool = False
+) -> Tensor:
+    """Keys from low-rank rows, rotated: `rows @ basis` for each head in float32.
+
+    Parameters
+    ----------
+    rows : `[H, K, r]`, each head its own tokens.
+    basis : `[H, r, D]`.
+    cos, sin : `[H, K, D / 2]` float32 (`RopeSpec.cos_sin` of the positions); None leaves the keys as they are.
+    interleaved : channel pairs are (2i, 2i + 1) instead of (i, i + D / 2).
+
+    Returns
+    -------
+    `[H, K, D]` float32.
+    """
+    keys = rows.float() @ basis.float()
+    return keys if cos is None or sin is None else rotate_pairs(keys, cos, sin, interleaved)
+
+
+def _unrotated(shape: LayerShape, keys: Tensor, first: int) -> Tensor:
+    """`[H, T, D]` of positions from `first` on as `[T, M]` float32 before rotation."""
+    wide = keys.float()
+    if shape.rope is not None:
+        wide = shape.rope.shift(wide, -torch.arange(first, first + keys.shape[1]))
+    return wide.transpose(0, 1).flatten(1)
+
+
+def _fit_columns(plain: Sequence[Tensor], basis: Tensor, bits: int, max_residual: float) -> Tensor:
+    """Scale and zero of each column's codes, `[2, r]`: the range around the mean that errs least in squares.
+
+    Over the whole range of 100,000 tokens a few of them would set the step of all. Tokens that the basis does not serve
+    are kept exact anyway and have no say.
+    """
+    step = max(1, sum(map(len, plain)) // _FIT_TOKENS)
+    sample = torch.cat([piece[::step] for piece in plain])
+    rows = sample @ basis
+    served = (rows @ basis.T - sample).norm(dim=1) <= max_residual * sample.norm(dim=1)
+    rows = rows[served] if bool(served.any()) else rows
+    mean, steps = rows.mean(0), (1 << bits) - 1
+    centred = rows - mean
+    reach = centred.abs().amax(0).clamp(min=1e-12)
+    best, least = reach, torch.full_like(reach, torch.inf)
+    for clip in _CLIPS:
+        covered = clip * reach
+        scale = 2 * covered / steps
+        read = ((centred + covered) / scale).round().clamp(0, steps) * scale - covered
+        error = (read - centred).square().sum(0)
+        best, least = torch.where(error < least, covered, best), torch.minimum(error, least)
+    return torch.stack([2 * best / steps, mean - best])
