@@ -55,7 +55,7 @@ class ExactKeys:
 
 
 class CascadeSelector:
-    """`Selector` that asks `coarse` for more than the budget and keeps those of the largest scores by the keys of `fine`.
+    """`Selector` that asks `coarse` for more than the budget and keeps what scores best by the keys of `fine`.
 
     No published method does all of it: A2ATS or ShadowKV choose once, RetroInfer estimates the rest. An estimate that
     `coarse` gives of what it did not choose is passed on; what only `fine` refused is in neither.

@@ -18,13 +18,13 @@ _PIECE_BLOCKS = 64  # scored at once
 class FactorIndex:
     """`Selector` of single tokens by their rows of a `KeyFactor`, which it builds from the keys.
 
-    With all queries a fixed distance b from all keys (windowed RoPE, A2ATS, arXiv 2502.12665, 3.2), the score of token t
+    With the query a fixed distance b from all keys (windowed RoPE, A2ATS, arXiv 2502.12665, 3.2), the score of a token
     is `(q R_b B_h^T) . a_t`: one projection of the query, then a product with each row, which all heads share. No keys,
     no landmarks, no storage beside the rows.
 
     Deviation: distances are exact to half a block of `block_tokens` tokens, unless `offset_tokens` says otherwise. The
     query is rotated to the distance of each block's middle and projected once a block; pairs that turn fast are damped
-    to their mean over the block (`sin x / x`), since where in their turn a token finds them is not known. On the
+    to their mean over the block, since where in their turn a token finds them is not known. On the
     reference model this chooses far better than any fixed distance.
 
     Until `build` it keeps the keys and searches them exactly; tokens added afterwards are projected onto the basis that
@@ -170,11 +170,12 @@ class FactorIndex:
             return plain[:, None]
         if self._offset_tokens is not None:
             return rope.shift(plain[:, None], self._offset_tokens)
-        half = self._block_tokens / 2
-        middles = self.start + first + half - 0.5 + self._block_tokens * torch.arange(blocks, dtype=torch.float64)
+        size = self._block_tokens
+        middles = self.start + first + (size - 1) / 2 + size * torch.arange(blocks, dtype=torch.float64)
         frequencies = torch.tensor(rope.inv_freq, dtype=torch.float64)
+        turns = torch.sin(frequencies / 2)
+        damping = torch.where(turns == 0, 1.0, torch.sin(size * frequencies / 2) / (size * turns))
         angles = (position - middles)[:, None] * frequencies
-        damping = torch.sinc(frequencies * (half / torch.pi))
         cos, sin = (angles.cos() * damping).float(), (angles.sin() * damping).float()
         return rotate_pairs(plain[:, None].expand(-1, blocks, -1), cos, sin, rope.interleaved)
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..compress.gram import Gram
-from ..compress.ops import pack_bits, packed_bytes, unpack_bits
-from ..core import rotate_pairs
+from ..compress.ops import pack_bits, packed_bytes
 from ..errors import CodecError
+from .rebuild import numbers_of, rebuild_keys
 from .rows import Rows
 from .selector import LayerShape
 
@@ -23,7 +23,7 @@ _PARTS = ("factor.basis", "factor.columns", "factor.rows", "factor.exact_at", "f
 class KeyFactor:
     """`keys ~ A [T, r] @ basis^T`, before rotation, all heads side by side (ShadowKV, arXiv 2410.21465, 4.1).
 
-    A token's row is its key projected onto the basis, in float16 or in integers with a scale and a zero for each
+    A token's row is its key projected onto the basis, in float16 or in integers with a scale and a centre for each
     column. Tokens that are rebuilt with a relative error above `max_residual`, their row's rounding included, are kept
     exact as well, as they came. So tokens can be appended for ever: what leaves the basis costs bytes, not answers.
 
@@ -33,7 +33,7 @@ class KeyFactor:
     Parameters
     ----------
     basis : `[M, r]` orthonormal columns, M = H D; stored in float16.
-    columns : `[2, r]` float32, scale and zero of each column's codes; None if `row_bits` is 16.
+    columns : `[2, r]` float32, scale and centre of each column's codes, which are signed; None if `row_bits` is 16.
     row_bits : 16, 8 or 4 bits of a number of a row.
     start : position of the first token.
     """
@@ -82,7 +82,9 @@ class KeyFactor:
         shape.check_keys(keys)
         if not keys.shape[1]:
             raise ValueError("keys hold no token; a basis needs some")
-        plain = [_unrotated(shape, piece, start + i * PIECE_TOKENS) for i, piece in enumerate(keys.split(PIECE_TOKENS, 1))]
+        plain = [
+            _unrotated(shape, piece, start + i * PIECE_TOKENS) for i, piece in enumerate(keys.split(PIECE_TOKENS, 1))
+        ]
         if gram is None:
             gram = sum((Gram.of(piece) for piece in plain[1:]), Gram.of(plain[0]))
         basis = gram.basis(rank=rank).half()
@@ -125,7 +127,9 @@ class KeyFactor:
     @property
     def exact_keys(self) -> Tensor:
         """Their keys as they came, `[H, N, D]`."""
-        return self._exact.all if len(self._exact) else self.basis.new_empty(self.shape.kv_heads, 0, self.shape.head_dim)
+        return (
+            self._exact.all if len(self._exact) else self.basis.new_empty(self.shape.kv_heads, 0, self.shape.head_dim)
+        )
 
     def add(self, keys: Tensor) -> None:
         """The next tokens, `[H, T, D]` after rotation, of one dtype with those before."""
@@ -150,13 +154,23 @@ class KeyFactor:
         end = self.start + len(self)
         if bool(((ids >= end) | ((ids < self.start) & (ids != -1))).any()):
             raise ValueError(f"ids lie in {int(ids.min())}..{int(ids.max())}; expected {self.start}..{end - 1}, or -1")
-        places = (ids - self.start).clamp(min=0)
+        places = torch.where(ids < 0, 0, ids - self.start)
         rope, turn = self.shape.rope, {}
         if rope is not None:
-            cos, sin = rope.cos_sin(places.flatten() + self.start)
-            turn = {"cos": cos.view(*ids.shape, -1), "sin": sin.view(*ids.shape, -1), "interleaved": rope.interleaved}
-        rows = self._read(self._rows.all[places.flatten()]).view(*ids.shape, -1)
-        keys = rebuild_keys(rows, self.by_head(), **turn)
+            turn = dict(zip(("cos", "sin"), rope.cos_sin(places.flatten() + self.start), strict=True))
+        basis, scale, bias = self.by_head().float(), None, None
+        if self.columns is not None:
+            scale, bias = self.columns[0], self.columns[1] @ basis
+        rows = self._rows.all[places.flatten()]  # each its own, so that angles are made for these alone
+        keys = rebuild_keys(
+            rows,
+            basis,
+            torch.arange(len(rows)).view(ids.shape),
+            scale=scale,
+            bias=bias,
+            interleaved=rope is not None and rope.interleaved,
+            **turn,
+        )
         exact_at = self._exact_at.all
         if len(exact_at):
             slots = torch.searchsorted(exact_at, places).clamp(max=len(exact_at) - 1)
@@ -182,26 +196,32 @@ class KeyFactor:
         missing = [name for name in _PARTS if name not in parts]
         if missing:
             raise CodecError(f"{', '.join(missing)} of a key factor are missing; expected {', '.join(_PARTS)}")
-        basis, columns, rows, exact_at, exact = (parts[name] for name in _PARTS)
-        rank = basis.shape[-1]
-        bits = 16 if columns.numel() == 0 else 8 if rows.shape[-1] == packed_bytes(rank, 8) else 4
-        widths = {16: (rank, torch.float16), 8: (packed_bytes(rank, 8), torch.uint8), 4: (packed_bytes(rank, 4), torch.uint8)}
+        basis, columns, rows, exact_at, exact = tensors = [parts[name] for name in _PARTS]
+        if [part.ndim for part in tensors] != [2, 2, 2, 1, 3]:
+            raise CodecError(f"key factor has parts of {[part.ndim for part in tensors]} dimensions; expected others")
+        rank, tokens, exact_tokens = basis.shape[1], rows.shape[0], exact_at.shape[0]
+        kinds = {torch.float16: (16, rank), torch.int8: (8, rank), torch.uint8: (4, packed_bytes(rank, 4))}
+        bits, width = kinds.get(rows.dtype, (0, 0))
         try:
             found = cls(
-                shape, basis, None if bits == 16 else columns, start=start, row_bits=bits, max_residual=max_residual
+                shape,
+                basis,
+                columns if columns.numel() else None,
+                start=start,
+                row_bits=bits,
+                max_residual=max_residual,
             )
         except ValueError as exc:
             raise CodecError(f"key factor: {exc}") from exc
-        ascending = bool((exact_at.diff() > 0).all()) and (
-            not exact_at.numel() or 0 <= int(exact_at[0]) <= int(exact_at[-1]) < len(rows)
-        )
         fits = (
-            (rows.ndim, rows.shape[-1], rows.dtype) == (2, *widths[bits])
+            rows.shape[1] == width
             and exact_at.dtype == torch.int64
-            and exact.shape == (shape.kv_heads, len(exact_at), shape.head_dim)
-            and all(bool(part.isfinite().all()) for part in (basis, columns, exact) + ((rows,) if bits == 16 else ()))
+            and exact.shape == (shape.kv_heads, exact_tokens, shape.head_dim)
+            and bool((exact_at.diff() > 0).all())
+            and (not exact_tokens or 0 <= int(exact_at[0]) <= int(exact_at[-1]) < tokens)
+            and all(bool(part.isfinite().all()) for part in tensors)
         )
-        if not fits or not ascending:
+        if not fits:
             raise CodecError("key factor contradicts itself; index these tokens anew")
         found._rows.add(rows)
         found._exact_at.add(exact_at)
@@ -225,35 +245,14 @@ class KeyFactor:
     def _write(self, rows: Tensor) -> Tensor:
         if self.columns is None:
             return rows.half()
-        scale, zero = self.columns
-        codes = ((rows - zero) / scale).round().clamp(0, (1 << self.row_bits) - 1)
-        return pack_bits(codes.to(torch.uint8), self.row_bits)
+        scale, centre = self.columns
+        half = 1 << (self.row_bits - 1)
+        codes = ((rows - centre) / scale).round().clamp(-half, half - 1)
+        return codes.to(torch.int8) if self.row_bits == 8 else pack_bits((codes + half).to(torch.uint8), 4)
 
     def _read(self, stored: Tensor) -> Tensor:
-        if self.columns is None:
-            return stored.float()
-        scale, zero = self.columns
-        return unpack_bits(stored, self.row_bits, self.rank).float().mul_(scale).add_(zero)
-
-
-def rebuild_keys(
-    rows: Tensor, basis: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, *, interleaved: bool = False
-) -> Tensor:
-    """Keys from low-rank rows, rotated: `rows @ basis` for each head in float32.
-
-    Parameters
-    ----------
-    rows : `[H, K, r]`, each head its own tokens.
-    basis : `[H, r, D]`.
-    cos, sin : `[H, K, D / 2]` float32 (`RopeSpec.cos_sin` of the positions); None leaves the keys as they are.
-    interleaved : channel pairs are (2i, 2i + 1) instead of (i, i + D / 2).
-
-    Returns
-    -------
-    `[H, K, D]` float32.
-    """
-    keys = rows.float() @ basis.float()
-    return keys if cos is None or sin is None else rotate_pairs(keys, cos, sin, interleaved)
+        numbers = numbers_of(stored, self.rank)
+        return numbers if self.columns is None else numbers * self.columns[0] + self.columns[1]
 
 
 def _unrotated(shape: LayerShape, keys: Tensor, first: int) -> Tensor:
@@ -265,7 +264,7 @@ def _unrotated(shape: LayerShape, keys: Tensor, first: int) -> Tensor:
 
 
 def _fit_columns(plain: Sequence[Tensor], basis: Tensor, bits: int, max_residual: float) -> Tensor:
-    """Scale and zero of each column's codes, `[2, r]`: the range around the mean that errs least in squares.
+    """Scale and centre of each column's codes, `[2, r]`: the range around the mean that errs least in squares.
 
     Over the whole range of 100,000 tokens a few of them would set the step of all. Tokens that the basis does not serve
     are kept exact anyway and have no say.
@@ -285,4 +284,5 @@ def _fit_columns(plain: Sequence[Tensor], basis: Tensor, bits: int, max_residual
         read = ((centred + covered) / scale).round().clamp(0, steps) * scale - covered
         error = (read - centred).square().sum(0)
         best, least = torch.where(error < least, covered, best), torch.minimum(error, least)
-    return torch.stack([2 * best / steps, mean - best])
+    scale = 2 * best / steps
+    return torch.stack([scale, mean + scale / 2])  # there is one code more below the centre than above it

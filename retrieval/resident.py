@@ -44,7 +44,7 @@ class ResidentSet:
         Parameters
         ----------
         ids : `[H, K]` int64, no position twice in a row, -1 for none.
-        fetch : called once, if there is a miss.
+        fetch : called once, if there is a miss or it never was.
 
         Returns
         -------
@@ -70,7 +70,7 @@ class ResidentSet:
         is_missing = (wanted >= 0) & ~is_here
         hits, misses = int(stays.sum()), int(is_missing.sum())
         held = held.masked_fill(~stays, -1)
-        if misses:
+        if misses or self._keys.ndim != 3:  # the first fetch, of no token too, says what shape they have
             width = int(is_missing.sum(1).max())
             order = (~is_missing).to(torch.uint8).sort(dim=1, stable=True).indices[:, :width]
             missing = wanted.gather(1, order).masked_fill(~is_missing.gather(1, order), -1)
@@ -90,10 +90,10 @@ class ResidentSet:
         heads, width = missing.shape
         if any(part.ndim != 3 or part.shape[:2] != missing.shape for part in fetched):
             shapes = " and ".join(str(list(part.shape)) for part in fetched)
-            raise ValueError(f"fetch gave {shapes} for {width} tokens of {heads} KV heads; expected [{heads}, {width}, _]")
-        keys, values = (
-            _grown(old, new, count) for old, new in zip((self._keys, self._values), fetched, strict=True)
-        )
+            raise ValueError(
+                f"fetch gave {shapes} for {width} tokens of {heads} KV heads; expected [{heads}, {width}, _]"
+            )
+        keys, values = (_grown(old, new, count) for old, new in zip((self._keys, self._values), fetched, strict=True))
         rows, places = torch.nonzero(missing >= 0, as_tuple=True)
         for memory, new in ((keys, fetched[0]), (values, fetched[1])):
             memory[rows, free[rows, places]] = new[rows, places]
