@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -82,18 +82,17 @@ class KeyFactor:
         shape.check_keys(keys)
         if not keys.shape[1]:
             raise ValueError("keys hold no token; a basis needs some")
-        plain = [
-            _unrotated(shape, piece, start + i * PIECE_TOKENS) for i, piece in enumerate(keys.split(PIECE_TOKENS, 1))
-        ]
+        bounds = [(a, min(a + PIECE_TOKENS, keys.shape[1])) for a in range(0, keys.shape[1], PIECE_TOKENS)]
         if gram is None:
-            gram = sum((Gram.of(piece) for piece in plain[1:]), Gram.of(plain[0]))
-        basis = gram.basis(rank=rank).half()
-        columns = None
+            grams = (Gram.of(_unrotated(shape, keys[:, a:b], torch.arange(start + a, start + b))) for a, b in bounds)
+            gram = sum(grams, next(grams))
+        basis, columns = gram.basis(rank=rank).half(), None
         if row_bits != 16:
-            columns = _fit_columns(plain, basis.float(), row_bits, max_residual)
+            step = max(1, keys.shape[1] // _FIT_TOKENS)
+            positions = torch.arange(start, start + keys.shape[1], step)
+            columns = _fit_columns(_unrotated(shape, keys[:, ::step], positions), basis.float(), row_bits, max_residual)
         factor = cls(shape, basis, columns, start=start, row_bits=row_bits, max_residual=max_residual)
-        for i, piece in enumerate(plain):
-            factor._take(keys[:, i * PIECE_TOKENS : (i + 1) * PIECE_TOKENS], piece)
+        factor.add(keys)
         return factor
 
     def __len__(self) -> int:
@@ -135,7 +134,8 @@ class KeyFactor:
         """The next tokens, `[H, T, D]` after rotation, of one dtype with those before."""
         self.shape.check_keys(keys)
         for piece in keys.split(PIECE_TOKENS, 1):
-            self._take(piece, _unrotated(self.shape, piece, self.start + len(self)))
+            end = self.start + len(self)
+            self._take(piece, _unrotated(self.shape, piece, torch.arange(end, end + piece.shape[1])))
 
     def rows(self, first: int, stop: int) -> Tensor:
         """Rows of the tokens `[first, stop)`, counted from `start`: `[stop - first, r]` float32."""
@@ -197,8 +197,8 @@ class KeyFactor:
         if missing:
             raise CodecError(f"{', '.join(missing)} of a key factor are missing; expected {', '.join(_PARTS)}")
         basis, columns, rows, exact_at, exact = tensors = [parts[name] for name in _PARTS]
-        if [part.ndim for part in tensors] != [2, 2, 2, 1, 3]:
-            raise CodecError(f"key factor has parts of {[part.ndim for part in tensors]} dimensions; expected others")
+        if [part.ndim for part in tensors] != [2, 2, 2, 1, 3] or any(part.is_complex() for part in tensors):
+            raise CodecError(f"key factor has parts {[list(part.shape) for part in tensors]}; expected others")
         rank, tokens, exact_tokens = basis.shape[1], rows.shape[0], exact_at.shape[0]
         kinds = {torch.float16: (16, rank), torch.int8: (8, rank), torch.uint8: (4, packed_bytes(rank, 4))}
         bits, width = kinds.get(rows.dtype, (0, 0))
@@ -214,7 +214,8 @@ class KeyFactor:
         except ValueError as exc:
             raise CodecError(f"key factor: {exc}") from exc
         fits = (
-            rows.shape[1] == width
+            (basis.dtype, columns.dtype, exact.is_floating_point()) == (torch.float16, torch.float32, True)
+            and rows.shape[1] == width
             and exact_at.dtype == torch.int64
             and exact.shape == (shape.kv_heads, exact_tokens, shape.head_dim)
             and bool((exact_at.diff() > 0).all())
@@ -255,22 +256,20 @@ class KeyFactor:
         return numbers if self.columns is None else numbers * self.columns[0] + self.columns[1]
 
 
-def _unrotated(shape: LayerShape, keys: Tensor, first: int) -> Tensor:
-    """`[H, T, D]` of positions from `first` on as `[T, M]` float32 before rotation."""
+def _unrotated(shape: LayerShape, keys: Tensor, positions: Tensor) -> Tensor:
+    """`[H, T, D]` after rotation as `[T, M]` float32 before it."""
     wide = keys.float()
     if shape.rope is not None:
-        wide = shape.rope.shift(wide, -torch.arange(first, first + keys.shape[1]))
+        wide = shape.rope.shift(wide, -positions)
     return wide.transpose(0, 1).flatten(1)
 
 
-def _fit_columns(plain: Sequence[Tensor], basis: Tensor, bits: int, max_residual: float) -> Tensor:
+def _fit_columns(sample: Tensor, basis: Tensor, bits: int, max_residual: float) -> Tensor:
     """Scale and centre of each column's codes, `[2, r]`: the range around the mean that errs least in squares.
 
     Over the whole range of 100,000 tokens a few of them would set the step of all. Tokens that the basis does not serve
     are kept exact anyway and have no say.
     """
-    step = max(1, sum(map(len, plain)) // _FIT_TOKENS)
-    sample = torch.cat([piece[::step] for piece in plain])
     rows = sample @ basis
     served = (rows @ basis.T - sample).norm(dim=1) <= max_residual * sample.norm(dim=1)
     rows = rows[served] if bool(served.any()) else rows

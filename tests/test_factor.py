@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -8,7 +9,7 @@ from kvloom.compress.gram import Gram
 from kvloom.core import RopeSpec
 from kvloom.errors import CodecError
 from kvloom.retrieval.cascade import KeySource
-from kvloom.retrieval.factor import FactorIndex, device_key_bytes
+from kvloom.retrieval.factor import FactorIndex, key_bytes
 from kvloom.retrieval.key_factor import KeyFactor
 from kvloom.retrieval.rebuild import rebuild_keys
 from kvloom.retrieval.selector import LayerShape, LearnsFromQueries, Selector
@@ -326,9 +327,25 @@ def test_bytes_are_those_of_tensors() -> None:
     keys = low_rank(256)
     for bits, row in ((16, 12), (8, 6), (4, 4)):
         factor = KeyFactor.of(SHAPE, keys, rank=6, row_bits=bits)
-        parts = device_key_bytes(factor, pinned_tokens=10, outlier_tokens=16, buffer_tokens=32, index_bytes=77)
-        assert parts["rows"] == 256 * row + (0 if bits == 16 else 2 * 6 * 4)
-        assert parts["basis"] == 64 * 6 * 2
-        assert parts["exact"] == len(factor.exact_tokens) * (64 * 4 + 8)
-        assert parts["dense"] == (256 + 10) * 64 * 2
-        assert (parts["pinned"], parts["outliers"], parts["buffer"], parts["index"]) == (1280, 2048, 4096, 77)
+        account = key_bytes(factor, pinned_tokens=10, outlier_tokens=16, buffer_tokens=32, index_bytes=77)
+        assert account.rows == 256 * row + (0 if bits == 16 else 2 * 6 * 4)
+        assert account.basis == 64 * 6 * 2
+        assert account.exact == len(factor.exact_tokens) * (64 * 4 + 8)
+        assert account.dense == (256 + 10) * 64 * 2
+        assert (account.pinned, account.buffer, account.index) == (26 * 128, 4096, 77)
+        parts = account.rows + account.basis + account.exact + 26 * 128 + 4096 + 77
+        assert account.ratio == 266 * 128 / parts
+        assert factor.held_bytes == account.rows + account.basis + account.exact
+
+
+@pytest.mark.parametrize(("bits", "least"), [(16, 6.26), (4, 20.0)])
+def test_an_8b_layer_of_128k_tokens_is_as_much_smaller_as_promised(bits: int, least: float) -> None:
+    """From a factor of some tokens: rows are all alike, and the rest does not grow."""
+    shape = LayerShape(8, 4, 128, 128**-0.5)
+    random = torch.Generator().manual_seed(0)
+    keys = torch.randn(1, 2048, 160, generator=random) @ torch.randn(8, 160, 128, generator=random)
+    some = key_bytes(KeyFactor.of(shape, keys, rank=160, row_bits=bits), pinned_tokens=160)
+    assert some.exact == 0
+    whole = dataclasses.replace(some, rows=(some.rows // 2048) * (131072 - 160), dense=131072 * 2048)
+    assert whole.ratio >= least
+    assert some.ratio < whole.ratio
