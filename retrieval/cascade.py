@@ -131,4 +131,5 @@ class CascadeSelector:
         return Selection(ids, read, found.compared_keys + candidates, found.rest)
 
     def _stages(self) -> list[Selector | KeySource]:
-        return [self.coarse] if self.fine is self.coarse else [self.coarse, self.fine]
+        stages: list[Selector | KeySource] = [self.coarse]
+        return stages if self.fine is stages[0] else [*stages, self.fine]
