@@ -24,8 +24,8 @@ class LandmarkIndex:
     the softmax over landmarks, which is made for each query head and pooled over the group. Then come the runs of the
     largest landmarks. Runs lie at multiples of `chunk_tokens` of the context, whatever `start` is.
 
-    Defaults are the paper's: c = 8, o = 48; its budget is 1.56 % of the context, 256 runs at 128K. Where the caller pins
-    the sinks, outliers have lost most of their use: on the reference model 0 of them choose slightly better.
+    Defaults are the paper's: c = 8, o = 48; its budget is 1.56 % of the context, 256 runs at 128K. Where the caller
+    pins the sinks, outliers lose most of their use: on the reference model none of them choose slightly better.
 
     Deviations:
 
