@@ -1,0 +1,137 @@
+"""The functions of code_ops.py compiled for the processor at hand; needs numba (`pip install "kvloom[retrieval]"`).
+
+Launchers trust that code_ops.py has checked what it dispatches here. KV heads are shared out among threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import prange
+from torch import Tensor
+
+from .rows_numba import compiled, run, word
+
+_CODES = 8  # of 12 bits in three words of 32: a branch for all of them, since few are chosen
+_u = np.uint64
+_w = np.uint32
+
+
+def code_counts(packed: Tensor, bits: int, tokens: int) -> Tensor:
+    """See code_ops.py, of all codes of so many bits."""
+    counts = torch.zeros(packed.shape[0], 1 << bits, dtype=torch.int64)
+    run(_count, _numbers(packed), bits, tokens, counts.numpy())
+    return counts
+
+
+def vq_scores(table: Tensor, packed: Tensor, bits: int, tokens: int) -> Tensor:
+    """See code_ops.py."""
+    scores = torch.empty(table.shape[0], tokens)
+    run(_look_up, _numbers(table.float()), _numbers(packed), bits, scores.numpy())
+    return scores
+
+
+def vq_select(importance: Tensor, packed: Tensor, bits: int, tokens: int, counts: Tensor, budget: int) -> Tensor:
+    """See code_ops.py; `budget` is above 0 and below `tokens`, which is the sum of each row of `counts`."""
+    ids = torch.empty(packed.shape[0], budget, dtype=torch.int64)
+    # + 0.0: a zero has one sign, so that bits order numbers
+    ranks = _numbers(importance + 0.0).view(np.int32)
+    run(_select, ranks, _numbers(packed), bits, tokens, _numbers(counts), ids.numpy())
+    return ids
+
+
+def _numbers(tensor: Tensor) -> np.ndarray[Any, Any]:
+    found: np.ndarray[Any, Any] = tensor.contiguous().numpy()
+    return found
+
+
+@compiled()
+def _code(row: Any, n: Any, bits: Any) -> Any:
+    """Code n of a row."""
+    if bits == 16:
+        return _w(row[_u(2) * n]) | _w(row[_u(2) * n + _u(1)]) << _w(8)
+    first = n // _u(2) * _u(3)
+    if n % _u(2):
+        return _w(row[first + _u(1)]) >> _w(4) | _w(row[first + _u(2)]) << _w(4)
+    return _w(row[first]) | (_w(row[first + _u(1)]) & _w(15)) << _w(8)
+
+
+@compiled(parallel=True)
+def _count(packed: Any, bits: Any, tokens: Any, counts: Any) -> None:
+    for h in prange(len(packed)):
+        for n in range(_u(tokens)):
+            counts[h, _code(packed[h], n, bits)] += 1
+
+
+@compiled(parallel=True)
+def _look_up(table: Any, packed: Any, bits: Any, scores: Any) -> None:
+    group = len(table) // len(packed)
+    for head in prange(len(table)):
+        for n in range(_u(scores.shape[1])):
+            scores[head, n] = table[head, _code(packed[head // group], n, bits)]
+
+
+@compiled()
+def _key(rank: Any) -> Any:
+    """Unsigned numbers in the order of the floats whose bits these are."""
+    return _w(rank) ^ _w(0xFFFFFFFF) if rank < 0 else _w(rank) ^ _w(0x80000000)
+
+
+@compiled()
+def _threshold(ranks: Any, counts: Any, budget: Any) -> Any:
+    """The key of the least important token taken and how many tokens of that key are not: 11, 11 and 10 bits are found
+    one after the other, each by counting the tokens of the codes that agree in the bits before.
+    """
+    held, left = np.empty(2048, np.int64), budget
+    found, known, b = _w(0), _w(0), 0
+    for shift, width in ((21, 11), (10, 11), (0, 10)):
+        held[:] = 0
+        for c in range(len(ranks)):
+            key = _key(ranks[c])
+            if key & known == found:
+                held[key >> _w(shift) & _w((1 << width) - 1)] += counts[c]
+        b = (1 << width) - 1
+        while held[b] < left:
+            left -= held[b]
+            b -= 1
+        found |= _w(b) << _w(shift)
+        known |= _w((1 << width) - 1) << _w(shift)
+    return found, held[b] - left
+
+
+@compiled()
+def _select_head(ranks: Any, row: Any, bits: Any, tokens: Any, counts: Any, ids: Any) -> None:
+    """A flag for each code (1: its tokens are taken, 2: the last of them are), then a pass over the tokens' codes."""
+    threshold, skipped = _threshold(ranks, counts, len(ids))
+    flags = np.zeros(_u(1 << bits), np.uint8)
+    for c in range(len(ranks)):
+        key = _key(ranks[c])
+        flags[c] = np.uint8(2) if key == threshold else np.uint8(1) if key > threshold else np.uint8(0)
+    taken, n, low = _u(0), _u(0), _w(4095)
+    while n < _u(tokens):
+        some = min(_u(_CODES), _u(tokens) - n)
+        if bits == 12 and some == _u(_CODES):
+            at = n // _u(2) * _u(3)
+            a, b, c = word(row, at), word(row, at + _u(4)), word(row, at + _u(8))
+            first = flags[a & low] | flags[a >> _w(12) & low]
+            second = flags[a >> _w(24) | (b & _w(15)) << _w(8)] | flags[b >> _w(4) & low]
+            third = flags[b >> _w(16) & low] | flags[b >> _w(28) | (c & _w(255)) << _w(4)]
+            if (first | second | third | flags[c >> _w(8) & low] | flags[c >> _w(20)]) == 0:
+                n += _u(_CODES)
+                continue
+        for i in range(some):
+            flag = flags[_code(row, n + i, bits)]
+            if flag == 2 and skipped > 0:
+                skipped -= 1
+            elif flag != 0:
+                ids[taken] = n + i
+                taken += _u(1)
+        n += some
+
+
+@compiled(parallel=True)
+def _select(ranks: Any, packed: Any, bits: Any, tokens: Any, counts: Any, ids: Any) -> None:
+    for h in prange(len(packed)):
+        _select_head(ranks[h], packed[h], bits, tokens, counts[h], ids[h])

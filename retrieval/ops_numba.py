@@ -1,0 +1,210 @@
+"""The functions of ops.py compiled for the processor at hand; needs numba (`pip install "kvloom[retrieval]"`).
+
+Launchers trust that ops.py and pages.py have checked what they dispatch here. KV heads are shared out among threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import prange
+from torch import Tensor
+
+from .rows_numba import KINDS, LANES, compiled, copy_bytes, exp_less, prefetch, run, widen
+
+_AHEAD = 12  # rows asked for before they are needed: about as many as a core has on their way at a time
+_ROWS = 4  # rows widened before they are multiplied, so that sums stay in registers for as long
+_LINE_BYTES = 64
+_u = np.uint64
+
+
+def reads(tensor: Tensor) -> bool:
+    """Whether the rows of such a tensor can be read by address."""
+    return tensor.dtype in KINDS and (tensor.shape[-1] <= 1 or tensor.stride(-1) == 1)
+
+
+def places(tensor: Tensor) -> tuple[int, int, int]:
+    """Where rows of `[H, T, D]` lie: an address, bytes from head to head and from token to token."""
+    width = tensor.element_size()
+    return tensor.data_ptr(), tensor.stride(0) * width, tensor.stride(1) * width
+
+
+def gather_attend(
+    queries: Tensor,
+    pages: np.ndarray[Any, Any],
+    page_tokens: int,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    v_dim: int,
+    ids: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See ops.py. `pages` `[P, 6]` int64: `places` of each page's keys, then values; all ids lie in them."""
+    (Hq, D), H = queries.shape, ids.shape[0]
+    out, lse = torch.empty(Hq, v_dim), torch.empty(Hq)
+    run(
+        _attend, _grouped(queries, H, scale), pages, max(1, page_tokens), KINDS[dtypes[0]], KINDS[dtypes[1]],
+        ids.contiguous().numpy(), out.numpy().reshape(H, Hq // H, v_dim), lse.numpy().reshape(H, Hq // H),
+    )  # fmt: skip
+    return out, lse
+
+
+def gather_rows(pages: np.ndarray[Any, Any], page_tokens: int, ids: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Copies rows of pages to `[H, K, D]` and `[H, K, Dv]`, contiguous; what -1 stands for is left as it is."""
+    numbers = ids.contiguous().numpy()
+    for first, out in ((0, keys), (3, values)):
+        row_bytes = out.shape[-1] * out.element_size()
+        run(_copy_rows, pages, first, max(1, page_tokens), numbers, out.data_ptr(), row_bytes)
+
+
+def landmark_scores(queries: Tensor, landmarks: Tensor, scale: float) -> Tensor:
+    """See ops.py."""
+    Hq, (H, C, _) = queries.shape[0], landmarks.shape
+    scores = torch.empty(Hq, C)
+    blocks = max(1, -(-C // 1024))
+    run(
+        _score, _grouped(queries, H, scale), *places(landmarks), KINDS[landmarks.dtype], blocks,
+        scores.numpy().reshape(H, Hq // H, C),
+    )  # fmt: skip
+    return scores
+
+
+def _grouped(queries: Tensor, kv_heads: int, scale: float) -> np.ndarray[Any, Any]:
+    found: np.ndarray[Any, Any] = (queries.float() * scale).contiguous().numpy()
+    return found.reshape(kv_heads, -1, queries.shape[1])
+
+
+@compiled()
+def _dots(queries: Any, rows: Any, D: Any, scores: Any, at: Any, count: Any) -> None:
+    """Inner products of each query of a group with 4 rows; `count` of them are kept."""
+    for g in range(queries.shape[0]):
+        a = b = c = d = np.float32(0)
+        for i in range(D):
+            q = queries[g, i]
+            a += q * rows[0, i]
+            b += q * rows[1, i]
+            c += q * rows[2, i]
+            d += q * rows[3, i]
+        scores[g, at] = a
+        if count > 1:
+            scores[g, at + _u(1)] = b
+        if count > 2:
+            scores[g, at + _u(2)] = c
+        if count > 3:
+            scores[g, at + _u(3)] = d
+
+
+@compiled()
+def _touch(address: Any, row_bytes: Any) -> None:
+    for line in range(_u(0), row_bytes, _u(_LINE_BYTES)):
+        prefetch(address + line)
+
+
+@compiled()
+def _attend_head(
+    queries: Any, h: Any, pages: Any, page_tokens: Any, key_kind: Any, value_kind: Any, ids: Any, out: Any, lse: Any
+) -> None:
+    """One KV head: addresses of its rows, scores of 4 rows at a time, softmax, sums of 4 weighted rows at a time."""
+    G, D, v_dim, count = queries.shape[0], _u(queries.shape[1]), _u(out.shape[1]), _u(0)
+    keys, values = np.empty(len(ids) + 4, np.uint64), np.empty(len(ids) + 4, np.uint64)
+    for n in range(len(ids)):
+        if ids[n] >= 0:
+            page, token = _u(ids[n]) // _u(page_tokens), _u(ids[n]) % _u(page_tokens)
+            keys[count] = _u(pages[page, 0]) + _u(h) * _u(pages[page, 1]) + token * _u(pages[page, 2])
+            values[count] = _u(pages[page, 3]) + _u(h) * _u(pages[page, 4]) + token * _u(pages[page, 5])
+            count += _u(1)
+    if count == _u(0):
+        out[:] = np.float32(0)
+        lse[:] = -np.inf
+        return
+    key_bytes, value_bytes = D * _u(4 if key_kind == 0 else 2), v_dim * _u(4 if value_kind == 0 else 2)
+    rows = np.zeros((_ROWS, max(D, v_dim) + _u(LANES)), np.float32)
+    scores, bits = np.empty((G, count), np.float32), np.empty(count, np.int32)
+    for n in range(min(count, _u(_AHEAD))):
+        _touch(keys[n], key_bytes)
+    for n in range(_u(0), count, _u(_ROWS)):
+        some = min(_u(_ROWS), count - n)
+        for i in range(some):
+            if n + i + _u(_AHEAD) < count:
+                _touch(keys[n + i + _u(_AHEAD)], key_bytes)
+            widen(keys[n + i], key_kind, D, rows[i], _u(0))
+        _dots(queries, rows, D, scores, n, some)
+    for n in range(min(count, _u(_AHEAD))):
+        _touch(values[n], value_bytes)
+    for g in range(G):
+        top = scores[g, 0]
+        for n in range(count):
+            top = max(top, scores[g, n])
+        exp_less(scores[g], top, count, bits)
+        total = np.float32(0)
+        for n in range(count):
+            total += scores[g, n]
+        lse[g] = top + np.log(total)
+        share = np.float32(1) / total
+        for n in range(count):
+            scores[g, n] *= share
+    out[:] = np.float32(0)
+    for n in range(_u(0), count, _u(_ROWS)):
+        some = min(_u(_ROWS), count - n)
+        for i in range(some):
+            if n + i + _u(_AHEAD) < count:
+                _touch(values[n + i + _u(_AHEAD)], value_bytes)
+            widen(values[n + i], value_kind, v_dim, rows[i], _u(0))
+        for g in range(G):
+            a = scores[g, n]
+            b = scores[g, n + _u(1)] if some > _u(1) else np.float32(0)
+            c = scores[g, n + _u(2)] if some > _u(2) else np.float32(0)
+            d = scores[g, n + _u(3)] if some > _u(3) else np.float32(0)
+            for i in range(v_dim):
+                out[g, i] += a * rows[0, i] + b * rows[1, i] + c * rows[2, i] + d * rows[3, i]
+
+
+@compiled(parallel=True)
+def _attend(
+    queries: Any, pages: Any, page_tokens: Any, key_kind: Any, value_kind: Any, ids: Any, out: Any, lse: Any
+) -> None:
+    for h in prange(len(queries)):
+        _attend_head(queries[h], h, pages, page_tokens, key_kind, value_kind, ids[h], out[h], lse[h])
+
+
+@compiled()
+def _copy_row(pages: Any, first: Any, page_tokens: Any, h: Any, ids: Any, target: Any, row_bytes: Any) -> None:
+    for n in range(len(ids)):
+        if ids[n] >= 0:
+            page, token = _u(ids[n]) // _u(page_tokens), _u(ids[n]) % _u(page_tokens)
+            source = _u(pages[page, first]) + _u(h) * _u(pages[page, first + 1]) + token * _u(pages[page, first + 2])
+            copy_bytes(source, _u(target) + _u(h * len(ids) + n) * _u(row_bytes), _u(row_bytes))
+
+
+@compiled(parallel=True)
+def _copy_rows(pages: Any, first: Any, page_tokens: Any, ids: Any, target: Any, row_bytes: Any) -> None:
+    for h in prange(len(ids)):
+        _copy_row(pages, first, page_tokens, h, ids[h], target, row_bytes)
+
+
+@compiled()
+def _score_block(
+    queries: Any, address: Any, step: Any, kind: Any, start: Any, stop: Any, scores: Any
+) -> None:
+    D = _u(queries.shape[1])
+    rows = np.zeros((_ROWS, D + _u(LANES)), np.float32)
+    for n in range(_u(start), _u(stop), _u(_ROWS)):
+        some = min(_u(_ROWS), _u(stop) - n)
+        for i in range(some):
+            widen(address + (n + i) * step, kind, D, rows[i], _u(0))
+        _dots(queries, rows, D, scores, n, some)
+
+
+@compiled(parallel=True)
+def _score(
+    queries: Any, address: Any, head_step: Any, step: Any, kind: Any, blocks: Any, scores: Any
+) -> None:
+    """In blocks of landmarks, so that threads have equal parts also where heads are few."""
+    C = scores.shape[2]
+    for part in prange(len(queries) * blocks):
+        h, block = part // blocks, part % blocks
+        _score_block(
+            queries[h], _u(address) + _u(h) * _u(head_step), _u(step), kind, C * block // blocks,
+            C * (block + 1) // blocks, scores[h],
+        )  # fmt: skip
