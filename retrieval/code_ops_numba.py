@@ -12,6 +12,7 @@ import torch
 from numba import prange
 from torch import Tensor
 
+from .ranks_numba import ordered, threshold
 from .rows_numba import compiled, run, word
 
 _CODES = 8  # of 12 bits in three words of 32: a branch for all of them, since few are chosen
@@ -74,41 +75,13 @@ def _look_up(table: Any, packed: Any, bits: Any, scores: Any) -> None:
 
 
 @compiled()
-def _key(rank: Any) -> Any:
-    """Unsigned numbers in the order of the floats whose bits these are."""
-    return _w(rank) ^ _w(0xFFFFFFFF) if rank < 0 else _w(rank) ^ _w(0x80000000)
-
-
-@compiled()
-def _threshold(ranks: Any, counts: Any, budget: Any) -> Any:
-    """The key of the least important token taken and how many tokens of that key are not: 11, 11 and 10 bits are found
-    one after the other, each by counting the tokens of the codes that agree in the bits before.
-    """
-    held, left = np.empty(2048, np.int64), budget
-    found, known, b = _w(0), _w(0), 0
-    for shift, width in ((21, 11), (10, 11), (0, 10)):
-        held[:] = 0
-        for c in range(len(ranks)):
-            key = _key(ranks[c])
-            if key & known == found:
-                held[key >> _w(shift) & _w((1 << width) - 1)] += counts[c]
-        b = (1 << width) - 1
-        while held[b] < left:
-            left -= held[b]
-            b -= 1
-        found |= _w(b) << _w(shift)
-        known |= _w((1 << width) - 1) << _w(shift)
-    return found, held[b] - left
-
-
-@compiled()
 def _select_head(ranks: Any, row: Any, bits: Any, tokens: Any, counts: Any, ids: Any) -> None:
     """A flag for each code (1: its tokens are taken, 2: the last of them are), then a pass over the tokens' codes."""
-    threshold, skipped = _threshold(ranks, counts, len(ids))
+    least, skipped = threshold(ranks, counts, len(ids))
     flags = np.zeros(_u(1 << bits), np.uint8)
     for c in range(len(ranks)):
-        key = _key(ranks[c])
-        flags[c] = np.uint8(2) if key == threshold else np.uint8(1) if key > threshold else np.uint8(0)
+        key = ordered(ranks[c])
+        flags[c] = np.uint8(2) if key == least else np.uint8(1) if key > least else np.uint8(0)
     taken, n, low = _u(0), _u(0), _w(4095)
     while n < _u(tokens):
         some = min(_u(_CODES), _u(tokens) - n)

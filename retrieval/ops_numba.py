@@ -12,17 +12,13 @@ import torch
 from numba import prange
 from torch import Tensor
 
+from .ranks_numba import largest
 from .rows_numba import KINDS, LANES, compiled, copy_bytes, exp_less, prefetch, run, widen
 
 _AHEAD = 12  # rows asked for before they are needed: about as many as a core has on their way at a time
 _ROWS = 4  # rows widened before they are multiplied, so that sums stay in registers for as long
 _LINE_BYTES = 64
 _u = np.uint64
-
-
-def reads(tensor: Tensor) -> bool:
-    """Whether the rows of such a tensor can be read by address."""
-    return tensor.dtype in KINDS and (tensor.shape[-1] <= 1 or tensor.stride(-1) == 1)
 
 
 def places(tensor: Tensor) -> tuple[int, int, int]:
@@ -68,6 +64,14 @@ def landmark_scores(queries: Tensor, landmarks: Tensor, scale: float) -> Tensor:
         scores.numpy().reshape(H, Hq // H, C),
     )  # fmt: skip
     return scores
+
+
+def top_pooled(scores: Tensor, kv_heads: int, k: int, pooling: str) -> Tensor:
+    """See ops.py; k is above 0 and below N."""
+    ids = torch.empty(kv_heads, k, dtype=torch.int64)
+    grouped = scores.contiguous().numpy().reshape(kv_heads, -1, scores.shape[1])
+    run(_top, grouped, pooling == "sum", ids.numpy())
+    return ids
 
 
 def _grouped(queries: Tensor, kv_heads: int, scale: float) -> np.ndarray[Any, Any]:
@@ -208,3 +212,39 @@ def _score(
             queries[h], _u(address) + _u(h) * _u(head_step), _u(step), kind, C * block // blocks,
             C * (block + 1) // blocks, scores[h],
         )  # fmt: skip
+
+
+@compiled()
+def _top_of_head(scores: Any, adds: Any, ids: Any) -> None:
+    """Log-sum-exp of each query head, in blocks that stay in the first-level cache; maximum or sum; the k largest."""
+    count, block = scores.shape[1], 2048
+    importance, room, bits = np.empty(count, np.float32), np.empty(block, np.float32), np.empty(block, np.int32)
+    importance[:] = np.float32(0) if adds else -np.inf
+    for g in range(len(scores)):
+        top, total = scores[g, 0], np.float32(0)
+        for n in range(count):
+            top = max(top, scores[g, n])
+        for start in range(0, count, block):
+            some = min(block, count - start)
+            room[:some] = scores[g, start : start + some]
+            exp_less(room, top, some, bits)
+            for n in range(some):
+                total += room[n]
+        lse = top + np.log(total)
+        if not adds:
+            for n in range(count):
+                importance[n] = max(importance[n], scores[g, n] - lse)
+            continue
+        for start in range(0, count, block):
+            some = min(block, count - start)
+            room[:some] = scores[g, start : start + some]
+            exp_less(room, lse, some, bits)
+            for n in range(some):
+                importance[start + n] += room[n]
+    largest(importance.view(np.int32), ids)
+
+
+@compiled(parallel=True)
+def _top(scores: Any, adds: Any, ids: Any) -> None:
+    for h in prange(len(scores)):
+        _top_of_head(scores[h], adds, ids[h])
