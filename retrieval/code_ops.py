@@ -65,13 +65,17 @@ def code_counts(packed: Tensor, bits: int, tokens: int, codes: int) -> Tensor:
     ValueError : a code is not below `codes`.
     """
     _check_packed(packed, bits, tokens)
-    kernel = _compiled(packed)
-    if kernel is None:
-        found = unpack_codes(packed, bits, tokens)
-        counts = torch.zeros(packed.shape[0], 1 << bits, dtype=torch.int64, device=packed.device)
-        counts.scatter_add_(1, found, torch.ones_like(found))
-    else:
+    if packed.is_cuda:
+        from . import code_ops_triton
+
+        with torch.cuda.device(packed.device):
+            counts = code_ops_triton.code_counts(packed, bits, tokens)
+    elif (kernel := _compiled_for_cpu()) is not None:
         counts = kernel.code_counts(packed, bits, tokens)
+    else:
+        found = unpack_codes(packed, bits, tokens)
+        counts = torch.zeros(packed.shape[0], 1 << bits, dtype=torch.int64)
+        counts.scatter_add_(1, found, torch.ones_like(found))
     if bool(counts[:, codes:].any()):
         raise ValueError(f"a code is {int(counts.any(0).nonzero().max())}; expected below {codes}")
     return counts[:, :codes].contiguous()
@@ -91,7 +95,12 @@ def vq_scores(table: Tensor, packed: Tensor, tokens: int, *, bits: int = 12) -> 
     `[Hq, T]` float32.
     """
     _check_table(table, packed, bits, tokens)
-    kernel = _compiled(packed)
+    if packed.is_cuda:
+        from . import code_ops_triton
+
+        with torch.cuda.device(packed.device):
+            return code_ops_triton.vq_scores(table, packed, bits, tokens)
+    kernel = _compiled_for_cpu()
     if kernel is not None:
         scores: Tensor = kernel.vq_scores(table, packed, bits, tokens)
         return scores
@@ -149,7 +158,12 @@ def vq_select(
         return torch.arange(min(budget, tokens), device=packed.device).expand(len(packed), -1).contiguous()
     if bool((counts.sum(1) != tokens).any()):
         raise ValueError(f"counts add up to {counts.sum(1).tolist()}; expected {tokens} tokens in each row")
-    kernel = _compiled(packed)
+    if packed.is_cuda:
+        from . import code_ops_triton
+
+        with torch.cuda.device(packed.device):
+            return code_ops_triton.vq_select(importance.float(), packed, bits, tokens, counts, budget)
+    kernel = _compiled_for_cpu()
     if kernel is not None:
         ids: Tensor = kernel.vq_select(importance.float(), packed, bits, tokens, counts, budget)
         return ids
@@ -189,16 +203,8 @@ def _check_table(table: Tensor, packed: Tensor, bits: int, tokens: int) -> None:
         raise ValueError(f"{table.shape[0]} query heads cannot share {packed.shape[0]} KV heads evenly")
 
 
-def _compiled(tensor: Tensor) -> ModuleType | None:
-    if tensor.is_cuda:
-        from . import code_ops_triton
-
-        return code_ops_triton
-    return _numba()
-
-
 @lru_cache(maxsize=1)
-def _numba() -> ModuleType | None:
+def _compiled_for_cpu() -> ModuleType | None:
     # numba takes a second to import, and only who selects needs it
     try:
         from . import code_ops_numba

@@ -53,10 +53,9 @@ def _code(row: Any, n: Any, bits: Any) -> Any:
     """Code n of a row."""
     if bits == 16:
         return _w(row[_u(2) * n]) | _w(row[_u(2) * n + _u(1)]) << _w(8)
-    first = n // _u(2) * _u(3)
-    if n % _u(2):
-        return _w(row[first + _u(1)]) >> _w(4) | _w(row[first + _u(2)]) << _w(4)
-    return _w(row[first]) | (_w(row[first + _u(1)]) & _w(15)) << _w(8)
+    odd = n % _u(2)
+    first = n // _u(2) * _u(3) + odd
+    return (_w(row[first]) | _w(row[first + _u(1)]) << _w(8)) >> _w(_u(4) * odd) & _w(4095)
 
 
 @compiled(parallel=True)

@@ -37,7 +37,12 @@ def landmark_scores(queries: Tensor, landmarks: Tensor, *, scale: float) -> Tens
     _check_rows(queries, landmarks, "landmarks")
     if not landmarks.shape[1]:
         return torch.empty(queries.shape[0], 0, device=queries.device)
-    kernel = _compiled(queries)
+    if queries.is_cuda:
+        from . import ops_triton
+
+        with torch.cuda.device(queries.device):
+            return ops_triton.landmark_scores(queries, landmarks, scale)
+    kernel = compiled_for_cpu()
     if kernel is not None:
         scores: Tensor = kernel.landmark_scores(queries, landmarks, scale)
         return scores
@@ -69,7 +74,12 @@ def top_pooled(scores: Tensor, kv_heads: int, k: int, *, pooling: Pooling = "max
     count = scores.shape[1]
     if k == 0 or k >= count:
         return torch.arange(min(k, count), device=scores.device).expand(kv_heads, -1).contiguous()
-    kernel = _compiled(scores)
+    if scores.is_cuda:
+        from . import ops_triton
+
+        with torch.cuda.device(scores.device):
+            return ops_triton.top_pooled(scores, kv_heads, k, pooling)
+    kernel = compiled_for_cpu()
     if kernel is not None:
         ids: Tensor = kernel.top_pooled(scores, kv_heads, k, pooling)
         return ids
@@ -112,8 +122,7 @@ def rebuild_keys(
         from . import ops_triton
 
         with torch.cuda.device(basis.device):
-            keys: Tensor = ops_triton.rebuild_keys(factor, basis, ids, scale, cos, sin, interleaved)
-        return keys
+            return ops_triton.rebuild_keys(factor, basis, ids, scale, cos, sin, interleaved)
     rows = factor[ids.clamp(min=0)]
     numbers = unpack_bits(rows, 4, basis.shape[1]).float() - 8 if rows.dtype == torch.uint8 else rows.float()
     # columns' scales go into the basis, which is smaller
@@ -144,14 +153,17 @@ def gather_attend(queries: Tensor, keys: Tensor, values: Tensor, ids: Tensor, *,
     check_ids(ids, keys.shape[0], keys.shape[1])
     if not ids.numel():
         return nothing(queries.shape[0], values.shape[-1], queries.device)
-    kernel = _compiled(queries)
+    if queries.is_cuda:
+        from . import ops_triton
+
+        with torch.cuda.device(queries.device):
+            return ops_triton.gather_attend(queries, keys, values, ids, scale)
+    kernel = compiled_for_cpu()
     if kernel is None:
         return attend_at(queries, keys, values, ids, scale=scale)
-    if queries.is_cuda:
-        found: Partial = kernel.gather_attend(queries, keys, values, ids, scale)
-        return found
     page = np.array([[*kernel.places(keys), *kernel.places(values)]], np.int64)
-    found = kernel.gather_attend(queries, page, keys.shape[1], (keys.dtype, values.dtype), values.shape[-1], ids, scale)
+    dtypes = (keys.dtype, values.dtype)
+    found: Partial = kernel.gather_attend(queries, page, keys.shape[1], dtypes, values.shape[2], ids, scale)
     return found
 
 
@@ -165,9 +177,15 @@ def check_ids(ids: Tensor, kv_heads: int, tokens: int) -> None:
             raise ValueError(f"ids reach from {low} to {high}; expected tokens of [0, {tokens}), or -1")
 
 
+@lru_cache(maxsize=1)
 def compiled_for_cpu() -> ModuleType | None:
     """ops_numba.py, or None where numba is not installed."""
-    return _numba()
+    # numba takes a second to import, and only who attends needs it
+    try:
+        from . import ops_numba
+    except ImportError:
+        return None
+    return ops_numba
 
 
 def _check_rows(queries: Tensor, rows: Tensor, name: str, width: int | None = None) -> None:
@@ -203,21 +221,3 @@ def _check_rebuild(
         if table is None or D % 2 or table.dtype != torch.float32 or table.shape != (factor.shape[0], D // 2):
             found = None if table is None else f"{table.dtype} {list(table.shape)}"
             raise ValueError(f"{name} is {found}; expected torch.float32 [{factor.shape[0]}, {D // 2}]")
-
-
-def _compiled(tensor: Tensor) -> ModuleType | None:
-    if tensor.is_cuda:
-        from . import ops_triton
-
-        return ops_triton
-    return _numba()
-
-
-@lru_cache(maxsize=1)
-def _numba() -> ModuleType | None:
-    # numba takes a second to import, and only who attends needs it
-    try:
-        from . import ops_numba
-    except ImportError:
-        return None
-    return ops_numba

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvloom.compress.ops import pack_bits
 from kvloom.core import RopeSpec
-from kvloom.retrieval import code_ops, ops
+from kvloom.retrieval import ops, pages
 from kvloom.retrieval.attention import attend_at
 from kvloom.retrieval.pages import Pages
 from kvloom.retrieval.selector import LayerShape, pooled
@@ -24,8 +24,8 @@ def path(request: pytest.FixtureRequest) -> str:
     """Each test runs with numba's kernels and without."""
     patch = request.getfixturevalue("monkeypatch")
     if request.param == "torch":
-        for module in (ops, code_ops):
-            patch.setattr(module, "_numba", lambda: None)
+        for module in (ops, pages):
+            patch.setattr(module, "compiled_for_cpu", lambda: None)
     elif ops.compiled_for_cpu() is None:
         pytest.skip("numba is not installed: pip install 'kvloom[retrieval]'")
     return request.param
