@@ -3,10 +3,14 @@
 Tokens of one code share their score, so codes are ranked instead of tokens: softmax over the tokens needs only how many
 there are of each code, and one pass finds the tokens of the chosen. Tensors on a CUDA device go to code_ops_triton.py,
 on the cpu to code_ops_numba.py where numba is installed.
+
+Where scores depend on how far a token is, tokens form bands, each with a table of its own: `edges` are the first tokens
+of all bands but the first, ascending, and code c of band b of B counts as code `b C / B + c` of C.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
 
@@ -57,54 +61,61 @@ def unpack_codes(packed: Tensor, bits: int, tokens: int) -> Tensor:
     return torch.stack([word & 4095, word >> 12], -1).flatten(-2)[..., :tokens]
 
 
-def code_counts(packed: Tensor, bits: int, tokens: int, codes: int) -> Tensor:
-    """How many of `tokens` have each of `codes` codes: `[H, bytes]` uint8 to `[H, C]` int64.
+def code_counts(packed: Tensor, tokens: int, codes: int, *, bits: int = 12, edges: Sequence[int] = ()) -> Tensor:
+    """How many of `tokens` have each of `codes` codes: `[H, bytes]` uint8 to `[H, C]` int64, all bands side by side.
 
     Raises
     ------
-    ValueError : a code is not below `codes`.
+    ValueError : a packed code is not below `codes / B`.
     """
-    _check_packed(packed, bits, tokens)
+    bands = _check(packed, bits, tokens, codes, edges)
     if packed.is_cuda:
         from . import code_ops_triton
 
         with torch.cuda.device(packed.device):
-            counts = code_ops_triton.code_counts(packed, bits, tokens)
+            counts = code_ops_triton.code_counts(packed, bits, tokens, edges)
     elif (kernel := _compiled_for_cpu()) is not None:
-        counts = kernel.code_counts(packed, bits, tokens)
+        counts = kernel.code_counts(packed, bits, tokens, edges)
     else:
-        found = unpack_codes(packed, bits, tokens)
-        counts = torch.zeros(packed.shape[0], 1 << bits, dtype=torch.int64)
+        found = in_bands(unpack_codes(packed, bits, tokens), 1 << bits, edges)
+        counts = torch.zeros(len(packed), len(edges) + 1 << bits, dtype=torch.int64)
         counts.scatter_add_(1, found, torch.ones_like(found))
-    if bool(counts[:, codes:].any()):
-        raise ValueError(f"a code is {int(counts.any(0).nonzero().max())}; expected below {codes}")
-    return counts[:, :codes].contiguous()
+    counts = counts.unflatten(1, (-1, 1 << bits))
+    if bool(counts[..., bands:].any()):
+        raise ValueError(f"a code is {int(counts.any(0).any(0).nonzero().max())}; expected below {bands}")
+    return counts[..., :bands].flatten(1).contiguous()
 
 
-def vq_scores(table: Tensor, packed: Tensor, tokens: int, *, bits: int = 12) -> Tensor:
+def in_bands(codes: Tensor, count: int, edges: Sequence[int]) -> Tensor:
+    """Codes `[H, T]` of `count` in each band, as codes of all bands."""
+    first = torch.tensor(edges, dtype=torch.int64, device=codes.device)
+    return codes + count * torch.bucketize(torch.arange(codes.shape[1], device=codes.device), first, right=True)
+
+
+def vq_scores(table: Tensor, packed: Tensor, tokens: int, *, bits: int = 12, edges: Sequence[int] = ()) -> Tensor:
     """The score of each token, which is that of its code.
 
     Parameters
     ----------
     table : `[Hq, C]` floating: each query head with each code of its KV head.
-    packed : `[H, bytes]` uint8, see `pack_codes`; H divides Hq, and no code is C or more (not checked: `code_counts`
-        does).
+    packed : `[H, bytes]` uint8, see `pack_codes`; H divides Hq, and no code is `C / B` or more (not checked:
+        `code_counts` does).
 
     Returns
     -------
     `[Hq, T]` float32.
     """
-    _check_table(table, packed, bits, tokens)
+    _check_table(table, packed, bits, tokens, edges)
     if packed.is_cuda:
         from . import code_ops_triton
 
         with torch.cuda.device(packed.device):
-            return code_ops_triton.vq_scores(table, packed, bits, tokens)
+            return code_ops_triton.vq_scores(table, packed, bits, tokens, edges)
     kernel = _compiled_for_cpu()
     if kernel is not None:
-        scores: Tensor = kernel.vq_scores(table, packed, bits, tokens)
+        scores: Tensor = kernel.vq_scores(table, packed, bits, tokens, edges)
         return scores
-    codes = unpack_codes(packed, bits, tokens)
+    codes = in_bands(unpack_codes(packed, bits, tokens), table.shape[1] // (len(edges) + 1), edges)
     return table.float().gather(1, codes.repeat_interleave(table.shape[0] // packed.shape[0], 0))
 
 
@@ -131,7 +142,14 @@ def code_importance(table: Tensor, counts: Tensor, *, pooling: Pooling = "max") 
 
 
 def vq_select(
-    importance: Tensor, packed: Tensor, tokens: int, counts: Tensor, budget: int, *, bits: int = 12
+    importance: Tensor,
+    packed: Tensor,
+    tokens: int,
+    counts: Tensor,
+    budget: int,
+    *,
+    bits: int = 12,
+    edges: Sequence[int] = (),
 ) -> Tensor:
     """The tokens of the most important codes of each KV head, as many as the budget allows.
 
@@ -140,13 +158,13 @@ def vq_select(
     Parameters
     ----------
     importance : `[H, C]` float32 without NaN, such as by `code_importance`.
-    packed, counts : see `vq_scores`, `code_counts`; they are of the same tokens.
+    packed, counts, edges : see `vq_scores`, `code_counts`; they are of the same tokens.
 
     Returns
     -------
     `[H, min(budget, T)]` int64, ascending, the first token being 0.
     """
-    _check_table(importance, packed, bits, tokens)
+    _check_table(importance, packed, bits, tokens, edges)
     if importance.shape != counts.shape or len(counts) != len(packed) or counts.dtype != torch.int64:
         raise ValueError(
             f"importance is {list(importance.shape)}, counts {counts.dtype} {list(counts.shape)}; expected "
@@ -162,13 +180,13 @@ def vq_select(
         from . import code_ops_triton
 
         with torch.cuda.device(packed.device):
-            return code_ops_triton.vq_select(importance.float(), packed, bits, tokens, counts, budget)
+            return code_ops_triton.vq_select(importance.float(), packed, bits, tokens, counts, budget, edges)
     kernel = _compiled_for_cpu()
     if kernel is not None:
-        ids: Tensor = kernel.vq_select(importance.float(), packed, bits, tokens, counts, budget)
+        ids: Tensor = kernel.vq_select(importance.float(), packed, bits, tokens, counts, budget, edges)
         return ids
     threshold, skipped = thresholds(importance, counts, budget)
-    found = importance.gather(1, unpack_codes(packed, bits, tokens))
+    found = vq_scores(importance, packed, tokens, bits=bits, edges=edges)
     at = found == threshold[:, None]
     chosen = (found > threshold[:, None]) | at & (at.cumsum(1) > skipped[:, None])
     return chosen.nonzero()[:, 1].view(len(packed), budget)
@@ -195,10 +213,23 @@ def _check_packed(packed: Tensor, bits: int, tokens: int) -> None:
         )
 
 
-def _check_table(table: Tensor, packed: Tensor, bits: int, tokens: int) -> None:
+def _check(packed: Tensor, bits: int, tokens: int, codes: int, edges: Sequence[int]) -> int:
+    """Codes of one band."""
     _check_packed(packed, bits, tokens)
-    if packed.ndim != 2 or table.ndim != 2 or not table.is_floating_point() or not len(packed):
-        raise ValueError(f"table is {list(table.shape)}, packed {list(packed.shape)}; expected [Hq, C] and [H, bytes]")
+    bands = len(edges) + 1
+    if packed.ndim != 2 or not len(packed) or codes % bands:
+        raise ValueError(
+            f"packed is {list(packed.shape)}, codes {codes}; expected [H, bytes] and a multiple of {bands}"
+        )
+    if list(edges) != sorted(edges) or (len(edges) and not 0 <= edges[0] <= edges[-1] <= tokens):
+        raise ValueError(f"edges are {list(edges)}; expected ascending tokens of [0, {tokens}]")
+    return codes // bands
+
+
+def _check_table(table: Tensor, packed: Tensor, bits: int, tokens: int, edges: Sequence[int]) -> None:
+    if table.ndim != 2 or not table.is_floating_point():
+        raise ValueError(f"table is {table.dtype} {list(table.shape)}; expected floats [Hq, C]")
+    _check(packed, bits, tokens, table.shape[1], edges)
     if table.shape[0] % packed.shape[0]:
         raise ValueError(f"{table.shape[0]} query heads cannot share {packed.shape[0]} KV heads evenly")
 

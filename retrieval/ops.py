@@ -95,11 +95,12 @@ def rebuild_keys(
     ids: Tensor,
     *,
     scale: Tensor | None = None,
+    bias: Tensor | None = None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     interleaved: bool = False,
 ) -> Tensor:
-    """Keys of chosen tokens from their low-rank factors, rotated: `(factor[id] * scale) @ basis` for each head.
+    """Keys of chosen tokens from their low-rank factors, rotated: `(factor[id] * scale) @ basis + bias`.
 
     Parameters
     ----------
@@ -108,6 +109,7 @@ def rebuild_keys(
     basis : `[H, r, D]` floating.
     ids : `[H, K]` int64 rows of the factor; -1 makes zeros.
     scale : `[r]` float32, of columns; None for 1.
+    bias : `[H, D]` float32, what a row of zeros stands for before rotation; None for 0.
     cos, sin : `[S, D / 2]` float32 (`RopeSpec.cos_sin`), angles of the factor's tokens; None leaves keys unrotated.
     interleaved : channel pairs are (2i, 2i + 1) instead of (i, i + D / 2).
 
@@ -115,18 +117,20 @@ def rebuild_keys(
     -------
     `[H, K, D]` of the basis's dtype.
     """
-    _check_rebuild(factor, basis, ids, scale, cos, sin)
+    _check_rebuild(factor, basis, ids, scale, bias, cos, sin)
     if not ids.numel():
         return basis.new_empty(*ids.shape, basis.shape[2])
     if basis.is_cuda:
         from . import ops_triton
 
         with torch.cuda.device(basis.device):
-            return ops_triton.rebuild_keys(factor, basis, ids, scale, cos, sin, interleaved)
+            return ops_triton.rebuild_keys(factor, basis, ids, scale, bias, cos, sin, interleaved)
     rows = factor[ids.clamp(min=0)]
     numbers = unpack_bits(rows, 4, basis.shape[1]).float() - 8 if rows.dtype == torch.uint8 else rows.float()
     # columns' scales go into the basis, which is smaller
     x = numbers @ (basis.float() if scale is None else basis.float() * scale[:, None])
+    if bias is not None:
+        x = x + bias[:, None]
     if cos is not None and sin is not None:
         x = rotate_pairs(x, cos[ids.clamp(min=0)], sin[ids.clamp(min=0)], interleaved)
     return x.masked_fill_((ids < 0)[..., None], 0.0).to(basis.dtype)
@@ -203,7 +207,13 @@ def _check_rows(queries: Tensor, rows: Tensor, name: str, width: int | None = No
 
 
 def _check_rebuild(
-    factor: Tensor, basis: Tensor, ids: Tensor, scale: Tensor | None, cos: Tensor | None, sin: Tensor | None
+    factor: Tensor,
+    basis: Tensor,
+    ids: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
 ) -> None:
     if basis.ndim != 3 or not basis.is_floating_point():
         raise ValueError(f"basis is {basis.dtype} {list(basis.shape)}; expected floats [H, r, D]")
@@ -215,6 +225,8 @@ def _check_rebuild(
     check_ids(ids, H, factor.shape[0])
     if scale is not None and (scale.shape != (r,) or scale.dtype != torch.float32):
         raise ValueError(f"scale is {scale.dtype} {list(scale.shape)}; expected torch.float32 [{r}]")
+    if bias is not None and (bias.shape != (H, D) or bias.dtype != torch.float32):
+        raise ValueError(f"bias is {bias.dtype} {list(bias.shape)}; expected torch.float32 [{H}, {D}]")
     if cos is None and sin is None:
         return
     for name, table in (("cos", cos), ("sin", sin)):

@@ -188,9 +188,7 @@ def _copy_rows(pages: Any, first: Any, page_tokens: Any, ids: Any, target: Any, 
 
 
 @compiled()
-def _score_block(
-    queries: Any, address: Any, step: Any, kind: Any, start: Any, stop: Any, scores: Any
-) -> None:
+def _score_block(queries: Any, address: Any, step: Any, kind: Any, start: Any, stop: Any, scores: Any) -> None:
     D = _u(queries.shape[1])
     rows = np.zeros((_ROWS, D + _u(LANES)), np.float32)
     for n in range(_u(start), _u(stop), _u(_ROWS)):
@@ -201,9 +199,7 @@ def _score_block(
 
 
 @compiled(parallel=True)
-def _score(
-    queries: Any, address: Any, head_step: Any, step: Any, kind: Any, blocks: Any, scores: Any
-) -> None:
+def _score(queries: Any, address: Any, head_step: Any, step: Any, kind: Any, blocks: Any, scores: Any) -> None:
     """In blocks of landmarks, so that threads have equal parts also where heads are few."""
     C = scores.shape[2]
     for part in prange(len(queries) * blocks):

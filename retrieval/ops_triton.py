@@ -53,6 +53,7 @@ def rebuild_keys(
     basis: Tensor,
     ids: Tensor,
     scale: Tensor | None,
+    bias: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
     interleaved: bool,
@@ -61,9 +62,9 @@ def rebuild_keys(
     (H, r, D), K = basis.shape, ids.shape[1]
     keys = torch.empty(H, K, D, dtype=basis.dtype, device=basis.device)
     _rebuild_keys[(H, triton.cdiv(K, _BLOCK_TOKENS))](
-        factor.contiguous(), basis.contiguous(), ids.contiguous(), _or(scale, keys), _or(cos, keys), _or(sin, keys),
-        keys, K, r, factor.shape[1], D,
-        BITS=4 if factor.dtype == torch.uint8 else 8, SCALES=scale is not None, TURNS=cos is not None,
+        factor.contiguous(), basis.contiguous(), ids.contiguous(), _or(scale, keys), _or(bias, keys),
+        _or(cos, keys), _or(sin, keys), keys, K, r, factor.shape[1], D,
+        BITS=4 if factor.dtype == torch.uint8 else 8, SCALES=scale is not None, SHIFTS=bias is not None, TURNS=cos is not None,
         INTERLEAVED=interleaved, IS_ONE_DTYPE=scale is None and factor.dtype == basis.dtype,
         BLOCK_TOKENS=_BLOCK_TOKENS, BLOCK_RANK=32, BLOCK_PAIRS=_power(-(-D // 2)),
     )  # fmt: skip
@@ -179,6 +180,7 @@ def _rebuild_keys(
     basis,
     ids,
     scale,
+    bias,
     cos,
     sin,
     keys,
@@ -188,6 +190,7 @@ def _rebuild_keys(
     D,
     BITS: tl.constexpr,
     SCALES: tl.constexpr,
+    SHIFTS: tl.constexpr,
     TURNS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     IS_ONE_DTYPE: tl.constexpr,
@@ -229,6 +232,9 @@ def _rebuild_keys(
             rows = rows * tl.load(scale + rank, mask=rank < R, other=0.0)[None, :]
         a = tl.dot(rows, of_a, a, input_precision="ieee")
         b = tl.dot(rows, of_b, b, input_precision="ieee")
+    if SHIFTS:
+        a += tl.load(bias + head * D + first, mask=(token >= 0) & has_a, other=0.0)
+        b += tl.load(bias + head * D + second, mask=(token >= 0) & has_b, other=0.0)
     if TURNS:
         c = tl.load(cos + token * half + pair, mask=(token >= 0) & has_a, other=0.0)
         s = tl.load(sin + token * half + pair, mask=(token >= 0) & has_a, other=0.0)
@@ -314,4 +320,6 @@ def _gather_attend(
     at = run * query_heads + head * group + g
     weighted = weighted / tl.where(total > 0, total, 1.0)[:, None]
     tl.store(out + at[:, None] * v_dim + v[None, :], weighted, mask=(g[:, None] < group) & (v[None, :] < v_dim))
-    tl.store(lse + at, tl.where(total > 0, top + tl.log(total), -float("inf")), mask=g < group)
+    tl.store(
+        lse + at, tl.where(total > 0, top + tl.log(tl.where(total > 0, total, 1.0)), -float("inf")), mask=g < group
+    )

@@ -93,9 +93,7 @@ class Pages:
         if kernel is None:
             return attend(queries, *self.gather(ids), scale=scale, visible=ids >= 0)
         dtypes, v_dim = (self._keys[0].dtype, self._values[0].dtype), self._values[0].shape[2]
-        found: Partial = kernel.gather_attend(
-            queries, self._addresses(), self.page_tokens, dtypes, v_dim, ids, scale
-        )
+        found: Partial = kernel.gather_attend(queries, self._addresses(), self.page_tokens, dtypes, v_dim, ids, scale)
         return found
 
     def _check(self, ids: Tensor) -> None:

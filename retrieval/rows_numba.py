@@ -54,6 +54,7 @@ def compiled(*, parallel: bool = False) -> Callable[[Callable[..., Any]], Callab
 
     return compile_one
 
+
 def _vector_at(builder: Any, address: Any, element: ir.Type, lanes: int) -> Any:
     kind = element if lanes == 1 else ir.VectorType(element, lanes)
     found = builder.load(builder.inttoptr(address, kind.as_pointer()))

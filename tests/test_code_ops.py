@@ -75,7 +75,7 @@ def test_scores_and_counts(heads, codes, tokens, bits, seed) -> None:
     packed = roomy(pack_codes(of_tokens, bits))
     true = torch.stack([table[head, of_tokens[head // G]] for head in range(H * G)])
     assert torch.equal(vq_scores(table, packed, tokens, bits=bits), true)
-    counts = code_counts(packed, bits, tokens, codes)
+    counts = code_counts(packed, tokens, codes, bits=bits)
     assert counts.tolist() == [row.bincount(minlength=codes).tolist() for row in of_tokens]
     shape = LayerShape(H, G, 1, 1.0)
     for pooling in ("max", "sum"):
@@ -94,7 +94,7 @@ def test_selection(budget, ties, data) -> None:
     if ties:
         importance = importance.round() * 0.0 if seed % 5 == 0 else importance.round()  # zeros of both signs
     packed = roomy(pack_codes(of_tokens, bits))
-    counts = code_counts(packed, bits, tokens, codes)
+    counts = code_counts(packed, tokens, codes, bits=bits)
     ids = vq_select(importance, packed, tokens, counts, budget, bits=bits)
     scores = importance.gather(1, of_tokens)
     for row, of_head in zip(ids.tolist(), scores.tolist(), strict=True):
@@ -102,10 +102,37 @@ def test_selection(budget, ties, data) -> None:
         assert row == sorted(ranked[:budget])
 
 
+@settings(max_examples=40)
+@given(
+    tokens=st.sampled_from([1, 9, 31, 200]),
+    codes=st.sampled_from([1, 5, 40]),
+    cuts=st.lists(st.floats(0, 1), min_size=1, max_size=4),
+    bits=st.sampled_from([12, 16]),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 999),
+)
+def test_bands_have_their_own_tables(tokens, codes, cuts, bits, share, seed) -> None:
+    edges = sorted(round(cut * tokens) for cut in cuts)
+    of_tokens, all_codes = random_codes(2, tokens, codes, seed), codes * (len(edges) + 1)
+    packed, table = pack_codes(of_tokens, bits), random_table(4, all_codes, seed)
+    in_bands = torch.stack([of_tokens[:, n] + codes * sum(n >= edge for edge in edges) for n in range(tokens)], 1)
+    true = torch.stack([table[head, in_bands[head // 2]] for head in range(4)])
+    assert torch.equal(vq_scores(table, packed, tokens, bits=bits, edges=edges), true)
+    counts = code_counts(packed, tokens, all_codes, bits=bits, edges=edges)
+    assert counts.tolist() == [row.bincount(minlength=all_codes).tolist() for row in in_bands]
+    importance = code_importance(table, counts)
+    scores = importance.gather(1, in_bands)
+    torch.testing.assert_close(scores.exp(), pooled(true, LayerShape(2, 2, 1, 1.0)))
+    budget = int(share * tokens)
+    ids = vq_select(importance, packed, tokens, counts, budget, bits=bits, edges=edges)
+    for row, of_head in zip(ids.tolist(), scores.tolist(), strict=True):
+        assert row == sorted(sorted(range(tokens), key=lambda n: (-of_head[n], -n))[:budget])
+
+
 def test_selection_of_masked_codes() -> None:
     """Codes of importance -inf come last, and equals among them by recency."""
     packed = pack_codes(torch.tensor([[0, 1, 2, 1, 0]]), 12)
-    counts = code_counts(packed, 12, 5, 3)
+    counts = code_counts(packed, 5, 3)
     importance = torch.tensor([[-torch.inf, -torch.inf, -80.0]])
     assert vq_select(importance, packed, 5, counts, 3).tolist() == [[2, 3, 4]]
 
@@ -126,15 +153,18 @@ def test_codes_of_no_token_take_no_share() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     packed = pack_codes(torch.tensor([[0, 1, 5]]), 12)
-    counts = code_counts(packed, 12, 3, 6)
+    counts = code_counts(packed, 3, 6)
     table = torch.zeros(1, 6)
     for message, call in (
-        ("a code is 5; expected below 5", lambda: code_counts(packed, 12, 3, 5)),
+        ("a code is 5; expected below 5", lambda: code_counts(packed, 3, 5)),
         ("bits is 8", lambda: pack_codes(torch.zeros(1, 1), 8)),
         ("4 codes of 12 bits take 6", lambda: unpack_codes(packed, 12, 4)),
         ("4 codes of 12 bits take 6", lambda: vq_scores(table, packed, 4)),
         ("3 query heads cannot share 2", lambda: vq_scores(torch.zeros(3, 6), packed.repeat(2, 1), 3)),
         ("table is", lambda: vq_scores(table[0], packed, 3)),
+        ("codes 6; expected .* a multiple of 4", lambda: vq_scores(table, packed, 3, edges=[1, 1, 2])),
+        (r"edges are \[2, 1\]", lambda: vq_scores(table, packed, 3, edges=[2, 1])),
+        (r"edges are \[4\]", lambda: code_counts(packed, 3, 12, edges=[4])),
         ("table is", lambda: code_importance(table, counts[:, :5])),
         ("budget is -1", lambda: vq_select(table, packed, 3, counts, -1)),
         ("importance is", lambda: vq_select(table, packed, 3, counts.int(), 1)),

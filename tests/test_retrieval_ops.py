@@ -246,10 +246,13 @@ def test_rebuild_keys(heads, rank, dim, kind, turns, interleaved, scaled, count,
     factor, whole = factor_of(40, rank, kind, seed)
     basis, ids = numbers(heads, rank, dim, seed=seed + 1), some_ids(heads, 40, count, seed)
     scale = torch.rand(rank, generator=torch.Generator().manual_seed(seed)) + 0.5 if scaled else None
+    bias = numbers(heads, dim, seed=seed + 2) if scaled else None
     rope = RopeSpec(tuple(100.0 ** -(i / dim) for i in range(dim // 2)), interleaved=interleaved)
     cos, sin = rope.cos_sin(torch.arange(7, 47)) if turns else (None, None)
-    found = ops.rebuild_keys(factor, basis, ids, scale=scale, cos=cos, sin=sin, interleaved=interleaved)
+    found = ops.rebuild_keys(factor, basis, ids, scale=scale, bias=bias, cos=cos, sin=sin, interleaved=interleaved)
     keys = (whole * (1.0 if scale is None else scale)) @ basis
+    if bias is not None:
+        keys = keys + bias[:, None]
     if turns:
         keys = rope.shift(keys, torch.arange(7, 47))
     expected = keys.gather(1, ids.clamp(min=0)[..., None].expand(-1, -1, dim)).masked_fill((ids < 0)[..., None], 0)
@@ -262,7 +265,9 @@ def factor_of(tokens: int, rank: int, kind: str, seed: int) -> tuple[Tensor, Ten
         rows = numbers(tokens, rank, seed=seed, dtype=getattr(torch, kind))
         return rows, rows.float()
     bits = int(kind[3:])
-    codes = torch.randint(-(1 << bits - 1), 1 << bits - 1, (tokens, rank), generator=torch.Generator().manual_seed(seed))
+    codes = torch.randint(
+        -(1 << bits - 1), 1 << bits - 1, (tokens, rank), generator=torch.Generator().manual_seed(seed)
+    )
     return (codes.to(torch.int8) if bits == 8 else pack_bits((codes + 8).to(torch.uint8), 4)), codes.float()
 
 
@@ -285,6 +290,7 @@ def factor_of(tokens: int, rank: int, kind: str, seed: int) -> tuple[Tensor, Ten
         ("factor is", lambda: rebuild_with(factor=torch.zeros(5, 3, dtype=torch.uint8))),
         ("ids reach", lambda: rebuild_with(ids=torch.tensor([[5], [0]]))),
         ("scale is", lambda: rebuild_with(scale=torch.zeros(4))),
+        ("bias is", lambda: rebuild_with(bias=torch.zeros(4))),
         ("cos is", lambda: rebuild_with(cos=torch.zeros(4, 2), sin=torch.zeros(5, 2))),
         ("sin is None", lambda: rebuild_with(cos=torch.zeros(5, 2))),
         ("basis is", lambda: rebuild_with(basis=torch.zeros(3, 4))),
@@ -302,5 +308,9 @@ def attend_with(**changes: Tensor) -> object:
 
 
 def rebuild_with(**changes: Tensor) -> object:
-    arguments = {"factor": torch.zeros(5, 3), "basis": torch.zeros(2, 3, 4), "ids": torch.zeros(2, 1, dtype=torch.int64)}
+    arguments = {
+        "factor": torch.zeros(5, 3),
+        "basis": torch.zeros(2, 3, 4),
+        "ids": torch.zeros(2, 1, dtype=torch.int64),
+    }
     return ops.rebuild_keys(**arguments | changes)

@@ -89,10 +89,11 @@ def test_rebuild_keys(rank, dim, kind, dtype, turns, interleaved, scaled, count,
     factor, _ = factor_of(50, rank, kind, seed)
     basis, ids = (numbers(2, rank, dim, seed=seed + 1) / rank**0.5).to(dtype), some_ids(2, 50, count, seed)
     scale = torch.rand(rank, generator=torch.Generator().manual_seed(seed)) + 0.5 if scaled else None
+    bias = numbers(2, dim, seed=seed + 2) if scaled else None
     rope = RopeSpec(tuple(100.0 ** -(i / dim) for i in range(dim // 2)), interleaved=interleaved)
     cos, sin = rope.cos_sin(torch.arange(7, 57)) if turns else (None, None)
-    true = ops.rebuild_keys(factor, basis, ids, scale=scale, cos=cos, sin=sin, interleaved=interleaved)
-    found = ops_triton.rebuild_keys(on(factor), on(basis), on(ids), on(scale), on(cos), on(sin), interleaved)
+    true = ops.rebuild_keys(factor, basis, ids, scale=scale, bias=bias, cos=cos, sin=sin, interleaved=interleaved)
+    found = ops_triton.rebuild_keys(on(factor), on(basis), on(ids), on(scale), on(bias), on(cos), on(sin), interleaved)
     assert found.dtype == true.dtype
     torch.testing.assert_close(found.cpu(), true, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
 
@@ -142,16 +143,19 @@ def test_attention_to_nothing() -> None:
 def test_codes(heads, group, codes, tokens, bits, share, seed) -> None:
     random = torch.Generator().manual_seed(seed)
     packed = code_ops.pack_codes(torch.randint(0, codes, (heads, tokens), generator=random), bits)
+    edges = sorted(torch.randint(0, tokens + 1, (seed % 3,), generator=random).tolist())
+    codes *= len(edges) + 1
     table = torch.randn(heads * group, codes, generator=random)
-    counts = code_ops.code_counts(packed, bits, tokens, codes)
-    assert torch.equal(code_ops_triton.code_counts(on(packed), bits, tokens).cpu()[:, :codes], counts)
-    found = code_ops_triton.vq_scores(on(table), on(packed), bits, tokens).cpu()
-    assert torch.equal(found, code_ops.vq_scores(table, packed, tokens, bits=bits))
+    counts = code_ops.code_counts(packed, tokens, codes, bits=bits, edges=edges)
+    found = code_ops_triton.code_counts(on(packed), bits, tokens, edges).cpu().unflatten(1, (-1, 1 << bits))
+    assert torch.equal(found[..., : codes // (len(edges) + 1)].flatten(1), counts)
+    scores = code_ops_triton.vq_scores(on(table), on(packed), bits, tokens, edges).cpu()
+    assert torch.equal(scores, code_ops.vq_scores(table, packed, tokens, bits=bits, edges=edges))
     budget = int(share * tokens)
     importance = table[:heads].round() if seed % 2 else table[:heads]
     if budget:
-        ids = code_ops_triton.vq_select(on(importance), on(packed), bits, tokens, on(counts), budget).cpu()
-        assert torch.equal(ids, code_ops.vq_select(importance, packed, tokens, counts, budget, bits=bits))
+        ids = code_ops_triton.vq_select(on(importance), on(packed), bits, tokens, on(counts), budget, edges).cpu()
+        assert torch.equal(ids, code_ops.vq_select(importance, packed, tokens, counts, budget, bits=bits, edges=edges))
 
 
 COMPILE = """
@@ -178,12 +182,12 @@ for of_queries in (f16, f32):
           IS_ONE_DTYPE=one, SPLIT=256, BLOCK=32, BLOCK_GROUP=16, BLOCK_DIM=128, BLOCK_V_DIM=128)
 build(k._top, dict(scores=f32, lse=f32, best=i64, least="i64"), ADDS=True, BLOCK=1024)
 for factor, bits, scales in ((f16, 8, False), (i8, 8, True), (u8, 4, True)):
-    build(k._rebuild_keys, dict(factor=factor, basis=f16, ids=i64, scale=f32, cos=f32, sin=f32, keys=f16), BITS=bits,
-          SCALES=scales, TURNS=True, INTERLEAVED=scales, IS_ONE_DTYPE=not scales, BLOCK_TOKENS=32, BLOCK_RANK=32,
+    build(k._rebuild_keys, dict(factor=factor, basis=f16, ids=i64, scale=f32, bias=f32, cos=f32, sin=f32, keys=f16), BITS=bits,
+          SCALES=scales, SHIFTS=scales, TURNS=True, INTERLEAVED=scales, IS_ONE_DTYPE=not scales, BLOCK_TOKENS=32, BLOCK_RANK=32,
           BLOCK_PAIRS=64)
-build(c._count, dict(packed=u8, counts="*i32"), BITS=16, BLOCK=1024)
-build(c._look_up, dict(table=f32, packed=u8, scores=f32), BITS=12, BLOCK=1024)
-chosen = dict(importance=f32, packed=u8, threshold=f32)
+build(c._count, dict(packed=u8, counts="*i32", first=i64), BITS=16, BLOCK=1024)
+build(c._look_up, dict(table=f32, packed=u8, scores=f32, first=i64), BITS=12, BLOCK=1024)
+chosen = dict(importance=f32, packed=u8, first=i64, threshold=f32)
 build(c._count_chosen, chosen | dict(found="*i32"), BITS=12, BLOCK=1024)
 build(c._write_chosen, chosen | dict(skipped=i64, before=i64, ids=i64), BITS=12, BLOCK=1024)
 print("compiled")
@@ -193,7 +197,5 @@ print("compiled")
 def test_kernels_compile_for_a_gpu() -> None:
     """The interpreter takes what the compiler refuses; the compiler needs no GPU to make its assembly."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], capture_output=True, text=True, check=False, env=environment
-    )
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, check=False, env=environment)
     assert done.stdout.strip() == "compiled", done.stderr[-3000:]
