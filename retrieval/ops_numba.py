@@ -66,6 +66,18 @@ def landmark_scores(queries: Tensor, landmarks: Tensor, scale: float) -> Tensor:
     return scores
 
 
+def gather_scores(queries: Tensor, rows: Tensor, ids: Tensor, scale: float) -> Tensor:
+    """See ops.py; all ids lie in the rows."""
+    (Hq, _), (H, K) = queries.shape, ids.shape
+    scores = torch.empty(Hq, K)
+    blocks = max(1, -(-K // 1024))
+    run(
+        _score_ids, _grouped(queries, H, scale), *places(rows), KINDS[rows.dtype], blocks, ids.contiguous().numpy(),
+        scores.numpy().reshape(H, Hq // H, K),
+    )  # fmt: skip
+    return scores
+
+
 def top_pooled(scores: Tensor, kv_heads: int, k: int, pooling: str) -> Tensor:
     """See ops.py; k is above 0 and below N."""
     ids = torch.empty(kv_heads, k, dtype=torch.int64)
@@ -207,6 +219,38 @@ def _score(queries: Any, address: Any, head_step: Any, step: Any, kind: Any, blo
         _score_block(
             queries[h], _u(address) + _u(h) * _u(head_step), _u(step), kind, C * block // blocks,
             C * (block + 1) // blocks, scores[h],
+        )  # fmt: skip
+
+
+@compiled()
+def _score_ids_block(
+    queries: Any, address: Any, step: Any, kind: Any, ids: Any, start: Any, stop: Any, scores: Any
+) -> None:
+    D, ahead = _u(queries.shape[1]), 2 * _AHEAD
+    rows, row_bytes = np.zeros((_ROWS, D + _u(LANES)), np.float32), D * _u(4 if kind == 0 else 2)
+    for n in range(start, stop, _ROWS):
+        some = min(_ROWS, stop - n)
+        for i in range(some):
+            if n + i + ahead < stop and ids[n + i + ahead] >= 0:
+                _touch(address + _u(ids[n + i + ahead]) * step, row_bytes)
+            if ids[n + i] >= 0:
+                widen(address + _u(ids[n + i]) * step, kind, D, rows[i], _u(0))
+        _dots(queries, rows, D, scores, _u(n), _u(some))
+        for i in range(some):
+            if ids[n + i] < 0:
+                scores[:, n + i] = -np.inf
+
+
+@compiled(parallel=True)
+def _score_ids(
+    queries: Any, address: Any, head_step: Any, step: Any, kind: Any, blocks: Any, ids: Any, scores: Any
+) -> None:
+    K = scores.shape[2]
+    for part in prange(len(queries) * blocks):
+        h, block = part // blocks, part % blocks
+        _score_ids_block(
+            queries[h], _u(address) + _u(h) * _u(head_step), _u(step), kind, ids[h], K * block // blocks,
+            K * (block + 1) // blocks, scores[h],
         )  # fmt: skip
 
 

@@ -26,12 +26,21 @@ _LEAST = torch.iinfo(torch.int64).min
 
 def landmark_scores(queries: Tensor, landmarks: Tensor, scale: float) -> Tensor:
     """See ops.py."""
-    (Hq, D), (H, C, _) = queries.shape, landmarks.shape
-    scores = torch.empty(Hq, C, device=queries.device)
-    _landmark_scores[(H, triton.cdiv(C, _BLOCK_LANDMARKS))](
-        queries.contiguous(), landmarks, scores, *landmarks.stride()[:2], C, D, Hq // H, scale,
-        IS_ONE_DTYPE=queries.dtype == landmarks.dtype, BLOCK=_BLOCK_LANDMARKS, BLOCK_GROUP=_power(Hq // H),
-        BLOCK_DIM=32,
+    return _scored(queries, landmarks, None, landmarks.shape[1], scale)
+
+
+def gather_scores(queries: Tensor, rows: Tensor, ids: Tensor, scale: float) -> Tensor:
+    """See ops.py."""
+    return _scored(queries, rows, ids.contiguous(), ids.shape[1], scale)
+
+
+def _scored(queries: Tensor, rows: Tensor, ids: Tensor | None, count: int, scale: float) -> Tensor:
+    (Hq, D), H = queries.shape, rows.shape[0]
+    scores = torch.empty(Hq, count, device=queries.device)
+    _scores[(H, triton.cdiv(count, _BLOCK_LANDMARKS))](
+        queries.contiguous(), rows, _or(ids, scores), scores, *rows.stride()[:2], count, D, Hq // H, scale,
+        GATHERS=ids is not None, IS_ONE_DTYPE=queries.dtype == rows.dtype, BLOCK=_BLOCK_LANDMARKS,
+        BLOCK_GROUP=_power(Hq // H), BLOCK_DIM=32,
     )  # fmt: skip
     return scores
 
@@ -97,36 +106,39 @@ def _or(table: Tensor | None, other: Tensor) -> Tensor:
 
 
 @triton.jit
-def _landmark_scores(
+def _scores(
     queries,
-    landmarks,
+    rows,
+    ids,
     scores,
     head_step,
     step,
-    C,
+    count,
     D,
     group,
     scale,
+    GATHERS: tl.constexpr,
     IS_ONE_DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    """For each block of landmarks of a KV head: over runs of channels, add `landmarks @ queries` of the group; scale.
+    """For each block of rows of a KV head: over runs of channels, add `rows @ queries` of the group; scale.
 
-    Grid: (H, ceil(C / BLOCK)). Landmarks, query heads and channels past the end are masked to 0. Sums are float32;
-    operands of different dtypes are widened, and float32 is not rounded to TF32. A landmark is read once for its group
-    and gives 4 bytes for each query head.
+    Grid: (H, ceil(count / BLOCK)). Rows, query heads and channels past the end are masked to 0; ids of -1 score -inf.
+    Sums are float32; operands of different dtypes are widened, and float32 is not rounded to TF32. A row is read once
+    for its group and gives 4 bytes for each query head.
     """
     head = tl.program_id(0).to(tl.int64)
-    row = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    n = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    row = tl.load(ids + head * count + n, mask=n < count, other=-1) if GATHERS else tl.where(n < count, n, -1)
     g = tl.arange(0, BLOCK_GROUP)
     total = tl.zeros((BLOCK, BLOCK_GROUP), dtype=tl.float32)
     for start in range(0, D, BLOCK_DIM):
         d = start + tl.arange(0, BLOCK_DIM)
-        marks = tl.load(
-            landmarks + head * head_step + row[:, None] * step + d[None, :],
-            mask=(row[:, None] < C) & (d[None, :] < D),
+        of_rows = tl.load(
+            rows + head * head_step + row[:, None] * step + d[None, :],
+            mask=(row[:, None] >= 0) & (d[None, :] < D),
             other=0.0,
         )
         of_group = tl.load(
@@ -135,10 +147,11 @@ def _landmark_scores(
             other=0.0,
         )
         if not IS_ONE_DTYPE:
-            marks, of_group = marks.to(tl.float32), of_group.to(tl.float32)
-        total = tl.dot(marks, of_group, total, input_precision="ieee")
-    target = scores + (head * group + g[None, :]) * C + row[:, None]
-    tl.store(target, total * scale, mask=(row[:, None] < C) & (g[None, :] < group))
+            of_rows, of_group = of_rows.to(tl.float32), of_group.to(tl.float32)
+        total = tl.dot(of_rows, of_group, total, input_precision="ieee")
+    total = tl.where(row[:, None] >= 0, total * scale, -float("inf"))
+    target = scores + (head * group + g[None, :]) * count + n[:, None]
+    tl.store(target, total, mask=(n[:, None] < count) & (g[None, :] < group))
 
 
 @triton.jit

@@ -191,6 +191,27 @@ def test_landmark_scores(heads, dim, count, dtype, strides, seed) -> None:
     torch.testing.assert_close(found, true.float(), rtol=1e-5, atol=1e-5)
 
 
+@settings(max_examples=40)
+@given(
+    heads=heads,
+    dim=st.sampled_from([1, 16, 40]),
+    count=st.integers(0, 40),
+    dtype=st.sampled_from(FLOATS),
+    strides=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_gather_scores(heads, dim, count, dtype, strides, seed) -> None:
+    H, G = heads
+    queries, rows = numbers(H * G, dim, seed=seed), numbers(H, 45, dim, seed=seed + 1, dtype=dtype)
+    ids = some_ids(H, 45, count, seed)
+    found = ops.gather_scores(queries, apart(rows) if strides else rows, ids, scale=0.25)
+    assert found.shape == (H * G, count)
+    whole = torch.einsum("hgd,hcd->hgc", queries.double().view(H, G, dim), rows.double()).flatten(0, 1) * 0.25
+    of_heads = ids.repeat_interleave(G, 0)
+    true = whole.gather(1, of_heads.clamp(min=0)).masked_fill(of_heads < 0, -math.inf)
+    torch.testing.assert_close(found, true.float(), rtol=1e-5, atol=1e-5)
+
+
 def test_landmark_scores_of_many() -> None:
     queries, landmarks = numbers(4, 16, seed=1), numbers(2, 3001, 16, seed=2, dtype=torch.float16)
     true = (queries.view(2, 2, 16) @ landmarks.float().mT).flatten(0, 1)
@@ -283,6 +304,8 @@ def factor_of(tokens: int, rank: int, kind: str, seed: int) -> tuple[Tensor, Ten
         ("reach from -2 to 0", lambda: attend_with(ids=torch.tensor([[0], [-2]]))),
         ("ids are", lambda: attend_with(ids=torch.zeros(2, 1, dtype=torch.int32))),
         ("queries are", lambda: attend_with(queries=torch.ones(8))),
+        ("rows are", lambda: ops.gather_scores(torch.ones(4, 8), torch.ones(2, 5, 7), some_ids(2, 5, 2, 0), scale=1)),
+        ("ids reach", lambda: ops.gather_scores(torch.ones(2, 8), torch.ones(1, 5, 8), torch.tensor([[5]]), scale=1)),
         ("k is -1", lambda: ops.top_pooled(torch.zeros(2, 3), 1, -1)),
         ("scores are", lambda: ops.top_pooled(torch.zeros(3, 3), 2, 1)),
         ("'mean'", lambda: ops.top_pooled(torch.zeros(2, 3), 1, 1, pooling="mean")),

@@ -46,11 +46,15 @@ def on(tensor: Tensor | None) -> Tensor | None:
     strides=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_landmark_scores(heads, dim, count, dtypes, strides, seed) -> None:
+def test_scores(heads, dim, count, dtypes, strides, seed) -> None:
     (H, G), (query_dtype, dtype) = heads, dtypes
     queries, landmarks = numbers(H * G, dim, seed=seed, dtype=query_dtype), numbers(H, count, dim, seed=1, dtype=dtype)
     true = ops.landmark_scores(queries, landmarks, scale=0.3)
     found = ops_triton.landmark_scores(on(queries), on(apart(landmarks) if strides else landmarks), 0.3)
+    torch.testing.assert_close(found.cpu(), true, rtol=1e-5, atol=1e-5)
+    ids = some_ids(H, count, min(count, 70), seed)
+    true = ops.gather_scores(queries, landmarks, ids, scale=0.3)
+    found = ops_triton.gather_scores(on(queries), on(landmarks), on(ids), 0.3)
     torch.testing.assert_close(found.cpu(), true, rtol=1e-5, atol=1e-5)
 
 
@@ -176,8 +180,8 @@ def build(kernel, types, **constants):
 u8, i8, f16, f32, i64 = "*u8", "*i8", "*fp16", "*fp32", "*i64"
 for of_queries in (f16, f32):
     one = of_queries == f16
-    build(k._landmark_scores, dict(queries=of_queries, landmarks=f16, scores=f32, scale="fp32"), IS_ONE_DTYPE=one,
-          BLOCK=64, BLOCK_GROUP=16, BLOCK_DIM=32)
+    build(k._scores, dict(queries=of_queries, rows=f16, ids=i64, scores=f32, scale="fp32"), GATHERS=one,
+          IS_ONE_DTYPE=one, BLOCK=64, BLOCK_GROUP=16, BLOCK_DIM=32)
     build(k._gather_attend, dict(queries=of_queries, keys=f16, values=f16, ids=i64, out=f32, lse=f32, scale="fp32"),
           IS_ONE_DTYPE=one, SPLIT=256, BLOCK=32, BLOCK_GROUP=16, BLOCK_DIM=128, BLOCK_V_DIM=128)
 build(k._top, dict(scores=f32, lse=f32, best=i64, least="i64"), ADDS=True, BLOCK=1024)
