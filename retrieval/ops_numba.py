@@ -13,7 +13,7 @@ from numba import prange
 from torch import Tensor
 
 from .ranks_numba import largest
-from .rows_numba import KINDS, LANES, compiled, copy_bytes, exp_less, prefetch, run, widen
+from .rows_numba import KINDS, LANES, compiled, copy_bytes, dots_of_four, exp_less, prefetch, run, widen
 
 _AHEAD = 12  # rows asked for before they are needed: about as many as a core has on their way at a time
 _ROWS = 4  # rows widened before they are multiplied, so that sums stay in registers for as long
@@ -37,10 +37,10 @@ def gather_attend(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """See ops.py. `pages` `[P, 6]` int64: `places` of each page's keys, then values; all ids lie in them."""
-    (Hq, D), H = queries.shape, ids.shape[0]
+    Hq, H = queries.shape[0], ids.shape[0]
     out, lse = torch.empty(Hq, v_dim), torch.empty(Hq)
     run(
-        _attend, _grouped(queries, H, scale), pages, max(1, page_tokens), KINDS[dtypes[0]], KINDS[dtypes[1]],
+        _attend, _grouped(queries, H, scale), queries.shape[1], pages, max(1, page_tokens), KINDS[dtypes[0]], KINDS[dtypes[1]],
         ids.contiguous().numpy(), out.numpy().reshape(H, Hq // H, v_dim), lse.numpy().reshape(H, Hq // H),
     )  # fmt: skip
     return out, lse
@@ -60,7 +60,7 @@ def landmark_scores(queries: Tensor, landmarks: Tensor, scale: float) -> Tensor:
     scores = torch.empty(Hq, C)
     blocks = max(1, -(-C // 1024))
     run(
-        _score, _grouped(queries, H, scale), *places(landmarks), KINDS[landmarks.dtype], blocks,
+        _score, _grouped(queries, H, scale), queries.shape[1], *places(landmarks), KINDS[landmarks.dtype], blocks,
         scores.numpy().reshape(H, Hq // H, C),
     )  # fmt: skip
     return scores
@@ -72,8 +72,8 @@ def gather_scores(queries: Tensor, rows: Tensor, ids: Tensor, scale: float) -> T
     scores = torch.empty(Hq, K)
     blocks = max(1, -(-K // 1024))
     run(
-        _score_ids, _grouped(queries, H, scale), *places(rows), KINDS[rows.dtype], blocks, ids.contiguous().numpy(),
-        scores.numpy().reshape(H, Hq // H, K),
+        _score_ids, _grouped(queries, H, scale), queries.shape[1], *places(rows), KINDS[rows.dtype], blocks,
+        ids.contiguous().numpy(), scores.numpy().reshape(H, Hq // H, K),
     )  # fmt: skip
     return scores
 
@@ -87,28 +87,25 @@ def top_pooled(scores: Tensor, kv_heads: int, k: int, pooling: str) -> Tensor:
 
 
 def _grouped(queries: Tensor, kv_heads: int, scale: float) -> np.ndarray[Any, Any]:
-    found: np.ndarray[Any, Any] = (queries.float() * scale).contiguous().numpy()
-    return found.reshape(kv_heads, -1, queries.shape[1])
+    """Scaled queries, `[H, G D]` with zeros up to multiples of 4 query heads and 16 channels."""
+    grouped = (queries.float() * scale).view(kv_heads, -1, queries.shape[1])
+    pads = (0, -queries.shape[1] % LANES, 0, -grouped.shape[1] % _ROWS)
+    found: np.ndarray[Any, Any] = torch.nn.functional.pad(grouped, pads).flatten(1).contiguous().numpy()
+    return found
 
 
 @compiled()
-def _dots(queries: Any, rows: Any, D: Any, scores: Any, at: Any, count: Any) -> None:
-    """Inner products of each query of a group with 4 rows; `count` of them are kept."""
-    for g in range(queries.shape[0]):
-        a = b = c = d = np.float32(0)
-        for i in range(D):
-            q = queries[g, i]
-            a += q * rows[0, i]
-            b += q * rows[1, i]
-            c += q * rows[2, i]
-            d += q * rows[3, i]
-        scores[g, at] = a
-        if count > 1:
-            scores[g, at + _u(1)] = b
-        if count > 2:
-            scores[g, at + _u(2)] = c
-        if count > 3:
-            scores[g, at + _u(3)] = d
+def _dots(queries: Any, dim: Any, rows: Any, width: Any, found: Any, scores: Any, at: Any, count: Any) -> None:
+    """Inner products of a group's queries (flat, each of `dim` numbers) with 4 rows that begin every `width` numbers;
+    `count` rows are kept, and `found` is room for 16. Arrays are never sliced here: a slice is counted as a reference,
+    which takes as long as a row.
+    """
+    group = _u(scores.shape[0])
+    for g in range(_u(0), group, _u(4)):
+        dots_of_four(queries, g * dim, rows, width, dim, found)
+        for q in range(min(_u(4), group - g)):
+            for n in range(count):
+                scores[g + q, at + n] = found[_u(4) * q + n]
 
 
 @compiled()
@@ -119,10 +116,19 @@ def _touch(address: Any, row_bytes: Any) -> None:
 
 @compiled()
 def _attend_head(
-    queries: Any, h: Any, pages: Any, page_tokens: Any, key_kind: Any, value_kind: Any, ids: Any, out: Any, lse: Any
+    queries: Any,
+    dim: Any,
+    h: Any,
+    pages: Any,
+    page_tokens: Any,
+    key_kind: Any,
+    value_kind: Any,
+    ids: Any,
+    out: Any,
+    lse: Any,
 ) -> None:
     """One KV head: addresses of its rows, scores of 4 rows at a time, softmax, sums of 4 weighted rows at a time."""
-    G, D, v_dim, count = queries.shape[0], _u(queries.shape[1]), _u(out.shape[1]), _u(0)
+    G, D, v_dim, count = out.shape[0], _u(dim), _u(out.shape[1]), _u(0)
     keys, values = np.empty(len(ids) + 4, np.uint64), np.empty(len(ids) + 4, np.uint64)
     for n in range(len(ids)):
         if ids[n] >= 0:
@@ -135,8 +141,10 @@ def _attend_head(
         lse[:] = -np.inf
         return
     key_bytes, value_bytes = D * _u(4 if key_kind == 0 else 2), v_dim * _u(4 if value_kind == 0 else 2)
-    rows = np.zeros((_ROWS, max(D, v_dim) + _u(LANES)), np.float32)
+    padded, width = (D + _u(LANES - 1)) // _u(LANES) * _u(LANES), max(D, v_dim) + _u(LANES)
+    rows = np.zeros(_u(_ROWS) * width, np.float32)
     scores, bits = np.empty((G, count), np.float32), np.empty(count, np.int32)
+    found = np.empty(_ROWS * _ROWS, np.float32)
     for n in range(min(count, _u(_AHEAD))):
         _touch(keys[n], key_bytes)
     for n in range(_u(0), count, _u(_ROWS)):
@@ -144,8 +152,8 @@ def _attend_head(
         for i in range(some):
             if n + i + _u(_AHEAD) < count:
                 _touch(keys[n + i + _u(_AHEAD)], key_bytes)
-            widen(keys[n + i], key_kind, D, rows[i], _u(0))
-        _dots(queries, rows, D, scores, n, some)
+            widen(keys[n + i], key_kind, D, rows, i * width)
+        _dots(queries, padded, rows, width, found, scores, n, some)
     for n in range(min(count, _u(_AHEAD))):
         _touch(values[n], value_bytes)
     for g in range(G):
@@ -161,27 +169,28 @@ def _attend_head(
         for n in range(count):
             scores[g, n] *= share
     out[:] = np.float32(0)
+    two, three = _u(2) * width, _u(3) * width
     for n in range(_u(0), count, _u(_ROWS)):
         some = min(_u(_ROWS), count - n)
         for i in range(some):
             if n + i + _u(_AHEAD) < count:
                 _touch(values[n + i + _u(_AHEAD)], value_bytes)
-            widen(values[n + i], value_kind, v_dim, rows[i], _u(0))
+            widen(values[n + i], value_kind, v_dim, rows, i * width)
         for g in range(G):
             a = scores[g, n]
             b = scores[g, n + _u(1)] if some > _u(1) else np.float32(0)
             c = scores[g, n + _u(2)] if some > _u(2) else np.float32(0)
             d = scores[g, n + _u(3)] if some > _u(3) else np.float32(0)
             for i in range(v_dim):
-                out[g, i] += a * rows[0, i] + b * rows[1, i] + c * rows[2, i] + d * rows[3, i]
+                out[g, i] += a * rows[i] + b * rows[width + i] + c * rows[two + i] + d * rows[three + i]
 
 
 @compiled(parallel=True)
 def _attend(
-    queries: Any, pages: Any, page_tokens: Any, key_kind: Any, value_kind: Any, ids: Any, out: Any, lse: Any
+    queries: Any, dim: Any, pages: Any, page_tokens: Any, key_kind: Any, value_kind: Any, ids: Any, out: Any, lse: Any
 ) -> None:
     for h in prange(len(queries)):
-        _attend_head(queries[h], h, pages, page_tokens, key_kind, value_kind, ids[h], out[h], lse[h])
+        _attend_head(queries[h], dim, h, pages, page_tokens, key_kind, value_kind, ids[h], out[h], lse[h])
 
 
 @compiled()
@@ -200,42 +209,48 @@ def _copy_rows(pages: Any, first: Any, page_tokens: Any, ids: Any, target: Any, 
 
 
 @compiled()
-def _score_block(queries: Any, address: Any, step: Any, kind: Any, start: Any, stop: Any, scores: Any) -> None:
-    D = _u(queries.shape[1])
-    rows = np.zeros((_ROWS, D + _u(LANES)), np.float32)
+def _score_block(
+    queries: Any, dim: Any, address: Any, step: Any, kind: Any, start: Any, stop: Any, scores: Any
+) -> None:
+    D, found = _u(dim), np.empty(_ROWS * _ROWS, np.float32)
+    padded = (D + _u(LANES - 1)) // _u(LANES) * _u(LANES)
+    rows = np.zeros(_u(_ROWS) * padded, np.float32)
     for n in range(_u(start), _u(stop), _u(_ROWS)):
         some = min(_u(_ROWS), _u(stop) - n)
         for i in range(some):
-            widen(address + (n + i) * step, kind, D, rows[i], _u(0))
-        _dots(queries, rows, D, scores, n, some)
+            widen(address + (n + i) * step, kind, D, rows, i * padded)
+        _dots(queries, padded, rows, padded, found, scores, n, some)
 
 
 @compiled(parallel=True)
-def _score(queries: Any, address: Any, head_step: Any, step: Any, kind: Any, blocks: Any, scores: Any) -> None:
+def _score(
+    queries: Any, dim: Any, address: Any, head_step: Any, step: Any, kind: Any, blocks: Any, scores: Any
+) -> None:
     """In blocks of landmarks, so that threads have equal parts also where heads are few."""
     C = scores.shape[2]
     for part in prange(len(queries) * blocks):
         h, block = part // blocks, part % blocks
         _score_block(
-            queries[h], _u(address) + _u(h) * _u(head_step), _u(step), kind, C * block // blocks,
+            queries[h], dim, _u(address) + _u(h) * _u(head_step), _u(step), kind, C * block // blocks,
             C * (block + 1) // blocks, scores[h],
         )  # fmt: skip
 
 
 @compiled()
 def _score_ids_block(
-    queries: Any, address: Any, step: Any, kind: Any, ids: Any, start: Any, stop: Any, scores: Any
+    queries: Any, dim: Any, address: Any, step: Any, kind: Any, ids: Any, start: Any, stop: Any, scores: Any
 ) -> None:
-    D, ahead = _u(queries.shape[1]), 2 * _AHEAD
-    rows, row_bytes = np.zeros((_ROWS, D + _u(LANES)), np.float32), D * _u(4 if kind == 0 else 2)
+    D, ahead, found = _u(dim), 2 * _AHEAD, np.empty(_ROWS * _ROWS, np.float32)
+    padded, row_bytes = (D + _u(LANES - 1)) // _u(LANES) * _u(LANES), D * _u(4 if kind == 0 else 2)
+    rows = np.zeros(_u(_ROWS) * padded, np.float32)
     for n in range(start, stop, _ROWS):
         some = min(_ROWS, stop - n)
         for i in range(some):
             if n + i + ahead < stop and ids[n + i + ahead] >= 0:
                 _touch(address + _u(ids[n + i + ahead]) * step, row_bytes)
             if ids[n + i] >= 0:
-                widen(address + _u(ids[n + i]) * step, kind, D, rows[i], _u(0))
-        _dots(queries, rows, D, scores, _u(n), _u(some))
+                widen(address + _u(ids[n + i]) * step, kind, D, rows, _u(i) * padded)
+        _dots(queries, padded, rows, padded, found, scores, _u(n), _u(some))
         for i in range(some):
             if ids[n + i] < 0:
                 scores[:, n + i] = -np.inf
@@ -243,13 +258,13 @@ def _score_ids_block(
 
 @compiled(parallel=True)
 def _score_ids(
-    queries: Any, address: Any, head_step: Any, step: Any, kind: Any, blocks: Any, ids: Any, scores: Any
+    queries: Any, dim: Any, address: Any, head_step: Any, step: Any, kind: Any, blocks: Any, ids: Any, scores: Any
 ) -> None:
     K = scores.shape[2]
     for part in prange(len(queries) * blocks):
         h, block = part // blocks, part % blocks
         _score_ids_block(
-            queries[h], _u(address) + _u(h) * _u(head_step), _u(step), kind, ids[h], K * block // blocks,
+            queries[h], dim, _u(address) + _u(h) * _u(head_step), _u(step), kind, ids[h], K * block // blocks,
             K * (block + 1) // blocks, scores[h],
         )  # fmt: skip
 

@@ -132,11 +132,73 @@ def _type_word(_typing: Any, row: Any, i: Any) -> Any:
     return types.uint32(row, types.uint64), generate
 
 
+def _type_dots(_typing: Any, queries: Any, first: Any, rows: Any, width: Any, count: Any, out: Any) -> Any:
+    """`out[4 q + n]` becomes the inner product of query q with row n, of 4 and 4.
+
+    Queries have `count` numbers, a multiple of 16, one behind the other from `first` on; rows begin every `width`
+    numbers. All arrays are flat. Sixteen sums of 16 lanes each are made side by side; then
+    halves, quarters, ... of two of them are added at a time, so that all are reduced together.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        from numba.core import cgutils
+
+        queries, first, rows, width, count, out = args
+        wide = ir.VectorType(_FLOAT, LANES)
+        data = [
+            cgutils.create_struct_proxy(signature.args[n])(context, builder, args[n]).data for n in (0, 2, 5)
+        ]
+        number = count.type
+
+        def every(start: Any, first: Any, step: Any) -> list[Any]:
+            places = [builder.add(first, builder.mul(step, ir.Constant(number, n))) for n in range(4)]
+            return [builder.ptrtoint(builder.gep(start, [place]), number) for place in places]
+
+        of_queries, of_rows = every(data[0], first, count), every(data[1], ir.Constant(number, 0), width)
+        before = builder.block
+        loop, done = builder.append_basic_block("loop"), builder.append_basic_block("done")
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        at = builder.phi(number)
+        sums = [builder.phi(wide) for _ in range(16)]
+        at.add_incoming(ir.Constant(number, 0), before)
+        for each in sums:
+            each.add_incoming(ir.Constant(wide, [0.0] * LANES), before)
+        moved = builder.mul(at, ir.Constant(number, 4))
+        right, left = (
+            [_vector_at(builder, builder.add(row, moved), _FLOAT, LANES) for row in each]
+            for each in (of_rows, of_queries)
+        )
+        for q in range(4):
+            for n in range(4):
+                each = sums[4 * q + n]
+                product = builder.fmul(left[q], right[n], flags=("contract",))
+                each.add_incoming(builder.fadd(each, product, flags=("contract",)), loop)
+        following = builder.add(at, ir.Constant(number, LANES))
+        at.add_incoming(following, loop)
+        builder.cbranch(builder.icmp_unsigned("<", following, count), loop, done)
+        builder.position_at_end(done)
+        parts = [each.incomings[1][0] for each in sums]
+        for span in (8, 4, 2, 1):
+            low = [lane if lane // span % 2 == 0 else LANES + lane - span for lane in range(LANES)]
+            masks = [ir.Constant(ir.VectorType(_I32, LANES), [m + more for m in low]) for more in (0, span)]
+            parts = [
+                builder.fadd(*(builder.shuffle_vector(a, b, mask) for mask in masks))
+                for a, b in zip(parts[:span], parts[span:], strict=True)
+            ]
+        builder.store(parts[0], builder.bitcast(data[2], wide.as_pointer())).align = 4
+        return context.get_dummy_value()
+
+    u = types.uint64
+    return types.void(queries, u, rows, u, u, out), generate
+
+
 _widen_float, _widen_half, _widen_bfloat = (_widening(kind, LANES) for kind in range(3))
 _widen_one_float, _widen_one_half, _widen_one_bfloat = (_widening(kind, 1) for kind in range(3))
 prefetch: Any = intrinsic(_type_prefetch)
 copy_bytes: Any = intrinsic(_type_copy)
 word: Any = intrinsic(_type_word)
+dots_of_four: Any = intrinsic(_type_dots)
 
 
 @compiled()
