@@ -138,7 +138,7 @@ def decode_speed(
         context = tensors(tokens)
         if tokens <= ends.sink_tokens + ends.window_tokens:
             raise ValueError(f"size {tokens}; expected more than the sinks and the window, {ends}")
-        whole = [_whole(context, step) for step in range(context.queries.shape[1])]
+        whole = _whole(context)
         ways = _dense_ways(context)
         dense = min(ways, key=lambda way: min(timed(partial(ways[way], 0)) for _ in range(3)))
         for name, make in factories.items():
@@ -237,19 +237,17 @@ def _fill(selector: Selector, context: Context, stop: int) -> None:
         selector.build()
 
 
-def _whole(context: Context, n: int) -> Partial:
-    """Dense attention in float32, head by head, so that a long context is never widened as a whole."""
-    group, (out, lse) = context.shape.group, ([], [])
-    for h in range(context.shape.kv_heads):
-        queries = context.queries[h * group : (h + 1) * group, n]
-        parts = [
-            attend(queries, keys[None], values[None], scale=context.shape.scale)
-            for keys, values in zip(context.keys[h].split(1 << 16), context.values[h].split(1 << 16), strict=True)
-        ]
-        found = merge(parts)
-        out.append(found[0])
-        lse.append(found[1])
-    return torch.cat(out), torch.cat(lse)
+def _whole(context: Context) -> list[Partial]:
+    """Dense attention in float32 of every query, by pieces of one head: a long context is never widened as a whole."""
+    shape, steps, found = context.shape, context.queries.shape[1], []
+    for h in range(shape.kv_heads):
+        # all steps are asked at once, as if they were query heads of one group
+        queries = context.queries[h * shape.group : (h + 1) * shape.group].flatten(0, 1)
+        pieces = zip(context.keys[h].split(1 << 16), context.values[h].split(1 << 16), strict=True)
+        parts = [attend(queries, keys[None], values[None], scale=shape.scale) for keys, values in pieces]
+        found.append([part.unflatten(0, (shape.group, steps)) for part in merge(parts)])
+    out, lse = (torch.cat(each) for each in zip(*found, strict=True))
+    return [(out[:, n], lse[:, n]) for n in range(steps)]
 
 
 def _dense_ways(context: Context) -> dict[str, Callable[[int], Tensor]]:

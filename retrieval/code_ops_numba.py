@@ -103,7 +103,15 @@ def _select_head(ranks: Any, row: Any, bits: Any, bounds: Any, counts: Any, ids:
                 first = flags[a & low] | flags[a >> _w(12) & low]
                 second = flags[a >> _w(24) | (b & _w(15)) << _w(8)] | flags[b >> _w(4) & low]
                 third = flags[b >> _w(16) & low] | flags[b >> _w(28) | (c & _w(255)) << _w(4)]
-                if (first | second | third | flags[c >> _w(8) & low] | flags[c >> _w(20)]) == 0:
+                any_flag = first | second | third | flags[c >> _w(8) & low] | flags[c >> _w(20)]
+                if any_flag == 0:
+                    n += some
+                    continue
+                if any_flag == 1 and taken + some <= _u(len(ids)):
+                    # which of the 8 are taken cannot be foretold: each is written, and stays if it is
+                    for i in range(_u(_CODES)):
+                        ids[taken] = n + i
+                        taken += _u(flags[_code(row, n + i, bits)])
                     n += some
                     continue
             for i in range(some):
