@@ -40,7 +40,7 @@ def gather_attend(
     Hq, H = queries.shape[0], ids.shape[0]
     out, lse = torch.empty(Hq, v_dim), torch.empty(Hq)
     run(
-        _attend, _grouped(queries, H, scale), queries.shape[1], pages, max(1, page_tokens), KINDS[dtypes[0]], KINDS[dtypes[1]],
+        _attend, _grouped(queries, H, scale), queries.shape[1], pages, max(1, page_tokens), *map(KINDS.get, dtypes),
         ids.contiguous().numpy(), out.numpy().reshape(H, Hq // H, v_dim), lse.numpy().reshape(H, Hq // H),
     )  # fmt: skip
     return out, lse
@@ -104,8 +104,14 @@ def _dots(queries: Any, dim: Any, rows: Any, width: Any, found: Any, scores: Any
     for g in range(_u(0), group, _u(4)):
         dots_of_four(queries, g * dim, rows, width, dim, found)
         for q in range(min(_u(4), group - g)):
-            for n in range(count):
-                scores[g + q, at + n] = found[_u(4) * q + n]
+            if count == _u(_ROWS):
+                scores[g + q, at] = found[_u(4) * q]
+                scores[g + q, at + _u(1)] = found[_u(4) * q + _u(1)]
+                scores[g + q, at + _u(2)] = found[_u(4) * q + _u(2)]
+                scores[g + q, at + _u(3)] = found[_u(4) * q + _u(3)]
+            else:
+                for n in range(count):
+                    scores[g + q, at + n] = found[_u(4) * q + n]
 
 
 @compiled()

@@ -73,8 +73,8 @@ def rebuild_keys(
     _rebuild_keys[(H, triton.cdiv(K, _BLOCK_TOKENS))](
         factor.contiguous(), basis.contiguous(), ids.contiguous(), _or(scale, keys), _or(bias, keys),
         _or(cos, keys), _or(sin, keys), keys, K, r, factor.shape[1], D,
-        BITS=4 if factor.dtype == torch.uint8 else 8, SCALES=scale is not None, SHIFTS=bias is not None, TURNS=cos is not None,
-        INTERLEAVED=interleaved, IS_ONE_DTYPE=scale is None and factor.dtype == basis.dtype,
+        BITS=4 if factor.dtype == torch.uint8 else 8, SCALES=scale is not None, SHIFTS=bias is not None,
+        TURNS=cos is not None, INTERLEAVED=interleaved, IS_ONE_DTYPE=scale is None and factor.dtype == basis.dtype,
         BLOCK_TOKENS=_BLOCK_TOKENS, BLOCK_RANK=32, BLOCK_PAIRS=_power(-(-D // 2)),
     )  # fmt: skip
     return keys
@@ -286,8 +286,8 @@ def _gather_attend(
     rescale what was summed to the new maximum, gather values, add them weighted.
 
     Grid: (H, ceil(K / SPLIT)). Ids of -1 or past K score -inf and are not read; query heads and channels past the end
-    are masked to 0. Scores and sums are float32. Where queries, keys and values are of one dtype, weights are rounded to
-    it; otherwise all are widened. A token's key and value are read once for its group; a run writes its output and
+    are masked to 0. Scores and sums are float32. Where queries, keys and values are of one dtype, weights are rounded
+    to it; otherwise all are widened. A token's key and value are read once for its group; a run writes its output and
     log-sum-exp in float32.
     """
     head, run = tl.program_id(0).to(tl.int64), tl.program_id(1)

@@ -1,4 +1,4 @@
-"""Keys and values of one layer where they lie already, in pieces of another's memory, and attention over some of them."""
+"""Keys and values of one layer where they lie already, in pieces of another's memory; attention over some of them."""
 
 from __future__ import annotations
 

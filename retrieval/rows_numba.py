@@ -143,11 +143,9 @@ def _type_dots(_typing: Any, queries: Any, first: Any, rows: Any, width: Any, co
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         from numba.core import cgutils
 
-        queries, first, rows, width, count, out = args
+        _, first, _, width, count, _ = args
         wide = ir.VectorType(_FLOAT, LANES)
-        data = [
-            cgutils.create_struct_proxy(signature.args[n])(context, builder, args[n]).data for n in (0, 2, 5)
-        ]
+        data = [cgutils.create_struct_proxy(signature.args[n])(context, builder, args[n]).data for n in (0, 2, 5)]
         number = count.type
 
         def every(start: Any, first: Any, step: Any) -> list[Any]:

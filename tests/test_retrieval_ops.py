@@ -158,7 +158,7 @@ def test_pages_refuse_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="values are"):
         pages.append(torch.zeros(2, 4, 8), torch.zeros(2, 3, 8))
     pages.append(torch.zeros(2, 4, 8), torch.zeros(2, 4, 6))
-    with pytest.raises(ValueError, match="keys are torch.float16"):
+    with pytest.raises(ValueError, match=r"keys are torch\.float16"):
         pages.append(torch.zeros(2, 4, 8).half(), torch.zeros(2, 4, 6))
     with pytest.raises(ValueError, match="keys are"):
         pages.append(torch.zeros(3, 4, 8), torch.zeros(3, 4, 6))

@@ -1,4 +1,4 @@
-"""Triton kernels of retrieval against the functions they stand for, on values: by Triton's interpreter without a GPU."""
+"""Triton kernels of retrieval against the functions they stand for, on values: without a GPU by the interpreter."""
 
 import math
 import os
@@ -186,9 +186,9 @@ for of_queries in (f16, f32):
           IS_ONE_DTYPE=one, SPLIT=256, BLOCK=32, BLOCK_GROUP=16, BLOCK_DIM=128, BLOCK_V_DIM=128)
 build(k._top, dict(scores=f32, lse=f32, best=i64, least="i64"), ADDS=True, BLOCK=1024)
 for factor, bits, scales in ((f16, 8, False), (i8, 8, True), (u8, 4, True)):
-    build(k._rebuild_keys, dict(factor=factor, basis=f16, ids=i64, scale=f32, bias=f32, cos=f32, sin=f32, keys=f16), BITS=bits,
-          SCALES=scales, SHIFTS=scales, TURNS=True, INTERLEAVED=scales, IS_ONE_DTYPE=not scales, BLOCK_TOKENS=32, BLOCK_RANK=32,
-          BLOCK_PAIRS=64)
+    tables = dict(factor=factor, basis=f16, ids=i64, scale=f32, bias=f32, cos=f32, sin=f32, keys=f16)
+    build(k._rebuild_keys, tables, BITS=bits, SCALES=scales, SHIFTS=scales, TURNS=True, INTERLEAVED=scales,
+          IS_ONE_DTYPE=not scales, BLOCK_TOKENS=32, BLOCK_RANK=32, BLOCK_PAIRS=64)
 build(c._count, dict(packed=u8, counts="*i32", first=i64), BITS=16, BLOCK=1024)
 build(c._look_up, dict(table=f32, packed=u8, scores=f32, first=i64), BITS=12, BLOCK=1024)
 chosen = dict(importance=f32, packed=u8, first=i64, threshold=f32)
