@@ -195,10 +195,14 @@ def calibrate(
     text: Texts = None,
     sequences: Annotated[int, typer.Option(min=1, help="Token sequences; fewer if the text is short.")] = 16,
     tokens: Annotated[int, typer.Option(min=16, help="Tokens in each.")] = 2048,
+    centroids: Annotated[
+        int, typer.Option(min=1, max=65536, help="Of each codebook of vq; fewer of few tokens.")
+    ] = 4096,
+    far_offset: Annotated[int, typer.Option(min=0, help="Tokens back at which vq takes far keys to stand.")] = 2048,
     model_id: ModelId = None,
     dtype: Dtype = None,
 ) -> None:
-    """Learn a model's keys and values from text: the profile that nuq, lowrank, entropy and kv4 need."""
+    """Learn a model's keys and values from text: the profile that nuq, lowrank, entropy, kv4 and vq need."""
     if not text:
         raise ValueError("no text; name files or folders of it with --text")
     from .bench.calibrate import CalibrateOptions, run_calibrate
@@ -209,6 +213,8 @@ def calibrate(
         out=out,
         sequences=sequences,
         tokens=tokens,
+        centroids=centroids,
+        far_offset=far_offset,
         model_id=model_id,
         dtype=dtype,
     )

@@ -14,8 +14,9 @@ from kvloom.bench.models import load_model
 from kvloom.compress.calibration import CHUNK_FITS, LAYER_FITS, LayerSample
 from kvloom.compress.catalog import CODECS, codec_by_name
 from kvloom.compress.profile import Profile
-from kvloom.connectors.hf_calibrate import calibrate, stage_units, token_windows
+from kvloom.connectors.hf_calibrate import calibrate, stage_units
 from kvloom.connectors.hf_model import TransformersModel
+from kvloom.connectors.hf_windows import token_windows
 from kvloom.core import KVChunk
 from kvloom.errors import EngineError
 

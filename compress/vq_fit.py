@@ -1,0 +1,146 @@
+"""Codebooks of keys before rotation, fitted so that what counts is the error of scores, not of keys."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..core import RopeSpec
+from ..errors import CodecError
+
+if TYPE_CHECKING:
+    from .calibration import LayerSample
+
+CENTROIDS = 4096  # A2ATS: codes of 12 bits
+FAR_OFFSET = 2048  # A2ATS: its b, the distance in tokens at which all far keys are taken to stand
+RIDGE = 1e-2  # share of the mean eigenvalue that directions without queries count
+MAX_CENTROIDS = 1 << 16
+
+_KEYS_A_CENTROID = 8  # at least; with fewer a codebook learns the sample by heart
+_ITERATIONS = 25
+_PIECE_TOKENS = 1024  # whose distances to all centroids are in memory at once
+
+
+def fit_layer(
+    sample: LayerSample,
+    *,
+    centroids: int = CENTROIDS,
+    far_offset: int = FAR_OFFSET,
+    query_aware: bool = True,
+    ridge: float = RIDGE,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """What `VqIndex` needs of one layer, by name, without the layer dimension.
+
+    A2ATS (arXiv 2502.12665, section 3; sizes from its released code): one codebook for each KV head over whole keys
+    before rotation. The far score is `q R_b k^T` with a constant b, so its mean squared error over queries is
+    `(k - c) H (k - c)^T`, H the second moment of `q R_b` pooled over the group: k-means on `k T` with `H = T T^T`.
+
+    Deviations: T is kept in float64 until the keys are transformed and regularised by a share of its trace, not by an
+    absolute number; centroids are means of keys as they are, so that nothing is ever multiplied by the inverse of T.
+
+    Parameters
+    ----------
+    centroids : at most; halved until a centroid has at least 8 keys of the sample.
+    far_offset : b, in tokens.
+    query_aware : otherwise H is the identity: plain k-means.
+    ridge : share of the mean eigenvalue of H that is added to all of them.
+
+    Returns
+    -------
+    `vq.centroids` `[H, C, D]` float16, `vq.factor` `[H, D, D]` float32 (T), `vq.offset` int64 (b).
+
+    Raises
+    ------
+    ValueError : a number is out of range, or the sample is empty.
+    CodecError : keys or queries of the sample are not finite, or too large for float16.
+    """
+    if not 1 <= centroids <= MAX_CENTROIDS or far_offset < 0:
+        raise ValueError(
+            f"{centroids} centroids at offset {far_offset}; expected 1 to {MAX_CENTROIDS} centroids and no negative "
+            "offset"
+        )
+    keys = torch.cat((sample.keys, sample.further_keys)).transpose(0, 1)
+    while centroids > 1 and centroids * _KEYS_A_CENTROID > keys.shape[1]:
+        centroids //= 2
+    rope, found = sample.spec.rope, []
+    for of_head, moment in zip(keys, sample.query_moments, strict=True):
+        far = moment if rope is None else rotated_moment(moment, rope, far_offset)
+        found.append(fit_codebook(of_head, far if query_aware else None, centroids=centroids, ridge=ridge, seed=seed))
+    books, factors = (torch.stack(parts) for parts in zip(*found, strict=True))
+    half = books.half()
+    if not bool(half.isfinite().all()):
+        raise CodecError(f"centroids reach {float(books.abs().max()):.3g}; float16 ends at 65504")
+    return {"vq.centroids": half, "vq.factor": factors, "vq.offset": torch.tensor(far_offset)}
+
+
+def fit_codebook(
+    keys: Tensor,
+    moment: Tensor | None,
+    *,
+    centroids: int,
+    ridge: float = RIDGE,
+    iterations: int = _ITERATIONS,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Centroids `[C, D]` and the factor T `[D, D]` of the metric, both float32, of the keys of one head.
+
+    Parameters
+    ----------
+    keys : `[N, D]` float32.
+    moment : `[D, D]`, second moment of the queries that will meet these keys; None for plain k-means.
+    centroids : C; more than N become N, each key its own.
+    """
+    import faiss
+
+    if keys.ndim != 2 or not len(keys) or not bool(keys.isfinite().all()):
+        raise CodecError(f"keys are {list(keys.shape)}; expected [N, D] with N > 0, all of them finite")
+    factor = torch.eye(keys.shape[1]) if moment is None else metric_factor(moment, ridge=ridge).float()
+    if centroids >= len(keys):
+        return keys.float().clone(), factor
+    points = keys.float() @ factor
+    means = faiss.Kmeans(
+        keys.shape[1],
+        centroids,
+        niter=iterations,
+        seed=seed,
+        min_points_per_centroid=1,
+        max_points_per_centroid=len(keys),
+    )
+    means.train(points.numpy())
+    codes = nearest(points, torch.from_numpy(means.centroids))
+    # a mean of keys is the key of the mean: no inverse of T. A centroid that no key chose is where another one is.
+    counts = torch.bincount(codes, minlength=centroids)
+    books = torch.zeros(centroids, keys.shape[1], dtype=torch.float64).index_add_(0, codes, keys.double())
+    books /= counts.clamp(min=1)[:, None]
+    books[counts == 0] = books[counts.argmax()].clone()
+    return books.float(), factor
+
+
+def nearest(points: Tensor, centroids: Tensor) -> Tensor:
+    """`[N, D]`, `[C, D]` float32 -> the nearest centroid of each point, the first of equal ones: `[N]` int64."""
+    halves = centroids.square().sum(1) / 2
+    pieces = [(piece @ centroids.T - halves).argmax(1) for piece in points.split(_PIECE_TOKENS)]
+    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
+
+
+def metric_factor(moment: Tensor, *, ridge: float = RIDGE) -> Tensor:
+    """Lower triangular T `[D, D]` float64 with `T T^T = H / m + ridge`, H the moment and m its mean eigenvalue.
+
+    Raises
+    ------
+    CodecError : the moment is not finite, or all zero.
+    """
+    wide = moment.double()
+    mean = wide.diagonal().mean()
+    if not bool(wide.isfinite().all()) or not float(mean) > 0:
+        raise CodecError("the second moment of the queries is zero or not finite; leave such tokens out")
+    return torch.linalg.cholesky((wide + wide.T) / (2 * mean) + ridge * torch.eye(len(wide), dtype=torch.float64))
+
+
+def rotated_moment(moment: Tensor, rope: RopeSpec, offset: int) -> Tensor:
+    """Second moment `[D, D]` float64 of queries moved by `offset` positions, from theirs."""
+    turn = rope.shift(torch.eye(len(moment)), offset).double()
+    return turn.T @ moment.double() @ turn
