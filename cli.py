@@ -198,7 +198,6 @@ def calibrate(
     centroids: Annotated[
         int, typer.Option(min=1, max=65536, help="Of each codebook of vq; fewer of few tokens.")
     ] = 4096,
-    far_offset: Annotated[int, typer.Option(min=0, help="Tokens back at which vq takes far keys to stand.")] = 2048,
     model_id: ModelId = None,
     dtype: Dtype = None,
 ) -> None:
@@ -214,7 +213,6 @@ def calibrate(
         sequences=sequences,
         tokens=tokens,
         centroids=centroids,
-        far_offset=far_offset,
         model_id=model_id,
         dtype=dtype,
     )

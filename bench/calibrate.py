@@ -17,7 +17,7 @@ from rich.table import Table
 from .. import __version__
 from ..compress.calibration import LAYER_FITS, LEFT_OUT
 from ..compress.profile import Profile
-from ..compress.vq_fit import CENTROIDS, FAR_OFFSET, fit_layer
+from ..compress.vq_fit import CENTROIDS, doubling_bands, fit_layer
 from ..connectors.hf_calibrate import calibrate, stage_units
 from ..connectors.hf_windows import SEQUENCE_TOKENS, SEQUENCES, STRINGS_RATIO, string_windows, token_windows
 from .models import load_model
@@ -43,7 +43,6 @@ class CalibrateOptions:
     model : a Hugging Face folder; None for the bundled reference model.
     sequences, tokens : of calibration; less if the text is short.
     centroids : of each KV head's codebook, at most; fewer if there are few tokens.
-    far_offset : distance in tokens at which codebooks take all far keys to stand.
     model_id, dtype : as for `CertifyOptions`.
     """
 
@@ -53,7 +52,6 @@ class CalibrateOptions:
     sequences: int = SEQUENCES
     tokens: int = SEQUENCE_TOKENS
     centroids: int = CENTROIDS
-    far_offset: int = FAR_OFFSET
     model_id: str | None = None
     dtype: str | None = None
 
@@ -74,7 +72,8 @@ def run_calibrate(options: CalibrateOptions) -> Profile:
     strings = string_windows(tokenizer, sequences=round(STRINGS_RATIO * len(windows)), tokens=len(windows[0]))
     fits = dict(LAYER_FITS)
     if "vq" in fits:
-        fits["vq"] = partial(fit_layer, centroids=options.centroids, far_offset=options.far_offset)
+        bands = doubling_bands(model.config.max_position_embeddings)
+        fits["vq"] = partial(fit_layer, centroids=options.centroids, bands=bands)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         totals = stage_units(model.config.num_hidden_layers, windows, strings=strings)
         bars = {stage: bar.add_task(_STAGES[stage], total=total) for stage, total in totals.items()}

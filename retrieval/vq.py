@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import get_args
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..errors import CodecError, SpecMismatchError
 from .codebook import Codebook, pack, packed_bytes, unpack
-from .selector import LayerShape, Pooling, Selection
+from .selector import LayerShape, Pooling, Selection, pooled
 
 
 class VqIndex:
@@ -18,15 +19,15 @@ class VqIndex:
 
     A2ATS (arXiv 2502.12665): far keys score as if all stood b tokens back (windowed RoPE), so codes are of keys before
     rotation and hold no position: they travel with chunks to any place. Attention over what was chosen keeps the exact
-    rotation; the window, where offsets matter, never enters.
+    rotation; the window, where offsets matter most, never enters.
 
-    Deviations: one choice for each KV head instead of the union over its query heads, so that a budget of 3 % is 3 %.
-    Scores are a function of the code alone, so softmax and pooling run over centroids, weighted by how many tokens each
-    holds; the result is that over tokens. Of the tokens of one code, which all score the same, the latest are taken.
+    Deviations: the codebook's bands of distances instead of one b, a table of scores for each. One choice for each KV
+    head instead of the union over its query heads, so that a budget of 3 % is 3 %. Of tokens that score the same, as
+    all of one code and band do, the latest are taken.
 
     Parameters
     ----------
-    codebook : of this layer; one without `far_offset` compares rotated keys.
+    codebook : of this layer; one without `bands` compares rotated keys.
     start : first token of the context that it covers.
     pooling : see `pooled`.
 
@@ -38,7 +39,7 @@ class VqIndex:
     name = "vq"
 
     def __init__(self, shape: LayerShape, codebook: Codebook, *, start: int = 0, pooling: Pooling = "max") -> None:
-        heads, count, dim = codebook.centroids.shape
+        heads, _, dim = codebook.centroids.shape
         if (heads, dim) != (shape.kv_heads, shape.head_dim):
             raise SpecMismatchError(
                 f"the codebook is of {heads} heads of {dim}; expected {shape.kv_heads} of {shape.head_dim}"
@@ -48,7 +49,6 @@ class VqIndex:
         self.shape, self.start, self.codebook, self._pooling = shape, start, codebook, pooling
         self._tokens = 0
         self._packed = torch.empty(heads, 0, dtype=torch.uint8)  # with room at the end
-        self._counts = torch.zeros(heads, count, dtype=torch.int64)  # tokens of each code
 
     def __len__(self) -> int:
         return self._tokens
@@ -59,14 +59,16 @@ class VqIndex:
         return self._packed[:, : packed_bytes(self._tokens, self.codebook.code_bits)]
 
     @property
-    def counts(self) -> Tensor:
+    def occupancy(self) -> Tensor:
         """How many tokens each centroid holds, `[H, C]` int64; dead and giant ones are the first sign of drift."""
-        return self._counts
+        codes = self._codes(0, self._tokens)
+        held = torch.zeros(codes.shape[0], len(self.codebook), dtype=torch.int64)
+        return held.scatter_add_(1, codes, torch.ones_like(codes))
 
     @property
     def held_bytes(self) -> int:
-        """Packed codes and counts; codebooks are the model's, one for all sequences."""
-        return self.packed.nbytes + 4 * self._counts.numel()
+        """Packed codes; codebooks are the model's, one for all sequences."""
+        return self.packed.nbytes
 
     def add(self, keys: Tensor, values: Tensor) -> None:
         self.shape.check_keys(keys)
@@ -96,8 +98,6 @@ class VqIndex:
             )
         codes, bits = self._codes(0, self._tokens), self.codebook.code_bits
         new = self.codebook.codes(self._unrotated(keys, positions))
-        ones = torch.ones_like(new)
-        self._counts.scatter_add_(1, codes[:, rows], -ones).scatter_add_(1, new, ones)
         codes[:, rows] = new
         self._packed[:, : packed_bytes(self._tokens, bits)] = pack(codes, bits)
 
@@ -107,12 +107,11 @@ class VqIndex:
         if budget >= self._tokens:
             everything = torch.arange(self.start, self.start + self._tokens).expand(heads, -1).contiguous()
             return Selection(everything, 0)
-        read = self.codebook.centroids.nbytes + self.packed.nbytes + 4 * self._counts.numel()
         if not budget:
             return Selection(torch.empty(heads, 0, dtype=torch.int64), 0)
-        importance = self._importance(queries, position)
-        scores = vq_scores(importance, self.packed, self._tokens, self.codebook.code_bits)
-        return Selection(_latest_of_best(scores, self._threshold(importance, budget), budget) + self.start, read)
+        importance = pooled(self._scores(queries, position), self.shape, self._pooling)
+        read = self.codebook.centroids.nbytes + self.packed.nbytes
+        return Selection(_latest_of_best(importance, budget) + self.start, read)
 
     def export(self, first: int, stop: int) -> Mapping[str, Tensor]:
         """See `TravelsWithChunks`. Codes depend on the codebook and on the tokens before, not on where these stand."""
@@ -141,23 +140,35 @@ class VqIndex:
         self._append(codes)
 
     def _unrotated(self, keys: Tensor, positions: Tensor) -> Tensor:
-        if self.shape.rope is None or self.codebook.far_offset is None:
+        if self.shape.rope is None or self.codebook.bands is None:
             return keys.float()
         return self.shape.rope.shift(keys.float(), -positions)
 
-    def _importance(self, queries: Tensor, position: int) -> Tensor:
-        """`[H, C]` float32: logarithm of the pooled softmax over tokens that each token of a code has."""
-        if self.shape.rope is not None and self.codebook.far_offset is not None:
-            queries = self.shape.rope.shift(queries.float()[:, None], self.codebook.far_offset - position)[:, 0]
-        scores = self.codebook.table(queries).view(self.shape.kv_heads, self.shape.group, -1) * self.shape.scale
-        weights = scores - (scores + self._counts[:, None].log()).logsumexp(-1, keepdim=True)
-        return weights.amax(1) if self._pooling == "max" else weights.logsumexp(1)
+    def _scores(self, queries: Tensor, position: int) -> Tensor:
+        """Of all tokens, `[Hq, T]` float32, scaled."""
+        rope, bits = self.shape.rope, self.codebook.code_bits
+        if rope is not None and self.codebook.bands is not None:
+            queries = rope.shift(queries.float()[:, None], -position)[:, 0]
+        ranges = self._tokens_of_bands(position)
+        used = [band for band, (first, stop) in enumerate(ranges) if first < stop]
+        tables = self.codebook.tables(queries, rope, used) * self.shape.scale
+        pieces = []
+        for table, band in zip(tables, used, strict=True):
+            first, stop = ranges[band]
+            codes = self._packed[:, packed_bytes(first, bits) : packed_bytes(stop, bits)]
+            pieces.append(vq_scores(table, codes, stop - first, bits))
+        return torch.cat(pieces[::-1], dim=1)
 
-    def _threshold(self, importance: Tensor, budget: int) -> Tensor:
-        """`[H]`: importance of the least important token chosen, from how many each code holds."""
-        ordered, order = importance.sort(dim=1, descending=True)
-        reached = self._counts.gather(1, order).cumsum(1) >= budget
-        return ordered.gather(1, reached.int().argmax(1, keepdim=True))[:, 0]
+    def _tokens_of_bands(self, position: int) -> list[tuple[int, int]]:
+        """Indices `[first, stop)` of the tokens of each band, nearest first.
+
+        Borders are even, where codes begin with a byte: a token may fall into the band before its own.
+        """
+        bands = () if self.shape.rope is None else self.codebook.bands or ()
+        farther = [min(max(position - self.start - low + 1, 0), self._tokens) for low, _ in bands[1:]]
+        even = [border if border == self._tokens else border - border % 2 for border in farther]
+        borders = [self._tokens, *even, 0]
+        return [(first, stop) for stop, first in pairwise(borders)]
 
     def _codes(self, first: int, stop: int) -> Tensor:
         bits = self.codebook.code_bits
@@ -166,7 +177,6 @@ class VqIndex:
 
     def _append(self, codes: Tensor) -> None:
         bits, added = self.codebook.code_bits, codes.shape[1]
-        self._counts.scatter_add_(1, codes, torch.ones_like(codes))
         if self._tokens % 2:  # the last code shares a byte with the first new one
             codes = torch.cat((self._codes(self._tokens - 1, self._tokens), codes), dim=1)
         first = packed_bytes(self._tokens - self._tokens % 2, bits)
@@ -196,9 +206,10 @@ def vq_scores(table: Tensor, codes: Tensor, tokens: int, bits: int = 12) -> Tens
     return grouped.gather(2, wide[:, None].expand(-1, grouped.shape[1], -1)).flatten(0, 1)
 
 
-def _latest_of_best(scores: Tensor, threshold: Tensor, budget: int) -> Tensor:
-    """Indices `[H, budget]`, ascending: all above the threshold and, of those at it, as many of the latest as fit."""
-    above, equal = scores > threshold[:, None], scores == threshold[:, None]
+def _latest_of_best(importance: Tensor, budget: int) -> Tensor:
+    """Indices `[H, budget]`, ascending, of the most important of `[H, T]`; of equal ones the latest."""
+    least = importance.topk(budget, dim=1).values[:, -1:]
+    above, equal = importance > least, importance == least
     left = budget - above.sum(1, keepdim=True)
-    behind = equal.flip(1).cumsum(1).flip(1)  # how many at the threshold stand here or later
-    return (above | equal & (behind <= left)).nonzero()[:, 1].view(len(scores), budget)
+    behind = equal.flip(1).cumsum(1).flip(1)  # how many of the least stand here or later
+    return (above | equal & (behind <= left)).nonzero()[:, 1].view(len(importance), budget)
