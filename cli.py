@@ -195,10 +195,13 @@ def calibrate(
     text: Texts = None,
     sequences: Annotated[int, typer.Option(min=1, help="Token sequences; fewer if the text is short.")] = 16,
     tokens: Annotated[int, typer.Option(min=16, help="Tokens in each.")] = 2048,
+    centroids: Annotated[
+        int, typer.Option(min=1, max=65536, help="Of each codebook of vq; fewer of few tokens.")
+    ] = 4096,
     model_id: ModelId = None,
     dtype: Dtype = None,
 ) -> None:
-    """Learn a model's keys and values from text: the profile that nuq, lowrank, entropy and kv4 need."""
+    """Learn a model's keys and values from text: the profile that nuq, lowrank, entropy, kv4 and vq need."""
     if not text:
         raise ValueError("no text; name files or folders of it with --text")
     from .bench.calibrate import CalibrateOptions, run_calibrate
@@ -209,6 +212,7 @@ def calibrate(
         out=out,
         sequences=sequences,
         tokens=tokens,
+        centroids=centroids,
         model_id=model_id,
         dtype=dtype,
     )

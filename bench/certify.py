@@ -16,7 +16,7 @@ from .. import __version__
 from ..compress.catalog import codec_by_name
 from ..compress.certificate import Certificate, Figure
 from ..compress.profile import Profile
-from ..connectors.hf_calibrate import token_windows
+from ..connectors.hf_windows import token_windows
 from .forcing import CHUNK_TOKENS, ForcedModel, through_codec
 from .models import load_model
 from .passages import load_heldout

@@ -17,7 +17,8 @@ from ..compress.nuq import NuqCodec
 from ..compress.nuq_fit import FitOptions, fit_layer
 from ..compress.profile import Profile
 from ..compress.rotation import unrotated
-from ..connectors.hf_calibrate import calibrate, token_windows
+from ..connectors.hf_calibrate import calibrate
+from ..connectors.hf_windows import token_windows
 from ..core import Codec, KVChunk
 from ..kvstore.format import to_buffers
 from ..kvstore.keys import content_key
