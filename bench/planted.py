@@ -146,7 +146,9 @@ def planted(
     if asking == "like keys":
         asked = [keys[:, at].repeat_interleave(group, 0) for at in (where, behind)]
     else:
-        asked = [_ask(at, min(tokens, int(at[-1]) + 1), text, heads, group, random, rope, dtype) for at in (where, behind)]
+        asked = [
+            _ask(at, min(tokens, int(at[-1]) + 1), text, heads, group, random, rope, dtype) for at in (where, behind)
+        ]
     return PlantedContext(shape, keys[:, :tokens], values, asked[0], where, asked[1], behind)
 
 
@@ -199,7 +201,9 @@ class _Head:
         slow = torch.zeros(D, n + 2)
         rows = torch.cat((torch.arange(half - _SLOW_PAIRS, half), torch.arange(D - _SLOW_PAIRS, D)))
         slow[rows] = torch.randn(len(rows), n + 2, generator=random)
-        directions = torch.linalg.qr(torch.cat((slow, torch.randn(D, min(_TEXT_RANK, D - n - 2), generator=random)), 1))[0]
+        directions = torch.linalg.qr(
+            torch.cat((slow, torch.randn(D, min(_TEXT_RANK, D - n - 2), generator=random)), 1)
+        )[0]
         self._b, means, self._a = directions[:, :n], directions[:, n : n + 2], directions[:, n + 2 :]
         self._text = _orthonormal(_TEXT_RANK, self._a.shape[1], random)
         self._read = _orthonormal(_CONTENT_RANK, n, random)
@@ -244,7 +248,9 @@ def _ask(
     dtype: torch.dtype,
 ) -> Tensor:
     """Queries of all heads at positions `at`, each for a token before it and before `visible`: `[Hq, Q, D]`."""
-    asked = torch.empty(len(heads) * group, len(at), heads[0].queries(torch.zeros(1, _CONTENT_RANK), random).shape[1], dtype=dtype)
+    asked = torch.empty(
+        len(heads) * group, len(at), heads[0].queries(torch.zeros(1, _CONTENT_RANK), random).shape[1], dtype=dtype
+    )
     for i in range(len(asked)):
         target = (torch.rand(len(at), generator=random) * at.clamp(max=visible)).long()
         for rows in torch.arange(len(at)).split(_BLOCK_TOKENS):
