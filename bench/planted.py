@@ -189,7 +189,10 @@ class _Text:
 
     def content(self, ids: Tensor) -> Tensor:
         """What can be asked for of tokens, less what is their own: `[T, 32]`."""
-        return self._recipe.theme * self._themes[self._theme[ids]] + self._recipe.kind * self._kinds[self._type[ids]]
+        wanted: Tensor = (
+            self._recipe.theme * self._themes[self._theme[ids]] + self._recipe.kind * self._kinds[self._type[ids]]
+        )
+        return wanted
 
 
 class _Head:
@@ -222,7 +225,8 @@ class _Head:
         bonus = torch.empty(len(x)).exponential_(1 / recipe.heavy_logits, generator=random) * heavy
         key += (bonus / (self._shape.scale * recipe.query_mean**2))[:, None] * self._query_mean
         norm = (0.1 * torch.randn(len(x), 1, generator=random)).exp()
-        return norm * (self._key_mean + key) + 0.2 * torch.randn(len(x), D, generator=random)
+        made: Tensor = norm * (self._key_mean + key) + 0.2 * torch.randn(len(x), D, generator=random)
+        return made
 
     def values(self, x: Tensor, c: Tensor, random: torch.Generator) -> Tensor:
         return c @ self._value + 0.5 * torch.randn(len(x), self._shape.head_dim, generator=random)
@@ -234,7 +238,8 @@ class _Head:
         blur = recipe.blur * torch.randn(z.shape, generator=random) / z.shape[1] ** 0.5
         z = torch.nn.functional.normalize(z + blur, dim=-1)
         y = torch.randn(len(z), self._a.shape[1], generator=random)
-        return self._query_mean + recipe.sharpness * z @ self._b.T + 0.4 * y @ self._a.T
+        made: Tensor = self._query_mean + recipe.sharpness * z @ self._b.T + 0.4 * y @ self._a.T
+        return made
 
 
 def _ask(
@@ -261,4 +266,5 @@ def _ask(
 
 def _orthonormal(rows: int, columns: int, random: torch.Generator) -> Tensor:
     """`[rows, columns]` with orthonormal columns, times what keeps unit variance; rows >= columns."""
-    return torch.linalg.qr(torch.randn(rows, columns, generator=random))[0]
+    made: Tensor = torch.linalg.qr(torch.randn(rows, columns, generator=random))[0]
+    return made

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,7 @@ class IvfIndex:
             raise ValueError(f"nprobe {nprobe}, nlist {nlist}; expected at least 1")
         self.dim, self.nprobe, self._nlist = dim, nprobe, nlist
         self._waiting = FlatIndex(dim)
-        self._index: faiss.IndexIVFFlat | None = None
+        self._index: Any = None
 
     def __len__(self) -> int:
         return len(self._waiting) + (0 if self._index is None else int(self._index.ntotal))
@@ -65,7 +67,7 @@ class IvfIndex:
         read_bytes = (int(index.nlist) + compared) * self.dim * 4
         return _found(scores, ids, compared, read_bytes)
 
-    def _taken_in(self) -> faiss.IndexIVFFlat | None:
+    def _taken_in(self) -> Any:
         if len(self._waiting):
             keys = self._waiting.keys.numpy()
             if self._index is None:
@@ -80,7 +82,7 @@ class IvfIndex:
 
 
 class HnswIndex:
-    """`GrowableIndex` by a hierarchical graph of neighbouring keys.
+    """`GrowableIndex` by a hierarchical graph of neighbouring keys, which are inserted when it is searched.
 
     Parameters
     ----------
@@ -94,23 +96,21 @@ class HnswIndex:
             raise ValueError(f"efSearch {efSearch}, M {M}, efConstruction {efConstruction}; expected at least 1")
         self.dim, self.efSearch = dim, efSearch
         self._M = M
-        self._index = faiss.IndexHNSWFlat(dim, M, faiss.METRIC_INNER_PRODUCT)
+        self._waiting = FlatIndex(dim)
+        self._index: Any = faiss.IndexHNSWFlat(dim, M, faiss.METRIC_INNER_PRODUCT)
         self._index.hnsw.efConstruction = efConstruction
 
     def __len__(self) -> int:
-        return int(self._index.ntotal)
+        return len(self._waiting) + int(self._index.ntotal)
 
     @property
     def held_bytes(self) -> int:
         """Links, upper layers left out."""
-        return len(self) * 2 * self._M * _LINK_BYTES
+        return int(self._index.ntotal) * 2 * self._M * _LINK_BYTES
 
     def add(self, keys: Tensor) -> None:
         """`[T, D]`, copied."""
-        if keys.ndim != 2 or keys.shape[1] != self.dim:
-            raise ValueError(f"keys are {list(keys.shape)}; expected [T, {self.dim}]")
-        for key in keys.float().split(1):  # one by one: faiss inserts a batch by levels, and pieces would differ
-            self._index.add(key.contiguous().numpy())
+        self._waiting.add(keys)
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `KeyIndex`."""
@@ -124,6 +124,9 @@ class HnswIndex:
         _check(queries, self.dim)
         if not len(self):
             return _of_nothing(queries, k)
+        if len(self._waiting):
+            self._index.add(self._waiting.keys.numpy())
+            self._waiting = FlatIndex(self.dim)
         if k >= len(self):  # a beam may not reach every key
             flat = FlatIndex(self.dim)
             flat.add(torch.from_numpy(self._index.reconstruct_n(0, len(self))))

@@ -34,6 +34,7 @@ class GraphSettings:
     forward : projected edges a key; reverse edges fill it up to 32.
     metric_dims : dimensions, of the queries' second moment, in which keys are told apart.
     train_ratio, train_queries : training queries a query head and token, and at most so many a KV head.
+    keep_every : one in so many observed queries is kept until the graph is built.
     entries : keys at which a search begins.
     Ls : width of the beam at least; it is 1.25 times what is searched for if that is more. The knob for recall.
     exact_beams : fewer keys than so many times the beam are searched exactly.
@@ -46,6 +47,7 @@ class GraphSettings:
     metric_dims: int = 32
     train_ratio: float = 0.1
     train_queries: int = 16384
+    keep_every: int = 5
     entries: int = 64
     Ls: int = 160
     exact_beams: int = 16
@@ -54,7 +56,16 @@ class GraphSettings:
     def __post_init__(self) -> None:
         if not 0 < self.forward < DEGREE:
             raise ValueError(f"forward is {self.forward}; expected 1 to {DEGREE - 1} of {DEGREE} edges")
-        for name in ("Nq", "pivot_queries", "metric_dims", "train_queries", "entries", "Ls", "merge_tokens"):
+        for name in (
+            "Nq",
+            "pivot_queries",
+            "metric_dims",
+            "train_queries",
+            "keep_every",
+            "entries",
+            "Ls",
+            "merge_tokens",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
 
@@ -164,10 +175,10 @@ class KeyGraph:
         lists, best, closest = _neighbours(queries, keys, visible, settings.Nq)
         metric = _metric(queries, settings.metric_dims)
         found = invert(lists, best, count, settings.pivot_queries)
-        edges, gaps = _projected(_compared_in(keys, metric), lists, found, closest, settings.forward)
+        table = _compared_in(keys, metric)
+        edges, gaps = _projected(table, lists, found, closest, settings.forward)
         reverse_edges(edges, gaps)
-        spread = np.linspace(0, len(queries) - 1, settings.entries).astype(np.int64)
-        entries = np.unique(lists[spread, 0]).astype(np.int64)
+        entries = _far_apart(table, np.unique(lists[:, 0]).astype(np.int64), settings.entries)
         connect(edges, entries)
         self._graph = _Graph(edges, entries, metric)
 
@@ -303,7 +314,8 @@ def _metric(queries: Tensor, dims: int) -> Tensor:
     """`P` `[D, R]` such that `|P^T (a - b)|^2` is the mean square difference of the scores of keys a and b, nearly."""
     moment = (queries.T @ queries).double() / len(queries)
     values, vectors = torch.linalg.eigh(moment)
-    return (vectors * values.clamp(min=0).sqrt())[:, -dims:].float()
+    made: Tensor = (vectors * values.clamp(min=0).sqrt())[:, -dims:].float()
+    return made
 
 
 def _projected(table: Array, lists: Array, found: Array, closest: Array, forward: int) -> tuple[Array, Array]:
@@ -325,10 +337,27 @@ def _compared_in(keys: Tensor, metric: Tensor) -> Array:
     return torch.nn.functional.normalize(keys @ metric, dim=1).numpy()
 
 
+def _far_apart(table: Array, keys: Array, most: int) -> Array:
+    """Of keys that queries find first, some that lie far from one another, so that one is near whatever is asked.
+
+    Each is the farthest from those before it, among 32 times as many.
+    """
+    keys = keys[np.linspace(0, len(keys) - 1, min(len(keys), 32 * most)).astype(np.int64)]
+    directions = table[keys]
+    likeness = np.full(len(keys), -np.inf, np.float32)
+    chosen = [0]
+    while len(chosen) < min(most, len(keys)):
+        likeness = np.maximum(likeness, directions @ directions[chosen[-1]])
+        likeness[chosen[-1]] = np.inf
+        chosen.append(int(likeness.argmin()))
+    return np.sort(keys[chosen])
+
+
 def _numbers(edges: Array) -> Array:
     """Edges `[..., 3]` uint8 as numbers, int32."""
     wide: Array = edges.astype(np.int32)
-    return wide[..., 0] | wide[..., 1] << 8 | wide[..., 2] << 16
+    numbers: Array = wide[..., 0] | wide[..., 1] << 8 | wide[..., 2] << 16
+    return numbers
 
 
 def _packed(numbers: Array) -> Array:

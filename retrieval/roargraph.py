@@ -33,7 +33,6 @@ from .key_graph import GraphSettings, KeyGraph
 from .per_head import PerHeadSelector
 from .selector import LayerShape, Pooling, Selection
 
-_STRIDE = 5  # of the queries observed, one in so many may be trained with
 _RECENT = 32  # steps whose queries insert generated tokens
 
 
@@ -104,7 +103,7 @@ class RoarGraphIndex:
         self._selector.add(keys, values)
 
     def observe(self, queries: Tensor, positions: Tensor) -> None:
-        """See `LearnsFromQueries`. One query in 5 is copied and kept until `build`."""
+        """See `LearnsFromQueries`. One in `keep_every` is copied and kept until `build`."""
         shape = self.shape
         if queries.ndim != 3 or queries.shape[0] != shape.query_heads or queries.shape[2] != shape.head_dim:
             raise ValueError(f"queries are {list(queries.shape)}; expected [{shape.query_heads}, Q, {shape.head_dim}]")
@@ -112,9 +111,10 @@ class RoarGraphIndex:
             raise ValueError(f"positions are {list(positions.shape)}; expected [{queries.shape[1]}]")
         if not bool(queries.isfinite().all()):
             raise ValueError("queries are not finite; the context they come from cannot be searched")
-        first = -self._seen % _STRIDE
+        every = self.settings.keep_every
+        first = -self._seen % every
         self._seen += len(positions)
-        self._observed.append((queries[:, first::_STRIDE].clone(), positions[first::_STRIDE].clone()))
+        self._observed.append((queries[:, first::every].clone(), positions[first::every].clone()))
         self._recent = [*self._recent, *queries[:, -_RECENT:].float().unbind(1)][-_RECENT:]
 
     def build(self) -> None:
@@ -143,7 +143,8 @@ class RoarGraphIndex:
         settings = self.settings
         wanted = min(int(settings.train_ratio * len(self)), settings.train_queries // self.shape.group)
         wanted = max(1, wanted, min(count, 256))
-        return ((torch.arange(wanted) + 0.5) / wanted).sqrt().mul(count).long().clamp(max=max(0, count - 1)).unique()
+        places: Tensor = ((torch.arange(wanted) + 0.5) / wanted).sqrt().mul(count).long()
+        return places.clamp(max=max(0, count - 1)).unique()
 
     def select(self, queries: Tensor, position: int, budget: int) -> Selection:
         selection = self._selector.select(queries, position, budget)

@@ -1,4 +1,4 @@
-"""Compiled loops of `RoarGraphIndex`: searching a graph of keys. (Building one: `roargraph_build_numba.py`.)
+"""Compiled loops of `RoarGraphIndex`: searching a graph of keys; `roargraph_build_numba.py` builds one.
 
 Keys are rows of float32, float16 (seen as uint16) or bfloat16 (seen as int16), read as they are and multiplied in
 float32. An edge is 3 bytes, the number of a key, low byte first; a key has `DEGREE` of them in a row, and `NO_EDGE`
@@ -29,10 +29,12 @@ _HOW: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    made: Callable[..., Any]
     try:
-        return njit(cache=True, **_HOW)(function)
+        made = njit(cache=True, **_HOW)(function)
     except RuntimeError:  # numba found no folder that it may write machine code to
-        return njit(**_HOW)(function)
+        made = njit(**_HOW)(function)
+    return made
 
 
 def _type_number(_typing: Any, rows: Any, i: Any) -> Any:
@@ -70,8 +72,8 @@ def _type_fetch_ahead(_typing: Any, rows: Any, i: Any) -> Any:
     return types.void(rows, types.int64), generate
 
 
-_number = intrinsic(_type_number)
-_fetch_ahead = intrinsic(_type_fetch_ahead)
+_number: Any = intrinsic(_type_number)
+_fetch_ahead: Any = intrinsic(_type_fetch_ahead)
 
 
 @compiled
