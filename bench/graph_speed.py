@@ -24,7 +24,7 @@ from .planted import Asking, PlantedContext, Recipe, mahalanobis_gap, planted
 Way: TypeAlias = Literal["graph", "ivf", "hnsw"]
 K = 100
 KNOBS: dict[Way, Sequence[int]] = {
-    "graph": (100, 115, 130, 145, 160, 180, 200, 250, 300, 400, 600, 1000),
+    "graph": (125, 140, 160, 180, 200, 250, 300, 400, 600, 1000),
     "ivf": (4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048),
     "hnsw": (100, 200, 400, 800, 1600, 3200, 6400, 12800, 25600),
 }

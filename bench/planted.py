@@ -229,7 +229,8 @@ class _Head:
         return made
 
     def values(self, x: Tensor, c: Tensor, random: torch.Generator) -> Tensor:
-        return c @ self._value + 0.5 * torch.randn(len(x), self._shape.head_dim, generator=random)
+        made: Tensor = c @ self._value + 0.5 * torch.randn(len(x), self._shape.head_dim, generator=random)
+        return made
 
     def queries(self, wanted: Tensor, random: torch.Generator) -> Tensor:
         """For contents `[Q, 32]`."""

@@ -34,6 +34,7 @@ class GraphSettings:
     forward : projected edges a key; reverse edges fill it up to 32.
     metric_dims : dimensions, of the queries' second moment, in which keys are told apart.
     train_ratio, train_queries : training queries a query head and token, and at most so many a KV head.
+    exact_queries : of these, how many are compared with all keys; the others search the graph that these make.
     keep_every : one in so many observed queries is kept until the graph is built.
     entries : keys at which a search begins.
     Ls : width of the beam at least; it is 1.25 times what is searched for if that is more. The knob for recall.
@@ -46,7 +47,8 @@ class GraphSettings:
     forward: int = 20
     metric_dims: int = 32
     train_ratio: float = 0.1
-    train_queries: int = 16384
+    train_queries: int = 65536
+    exact_queries: int = 8192
     keep_every: int = 5
     entries: int = 64
     Ls: int = 160
@@ -170,17 +172,46 @@ class KeyGraph:
 
         Visible are at least one each, and rising.
         """
-        settings, count = self.settings, self._count
-        queries, keys = queries.float(), self.keys.float()
-        lists, best, closest = _neighbours(queries, keys, visible, settings.Nq)
-        metric = _metric(queries, settings.metric_dims)
-        found = invert(lists, best, count, settings.pivot_queries)
+        settings, keys = self.settings, self.keys.float()
+        queries, metric = queries.float(), _metric(queries.float(), settings.metric_dims)
         table = _compared_in(keys, metric)
-        edges, gaps = _projected(table, lists, found, closest, settings.forward)
+        mixed = torch.randperm(len(queries), generator=torch.Generator().manual_seed(0))
+        exact, others = (
+            rows.sort().values
+            for rows in mixed.split(
+                [min(settings.exact_queries, len(queries)), max(0, len(queries) - settings.exact_queries)]
+            )
+        )
+        lists, best, closest = _neighbours(queries[exact], keys, visible[exact], settings.Nq)
+        graph = self._projected(table, lists, best, closest, metric)
+        if len(others):
+            ids, scores = self._found(graph, queries[others], 2 * settings.Nq)
+            scores[ids >= visible[others, None]] = -torch.inf
+            scores, places = scores.topk(settings.Nq, dim=1)
+            ids = torch.where(scores > -torch.inf, ids.gather(1, places), -1)
+            lists, best = np.concatenate((lists, ids.int().numpy())), np.concatenate((best, scores.numpy()))
+            graph = self._projected(table, lists, best, closest, metric)
+        self._graph = graph
+
+    def _projected(self, table: Array, lists: Array, best: Array, closest: Array, metric: Tensor) -> _Graph:
+        """The graph of all keys by what training queries find."""
+        found = invert(lists, best, len(table), self.settings.pivot_queries)
+        edges, gaps = _edges(table, lists, found, closest, self.settings.forward)
         reverse_edges(edges, gaps)
-        entries = _far_apart(table, np.unique(lists[:, 0]).astype(np.int64), settings.entries)
+        tops = np.unique(lists[:, 0])
+        entries = _far_apart(table, tops[tops >= 0].astype(np.int64), self.settings.entries)
         connect(edges, entries)
-        self._graph = _Graph(edges, entries, metric)
+        return _Graph(edges, entries, metric)
+
+    def _found(self, graph: _Graph, queries: Tensor, beam: int) -> tuple[Tensor, Tensor]:
+        """Ids and scores `[Q, beam]` of what each query finds in a graph, searched for one by one."""
+        queries, rows = queries.contiguous(), self._flat()
+        ids, scores = (torch.empty(len(queries), beam, dtype=d) for d in (torch.int64, torch.float32))
+        asked, ids_out, scores_out = queries.numpy(), ids.numpy(), scores.numpy()
+        for n in range(len(queries)):
+            one = slice(n, n + 1)
+            search_graph(rows, self.dim, graph.edges, graph.entries, asked[one], scores_out[one], ids_out[one])
+        return ids, scores
 
     def _insert(self, graph: _Graph, stop: int) -> None:
         """Links the keys `[built, stop)` by what the queries asked last find, and queries made of the keys themselves.
@@ -191,12 +222,7 @@ class KeyGraph:
         settings, first = self.settings, len(graph.edges)
         fresh = self._rows[first:stop].float()
         queries = torch.cat((self._recent, fresh[::_EVERY] @ graph.metric @ graph.metric.T))
-        ids, scores = (torch.empty(len(queries), settings.Nq, dtype=d) for d in (torch.int64, torch.float32))
-        for n, query in enumerate(queries.split(1)):
-            search_graph(
-                self._flat(), self.dim, graph.edges, graph.entries, query.numpy(),
-                scores[n : n + 1].numpy(), ids[n : n + 1].numpy(),
-            )  # fmt: skip
+        ids, scores = self._found(graph, queries, settings.Nq)
         ids = torch.cat((ids, torch.arange(first, stop).expand(len(queries), -1)), 1)
         asked = queries @ fresh.T
         best, places = torch.cat((scores, asked), 1).topk(settings.Nq, dim=1)
@@ -208,7 +234,7 @@ class KeyGraph:
         local = torch.where(ids >= first, ids - first, stop - first + torch.searchsorted(beside, ids))
         lists = torch.where(ids < 0, -1, local).int().numpy()
         found = invert(lists, best.numpy(), stop - first, settings.pivot_queries)
-        edges, _ = _projected(
+        edges, _ = _edges(
             _compared_in(self._rows[nodes].float(), graph.metric), lists, found, closest, settings.forward
         )
         linked = np.concatenate(
@@ -318,7 +344,7 @@ def _metric(queries: Tensor, dims: int) -> Tensor:
     return made
 
 
-def _projected(table: Array, lists: Array, found: Array, closest: Array, forward: int) -> tuple[Array, Array]:
+def _edges(table: Array, lists: Array, found: Array, closest: Array, forward: int) -> tuple[Array, Array]:
     """Edges `[S, 32, 3]` and the lengths of the projected ones, see `project_edges`."""
     keys, count = len(found), len(lists)
     alone = np.where(found[:, 0] < 0, closest, count)

@@ -16,6 +16,7 @@ to the others, where a graph of neighbouring keys does not. What is done otherwi
   alike. By angle or distance of the keys themselves, a search compares 1.7 times as many keys for the same recall.
 - A query at position p is trained with the keys up to p alone, and later queries are taken more often: few see late
   keys.
+- Of very many training queries only some are compared with all keys; the graph that they make finds for the others.
 - What remains unreachable is linked to what is not, so that every key can be reached from the entries.
 - Generated tokens are searched exactly, and inserted in blocks by what the queries asked last find.
 - A group of queries is searched for together: each key that one of them meets is compared with all.
@@ -143,8 +144,9 @@ class RoarGraphIndex:
         settings = self.settings
         wanted = min(int(settings.train_ratio * len(self)), settings.train_queries // self.shape.group)
         wanted = max(1, wanted, min(count, 256))
-        places: Tensor = ((torch.arange(wanted) + 0.5) / wanted).sqrt().mul(count).long()
-        return places.clamp(max=max(0, count - 1)).unique()
+        places = ((torch.arange(wanted) + 0.5) / wanted).sqrt().mul(count).long().clamp(max=max(0, count - 1))
+        unique: Tensor = places.unique()
+        return unique
 
     def select(self, queries: Tensor, position: int, budget: int) -> Selection:
         selection = self._selector.select(queries, position, budget)
