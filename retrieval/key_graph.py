@@ -47,7 +47,7 @@ class GraphSettings:
     forward: int = 20
     metric_dims: int = 32
     train_ratio: float = 0.1
-    train_queries: int = 65536
+    train_queries: int = 131072
     exact_queries: int = 8192
     keep_every: int = 5
     entries: int = 64
