@@ -7,7 +7,8 @@ read directions in which keys hardly vary, and lie far from all keys. Before rot
     query = query_mean + A y + sharpness B z                    z: the c of some earlier token, blurred
 
 - `x` and `c` are shared by all KV heads, so that the keys of a layer have a low rank (96 + 32 of H D). Both follow the
-  text: runs of about 128 tokens share a topic, tokens share a type (Zipf), the rest is the token's own.
+  text: runs of about 128 tokens share a topic, others a theme to ask for, tokens share a type (Zipf), the rest is the
+  token's own.
 - `A` and `B` are orthogonal, and differ from head to head. Of the variance of a key, only `content_ratio` lies in `B`;
   neighbours among keys are therefore neighbours in topic, hardly in what a query asks for. That alone makes inverted
   lists and graphs of keys miss: nothing is shaped after any index.

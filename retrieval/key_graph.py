@@ -58,16 +58,8 @@ class GraphSettings:
     def __post_init__(self) -> None:
         if not 0 < self.forward < DEGREE:
             raise ValueError(f"forward is {self.forward}; expected 1 to {DEGREE - 1} of {DEGREE} edges")
-        for name in (
-            "Nq",
-            "pivot_queries",
-            "metric_dims",
-            "train_queries",
-            "keep_every",
-            "entries",
-            "Ls",
-            "merge_tokens",
-        ):
+        counts = ("Nq", "pivot_queries", "metric_dims", "train_queries", "exact_queries")
+        for name in (*counts, "keep_every", "entries", "Ls", "merge_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
 
@@ -319,7 +311,7 @@ def _top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _neighbours(queries: Tensor, keys: Tensor, visible: Tensor, most: int) -> tuple[Array, Array, Array]:
     """Exact: ids `[Q, most]` int32 and scores of what each query finds, and `[S]` the query each key came closest to.
 
-    Blocks of scores are made by torch and read once while they are in the cache. (faiss takes four times as long, knows
+    Blocks of scores are made by torch and read once while they are in the cache. (faiss takes more than twice as long, knows
     no causal mask, and does not tell which query a key came closest to.)
     """
     count = len(keys)
