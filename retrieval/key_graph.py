@@ -311,8 +311,8 @@ def _top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _neighbours(queries: Tensor, keys: Tensor, visible: Tensor, most: int) -> tuple[Array, Array, Array]:
     """Exact: ids `[Q, most]` int32 and scores of what each query finds, and `[S]` the query each key came closest to.
 
-    Blocks of scores are made by torch and read once while they are in the cache. (faiss takes more than twice as long, knows
-    no causal mask, and does not tell which query a key came closest to.)
+    Blocks of scores are made by torch and read once while they are in the cache. (faiss takes more than twice as long,
+    knows no causal mask, and does not tell which query a key came closest to.)
     """
     count = len(keys)
     lists, best = np.empty((len(queries), most), np.int32), np.empty((len(queries), most), np.float32)

@@ -13,8 +13,8 @@ to the others, where a graph of neighbouring keys does not. What is done otherwi
 - A key that no query finds is linked beside what the query finds that it came closest to, which the exact search knows
   already. That takes the place of a search of width 500 for each key, most of the papers' build time.
 - Neighbours are pruned by angle in the metric of the queries' second moment: two keys are alike if queries score them
-  alike. By the angle of the keys themselves, a search of a planted context of 128K
-  tokens compares 2.3 times as many keys for the same recall; with the small reference model it makes no difference.
+  alike. By the angle of the keys themselves, a search of a planted context of 128K tokens compares 2.3 times as many
+  keys for the same recall; with the small reference model it makes no difference.
 - A query at position p is trained with the keys up to p alone, and later queries are taken more often: few see late
   keys.
 - Of very many training queries only some are compared with all keys; the graph that they make finds for the others.
