@@ -1,0 +1,31 @@
+"""The ways of choosing tokens that are measured, by the name to show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
+
+from ..retrieval.flat import ExactSelector, RandomSelector
+from ..retrieval.selector import LayerShape, Selector
+
+EXACT, RANDOM = "exact", "random"
+
+Factory: TypeAlias = Callable[[int, LayerShape, int], Selector]
+"""An empty selector of a layer, by its number, its shape and the first token that it covers."""
+
+METHODS: Mapping[str, Factory] = {
+    EXACT: lambda layer, shape, start: ExactSelector(shape, start=start),
+    RANDOM: lambda layer, shape, start: RandomSelector(shape, start=start, seed=layer),
+}
+
+
+def selectors(names: Sequence[str] = tuple(METHODS)) -> dict[str, Factory]:
+    """How the selectors of these names are made, exact search first: what it chooses is what the others are held to.
+
+    Raises
+    ------
+    ValueError : there is no selector of a name.
+    """
+    if unknown := [name for name in names if name not in METHODS]:
+        raise ValueError(f"selectors are {', '.join(unknown)}; expected some of {', '.join(METHODS)}")
+    return {name: METHODS[name] for name in dict.fromkeys((EXACT, *names))}
