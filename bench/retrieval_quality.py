@@ -6,7 +6,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 
 import torch
@@ -99,6 +99,10 @@ class Build:
     prefill_s: float
     held_bytes: int
 
+    def row(self) -> dict[str, object]:
+        """Plain values by name."""
+        return {"what": "build", **asdict(self)}
+
 
 @dataclass(frozen=True, slots=True)
 class Found:
@@ -109,6 +113,10 @@ class Found:
     outcomes: Sequence[Outcome]
     builds: Sequence[Build]
     floors: Mapping[tuple[int, str], float]
+
+    def __add__(self, other: Found) -> Found:
+        floors = {**self.floors, **other.floors}
+        return Found([*self.outcomes, *other.outcomes], [*self.builds, *other.builds], floors)
 
 
 def measure(

@@ -6,7 +6,7 @@ are and how answers are scored: the share of references that is answered. What d
 - Statements and questions are those that the model was trained on (`reference/statements.py`), with names that it never
   saw; values have four digits. UUIDs (its third single and third multi-key needle) are not in that language.
 - A task with several answers asks for each behind the context by a question of its own: the model answers one at a
-  time. Several values of a key are its several attributes.
+  time. Several values of a key are attributes of several sorts.
 - Variables are entities: a record (`Now consider X.` ... `Its code is 4821.`) is one hop over text, an alias one hop
   over names. A chain of four hops, RULER's own, is asked about at each of its five names.
 - The model cannot name the common words of a list. Aggregation is measured on more words of the same list: to give each
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, cycle, islice, pairwise
 
-from .reference.statements import FOUR_DIGITS, alias, consider, draw_names, draw_value, fact, its, question
+from .reference.statements import ATTRIBUTES, FOUR_DIGITS, alias, consider, draw_names, draw_value, fact, its, question
 
 RETRIEVAL = ("single_filler", "single_text", "multi_key", "only_needles", "multi_value", "multi_query")
 TRACKING = ("records", "aliases", "alias_chain")
@@ -49,6 +49,7 @@ FILLER = (
     "There and back again.",
 )  # RULER's own
 KEYS, VALUES, HOPS, CHAINS = 4, 4, 4, 4
+OTHER_ATTRIBUTES = tuple(a for a in ATTRIBUTES if a not in FOUR_DIGITS)
 COMMON_WORDS, COMMON_TIMES, OTHER_TIMES = 10, 30, 3
 ZIPF_EXPONENT = 2.0
 CONTINUED_WORDS = 16
@@ -160,7 +161,8 @@ def _stated(rng: random.Random, kind: str) -> tuple[list[str], tuple[tuple[str, 
         return _shuffled(rng, [fact(*each) for each in facts]), _questions(asked)
     if kind == "multi_value":
         (name,) = draw_names(rng, 1, held_out=True)
-        facts = [(each, name, draw_value(rng, each)) for each in rng.sample(FOUR_DIGITS, VALUES)]
+        attributes = [attribute, *rng.sample(OTHER_ATTRIBUTES, VALUES - 1)]
+        facts = [(each, name, draw_value(rng, each)) for each in attributes]
         return _shuffled(rng, [fact(*each) for each in facts]), _questions(facts)
     if kind == "records":
         facts = [(attribute, name, draw_value(rng, attribute)) for name in draw_names(rng, CHAINS, held_out=True)]
