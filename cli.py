@@ -15,7 +15,12 @@ import typer
 from . import __version__
 from .errors import KVLoomError
 
-BENCHMARKS = {"blend": ".bench.blend", "codecs": ".bench.codecs", "retrieval": ".bench.retrieval", "tiers": ".bench.tiers"}
+BENCHMARKS = {
+    "blend": ".bench.blend",
+    "codecs": ".bench.codecs",
+    "retrieval": ".bench.retrieval",
+    "tiers": ".bench.tiers",
+}
 """Module of each benchmark by name. It offers `run(*, quick: bool) -> BenchResult`."""
 
 app = typer.Typer(

@@ -60,9 +60,7 @@ class AttentionProbe:
     ) -> None:
         self._model, self._context, self._exact = model, context, exact
         self._found: dict[int, list[Tensor]] = {}
-        self._steps = [
-            self._step(behind, own, layer, t) for layer in range(own.keys.shape[0]) for t in range(len(own))
-        ]
+        self._steps = [self._step(behind, own, layer, t) for layer in range(own.keys.shape[0]) for t in range(len(own))]
 
     def _step(self, behind: Context | None, own: Context, layer: int, t: int) -> _Step:
         context, shape = self._context, self._model.shape

@@ -14,7 +14,7 @@ Factory: TypeAlias = Callable[[int, LayerShape, int], Selector]
 """An empty selector of a layer, by its number, its shape and the first token that it covers."""
 
 METHODS: Mapping[str, Factory] = {
-    EXACT: lambda layer, shape, start: ExactSelector(shape, start=start),
+    EXACT: lambda _layer, shape, start: ExactSelector(shape, start=start),
     RANDOM: lambda layer, shape, start: RandomSelector(shape, start=start, seed=layer),
 }
 

@@ -215,9 +215,7 @@ class _Trial:
         if with_quality:
             probe = AttentionProbe(self._model, self._context, self._behind, self._own, built[EXACT])
         ratios = scope.ratios if self._since == ANSWER else scope.question_ratios
-        return [
-            self._outcome(name, of_layers, ratio, probe) for name, of_layers in built.items() for ratio in ratios
-        ]
+        return [self._outcome(name, of_layers, ratio, probe) for name, of_layers in built.items() for ratio in ratios]
 
     def _outcome(self, name: str, of_layers: Sequence[Selector], ratio: float, probe: AttentionProbe | None) -> Outcome:
         model, context, tail = self._model, self._context, self._own.first + len(self._own) - len(self._context)

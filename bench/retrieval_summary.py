@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .report import Floats, paired_bootstrap, paired_share_difference
-from .retrieval_quality import TEXT, Found, Outcome
-from .ruler import AGGREGATION, RETRIEVAL, TRACKING
+from .retrieval_quality import Found, Outcome
+from .ruler import RETRIEVAL, TRACKING
 
 TASKS = (*RETRIEVAL, *TRACKING)
 GROUPS: Mapping[str, Sequence[str]] = {"all tasks": TASKS, "retrieval": RETRIEVAL, "tracking": TRACKING}
@@ -139,5 +139,3 @@ def _by_context(rows: Sequence[Outcome], value: Callable[[Outcome], float]) -> I
 
 def _mean(values: Floats) -> float:
     return float(values.mean())
-
-

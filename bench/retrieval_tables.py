@@ -45,7 +45,7 @@ def answers_table(lines: Sequence[Summary], tokens: int) -> Table:
             cells = {(s.since, s.ratio): s for s in of_kind if s.method == method}
             found = [cells.get(column) for column in columns]
             rows.append([kind, method, *("" if s is None or s.lost is None else _points(s.lost) for s in found)])
-    heads = [f"{ratio:.3g}{' Q' if since == QUESTION else ''}" for since, ratio in columns]
+    heads = [f"{100 * ratio:g} %{' Q' if since == QUESTION else ''}" for since, ratio in columns]
     caption = (
         f"answers lost, points of 100, contexts of {tokens:,} tokens; columns: share of tokens attended to; "
         "Q: the question's tokens go through the selector, too"
@@ -84,9 +84,7 @@ def builds_table(builds: Sequence[Build], layers: int) -> Table:
             own = [b for b in of_length if b.method == method]
             built, prefilled = (sum(getattr(b, name) for b in own) for name in ("build_s", "prefill_s"))
             held = sum(b.held_bytes for b in own) / len(own) / tokens / layers
-            rows.append(
-                [f"{tokens:,}", method, f"{built / len(own):.2f}", f"{built / prefilled:.2f}", f"{held:.0f}"]
-            )
+            rows.append([f"{tokens:,}", method, f"{built / len(own):.2f}", f"{built / prefilled:.2f}", f"{held:.0f}"])
     heads = ["tokens", "selector", "build, s", "x prefill", "bytes a token and layer"]
     return Table(heads, rows, "indexes of all layers of the bundled model, beside its dense prefill")
 
@@ -144,4 +142,4 @@ def _value(summary: Summary, measure: str) -> Interval | None:
 
 def _points(interval: Interval) -> str:
     value, low, high = (100 * each for each in interval)
-    return f"{value:+.1f} ({low:+.0f} {high:+.0f})"
+    return f"{value:+.{0 if abs(value) >= 10 else 1}f} ({low:+.0f} {high:+.0f})"
