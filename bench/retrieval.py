@@ -8,11 +8,12 @@ queries.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table as ScreenTable
 
 from .models import load_model
@@ -49,13 +50,13 @@ TARGETS = (
 MEANING = (
     "A context is prefilled densely once; behind it every token attends, in every layer, to 4 sinks, the last 32 "
     "tokens of the context, everything after it, and what a selector chooses, one set for each KV head. Attended: all "
-    "of these at the last step, over the context (more where the pinned ones alone are more). Read: keys and values of "
-    "these in 16 bits and what the index reads to choose, over the keys and values that dense attention reads. Mass: "
-    "share of the softmax that falls on what is attended to. Recall: share of what exact search chooses within the same "
-    "budget. Error: of attention's output, relative. All three along the dense pass. Answers are greedy; a loss is the "
-    "share of answers lost to dense attention, with an interval of 95 % (Agresti & Min); other intervals draw contexts "
-    "anew. The model was trained on contexts of 4,096 tokens, and on positions up to 24,576 by random jumps: longer "
-    "contexts are an extrapolation."
+    "of these at the last step, over the context (more where the pinned ones alone are more). Read: keys and values "
+    "of these in 16 bits and what the index reads to choose, over the keys and values that dense attention reads. "
+    "Mass: share of the softmax that falls on what is attended to. Recall: share of what exact search chooses within "
+    "the same budget. Error: of attention's output, relative. All three along the dense pass. Answers are greedy; a "
+    "loss is the share of answers lost to dense attention, with an interval of 95 % (Agresti & Min); other intervals "
+    "draw contexts anew. The model was trained on contexts of 4,096 tokens, and on positions up to 24,576 by random "
+    "jumps: longer contexts are an extrapolation."
 )
 
 
@@ -86,7 +87,7 @@ def run(*, quick: bool = False, sizes: Sequence[int] | None = None, report: Path
             scope = _scope(size, quick)
             total = sum(scope.contexts.values()) * len(scope.kinds)
             task = bar.add_task(f"bundled model, {size:,} tokens", total=total)
-            found += measure(model, tokenizer, selectors(), scope, advance=lambda _, task=task: bar.advance(task))
+            found += measure(model, tokenizer, selectors(), scope, advance=partial(_advance, bar, task))
     lines = summaries(found)
     metrics = _quality_metrics(found)
     tables = [known_table(found)]
@@ -104,6 +105,10 @@ def run(*, quick: bool = False, sizes: Sequence[int] | None = None, report: Path
         sections = [Section("Quality against bytes read", MEANING, drawn), Section("All figures", "", tables)]
         write_text(report, html_report("Retrieval", sections))
     return BenchResult("retrieval", metrics, [*(line.row() for line in lines), *(b.row() for b in found.builds)])
+
+
+def _advance(bar: Progress, task: TaskID, _: str) -> None:
+    bar.advance(task)
 
 
 def _scope(tokens: int, quick: bool) -> Scope:

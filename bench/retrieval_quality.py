@@ -188,7 +188,8 @@ def _measure_context(
         builds.append(Build(case.tokens, case.kind, name, build_s, prefill_s, held_bytes))
     outcomes: list[Outcome] = []
     for place, (question, answer) in enumerate(case.asked):
-        for since in (ANSWER, QUESTION) if len(question) else (ANSWER,):
+        # whole questions are ten times as many tokens: the first of a context stands for all
+        for since in (ANSWER, QUESTION) if len(question) and not place else (ANSWER,):
             trial = _Trial(model, case, context, question, answer, since)
             outcomes += trial.outcomes(built, scope, with_quality=place == 0 and since == ANSWER)
     return outcomes, builds
