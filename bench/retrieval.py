@@ -27,7 +27,7 @@ from .ruler import AGGREGATION
 from .tiers import Target
 
 TRAINED_TOKENS = 4096
-CONTEXTS = 12  # of each kind at `TRAINED_TOKENS`; fewer at longer ones, as their prefill takes longer
+CONTEXTS = 6  # of a kind at `TRAINED_TOKENS`; fewer at longer ones, as their prefill takes longer
 LONGEST_KINDS = (TEXT, "multi_query", "records", "common_words")  # from `LONG_TOKENS` on, one context each
 LONG_TOKENS = 16_384
 FULL_SIZES = (4096, 8192, 24_576)
@@ -85,8 +85,7 @@ def run(*, quick: bool = False, sizes: Sequence[int] | None = None, report: Path
         found = Found([], [], {})
         for size in sizes:
             scope = _scope(size, quick)
-            total = sum(scope.contexts.values()) * len(scope.kinds)
-            task = bar.add_task(f"bundled model, {size:,} tokens", total=total)
+            task = bar.add_task(f"bundled model, {size:,} tokens", total=scope.total)
             found += measure(model, tokenizer, selectors(), scope, advance=partial(_advance, bar, task))
     lines = summaries(found)
     metrics = _quality_metrics(found)

@@ -22,10 +22,10 @@ from .models import token_counter
 from .passages import load_heldout, load_questions, sentences
 from .quality import KNOWN_RATIO
 from .retrieval_methods import EXACT, Factory
-from .ruler import KINDS, RulerSampler, Task
+from .ruler import KINDS, ONE_QUESTION, RulerSampler, Task
 
 TEXT = "text"  # beside the kinds of RULER: held-out prose, continued
-CONTINUED_TOKENS = 12
+CONTINUED_TOKENS = 8
 ANSWER, QUESTION = "answer", "question"
 """From where on tokens go through selectors: from the question's last token, whose output is the answer's first one, as
 where a prompt is prefilled densely; or from the question's first token, as where a context is cached and asked about
@@ -40,7 +40,7 @@ class Scope:
 
     Attributes
     ----------
-    contexts : by length in tokens, contexts of each kind.
+    contexts : by length in tokens, contexts of each kind; twice as many of kinds that ask one question of each.
     ratios : tokens attended to for each KV head at the last step, everything pinned counted, over those of the context.
     question_ratios : those of `ratios` at which questions go through selectors, too.
     """
@@ -49,6 +49,15 @@ class Scope:
     ratios: Sequence[float] = (0.015, 0.03, 0.06, 0.12)
     question_ratios: Sequence[float] = (0.03, 0.06)
     kinds: Sequence[str] = (TEXT, *KINDS)
+
+    def count(self, tokens: int, kind: str) -> int:
+        """Contexts of this kind and length."""
+        return self.contexts[tokens] * (2 if kind in ONE_QUESTION else 1)
+
+    @property
+    def total(self) -> int:
+        """All contexts."""
+        return sum(self.count(tokens, kind) for tokens in self.contexts for kind in self.kinds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +150,9 @@ def measure(
     outcomes: list[Outcome] = []
     builds: list[Build] = []
     floors: dict[tuple[int, str], float] = {}
-    for tokens, count in scope.contexts.items():
+    for tokens in scope.contexts:
         for kind in scope.kinds:
+            count = scope.count(tokens, kind)
             dense_right: list[bool] = []
             for number in range(count):
                 if (tokens, kind) not in floors:
@@ -247,15 +257,18 @@ class _Trial:
 
 
 class TaskTokens:
-    """Tasks in the tokens of a model, with natural text from the package around them."""
+    """Tasks in the tokens of a model, with natural text from the package around them: the second halves of what there
+    is, since selectors may have learned from the first.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer, self._lead = tokenizer, list(lead_of(tokenizer))
         count = cache(token_counter(tokenizer))
-        found = sentences(passage for asked in load_questions() for passage in asked.passages)
+        passages, prose = load_questions(), load_heldout()
+        found = sentences(passage for asked in passages[len(passages) // 2 :] for passage in asked.passages)
         words = sorted({word for sentence in found for word in re.findall(r"\b[a-z]{4,9}\b", sentence)})
         self._sampler = RulerSampler(found, [word for word in words if count(f" {word}") <= _WORD_TOKENS], count)
-        self._prose = self._encode("\n".join(load_heldout())).tolist()
+        self._prose = self._encode("\n".join(prose[len(prose) // 2 :])).tolist()
 
     def sample(self, kind: str, tokens: int, rng: random.Random) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """A context of at most `tokens` tokens, and questions with answers behind it; an empty question is followed by

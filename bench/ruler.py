@@ -27,6 +27,7 @@ from .reference.statements import ATTRIBUTES, FOUR_DIGITS, alias, consider, draw
 RETRIEVAL = ("single_filler", "single_text", "multi_key", "only_needles", "multi_value", "multi_query")
 TRACKING = ("records", "aliases", "alias_chain")
 AGGREGATION = ("common_words", "frequent_words")
+ONE_QUESTION = RETRIEVAL[:4]
 KINDS = (*RETRIEVAL, *TRACKING, *AGGREGATION)
 RULER_NAMES = {
     "single_filler": "niah_single_1",
@@ -52,7 +53,7 @@ KEYS, VALUES, HOPS, CHAINS = 4, 4, 4, 4
 OTHER_ATTRIBUTES = tuple(a for a in ATTRIBUTES if a not in FOUR_DIGITS)
 COMMON_WORDS, COMMON_TIMES, OTHER_TIMES = 10, 30, 3
 ZIPF_EXPONENT = 2.0
-CONTINUED_WORDS = 16
+CONTINUED_WORDS = 8
 _NAMES_IN_NEEDLES = 1000  # with one attribute; held-out names are not many more
 
 

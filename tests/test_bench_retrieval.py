@@ -179,18 +179,18 @@ def test_choosing_well_is_worth_more_than_chance(found: Found) -> None:
 
 
 def test_builds_are_timed(found: Found) -> None:
-    assert {b.method for b in found.builds} == set(selectors()) and len(found.builds) == 6
+    assert {b.method for b in found.builds} == set(selectors()) and len(found.builds) == 8
     assert all(b.build_s > 0 and b.prefill_s > 0 and b.held_bytes == 0 for b in found.builds)
 
 
 def test_what_dense_attention_does_not_know_is_given_up() -> None:
     """A hundred needles are more than the bundled model tells apart: that is noticed, and pooled with nothing."""
     model, tokenizer = load_model(None)
-    scope = Scope({1024: 5}, ratios=(0.2,), question_ratios=(), kinds=("only_needles",))
+    scope = Scope({1024: 3}, ratios=(0.2,), question_ratios=(), kinds=("only_needles",))
     told: list[str] = []
     floors = measure(model, tokenizer, selectors([]), scope, advance=told.append)
     assert floors.floors.keys() == {(1024, "only_needles")} and floors.floors[1024, "only_needles"] < 0.5
-    assert len(told) == 5 and {o.number for o in floors.outcomes} == {0, 1, 2, 3}
+    assert len(told) == 6 and {o.number for o in floors.outcomes} == {0, 1, 2, 3}
     assert pooled_loss(floors, EXACT, 0.2, ANSWER) is None
 
 

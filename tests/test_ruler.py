@@ -149,7 +149,7 @@ def test_frequent_words_follow_zipf(tasks: dict[str, list[Task]]) -> None:
 
 def test_a_short_list_is_half_common_words() -> None:
     sampler = RulerSampler(SENTENCES, WORDS, count_tokens)
-    task = sampler.sample(random.Random(0), "common_words", context_tokens=184)
+    task = sampler.sample(random.Random(0), "common_words", context_tokens=192)
     counts = Counter((task.context + task.continuation).split())
     assert [n for _, n in counts.most_common(COMMON_WORDS)] == [10] * COMMON_WORDS
 
