@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ class AttentionQuality:
     Attributes
     ----------
     mass : share of the softmax over all tokens that falls on those attended to; an estimate of the rest adds none.
-    recall : share of the tokens that exact search would choose within the same budget.
+    recall : share of the tokens that exact search would choose within the same budget; NaN for a budget of none.
     error : norm of the difference to dense attention's output, over the norm of that; an estimate of the rest counts.
     compared_ratio : whole keys compared with a query, over the keys that the index covers.
     """
@@ -92,7 +93,7 @@ class AttentionProbe:
         chosen = _marked(selection.ids, len(self._context))
         lost = step.covered_mass - (step.weights * chosen[:, None]).sum(-1)
         wanted = _marked(exact, len(self._context))
-        recall = float((chosen & wanted).sum() / wanted.sum()) if bool(wanted.any()) else 1.0
+        recall = float((chosen & wanted).sum() / wanted.sum()) if bool(wanted.any()) else math.nan
         out, _ = attend_chosen(
             step.query, self._context, step.layer, step.pinned, step.visible, selection, self._model.shape.scale
         )

@@ -28,7 +28,7 @@ from .tiers import Target
 
 TRAINED_TOKENS = 4096
 CONTEXTS = 6  # of a kind at `TRAINED_TOKENS`; fewer at longer ones, as their prefill takes longer
-LONGEST_KINDS = (TEXT, "multi_query", "records", "common_words")  # from `LONG_TOKENS` on, one context each
+LONGEST_KINDS = (TEXT, "common_words", "multi_query")  # from `LONG_TOKENS` on, one context each
 LONG_TOKENS = 16_384
 FULL_SIZES = (4096, 8192, 24_576)
 QUICK_SIZES = (512,)
@@ -56,7 +56,7 @@ MEANING = (
     "the same budget. Error: of attention's output, relative. All three along the dense pass. Answers are greedy; a "
     "loss is the share of answers lost to dense attention, with an interval of 95 % (Agresti & Min); other intervals "
     "draw contexts anew. The model was trained on contexts of 4,096 tokens, and on positions up to 24,576 by random "
-    "jumps: longer contexts are an extrapolation."
+    "jumps: longer contexts are an extrapolation, and beyond 8,192 tokens its answers fade."
 )
 
 

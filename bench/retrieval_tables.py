@@ -60,7 +60,7 @@ def attention_table(lines: Sequence[Summary], kinds: Sequence[str], tokens: int)
     for s in lines:
         if s.kind in kinds and s.tokens == tokens and s.since == ANSWER:
             q = s.quality
-            shown = [f"{q[name][0]:.3f}" for name in ("mass", "recall", "error")] if q else [None] * 3
+            shown = [_number(q[name][0]) for name in ("mass", "recall", "error")] if q else [None] * 3
             rows.append(
                 [
                     s.kind,
@@ -142,6 +142,10 @@ def _value(summary: Summary, measure: str) -> Interval | None:
         interval: Interval | None = getattr(summary, measure)
         return interval
     return summary.quality.get(measure)
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else "-"
 
 
 def _points(interval: Interval) -> str:

@@ -119,6 +119,7 @@ def test_attention_along_the_dense_pass(model: ContextModel, parts: tuple[Contex
     whole, half, nothing = (probe.measure(exact, budget) for budget in (SPLIT, 40, 0))
     assert whole.mass == pytest.approx(1.0, abs=1e-5) and whole.error == pytest.approx(0.0, abs=1e-4)
     assert nothing.mass == pytest.approx(_mass_of_pinned(model, context, behind, own), rel=1e-4)
+    assert math.isnan(nothing.recall)
     assert nothing.mass < half.mass < 1 and 0 < half.error < nothing.error
     assert half.recall == 1.0 and half.compared_ratio == 1.0
     chance = probe.measure(made(model, context, RANDOM), 40)
