@@ -164,7 +164,9 @@ def attend_chosen(
 
 
 def fill(selector: Selector, context: Context, layer: int) -> Selector:
-    """Gives a selector of one layer what it covers, after the queries of the prompt if it learns from them."""
+    """Gives a selector of one layer what it covers, the prompt's queries if it learns from them, and a first question:
+    some indexes are made when they are asked.
+    """
     covered = slice(SINK_TOKENS, len(context) - WINDOW_TOKENS)
     selector.add(context.keys[layer, :, covered], context.values[layer, :, covered])
     if isinstance(selector, LearnsFromQueries):
@@ -172,4 +174,5 @@ def fill(selector: Selector, context: Context, layer: int) -> Selector:
             here = slice(start, min(start + _OBSERVED, len(context)))
             selector.observe(context.queries[layer, :, here], torch.arange(here.start, here.stop))
         selector.build()
+    selector.select(context.queries[layer, :, -1], len(context) - 1, 1)
     return selector

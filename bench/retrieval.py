@@ -19,8 +19,8 @@ from rich.table import Table as ScreenTable
 from .models import load_model
 from .page import Section, Table, html_report
 from .report import BenchResult, Metric, output, write_text
-from .retrieval_methods import selectors
-from .retrieval_quality import ANSWER, QUESTION, TEXT, Found, Scope, measure
+from .retrieval_methods import TEXT, selectors
+from .retrieval_quality import ANSWER, QUESTION, Found, Scope, measure
 from .retrieval_summary import pooled_loss, summaries
 from .retrieval_tables import answers_table, attention_table, builds_table, known_table, plots, target_table
 from .ruler import AGGREGATION

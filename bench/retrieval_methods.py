@@ -9,6 +9,7 @@ from ..retrieval.flat import ExactSelector, RandomSelector
 from ..retrieval.selector import LayerShape, Selector
 
 EXACT, RANDOM = "exact", "random"
+TEXT = "text"  # a kind of context beside RULER's: held-out prose, continued
 
 Factory: TypeAlias = Callable[[int, LayerShape, int], Selector]
 """An empty selector of a layer, by its number, its shape and the first token that it covers."""
@@ -17,6 +18,9 @@ METHODS: Mapping[str, Factory] = {
     EXACT: lambda _layer, shape, start: ExactSelector(shape, start=start),
     RANDOM: lambda layer, shape, start: RandomSelector(shape, start=start, seed=layer),
 }
+
+ONLY: Mapping[str, Sequence[str]] = {}
+"""Selectors that are measured on some kinds of context alone."""
 
 
 def selectors(names: Sequence[str] = tuple(METHODS)) -> dict[str, Factory]:

@@ -21,10 +21,9 @@ from .contexts import SINK_TOKENS, WINDOW_TOKENS, Context, ContextModel, fill
 from .models import token_counter
 from .passages import load_heldout, load_questions, sentences
 from .quality import KNOWN_RATIO
-from .retrieval_methods import EXACT, Factory
+from .retrieval_methods import EXACT, ONLY, TEXT, Factory
 from .ruler import KINDS, ONE_QUESTION, RulerSampler, Task
 
-TEXT = "text"  # beside the kinds of RULER: held-out prose, continued
 CONTINUED_TOKENS = 8
 ANSWER, QUESTION = "answer", "question"
 """From where on tokens go through selectors: from the question's last token, whose output is the answer's first one, as
@@ -99,7 +98,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """The indexes of all layers of one context: seconds, beside those of its dense prefill, and bytes."""
+    """The indexes of all layers of one context: seconds until they have answered once, those of its prefill, bytes."""
 
     tokens: int
     kind: str
@@ -153,12 +152,13 @@ def measure(
     for tokens in scope.contexts:
         for kind in scope.kinds:
             count = scope.count(tokens, kind)
+            of_kind = {name: make for name, make in factories.items() if kind in ONLY.get(name, (kind,))}
             dense_right: list[bool] = []
             for number in range(count):
                 if (tokens, kind) not in floors:
                     ids, asked = tasks.sample(kind, tokens, random.Random(f"{seed} {kind} {tokens} {number}"))
                     about = _Case(tokens, kind, number, ids, asked)
-                    found, built = _measure_context(layers, about, factories, scope)
+                    found, built = _measure_context(layers, about, of_kind, scope)
                     outcomes += found
                     builds += built
                     dense_right += [o.dense_right for o in found if o.dense_right is not None]

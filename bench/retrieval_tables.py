@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from .page import Plot, Point, Table
 from .report import Metric
-from .retrieval_methods import EXACT
-from .retrieval_quality import ANSWER, QUESTION, TEXT, Build, Found
+from .retrieval_methods import EXACT, TEXT
+from .retrieval_quality import ANSWER, QUESTION, Build, Found
 from .retrieval_summary import GROUPS, TASKS, Interval, Summary
 from .ruler import AGGREGATION, KINDS, RULER_NAMES
 from .tiers import Target

@@ -15,8 +15,8 @@ from kvloom.bench import retrieval
 from kvloom.bench.attention_quality import AttentionProbe, AttentionQuality
 from kvloom.bench.contexts import SINK_TOKENS, WINDOW_TOKENS, Context, ContextModel, Reads, fill
 from kvloom.bench.models import load_model
-from kvloom.bench.retrieval_methods import EXACT, RANDOM, selectors
-from kvloom.bench.retrieval_quality import ANSWER, QUESTION, TEXT, Found, Outcome, Scope, TaskTokens, measure
+from kvloom.bench.retrieval_methods import EXACT, RANDOM, TEXT, selectors
+from kvloom.bench.retrieval_quality import ANSWER, QUESTION, Found, Outcome, Scope, TaskTokens, measure
 from kvloom.bench.retrieval_summary import pooled_loss, summaries
 from kvloom.retrieval.attention import attend
 from kvloom.retrieval.flat import ExactSelector, RandomSelector
