@@ -23,13 +23,15 @@ ONLY: Mapping[str, Sequence[str]] = {}
 """Selectors that are measured on some kinds of context alone."""
 
 
-def selectors(names: Sequence[str] = tuple(METHODS)) -> dict[str, Factory]:
-    """How the selectors of these names are made, exact search first: what it chooses is what the others are held to.
+def selectors(names: Sequence[str] | None = None) -> dict[str, Factory]:
+    """How the selectors of these names are made, all for None; exact search first: what it chooses is what the others
+    are held to.
 
     Raises
     ------
     ValueError : there is no selector of a name.
     """
+    names = tuple(METHODS) if names is None else names
     if unknown := [name for name in names if name not in METHODS]:
         raise ValueError(f"selectors are {', '.join(unknown)}; expected some of {', '.join(METHODS)}")
     return {name: METHODS[name] for name in dict.fromkeys((EXACT, *names))}

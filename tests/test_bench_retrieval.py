@@ -42,7 +42,7 @@ def parts(model: ContextModel) -> tuple[Context, Context, Context]:
 
 
 def made(model: ContextModel, context: Context, name: str = EXACT) -> list[Selector]:
-    make = selectors()[name]
+    make = selectors(names=[name])[name]
     return [fill(make(layer, model.shape, SINK_TOKENS), context, layer) for layer in range(len(context.keys))]
 
 
@@ -144,17 +144,17 @@ def _mass_of_pinned(model: ContextModel, context: Context, behind: Context, own:
 
 
 def test_selectors_begin_with_exact_search() -> None:
-    assert list(selectors([RANDOM])) == [EXACT, RANDOM]
-    assert isinstance(selectors()[RANDOM](0, LayerShape(1, 1, 8, 1.0), 3), RandomSelector)
+    assert list(selectors(names=[RANDOM])) == [EXACT, RANDOM]
+    assert isinstance(selectors(names=[RANDOM])[RANDOM](0, LayerShape(1, 1, 8, 1.0), 3), RandomSelector)
     with pytest.raises(ValueError, match="selectors are oracle; expected some of exact"):
-        selectors(["oracle"])
+        selectors(names=["oracle"])
 
 
 @pytest.fixture(scope="module")
 def found() -> Found:
     model, tokenizer = load_model(None)
     scope = Scope({512: 1}, ratios=(0.2, 1.0), question_ratios=(0.2,), kinds=(TEXT, "multi_query", "single_filler"))
-    return measure(model, tokenizer, selectors(), scope)
+    return measure(model, tokenizer, selectors(names=[RANDOM]), scope)
 
 
 def test_everything_attended_to_loses_nothing(found: Found) -> None:
@@ -167,7 +167,8 @@ def test_everything_attended_to_loses_nothing(found: Found) -> None:
 
 def test_choosing_well_is_worth_more_than_chance(found: Found) -> None:
     rows = {
-        m: [o for o in found.outcomes if (o.ratio, o.method, o.kind) == (0.2, m, "multi_query")] for m in selectors()
+        m: [o for o in found.outcomes if (o.ratio, o.method, o.kind) == (0.2, m, "multi_query")]
+        for m in (EXACT, RANDOM)
     }
     exact, chance = rows[EXACT], rows[RANDOM]
     assert sum(bool(o.right) for o in exact) > sum(bool(o.right) for o in chance)
@@ -180,7 +181,7 @@ def test_choosing_well_is_worth_more_than_chance(found: Found) -> None:
 
 
 def test_builds_are_timed(found: Found) -> None:
-    assert {b.method for b in found.builds} == set(selectors()) and len(found.builds) == 8
+    assert {b.method for b in found.builds} == {EXACT, RANDOM} and len(found.builds) == 8
     assert all(b.build_s > 0 and b.prefill_s > 0 and b.held_bytes == 0 for b in found.builds)
 
 
@@ -189,7 +190,7 @@ def test_what_dense_attention_does_not_know_is_given_up() -> None:
     model, tokenizer = load_model(None)
     scope = Scope({1024: 3}, ratios=(0.2,), question_ratios=(), kinds=("only_needles",))
     told: list[str] = []
-    floors = measure(model, tokenizer, selectors([]), scope, advance=told.append)
+    floors = measure(model, tokenizer, selectors(names=[]), scope, advance=told.append)
     assert floors.floors.keys() == {(1024, "only_needles")} and floors.floors[1024, "only_needles"] < 0.5
     assert len(told) == 6 and {o.number for o in floors.outcomes} == {0, 1, 2, 3}
     assert pooled_loss(floors, EXACT, 0.2, ANSWER) is None
