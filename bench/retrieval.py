@@ -27,8 +27,8 @@ from .ruler import AGGREGATION
 from .tiers import Target
 
 TRAINED_TOKENS = 4096
-CONTEXTS = 6  # of a kind at `TRAINED_TOKENS`; fewer at longer ones, as their prefill takes longer
-LONGEST_KINDS = (TEXT, "common_words", "multi_query")  # from `LONG_TOKENS` on, one context each
+CONTEXTS = 5  # of a kind at `TRAINED_TOKENS`; fewer at longer ones, as their prefill takes longer
+LONGEST_KINDS = (TEXT, "common_words")  # from `LONG_TOKENS` on, one context each: the model answers nothing there
 LONG_TOKENS = 16_384
 FULL_SIZES = (4096, 8192, 24_576)
 QUICK_SIZES = (512,)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .report import Floats, paired_bootstrap, paired_share_difference
+from .retrieval_methods import ONLY
 from .retrieval_quality import Found, Outcome
 from .ruler import RETRIEVAL, TRACKING
 
@@ -62,11 +63,13 @@ class Summary:
 
 
 def summaries(found: Found) -> list[Summary]:
-    """Of every kind by itself, then of `GROUPS`; kinds that dense attention does not know are in no group."""
+    """Of every kind by itself, then of `GROUPS`; in no group are kinds that dense attention does not know, and selectors
+    that were measured on some kinds alone.
+    """
     kinds = dict.fromkeys(o.kind for o in found.outcomes)
     lines = [line for kind in kinds for line in _of(found.outcomes, kind, (kind,))]
     for group, members in GROUPS.items():
-        known = [o for o in found.outcomes if (o.tokens, o.kind) not in found.floors]
+        known = [o for o in found.outcomes if (o.tokens, o.kind) not in found.floors and o.method not in ONLY]
         lines += _of(known, group, members)
     return lines
 
