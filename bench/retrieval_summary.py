@@ -63,7 +63,7 @@ class Summary:
 
 
 def summaries(found: Found) -> list[Summary]:
-    """Of every kind by itself, then of `GROUPS`; in no group are kinds that dense attention does not know, and selectors
+    """Of every kind by itself, then of `GROUPS`. In no group are kinds that dense attention does not know and selectors
     that were measured on some kinds alone.
     """
     kinds = dict.fromkeys(o.kind for o in found.outcomes)
