@@ -106,7 +106,7 @@ def test_a_flipped_byte_of_an_extra_is_a_miss(tmp_path: Path) -> None:
     with opened(DiskTier(tmp_path)) as store:
         assert_extras(store.get_layers(KEY, 0, 1), make_extras(3), slice(0, 1))  # layers are verified alone
         assert store.get(KEY) is None
-        assert store.stats().tiers[0].corrupt == 1
+        assert store.stats().tiers[0].corruptions == 1
 
 
 def test_a_chunk_without_extras_is_stored_as_ever() -> None:
