@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +21,18 @@ except ImportError as error:
 
 from ..blend.attention import causal_attention
 from ..blend.blender import BlendedContext, Blender
+from ..compress.certificate import Certificate
+from ..compress.envelope import Form
 from ..core import ChunkKey, KVChunk
 from ..errors import TierError
 from ..kvstore.keys import content_key
 from ..kvstore.store import KVStore
+from ..retrieval.selector import LayerShape
+from .hf_break_even import break_even
+from .hf_context import Plan
 from .hf_model import TransformersModel, lead_of
+from .hf_retrieval import Retrieval, covering, expect_certified
+from .hf_session import Generated, Prompt, Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +117,8 @@ class TransformersConnector:
     salt : the tenant's secret, part of every key.
     separator : ends every document that does not end with it.
     pack_tokens : documents are packed into forwards of about this many tokens.
+    certificates : what makes approximate retrieval usable, see `kvloom certify --retrieval`.
+    allow_uncertified : use it without a certificate all the same; warns every time.
 
     Raises
     ------
@@ -127,6 +137,8 @@ class TransformersConnector:
         salt: bytes = b"",
         separator: str = "\n",
         pack_tokens: int = 4096,
+        certificates: Sequence[Certificate] = (),
+        allow_uncertified: bool = False,
     ) -> None:
         if pack_tokens < 1:
             raise ValueError(f"pack_tokens is {pack_tokens}; expected at least 1")
@@ -139,6 +151,8 @@ class TransformersConnector:
         self._salt = salt
         self._separator = separator
         self._pack_tokens = pack_tokens
+        self._certificates, self._allow_uncertified = tuple(certificates), allow_uncertified
+        self._break_evens: dict[Form, int] = {}  # measured here
         self.lead_ids = lead_of(tokenizer) if lead_ids is None else tuple(lead_ids)
         # A separator with special tokens is put behind a document as tokens; plain text may merge with the document's.
         end_ids = self.encode_question(separator)
@@ -179,6 +193,74 @@ class TransformersConnector:
     def key_of(self, token_ids: Sequence[int]) -> ChunkKey:
         """Key under which the store holds a document of these tokens."""
         return content_key(self.spec, token_ids, lead_ids=self.lead_ids, salt=self._salt)
+
+    # ---------------------------------------------------------------------------------------------- retrieve
+
+    def session(self, retrieval: Retrieval, *, history: Sequence[Sequence[int]] = ()) -> Session:
+        """A conversation decoded with retrieval, over one sequence or several; to be closed.
+
+        Parameters
+        ----------
+        history : token ids said before, of each sequence, for instance `Session.token_ids` of another process. What
+            the store has of them is not computed again; after `Session.save`, that is all.
+
+        Raises
+        ------
+        UncertifiedError : `retrieval` is approximate and has no certificate for this model.
+        ValueError : a method's parameters do not fit, or a sequence is longer than the model's context.
+        """
+        expect_certified(retrieval, self.spec, self._certificates, allow_uncertified=self._allow_uncertified)
+        layers, spec = self.layers, self.spec
+        group = self.model.config.num_attention_heads // spec.num_kv_heads
+        shape = LayerShape(spec.num_kv_heads, group, spec.head_dim, layers.scale, spec.rope)
+        plan = Plan(
+            spec,
+            [shape] * spec.num_layers,
+            layers.window_tokens,
+            retrieval,
+            self._break_even(retrieval, shape),
+            self.store,
+            self._salt,
+            self.model.device,
+        )
+        return Session(
+            self.model,
+            plan,
+            encode=lambda text, is_first: [*(self.lead_ids if is_first else ()), *self.encode_question(text)],
+            decode=lambda ids: str(self.tokenizer.decode(ids, skip_special_tokens=True)),
+            max_tokens=layers.max_tokens,
+            history=history,
+        )
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        retrieval: Retrieval,
+        max_new_tokens: int = 64,
+        **options: Any,
+    ) -> Generated:
+        """One turn of a `session`: prompts are computed densely, answers decoded with retrieval; greedy by default.
+
+        Parameters
+        ----------
+        prompts : one, or one for each sequence: a text, behind the lead tokens, or token ids as they are.
+        options : for `model.generate`.
+        """
+        with self.session(retrieval) as session:
+            return session.generate(prompts, max_new_tokens=max_new_tokens, **options)
+
+    def _break_even(self, retrieval: Retrieval, shape: LayerShape) -> int:
+        """As the caller has it, as the certificate has it, or measured here, once."""
+        if retrieval.break_even_tokens is not None:
+            return retrieval.break_even_tokens
+        certificate = covering(retrieval, self.spec, self._certificates)
+        known = None if certificate is None else certificate.conditions.get("break_even_tokens")
+        if isinstance(known, int):
+            return known
+        if retrieval.form not in self._break_evens:
+            self._break_evens[retrieval.form] = break_even(retrieval, shape, self.spec.value_dim, self.spec.dtype)
+        return self._break_evens[retrieval.form]
 
     # -------------------------------------------------------------------------------------------- precompute
 
