@@ -41,11 +41,16 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self._index, self._cache = index, cache
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+    def lazy_initialization(self, *_: Any) -> None:
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         self._cache.expect_turn(self._index)
+        if len(key_states) != len(self._cache.contexts):
+            raise EngineError(
+                f"{len(key_states)} sequences where there are {len(self._cache.contexts)}; use num_beams=1 and "
+                "num_return_sequences=1"
+            )
         for context, keys, values in zip(self._cache.contexts, key_states, value_states, strict=True):
             if not context.is_done:
                 context.append(self._index, keys, values)
@@ -72,11 +77,8 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
     def get_max_length(self) -> int:
         return -1
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, *_: Any) -> None:
         raise EngineError("sequences cannot be exchanged while they are decoded with retrieval; use num_beams=1")
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        raise EngineError("sequences cannot be multiplied while they are decoded with retrieval; repeat the prompt")
 
 
 class RetrievalCache(Cache):  # type: ignore[misc]
@@ -138,10 +140,10 @@ def retrieving(model: PreTrainedModel) -> Iterator[None]:
     with _switching:
         AttentionInterface.register(IMPLEMENTATION, attention)
         AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
-        before = model.config._attn_implementation
+        before = model.config._attn_implementation  # noqa: SLF001  the only way to ask
         model.set_attn_implementation(IMPLEMENTATION)
         try:
-            if model.config._attn_implementation != IMPLEMENTATION:
+            if model.config._attn_implementation != IMPLEMENTATION:  # noqa: SLF001
                 raise EngineError(f"{type(model).__name__} does not let its attention be chosen")
             yield
         finally:

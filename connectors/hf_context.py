@@ -247,7 +247,7 @@ class Context:
     def _settle(self, chunk: KVChunk, key: ChunkKey, after: ChunkKey | None, was_stored: bool) -> _Settled:
         """Indexes a chunk and stores it with its part of the index; runs in the worker."""
         first = int(chunk.positions[0])
-        was_rebuilt = not self.index.take(chunk) and was_stored
+        was_rebuilt = not self.index.take(chunk) and was_stored and self.index.travels
         extras, layered = self.index.extras_of(first, first + len(chunk))
         store = self.plan.store
         if not was_stored or not extras.keys() <= chunk.extras.keys() or (was_rebuilt and extras):

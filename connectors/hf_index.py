@@ -39,6 +39,11 @@ class ContextIndex:
         return any(isinstance(selector, LearnsFromQueries) for selector in self.layers)
 
     @property
+    def travels(self) -> bool:
+        """Whether chunks carry their part of it."""
+        return any(isinstance(selector, TravelsWithChunks) for selector in self.layers)
+
+    @property
     def held_bytes(self) -> int:
         return sum(selector.held_bytes for selector in self.layers if selector is not None)
 

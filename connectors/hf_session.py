@@ -49,7 +49,7 @@ class _Follow(StoppingCriteria):  # type: ignore[misc]
     def __init__(self, contexts: Sequence[Context], end_ids: Sequence[int]) -> None:
         self._contexts, self._end_ids = contexts, end_ids
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, *_: Any, **__: Any) -> Tensor:
         for context, token in zip(self._contexts, input_ids[:, -1].tolist(), strict=True):
             if not context.is_done:
                 context.ids.append(token)
@@ -174,7 +174,7 @@ class Session:
         return list(prompts)  # type: ignore[arg-type]
 
     def _ids(self, prompt: Prompt, context: Context) -> list[int]:
-        ids = list(self._encode(prompt, not context.ids)) if isinstance(prompt, str) else [int(id) for id in prompt]
+        ids = list(self._encode(prompt, not context.ids)) if isinstance(prompt, str) else list(map(int, prompt))
         if not ids and not context.ids:
             raise ValueError("a prompt is empty; give at least one token")
         self._expect_room(len(context.ids) + len(ids))
