@@ -18,6 +18,7 @@ from ..compress.certificate import Certificate, Figure
 from ..compress.profile import Profile
 from ..connectors.hf_break_even import break_even
 from ..connectors.hf_calibrate import token_windows
+from ..connectors.hf_decoding import layer_shape
 from ..connectors.hf_retrieval import Retrieval
 from ..core import Codec
 from .forcing import CHUNK_TOKENS, ForcedModel, Way, through_codec
@@ -25,7 +26,7 @@ from .models import load_model
 from .passages import load_heldout
 from .quality import KINDS, KNOWN_RATIO, Limits, Measurement, measure, task_trials
 from .report import output, write_text
-from .sparse import layer_shape, through_retrieval
+from .sparse import through_retrieval
 from .texts import read_texts
 
 QUESTION_TOKENS = 128  # kept free of documents in the model's context

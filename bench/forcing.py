@@ -119,7 +119,7 @@ class ForcedModel:
 
     @torch.no_grad()
     def continued(self, prefix: KVChunk, ids: Tensor, attend: Attend | None = None) -> Tensor:
-        """The output `[T, E]` of the last layer for tokens behind `prefix`, which they attend to exactly, or by `attend`."""
+        """The output `[T, E]` of the last layer for tokens behind `prefix`, which they see exactly, or by `attend`."""
         return self._run(ids, prefix, None, attend)[1]
 
     def _run(

@@ -5,19 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..connectors.hf_decoding import layer_shape
 from ..connectors.hf_model import TransformersModel
 from ..connectors.hf_retrieval import CHUNK_TOKENS, Retrieval
 from ..core import KVChunk
 from ..retrieval.attention import attend, attend_at, merge
-from ..retrieval.selector import LayerShape, LearnsFromQueries
+from ..retrieval.selector import LearnsFromQueries
 from .forcing import QUERIES, QUERY_POSITIONS, Way, as_it_is
-
-
-def layer_shape(layers: TransformersModel) -> LayerShape:
-    """The attention of a model's layers."""
-    spec = layers.spec
-    group = layers.decoder.config.num_attention_heads // spec.num_kv_heads
-    return LayerShape(spec.num_kv_heads, group, spec.head_dim, layers.scale, spec.rope)
 
 
 def through_retrieval(retrieval: Retrieval, layers: TransformersModel) -> Way:
@@ -35,7 +29,7 @@ def through_retrieval(retrieval: Retrieval, layers: TransformersModel) -> Way:
             return None
         start, window = retrieval.sink_tokens, retrieval.window_tokens
         selector = retrieval.selector(shape, layer)
-        learned = (prefix.extras[name] for name in (QUERIES, QUERY_POSITIONS)) if prefix.extras else None
+        is_built = False
         out = queries.new_empty(*queries.shape[:2], values.shape[-1])
         for place in range(queries.shape[1]):
             position = first + place
@@ -43,13 +37,11 @@ def through_retrieval(retrieval: Retrieval, layers: TransformersModel) -> Way:
             begin = start + len(selector)
             if stop > begin:
                 selector.add(keys[:, begin:stop], values[:, begin:stop])
-                if isinstance(selector, LearnsFromQueries):
-                    if learned is not None:
-                        asked, positions = learned
-                        known = positions < first
-                        selector.observe(asked[layer][:, known], positions[known])
-                        learned = None
+                if isinstance(selector, LearnsFromQueries) and not is_built:
+                    asked, positions = prefix.extras[QUERIES][layer], prefix.extras[QUERY_POSITIONS]
+                    selector.observe(asked[:, positions < first], positions[positions < first])
                     selector.build()
+                    is_built = True
             query = queries[:, place]
             near = _near(keys, values, start, stop, position)
             parts = [attend(query, *near, scale=shape.scale)]

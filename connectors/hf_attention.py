@@ -28,7 +28,7 @@ _LAYER = "kvloom_layer"  # by this attribute of the keys that the cache gives, a
 _switching = threading.Lock()
 
 
-class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
+class RetrievalLayer(CacheLayerMixin):
     """One layer of a batch: takes new tokens, gives the model nothing but them, and attends where they belong.
 
     Rows of a batch are sequences of their own, of different lengths and without padding. Finished ones stay as they
@@ -38,7 +38,7 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
     is_sliding = False
 
     def __init__(self, index: int, cache: RetrievalCache) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._index, self._cache = index, cache
 
     def lazy_initialization(self, *_: Any) -> None:
@@ -81,7 +81,7 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
         raise EngineError("sequences cannot be exchanged while they are decoded with retrieval; use num_beams=1")
 
 
-class RetrievalCache(Cache):  # type: ignore[misc]
+class RetrievalCache(Cache):
     """The cache of a batch of contexts, for the length of one call.
 
     Attributes

@@ -3,87 +3,29 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import Executor, Future, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..blend.attention import causal_attention
-from ..core import ChunkKey, KVChunk, KVSpec
+from ..core import ChunkKey, KVChunk
 from ..errors import TierError
 from ..kvstore.keys import content_key, derived_key, prefix_keys
-from ..kvstore.store import KVStore
 from ..retrieval.attention import attend, merge
 from ..retrieval.pages import Pages
-from ..retrieval.selector import LayerShape
 from .hf_index import ContextIndex
 from .hf_near import NearTokens
-from .hf_retrieval import CHUNK_TOKENS, Retrieval
+from .hf_plan import Counts, Plan, Segment
+from .hf_retrieval import CHUNK_TOKENS
 
 _OBSERVED_STRIDE = 8  # one prompt query of so many teaches an index: RoarGraph needs about a tenth
 _SWITCHES = "session.switches"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Plan:
-    """What the sequences of a session have in common.
-
-    Attributes
-    ----------
-    shapes : the attention of every layer.
-    window_tokens : per layer, how many tokens back the model's own attention reaches; None for all.
-    break_even_tokens : shorter contexts are attended to densely.
-    """
-
-    spec: KVSpec
-    shapes: Sequence[LayerShape]
-    window_tokens: Sequence[int | None]
-    retrieval: Retrieval
-    break_even_tokens: int
-    store: KVStore
-    salt: bytes
-    device: torch.device
-
-    def retrieves(self, layer: int) -> bool:
-        return layer >= self.retrieval.dense_layers and self.window_tokens[layer] is None
-
-
-@dataclass(slots=True)
-class Counts:
-    """What became of one sequence, in tokens, chunks and steps.
-
-    Attributes
-    ----------
-    reused_tokens, computed_tokens : of prompts; replayed tokens count as computed.
-    lost_chunks : that the store should have had, and had not: their tokens were computed again.
-    unstored_chunks : that the store did not take; they stay in memory of the session's own.
-    rebuilt_chunks : stored chunks whose part of the index was missing or foreign.
-    sparse_steps : tokens decoded with retrieval; dense_steps : without.
-    chosen_tokens, read_bytes : by selectors, over all layers and KV heads.
-    """
-
-    reused_tokens: int = 0
-    computed_tokens: int = 0
-    lost_chunks: int = 0
-    unstored_chunks: int = 0
-    rebuilt_chunks: int = 0
-    sparse_steps: int = 0
-    dense_steps: int = 0
-    chosen_tokens: int = 0
-    read_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Tokens `[start, stop)` to be computed: densely, or one after the other with retrieval."""
-
-    start: int
-    stop: int
-    is_sparse: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,18 +67,20 @@ class Context:
             NearTokens(spec.num_kv_heads, spec.head_dim, spec.value_dim, spec.dtype, plan.device)
             for _ in range(spec.num_layers)
         ]
-        self.index = ContextIndex(
-            plan.retrieval, [shape if plan.retrieves(i) else None for i, shape in enumerate(plan.shapes)]
-        )
+        self.index = self._empty_index()
         self._chunks: list[KVChunk] = []
         self._pages = [Pages(CHUNK_TOKENS) for _ in range(spec.num_layers)]
-        self._held: dict[int, KVChunk] = {}  # found in the store, but still within the window
+        self._held: dict[int, tuple[KVChunk, bool]] = {}  # still within the window; whether the store has it
+        self.origin = ""  # says how keys and values came to be, where not from the tokens alone
         self._worker = worker
         self._tasks: deque[Future[_Settled]] = deque()  # of the last chunks, in order
         self._lessons: deque[Future[None]] = deque()
         self._fresh = 0  # how many of them began with the last step
         self._asked: list[list[Tensor]] = [[] for _ in range(spec.num_layers)]
         self._pins = ExitStack()
+
+    def _empty_index(self) -> ContextIndex:
+        return ContextIndex(self.plan.retrieval, self.plan.retrieving_shapes)
 
     # ----------------------------------------------------------------------------------------------- attention
 
@@ -224,8 +168,7 @@ class Context:
         sinks = plan.retrieval.sink_tokens
         while self.length - self.stop >= CHUNK_TOKENS + plan.retrieval.window_tokens:
             index, first = self.stop // CHUNK_TOKENS, sinks if self.stop else 0
-            chunk = self._held.pop(index, None)
-            was_stored = chunk is not None
+            chunk, was_stored = self._held.pop(index, (None, False))
             if chunk is None:
                 here = slice(first, first + CHUNK_TOKENS)
                 chunk = KVChunk(
@@ -320,7 +263,9 @@ class Context:
         stop = (index + 1) * CHUNK_TOKENS
         plain = prefix_keys(self.plan.spec, self.ids[:stop], chunk_tokens=CHUNK_TOKENS, salt=self.plan.salt)[index]
         switches = [switch for switch in self.switches if switch < stop]
-        return derived_key(plain, f"{self.plan.retrieval.form} {switches}") if switches else plain
+        if not switches and not self.origin:
+            return plain
+        return derived_key(plain, f"{self.origin} {self.plan.retrieval.form if switches else ''} {switches}")
 
     def save(self) -> ChunkKey:
         """Stores the window, so that the sequence can be taken up elsewhere; the key of that.
@@ -353,18 +298,46 @@ class Context:
         record = self.plan.store.get(self._record_key(last)) if last > 0 else None
         switches = [] if record is None else record.extras[_SWITCHES].tolist()
         self.dense_until, self.switches = last, list(switches)
-        if record is not None:
-            self.index.expect_state(record.extras)
         until = last if record is None else int(record.positions[0])
+        self.index.is_waiting = record is not None and self.index.has_state(record.extras)
         self._load(until)
         if record is not None and self.length == until:
             self._take(record)
+            self._collect()
+            if (
+                self.index.is_waiting
+                and not self._worker.submit(self.index.restore_state, record.extras, self.stop).result()
+            ):
+                self._index_anew()
             return []
+        if self.index.is_waiting:
+            self._index_anew()
         self.counts.lost_chunks += record is not None
         bounds = [self.length, *(switch for switch in switches if switch > self.length), last]
         is_sparse = sum(switch <= self.length for switch in switches) % 2
         self.switches = [switch for switch in switches if switch < self.length]
         return [Segment(a, b, (i + is_sparse) % 2 == 1) for i, (a, b) in enumerate(pairwise(bounds)) if a < b]
+
+    def adopt(self, chunks: Iterable[KVChunk], origin: str) -> None:
+        """Begins with tokens whose keys and values come from elsewhere, in chunks of `CHUNK_TOKENS`, the last shorter.
+
+        `origin` names where from, as part of the keys under which they are stored.
+        """
+        self.origin = origin
+        for chunk in chunks:
+            self.ids += chunk.token_ids.tolist()
+            self.dense_until = len(self.ids)
+            if len(chunk) == CHUNK_TOKENS:
+                self._held[self.length // CHUNK_TOKENS] = chunk, False
+            self._take(chunk)
+
+    def _index_anew(self) -> None:
+        """Takes all chunks into an empty index: what was stored of it as a whole is of no use."""
+        self._collect()
+        self.index = self._empty_index()
+        for chunk in self._chunks:
+            self._worker.submit(self.index.take, chunk).result()
+        self.counts.rebuilt_chunks += len(self._chunks)
 
     def _load(self, until: int) -> None:
         """Takes the chunks that the store has, from the beginning, as far as they end at `until` or before."""
@@ -374,7 +347,7 @@ class Context:
             chunk = self.plan.store.get(key) if key in self.plan.store else None
             if chunk is None or chunk.token_ids.tolist() != self.ids[self.length : self.length + CHUNK_TOKENS]:
                 return
-            self._held[index] = _on_cpu(chunk)
+            self._held[index] = _on_cpu(chunk), True
             self._take(chunk)
 
     def _take(self, chunk: KVChunk) -> None:
@@ -388,11 +361,11 @@ class Context:
 
     def _record_key(self, length: int) -> ChunkKey:
         whole = content_key(self.plan.spec, self.ids[:length], salt=self.plan.salt)
-        return derived_key(whole, f"session {self.plan.retrieval.form}")
+        return derived_key(whole, f"session {self.origin} {self.plan.retrieval.form}")
 
     def close(self) -> None:
         """Lets go of the store's chunks."""
-        tasks = [*self._tasks, *self._lessons]
+        tasks: list[Future[Any]] = [*self._tasks, *self._lessons]
         for task in tasks:
             task.cancel()
         wait(tasks)

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from ..core import KVChunk
 from ..errors import CodecError
-from ..retrieval.selector import LayerShape, LearnsFromQueries, Selector, TravelsWithChunks
+from ..retrieval.selector import (
+    KeepsState,
+    LayerShape,
+    LearnsFromQueries,
+    MovesParts,
+    Recodes,
+    Selector,
+    TravelsWithChunks,
+)
 from .hf_retrieval import Retrieval
 
 Extras = dict[str, Tensor]
@@ -19,19 +27,23 @@ class ContextIndex:
     """One selector for each layer that retrieves. Only one thread at a time may use it.
 
     An extra of a chunk is named `METHOD:DIGEST:LAYER:TENSOR`; layers whose tensors are alike share one, stacked, as
-    layer `all`, which can be read layer by layer if every layer of the model is in it.
+    layer `all`, which can be read layer by layer if every layer of the model is in it. What belongs to the sequence as
+    a whole has `state.LAYER` for the layer.
 
     Parameters
     ----------
     shapes : of every layer of the model; None for those that attend to everything.
+    start : first token that is indexed; None for the one behind the sinks.
     """
 
-    def __init__(self, retrieval: Retrieval, shapes: Sequence[LayerShape | None]) -> None:
+    def __init__(self, retrieval: Retrieval, shapes: Sequence[LayerShape | None], *, start: int | None = None) -> None:
+        self.start = retrieval.sink_tokens if start is None else start
         self.layers: list[Selector | None] = [
-            None if shape is None else retrieval.selector(shape, layer) for layer, shape in enumerate(shapes)
+            None if shape is None else retrieval.selector(shape, layer, start=self.start)
+            for layer, shape in enumerate(shapes)
         ]
-        self._first = retrieval.sink_tokens
         self._name = retrieval.index_name
+        self.is_waiting = False  # for `restore_state`; until then tokens are passed over
 
     @property
     def learns(self) -> bool:
@@ -41,33 +53,76 @@ class ContextIndex:
     @property
     def travels(self) -> bool:
         """Whether chunks carry their part of it."""
-        return any(isinstance(selector, TravelsWithChunks) for selector in self.layers)
+        return bool(self._traveling())
 
     @property
     def held_bytes(self) -> int:
         return sum(selector.held_bytes for selector in self.layers if selector is not None)
 
+    # ------------------------------------------------------------------------------------------------- chunks
+
     def take(self, chunk: KVChunk) -> bool:
         """Adds the next chunk; whether it brought its part of the index with it."""
-        parts = self._parts(chunk)
-        first = max(0, self._first - int(chunk.positions[0]))
+        if self.is_waiting:
+            return True
+        first, stop = int(chunk.positions[0]), int(chunk.positions[0]) + len(chunk)
+        skip = max(0, self.start - first)
+        parts = self.parts_of(chunk)
         if parts is not None:
             try:
-                return self._restore(parts, len(chunk) - first)
+                for layer, traveling in self._traveling().items():
+                    traveling.restore(parts[layer], len(chunk) - skip)
             except CodecError:
                 pass  # of another making, for instance by another release: computed anew below
+            else:
+                return True
         for layer, selector in enumerate(self.layers):
-            if selector is not None and len(selector) + self._first < int(chunk.positions[0]) + len(chunk):
-                selector.add(chunk.keys[layer][:, first:], chunk.values[layer][:, first:])
+            if selector is not None and self.start + len(selector) < stop:
+                selector.add(chunk.keys[layer][:, skip:], chunk.values[layer][:, skip:])
         return False
+
+    def place(
+        self, parts: Mapping[int, Mapping[str, Tensor]] | None, chunk: KVChunk, offset: int, changed: Tensor
+    ) -> int:
+        """Adds the next chunk, whose parts were made `offset` positions before, and some of whose keys have changed.
+
+        Parameters
+        ----------
+        parts : by layer; None if there are none.
+        changed : `[L, T]` bool.
+
+        Returns
+        -------
+        int : layers that took their parts; the others were computed anew.
+        """
+        took, first = 0, int(chunk.positions[0])
+        for layer, selector in enumerate(self.layers):
+            if selector is None:
+                continue
+            keys, fresh = chunk.keys[layer], changed[layer]
+            try:
+                if parts is None or not isinstance(selector, TravelsWithChunks):
+                    raise CodecError("there is nothing to take")
+                if isinstance(selector, MovesParts):
+                    placed = selector.recoded(selector.moved(parts[layer], offset), keys, fresh, first)
+                    selector.restore(placed, len(chunk))
+                elif isinstance(selector, Recodes):
+                    selector.restore(parts[layer], len(chunk))
+                    selector.recode(chunk.positions[fresh], keys[:, fresh])
+                else:
+                    raise CodecError(f"{selector.name} cannot be moved")
+                took += 1
+            except (CodecError, ValueError):
+                if self.start + len(selector) == first:
+                    selector.add(keys, chunk.values[layer])
+        return took
 
     def extras_of(self, first: int, stop: int) -> tuple[Extras, frozenset[str]]:
         """What belongs to the chunk of tokens `[first, stop)`, and the names of what is layered in it."""
         by_name: dict[str, dict[int, Tensor]] = {}
-        for layer, selector in enumerate(self.layers):
-            if isinstance(selector, TravelsWithChunks):
-                for name, tensor in selector.export(max(first, self._first), stop).items():
-                    by_name.setdefault(name, {})[layer] = tensor
+        for layer, selector in self._traveling().items():
+            for name, tensor in selector.export(max(first, self.start), stop).items():
+                by_name.setdefault(name, {})[layer] = tensor
         extras: Extras = {}
         layered = set()
         for name, of_layers in by_name.items():
@@ -80,6 +135,22 @@ class ContextIndex:
                 extras.update({f"{self._name}:{layer}:{name}": tensor for layer, tensor in of_layers.items()})
         return extras, frozenset(layered)
 
+    def parts_of(self, chunk: KVChunk) -> dict[int, Extras] | None:
+        """What a chunk holds for each layer that travels; None unless all of them find something."""
+        parts: dict[int, Extras] = {layer: {} for layer in self._traveling()}
+        for name, tensor in chunk.extras.items():
+            if not name.startswith(f"{self._name}:"):
+                continue
+            where, _, inner = name.removeprefix(f"{self._name}:").partition(":")
+            if where == "all" and len(tensor) == len(parts):
+                for layer, of_layer in zip(parts, tensor, strict=True):
+                    parts[layer][inner] = of_layer
+            elif where.isdigit() and int(where) in parts:
+                parts[int(where)][inner] = tensor
+        return parts if parts and all(parts.values()) else None
+
+    # ------------------------------------------------------------------------------------------------ queries
+
     def observe(self, layer: int, queries: Tensor, positions: Tensor) -> None:
         """Queries `[Hq, Q, D]` of one layer, at `positions` `[Q]`."""
         selector = self.layers[layer]
@@ -88,34 +159,44 @@ class ContextIndex:
 
     def build(self) -> None:
         for selector in self.layers:
-            if isinstance(selector, LearnsFromQueries):
+            if selector is not None and len(selector) and isinstance(selector, LearnsFromQueries):
                 selector.build()
 
+    # -------------------------------------------------------------------------------------------------- state
+
     def state(self) -> Extras:
-        """What belongs to the whole sequence, as extras of one chunk."""
-        return {}
+        """What belongs to the sequence as a whole, as extras of one chunk."""
+        return {
+            f"{self._name}:state.{layer}:{name}": tensor
+            for layer, selector in enumerate(self.layers)
+            if selector is not None and len(selector) and isinstance(selector, KeepsState)
+            for name, tensor in selector.state().items()
+        }
 
-    def expect_state(self, extras: Mapping[str, Tensor]) -> None:
-        """What `state` gave of the sequence that is about to be taken chunk by chunk."""
+    def has_state(self, extras: Mapping[str, Tensor]) -> bool:
+        return any(name.startswith(f"{self._name}:state.") for name in extras)
 
-    def _parts(self, chunk: KVChunk) -> list[Mapping[str, Tensor]] | None:
-        """What the chunk holds for each retrieving layer; None unless all of them find something."""
-        retrieving = [layer for layer, selector in enumerate(self.layers) if isinstance(selector, TravelsWithChunks)]
-        parts: dict[int, Extras] = {layer: {} for layer in retrieving}
-        for name, tensor in chunk.extras.items():
-            if not name.startswith(f"{self._name}:"):
+    def restore_state(self, extras: Mapping[str, Tensor], stop: int) -> bool:
+        """Takes what `state` gave when all up to `stop` was indexed; whether every layer could."""
+        self.is_waiting = False
+        for layer, selector in enumerate(self.layers):
+            if selector is None:
                 continue
-            where, _, inner = name.removeprefix(f"{self._name}:").partition(":")
-            if where == "all" and len(tensor) == len(retrieving):
-                for layer, of_layer in zip(retrieving, tensor, strict=True):
-                    parts[layer][inner] = of_layer
-            elif where.isdigit() and int(where) in parts:
-                parts[int(where)][inner] = tensor
-        return [parts[layer] for layer in retrieving] if retrieving and all(parts.values()) else None
-
-    def _restore(self, parts: Sequence[Mapping[str, Tensor]], tokens: int) -> bool:
-        """Raises `CodecError` where a part is not its layer's; layers before it have taken theirs."""
-        retrieving = [selector for selector in self.layers if isinstance(selector, TravelsWithChunks)]
-        for selector, of_layer in zip(retrieving, parts, strict=True):
-            selector.restore(of_layer, tokens)
+            prefix = f"{self._name}:state.{layer}:"
+            parts = {name.removeprefix(prefix): t for name, t in extras.items() if name.startswith(prefix)}
+            try:
+                if not isinstance(selector, KeepsState):
+                    return False
+                selector.restore_state(parts)
+            except CodecError:
+                return False
+            if self.start + len(selector) != stop:
+                return False
         return True
+
+    def _traveling(self) -> Mapping[int, TravelsWithChunks]:
+        return {
+            layer: selector
+            for layer, selector in enumerate(self.layers)
+            if selector is not None and isinstance(selector, TravelsWithChunks)
+        }

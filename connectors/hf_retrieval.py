@@ -99,16 +99,16 @@ class Retrieval:
     @property
     def index_name(self) -> str:
         """Of the index itself, whatever it is asked for: indexes of one name can be read as one another."""
-        learned = {name: self.fields[name] for name in ("sink_tokens", "parameters", "profile")}
+        learned = {name: self.fields[name] for name in ("parameters", "profile")}
         return f"{self.method}:{blake3(canonical_json(learned).encode()).hexdigest(8)}"
 
-    def selector(self, shape: LayerShape, layer: int) -> Selector:
-        """An empty index of one layer, behind the sinks."""
+    def selector(self, shape: LayerShape, layer: int, *, start: int | None = None) -> Selector:
+        """An empty index of one layer, from `start` on or behind the sinks."""
         return selector_by_name(
             self.method,
             shape,
             layer,
-            start=self.sink_tokens,
+            start=self.sink_tokens if start is None else start,
             pooling=self.pooling,
             profile=self.profile,
             parameters=self.parameters,

@@ -15,10 +15,12 @@ try:
 except ImportError as error:
     raise ImportError('kvloom.connectors.hf_session needs transformers: pip install "kvloom[transformers]"') from error
 
-from ..core import ChunkKey
+from ..core import ChunkKey, KVChunk
 from ..errors import EngineError
 from .hf_attention import RetrievalCache, retrieving
-from .hf_context import Context, Counts, Plan, Segment
+from .hf_context import Context
+from .hf_fused import FusedIndex
+from .hf_plan import Counts, Plan, Segment
 
 Prompt: TypeAlias = "str | Sequence[int]"
 
@@ -43,7 +45,7 @@ class Generated:
     counts: tuple[Counts, ...]
 
 
-class _Follow(StoppingCriteria):  # type: ignore[misc]
+class _Follow(StoppingCriteria):
     """Tells contexts what was decoded, and which of them are through. Stops nothing itself."""
 
     def __init__(self, contexts: Sequence[Context], end_ids: Sequence[int]) -> None:
@@ -67,6 +69,10 @@ class Session:
     decode : text of token ids.
     history : what was said before, in tokens, for each sequence: taken from the store as far as it is there, and
         otherwise computed again. `save` makes it whole.
+
+    Attributes
+    ----------
+    fused_index : where the index of fused documents came from; None without documents.
     """
 
     def __init__(
@@ -84,6 +90,7 @@ class Session:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="kvloom-index")
         self._contexts: list[Context] = []
         self._is_broken = False
+        self.fused_index: FusedIndex | None = None
         if history:
             self._take_up(history)
 
@@ -95,6 +102,14 @@ class Session:
         self._open(len(history))
         for context, ids in zip(self._contexts, history, strict=True):
             self._extend(context, list(ids))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def begin_with(self, chunks: Sequence[KVChunk], origin: str, index: FusedIndex) -> None:
+        """One sequence begins with tokens that were fused elsewhere; see `Context.adopt`."""
+        self._open(1)
+        self._contexts[0].adopt(chunks, origin)
+        self.fused_index = index
 
     @property
     def token_ids(self) -> list[list[int]]:
@@ -229,7 +244,7 @@ class Session:
             mask[row, longest - len(context.ids) :] = 1
         criteria = StoppingCriteriaList([_Follow(self._contexts, end_ids), *options.pop("stopping_criteria", ())])
         with retrieving(self._model):
-            self._model.generate(
+            self._model.generate(  # type: ignore[operator]
                 input_ids=input_ids.to(self._model.device),
                 attention_mask=mask.to(self._model.device),
                 past_key_values=RetrievalCache(self._contexts, self.plan.spec.num_layers),

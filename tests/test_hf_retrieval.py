@@ -26,7 +26,7 @@ from kvloom.retrieval.catalog import METHODS
 
 from .contracts import flip
 from .models import CONFIGS, make_model, make_tokenizer, make_variant
-from .retrieval_fakes import LearningSelector, MeansSelector, make_learning, make_means
+from .retrieval_fakes import FAKES, LearningSelector, MeansSelector, StatefulSelector, maker
 
 pytestmark = pytest.mark.filterwarnings("ignore::kvloom.errors.UncertifiedWarning")
 
@@ -36,8 +36,8 @@ SOME = {"budget_ratio": 0.05, "break_even_tokens": 0}
 
 @pytest.fixture(autouse=True)
 def methods(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(METHODS, "means", make_means)
-    monkeypatch.setitem(METHODS, "learning", make_learning)
+    for name in FAKES:
+        monkeypatch.setitem(METHODS, name, maker(name))
 
 
 def make(architecture: str = "llama", **config: object) -> PreTrainedModel:
@@ -84,7 +84,8 @@ def stock(model: PreTrainedModel, ids: Sequence[int], count: int = 12, **options
     """What the model's own `generate` says, and its logits `[count, V]`."""
     logits = Logits()
     settings = {"do_sample": False, "logits_processor": LogitsProcessorList([logits]), "pad_token_id": 0, **options}
-    out = model.generate(torch.tensor([list(ids)]), max_new_tokens=count, **settings)
+    asked = torch.tensor([list(ids)])
+    out = model.generate(asked, attention_mask=torch.ones_like(asked), max_new_tokens=count, **settings)
     return out[0, len(ids) :].tolist(), torch.cat(logits.seen)
 
 
@@ -383,6 +384,33 @@ def test_resuming_is_going_on(model: PreTrainedModel, tmp_path: Path, method: st
     rag.store.close()
 
 
+def test_an_index_of_the_whole_sequence_is_not_built_again(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retrieval = Retrieval("stateful", window_tokens=32, **SOME)
+    rag = opened(model, tmp_path)
+    said, expected = conversation(rag, retrieval)
+    for is_spoiled in (False, True):
+        monkeypatch.setattr(StatefulSelector, "is_spoiled", is_spoiled)
+        with rag.session(retrieval, history=said) as session:
+            context = session._contexts[0]
+            selector = context.index.layers[1]
+            assert isinstance(selector, StatefulSelector)
+            assert len(selector) == 1024 - 16
+            assert selector.added == (1024 - 16 if is_spoiled else 0)
+            assert (context.counts.rebuilt_chunks, context.counts.computed_tokens) == (4 if is_spoiled else 0, 0)
+            out = session.generate(prompts(10, 12, seed=2), max_new_tokens=12)
+        assert [list(ids) for ids in out.token_ids] == expected
+    monkeypatch.setattr(StatefulSelector, "is_spoiled", False)
+    with rag.session(retrieval, history=said) as session:
+        assert rag.store.delete(session._contexts[0].key_of(2))
+    with rag.session(retrieval, history=said) as session:
+        out = session.generate(prompts(10, 12, seed=2), max_new_tokens=12)
+        assert [context.counts.lost_chunks for context in session._contexts] == [1, 0]
+    assert [list(ids) for ids in out.token_ids] == expected
+    rag.store.close()
+
+
 @pytest.mark.parametrize("lost", [1, 2, 3])
 def test_a_lost_chunk_is_computed_as_it_was(model: PreTrainedModel, tmp_path: Path, lost: int) -> None:
     """Chunk 1 of the first row is of the prompt, 2 begins there, 3 is all decoded with retrieval."""
@@ -476,10 +504,10 @@ def test_a_context_may_grow_beyond_the_break_even(rag: TransformersConnector) ->
 
 
 def test_the_break_even_is_measured_once_or_certified(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvloom.connectors import hf
+    from kvloom.connectors import hf_decoding
 
     measured = []
-    monkeypatch.setattr(hf, "break_even", lambda *args: measured.append(args) or 123)
+    monkeypatch.setattr(hf_decoding, "break_even", lambda *args: measured.append(args) or 123)
     rag = connect(model)
     retrieval = Retrieval("means")
     for _ in range(2):
@@ -566,7 +594,7 @@ def test_what_cannot_be_asked_is_refused(rag: TransformersConnector) -> None:
     with pytest.raises(ValueError, match="max_new_tokens is 0"):
         rag.generate(prompts(3), retrieval=retrieval, max_new_tokens=0)
     for wrong, words in (
-        ({"method": "psychic"}, "no retrieval method 'psychic'; known: exact"),
+        ({"method": "psychic"}, "no retrieval method 'psychic'; known: codes, exact"),
         ({"budget_ratio": 1.5}, "budget_ratio is 1.5"),
         ({"budget_tokens": -1}, "budget_tokens is -1"),
         ({"window_tokens": 0}, "window_tokens is 0"),
