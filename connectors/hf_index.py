@@ -43,7 +43,6 @@ class ContextIndex:
             for layer, shape in enumerate(shapes)
         ]
         self._name = retrieval.index_name
-        self.is_waiting = False  # for `restore_state`; until then tokens are passed over
 
     @property
     def learns(self) -> bool:
@@ -63,8 +62,6 @@ class ContextIndex:
 
     def take(self, chunk: KVChunk) -> bool:
         """Adds the next chunk; whether it brought its part of the index with it."""
-        if self.is_waiting:
-            return True
         first, stop = int(chunk.positions[0]), int(chunk.positions[0]) + len(chunk)
         skip = max(0, self.start - first)
         parts = self.parts_of(chunk)
@@ -173,26 +170,20 @@ class ContextIndex:
             for name, tensor in selector.state().items()
         }
 
-    def has_state(self, extras: Mapping[str, Tensor]) -> bool:
-        return any(name.startswith(f"{self._name}:state.") for name in extras)
-
-    def restore_state(self, extras: Mapping[str, Tensor], stop: int) -> bool:
-        """Takes what `state` gave when all up to `stop` was indexed; whether every layer could."""
-        self.is_waiting = False
+    def restore_state(self, extras: Mapping[str, Tensor]) -> bool:
+        """Takes what `state` gave when the same tokens were indexed; whether there was any, and all of it served."""
+        took = False
         for layer, selector in enumerate(self.layers):
-            if selector is None:
-                continue
             prefix = f"{self._name}:state.{layer}:"
             parts = {name.removeprefix(prefix): t for name, t in extras.items() if name.startswith(prefix)}
+            if not parts or selector is None or not isinstance(selector, KeepsState):
+                continue
             try:
-                if not isinstance(selector, KeepsState):
-                    return False
                 selector.restore_state(parts)
             except CodecError:
                 return False
-            if self.start + len(selector) != stop:
-                return False
-        return True
+            took = True
+        return took
 
     def _traveling(self) -> Mapping[int, TravelsWithChunks]:
         return {

@@ -150,7 +150,7 @@ class KeepsState(Protocol):
         ...
 
     def restore_state(self, parts: Mapping[str, Tensor]) -> None:
-        """Takes what `state` gave instead of all that was added. Raises `CodecError` for tensors not its own."""
+        """Makes of the same tokens, added anew, what gave this `state`. Raises `CodecError` for tensors not its own."""
         ...
 
 
