@@ -20,7 +20,6 @@ CHUNK_TOKENS = 256
 _HEAD_TOKENS = 256  # whose logits are computed at once
 
 QUERIES, QUERY_POSITIONS = "queries", "query_positions"  # extras of a context, see `ForcedModel`
-_QUERY_STRIDE = 8
 
 Approximate: TypeAlias = Callable[[KVChunk], KVChunk]
 Attend: TypeAlias = Callable[[int, KVChunk, Tensor, Tensor, Tensor, int], Tensor | None]
@@ -87,7 +86,7 @@ class ForcedModel:
 
     Parameters
     ----------
-    keeps_queries : contexts carry every eighth of their queries, `[L, Hq, Q, D]`, and their positions `[Q]`, as extras.
+    keeps_queries : contexts carry their queries, `[L, Hq, Q, D]`, and their positions `[Q]`, as extras.
     """
 
     def __init__(self, model: PreTrainedModel, *, model_id: str | None = None, keeps_queries: bool = False) -> None:
@@ -141,7 +140,7 @@ class ForcedModel:
                 keys = torch.cat((prefix.keys[layer].to(device), keys), dim=1)
                 values = torch.cat((prefix.values[layer].to(device), values), dim=1)
             if self._keeps_queries:
-                asked.append(queries[:, ::_QUERY_STRIDE].cpu())
+                asked.append(queries.cpu())
             attended = None
             if attend is not None and prefix is not None:
                 attended = attend(layer, prefix, queries, keys, values, start)
@@ -151,7 +150,7 @@ class ForcedModel:
                     queries, keys, values, placed, scale=layers.scale, window_tokens=window_tokens
                 )
             hidden = layers.finish(layer, hidden, attended)
-        extras = {QUERIES: torch.stack(asked), QUERY_POSITIONS: positions[::_QUERY_STRIDE]} if asked else {}
+        extras = {QUERIES: torch.stack(asked), QUERY_POSITIONS: positions} if asked else {}
         return KVChunk(spec, ids, positions, torch.stack(all_keys), torch.stack(all_values), extras=extras), hidden
 
     @torch.no_grad()

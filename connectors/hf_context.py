@@ -24,7 +24,6 @@ from .hf_near import NearTokens
 from .hf_plan import Counts, Plan, Segment
 from .hf_retrieval import CHUNK_TOKENS
 
-_OBSERVED_STRIDE = 8  # one prompt query of so many teaches an index: RoarGraph needs about a tenth
 _SWITCHES = "session.switches"
 
 
@@ -67,7 +66,7 @@ class Context:
             NearTokens(spec.num_kv_heads, spec.head_dim, spec.value_dim, spec.dtype, plan.device)
             for _ in range(spec.num_layers)
         ]
-        self.index = self._empty_index()
+        self.index = ContextIndex(plan.retrieval, plan.retrieving_shapes)
         self._chunks: list[KVChunk] = []
         self._pages = [Pages(CHUNK_TOKENS) for _ in range(spec.num_layers)]
         self._held: dict[int, tuple[KVChunk, bool]] = {}  # still within the window; whether the store has it
@@ -78,9 +77,6 @@ class Context:
         self._fresh = 0  # how many of them began with the last step
         self._asked: list[list[Tensor]] = [[] for _ in range(spec.num_layers)]
         self._pins = ExitStack()
-
-    def _empty_index(self) -> ContextIndex:
-        return ContextIndex(self.plan.retrieval, self.plan.retrieving_shapes)
 
     # ----------------------------------------------------------------------------------------------- attention
 
@@ -112,9 +108,8 @@ class Context:
         self._collect(keep=self._fresh)
         if self.index.learns and plan.retrieves(layer) and count > 1:
             positions = torch.arange(self.length, self.length + count)
-            step = slice(-self.length % _OBSERVED_STRIDE, None, _OBSERVED_STRIDE)
-            sample = queries[:, step].detach().to("cpu", copy=True)
-            self._lessons.append(self._worker.submit(self.index.observe, layer, sample, positions[step]))
+            sample = queries.detach().to("cpu", copy=True)
+            self._lessons.append(self._worker.submit(self.index.observe, layer, sample, positions))
         window = plan.window_tokens[layer]
         first = 0 if window is None else max(0, self.length - window + 1)
         first, keys, values = self._from(layer, first)
@@ -299,19 +294,12 @@ class Context:
         switches = [] if record is None else record.extras[_SWITCHES].tolist()
         self.dense_until, self.switches = last, list(switches)
         until = last if record is None else int(record.positions[0])
-        self.index.is_waiting = record is not None and self.index.has_state(record.extras)
         self._load(until)
         if record is not None and self.length == until:
             self._take(record)
             self._collect()
-            if (
-                self.index.is_waiting
-                and not self._worker.submit(self.index.restore_state, record.extras, self.stop).result()
-            ):
-                self._index_anew()
+            self.counts.has_index_state = self._worker.submit(self.index.restore_state, record.extras).result()
             return []
-        if self.index.is_waiting:
-            self._index_anew()
         self.counts.lost_chunks += record is not None
         bounds = [self.length, *(switch for switch in switches if switch > self.length), last]
         is_sparse = sum(switch <= self.length for switch in switches) % 2
@@ -330,14 +318,6 @@ class Context:
             if len(chunk) == CHUNK_TOKENS:
                 self._held[self.length // CHUNK_TOKENS] = chunk, False
             self._take(chunk)
-
-    def _index_anew(self) -> None:
-        """Takes all chunks into an empty index: what was stored of it as a whole is of no use."""
-        self._collect()
-        self.index = self._empty_index()
-        for chunk in self._chunks:
-            self._worker.submit(self.index.take, chunk).result()
-        self.counts.rebuilt_chunks += len(self._chunks)
 
     def _load(self, until: int) -> None:
         """Takes the chunks that the store has, from the beginning, as far as they end at `until` or before."""

@@ -52,6 +52,7 @@ class Counts:
     lost_chunks : that the store should have had, and had not: their tokens were computed again.
     unstored_chunks : that the store did not take; they stay in memory of the session's own.
     rebuilt_chunks : stored chunks whose part of the index was missing or foreign.
+    has_index_state : the index of the sequence as a whole was read, and not built again.
     sparse_steps : tokens decoded with retrieval; dense_steps : without.
     chosen_tokens, read_bytes : by selectors, over all layers and KV heads.
     """
@@ -61,6 +62,7 @@ class Counts:
     lost_chunks: int = 0
     unstored_chunks: int = 0
     rebuilt_chunks: int = 0
+    has_index_state: bool = False
     sparse_steps: int = 0
     dense_steps: int = 0
     chosen_tokens: int = 0

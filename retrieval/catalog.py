@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
+from importlib import import_module
 from typing import Any, TypeAlias
 
 from ..compress.profile import Profile
@@ -23,7 +25,67 @@ def _random(
     return RandomSelector(shape, start=start, seed=seed + layer)
 
 
-METHODS: dict[str, MakeSelector] = {"exact": _exact, "random": _random}
+def _of_class(module: str, name: str) -> MakeSelector:
+    """Of a class whose constructor takes a method's parameters as they are; loaded when it is first asked for."""
+
+    def make(
+        shape: LayerShape, _layer: int, *, start: int, pooling: Pooling, profile: Profile | None, **parameters: Any
+    ) -> Selector:
+        made: Selector = getattr(import_module(module, __package__), name)(
+            shape, start=start, pooling=pooling, **parameters
+        )
+        return made
+
+    return make
+
+
+def _graph(
+    shape: LayerShape,
+    _layer: int,
+    *,
+    start: int,
+    pooling: Pooling,
+    profile: Profile | None,
+    query_ratio: float = 0.5,
+    threads: int = 1,
+    **settings: Any,
+) -> Selector:
+    graphs = import_module(".roargraph", __package__)
+    made: Selector = graphs.RoarGraphIndex(
+        shape,
+        start=start,
+        pooling=pooling,
+        settings=graphs.GraphSettings(**settings),
+        query_ratio=query_ratio,
+        threads=threads,
+    )
+    return made
+
+
+def _vq(shape: LayerShape, layer: int, *, start: int, pooling: Pooling, profile: Profile | None) -> Selector:
+    if profile is None:
+        raise ValueError("vq needs a profile, which holds its codebooks; make one with `kvloom calibrate`")
+    made: Selector = import_module(".vq", __package__).VqIndex(
+        shape, _codebook(profile, layer), start=start, pooling=pooling
+    )
+    return made
+
+
+@lru_cache(maxsize=256)
+def _codebook(profile: Profile, layer: int) -> Any:
+    # Its fingerprint is over megabytes, and every sequence asks.
+    return import_module(".codebook", __package__).Codebook.of_layer(profile, layer)
+
+
+METHODS: dict[str, MakeSelector] = {
+    "exact": _exact,
+    "random": _random,
+    "landmarks": _of_class(".landmarks", "LandmarkIndex"),
+    "factor": _of_class(".factor", "FactorIndex"),
+    "clusters": _of_class(".clusters", "ClusterIndex"),
+    "graph": _graph,
+    "vq": _vq,
+}
 """Every way of choosing tokens, by the name that `Retrieval` and the command line take."""
 
 

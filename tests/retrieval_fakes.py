@@ -95,26 +95,19 @@ class CodesSelector:
 
 
 class StatefulSelector(ExactSelector):
-    """Exact, and stored with its sequence as a whole; `added` tokens came by `add`."""
+    """Exact, and stored with its sequence as a whole; `restored` tokens."""
 
     name = "stateful"
     is_spoiled = False
-
-    def __init__(self, shape: LayerShape, *, start: int = 0) -> None:
-        super().__init__(shape, start=start)
-        self.added = 0
-
-    def add(self, keys: Tensor, values: Tensor) -> None:
-        super().add(keys, values)
-        self.added += keys.shape[1]
+    restored = 0
 
     def state(self) -> Mapping[str, Tensor]:
         return {"keys": torch.stack([head.keys for head in self._heads])}
 
     def restore_state(self, parts: Mapping[str, Tensor]) -> None:
-        if self.is_spoiled:
+        if self.is_spoiled or not torch.equal(parts["keys"], self.state()["keys"]):
             raise CodecError("this is another graph's")
-        super().add(parts["keys"], parts["keys"])
+        self.restored = len(self)
 
 
 class LearningSelector(ExactSelector):

@@ -237,9 +237,9 @@ def test_an_index_learns_from_prompt_and_answer(rag: TransformersConnector) -> N
         session.generate(ids, max_new_tokens=180)
         selector = session._contexts[0].index.layers[2]
         assert isinstance(selector, LearningSelector)
-        assert selector.seen[:75] == list(range(0, 600, 8))
+        assert selector.seen[:599] == list(range(599))
         assert len(selector) == selector.start - 16 + 752
-        assert selector.seen[75:] == list(range(600, 776))
+        assert selector.seen[599:] == list(range(600, 776))
         assert selector.built == 512 - 16
 
 
@@ -396,9 +396,8 @@ def test_an_index_of_the_whole_sequence_is_not_built_again(
             context = session._contexts[0]
             selector = context.index.layers[1]
             assert isinstance(selector, StatefulSelector)
-            assert len(selector) == 1024 - 16
-            assert selector.added == (1024 - 16 if is_spoiled else 0)
-            assert (context.counts.rebuilt_chunks, context.counts.computed_tokens) == (4 if is_spoiled else 0, 0)
+            assert (len(selector), selector.restored) == (1024 - 16, 0 if is_spoiled else 1024 - 16)
+            assert (context.counts.has_index_state, context.counts.computed_tokens) == (not is_spoiled, 0)
             out = session.generate(prompts(10, 12, seed=2), max_new_tokens=12)
         assert [list(ids) for ids in out.token_ids] == expected
     monkeypatch.setattr(StatefulSelector, "is_spoiled", False)
