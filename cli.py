@@ -83,6 +83,19 @@ def _share(text: str) -> float:
     return _number(text.removesuffix("%"), "capacity", "a percentage such as 5%") / 100
 
 
+def _parameter(text: str) -> tuple[str, int | float | str]:
+    """`"rank=160"` is `("rank", 160)`; what is no number stays text."""
+    name, separator, value = text.partition("=")
+    if not name or not separator:
+        raise ValueError(f"parameter is {text!r}; expected NAME=VALUE")
+    for read in (int, float):
+        try:
+            return name, read(value)
+        except ValueError:
+            continue
+    return name, value
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"kvloom {__version__}")
@@ -232,6 +245,10 @@ def certify(
     near_tokens: Annotated[int, typer.Option(metavar="N", help="retrieval: last tokens, always attended to.")] = 128,
     dense_layers: Annotated[int, typer.Option(metavar="N", help="retrieval: first layers that attend to all.")] = 0,
     pooling: Annotated[str, typer.Option(metavar="NAME", help="retrieval: how query heads agree, max or sum.")] = "max",
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="retrieval: a parameter of the method's own; may be repeated."),
+    ] = None,
     profile: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Profile of the model, from `kvloom calibrate`.")
     ] = None,
@@ -272,6 +289,7 @@ def certify(
             window_tokens=near_tokens,
             dense_layers=dense_layers,
             pooling=pooling,  # type: ignore[arg-type]  # which it checks
+            parameters=dict(map(_parameter, parameter or ())),
         )
     options = CertifyOptions(
         codec=codec,

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from .hf_context import Context
 
 IMPLEMENTATION = "kvloom"
 _LAYER = "kvloom_layer"  # by this attribute of the keys that the cache gives, attention knows whose they are
-_switching = threading.Lock()
+_switching: WeakKeyDictionary[PreTrainedModel, threading.Lock] = WeakKeyDictionary()
 
 
 class RetrievalLayer(CacheLayerMixin):
@@ -105,6 +106,14 @@ class RetrievalCache(Cache):
             )
         self._is_attending = True
 
+    def expect_end(self) -> None:
+        """Raises `EngineError` unless the last layer, too, has attended here."""
+        if self._next or self._is_attending:
+            raise EngineError(
+                f"layer {self._next} has not attended: the model's attention implementation was changed while it was "
+                "decoding with retrieval"
+            )
+
     def attended(self, layer: int, count: int) -> None:
         """The layer is through; after the last one the contexts go on."""
         self._is_attending, self._next = False, layer + 1
@@ -137,7 +146,7 @@ def retrieving(model: PreTrainedModel) -> Iterator[None]:
     ------
     EngineError : the model does not let its attention be chosen.
     """
-    with _switching:
+    with _switching.setdefault(model, threading.Lock()):
         AttentionInterface.register(IMPLEMENTATION, attention)
         AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
         before = model.config._attn_implementation  # noqa: SLF001  the only way to ask

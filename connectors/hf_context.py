@@ -70,6 +70,7 @@ class Context:
         self._chunks: list[KVChunk] = []
         self._pages = [Pages(CHUNK_TOKENS) for _ in range(spec.num_layers)]
         self._held: dict[int, tuple[KVChunk, bool]] = {}  # still within the window; whether the store has it
+        self._plain_keys: list[ChunkKey] = []
         self.origin = ""  # says how keys and values came to be, where not from the tokens alone
         self._worker = worker
         self._tasks: deque[Future[_Settled]] = deque()  # of the last chunks, in order
@@ -256,7 +257,9 @@ class Context:
     def key_of(self, index: int) -> ChunkKey:
         """Under which the store has chunk `index`."""
         stop = (index + 1) * CHUNK_TOKENS
-        plain = prefix_keys(self.plan.spec, self.ids[:stop], chunk_tokens=CHUNK_TOKENS, salt=self.plan.salt)[index]
+        if index >= len(self._plain_keys):  # ids only ever grow at their end
+            self._plain_keys = prefix_keys(self.plan.spec, self.ids, chunk_tokens=CHUNK_TOKENS, salt=self.plan.salt)
+        plain = self._plain_keys[index]
         switches = [switch for switch in self.switches if switch < stop]
         if not switches and not self.origin:
             return plain

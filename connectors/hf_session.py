@@ -228,6 +228,7 @@ class Session:
             past_key_values=cache,
             use_cache=True,
         )
+        cache.expect_end()
         context.counts.computed_tokens += stop - start
 
     # ------------------------------------------------------------------------------------------------- answers
@@ -243,13 +244,15 @@ class Session:
             input_ids[row, longest - len(context.ids) :] = torch.tensor(context.ids)
             mask[row, longest - len(context.ids) :] = 1
         criteria = StoppingCriteriaList([_Follow(self._contexts, end_ids), *options.pop("stopping_criteria", ())])
+        cache = RetrievalCache(self._contexts, self.plan.spec.num_layers)
         with retrieving(self._model):
             self._model.generate(  # type: ignore[operator]
                 input_ids=input_ids.to(self._model.device),
                 attention_mask=mask.to(self._model.device),
-                past_key_values=RetrievalCache(self._contexts, self.plan.spec.num_layers),
+                past_key_values=cache,
                 max_new_tokens=max_new_tokens,
                 stopping_criteria=criteria,
                 pad_token_id=pad,
                 **{"do_sample": False, **options},
             )
+            cache.expect_end()

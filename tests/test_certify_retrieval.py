@@ -130,6 +130,8 @@ def test_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
         (("--retrieval", "psychic"), "no retrieval method 'psychic'; known: "),
         (("--retrieval", "exact", "--budget", "3"), "budget_ratio is 3.0"),
         (("--retrieval", "exact", "--pooling", "mean"), "pooling is 'mean'"),
+        (("--retrieval", "random", "--parameter", "seed"), "parameter is 'seed'; expected NAME=VALUE"),
+        (("--retrieval", "random", "--parameter", "luck=7", "--trials", "1"), "random does not take {'luck': 7}"),
     ):
         assert run("certify", "reference", *args, "--model-id", "m") == 2
         assert message in capsys.readouterr().err

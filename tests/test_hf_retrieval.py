@@ -1,7 +1,9 @@
 """Decoding with retrieval in transformers: what the budget covers is exact, what is stored is found again."""
 
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,7 @@ from kvloom.kvstore.tiers.host import HostTier
 from kvloom.retrieval.catalog import METHODS
 
 from .contracts import flip
+from .lossy import CoarseCodec
 from .models import CONFIGS, make_model, make_tokenizer, make_variant
 from .retrieval_fakes import FAKES, LearningSelector, MeansSelector, StatefulSelector, maker
 
@@ -569,6 +572,63 @@ def test_attention_changed_meanwhile_is_noticed(rag: TransformersConnector) -> N
     with pytest.raises(EngineError, match="attention implementation was changed"):
         rag.generate(
             prompts(300), retrieval=Retrieval("exact", **ALL), logits_processor=LogitsProcessorList([Change()])
+        )
+
+
+def test_attention_changed_in_the_last_layer_is_noticed(rag: TransformersConnector) -> None:
+    """When nothing comes behind that could stumble over it."""
+    last = rag.model.model.layers[3]
+    calls = []
+
+    def change(*_: object) -> None:
+        calls.append(1)
+        if len(calls) == 2:  # of the slice, of the token
+            rag.model.set_attn_implementation("sdpa")
+
+    hook = last.register_forward_pre_hook(change)
+    with pytest.raises(EngineError, match="layer 3 has not attended"):
+        rag.generate(prompts(300), retrieval=Retrieval("exact", **ALL), max_new_tokens=1)
+    hook.remove()
+
+
+def test_sessions_in_threads(model: PreTrainedModel) -> None:
+    asked, retrieval = prompts(500, 600, 700), Retrieval("means", **SOME)
+    expected = [ask(connect(model), [ids], retrieval)[0][0] for ids in asked]
+    rag = connect(model)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda ids: ask(rag, [ids], retrieval)[0][0], asked))
+    assert found == expected
+
+
+def test_indexing_runs_beside_the_prefill(rag: TransformersConnector, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = set()
+    plain = MeansSelector.add
+
+    def watched(self: MeansSelector, keys: Tensor, values: Tensor) -> None:
+        threads.add(threading.current_thread().name.partition("_")[0])
+        plain(self, keys, values)
+
+    monkeypatch.setattr(MeansSelector, "add", watched)
+    rag.generate(prompts(900), retrieval=Retrieval("means", **SOME), max_new_tokens=2)
+    assert threads == {"kvloom-index"}
+
+
+def test_a_lossy_store_is_what_attention_sees(model: PreTrainedModel) -> None:
+    """Where the store gives back less than it was given, in every run the same."""
+    codec = CoarseCodec(1 / 8)
+    asked, retrieval = prompts(1500), Retrieval("means", **ALL)
+    logits = []
+    for _ in range(2):
+        store = KVStore([HostTier(None)], codec=codec, allow_uncertified=True)
+        rag = TransformersConnector(model, make_tokenizer(bos=True), store, model_id="m")
+        logits.append(ask(rag, asked, retrieval, 6)[1])
+    assert torch.equal(*logits)
+    difference = float((logits[0][:, 0] - stock(model, asked[0], 6)[1]).abs().max())
+    assert difference > 0.01
+    with pytest.raises(UncertifiedError, match="codec 'coarse' is lossy"):
+        strict = KVStore([HostTier(None)], codec=codec)
+        TransformersConnector(model, make_tokenizer(bos=True), strict, model_id="m").generate(
+            asked, retrieval=retrieval
         )
 
 
