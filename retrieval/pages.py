@@ -1,64 +1,112 @@
-"""One layer's keys and values where they lie: equal pieces in somebody else's memory, gathered by token."""
+"""Keys and values of one layer where they lie already, in pieces of another's memory; attention over some of them."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .attention import Partial, attend
+from .attention import Partial, attend, nothing
+from .ops import check_ids, compiled_for_cpu
 
 
 class Pages:
-    """Keys and values of the tokens `[0, len)` of one layer, as references to pieces of `page_tokens` tokens.
+    """The tokens of one layer of one sequence, in pages that belong to somebody else: nothing is copied.
+
+    Ownership: a page's tensors are kept for as long as the object lives, so that their memory stays; who writes to
+    them changes what is attended to.
 
     Parameters
     ----------
-    page_tokens : tokens of every piece.
+    page_tokens : tokens of a page; only the last page may be shorter, and no page can follow it.
     """
 
     def __init__(self, page_tokens: int) -> None:
         if page_tokens < 1:
             raise ValueError(f"page_tokens is {page_tokens}; expected at least 1")
         self.page_tokens = page_tokens
-        self._pages: list[tuple[Tensor, Tensor]] = []
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+        self._table = np.empty((0, 6), np.int64)  # of the first pages, made longer when it is next needed
+        self._tokens = 0
 
     def __len__(self) -> int:
-        return len(self._pages) * self.page_tokens
+        return self._tokens
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """The next piece, `[H, page_tokens, D]` and `[H, page_tokens, Dv]`; kept, not copied."""
-        if keys.ndim != 3 or keys.shape[:2] != values.shape[:2] or keys.shape[1] != self.page_tokens:
+        """The next tokens: `[H, N, D]` and `[H, N, Dv]` on the cpu; more than a page become several.
+
+        Raises `ValueError` for other shapes and dtypes than those of the first page, for rows that are not contiguous,
+        and behind a page that is not full.
+        """
+        for name, tensor, of_first in (("keys", keys, self._keys), ("values", values, self._values)):
+            expected = of_first[0] if of_first else keys
+            if tensor.ndim != 3 or tensor.shape[:2] != (expected.shape[0], keys.shape[1]) or tensor.is_cuda:
+                raise ValueError(f"{name} are {list(tensor.shape)} on {tensor.device}; expected [H, N, D] on the cpu")
+            if of_first and (tensor.dtype, tensor.shape[2]) != (expected.dtype, expected.shape[2]):
+                raise ValueError(
+                    f"{name} are {tensor.dtype} {list(tensor.shape)}; expected {expected.dtype} of {expected.shape[2]}"
+                )
+            if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+                raise ValueError(f"{name} are {tensor.dtype}; expected floats of 16 or 32 bits")
+            if tensor.shape[2] > 1 and tensor.stride(2) != 1:
+                raise ValueError(f"{name} lie in steps of {list(tensor.stride())}; expected contiguous rows")
+        if not keys.shape[1]:
+            return
+        if self._tokens % self.page_tokens:
             raise ValueError(
-                f"keys are {list(keys.shape)}, values {list(values.shape)}; expected [H, {self.page_tokens}, D] each"
+                f"the last page has {self._tokens % self.page_tokens} tokens; only full ones of {self.page_tokens} "
+                "can be followed by others"
             )
-        self._pages.append((keys, values))
+        for page in zip(keys.split(self.page_tokens, 1), values.split(self.page_tokens, 1), strict=True):
+            self._keys.append(page[0])
+            self._values.append(page[1])
+        self._tokens += keys.shape[1]
 
     def gather(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys `[H, K, D]` and values `[H, K, Dv]` of the tokens `ids` (`[H, K]` int64); of -1, those of some token.
+        """Copies of the rows `ids` (`[H, K]` int64, -1 for none): `[H, K, D]` and `[H, K, Dv]`; rows of -1 are zeros.
 
-        Raises
-        ------
-        IndexError : an id is not below `len`.
+        Raises `ValueError` for ids of no token, and if there are no pages.
         """
-        if ids.numel() and (int(ids.max()) >= len(self) or int(ids.min()) < -1):
-            raise IndexError(f"ids reach from {int(ids.min())} to {int(ids.max())}; there are {len(self)} tokens")
-        rows = ids.clamp(min=0)
-        pages, places = rows // self.page_tokens, rows % self.page_tokens
-        heads = torch.arange(ids.shape[0])[:, None].expand_as(ids)
-        keys = values = None
-        for page in pages.unique().tolist():
-            here = pages == page
-            of_keys, of_values = self._pages[page]
-            if keys is None or values is None:
-                keys = of_keys.new_empty(*ids.shape, of_keys.shape[-1])
-                values = of_values.new_empty(*ids.shape, of_values.shape[-1])
-            keys[here] = of_keys[heads[here], places[here]]
-            values[here] = of_values[heads[here], places[here]]
-        if keys is None or values is None:
-            raise IndexError("ids are empty; there is nothing to gather")
+        self._check(ids)
+        keys, values = (rows[0].new_zeros(*ids.shape, rows[0].shape[2]) for rows in (self._keys, self._values))
+        kernel = compiled_for_cpu()
+        if kernel is not None:
+            kernel.gather_rows(self._addresses(), self.page_tokens, ids, keys, values)
+            return keys, values
+        of_page, token = ids // self.page_tokens, ids % self.page_tokens
+        for page in of_page[ids >= 0].unique().tolist():
+            head, place = (of_page == page).nonzero(as_tuple=True)
+            keys[head, place] = self._keys[page][head, token[head, place]]
+            values[head, place] = self._values[page][head, token[head, place]]
         return keys, values
 
     def attend(self, queries: Tensor, ids: Tensor, *, scale: float) -> Partial:
-        """Attention of one query token `[Hq, D]` over the tokens `ids`; -1 for none."""
-        keys, values = self.gather(ids)
-        return attend(queries, keys, values, scale=scale, visible=ids >= 0)
+        """Attention of one query token (`[Hq, D]`) over the rows `ids`, see `gather_attend` of ops.py."""
+        self._check(ids)
+        H, _, D = self._keys[0].shape
+        if queries.ndim != 2 or queries.shape[1] != D or queries.shape[0] % H or not queries.is_floating_point():
+            raise ValueError(f"queries are {queries.dtype} {list(queries.shape)}; expected floats [Hq, {D}] for {H}")
+        if not ids.numel():
+            return nothing(queries.shape[0], self._values[0].shape[2])
+        kernel = compiled_for_cpu()
+        if kernel is None:
+            return attend(queries, *self.gather(ids), scale=scale, visible=ids >= 0)
+        dtypes, v_dim = (self._keys[0].dtype, self._values[0].dtype), self._values[0].shape[2]
+        found: Partial = kernel.gather_attend(queries, self._addresses(), self.page_tokens, dtypes, v_dim, ids, scale)
+        return found
+
+    def _check(self, ids: Tensor) -> None:
+        if not self._keys:
+            raise ValueError("there are no pages; append some first")
+        check_ids(ids, self._keys[0].shape[0], self._tokens)
+
+    def _addresses(self) -> np.ndarray:
+        """Where pages lie, `[P, 6]` int64: `places` of keys and of values."""
+        from .ops_numba import places
+
+        known = len(self._table)
+        if known < len(self._keys):
+            new = [(*places(k), *places(v)) for k, v in zip(self._keys[known:], self._values[known:], strict=True)]
+            self._table = np.concatenate((self._table, np.array(new, np.int64)))
+        return self._table

@@ -1,0 +1,135 @@
+"""Choosing in stages: a cheap selector names candidates, better keys decide among them."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from .rows import Rows
+from .selector import LayerShape, LearnsFromQueries, Pooling, Selection, Selector, pooled
+
+
+@runtime_checkable
+class KeySource(Protocol):
+    """Keys of single tokens, exact or nearly: what candidates are compared by."""
+
+    def add(self, keys: Tensor, values: Tensor) -> None:
+        """As for `Selector`."""
+        ...
+
+    def keys_at(self, ids: Tensor) -> Tensor:
+        """Keys of positions `[H, K]` after rotation, `[H, K, D]`; of -1 whatever it likes."""
+        ...
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes read for one token of one KV head."""
+        ...
+
+    @property
+    def held_bytes(self) -> int: ...
+
+
+class ExactKeys:
+    """`KeySource` of the keys themselves, copied as they come. They stand in for the context's own."""
+
+    held_bytes = 0
+
+    def __init__(self, shape: LayerShape, *, start: int = 0) -> None:
+        self._shape, self._start, self._keys = shape, start, Rows(1)
+
+    @property
+    def token_bytes(self) -> int:
+        return self._shape.head_dim * (self._keys.all.element_size() if len(self._keys) else 4)
+
+    def add(self, keys: Tensor, values: Tensor) -> None:
+        self._shape.check_keys(keys)
+        self._keys.add(keys)
+
+    def keys_at(self, ids: Tensor) -> Tensor:
+        places = (ids - self._start).clamp(min=0)[..., None]
+        return self._keys.all.gather(1, places.expand(-1, -1, self._shape.head_dim))
+
+
+class CascadeSelector:
+    """`Selector` that asks `coarse` for more than the budget and keeps what scores best by the keys of `fine`.
+
+    No published method does all of it: A2ATS or ShadowKV choose once, RetroInfer estimates the rest. An estimate that
+    `coarse` gives of what it did not choose is passed on; what only `fine` refused is in neither.
+
+    Parameters
+    ----------
+    coarse : may be a cascade itself.
+    fine : `ExactKeys`, or a `FactorIndex`, whose keys are there already; it may be `coarse` as well.
+    candidate_ratio : share of the tokens that `coarse` chooses, unless the budget is larger.
+    pooling : see `pooled`; the softmax is over the candidates.
+    """
+
+    def __init__(
+        self,
+        shape: LayerShape,
+        coarse: Selector,
+        fine: KeySource,
+        *,
+        candidate_ratio: float = 0.06,
+        pooling: Pooling = "max",
+    ) -> None:
+        if not 0 < candidate_ratio <= 1:
+            raise ValueError(f"candidate_ratio is {candidate_ratio}; expected above 0 and at most 1")
+        self.shape, self.coarse, self.fine = shape, coarse, fine
+        self._candidate_ratio, self._pooling = candidate_ratio, pooling
+
+    def __len__(self) -> int:
+        return len(self.coarse)
+
+    @property
+    def name(self) -> str:
+        return f"{self.coarse.name}+{getattr(self.fine, 'name', 'exact')}"
+
+    @property
+    def start(self) -> int:
+        return self.coarse.start
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(stage.held_bytes for stage in self._stages())
+
+    def add(self, keys: Tensor, values: Tensor) -> None:
+        self.shape.check_keys(keys)
+        for stage in self._stages():
+            stage.add(keys, values)
+
+    def observe(self, queries: Tensor, positions: Tensor) -> None:
+        """See `LearnsFromQueries`; for those stages that do."""
+        for stage in self._stages():
+            if isinstance(stage, LearnsFromQueries):
+                stage.observe(queries, positions)
+
+    def build(self) -> None:
+        for stage in self._stages():
+            if isinstance(stage, LearnsFromQueries):
+                stage.build()
+
+    def select(self, queries: Tensor, position: int, budget: int) -> Selection:
+        self.shape.check_query(queries, budget)
+        found = self.coarse.select(queries, position, max(budget, math.ceil(self._candidate_ratio * len(self))))
+        if found.ids.shape[1] <= budget:
+            return found
+        keys = self.fine.keys_at(found.ids).float()
+        is_token = found.ids >= 0
+        scores = (queries.float().view(self.shape.kv_heads, self.shape.group, -1) @ keys.mT) * self.shape.scale
+        scores = scores.masked_fill(~is_token[:, None], -torch.inf).flatten(0, 1)
+        importance = pooled(scores, self.shape, self._pooling).masked_fill(~is_token, -1.0)
+        ids = found.ids.gather(1, importance.topk(budget, dim=1).indices)
+        ids = ids.masked_fill(ids < 0, torch.iinfo(torch.int64).max).sort(1).values
+        ids = ids.masked_fill(ids == torch.iinfo(torch.int64).max, -1)
+        candidates = int(is_token.sum())
+        read = found.read_bytes + candidates * self.fine.token_bytes
+        return Selection(ids, read, found.compared_keys + candidates, found.rest)
+
+    def _stages(self) -> list[Selector | KeySource]:
+        stages: list[Selector | KeySource] = [self.coarse]
+        return stages if self.fine is stages[0] else [*stages, self.fine]

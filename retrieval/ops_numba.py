@@ -1,0 +1,311 @@
+"""The functions of ops.py compiled for the processor at hand; needs numba (`pip install "kvloom[retrieval]"`).
+
+Launchers trust that ops.py and pages.py have checked what they dispatch here. KV heads are shared out among threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import prange
+from torch import Tensor
+
+from .ranks_numba import largest
+from .rows_numba import KINDS, LANES, compiled, copy_bytes, dots_of_four, exp_less, prefetch, run, widen
+
+_AHEAD = 12  # rows asked for before they are needed: about as many as a core has on their way at a time
+_ROWS = 4  # rows widened before they are multiplied, so that sums stay in registers for as long
+_LINE_BYTES = 64
+_u = np.uint64
+
+
+def places(tensor: Tensor) -> tuple[int, int, int]:
+    """Where rows of `[H, T, D]` lie: an address, bytes from head to head and from token to token."""
+    width = tensor.element_size()
+    return tensor.data_ptr(), tensor.stride(0) * width, tensor.stride(1) * width
+
+
+def gather_attend(
+    queries: Tensor,
+    pages: np.ndarray[Any, Any],
+    page_tokens: int,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    v_dim: int,
+    ids: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See ops.py. `pages` `[P, 6]` int64: `places` of each page's keys, then values; all ids lie in them."""
+    Hq, H = queries.shape[0], ids.shape[0]
+    out, lse = torch.empty(Hq, v_dim), torch.empty(Hq)
+    run(
+        _attend, _grouped(queries, H, scale), queries.shape[1], pages, max(1, page_tokens), *map(KINDS.get, dtypes),
+        ids.contiguous().numpy(), out.numpy().reshape(H, Hq // H, v_dim), lse.numpy().reshape(H, Hq // H),
+    )  # fmt: skip
+    return out, lse
+
+
+def gather_rows(pages: np.ndarray[Any, Any], page_tokens: int, ids: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Copies rows of pages to `[H, K, D]` and `[H, K, Dv]`, contiguous; what -1 stands for is left as it is."""
+    numbers = ids.contiguous().numpy()
+    for first, out in ((0, keys), (3, values)):
+        row_bytes = out.shape[-1] * out.element_size()
+        run(_copy_rows, pages, first, max(1, page_tokens), numbers, out.data_ptr(), row_bytes)
+
+
+def landmark_scores(queries: Tensor, landmarks: Tensor, scale: float) -> Tensor:
+    """See ops.py."""
+    Hq, (H, C, _) = queries.shape[0], landmarks.shape
+    scores = torch.empty(Hq, C)
+    blocks = max(1, -(-C // 1024))
+    run(
+        _score, _grouped(queries, H, scale), queries.shape[1], *places(landmarks), KINDS[landmarks.dtype], blocks,
+        scores.numpy().reshape(H, Hq // H, C),
+    )  # fmt: skip
+    return scores
+
+
+def gather_scores(queries: Tensor, rows: Tensor, ids: Tensor, scale: float) -> Tensor:
+    """See ops.py; all ids lie in the rows."""
+    (Hq, _), (H, K) = queries.shape, ids.shape
+    scores = torch.empty(Hq, K)
+    blocks = max(1, -(-K // 1024))
+    run(
+        _score_ids, _grouped(queries, H, scale), queries.shape[1], *places(rows), KINDS[rows.dtype], blocks,
+        ids.contiguous().numpy(), scores.numpy().reshape(H, Hq // H, K),
+    )  # fmt: skip
+    return scores
+
+
+def top_pooled(scores: Tensor, kv_heads: int, k: int, pooling: str) -> Tensor:
+    """See ops.py; k is above 0 and below N."""
+    ids = torch.empty(kv_heads, k, dtype=torch.int64)
+    grouped = scores.contiguous().numpy().reshape(kv_heads, -1, scores.shape[1])
+    run(_top, grouped, pooling == "sum", ids.numpy())
+    return ids
+
+
+def _grouped(queries: Tensor, kv_heads: int, scale: float) -> np.ndarray[Any, Any]:
+    """Scaled queries, `[H, G D]` with zeros up to multiples of 4 query heads and 16 channels."""
+    grouped = (queries.float() * scale).view(kv_heads, -1, queries.shape[1])
+    pads = (0, -queries.shape[1] % LANES, 0, -grouped.shape[1] % _ROWS)
+    found: np.ndarray[Any, Any] = torch.nn.functional.pad(grouped, pads).flatten(1).contiguous().numpy()
+    return found
+
+
+@compiled()
+def _dots(queries: Any, dim: Any, rows: Any, width: Any, found: Any, scores: Any, at: Any, count: Any) -> None:
+    """Inner products of a group's queries (flat, each of `dim` numbers) with 4 rows that begin every `width` numbers;
+    `count` rows are kept, and `found` is room for 16. Arrays are never sliced here: a slice is counted as a reference,
+    which takes as long as a row.
+    """
+    group = _u(scores.shape[0])
+    for g in range(_u(0), group, _u(4)):
+        dots_of_four(queries, g * dim, rows, width, dim, found)
+        for q in range(min(_u(4), group - g)):
+            if count == _u(_ROWS):
+                scores[g + q, at] = found[_u(4) * q]
+                scores[g + q, at + _u(1)] = found[_u(4) * q + _u(1)]
+                scores[g + q, at + _u(2)] = found[_u(4) * q + _u(2)]
+                scores[g + q, at + _u(3)] = found[_u(4) * q + _u(3)]
+            else:
+                for n in range(count):
+                    scores[g + q, at + n] = found[_u(4) * q + n]
+
+
+@compiled()
+def _touch(address: Any, row_bytes: Any) -> None:
+    for line in range(_u(0), row_bytes, _u(_LINE_BYTES)):
+        prefetch(address + line)
+
+
+@compiled()
+def _attend_head(
+    queries: Any,
+    dim: Any,
+    h: Any,
+    pages: Any,
+    page_tokens: Any,
+    key_kind: Any,
+    value_kind: Any,
+    ids: Any,
+    out: Any,
+    lse: Any,
+) -> None:
+    """One KV head: addresses of its rows, scores of 4 rows at a time, softmax, sums of 4 weighted rows at a time."""
+    G, D, v_dim, count = out.shape[0], _u(dim), _u(out.shape[1]), _u(0)
+    keys, values = np.empty(len(ids) + 4, np.uint64), np.empty(len(ids) + 4, np.uint64)
+    for n in range(len(ids)):
+        if ids[n] >= 0:
+            page, token = _u(ids[n]) // _u(page_tokens), _u(ids[n]) % _u(page_tokens)
+            keys[count] = _u(pages[page, 0]) + _u(h) * _u(pages[page, 1]) + token * _u(pages[page, 2])
+            values[count] = _u(pages[page, 3]) + _u(h) * _u(pages[page, 4]) + token * _u(pages[page, 5])
+            count += _u(1)
+    if count == _u(0):
+        out[:] = np.float32(0)
+        lse[:] = -np.inf
+        return
+    key_bytes, value_bytes = D * _u(4 if key_kind == 0 else 2), v_dim * _u(4 if value_kind == 0 else 2)
+    padded, width = (D + _u(LANES - 1)) // _u(LANES) * _u(LANES), max(D, v_dim) + _u(LANES)
+    rows = np.zeros(_u(_ROWS) * width, np.float32)
+    scores, bits = np.empty((G, count), np.float32), np.empty(count, np.int32)
+    found = np.empty(_ROWS * _ROWS, np.float32)
+    for n in range(min(count, _u(_AHEAD))):
+        _touch(keys[n], key_bytes)
+    for n in range(_u(0), count, _u(_ROWS)):
+        some = min(_u(_ROWS), count - n)
+        for i in range(some):
+            if n + i + _u(_AHEAD) < count:
+                _touch(keys[n + i + _u(_AHEAD)], key_bytes)
+            widen(keys[n + i], key_kind, D, rows, i * width)
+        _dots(queries, padded, rows, width, found, scores, n, some)
+    for n in range(min(count, _u(_AHEAD))):
+        _touch(values[n], value_bytes)
+    for g in range(G):
+        top = scores[g, 0]
+        for n in range(count):
+            top = max(top, scores[g, n])
+        exp_less(scores[g], top, count, bits)
+        total = np.float32(0)
+        for n in range(count):
+            total += scores[g, n]
+        lse[g] = top + np.log(total)
+        share = np.float32(1) / total
+        for n in range(count):
+            scores[g, n] *= share
+    out[:] = np.float32(0)
+    two, three = _u(2) * width, _u(3) * width
+    for n in range(_u(0), count, _u(_ROWS)):
+        some = min(_u(_ROWS), count - n)
+        for i in range(some):
+            if n + i + _u(_AHEAD) < count:
+                _touch(values[n + i + _u(_AHEAD)], value_bytes)
+            widen(values[n + i], value_kind, v_dim, rows, i * width)
+        for g in range(G):
+            a = scores[g, n]
+            b = scores[g, n + _u(1)] if some > _u(1) else np.float32(0)
+            c = scores[g, n + _u(2)] if some > _u(2) else np.float32(0)
+            d = scores[g, n + _u(3)] if some > _u(3) else np.float32(0)
+            for i in range(v_dim):
+                out[g, i] += a * rows[i] + b * rows[width + i] + c * rows[two + i] + d * rows[three + i]
+
+
+@compiled(parallel=True)
+def _attend(
+    queries: Any, dim: Any, pages: Any, page_tokens: Any, key_kind: Any, value_kind: Any, ids: Any, out: Any, lse: Any
+) -> None:
+    for h in prange(len(queries)):
+        _attend_head(queries[h], dim, h, pages, page_tokens, key_kind, value_kind, ids[h], out[h], lse[h])
+
+
+@compiled()
+def _copy_row(pages: Any, first: Any, page_tokens: Any, h: Any, ids: Any, target: Any, row_bytes: Any) -> None:
+    for n in range(len(ids)):
+        if ids[n] >= 0:
+            page, token = _u(ids[n]) // _u(page_tokens), _u(ids[n]) % _u(page_tokens)
+            source = _u(pages[page, first]) + _u(h) * _u(pages[page, first + 1]) + token * _u(pages[page, first + 2])
+            copy_bytes(source, _u(target) + _u(h * len(ids) + n) * _u(row_bytes), _u(row_bytes))
+
+
+@compiled(parallel=True)
+def _copy_rows(pages: Any, first: Any, page_tokens: Any, ids: Any, target: Any, row_bytes: Any) -> None:
+    for h in prange(len(ids)):
+        _copy_row(pages, first, page_tokens, h, ids[h], target, row_bytes)
+
+
+@compiled()
+def _score_block(
+    queries: Any, dim: Any, address: Any, step: Any, kind: Any, start: Any, stop: Any, scores: Any
+) -> None:
+    D, found = _u(dim), np.empty(_ROWS * _ROWS, np.float32)
+    padded = (D + _u(LANES - 1)) // _u(LANES) * _u(LANES)
+    rows = np.zeros(_u(_ROWS) * padded, np.float32)
+    for n in range(_u(start), _u(stop), _u(_ROWS)):
+        some = min(_u(_ROWS), _u(stop) - n)
+        for i in range(some):
+            widen(address + (n + i) * step, kind, D, rows, i * padded)
+        _dots(queries, padded, rows, padded, found, scores, n, some)
+
+
+@compiled(parallel=True)
+def _score(
+    queries: Any, dim: Any, address: Any, head_step: Any, step: Any, kind: Any, blocks: Any, scores: Any
+) -> None:
+    """In blocks of landmarks, so that threads have equal parts also where heads are few."""
+    C = scores.shape[2]
+    for part in prange(len(queries) * blocks):
+        h, block = part // blocks, part % blocks
+        _score_block(
+            queries[h], dim, _u(address) + _u(h) * _u(head_step), _u(step), kind, C * block // blocks,
+            C * (block + 1) // blocks, scores[h],
+        )  # fmt: skip
+
+
+@compiled()
+def _score_ids_block(
+    queries: Any, dim: Any, address: Any, step: Any, kind: Any, ids: Any, start: Any, stop: Any, scores: Any
+) -> None:
+    D, ahead, found = _u(dim), 2 * _AHEAD, np.empty(_ROWS * _ROWS, np.float32)
+    padded, row_bytes = (D + _u(LANES - 1)) // _u(LANES) * _u(LANES), D * _u(4 if kind == 0 else 2)
+    rows = np.zeros(_u(_ROWS) * padded, np.float32)
+    for n in range(start, stop, _ROWS):
+        some = min(_ROWS, stop - n)
+        for i in range(some):
+            if n + i + ahead < stop and ids[n + i + ahead] >= 0:
+                _touch(address + _u(ids[n + i + ahead]) * step, row_bytes)
+            if ids[n + i] >= 0:
+                widen(address + _u(ids[n + i]) * step, kind, D, rows, _u(i) * padded)
+        _dots(queries, padded, rows, padded, found, scores, _u(n), _u(some))
+        for i in range(some):
+            if ids[n + i] < 0:
+                scores[:, n + i] = -np.inf
+
+
+@compiled(parallel=True)
+def _score_ids(
+    queries: Any, dim: Any, address: Any, head_step: Any, step: Any, kind: Any, blocks: Any, ids: Any, scores: Any
+) -> None:
+    K = scores.shape[2]
+    for part in prange(len(queries) * blocks):
+        h, block = part // blocks, part % blocks
+        _score_ids_block(
+            queries[h], dim, _u(address) + _u(h) * _u(head_step), _u(step), kind, ids[h], K * block // blocks,
+            K * (block + 1) // blocks, scores[h],
+        )  # fmt: skip
+
+
+@compiled()
+def _top_of_head(scores: Any, adds: Any, ids: Any) -> None:
+    """Log-sum-exp of each query head, in blocks that stay in the first-level cache; maximum or sum; the k largest."""
+    count, block = scores.shape[1], 2048
+    importance, room, bits = np.empty(count, np.float32), np.empty(block, np.float32), np.empty(block, np.int32)
+    importance[:] = np.float32(0) if adds else -np.inf
+    for g in range(len(scores)):
+        top, total = scores[g, 0], np.float32(0)
+        for n in range(count):
+            top = max(top, scores[g, n])
+        for start in range(0, count, block):
+            some = min(block, count - start)
+            room[:some] = scores[g, start : start + some]
+            exp_less(room, top, some, bits)
+            for n in range(some):
+                total += room[n]
+        lse = top + np.log(total)
+        if not adds:
+            for n in range(count):
+                importance[n] = max(importance[n], scores[g, n] - lse)
+            continue
+        for start in range(0, count, block):
+            some = min(block, count - start)
+            room[:some] = scores[g, start : start + some]
+            exp_less(room, lse, some, bits)
+            for n in range(some):
+                importance[start + n] += room[n]
+    largest(importance.view(np.int32), ids)
+
+
+@compiled(parallel=True)
+def _top(scores: Any, adds: Any, ids: Any) -> None:
+    for h in prange(len(scores)):
+        _top_of_head(scores[h], adds, ids[h])

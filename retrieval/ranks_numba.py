@@ -1,0 +1,53 @@
+"""The largest of many numbers without sorting them, compiled; needs numba (`pip install "kvloom[retrieval]"`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .rows_numba import compiled
+
+_w = np.uint32
+
+
+@compiled()
+def ordered(rank: Any) -> Any:
+    """Unsigned numbers in the order of the floats whose bits these are."""
+    return _w(rank) ^ _w(0xFFFFFFFF) if rank < 0 else _w(rank) ^ _w(0x80000000)
+
+
+@compiled()
+def threshold(ranks: Any, counts: Any, budget: Any) -> Any:
+    """The key of the least important token taken and how many tokens of that key are not: 11, 11 and 10 bits are found
+    one after the other, each by counting the tokens of the codes that agree in the bits before.
+    """
+    held, left = np.empty(2048, np.int64), budget
+    found, known, b = _w(0), _w(0), 0
+    for shift, width in ((21, 11), (10, 11), (0, 10)):
+        held[:] = 0
+        for c in range(len(ranks)):
+            key = ordered(ranks[c])
+            if key & known == found:
+                held[key >> _w(shift) & _w((1 << width) - 1)] += counts[c]
+        b = (1 << width) - 1
+        while held[b] < left:
+            left -= held[b]
+            b -= 1
+        found |= _w(b) << _w(shift)
+        known |= _w((1 << width) - 1) << _w(shift)
+    return found, held[b] - left
+
+
+@compiled()
+def largest(ranks: Any, ids: Any) -> None:
+    """Places of the `len(ids)` largest, ascending; of equal ones the last. `ranks` are the bits of floats."""
+    least, skipped = threshold(ranks, np.ones(len(ranks), np.int8), len(ids))
+    taken = 0
+    for n in range(len(ranks)):
+        key = ordered(ranks[n])
+        if key == least and skipped > 0:
+            skipped -= 1
+        elif key >= least:
+            ids[taken] = n
+            taken += 1
