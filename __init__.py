@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .compress.profile import Profile as Profile
     from .compress.raw import RawCodec as RawCodec
     from .connectors.hf import TransformersConnector as TransformersConnector
+    from .connectors.hf_retrieval import Retrieval as Retrieval
     from .core import ChunkKey as ChunkKey
     from .core import Codec as Codec
     from .core import EncodedChunk as EncodedChunk
@@ -48,6 +49,7 @@ _HOME = {
     "Profile": "compress.profile",
     "Quota": "kvstore.quota",
     "RawCodec": "compress.raw",
+    "Retrieval": "connectors.hf_retrieval",
     "RopeSpec": "core",
     "SharedTier": "kvstore.tiers.shared",
     "Tier": "core",

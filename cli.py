@@ -94,6 +94,19 @@ def _tokens(text: str) -> int:
     return int(text)
 
 
+def _parameter(text: str) -> tuple[str, int | float | str]:
+    """`"rank=160"` is `("rank", 160)`; what is no number stays text."""
+    name, separator, value = text.partition("=")
+    if not name or not separator:
+        raise ValueError(f"parameter is {text!r}; expected NAME=VALUE")
+    for read in (int, float):
+        try:
+            return name, read(value)
+        except ValueError:
+            continue
+    return name, value
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"kvloom {__version__}")
@@ -239,7 +252,24 @@ def calibrate(
 @app.command()
 def certify(
     model: ModelDir,
-    codec: Annotated[str, typer.Option(metavar="NAME", help="Codec, for instance nuq4 or lowrank4+nuq4.")],
+    codec: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Codec, for instance nuq4 or lowrank4+nuq4.")
+    ] = None,
+    retrieval: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Or how decoding attends, for instance landmarks or vq.")
+    ] = None,
+    budget: Annotated[
+        float, typer.Option(metavar="SHARE", help="retrieval: tokens chosen for each KV head; 0.03 is 3 %.")
+    ] = 0.03,
+    budget_tokens: Annotated[int, typer.Option(metavar="N", help="retrieval: at least so many of them.")] = 0,
+    sink_tokens: Annotated[int, typer.Option(metavar="N", help="retrieval: first tokens, always attended to.")] = 16,
+    near_tokens: Annotated[int, typer.Option(metavar="N", help="retrieval: last tokens, always attended to.")] = 128,
+    dense_layers: Annotated[int, typer.Option(metavar="N", help="retrieval: first layers that attend to all.")] = 0,
+    pooling: Annotated[str, typer.Option(metavar="NAME", help="retrieval: how query heads agree, max or sum.")] = "max",
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="retrieval: a parameter of the method's own; may be repeated."),
+    ] = None,
     profile: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Profile of the model, from `kvloom calibrate`.")
     ] = None,
@@ -248,7 +278,9 @@ def certify(
         str, typer.Option(metavar="NAMES", help="needle, record, alias, needle8; auto: those the model knows; none.")
     ] = "auto",
     trials: Annotated[int, typer.Option(min=1, help="Of each kind of task.")] = 200,
-    context_tokens: Annotated[int, typer.Option(min=64, help="Of each task.")] = 1024,
+    context_tokens: Annotated[
+        int | None, typer.Option(min=64, help="Of each task; default: 1024, with --retrieval 2048.")
+    ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of held-out text.")] = 16,
     window_tokens: Annotated[int, typer.Option(min=16, help="Tokens in each.")] = 1024,
     max_perplexity_increase: Annotated[float, typer.Option(metavar="SHARE", help="Limit; 0.05 is 5 %.")] = 0.05,
@@ -260,13 +292,29 @@ def certify(
     model_id: ModelId = None,
     dtype: Dtype = None,
 ) -> None:
-    """Measure what a codec costs a model, and write the certificate that lets a store use it; exit 1 if it fails."""
+    """Measure what a codec or retrieval costs a model, and write the certificate that permits it; exit 1 on failure."""
+    if (codec is None) == (retrieval is None):
+        raise ValueError("give either --codec or --retrieval")
     from .bench.certify import CertifyOptions
     from .bench.certify import certify as measure
     from .bench.quality import Limits
+    from .connectors.hf_retrieval import Retrieval
 
+    decoding = None
+    if retrieval is not None:
+        decoding = Retrieval(
+            retrieval,
+            budget_ratio=budget,
+            budget_tokens=budget_tokens,
+            sink_tokens=sink_tokens,
+            window_tokens=near_tokens,
+            dense_layers=dense_layers,
+            pooling=pooling,  # type: ignore[arg-type]  # which it checks
+            parameters=dict(map(_parameter, parameter or ())),
+        )
     options = CertifyOptions(
         codec=codec,
+        retrieval=decoding,
         model=_model_dir(model),
         profile=profile,
         texts=text or (),

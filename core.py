@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -20,6 +21,8 @@ from torch import Tensor
 from .errors import SpecMismatchError
 
 ChunkKey = NewType("ChunkKey", bytes)  # 32 bytes, keyed BLAKE3; made in kvstore/keys.py
+
+_EXTRA_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,100}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +145,13 @@ class KVChunk:
     keys : `[L, H, T, D]`, after rotary embedding; on any device.
     values : `[L, H, T, Dv]`, on the device of the keys.
     first_layer : layer of `keys[0]`; a chunk read layer by layer holds only `len(keys)` layers from there.
+    extras : further tensors that travel with the chunk, by name: an index of it, for instance. No codec sees them, and
+        they do not change when the chunk is placed elsewhere.
+    layered_extras : names of those whose first dimension is the layer, as of `keys`.
 
     Raises
     ------
-    SpecMismatchError : a shape or dtype is not what `spec` says.
+    SpecMismatchError : a shape or dtype is not what `spec` says, or a name is not one that can be stored.
     """
 
     spec: KVSpec
@@ -154,6 +160,8 @@ class KVChunk:
     keys: Tensor
     values: Tensor
     first_layer: int = 0
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    layered_extras: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         # shapes, not `len`: torch's own is Python, and chunks are made on every hit
@@ -173,9 +181,20 @@ class KVChunk:
                 f"chunk holds layers {self.first_layer} to {self.first_layer + layers}; "
                 f"{spec.model_id} has {spec.num_layers}"
             )
+        if self.extras or self.layered_extras:
+            self._check_extras(layers)
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    def _check_extras(self, layers: int) -> None:
+        if unknown := self.layered_extras - self.extras.keys():
+            raise SpecMismatchError(f"layered_extras are {sorted(unknown)}; extras are {sorted(self.extras)}")
+        for name, tensor in self.extras.items():
+            if not _EXTRA_NAME.fullmatch(name):
+                raise SpecMismatchError(f"extra is named {name!r}; expected 1 to 100 letters, digits, or any of _.:-")
+            if name in self.layered_extras and tensor.shape[:1] != (layers,):
+                raise SpecMismatchError(f"extra {name} is {list(tensor.shape)}; expected {layers} layers first")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

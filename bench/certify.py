@@ -1,9 +1,9 @@
-"""Measures what a codec costs a model, judges it by limits, and writes the certificate: `kvloom certify`."""
+"""Measures what a codec or retrieval costs a model, judges it by limits, writes the certificate: `kvloom certify`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,12 +16,17 @@ from .. import __version__
 from ..compress.catalog import codec_by_name
 from ..compress.certificate import Certificate, Figure
 from ..compress.profile import Profile
+from ..connectors.hf_break_even import break_even
+from ..connectors.hf_decoding import layer_shape
+from ..connectors.hf_retrieval import Retrieval
 from ..connectors.hf_windows import token_windows
-from .forcing import CHUNK_TOKENS, ForcedModel, through_codec
+from ..core import Codec
+from .forcing import CHUNK_TOKENS, ForcedModel, Way, through_codec
 from .models import load_model
 from .passages import load_heldout
 from .quality import KINDS, KNOWN_RATIO, Limits, Measurement, measure, task_trials
 from .report import output, write_text
+from .sparse import through_retrieval
 from .texts import read_texts
 
 QUESTION_TOKENS = 128  # kept free of documents in the model's context
@@ -35,18 +40,20 @@ class CertifyOptions:
     Attributes
     ----------
     model : a Hugging Face folder; None for the bundled reference model.
-    codec : a name of `compress.catalog`.
-    profile : file made by `kvloom calibrate`, if the codec needs one.
+    codec : a name of `compress.catalog`; or else
+    retrieval : how decoding attends; without its profile, which is loaded from the file.
+    profile : file made by `kvloom calibrate`, if one is needed.
     texts : files and folders of held-out text, which the profile has not seen; none: the bundled one.
     tasks : kinds of task; `auto` for those of `KINDS` that the exact model knows.
     windows, window_tokens : of held-out text.
-    trials, context_tokens : of each kind of task.
+    trials, context_tokens : of each kind of task; None for 1,024 tokens, and 2,048 behind retrieval.
     out : where the certificate goes; None for nowhere.
     model_id : names weights revision and adapter, as the server will; None hashes the weights as they are loaded.
     dtype : of the weights, as for `load_model`.
     """
 
-    codec: str
+    codec: str | None = None
+    retrieval: Retrieval | None = None
     model: Path | None = None
     profile: Path | None = None
     texts: Sequence[Path] = ()
@@ -54,7 +61,7 @@ class CertifyOptions:
     windows: int = 16
     window_tokens: int = 1024
     trials: int = 200
-    context_tokens: int = 1024
+    context_tokens: int | None = None
     limits: Limits = field(default_factory=Limits)
     out: Path | None = None
     model_id: str | None = None
@@ -66,19 +73,24 @@ def certify(options: CertifyOptions) -> Certificate:
 
     Raises
     ------
-    ValueError : no such codec or task, no usable model or text, or the codec needs a profile.
+    ValueError : not one of codec and retrieval, no such codec or task, no usable model or text, or a profile is needed.
     SpecMismatchError : the profile was made for another model.
     """
     kinds = _kinds(options.tasks)
-    codec = codec_by_name(options.codec, None if options.profile is None else Profile.load(options.profile))
+    if (options.codec is None) == (options.retrieval is None):
+        raise ValueError("expected either a codec or a retrieval method to be measured")
+    profile = None if options.profile is None else Profile.load(options.profile)
+    codec = None if options.codec is None else codec_by_name(options.codec, profile)
     model, tokenizer = load_model(options.model, dtype=options.dtype)
-    forced = ForcedModel(model, model_id=options.model_id)
+    forced = ForcedModel(model, model_id=options.model_id, keeps_queries=options.retrieval is not None)
+    way, conditions = _way(codec, options.retrieval, profile, forced)
     longest = forced.layers.max_tokens
     texts = read_texts(options.texts) if options.texts else ["\n".join(load_heldout())]
     windows = token_windows(
         tokenizer, texts, sequences=options.windows, tokens=min(options.window_tokens, longest), least_tokens=64
     )
-    context_tokens = min(options.context_tokens, longest - QUESTION_TOKENS)
+    wanted = options.context_tokens or (1024 if options.retrieval is None else 2048)
+    context_tokens = min(wanted, longest - QUESTION_TOKENS)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         bars = {"windows": bar.add_task("held-out text", total=len(windows))}
         trials = {}
@@ -87,7 +99,7 @@ def certify(options: CertifyOptions) -> Certificate:
             bars[kind] = bar.add_task(f"{kind} tasks", total=options.trials)
         (found,) = measure(
             forced,
-            [through_codec(codec)],
+            [way],
             windows=windows,
             trials=trials,
             skip_unknown="auto" in options.tasks,
@@ -105,6 +117,7 @@ def certify(options: CertifyOptions) -> Certificate:
             "trials": {kind: len(pairs) for kind, pairs in found.right.items()},
             "context_tokens": context_tokens,
             "chunk_tokens": CHUNK_TOKENS,
+            **conditions,
             "exact_match": {kind: sum(a for a, _ in pairs) / len(pairs) for kind, pairs in found.right.items()},
             "skipped": found.skipped,
             "limits": asdict(options.limits),
@@ -112,10 +125,25 @@ def certify(options: CertifyOptions) -> Certificate:
         datetime.now(UTC).isoformat(timespec="seconds"),
         __version__,
     )
-    _show(options.codec, certificate, found)
+    _show(way.name, certificate, found)
     if options.out is not None:
         write_text(options.out, certificate.to_json())
     return certificate
+
+
+def _way(
+    codec: Codec | None, retrieval: Retrieval | None, profile: Profile | None, forced: ForcedModel
+) -> tuple[Way, dict[str, object]]:
+    """What is measured, and what the certificate says of this machine."""
+    if codec is not None:
+        return through_codec(codec), {}
+    if retrieval is None:
+        raise ValueError("there is neither a codec nor a retrieval")
+    retrieval = replace(retrieval, profile=profile)
+    shape, spec = layer_shape(forced.layers), forced.spec
+    known = retrieval.break_even_tokens
+    tokens = break_even(retrieval, shape, spec.value_dim, spec.dtype) if known is None else known
+    return through_retrieval(retrieval, forced.layers), {"break_even_tokens": tokens}
 
 
 def _kinds(tasks: Sequence[str]) -> Sequence[str]:

@@ -19,7 +19,12 @@ from ..core import Codec, KVChunk
 CHUNK_TOKENS = 256
 _HEAD_TOKENS = 256  # whose logits are computed at once
 
+QUERIES, QUERY_POSITIONS = "queries", "query_positions"  # extras of a context, see `ForcedModel`
+
 Approximate: TypeAlias = Callable[[KVChunk], KVChunk]
+Attend: TypeAlias = Callable[[int, KVChunk, Tensor, Tensor, Tensor, int], Tensor | None]
+"""`attend(layer, prefix, queries [Hq, T, D], keys [H, S, D], values [H, S, Dv], first)`: the outputs `[Hq, T, Dv]` of
+tokens from position `first` on, keys and values being those of the prefix and their own; None for dense attention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +37,19 @@ class Way:
     approximate : from the exact KV of a whole context, of all layers or of one, to what attention sees, of the same
         shapes.
     is_layerwise : it can be applied to one layer whose inputs it has changed already.
+    attend : how tokens behind a context attend to it; None for densely.
     """
 
     name: str
     parameters: Mapping[str, Any]
     approximate: Approximate
     is_layerwise: bool = True
+    attend: Attend | None = None
+
+
+def as_it_is(chunk: KVChunk) -> KVChunk:
+    """Of a way that changes no keys and values."""
+    return chunk
 
 
 def through_codec(codec: Codec, *, chunk_tokens: int = CHUNK_TOKENS) -> Way:
@@ -71,9 +83,14 @@ class ForcedModel:
     """A transformers model under teacher forcing: exact, with approximate keys and values, or behind a given prefix.
 
     Every pass goes through the same operations, so that two differ by what was done to keys and values alone.
+
+    Parameters
+    ----------
+    keeps_queries : contexts carry their queries, `[L, Hq, Q, D]`, and their positions `[Q]`, as extras.
     """
 
-    def __init__(self, model: PreTrainedModel, *, model_id: str | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, *, model_id: str | None = None, keeps_queries: bool = False) -> None:
+        self._keeps_queries = keeps_queries
         self.layers = TransformersModel(model, model_id=model_id)
         self.spec = self.layers.spec
         self._model = model
@@ -100,16 +117,18 @@ class ForcedModel:
         return self._run(ids, None, way)[1]
 
     @torch.no_grad()
-    def continued(self, prefix: KVChunk, ids: Tensor) -> Tensor:
-        """The output `[T, E]` of the last layer for tokens behind `prefix`, computed exactly over what it holds."""
-        return self._run(ids, prefix, None)[1]
+    def continued(self, prefix: KVChunk, ids: Tensor, attend: Attend | None = None) -> Tensor:
+        """The output `[T, E]` of the last layer for tokens behind `prefix`, which they see exactly, or by `attend`."""
+        return self._run(ids, prefix, None, attend)[1]
 
-    def _run(self, ids: Tensor, prefix: KVChunk | None, way: Way | None) -> tuple[KVChunk, Tensor]:
+    def _run(
+        self, ids: Tensor, prefix: KVChunk | None, way: Way | None, attend: Attend | None = None
+    ) -> tuple[KVChunk, Tensor]:
         spec, layers, device = self.spec, self.layers, self._model.device
         start = 0 if prefix is None else len(prefix)
         positions = torch.arange(start, start + len(ids))
         placed, hidden = positions.to(device), layers.embed(ids.to(device))
-        all_keys, all_values = [], []
+        all_keys, all_values, asked = [], [], []
         for layer in range(spec.num_layers):
             queries, keys, values = layers.qkv(layer, hidden, placed)
             if way is not None:
@@ -120,10 +139,19 @@ class ForcedModel:
             if prefix is not None:
                 keys = torch.cat((prefix.keys[layer].to(device), keys), dim=1)
                 values = torch.cat((prefix.values[layer].to(device), values), dim=1)
-            window_tokens = layers.window_tokens[layer]
-            attended = causal_attention(queries, keys, values, placed, scale=layers.scale, window_tokens=window_tokens)
+            if self._keeps_queries:
+                asked.append(queries.cpu())
+            attended = None
+            if attend is not None and prefix is not None:
+                attended = attend(layer, prefix, queries, keys, values, start)
+            if attended is None:
+                window_tokens = layers.window_tokens[layer]
+                attended = causal_attention(
+                    queries, keys, values, placed, scale=layers.scale, window_tokens=window_tokens
+                )
             hidden = layers.finish(layer, hidden, attended)
-        return KVChunk(spec, ids, positions, torch.stack(all_keys), torch.stack(all_values)), hidden
+        extras = {QUERIES: torch.stack(asked), QUERY_POSITIONS: positions} if asked else {}
+        return KVChunk(spec, ids, positions, torch.stack(all_keys), torch.stack(all_values), extras=extras), hidden
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -148,12 +148,12 @@ def task_trials(
 def _language(model: ForcedModel, ids: Tensor, found: Sequence[Measurement]) -> None:
     inputs, targets, half = ids[:-1], ids[1:], len(ids) // 2
     whole, exact = model.prefill(inputs)
-    first = split(whole, half)[0]
+    first = replace(split(whole, half)[0], extras=whole.extras)
     behind = model.continued(first, inputs[half:])  # the same operations as below, not those of the whole window
     for one in found:
         if one.way.is_layerwise:
             one.forced.append(_means(model, exact, model.forced(inputs, one.way), targets))
-        over = model.continued(one.way.approximate(first), inputs[half:])
+        over = model.continued(one.way.approximate(first), inputs[half:], one.way.attend)
         one.prefix.append(_means(model, behind, over, targets[half:]))
 
 
@@ -172,7 +172,7 @@ def _answer(model: ForcedModel, kind: str, trial: Trial, found: Sequence[Measure
     rest = torch.cat((trial.question, trial.answer[:-1]))
     exact = model.answers(model.continued(context, rest)[-len(trial.answer) :], trial.answer)
     for one in found:
-        over = model.continued(one.way.approximate(context), rest)
+        over = model.continued(one.way.approximate(context), rest, one.way.attend)
         right = model.answers(over[-len(trial.answer) :], trial.answer)
         one.right.setdefault(kind, []).append((exact, right))
     return exact

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +21,17 @@ except ImportError as error:
 
 from ..blend.attention import causal_attention
 from ..blend.blender import BlendedContext, Blender
+from ..compress.certificate import Certificate
 from ..core import ChunkKey, KVChunk
 from ..errors import TierError
 from ..kvstore.keys import content_key
 from ..kvstore.store import KVStore
+from .hf_decoding import Decoding
+from .hf_fused import fused_chunks, with_index
 from .hf_model import TransformersModel, lead_of
+from .hf_retrieval import Retrieval
+from .hf_session import Generated, Prompt, Session
+from .hf_source import LostChunksError, StoreSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,55 +51,6 @@ class FusedContext:
     blended: BlendedContext
 
 
-class _LostChunksError(Exception):
-    """Stored chunks cannot be read any more; the request computes them again and starts over."""
-
-    def __init__(self, keys: set[ChunkKey]) -> None:
-        self.keys = keys
-
-
-class _StoreSource:
-    """`LayerSource` of one request: from chunks held in memory, else from the store."""
-
-    def __init__(
-        self,
-        store: KVStore,
-        keys: Sequence[ChunkKey],
-        starts: Sequence[int],
-        total: int,
-        held: Mapping[ChunkKey, KVChunk],
-    ) -> None:
-        self._store = store
-        self._held = held
-        self._places = [
-            (key, start, torch.arange(start, stop))
-            for key, start, stop in zip(keys, starts, [*starts[1:], total], strict=True)
-        ]
-
-    def load(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        total = keys.shape[1]
-        lost: set[ChunkKey] = set()  # all of the layer: a tier that is gone costs one start, not one for each chunk
-        for key, start, positions in self._places:
-            if start >= total:
-                break
-            here = slice(start, start + len(positions))
-            chunk = self._held.get(key)
-            if chunk is not None:
-                rope = chunk.spec.rope
-                moved = chunk.keys[layer]
-                keys[:, here] = moved if rope is None else rope.shift(moved, positions - chunk.positions)
-                values[:, here] = chunk.values[layer]
-                continue
-            part = self._store.get_layers(key, layer, layer + 1, positions)
-            if part is None:
-                lost.add(key)
-                continue
-            keys[:, here] = part.keys[0]
-            values[:, here] = part.values[0]
-        if lost:
-            raise _LostChunksError(lost)
-
-
 class TransformersConnector:
     """kvloom inside a RAG pipeline built on transformers.
 
@@ -109,6 +67,8 @@ class TransformersConnector:
     salt : the tenant's secret, part of every key.
     separator : ends every document that does not end with it.
     pack_tokens : documents are packed into forwards of about this many tokens.
+    certificates : what makes approximate retrieval usable, see `kvloom certify --retrieval`.
+    allow_uncertified : use it without a certificate all the same; warns every time.
 
     Raises
     ------
@@ -127,6 +87,8 @@ class TransformersConnector:
         salt: bytes = b"",
         separator: str = "\n",
         pack_tokens: int = 4096,
+        certificates: Sequence[Certificate] = (),
+        allow_uncertified: bool = False,
     ) -> None:
         if pack_tokens < 1:
             raise ValueError(f"pack_tokens is {pack_tokens}; expected at least 1")
@@ -139,6 +101,9 @@ class TransformersConnector:
         self._salt = salt
         self._separator = separator
         self._pack_tokens = pack_tokens
+        self._decoding = Decoding(
+            self.layers, store, model.device, salt, certificates, allow_uncertified=allow_uncertified
+        )
         self.lead_ids = lead_of(tokenizer) if lead_ids is None else tuple(lead_ids)
         # A separator with special tokens is put behind a document as tokens; plain text may merge with the document's.
         end_ids = self.encode_question(separator)
@@ -180,15 +145,92 @@ class TransformersConnector:
         """Key under which the store holds a document of these tokens."""
         return content_key(self.spec, token_ids, lead_ids=self.lead_ids, salt=self._salt)
 
+    # ---------------------------------------------------------------------------------------------- retrieve
+
+    def session(
+        self,
+        retrieval: Retrieval,
+        *,
+        history: Sequence[Sequence[int]] = (),
+        documents: Sequence[str] = (),
+        blender: Blender | None = None,
+    ) -> Session:
+        """A conversation decoded with retrieval, over one sequence or several; to be closed.
+
+        Parameters
+        ----------
+        history : token ids said before, of each sequence, for instance `Session.token_ids` of another process. What
+            the store has of them is not computed again; after `Session.save`, that is all.
+        documents : texts that one sequence begins with, fused as by `assemble`; the first prompt follows them. Their
+            indexes come with them, see `precompute`.
+        blender : how they are fused, if not as by the connector's.
+
+        Raises
+        ------
+        UncertifiedError : `retrieval` is approximate and has no certificate for this model.
+        ValueError : a method's parameters do not fit, a sequence is longer than the model's context, or there are both
+            history and documents.
+        """
+        if history and documents:
+            raise ValueError("there are both history and documents; expected one of them")
+        session = Session(
+            self.model,
+            self._decoding.plan(retrieval),
+            encode=lambda text, is_first: [*(self.lead_ids if is_first else ()), *self.encode_question(text)],
+            decode=lambda ids: str(self.tokenizer.decode(list(ids), skip_special_tokens=True)),
+            max_tokens=self.layers.max_tokens,
+            history=history,
+        )
+        if documents:
+            self._begin_with(session, [self.encode_document(text) for text in documents], blender or self.blender)
+        return session
+
+    def _begin_with(self, session: Session, documents: Sequence[Sequence[int]], blender: Blender) -> None:
+        total = len(self.lead_ids) + sum(map(len, documents))
+        if total >= self.layers.max_tokens:
+            raise ValueError(f"documents have {total} tokens, the model's context {self.layers.max_tokens}; give fewer")
+        context = self.fuse(documents, blender=blender)
+        plan = session.plan
+        keys = [self.key_of(ids) for ids in documents]
+        starts = list(accumulate(map(len, documents[:-1]), initial=len(self.lead_ids)))
+        stored = [self.store.get(key) for key in keys]
+        chunks, found = fused_chunks(
+            self.spec, context.token_ids, context.blended, starts, stored, plan.retrieval, plan.retrieving_shapes
+        )
+        chosen = getattr(blender.select, "__qualname__", repr(blender.select))
+        way = f"fused {blender.recompute_ratio} {blender.spread_ratio} {chosen}"
+        session.begin_with(chunks, f"{way} {[key.hex() for key in keys]}", found)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        retrieval: Retrieval,
+        max_new_tokens: int = 64,
+        **options: Any,
+    ) -> Generated:
+        """One turn of a `session`: prompts are computed densely, answers decoded with retrieval; greedy by default.
+
+        Parameters
+        ----------
+        prompts : one, or one for each sequence: a text, behind the lead tokens, or token ids as they are.
+        options : for `model.generate`.
+        """
+        with self.session(retrieval) as session:
+            return session.generate(prompts, max_new_tokens=max_new_tokens, **options)
+
     # -------------------------------------------------------------------------------------------- precompute
 
-    def precompute(self, documents: Sequence[str], *, progress: bool = False) -> Precomputed:
+    def precompute(
+        self, documents: Sequence[str], *, progress: bool = False, retrieval: Retrieval | None = None
+    ) -> Precomputed:
         """Compute and store the KV of documents that are not stored yet, many in one forward.
 
         Parameters
         ----------
         documents : texts; equal ones are computed once.
         progress : show a progress bar.
+        retrieval : store each document's part of this method's index, too, also for documents already stored.
 
         Raises
         ------
@@ -202,9 +244,21 @@ class TransformersConnector:
         with Progress(disable=not progress, transient=True) as bar:
             task = bar.add_task("precomputing documents", total=sum(map(len, todo.values())))
             for key, chunk, spent_s in self._computed(todo):
-                self.store.put(key, chunk, recompute_s=spent_s)
+                indexed = chunk if retrieval is None else with_index(chunk, retrieval, self._decoding.shapes(retrieval))
+                self.store.put(key, indexed, recompute_s=spent_s)
                 bar.advance(task, len(chunk))
+        if retrieval is not None:
+            for key in by_key.keys() - todo.keys():
+                self._add_index(key, retrieval)
         return Precomputed(len(todo), len(by_key) - len(todo), sum(map(len, todo.values())))
+
+    def _add_index(self, key: ChunkKey, retrieval: Retrieval) -> None:
+        chunk = self.store.get(key)
+        if chunk is None:
+            return  # a miss by now; whoever needs it computes it
+        indexed = with_index(chunk, retrieval, self._decoding.shapes(retrieval))
+        if indexed is not chunk:
+            self.store.put(key, indexed)
 
     def _computed(self, documents: Mapping[ChunkKey, Sequence[int]]) -> Iterator[tuple[ChunkKey, KVChunk, float]]:
         """Key, KV and its share, by tokens, of the seconds that its pack took."""
@@ -297,11 +351,11 @@ class TransformersConnector:
                         self.layers,
                         token_ids,
                         starts,
-                        _StoreSource(self.store, keys, starts, len(token_ids), held),
+                        StoreSource(self.store, keys, starts, len(token_ids), held),
                         exact_tokens=len(self.lead_ids) + len(documents[0]),
                         device=self.model.device,
                     )
-                except _LostChunksError as lost:
+                except LostChunksError as lost:
                     self._compute_missing({key: by_key[key] for key in lost.keys}, held)
                 else:
                     return FusedContext(token_ids, blended)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from ..compress.envelope import Form, form_of, form_of_blob, is_exact
 from ..core import Codec, EncodedChunk, KVChunk, KVSpec
 from ..errors import CodecError
+from . import extras
 from .copies import on_cpu
 from .permits import Permits
 from .spares import Spares
@@ -66,7 +67,7 @@ class Forms:
         source = self.codec_of(blob)
         if not is_exact(blob, source):
             return blob
-        chunk = source.decode(on_cpu(blob))
+        chunk = extras.decode(source, on_cpu(blob))
         return self._encode(codec, chunk) if self.permits.covers(codec, chunk.spec) else blob
 
     def codec_of(self, blob: EncodedChunk) -> Codec:
@@ -83,5 +84,5 @@ class Forms:
 
     def _encode(self, codec: Codec, chunk: KVChunk) -> EncodedChunk:
         """In memory of its own: a write that is given up goes on when the caller's memory is the caller's again."""
-        blob = codec.encode(chunk)
+        blob = extras.encode(codec, chunk)
         return self._spares.copy(blob) if blob.leased else blob

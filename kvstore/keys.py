@@ -69,6 +69,12 @@ def content_key(spec: KVSpec, token_ids: TokenIds, *, lead_ids: TokenIds = (), s
     return ChunkKey(blake3(message, key=_secret(spec, salt)).digest())
 
 
+def derived_key(key: ChunkKey, purpose: str) -> ChunkKey:
+    """Key of something that belongs to the chunk of `key`, or of another chunk in its place; `purpose` tells which."""
+    check_key(key, "key")
+    return ChunkKey(blake3(b"derived" + key + purpose.encode()).digest())
+
+
 def _secret(spec: KVSpec, salt: bytes) -> bytes:
     framed = b"".join(len(part).to_bytes(8, "little") + part for part in (spec.fingerprint(), salt))
     return blake3(framed, derive_key_context=_CONTEXT).digest()

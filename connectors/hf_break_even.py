@@ -1,0 +1,90 @@
+"""From which length on retrieval pays: both kinds of attention timed here, on one layer, and the lines they make."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..blend.attention import causal_attention
+from ..retrieval.attention import attend, merge
+from ..retrieval.pages import Pages
+from ..retrieval.selector import LayerShape, LearnsFromQueries
+from .hf_retrieval import CHUNK_TOKENS, Retrieval
+
+NEVER = 1 << 40
+_SIZES = (2048, 8192)  # tokens
+_ROUNDS = 9
+_QUERIES = 256  # what an index learns from
+
+
+def break_even(retrieval: Retrieval, shape: LayerShape, value_dim: int, dtype: torch.dtype) -> int:
+    """Tokens of the shortest context of which a decoding step is faster with retrieval, on this machine; `NEVER`.
+
+    Times one layer's step at two lengths, on random keys, and takes each kind of attention as a line over the length.
+    What a method pays grows slower than that, or as fast, so the lines meet where it begins to win or earlier.
+    """
+    dense, sparse = [], []
+    for tokens in _SIZES:
+        of_dense, of_sparse = _steps(retrieval, shape, value_dim, dtype, tokens)
+        dense.append(_median_s(of_dense))
+        sparse.append(_median_s(of_sparse))
+    return crossing(dense, sparse)
+
+
+def crossing(dense_s: list[float], sparse_s: list[float]) -> int:
+    """Where the line through `dense_s` at `_SIZES` rises above that through `sparse_s`; `NEVER` if it does not."""
+    if dense_s[0] >= sparse_s[0] and dense_s[1] >= sparse_s[1]:
+        return _SIZES[0]
+    gain = (dense_s[1] - sparse_s[1]) - (dense_s[0] - sparse_s[0])
+    if gain <= 0:
+        return NEVER
+    tokens = _SIZES[0] + (sparse_s[0] - dense_s[0]) * (_SIZES[1] - _SIZES[0]) / gain
+    return min(NEVER, max(CHUNK_TOKENS, math.ceil(tokens / CHUNK_TOKENS) * CHUNK_TOKENS))
+
+
+def _steps(
+    retrieval: Retrieval, shape: LayerShape, value_dim: int, dtype: torch.dtype, tokens: int
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    random = torch.Generator().manual_seed(0)
+    keys = torch.randn(shape.kv_heads, tokens, shape.head_dim, generator=random).to(dtype)
+    values = torch.randn(shape.kv_heads, tokens, value_dim, generator=random).to(dtype)
+    queries = torch.randn(shape.query_heads, _QUERIES, shape.head_dim, generator=random).to(dtype)
+    selector, pages = retrieval.selector(shape, retrieval.dense_layers), Pages(CHUNK_TOKENS)
+    for first in range(0, tokens, CHUNK_TOKENS):
+        here = slice(first, first + CHUNK_TOKENS)
+        pages.append(keys[:, here].contiguous(), values[:, here].contiguous())
+        behind = slice(max(first, retrieval.sink_tokens), first + CHUNK_TOKENS)
+        selector.add(keys[:, behind], values[:, behind])
+    if isinstance(selector, LearnsFromQueries):
+        selector.observe(queries, torch.arange(tokens - _QUERIES, tokens))
+        selector.build()
+    near = slice(-retrieval.sink_tokens - retrieval.window_tokens - CHUNK_TOKENS // 2, None)
+    near_keys, near_values = keys[:, near].contiguous(), values[:, near].contiguous()
+    query, position = queries[:, 0], torch.tensor([tokens - 1])
+    budget = retrieval.budget(len(selector))
+
+    def dense() -> Tensor:
+        return causal_attention(query[:, None], keys, values, position, scale=shape.scale)
+
+    def sparse() -> Tensor:
+        chosen = selector.select(query, tokens, budget)
+        parts = [attend(query, near_keys, near_values, scale=shape.scale)]
+        parts.append(pages.attend(query, chosen.ids, scale=shape.scale))
+        return merge(parts if chosen.rest is None else [*parts, chosen.rest])[0]
+
+    return dense, sparse
+
+
+def _median_s(step: Callable[[], Tensor]) -> float:
+    step()
+    taken = []
+    for _ in range(_ROUNDS):
+        began_s = time.perf_counter()
+        step()
+        taken.append(time.perf_counter() - began_s)
+    return statistics.median(taken)
