@@ -148,7 +148,9 @@ def metric_factor(moment: Tensor, *, ridge: float = RIDGE) -> Tensor:
     mean = wide.diagonal().mean()
     if not bool(wide.isfinite().all()) or not float(mean) > 0:
         raise CodecError("the second moment of the queries is zero or not finite; leave such tokens out")
-    return torch.linalg.cholesky((wide + wide.T) / (2 * mean) + ridge * torch.eye(len(wide), dtype=torch.float64))
+    normed = (wide + wide.T) / (2 * mean)
+    factor: Tensor = torch.linalg.cholesky(normed + ridge * torch.eye(len(wide), dtype=torch.float64))
+    return factor
 
 
 def banded_moment(moment: Tensor, rope: RopeSpec, bands: Sequence[tuple[int, int]]) -> Tensor:
