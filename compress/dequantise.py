@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ..core import RopeSpec
+from ..errors import CodecError
 from .ops import unpack_bits
+from .slots import unpack_channels
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,7 +42,7 @@ class Codes:
     ----------
     packed : `[L, H, T, packed_bytes(D, bits)]` uint8, by `pack_bits`.
     ranges : `[L, T, 2]` float32: levels of a token are first multiplied by one and raised by the other; None: by 1, 0.
-    channels : `[L, T, k]` int32, each below `H * D`, unequal within a row.
+    channels : `[L, T, slot_bytes(k, H * D)]` uint8, by `pack_channels`; unequal within a token.
     outliers : `[L, T, k]` float32, what stands there instead.
     """
 
@@ -76,6 +78,10 @@ def dequantise(grid: Grid, codes: Codes, rotation: Rotation | None, dtype: torch
     """The tensor that `codes` stand for, rotated, rounded once to `dtype`: `[L, H, T, D]`.
 
     Computed by compiled code where numba is installed, otherwise by `dequantise_slowly`; both give the same bits.
+
+    Raises
+    ------
+    CodecError : an outlier stands in a channel beyond the `H * D` there are.
     """
     kernel = _kernel()
     return dequantise_slowly(grid, codes, rotation, dtype) if kernel is None else kernel(grid, codes, rotation, dtype)
@@ -85,6 +91,9 @@ def dequantise_slowly(grid: Grid, codes: Codes, rotation: Rotation | None, dtype
     """The reference."""
     (L, H, T, _), D = codes.packed.shape, grid.scale.shape[-1]
     out = torch.empty(L, H, T, D, dtype=dtype)
+    channels = unpack_channels(codes.channels, codes.outliers.shape[-1], H * D).long()
+    if not bool((channels < H * D).all()):
+        raise beyond(H * D)
     for layer in range(L):
         numbers = unpack_bits(codes.packed[layer], grid.bits, D).long()
         rows = grid.levels[layer].gather(1, numbers.view(H, T * D)).view(H, T, D)
@@ -93,10 +102,15 @@ def dequantise_slowly(grid: Grid, codes: Codes, rotation: Rotation | None, dtype
             rows = rows * scale + zero
         rows = rows * grid.scale[layer, :, None] + grid.zero[layer, :, None]
         by_token = rows.transpose(0, 1).reshape(T, H * D)
-        by_token.scatter_(1, codes.channels[layer].long(), codes.outliers[layer])
+        by_token.scatter_(1, channels[layer], codes.outliers[layer])
         rows = by_token.view(T, H, D).transpose(0, 1)
         out[layer] = rows if rotation is None else rotation.turn(rows)
     return out
+
+
+def beyond(channels: int) -> CodecError:
+    """What `dequantise` raises."""
+    return CodecError(f"nuq chunk: outliers stand in channels beyond the {channels} there are")
 
 
 @lru_cache(maxsize=1)

@@ -19,8 +19,9 @@ from numba import njit
 from torch import Tensor
 from torch.nn import functional as F
 
-from .dequantise import Codes, Grid, Rotation
+from .dequantise import Codes, Grid, Rotation, beyond
 from .lanes import LANES, bits_of, load, look_up, settle, spread, store, stream, widen
+from .slots import high_bits
 
 _BYTES_PER_THREAD = 1 << 20  # starting a thread takes as long as making half of this
 _MAX_LEVELS = 256
@@ -32,7 +33,7 @@ _STORED_AS = {torch.float16: np.uint16, torch.bfloat16: np.int16, torch.float32:
 
 
 def dequantise_compiled(grid: Grid, codes: Codes, rotation: Rotation | None, dtype: torch.dtype) -> Tensor:
-    """See `dequantise`; any other dtype than 16 and 32 bits is rounded from float32. Uses as many threads as torch."""
+    """As `dequantise`; any other dtype than 16 and 32 bits is rounded from float32. Uses as many threads as torch."""
     if dtype not in _STORED_AS:
         return dequantise_compiled(grid, codes, rotation, torch.float32).to(dtype)
     (L, H, T, _), D = codes.packed.shape, grid.scale.shape[-1]
@@ -49,13 +50,14 @@ def dequantise_compiled(grid: Grid, codes: Codes, rotation: Rotation | None, dty
         _flat(F.pad(grid.scale.reshape(-1), (0, LANES))),
         _flat(F.pad(grid.zero.reshape(-1), (0, LANES))),
         _flat(ranges),
-        _flat(codes.channels).view(np.uint32),
+        _flat(codes.channels),
+        high_bits(H * D),
         _flat(codes.outliers),
         _flat(half if rotation is None else rotation.cos),
         _flat(half if rotation is None else rotation.sin),
         0 if rotation is None else 2 if rotation.interleaved else 1,
         (out if dtype == torch.float32 else out.view(torch.int16)).numpy().reshape(-1).view(_STORED_AS[dtype]),
-        (L, H, T, D, codes.channels.shape[-1]),
+        (L, H, T, D, codes.outliers.shape[-1]),
     )
     threads = max(1, min(torch.get_num_threads(), L, out.nbytes // _BYTES_PER_THREAD))
     # A step of 16 may end in the next head, which is filled later.
@@ -64,13 +66,13 @@ def dequantise_compiled(grid: Grid, codes: Codes, rotation: Rotation | None, dty
         for i in range(threads)
     ]
     if threads == 1:
-        _decode_layers(*parts[0], *arrays)
-        return out
-    with ThreadPoolExecutor(threads - 1) as pool:
-        others = [pool.submit(_decode_layers, *part, *arrays) for part in parts[1:]]
-        _decode_layers(*parts[0], *arrays)
-        for other in others:
-            other.result()
+        wrong = _decode_layers(*parts[0], *arrays)
+    else:
+        with ThreadPoolExecutor(threads - 1) as pool:
+            others = [pool.submit(_decode_layers, *part, *arrays) for part in parts[1:]]
+            wrong = _decode_layers(*parts[0], *arrays) + sum(other.result() for other in others)
+    if wrong:
+        raise beyond(H * D)
     return out
 
 
@@ -108,20 +110,26 @@ def _decode_layers(
     zero: Any,
     ranges: Any,
     channels: Any,
+    high: Any,
     outliers: Any,
     cos: Any,
     sin: Any,
     turning: Any,
     out: Any,
     shape: Any,
-) -> None:
-    """Fills layers `[start, stop)` of `out`. All arrays are flat; `token` is room for one, `turning` is 0 (none), 1
+) -> int:
+    """Fills layers `[start, stop)` of `out`; returns how many outliers have no channel to stand in.
+
+    All arrays are flat. `token` is room for one; `high`: bits of a channel number above 8; `turning` is 0 (none), 1
     (halves) or 2 (pairs).
     """
     H, T, D, slots = _u(shape[1]), _u(shape[2]), _u(shape[3]), _u(shape[4])
     lanes, padded, half, entries = _u(LANES), (D + _u(7)) // _u(8) * _u(8), D // _u(2), _u(max(16, 1 << bits))
     row_bytes = padded // _u(8) * _u(bits)
-    numbers = np.zeros(padded + lanes, np.uint8)
+    padded_slots = (slots + _u(7)) // _u(8) * _u(8)
+    slot_bytes = slots + padded_slots // _u(8) * _u(high)
+    numbers = np.zeros(max(padded, padded_slots) + lanes, np.uint8)
+    wrong = 0
     table = np.empty(_u(_MAX_LEVELS), np.float32)
     last = np.zeros(lanes, out.dtype)
     for layer in range(_u(start), _u(stop)):
@@ -140,16 +148,16 @@ def _decode_layers(
                 elif bits == 3 and D % _u(128) == _u(0):
                     run = D // _u(8)
                     for i in range(_u(0), run, lanes):
-                        even, odd, high = (
+                        even, odd, top = (
                             widen(packed, plane + i),
                             widen(packed, plane + run + i),
                             widen(packed, plane + _u(2) * run + i),
                         )
                         for r in range(4):
                             at_even = i + _u(2 * r) * run
-                            codes = bits_of(even, 2 * r, 3, 0) | bits_of(high, 2 * r, 1, 2)
+                            codes = bits_of(even, 2 * r, 3, 0) | bits_of(top, 2 * r, 1, 2)
                             _put(token, row + at_even, entry, codes, scale, zero, channel + at_even)
-                            codes = bits_of(odd, 2 * r, 3, 0) | bits_of(high, 2 * r + 1, 1, 2)
+                            codes = bits_of(odd, 2 * r, 3, 0) | bits_of(top, 2 * r + 1, 1, 2)
                             _put(token, row + at_even + run, entry, codes, scale, zero, channel + at_even + run)
                 elif bits == 2 and D % _u(64) == _u(0):
                     run = D // _u(4)
@@ -168,8 +176,16 @@ def _decode_layers(
                             table[i] = levels[head * entries + i] * stretch + offset
                         for i in range(D):
                             token[row + i] = table[numbers[i]] * scale[channel + i] + zero[channel + i]
+            if high:
+                _unpack(channels, at * slot_bytes + slots, high, padded_slots, numbers)
             for i in range(slots):
-                token[channels[at * slots + i]] = outliers[at * slots + i]
+                place = _u(channels[at * slot_bytes + i])
+                if high:
+                    place |= _u(numbers[i]) << _u(8)
+                if place < H * D:
+                    token[place] = outliers[at * slots + i]
+                else:
+                    wrong += 1
             for h in range(H):
                 row, angle, target = h * D, t * half, ((layer * H + h) * T + t) * D
                 if turning == 1 and half % lanes == _u(0):
@@ -190,6 +206,7 @@ def _decode_layers(
                         for n in range(min(lanes, D - i)):
                             out[target + i + n] = last[n]
     settle()
+    return wrong
 
 
 @_compiled

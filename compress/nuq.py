@@ -18,7 +18,7 @@ from .ops import pack_bits, packed_bytes
 from .profile import Profile
 from .quantise import by_token, code, code_in_ranges
 from .rotation import Turn, unrotated
-from .slots import MAX_CHANNELS, pack_channels, slot_bytes, slot_count, unpack_channels
+from .slots import MAX_CHANNELS, pack_channels, slot_bytes, slot_count
 
 Half = Literal["keys", "values"]
 
@@ -213,7 +213,7 @@ class NuqCodec:
             raise CodecError(f"nuq chunk: {half} of {H * D} channels a token; nuq numbers at most {MAX_CHANNELS}")
         slots, stored = slot_count(outlier_ratio, H * D), _slot_dtype(spec)
         codes = expect_tensor(blob, f"{half}.codes", torch.uint8, (L, H, T, packed_bytes(D, bits)))
-        packed = expect_tensor(blob, f"{half}.channels", torch.uint8, (L, T, slot_bytes(slots, H * D)))
+        channels = expect_tensor(blob, f"{half}.channels", torch.uint8, (L, T, slot_bytes(slots, H * D)))
         outliers = expect_tensor(blob, f"{half}.outliers", stored, (L, T, slots))
         ranges = None
         if half == "values":
@@ -227,9 +227,6 @@ class NuqCodec:
         at = exact_tokens[0].long()
         if not bool((exact_tokens == exact_tokens[0]).all()) or not bool(((at >= 0) & (at < T)).all()):
             raise CodecError(f"nuq chunk: exact tokens of {half} differ between layers, or are none of its {T}")
-        channels = unpack_channels(packed, slots, H * D)
-        if not bool((channels < H * D).all()):
-            raise CodecError(f"nuq chunk: outliers of {half} stand in channels beyond the {H * D} there are")
         rotation = None if turn is None else Rotation.to(turn.coded, turn.rope)
         grid = self._grid(half, first_layer, L, H, bits, q_norm)
         found = dequantise(grid, Codes(codes, ranges, channels, outliers.float()), rotation, spec.dtype)

@@ -424,7 +424,7 @@ def make_codes(seed: int, L: int, H: int, T: int, D: int, bits: int, ranges: boo
     codes = Codes(
         pack_bits(torch.randint(0, 2**bits, (L, H, T, D), generator=random).to(torch.uint8), bits),
         torch.rand(L, T, 2, generator=random) if ranges else None,
-        torch.rand(L, T, H * D, generator=random).topk(slots).indices.to(torch.int32),
+        pack_channels(torch.rand(L, T, H * D, generator=random).topk(slots).indices, H * D),
         torch.randn(L, T, slots, generator=random),
     )
     return grid, codes
@@ -494,7 +494,7 @@ def test_dense_and_sparse_products_add_up() -> None:
     none = Codes(codes.packed, None, codes.channels[..., :0], codes.outliers[..., :0])
     flat = dequantise(grid, none, None, torch.float32)[0].transpose(0, 1).reshape(16, 16)
     residual = torch.zeros(16, 16)
-    channels = codes.channels[0].long()
+    channels = unpack_channels(codes.channels[0], 3, 16).long()
     residual.scatter_(1, channels, codes.outliers[0] - flat.gather(1, channels))
     assert rotation is not None and int(residual.count_nonzero()) == 48
     sparse = rotation.turn(residual.view(16, 2, 8).transpose(0, 1))
