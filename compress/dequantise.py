@@ -6,13 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import RopeSpec
+from ..core import Memory, RopeSpec
 from ..errors import CodecError
 from .ops import unpack_bits
 from .slots import unpack_channels
+
+_ALIGNMENT_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,7 +77,19 @@ class Rotation:
         return torch.stack(turned, -1).flatten(-2) if self.interleaved else torch.cat(turned, -1)
 
 
-def dequantise(grid: Grid, codes: Codes, rotation: Rotation | None, dtype: torch.dtype) -> Tensor:
+def fresh(nbytes: int) -> Tensor:
+    """Memory that was not used before.
+
+    From numpy, which asks for huge pages: faults of small ones take longer than all that is computed here.
+    """
+    memory = np.empty(nbytes + _ALIGNMENT_BYTES, np.uint8)
+    first = -memory.ctypes.data % _ALIGNMENT_BYTES
+    return torch.from_numpy(memory[first : first + nbytes])
+
+
+def dequantise(
+    grid: Grid, codes: Codes, rotation: Rotation | None, dtype: torch.dtype, memory: Memory = fresh
+) -> Tensor:
     """The tensor that `codes` stand for, rotated, rounded once to `dtype`: `[L, H, T, D]`.
 
     Computed by compiled code where numba is installed, otherwise by `dequantise_slowly`; both give the same bits.
@@ -84,7 +99,9 @@ def dequantise(grid: Grid, codes: Codes, rotation: Rotation | None, dtype: torch
     CodecError : an outlier stands in a channel beyond the `H * D` there are.
     """
     kernel = _kernel()
-    return dequantise_slowly(grid, codes, rotation, dtype) if kernel is None else kernel(grid, codes, rotation, dtype)
+    if kernel is None:
+        return dequantise_slowly(grid, codes, rotation, dtype)
+    return kernel(grid, codes, rotation, dtype, memory)
 
 
 def dequantise_slowly(grid: Grid, codes: Codes, rotation: Rotation | None, dtype: torch.dtype) -> Tensor:
@@ -114,7 +131,7 @@ def beyond(channels: int) -> CodecError:
 
 
 @lru_cache(maxsize=1)
-def _kernel() -> Callable[[Grid, Codes, Rotation | None, torch.dtype], Tensor] | None:
+def _kernel() -> Callable[[Grid, Codes, Rotation | None, torch.dtype, Memory], Tensor] | None:
     # numba takes a second to import, and only who decodes needs it.
     try:
         from .dequantise_numba import dequantise_compiled

@@ -19,7 +19,8 @@ from numba import njit
 from torch import Tensor
 from torch.nn import functional as F
 
-from .dequantise import Codes, Grid, Rotation, beyond
+from ..core import Memory
+from .dequantise import Codes, Grid, Rotation, beyond, fresh
 from .lanes import LANES, bits_of, load, look_up, settle, spread, store, stream, widen
 from .slots import high_bits
 
@@ -32,14 +33,16 @@ _u = np.uint64  # unsigned indices, since numba would ask of a signed one whethe
 _STORED_AS = {torch.float16: np.uint16, torch.bfloat16: np.int16, torch.float32: np.float32}
 
 
-def dequantise_compiled(grid: Grid, codes: Codes, rotation: Rotation | None, dtype: torch.dtype) -> Tensor:
+def dequantise_compiled(
+    grid: Grid, codes: Codes, rotation: Rotation | None, dtype: torch.dtype, memory: Memory = fresh
+) -> Tensor:
     """As `dequantise`; any other dtype than 16 and 32 bits is rounded from float32. Uses as many threads as torch."""
     if dtype not in _STORED_AS:
         return dequantise_compiled(grid, codes, rotation, torch.float32).to(dtype)
     (L, H, T, _), D = codes.packed.shape, grid.scale.shape[-1]
     if 0 in (L, H, T, D):
         return torch.empty(L, H, T, D, dtype=dtype)
-    out = _empty((L, H, T, D), dtype)
+    out = _room((L, H, T, D), dtype, memory)
     ranges = torch.tensor([1.0, 0.0]).expand(L, T, 2) if codes.ranges is None else codes.ranges
     half = torch.zeros(0, dtype=torch.float32)
     arrays = (
@@ -62,7 +65,7 @@ def dequantise_compiled(grid: Grid, codes: Codes, rotation: Rotation | None, dty
     threads = max(1, min(torch.get_num_threads(), L, out.nbytes // _BYTES_PER_THREAD))
     # A step of 16 may end in the next head, which is filled later.
     parts = [
-        (L * i // threads, L * (i + 1) // threads, _empty((H * D + LANES,), torch.float32).numpy())
+        (L * i // threads, L * (i + 1) // threads, _room((H * D + LANES,), torch.float32, fresh).numpy())
         for i in range(threads)
     ]
     if threads == 1:
@@ -76,15 +79,12 @@ def dequantise_compiled(grid: Grid, codes: Codes, rotation: Rotation | None, dty
     return out
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """From numpy, which asks for huge pages: faults of small ones take longer than all that is computed here.
-
-    At the start of a cache line, where it is larger than a few: a store across two lines counts twice.
-    """
-    nbytes = math.prod(shape) * dtype.itemsize
-    memory = np.empty(nbytes + _LINE_BYTES, np.uint8)
-    first = -memory.ctypes.data % _LINE_BYTES
-    return torch.from_numpy(memory[first : first + nbytes]).view(dtype).view(shape)
+def _room(shape: tuple[int, ...], dtype: torch.dtype, memory: Memory) -> Tensor:
+    """At the start of a cache line: a store across two lines counts twice, and `stream` does not take it."""
+    found = memory(math.prod(shape) * dtype.itemsize)
+    if found.data_ptr() % _LINE_BYTES:
+        raise ValueError(f"memory at {found.data_ptr():#x}; expected it at a multiple of {_LINE_BYTES} bytes")
+    return found.view(dtype).view(shape)
 
 
 def _flat(tensor: Tensor) -> np.ndarray[Any, Any]:

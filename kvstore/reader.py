@@ -73,7 +73,7 @@ class Reader:
                 if not self._forms.permits.may_serve(codec, blob):  # left where it is: a certificate may come
                     reason = "uncertified"
                     continue
-                chunk = codec.decode(blob, positions)
+                chunk = self._forms.decode(codec, blob, positions)
             except CodecError as exc:
                 reason = "undecodable"
                 self._clerk.discard(level, key, exc)

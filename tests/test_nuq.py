@@ -508,3 +508,19 @@ def test_survives_the_container() -> None:
     blob = codec.encode(chunk)
     stored = from_bytes(make_key(1), b"".join(to_buffers(make_key(1), blob)))
     assert same_blob(stored, blob) and same_chunk(codec.decode(stored), codec.decode(blob))
+
+
+def test_decodes_into_the_memory_it_is_given() -> None:
+    pytest.importorskip("numba")
+    codec, chunk, given = NuqCodec(PROFILE), make_chunk(16, start=2), []
+
+    def memory(nbytes: int) -> Tensor:
+        given.append(torch.zeros(nbytes, dtype=torch.uint8))
+        return given[-1]
+
+    blob = codec.encode(chunk)
+    found = codec.decode_into(blob, None, memory)
+    assert same_chunk(found, codec.decode(blob))
+    assert {found.keys.data_ptr(), found.values.data_ptr()} == {one.data_ptr() for one in given}
+    with pytest.raises(ValueError, match="multiple of 64"):
+        codec.decode_into(blob, None, lambda nbytes: torch.zeros(nbytes + 1, dtype=torch.uint8)[1:])
