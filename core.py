@@ -271,6 +271,7 @@ Memory: TypeAlias = Callable[[int], Tensor]
 """Gives `[nbytes]` uint8 on the cpu, of any content, at a multiple of 64 bytes."""
 
 
+@runtime_checkable
 class DecodesInto(Protocol):
     """Optional capability of a codec: memory for what it decodes is asked for, and may have been used before.
 

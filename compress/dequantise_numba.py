@@ -1,9 +1,9 @@
 """`dequantise` compiled for the processor at hand; needs numba (`pip install "kvloom[nuq]"`).
 
-For each layer and token, for each head: codes are unpacked and looked up, 16 at a time, in a table that already holds
-the token's range, then scaled by channel. Then outliers replace what stands in their channels, and each head's row is
-rotated and rounded. All of a token's numbers stay in the first-level cache; an element costs `bits / 8` bytes read and
-its own width written.
+For each layer and token, for each head: codes are unpacked and looked up, 16 at a time (`lanes.py`), in a table that
+already holds the token's range, then scaled by channel. Then outliers replace what stands in their channels, and each
+head's row is rotated and rounded. All of a token's numbers stay in the first-level cache; an element costs `bits / 8`
+bytes read and its own width written, past the caches, which could not hold a chunk.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,10 +21,12 @@ from torch.nn import functional as F
 
 from ..core import Memory
 from .dequantise import Codes, Grid, Rotation, beyond, fresh
-from .lanes import LANES, bits_of, load, look_up, settle, spread, store, stream, widen
+from .lanes import LANES, load, look_up, part, settle, spread, store, stream, widen
 from .slots import high_bits
 
-_BYTES_PER_THREAD = 1 << 20  # starting a thread takes as long as making half of this
+_R = TypeVar("_R")
+
+_BYTES_PER_THREAD = 1 << 22  # starting a thread takes as long as making a quarter of this
 _MAX_LEVELS = 256
 _LINE_BYTES = 64
 _u = np.uint64  # unsigned indices, since numba would ask of a signed one whether it counts from the end
@@ -72,7 +74,7 @@ def dequantise_compiled(
         wrong = _decode_layers(*parts[0], *arrays)
     else:
         with ThreadPoolExecutor(threads - 1) as pool:
-            others = [pool.submit(_decode_layers, *part, *arrays) for part in parts[1:]]
+            others = [pool.submit(_decode_layers, *own, *arrays) for own in parts[1:]]
             wrong = _decode_layers(*parts[0], *arrays) + sum(other.result() for other in others)
     if wrong:
         raise beyond(H * D)
@@ -91,7 +93,7 @@ def _flat(tensor: Tensor) -> np.ndarray[Any, Any]:
     return tensor.contiguous().view(-1).numpy()
 
 
-def _compiled(function: Callable[..., None]) -> Callable[..., None]:
+def _compiled(function: Callable[..., _R]) -> Callable[..., _R]:
     try:
         return njit(nogil=True, cache=True)(function)
     except RuntimeError:  # numba found no folder that it may write machine code to
@@ -126,6 +128,7 @@ def _decode_layers(
     H, T, D, slots = _u(shape[1]), _u(shape[2]), _u(shape[3]), _u(shape[4])
     lanes, padded, half, entries = _u(LANES), (D + _u(7)) // _u(8) * _u(8), D // _u(2), _u(max(16, 1 << bits))
     row_bytes = padded // _u(8) * _u(bits)
+    run, mask = D // _u(8) * _u(1 if bits == 3 else bits), (1 << bits) - 1
     padded_slots = (slots + _u(7)) // _u(8) * _u(8)
     slot_bytes = slots + padded_slots // _u(8) * _u(high)
     numbers = np.zeros(max(padded, padded_slots) + lanes, np.uint8)
@@ -140,32 +143,22 @@ def _decode_layers(
                 head, row = layer * H + h, h * D
                 channel, plane = head * D, (head * T + t) * row_bytes
                 entry = load(levels, head * entries) * spread(stretch) + spread(offset)
-                if bits == 4 and D % _u(32) == _u(0):
-                    for i in range(_u(0), half, lanes):
-                        codes = widen(packed, plane + i)
-                        _put(token, row + i, entry, codes, scale, zero, channel + i)
-                        _put(token, row + half + i, entry, bits_of(codes, 4, 15, 0), scale, zero, channel + half + i)
-                elif bits == 3 and D % _u(128) == _u(0):
-                    run = D // _u(8)
-                    for i in range(_u(0), run, lanes):
-                        even, odd, top = (
-                            widen(packed, plane + i),
-                            widen(packed, plane + run + i),
-                            widen(packed, plane + _u(2) * run + i),
-                        )
-                        for r in range(4):
-                            at_even = i + _u(2 * r) * run
-                            codes = bits_of(even, 2 * r, 3, 0) | bits_of(top, 2 * r, 1, 2)
-                            _put(token, row + at_even, entry, codes, scale, zero, channel + at_even)
-                            codes = bits_of(odd, 2 * r, 3, 0) | bits_of(top, 2 * r + 1, 1, 2)
-                            _put(token, row + at_even + run, entry, codes, scale, zero, channel + at_even + run)
-                elif bits == 2 and D % _u(64) == _u(0):
-                    run = D // _u(4)
+                if bits in (1, 2, 4) and run % lanes == _u(0):  # 16 codes lie in 16 bytes, in the same place of each
                     for i in range(_u(0), run, lanes):
                         codes = widen(packed, plane + i)
-                        for r in range(4):
+                        for r in range(8 // bits):
                             here = i + _u(r) * run
-                            _put(token, row + here, entry, bits_of(codes, 2 * r, 3, 0), scale, zero, channel + here)
+                            _put(token, row + here, entry, part(codes, r * bits, mask, 0), scale, zero, channel + here)
+                elif bits == 3 and run % lanes == _u(0):  # a plane of two bits, twice as long as that of the third
+                    for i in range(_u(0), run, lanes):
+                        even, odd = widen(packed, plane + i), widen(packed, plane + run + i)
+                        third = widen(packed, plane + _u(2) * run + i)
+                        for r in range(4):
+                            here, next_run = i + _u(2 * r) * run, i + _u(2 * r + 1) * run
+                            codes = part(even, 2 * r, 3, 0) | part(third, 2 * r, 1, 2)
+                            _put(token, row + here, entry, codes, scale, zero, channel + here)
+                            codes = part(odd, 2 * r, 3, 0) | part(third, 2 * r + 1, 1, 2)
+                            _put(token, row + next_run, entry, codes, scale, zero, channel + next_run)
                 else:
                     _unpack(packed, plane, bits, padded, numbers)
                     if bits <= 4:

@@ -1,4 +1,8 @@
-"""Sixteen float32 or int32 at once for code that numba compiles: vectors of LLVM, which any processor can hold."""
+"""Sixteen float32 or int32 at once for code that numba compiles: vectors of LLVM, which any processor can hold.
+
+numba keeps compiled code as long as the file of the compiled function stays the same: touch that, too, after a change
+here.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ if platform.machine() not in ("aarch64", "arm64") and not llvm.get_host_cpu_feat
     raise ImportError("no conversion to half precision on this processor")
 
 
-class Lanes(types.Type):  # type: ignore[misc]
+class Lanes(types.Type):
     """Type of a vector, as numba knows it."""
 
 
@@ -30,9 +34,9 @@ FLOATS, CODES = Lanes("16 x float32"), Lanes("16 x int32")
 
 
 @register_model(Lanes)
-class _Model(models.PrimitiveModel):  # type: ignore[misc]
+class _Model(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Lanes) -> None:
-        super().__init__(manager, kind, ir.VectorType(_FLOAT if kind == FLOATS else _I32, LANES))
+        super().__init__(manager, kind, ir.VectorType(_FLOAT if kind == FLOATS else _I32, LANES))  # type: ignore[no-untyped-call]
 
 
 def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any, element: ir.Type) -> Any:
@@ -60,7 +64,8 @@ def _type_load(_typing: Any, array: Any, i: Any) -> Any:
     """`array[i : i + 16]` of float32."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _load(context, builder, signature.args[0], *args, _FLOAT)
+        array, i = args
+        return _load(context, builder, signature.args[0], array, i, _FLOAT)
 
     return FLOATS(array, types.uint64), generate
 
@@ -131,13 +136,14 @@ def _type_widen(_typing: Any, array: Any, i: Any) -> Any:
     """`array[i : i + 16]` of uint8, as int32."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        narrow = _load(context, builder, signature.args[0], *args, _I8)
+        array, i = args
+        narrow = _load(context, builder, signature.args[0], array, i, _I8)
         return builder.zext(narrow, ir.VectorType(_I32, LANES))
 
     return CODES(array, types.uint64), generate
 
 
-def _type_bits(_typing: Any, codes: Any, down: Any, mask: Any, up: Any) -> Any:
+def _type_part(_typing: Any, codes: Any, down: Any, mask: Any, up: Any) -> Any:
     """`((codes[n] >> down) & mask) << up` for 16 n."""
 
     def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
@@ -173,7 +179,7 @@ def _operator(instruction: str, of: Lanes) -> Callable[..., Any]:
 
         return of(of, of), generate
 
-    emitted = intrinsic(typed)
+    emitted: Any = intrinsic(typed)
 
     return lambda a, b: (lambda a, b: emitted(a, b)) if a == b == of else None  # noqa: PLW0108  it wants a function
 
@@ -184,7 +190,7 @@ stream: Any = intrinsic(_type_stream)
 settle: Any = intrinsic(_type_settle)
 spread: Any = intrinsic(_type_spread)
 widen: Any = intrinsic(_type_widen)
-bits_of: Any = intrinsic(_type_bits)
+part: Any = intrinsic(_type_part)
 look_up: Any = intrinsic(_type_look_up)
 # Each rounds for itself: LLVM joins a product and a sum only if it is told that it may.
 overload(operator.add)(_operator("fadd", FLOATS))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import Tensor
 
 from ..compress.envelope import Form, form_of, form_of_blob, is_exact
-from ..core import Codec, DecodesInto, EncodedChunk, KVChunk, KVSpec
+from ..core import Codec, EncodedChunk, KVChunk, KVSpec
 from ..errors import CodecError
 from .copies import on_cpu
 from .permits import Permits
@@ -85,8 +85,9 @@ class Forms:
 
     def decode(self, codec: Codec, blob: EncodedChunk, positions: Tensor | None) -> KVChunk:
         """As the codec does, in memory that was used before if it can; used again when the last view of it is gone."""
-        into: DecodesInto | None = codec if hasattr(codec, "decode_into") else None
-        return codec.decode(blob, positions) if into is None else into.decode_into(blob, positions, self._spares.empty)
+        # Not by `isinstance`, which takes as long as the rest of a hit in memory.
+        into: Callable[..., KVChunk] | None = getattr(codec, "decode_into", None)
+        return codec.decode(blob, positions) if into is None else into(blob, positions, self._spares.empty)
 
     def _encode(self, codec: Codec, chunk: KVChunk) -> EncodedChunk:
         """In memory of its own: a write that is given up goes on when the caller's memory is the caller's again."""

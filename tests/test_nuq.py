@@ -453,6 +453,18 @@ def test_compiled_gives_the_references_bits(
     assert same_bits(kernel(grid, codes, rotation, dtype), dequantise_slowly(grid, codes, rotation, dtype))
 
 
+@pytest.mark.parametrize("D", [64, 128, 256])  # codes of 16 channels side by side, where there are enough
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_compiled_gives_the_references_bits_at_usual_widths(bits: int, D: int) -> None:
+    kernel = pytest.importorskip("kvloom.compress.dequantise_numba").dequantise_compiled
+    for dtype, turning in itertools.product(
+        (torch.float16, torch.bfloat16, torch.float32), ("none", "halves", "pairs")
+    ):
+        grid, codes = make_codes(bits, 2, 3, 5, D, bits, ranges=turning == "none")
+        rotation = make_rotation(D, 5, turning)
+        assert same_bits(kernel(grid, codes, rotation, dtype), dequantise_slowly(grid, codes, rotation, dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_compiled_rounds_as_torch_does(dtype: torch.dtype) -> None:
     kernel = pytest.importorskip("kvloom.compress.dequantise_numba").dequantise_compiled
