@@ -128,7 +128,7 @@ def _decode_layers(
     H, T, D, slots = _u(shape[1]), _u(shape[2]), _u(shape[3]), _u(shape[4])
     lanes, padded, half, entries = _u(LANES), (D + _u(7)) // _u(8) * _u(8), D // _u(2), _u(max(16, 1 << bits))
     row_bytes = padded // _u(8) * _u(bits)
-    run, mask = D // _u(8) * _u(1 if bits == 3 else bits), (1 << bits) - 1
+    run, mask = padded // _u(8) * _u(1 if bits == 3 else bits), (1 << bits) - 1
     padded_slots = (slots + _u(7)) // _u(8) * _u(8)
     slot_bytes = slots + padded_slots // _u(8) * _u(high)
     numbers = np.zeros(max(padded, padded_slots) + lanes, np.uint8)

@@ -453,7 +453,7 @@ def test_compiled_gives_the_references_bits(
     assert same_bits(kernel(grid, codes, rotation, dtype), dequantise_slowly(grid, codes, rotation, dtype))
 
 
-@pytest.mark.parametrize("D", [64, 128, 256])  # codes of 16 channels side by side, where there are enough
+@pytest.mark.parametrize("D", [60, 64, 124, 128, 256])  # codes of 16 channels side by side, where there are enough
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_compiled_gives_the_references_bits_at_usual_widths(bits: int, D: int) -> None:
     kernel = pytest.importorskip("kvloom.compress.dequantise_numba").dequantise_compiled
