@@ -20,7 +20,6 @@ from rich.table import Table as ScreenTable
 
 from ..compress.catalog import codec_by_name
 from ..compress.lowrank import LowRankCodec
-from ..compress.nuq import NuqCodec
 from ..compress.profile import Profile
 from ..compress.raw import RawCodec
 from ..core import Codec, KVChunk
@@ -172,7 +171,7 @@ def _bytes_8b(profile: Profile, tokens: int) -> dict[str, float]:
     """Bytes of float16 over bytes on disk, in the shape of an 8B model; of low rank the keys alone."""
     chunk = chunk_8b(0, tokens=tokens)
     halves = [tensor.nbytes for tensor in (chunk.keys, chunk.values)]
-    found = {f"nuq{bits}": sum(halves) / stored_bytes(NuqCodec(profile, bits=bits), chunk) for bits in WIDTHS}
+    found = {f"nuq{bits}": sum(halves) / stored_bytes(codec_by_name(f"nuq{bits}", profile), chunk) for bits in WIDTHS}
     keys_alone = replace(SPEC_8B, v_head_dim=0)
     without_values = KVChunk(keys_alone, chunk.token_ids, chunk.positions, chunk.keys, chunk.values[..., :0])
     low_rank = LowRankCodec(factor_bits=4, profile=Profile(keys_alone, profile.tensors))
@@ -185,7 +184,7 @@ def _bytes_8b(profile: Profile, tokens: int) -> dict[str, float]:
 def _speeds(profile: Profile, folder: Path, sizes: Sizes, bar: Progress) -> tuple[list[Comparison], float, float]:
     """Cold hits and coding in memory, and the seconds of factorisation and of attention."""
     codecs: dict[str, Codec] = {RAW: RawCodec()}
-    codecs |= {f"nuq{bits}": NuqCodec(profile, bits=bits) for bits in WIDTHS}
+    codecs |= {name: codec_by_name(name, profile) for name in (f"nuq{bits}" for bits in WIDTHS)}
     cold = cold_hits(folder, codecs, tokens=sizes.tokens, chunks=sizes.cold_chunks, rounds=sizes.rounds, bar=bar)
     codecs |= {name: codec_by_name(name) for name in ("int8", "int4", "kv4", "fp8", "lossless")}
     codecs["lowrank4"] = LowRankCodec(factor_bits=4, profile=profile)
