@@ -147,9 +147,9 @@ def _way(
 
 
 def _kinds(tasks: Sequence[str]) -> Sequence[str]:
-    if tasks in (("auto",), ["auto"]):
+    if list(tasks) == ["auto"]:
         return KINDS
-    if tasks in (("none",), ["none"]):
+    if list(tasks) == ["none"]:
         return ()
     if unknown := [kind for kind in tasks if kind not in (*KINDS, "needle8")]:
         raise ValueError(f"tasks are {', '.join(unknown)}; expected auto, none, or some of {', '.join(KINDS)}, needle8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -94,7 +95,7 @@ def calibrate(
             gradient[a:b], lost = _loss_gradient(model, borders[-1, a:b].to(model.device), ids[a:b].to(model.device))
             loss += lost
         loss /= text_tokens - len(bounds)
-        if not bool(torch.tensor(loss).isfinite()):
+        if not math.isfinite(loss):
             raise EngineError(f"the model's loss over the text is {loss}; expected a finite number")
         found: list[dict[str, Tensor]] = []
         for layer in reversed(range(spec.num_layers)):
