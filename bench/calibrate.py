@@ -17,7 +17,7 @@ from rich.table import Table
 from .. import __version__
 from ..compress.calibration import LAYER_FITS, LEFT_OUT
 from ..compress.profile import Profile
-from ..compress.vq_fit import CENTROIDS, doubling_bands, fit_layer
+from ..compress.vq_fit import CENTROIDS, distance_bands, fit_layer
 from ..connectors.hf_calibrate import calibrate, stage_units
 from ..connectors.hf_windows import SEQUENCE_TOKENS, SEQUENCES, STRINGS_RATIO, string_windows, token_windows
 from .models import load_model
@@ -72,7 +72,7 @@ def run_calibrate(options: CalibrateOptions) -> Profile:
     strings = string_windows(tokenizer, sequences=round(STRINGS_RATIO * len(windows)), tokens=len(windows[0]))
     fits = dict(LAYER_FITS)
     if "vq" in fits:
-        bands = doubling_bands(model.config.max_position_embeddings)
+        bands = distance_bands(model.config.max_position_embeddings)
         fits["vq"] = partial(fit_layer, centroids=options.centroids, bands=bands)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         totals = stage_units(model.config.num_hidden_layers, windows, strings=strings)

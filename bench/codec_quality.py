@@ -115,7 +115,8 @@ def learn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, scope: Sco
             tokenizer, texts, sequences=-(-scope.calibration // 2), tokens=scope.window_tokens, least_tokens=64
         )
     ]
-    fits = dict(LAYER_FITS) | {name: _renamed(name, options) for name, options in FITS.items()}
+    of_codecs = {method: fit for method, fit in LAYER_FITS.items() if method != "vq"}  # codebooks are for retrieval
+    fits = of_codecs | {name: _renamed(name, options) for name, options in FITS.items()}
     profile = calibrate(model, windows, layer_fits=fits, chunk_fits=CHUNK_FITS)
     own = {name: tensor for name, tensor in profile.tensors.items() if "/" not in name}
     variants = {

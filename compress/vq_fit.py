@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 CENTROIDS = 4096  # A2ATS: codes of 12 bits
 NEAREST_BAND_TOKENS = 64  # width of the first band of distances, which a window of A2ATS's size covers anyway
+BANDS_PER_DOUBLING = 3  # of the distance; each is a table of scores for every query, but reads nothing more
 LONGEST_TOKENS = 1 << 17  # of a context; what lies farther back falls into the last band
 RIDGE = 1e-2  # share of the mean eigenvalue that directions without queries count
 MAX_CENTROIDS = 1 << 16
@@ -25,11 +26,14 @@ _ITERATIONS = 25
 _PIECE_TOKENS = 1024  # whose distances to all centroids are in memory at once
 
 
-def doubling_bands(longest_tokens: int = LONGEST_TOKENS) -> list[tuple[int, int]]:
-    """Bands `[low, high)` of distances in tokens, each twice as far as the one before, up to a context's length."""
-    bands = [(0, NEAREST_BAND_TOKENS)]
+def distance_bands(
+    longest_tokens: int = LONGEST_TOKENS, *, per_doubling: int = BANDS_PER_DOUBLING
+) -> list[tuple[int, int]]:
+    """Bands `[low, high)` of distances in tokens that grow geometrically, up to a context's length or beyond."""
+    bands, steps = [(0, NEAREST_BAND_TOKENS)], 0
     while bands[-1][1] < longest_tokens:
-        bands.append((bands[-1][1], 2 * bands[-1][1]))
+        steps += 1
+        bands.append((bands[-1][1], round(NEAREST_BAND_TOKENS * 2 ** (steps / per_doubling))))
     return bands
 
 
@@ -56,7 +60,7 @@ def fit_layer(
     Parameters
     ----------
     centroids : at most; halved until a centroid has at least 8 keys of the sample.
-    bands : of distances in tokens, see `turns`; None for `doubling_bands`.
+    bands : of distances in tokens, see `turns`; None for `distance_bands`.
     query_aware : otherwise H is the identity: plain k-means.
     ridge : share of the mean eigenvalue of H that is added to all of them.
 
@@ -71,7 +75,7 @@ def fit_layer(
     """
     if not 1 <= centroids <= MAX_CENTROIDS:
         raise ValueError(f"{centroids} centroids; expected 1 to {MAX_CENTROIDS}")
-    bands = doubling_bands() if bands is None else bands
+    bands = distance_bands() if bands is None else bands
     check_bands(bands)
     keys = torch.cat((sample.keys, sample.further_keys)).transpose(0, 1)
     while centroids > 1 and centroids * _KEYS_A_CENTROID > keys.shape[1]:

@@ -17,7 +17,7 @@ from kvloom.bench.models import load_model
 from kvloom.compress.calibration import CHUNK_FITS, LAYER_FITS, LayerSample
 from kvloom.compress.catalog import CODECS, codec_by_name
 from kvloom.compress.profile import Profile
-from kvloom.compress.vq_fit import doubling_bands, fit_layer
+from kvloom.compress.vq_fit import distance_bands, fit_layer
 from kvloom.connectors.hf_calibrate import calibrate, stage_units
 from kvloom.connectors.hf_model import TransformersModel
 from kvloom.connectors.hf_windows import string_windows, token_windows
@@ -230,7 +230,7 @@ def test_an_index_works_with_the_codebooks_of_the_profile() -> None:
     pytest.importorskip("faiss")
     model, random = make_model("llama"), torch.Generator().manual_seed(0)
     windows = [torch.randint(1, 500, (400,), generator=random).tolist() for _ in range(4)]
-    fits = {"vq": partial(fit_layer, centroids=512, bands=doubling_bands(256))}
+    fits = {"vq": partial(fit_layer, centroids=512, bands=distance_bands(256, per_doubling=1))}
     profile = calibrate(model, windows[1:], model_id="m", layer_fits=fits, chunk_fits={})
     assert {name: list(t.shape) for name, t in profile.tensors.items()} == {
         "vq.centroids": [4, 2, 128, 8],  # 1197 keys, at least 8 of them for each
@@ -361,7 +361,7 @@ def test_command_fits_codebooks(folder: Path, text: Path, tmp_path: Path, monkey
     profile = Profile.load(out)
     assert profile["vq.centroids"].shape == (4, 2, 32, 8)
     assert profile.meta["string_tokens"] == "128"  # a quarter of the text
-    assert Codebook.of_layer(profile, 2).bands == ((0, 64), (64, 128), (128, 256), (256, 512))
+    assert Codebook.of_layer(profile, 2).bands == tuple(distance_bands(512))
 
 
 def test_command_says_what_is_wrong(

@@ -10,7 +10,7 @@ from kvloom.compress.profile import Profile
 from kvloom.compress.vq_fit import (
     banded_moment,
     check_bands,
-    doubling_bands,
+    distance_bands,
     fit_codebook,
     metric_factor,
     nearest,
@@ -43,7 +43,7 @@ def score_error(queries: Tensor, keys: Tensor, centroids: Tensor, factor: Tensor
     return float((queries @ (keys - coded).T).square().mean())
 
 
-BANDS = tuple(doubling_bands(1024))
+BANDS = tuple(distance_bands(1024))
 
 
 def codebook_of(keys: Tensor, *, centroids: int, bands: tuple[tuple[int, int], ...] | None = BANDS) -> Codebook:
@@ -162,9 +162,10 @@ class TestBands:
         torch.testing.assert_close(cos[0], offsets.cos().mean(0).float(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(sin[0], offsets.sin().mean(0).float(), rtol=1e-5, atol=1e-6)
 
-    def test_bands_double_up_to_the_longest_context(self) -> None:
-        assert doubling_bands(200) == [(0, 64), (64, 128), (128, 256)]
-        assert doubling_bands(1 << 17)[-1] == (1 << 16, 1 << 17)
+    def test_bands_grow_up_to_the_longest_context(self) -> None:
+        assert distance_bands(200, per_doubling=1) == [(0, 64), (64, 128), (128, 256)]
+        assert distance_bands(120, per_doubling=2) == [(0, 64), (64, 91), (91, 128)]
+        assert len(distance_bands(1 << 17)) == 34 and distance_bands(1 << 17)[-1][1] == 1 << 17
         for bands in ([], [(0, 0)], [(5, 9), (8, 12)], [(-1, 3)]):
             with pytest.raises(ValueError, match="bands"):
                 check_bands(bands)
@@ -189,7 +190,7 @@ class TestBands:
 
     def test_bands_find_more_than_one_constant(self) -> None:
         found = []
-        for bands in (tuple(doubling_bands(1024)), ((300, 301),)):
+        for bands in (tuple(distance_bands(1024)), ((300, 301),)):
             masses = []
             for seed in range(3):
                 keys, values, queries = context(600, seed=seed)
@@ -320,11 +321,11 @@ class TestCodebook:
         tensors = {
             "vq.centroids": torch.stack([codebook.centroids, 2 * codebook.centroids]).half(),
             "vq.factor": torch.stack([codebook.factor] * 2),
-            "vq.bands": torch.tensor([BANDS, (*BANDS[:-1], (512, 700))]),
+            "vq.bands": torch.tensor([BANDS, (*BANDS[:-1], (813, 2000))]),
         }
         profile = Profile(spec, tensors)
         second = Codebook.of_layer(profile, 1, spec=spec)
-        assert second.bands == (*BANDS[:-1], (512, 700))
+        assert second.bands == (*BANDS[:-1], (813, 2000))
         torch.testing.assert_close(second.centroids, 2 * codebook.centroids, rtol=1e-3, atol=1e-3)
         with pytest.raises(SpecMismatchError, match="made for m"):
             Codebook.of_layer(profile, 1, spec=KVSpec("n", 2, 2, 32, torch.float32, ROPE))
