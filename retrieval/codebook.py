@@ -1,4 +1,4 @@
-"""Codebooks of one layer: keys to codes, queries to tables of scores; and codes packed to 12 or 16 bits."""
+"""Codebooks of one layer: keys to codes, queries to tables of scores."""
 
 from __future__ import annotations
 
@@ -108,33 +108,3 @@ class Codebook:
             turned = rotate_pairs(turned, cos, sin, rope.interleaved)
         of_head = turned.reshape(heads, -1, dim) @ self.centroids.mT
         return of_head.view(len(queries), len(used), -1).transpose(0, 1).contiguous()
-
-
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes `[H, T]` as `[H, bytes]` uint8: little-endian 16 bits each, or two of 12 bits in three bytes.
-
-    Codes a and b are the bytes `a & 255`, `a >> 8 | (b & 15) << 4`, `b >> 4`; the last of an odd number takes two
-    bytes.
-    """
-    if bits == 16:
-        return torch.stack((codes & 255, codes >> 8), dim=-1).to(torch.uint8).flatten(1)
-    tokens = codes.shape[1]
-    even = torch.nn.functional.pad(codes, (0, tokens % 2)).unflatten(1, (-1, 2))
-    a, b = even.unbind(-1)
-    packed = torch.stack((a & 255, a >> 8 | (b & 15) << 4, b >> 4), dim=-1).to(torch.uint8).flatten(1)
-    return packed[:, : packed_bytes(tokens, bits)]
-
-
-def unpack(packed: Tensor, tokens: int, bits: int) -> Tensor:
-    """The first `tokens` codes `[H, tokens]` int64 of what `pack` made, or of the beginning of it."""
-    wide = packed[:, : packed_bytes(tokens, bits)].long()
-    if bits == 16:
-        return wide[:, 0::2] | wide[:, 1::2] << 8
-    triples = torch.nn.functional.pad(wide, (0, tokens % 2)).unflatten(1, (-1, 3))
-    first, middle, last = triples.unbind(-1)
-    return torch.stack((first | (middle & 15) << 8, middle >> 4 | last << 4), dim=-1).flatten(1)[:, :tokens]
-
-
-def packed_bytes(tokens: int, bits: int) -> int:
-    """Bytes that so many codes take."""
-    return (tokens * bits + 7) // 8

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import CodecError, SpecMismatchError
-from .codebook import Codebook, pack, packed_bytes, unpack
-from .selector import LayerShape, Pooling, Selection, pooled
+from .code_ops import code_counts, code_importance, pack_codes, packed_code_bytes, unpack_codes, vq_select
+from .codebook import Codebook
+from .selector import LayerShape, Pooling, Selection
 
 
 class VqIndex:
@@ -56,7 +57,7 @@ class VqIndex:
     @property
     def packed(self) -> Tensor:
         """Codes of all tokens, `[H, bytes]` uint8, as `pack` makes them; a view, until tokens are added."""
-        return self._packed[:, : packed_bytes(self._tokens, self.codebook.code_bits)]
+        return self._packed[:, : packed_code_bytes(self._tokens, self.codebook.code_bits)]
 
     @property
     def occupancy(self) -> Tensor:
@@ -99,7 +100,7 @@ class VqIndex:
         codes, bits = self._codes(0, self._tokens), self.codebook.code_bits
         new = self.codebook.codes(self._unrotated(keys, positions))
         codes[:, rows] = new
-        self._packed[:, : packed_bytes(self._tokens, bits)] = pack(codes, bits)
+        self._packed[:, : packed_code_bytes(self._tokens, bits)] = pack_codes(codes, bits)
 
     def select(self, queries: Tensor, position: int, budget: int) -> Selection:
         self.shape.check_query(queries, budget)
@@ -109,9 +110,12 @@ class VqIndex:
             return Selection(everything, 0)
         if not budget:
             return Selection(torch.empty(heads, 0, dtype=torch.int64), 0)
-        importance = pooled(self._scores(queries, position), self.shape, self._pooling)
-        read = self.codebook.centroids.nbytes + self.packed.nbytes
-        return Selection(_latest_of_best(importance, budget) + self.start, read)
+        table, edges = self._table(queries, position)
+        bits, packed = self.codebook.code_bits, self._packed
+        counts = code_counts(packed, self._tokens, table.shape[1], bits=bits, edges=edges)
+        importance = code_importance(table, counts, pooling=self._pooling)
+        ids = vq_select(importance, packed, self._tokens, counts, budget, bits=bits, edges=edges)
+        return Selection(ids + self.start, self.codebook.centroids.nbytes + self.packed.nbytes)
 
     def export(self, first: int, stop: int) -> Mapping[str, Tensor]:
         """See `TravelsWithChunks`. Codes depend on the codebook and on the tokens before, not on where these stand."""
@@ -121,7 +125,10 @@ class VqIndex:
                 f"[{self.start}, {self.start + self._tokens})"
             )
         codes = self._codes(first - self.start, stop - self.start)
-        return {"vq.codes": pack(codes, self.codebook.code_bits), "vq.codebook": self.codebook.fingerprint.clone()}
+        return {
+            "vq.codes": pack_codes(codes, self.codebook.code_bits),
+            "vq.codebook": self.codebook.fingerprint.clone(),
+        }
 
     def restore(self, parts: Mapping[str, Tensor], tokens: int) -> None:
         heads, count, _ = self.codebook.centroids.shape
@@ -129,12 +136,12 @@ class VqIndex:
         packed, codebook = parts.get("vq.codes"), parts.get("vq.codebook")
         if packed is None or codebook is None or not torch.equal(codebook, self.codebook.fingerprint):
             raise CodecError(f"{sorted(parts)} are no codes of this codebook; index the keys anew")
-        if packed.dtype != torch.uint8 or packed.shape != (heads, packed_bytes(tokens, bits)):
+        if packed.dtype != torch.uint8 or packed.shape != (heads, packed_code_bytes(tokens, bits)):
             raise CodecError(
                 f"codes are {packed.dtype} {list(packed.shape)}; expected torch.uint8 "
-                f"[{heads}, {packed_bytes(tokens, bits)}] for {tokens} tokens"
+                f"[{heads}, {packed_code_bytes(tokens, bits)}] for {tokens} tokens"
             )
-        codes = unpack(packed, tokens, bits)
+        codes = unpack_codes(packed, bits, tokens)
         if codes.numel() and int(codes.max()) >= count:
             raise CodecError(f"a code is {int(codes.max())}; expected codes below {count}")
         self._append(codes)
@@ -144,72 +151,37 @@ class VqIndex:
             return keys.float()
         return self.shape.rope.shift(keys.float(), -positions)
 
-    def _scores(self, queries: Tensor, position: int) -> Tensor:
-        """Of all tokens, `[Hq, T]` float32, scaled."""
-        rope, bits = self.shape.rope, self.codebook.code_bits
+    def _table(self, queries: Tensor, position: int) -> tuple[Tensor, list[int]]:
+        """Scaled scores `[Hq, B C]` of the codes of all bands that hold tokens, farthest first, and their borders: the
+        first token of each but the first.
+        """
+        rope = self.shape.rope
         if rope is not None and self.codebook.bands is not None:
             queries = rope.shift(queries.float()[:, None], -position)[:, 0]
         ranges = self._tokens_of_bands(position)
-        used = [band for band, (first, stop) in enumerate(ranges) if first < stop]
+        used = [band for band, (first, stop) in enumerate(ranges) if first < stop][::-1]
         tables = self.codebook.tables(queries, rope, used) * self.shape.scale
-        pieces = []
-        for table, band in zip(tables, used, strict=True):
-            first, stop = ranges[band]
-            codes = self._packed[:, packed_bytes(first, bits) : packed_bytes(stop, bits)]
-            pieces.append(vq_scores(table, codes, stop - first, bits))
-        return torch.cat(pieces[::-1], dim=1)
+        return tables.transpose(0, 1).flatten(1), [ranges[band][0] for band in used[1:]]
 
     def _tokens_of_bands(self, position: int) -> list[tuple[int, int]]:
-        """Indices `[first, stop)` of the tokens of each band, nearest first.
-
-        Borders are even, where codes begin with a byte: a token may fall into the band before its own.
-        """
+        """Indices `[first, stop)` of the tokens of each band, nearest first."""
         bands = () if self.shape.rope is None else self.codebook.bands or ()
         farther = [min(max(position - self.start - low + 1, 0), self._tokens) for low, _ in bands[1:]]
-        even = [border if border == self._tokens else border - border % 2 for border in farther]
-        borders = [self._tokens, *even, 0]
-        return [(first, stop) for stop, first in pairwise(borders)]
+        return [(first, stop) for stop, first in pairwise([self._tokens, *farther, 0])]
 
     def _codes(self, first: int, stop: int) -> Tensor:
         bits = self.codebook.code_bits
         even = first - first % 2  # where a byte begins
-        return unpack(self._packed[:, packed_bytes(even, bits) :], stop - even, bits)[:, first - even :]
+        return unpack_codes(self._packed[:, packed_code_bytes(even, bits) :], bits, stop - even)[:, first - even :]
 
     def _append(self, codes: Tensor) -> None:
         bits, added = self.codebook.code_bits, codes.shape[1]
         if self._tokens % 2:  # the last code shares a byte with the first new one
             codes = torch.cat((self._codes(self._tokens - 1, self._tokens), codes), dim=1)
-        first = packed_bytes(self._tokens - self._tokens % 2, bits)
-        stop = packed_bytes(self._tokens + added, bits)
+        first = packed_code_bytes(self._tokens - self._tokens % 2, bits)
+        stop = packed_code_bytes(self._tokens + added, bits)
         if stop > self._packed.shape[1]:
             room = max(stop, 2 * self._packed.shape[1])
             self._packed = torch.nn.functional.pad(self._packed, (0, room - self._packed.shape[1]))
-        self._packed[:, first:stop] = pack(codes, bits)
+        self._packed[:, first:stop] = pack_codes(codes, bits)
         self._tokens += added
-
-
-def vq_scores(table: Tensor, codes: Tensor, tokens: int, bits: int = 12) -> Tensor:
-    """The entry of a table that belongs to each token's code.
-
-    Parameters
-    ----------
-    table : `[Hq, C]` float32; row i belongs to KV head `i // (Hq / H)`.
-    codes : `[H, bytes]` uint8, as `pack` makes them.
-
-    Returns
-    -------
-    Tensor : `[Hq, tokens]` float32.
-    """
-    heads = codes.shape[0]
-    wide = unpack(codes, tokens, bits)
-    grouped = table.view(heads, -1, table.shape[1])
-    return grouped.gather(2, wide[:, None].expand(-1, grouped.shape[1], -1)).flatten(0, 1)
-
-
-def _latest_of_best(importance: Tensor, budget: int) -> Tensor:
-    """Indices `[H, budget]`, ascending, of the most important of `[H, T]`; of equal ones the latest."""
-    least = importance.topk(budget, dim=1).values[:, -1:]
-    above, equal = importance > least, importance == least
-    left = budget - above.sum(1, keepdim=True)
-    behind = equal.flip(1).cumsum(1).flip(1)  # how many of the least stand here or later
-    return (above | equal & (behind <= left)).nonzero()[:, 1].view(len(importance), budget)

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from kvloom.compress.profile import Profile
@@ -18,9 +16,10 @@ from kvloom.compress.vq_fit import (
 )
 from kvloom.core import KVSpec, RopeSpec
 from kvloom.errors import CodecError, SpecMismatchError
-from kvloom.retrieval.codebook import Codebook, pack, packed_bytes, unpack
+from kvloom.retrieval.code_ops import unpack_codes, vq_scores
+from kvloom.retrieval.codebook import Codebook
 from kvloom.retrieval.selector import LayerShape, Selector, TravelsWithChunks, pooled, top_ids
-from kvloom.retrieval.vq import VqIndex, vq_scores
+from kvloom.retrieval.vq import VqIndex
 
 from .retrieval_contracts import ROPE, SHAPE, SelectorContract, context, recovered_mass
 
@@ -72,24 +71,6 @@ class TestVqIndex(SelectorContract):
 
     def make(self, shape: LayerShape, start: int = 0) -> Selector:
         return VqIndex(shape, self.codebook, start=start)
-
-
-class TestPacking:
-    @given(st.integers(0, 40), st.sampled_from([12, 16]), st.integers(1, 3))
-    def test_what_is_packed_comes_back(self, tokens: int, bits: int, heads: int) -> None:
-        random = torch.Generator().manual_seed(tokens)
-        codes = torch.randint(0, 1 << bits, (heads, tokens), generator=random)
-        packed = pack(codes, bits)
-        assert packed.dtype == torch.uint8
-        assert packed.shape == (heads, packed_bytes(tokens, bits))
-        assert torch.equal(unpack(packed, tokens, bits), codes)
-        for fewer in range(tokens):
-            assert torch.equal(unpack(packed, fewer, bits), codes[:, :fewer])
-
-    def test_the_layout_is_this_one(self) -> None:
-        assert pack(torch.tensor([[0xABC, 0x123, 0xFED]]), 12).tolist() == [[0xBC, 0x3A, 0x12, 0xED, 0x0F]]
-        assert pack(torch.tensor([[0xABCD]]), 16).tolist() == [[0xCD, 0xAB]]
-        assert packed_bytes(131072, 12) == 196608  # a byte and a half each
 
 
 class TestFit:
@@ -180,13 +161,13 @@ class TestBands:
         here = ROPE.shift(queries[:, None], -position)[:, 0]
         expected = torch.empty(4, 201)
         for token, place in enumerate(range(7, 208)):
-            # borders of bands are those of pairs of tokens
-            nearest_of_pair = position - (place if place % 2 == 0 or token == 200 else place + 1)
-            low, high = bands[max(i for i, (low, _) in enumerate(bands) if low <= max(nearest_of_pair, 0))]
+            low, high = bands[max(i for i, (low, _) in enumerate(bands) if low <= max(position - place, 0))]
             mean = ROPE.shift(here[:, None].expand(-1, high - low, -1), torch.arange(low, high)).mean(1)
             key = unrotated(keys, first=7)[:, token]
             expected[:, token] = (mean.view(2, 2, -1) @ key[..., None]).flatten() * SHAPE.scale
-        torch.testing.assert_close(index._scores(queries, position), expected, rtol=1e-4, atol=1e-4)
+        table, edges = index._table(queries, position)
+        found = vq_scores(table, index.packed, 201, edges=edges)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
     def test_bands_find_more_than_one_constant(self) -> None:
         found = []
@@ -229,14 +210,6 @@ class TestRanking:
         ids = index.select(queries, 600, 48).ids
         assert recovered_mass(queries, keys, ids, shape) > 0.8
 
-    def test_scores_are_gathered_by_code(self) -> None:
-        random = torch.Generator().manual_seed(9)
-        for tokens, bits, count in ((31, 12, 300), (8, 16, 5000)):
-            codes = torch.randint(0, count, (2, tokens), generator=random)
-            table = torch.randn(6, count, generator=random)
-            expected = torch.stack([table[i, codes[i // 3]] for i in range(6)])
-            assert torch.equal(vq_scores(table, pack(codes, bits), tokens, bits), expected)
-
     def test_of_equal_codes_the_latest_are_taken(self) -> None:
         keys = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]).repeat(1, 9, 1)
         shape = LayerShape(2, 1, 2, 1.0)
@@ -260,7 +233,7 @@ class TestRanking:
         for a, b in ((0, 333), (333, 5000)):
             index.add(keys[:, a:b], values[:, a:b])
         assert index.packed.nbytes == 2 * 10000
-        assert torch.equal(unpack(index.packed, 5000, 16), torch.arange(5000).expand(2, -1))
+        assert torch.equal(unpack_codes(index.packed, 16, 5000), torch.arange(5000).expand(2, -1))
 
 
 class TestTravel:
