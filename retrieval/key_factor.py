@@ -10,7 +10,7 @@ from torch import Tensor
 from ..compress.gram import Gram
 from ..compress.ops import pack_bits, packed_bytes
 from ..errors import CodecError
-from .rebuild import numbers_of, rebuild_keys
+from .ops import numbers_of, rebuild_keys
 from .rows import Rows
 from .selector import LayerShape
 

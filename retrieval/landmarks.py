@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CodecError
+from .ops import landmark_scores
 from .rows import Rows
 from .selector import LayerShape, Pooling, Selection, pooled
 
@@ -93,9 +94,9 @@ class LandmarkIndex:
         if budget >= len(self):
             ids = torch.arange(self.start, self._end).expand(self.shape.kv_heads, -1).contiguous()
             return Selection(ids, 0)
-        scores = landmark_scores(queries, self._means.all, self.shape.scale)
+        scores = landmark_scores(queries, self._means.all, scale=self.shape.scale)
         if self._tail.shape[1]:
-            own = landmark_scores(queries, self._tail.mean(1, keepdim=True), self.shape.scale)
+            own = landmark_scores(queries, self._tail.mean(1, keepdim=True), scale=self.shape.scale)
             scores = torch.cat((scores, own), 1)
         outliers = self.outliers(budget)
         scores.view(self.shape.kv_heads, self.shape.group, -1).scatter_(
@@ -221,12 +222,6 @@ class LandmarkIndex:
             is_outside = (ids < self.start) | (ids >= self._end)
             ids = ids.gather(1, is_outside.to(torch.uint8).sort(dim=1, stable=True).indices)
         return ids[:, :budget].sort(1).values
-
-
-def landmark_scores(queries: Tensor, landmarks: Tensor, scale: float) -> Tensor:
-    """Scaled inner products of `[Hq, D]` with `[H, C, D]` of any floating dtype, in float32: `[Hq, C]`."""
-    grouped = queries.float().view(landmarks.shape[0], -1, queries.shape[1])
-    return (grouped @ landmarks.float().mT).flatten(0, 1) * scale
 
 
 def _summarise(runs: Tensor) -> tuple[Tensor, Tensor]:

@@ -156,8 +156,7 @@ def rebuild_keys(
 
         with torch.cuda.device(basis.device):
             return ops_triton.rebuild_keys(factor, basis, ids, scale, bias, cos, sin, interleaved)
-    rows = factor[ids.clamp(min=0)]
-    numbers = unpack_bits(rows, 4, basis.shape[1]).float() - 8 if rows.dtype == torch.uint8 else rows.float()
+    numbers = numbers_of(factor[ids.clamp(min=0)], basis.shape[1])
     # columns' scales go into the basis, which is smaller
     x = numbers @ (basis.float() if scale is None else basis.float() * scale[:, None])
     if bias is not None:
@@ -165,6 +164,11 @@ def rebuild_keys(
     if cos is not None and sin is not None:
         x = rotate_pairs(x, cos[ids.clamp(min=0)], sin[ids.clamp(min=0)], interleaved)
     return x.masked_fill_((ids < 0)[..., None], 0.0).to(basis.dtype)
+
+
+def numbers_of(stored: Tensor, rank: int) -> Tensor:
+    """Rows of a factor as `rebuild_keys` takes it, as float32, without scale and bias."""
+    return unpack_bits(stored, 4, rank).float() - 8 if stored.dtype == torch.uint8 else stored.float()
 
 
 def gather_attend(queries: Tensor, keys: Tensor, values: Tensor, ids: Tensor, *, scale: float) -> Partial:

@@ -11,7 +11,7 @@ from kvloom.errors import CodecError
 from kvloom.retrieval.cascade import KeySource
 from kvloom.retrieval.factor import FactorIndex, key_bytes
 from kvloom.retrieval.key_factor import KeyFactor
-from kvloom.retrieval.rebuild import rebuild_keys
+from kvloom.retrieval.ops import rebuild_keys
 from kvloom.retrieval.selector import LayerShape, LearnsFromQueries, Selector
 
 from .retrieval_contracts import ROPE, SHAPE, SelectorContract, context, recovered_mass

@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvloom.errors import CodecError
-from kvloom.retrieval.landmarks import LandmarkIndex, landmark_scores
+from kvloom.retrieval.landmarks import LandmarkIndex
+from kvloom.retrieval.ops import landmark_scores
 from kvloom.retrieval.rows import Rows
 from kvloom.retrieval.selector import LayerShape, Selector
 
@@ -32,7 +33,7 @@ def test_scores_are_inner_products_with_the_means() -> None:
     index.add(keys, values)
     landmarks = index.export(0, 40)["landmarks.means"]
     torch.testing.assert_close(landmarks, means_of(keys))
-    scores = landmark_scores(queries, landmarks, 0.5)
+    scores = landmark_scores(queries, landmarks, scale=0.5)
     for head in range(4):
         torch.testing.assert_close(scores[head], means_of(keys)[head // 2] @ queries[head] * 0.5)
 
