@@ -96,6 +96,23 @@ def test_codes_of_documents_serve_where_they_are_placed(
         assert torch.equal(again._signs, fused.index.layers[2]._signs[:, : len(again)])
 
 
+def test_landmarks_move_by_multiples_of_their_runs(model: PreTrainedModel) -> None:
+    """Without a BOS, and with documents that end where a run does; of others, what stands elsewhere is indexed anew."""
+    rag, plain = connect(model, 0.3, bos=False), connect(model, 0.3, bos=False)
+    texts = [f"{text} and {'so ' * n}on." for text in LONG for n in range(12)]
+    even = [text for text in texts if not len(rag.encode_document(text)) % 8][:4]
+    odd = next(text for text in texts if len(rag.encode_document(text)) % 8)
+    assert len(even) == 4
+    retrieval = Retrieval("landmarks", **SOME)
+    rag.precompute([*even, odd], retrieval=retrieval)
+    for documents, share in ((even[::-1], 1.0), ([even[0], odd, even[1], even[2]], 0.5)):
+        expected, taken, _ = answered(plain, documents, retrieval)
+        assert taken == 0
+        found, taken, computed = answered(rag, documents, retrieval)
+        assert found == expected
+        assert (computed == 0) if share == 1.0 else (0.2 < taken / (taken + computed) < 0.8)
+
+
 def test_what_cannot_be_moved_is_indexed_anew(model: PreTrainedModel) -> None:
     retrieval = Retrieval("means", **SOME)
     plain, rag = connect(model, 0.3), connect(model, 0.3)
