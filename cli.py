@@ -15,7 +15,12 @@ import typer
 from . import __version__
 from .errors import KVLoomError
 
-BENCHMARKS = {"blend": ".bench.blend", "codecs": ".bench.codecs", "tiers": ".bench.tiers"}
+BENCHMARKS = {
+    "blend": ".bench.blend",
+    "codecs": ".bench.codecs",
+    "retrieval": ".bench.retrieval",
+    "tiers": ".bench.tiers",
+}
 """Module of each benchmark by name. It offers `run(*, quick: bool) -> BenchResult`."""
 
 app = typer.Typer(
@@ -81,6 +86,12 @@ def _share(text: str) -> float:
     if not text.endswith("%"):
         raise ValueError(f"capacity is {text!r}; expected a percentage such as 5%")
     return _number(text.removesuffix("%"), "capacity", "a percentage such as 5%") / 100
+
+
+def _tokens(text: str) -> int:
+    if not text.isdigit():
+        raise ValueError(f"size is {text!r}; expected a number of tokens such as 4096, or several with commas between")
+    return int(text)
 
 
 def _parameter(text: str) -> tuple[str, int | float | str]:
@@ -155,22 +166,28 @@ def bench(
         ),
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="codecs: a page with the tables and plots.")
+        Path | None, typer.Option(metavar="FILE.html", help="codecs, retrieval: a page with the tables and plots.")
+    ] = None,
+    sizes: Annotated[
+        str | None, typer.Option(metavar="TOKENS", help="retrieval: contexts on the bundled model, e.g. 4096,8192.")
     ] = None,
 ) -> None:
     """Run one benchmark and print its figures."""
     if name not in BENCHMARKS:
         raise ValueError(f"unknown benchmark {name!r}; known: {', '.join(BENCHMARKS)}")
-    options: dict[str, Path] = {}
+    options: dict[str, object] = {}
     for flag, option, value, takers in (
         ("--dir", "folder", folder, ("codecs", "tiers")),
         ("--lmcache-python", "lmcache_python", lmcache_python, ("tiers",)),
-        ("--report", "report", report, ("codecs",)),
+        ("--report", "report", report, ("codecs", "retrieval")),
+        ("--sizes", "sizes", sizes, ("retrieval",)),
     ):
         if value is not None and name not in takers:
             raise ValueError(f"{flag} belongs to {' and '.join(takers)}, not to {name}")
         if value is not None:
             options[option] = value
+    if sizes is not None:
+        options["sizes"] = [_tokens(part) for part in _parts(sizes)]
     from .bench.report import BenchResult
 
     result = import_module(BENCHMARKS[name], __package__).run(quick=quick, **options)
@@ -208,10 +225,13 @@ def calibrate(
     text: Texts = None,
     sequences: Annotated[int, typer.Option(min=1, help="Token sequences; fewer if the text is short.")] = 16,
     tokens: Annotated[int, typer.Option(min=16, help="Tokens in each.")] = 2048,
+    centroids: Annotated[
+        int, typer.Option(min=1, max=65536, help="Of each codebook of vq; fewer of few tokens.")
+    ] = 4096,
     model_id: ModelId = None,
     dtype: Dtype = None,
 ) -> None:
-    """Learn a model's keys and values from text: the profile that nuq, lowrank, entropy and kv4 need."""
+    """Learn a model's keys and values from text: the profile that nuq, lowrank, entropy, kv4 and vq need."""
     if not text:
         raise ValueError("no text; name files or folders of it with --text")
     from .bench.calibrate import CalibrateOptions, run_calibrate
@@ -222,6 +242,7 @@ def calibrate(
         out=out,
         sequences=sequences,
         tokens=tokens,
+        centroids=centroids,
         model_id=model_id,
         dtype=dtype,
     )

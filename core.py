@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from typing import NewType, Protocol, runtime_checkable
+from typing import NewType, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -283,6 +283,22 @@ class Codec(Protocol):
 
         Raises `CodecError` if `blob` is not this codec's.
         """
+        ...
+
+
+Memory: TypeAlias = Callable[[int], Tensor]
+"""Gives `[nbytes]` uint8 on the cpu, of any content, at a multiple of 64 bytes."""
+
+
+@runtime_checkable
+class DecodesInto(Protocol):
+    """Optional capability of a codec: memory for what it decodes is asked for, and may have been used before.
+
+    The first touch of fresh memory can take longer than all decoding.
+    """
+
+    def decode_into(self, blob: EncodedChunk, positions: Tensor | None, memory: Memory) -> KVChunk:
+        """As `Codec.decode`."""
         ...
 
 

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -14,9 +15,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 from .. import __version__
-from ..compress.calibration import LEFT_OUT
+from ..compress.calibration import LAYER_FITS, LEFT_OUT
 from ..compress.profile import Profile
-from ..connectors.hf_calibrate import SEQUENCE_TOKENS, SEQUENCES, calibrate, stage_units, token_windows
+from ..compress.vq_fit import CENTROIDS, doubling_bands, fit_layer
+from ..connectors.hf_calibrate import calibrate, stage_units
+from ..connectors.hf_windows import SEQUENCE_TOKENS, SEQUENCES, STRINGS_RATIO, string_windows, token_windows
 from .models import load_model
 from .report import output
 from .texts import read_texts
@@ -39,6 +42,7 @@ class CalibrateOptions:
     texts : files and folders of text like that which will be served.
     model : a Hugging Face folder; None for the bundled reference model.
     sequences, tokens : of calibration; less if the text is short.
+    centroids : of each KV head's codebook, at most; fewer if there are few tokens.
     model_id, dtype : as for `CertifyOptions`.
     """
 
@@ -47,6 +51,7 @@ class CalibrateOptions:
     model: Path | None = None
     sequences: int = SEQUENCES
     tokens: int = SEQUENCE_TOKENS
+    centroids: int = CENTROIDS
     model_id: str | None = None
     dtype: str | None = None
 
@@ -64,13 +69,20 @@ def run_calibrate(options: CalibrateOptions) -> Profile:
     model, tokenizer = load_model(options.model, dtype=options.dtype)
     tokens = min(options.tokens, model.config.max_position_embeddings)
     windows = token_windows(tokenizer, texts, sequences=options.sequences, tokens=tokens)
+    strings = string_windows(tokenizer, sequences=round(STRINGS_RATIO * len(windows)), tokens=len(windows[0]))
+    fits = dict(LAYER_FITS)
+    if "vq" in fits:
+        bands = doubling_bands(model.config.max_position_embeddings)
+        fits["vq"] = partial(fit_layer, centroids=options.centroids, bands=bands)
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        totals = stage_units(model.config.num_hidden_layers, windows)
+        totals = stage_units(model.config.num_hidden_layers, windows, strings=strings)
         bars = {stage: bar.add_task(_STAGES[stage], total=total) for stage, total in totals.items()}
         profile = calibrate(
             model,
             windows,
             model_id=options.model_id,
+            layer_fits=fits,
+            strings=strings,
             meta={"texts": ", ".join(str(path) for path in options.texts), "version": __version__},
             advance=lambda stage, done: bar.advance(bars[stage], done),
         )

@@ -17,9 +17,9 @@ from ..compress.catalog import codec_by_name
 from ..compress.certificate import Certificate, Figure
 from ..compress.profile import Profile
 from ..connectors.hf_break_even import break_even
-from ..connectors.hf_calibrate import token_windows
 from ..connectors.hf_decoding import layer_shape
 from ..connectors.hf_retrieval import Retrieval
+from ..connectors.hf_windows import token_windows
 from ..core import Codec
 from .forcing import CHUNK_TOKENS, ForcedModel, Way, through_codec
 from .models import load_model
@@ -147,9 +147,9 @@ def _way(
 
 
 def _kinds(tasks: Sequence[str]) -> Sequence[str]:
-    if tasks in (("auto",), ["auto"]):
+    if list(tasks) == ["auto"]:
         return KINDS
-    if tasks in (("none",), ["none"]):
+    if list(tasks) == ["none"]:
         return ()
     if unknown := [kind for kind in tasks if kind not in (*KINDS, "needle8")]:
         raise ValueError(f"tasks are {', '.join(unknown)}; expected auto, none, or some of {', '.join(KINDS)}, needle8")

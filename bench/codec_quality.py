@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compress.calibration import CHUNK_FITS, LAYER_FITS, LayerFit, LayerSample
@@ -13,12 +15,14 @@ from ..compress.catalog import codec_by_name
 from ..compress.gram import Gram
 from ..compress.grouped import GroupedCodec
 from ..compress.lowrank import LowRankCodec
+from ..compress.lowrank import fit_layer as fit_basis
 from ..compress.nuq import NuqCodec
 from ..compress.nuq_fit import FitOptions, fit_layer
 from ..compress.profile import Profile
 from ..compress.rotation import unrotated
-from ..connectors.hf_calibrate import calibrate, token_windows
-from ..core import Codec, KVChunk
+from ..connectors.hf_calibrate import calibrate
+from ..connectors.hf_windows import token_windows
+from ..core import Codec, EncodedChunk, KVChunk, RopeSpec
 from ..kvstore.format import to_buffers
 from ..kvstore.keys import content_key
 from .forcing import CHUNK_TOKENS, ForcedModel, split, through_codec
@@ -29,6 +33,7 @@ from .report import Metric
 WIDTHS = (4, 3, 2)
 NAMED = ("int8", "kv4", "fp8", *(f"nuq{bits}" for bits in WIDTHS))
 RANK_RATIOS = (0.125, 0.25, 0.375, 0.5)
+LOW_RANK, ROTATED_LOW_RANK = "low rank {:.3g}", "low rank after rotation {:.3g}"
 FITS: Mapping[str, FitOptions] = {
     "even levels": FitOptions(nonuniform=False),
     "F instead of F s^2": FitOptions(scale_weights=False),
@@ -56,10 +61,32 @@ class Scope:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Learned:
-    """Profiles of one model: `whole`, and one for each of `FITS`."""
+    """Profiles of one model: `whole`, one for each of `FITS`, and the low-rank basis of keys after rotation."""
 
     whole: Profile
     variants: Mapping[str, Profile]
+    rotated: Profile
+
+
+@dataclass(frozen=True)
+class AfterRotation:
+    """Keys as they come through a codec that is told that they carry no rotation; for comparison."""
+
+    inner: Codec
+    rope: RopeSpec | None
+
+    name: ClassVar[str] = "after rotation"
+    is_lossless: ClassVar[bool] = False
+
+    def encode(self, chunk: KVChunk) -> EncodedChunk:
+        return self.inner.encode(replace(chunk, spec=replace(chunk.spec, rope=None)))
+
+    def decode(self, blob: EncodedChunk, positions: Tensor | None = None) -> KVChunk:
+        """Where the chunk was computed; raises `ValueError` if it is wanted elsewhere."""
+        if positions is not None:
+            raise ValueError("keys that were coded after rotation, and as if without one, cannot be moved")
+        chunk = self.inner.decode(blob)
+        return replace(chunk, spec=replace(chunk.spec, rope=self.rope))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,7 +125,10 @@ def learn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, scope: Sco
         )
         for variant in FITS
     }
-    return Learned(Profile(profile.spec, own, profile.meta), variants)
+    grams = _key_grams(ForcedModel(model), windows, rotated=True)
+    bases = torch.stack([fit_basis(gram)["lowrank.basis"] for gram in grams])
+    rotated = Profile(replace(profile.spec, rope=None), {"lowrank.basis": bases})
+    return Learned(Profile(profile.spec, own, profile.meta), variants, rotated)
 
 
 def all_codecs(learned: Learned) -> dict[str, Codec]:
@@ -107,9 +137,12 @@ def all_codecs(learned: Learned) -> dict[str, Codec]:
     for bits in WIDTHS:
         found[f"KIVI {bits} bits"] = kivi(bits)
         found[f"uniform {bits} bits"] = uniform(bits)
-    width = learned.whole.spec.num_kv_heads * learned.whole.spec.head_dim
+    spec = learned.whole.spec
     for ratio in RANK_RATIOS:
-        found[f"low rank {ratio:.3g}"] = LowRankCodec(rank=round(ratio * width), profile=learned.whole)
+        rank = round(ratio * spec.num_kv_heads * spec.head_dim)
+        found[LOW_RANK.format(ratio)] = LowRankCodec(rank=rank, profile=learned.whole)
+        rotated = LowRankCodec(rank=rank, profile=learned.rotated)
+        found[ROTATED_LOW_RANK.format(ratio)] = AfterRotation(rotated, spec.rope)
     return found
 
 
@@ -205,22 +238,25 @@ def key_energy(model: PreTrainedModel, windows: Sequence[Sequence[int]]) -> list
     Rows (rank over width, before, after), for each of `RANK_RATIOS`.
     """
     forced = ForcedModel(model)
-    grams: dict[bool, list[Gram]] = {True: [], False: []}
+    width = forced.spec.num_kv_heads * forced.spec.head_dim
+    shares = []
+    for rotated in (False, True):
+        spectra = [gram.spectrum()[0] for gram in _key_grams(forced, windows, rotated=rotated)]
+        shares.append(
+            [sum(float(s[: round(r * width)].sum() / s.sum()) for s in spectra) / len(spectra) for r in RANK_RATIOS]
+        )
+    return list(zip(RANK_RATIOS, *shares, strict=True))
+
+
+def _key_grams(forced: ForcedModel, windows: Sequence[Sequence[int]], *, rotated: bool) -> list[Gram]:
+    """Of every layer's keys after or before rotation; without each window's first token, the attention sink."""
+    grams: list[Gram] = []
     for window in windows:
         chunk, _ = forced.prefill(torch.tensor(list(window)))
-        for before, known in grams.items():
-            keys = unrotated(chunk.spec, chunk.keys, chunk.positions) if before else chunk.keys.float()
-            of_window = [Gram.of(layer.transpose(0, 1).flatten(1)) for layer in keys]
-            grams[before] = [a + b for a, b in zip(known, of_window, strict=True)] if known else of_window
-    width = forced.spec.num_kv_heads * forced.spec.head_dim
-    rows = []
-    for ratio in RANK_RATIOS:
-        shares = []
-        for before in (True, False):
-            spectra = [gram.spectrum()[0] for gram in grams[before]]
-            shares.append(sum(float(s[: round(ratio * width)].sum() / s.sum()) for s in spectra) / len(spectra))
-        rows.append((ratio, shares[0], shares[1]))
-    return rows
+        keys = chunk.keys.float() if rotated else unrotated(chunk.spec, chunk.keys, chunk.positions)
+        of_window = [Gram.of(layer[:, 1:].transpose(0, 1).flatten(1)) for layer in keys]
+        grams = [a + b for a, b in zip(grams, of_window, strict=True)] if grams else of_window
+    return grams
 
 
 def _half(chunk: KVChunk) -> KVChunk:

@@ -20,11 +20,12 @@ from rich.table import Table as ScreenTable
 
 from ..compress.catalog import codec_by_name
 from ..compress.lowrank import LowRankCodec
-from ..compress.nuq import NuqCodec
 from ..compress.profile import Profile
 from ..compress.raw import RawCodec
 from ..core import Codec, KVChunk
 from .codec_quality import (
+    LOW_RANK,
+    ROTATED_LOW_RANK,
     WIDTHS,
     Loss,
     Scope,
@@ -49,7 +50,7 @@ from .tiers import Target
 
 ABLATED_BITS = 3
 RAW = "raw"
-FAMILIES = ("nuq", "KIVI", "uniform", "low rank")  # one line of a plot each
+FAMILIES = ("nuq", "KIVI", "uniform", "low rank after rotation", "low rank")  # one line of a plot each
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +147,7 @@ def run(*, quick: bool = False, folder: Path | None = None, report: Path | None 
         _loss_table(quality, "the bundled model"),
         _loss_table(pieces, f"ablation, {ABLATED_BITS} bits"),
         _loss_table(stressed, "the bundled model with outlier channels (stress)"),
-        _energy_table(energy),
+        _rank_table(energy, quality),
         *map(_speed_table, speeds),
         _target_table(metrics),
     ]
@@ -170,7 +171,7 @@ def _bytes_8b(profile: Profile, tokens: int) -> dict[str, float]:
     """Bytes of float16 over bytes on disk, in the shape of an 8B model; of low rank the keys alone."""
     chunk = chunk_8b(0, tokens=tokens)
     halves = [tensor.nbytes for tensor in (chunk.keys, chunk.values)]
-    found = {f"nuq{bits}": sum(halves) / stored_bytes(NuqCodec(profile, bits=bits), chunk) for bits in WIDTHS}
+    found = {f"nuq{bits}": sum(halves) / stored_bytes(codec_by_name(f"nuq{bits}", profile), chunk) for bits in WIDTHS}
     keys_alone = replace(SPEC_8B, v_head_dim=0)
     without_values = KVChunk(keys_alone, chunk.token_ids, chunk.positions, chunk.keys, chunk.values[..., :0])
     low_rank = LowRankCodec(factor_bits=4, profile=Profile(keys_alone, profile.tensors))
@@ -183,7 +184,7 @@ def _bytes_8b(profile: Profile, tokens: int) -> dict[str, float]:
 def _speeds(profile: Profile, folder: Path, sizes: Sizes, bar: Progress) -> tuple[list[Comparison], float, float]:
     """Cold hits and coding in memory, and the seconds of factorisation and of attention."""
     codecs: dict[str, Codec] = {RAW: RawCodec()}
-    codecs |= {f"nuq{bits}": NuqCodec(profile, bits=bits) for bits in WIDTHS}
+    codecs |= {name: codec_by_name(name, profile) for name in (f"nuq{bits}" for bits in WIDTHS)}
     cold = cold_hits(folder, codecs, tokens=sizes.tokens, chunks=sizes.cold_chunks, rounds=sizes.rounds, bar=bar)
     codecs |= {name: codec_by_name(name) for name in ("int8", "int4", "kv4", "fp8", "lossless")}
     codecs["lowrank4"] = LowRankCodec(factor_bits=4, profile=profile)
@@ -240,15 +241,22 @@ def _loss_row(what: str, loss: Loss) -> dict[str, object]:
 
 
 def _loss_table(found: Sequence[Loss], title: str) -> Table:
-    names = [name for name in found[0].figures if not name.startswith("prefix_")]
-    rows: list[list[str | float | None]] = []
-    for loss in found:
-        figures = loss.figures
-        cells = [f"{figures[n][0]:.4f}" if n == "kl" else _percent(*figures[n]) for n in names]
-        rows.append([loss.name, f"{loss.bits:.2f}", *cells])
+    rows: list[list[str | float | None]] = [[loss.name, f"{loss.bits:.2f}", *_loss_cells(loss)] for loss in found]
+    return Table(["codec", "bits", *_loss_heads(found[0])], rows, title)
+
+
+def _shown(loss: Loss) -> list[str]:
+    return [name for name in loss.figures if not name.startswith("prefix_")]
+
+
+def _loss_heads(loss: Loss) -> list[str]:
     words = {"kl": "KL, nats", "perplexity_increase": "perplexity, %"}
-    heads = [words.get(name, name.replace("_loss", " lost, %")) for name in names]
-    return Table(["codec", "bits", *heads], rows, title)
+    return [words.get(name, name.replace("_loss", " lost, %")) for name in _shown(loss)]
+
+
+def _loss_cells(loss: Loss) -> list[str]:
+    figures = loss.figures
+    return [f"{figures[n][0]:.4f}" if n == "kl" else _percent(*figures[n]) for n in _shown(loss)]
 
 
 def _percent(value: float, low: float, high: float) -> str:
@@ -260,9 +268,15 @@ def _bytes_table(ratios: Mapping[str, float]) -> Table:
     return Table(["codec", "times smaller than float16"], [[n, f"{r:.2f}"] for n, r in ratios.items()], "8B shape")
 
 
-def _energy_table(energy: Sequence[tuple[float, float, float]]) -> Table:
-    rows = [[f"{ratio:.1%}", f"{before:.1%}", f"{after:.1%}"] for ratio, before, after in energy]
-    return Table(["rank / width", "before rotation", "after rotation"], rows, "energy of keys, mean over layers")
+def _rank_table(energy: Sequence[tuple[float, float, float]], quality: Sequence[Loss]) -> Table:
+    """What low rank keeps of the keys, mean over layers, and what it costs, before and after rotation."""
+    losses_by_name = {loss.name: loss for loss in quality}
+    rows: list[list[str | float | None]] = []
+    for ratio, *shares in energy:
+        for when, name, share in zip(("before", "after"), (LOW_RANK, ROTATED_LOW_RANK), shares, strict=True):
+            rows.append([f"{ratio:.1%}", when, f"{share:.2%}", *_loss_cells(losses_by_name[name.format(ratio)])])
+    heads = ["rank / width", "rotation", "energy of keys", *_loss_heads(quality[0])]
+    return Table(heads, rows, "low-rank keys before and after rotation")
 
 
 def _speed_table(comparison: Comparison) -> Table:

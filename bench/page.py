@@ -10,8 +10,11 @@ from html import escape
 from typing import NamedTuple
 
 _INK = "#010203"  # stands for the text colour while matplotlib draws; the page then decides, light or dark
-_COLOURS = ("#2f7fd6", "#e0662b", "#1f9e77", "#c15fb0", "#c99a06", "#6f7fd9", "#8a8f98", "#d1495b")
-_MARKERS = "os^DvP*X"
+_COLOURS = (
+    "#2f7fd6", "#e0662b", "#1f9e77", "#c15fb0", "#c99a06", "#6f7fd9", "#8a8f98", "#d1495b", "#3aa6b9", "#8c6239",
+    "#7aa52c",
+)  # fmt: skip
+_MARKERS = "os^DvP*X<>ph"  # one more than colours, so that a pair of both comes back late
 
 _STYLE = """
 :root { color-scheme: light dark;

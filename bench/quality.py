@@ -41,6 +41,10 @@ class Limits:
     kl: float | None = 0.1
     task_loss: float | None = 0.05
 
+    def __post_init__(self) -> None:
+        for limit in (self.perplexity_increase, self.kl, self.task_loss):
+            Figure(0.0, 0.0, 0.0, limit=limit)  # refused here, and not after the measurement
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trial:

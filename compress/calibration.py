@@ -26,6 +26,9 @@ class LayerSample:
     values : `[N, H, Dv]` float32.
     key_fisher, value_fisher : of the same shapes, the squared gradients of the language-model loss (nats, summed over a
         sequence): the diagonal of the Fisher information.
+    query_moments : `[H, D, D]` float64, mean of the outer products of all queries of a group with themselves, before
+        rotation; text and strings alike.
+    further_keys : `[N', H, D]` float32, keys over random strings: like no text, but like what is looked up in one.
     """
 
     spec: KVSpec
@@ -33,6 +36,8 @@ class LayerSample:
     values: Tensor
     key_fisher: Tensor
     value_fisher: Tensor
+    query_moments: Tensor
+    further_keys: Tensor
 
 
 LayerFit: TypeAlias = Callable[[LayerSample], Mapping[str, Tensor]]
@@ -62,6 +67,11 @@ def _lowrank(sample: LayerSample) -> Mapping[str, Tensor]:
     return found
 
 
+def _vq(sample: LayerSample) -> Mapping[str, Tensor]:
+    found: Mapping[str, Tensor] = _function("vq_fit", "fit_layer")(sample)
+    return found
+
+
 def _entropy(profile: Profile, chunks: Iterable[KVChunk]) -> Mapping[str, Tensor]:
     fit, nuq = _function("entropy", "fit_entropy"), _function("nuq", "NuqCodec")
     return {name: t for bits in _ENTROPY_BITS for name, t in fit(nuq(profile, bits=bits), chunks).items()}
@@ -79,12 +89,15 @@ _NEEDS: Mapping[str, tuple[str, ...]] = {
     "nuq": (".nuq_fit",),
     "kv4": (".kv4",),
     "lowrank": (".gram", ".lowrank"),
+    "vq": (".vq_fit", "faiss"),
     "entropy": (".nuq", ".entropy", "numba"),
 }
 LEFT_OUT: Mapping[str, list[str]] = {method: missing for method, needs in _NEEDS.items() if (missing := _absent(needs))}
 """Methods that learn nothing here, and the modules that they lack."""
 
 LAYER_FITS: Mapping[str, LayerFit] = {
-    method: fit for method, fit in (("nuq", _nuq), ("kv4", _kv4), ("lowrank", _lowrank)) if method not in LEFT_OUT
+    method: fit
+    for method, fit in (("nuq", _nuq), ("kv4", _kv4), ("lowrank", _lowrank), ("vq", _vq))
+    if method not in LEFT_OUT
 }
 CHUNK_FITS: Mapping[str, ChunkFit] = {method: fit for method, fit in (("entropy", _entropy),) if method not in LEFT_OUT}

@@ -16,6 +16,8 @@ from .profile import model_identity
 
 FORMAT_VERSION = 1
 
+_NUMBERS = ("value", "low", "high")
+
 
 @dataclass(frozen=True, slots=True)
 class Figure:
@@ -33,6 +35,10 @@ class Figure:
     high: float
     unit: str = ""
     limit: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and not math.isfinite(self.limit):
+            raise ValueError(f"limit is {self.limit}; expected a finite number, or None for no limit")
 
     @property
     def passed(self) -> bool:
@@ -145,15 +151,12 @@ class Certificate:
 
 
 def _figure_fields(figure: Figure) -> dict[str, object]:
-    plain = {name: None if _is_nan(value) else value for name, value in asdict(figure).items()}
-    return {**plain, "passed": figure.passed}
+    numbers = {name: getattr(figure, name) for name in _NUMBERS}
+    plain = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+    return asdict(figure) | plain | {"passed": figure.passed}
 
 
 def _read_figure(fields: Mapping[str, Any]) -> Figure:
-    value, low, high = (math.nan if fields[name] is None else float(fields[name]) for name in ("value", "low", "high"))
+    value, low, high = (math.nan if fields[name] is None else float(fields[name]) for name in _NUMBERS)
     limit = None if fields["limit"] is None else float(fields["limit"])
     return Figure(value, low, high, str(fields["unit"]), limit)
-
-
-def _is_nan(value: object) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)

@@ -6,11 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import RopeSpec
+from ..core import Memory, RopeSpec
+from ..errors import CodecError
 from .ops import unpack_bits
+from .slots import unpack_channels
+
+_ALIGNMENT_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,7 +45,7 @@ class Codes:
     ----------
     packed : `[L, H, T, packed_bytes(D, bits)]` uint8, by `pack_bits`.
     ranges : `[L, T, 2]` float32: levels of a token are first multiplied by one and raised by the other; None: by 1, 0.
-    channels : `[L, T, k]` int32, each below `H * D`, unequal within a row.
+    channels : `[L, T, slot_bytes(k, H * D)]` uint8, by `pack_channels`; unequal within a token.
     outliers : `[L, T, k]` float32, what stands there instead.
     """
 
@@ -72,19 +77,40 @@ class Rotation:
         return torch.stack(turned, -1).flatten(-2) if self.interleaved else torch.cat(turned, -1)
 
 
-def dequantise(grid: Grid, codes: Codes, rotation: Rotation | None, dtype: torch.dtype) -> Tensor:
+def fresh(nbytes: int) -> Tensor:
+    """Memory that was not used before.
+
+    From numpy, which asks for huge pages: faults of small ones take longer than all that is computed here.
+    """
+    memory = np.empty(nbytes + _ALIGNMENT_BYTES, np.uint8)
+    first = -memory.ctypes.data % _ALIGNMENT_BYTES
+    return torch.from_numpy(memory[first : first + nbytes])
+
+
+def dequantise(
+    grid: Grid, codes: Codes, rotation: Rotation | None, dtype: torch.dtype, memory: Memory = fresh
+) -> Tensor:
     """The tensor that `codes` stand for, rotated, rounded once to `dtype`: `[L, H, T, D]`.
 
     Computed by compiled code where numba is installed, otherwise by `dequantise_slowly`; both give the same bits.
+
+    Raises
+    ------
+    CodecError : an outlier stands in a channel beyond the `H * D` there are.
     """
     kernel = _kernel()
-    return dequantise_slowly(grid, codes, rotation, dtype) if kernel is None else kernel(grid, codes, rotation, dtype)
+    if kernel is None:
+        return dequantise_slowly(grid, codes, rotation, dtype)
+    return kernel(grid, codes, rotation, dtype, memory)
 
 
 def dequantise_slowly(grid: Grid, codes: Codes, rotation: Rotation | None, dtype: torch.dtype) -> Tensor:
     """The reference."""
     (L, H, T, _), D = codes.packed.shape, grid.scale.shape[-1]
     out = torch.empty(L, H, T, D, dtype=dtype)
+    channels = unpack_channels(codes.channels, codes.outliers.shape[-1], H * D).long()
+    if not bool((channels < H * D).all()):
+        raise beyond(H * D)
     for layer in range(L):
         numbers = unpack_bits(codes.packed[layer], grid.bits, D).long()
         rows = grid.levels[layer].gather(1, numbers.view(H, T * D)).view(H, T, D)
@@ -93,14 +119,19 @@ def dequantise_slowly(grid: Grid, codes: Codes, rotation: Rotation | None, dtype
             rows = rows * scale + zero
         rows = rows * grid.scale[layer, :, None] + grid.zero[layer, :, None]
         by_token = rows.transpose(0, 1).reshape(T, H * D)
-        by_token.scatter_(1, codes.channels[layer].long(), codes.outliers[layer])
+        by_token.scatter_(1, channels[layer], codes.outliers[layer])
         rows = by_token.view(T, H, D).transpose(0, 1)
         out[layer] = rows if rotation is None else rotation.turn(rows)
     return out
 
 
+def beyond(channels: int) -> CodecError:
+    """What `dequantise` raises."""
+    return CodecError(f"nuq chunk: outliers stand in channels beyond the {channels} there are")
+
+
 @lru_cache(maxsize=1)
-def _kernel() -> Callable[[Grid, Codes, Rotation | None, torch.dtype], Tensor] | None:
+def _kernel() -> Callable[[Grid, Codes, Rotation | None, torch.dtype, Memory], Tensor] | None:
     # numba takes a second to import, and only who decodes needs it.
     try:
         from .dequantise_numba import dequantise_compiled

@@ -9,16 +9,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..core import EncodedChunk, KVChunk, KVSpec
+from ..core import EncodedChunk, KVChunk, KVSpec, Memory
 from ..errors import CodecError, SpecMismatchError
-from .dequantise import Codes, Grid, Rotation, dequantise
+from .dequantise import Codes, Grid, Rotation, dequantise, fresh
 from .envelope import cpu_copy, expect_tensor, open_envelope, seal
 from .exact import put_exact
 from .ops import pack_bits, packed_bytes
 from .profile import Profile
 from .quantise import by_token, code, code_in_ranges
 from .rotation import Turn, unrotated
-from .slots import MAX_CHANNELS, pack_channels, slot_bytes, slot_count, unpack_channels
+from .slots import MAX_CHANNELS, pack_channels, slot_bytes, slot_count
 
 Half = Literal["keys", "values"]
 
@@ -113,11 +113,15 @@ class NuqCodec:
         CodecError : `blob` was not made by this codec with this profile, or its parts contradict one another.
         SpecMismatchError : `positions` are not one int64 for each token.
         """
+        return self.decode_into(blob, positions, fresh)
+
+    def decode_into(self, blob: EncodedChunk, positions: Tensor | None, memory: Memory) -> KVChunk:
+        """See `DecodesInto`."""
         envelope = open_envelope(blob, self.name, _KEY_NAMES | _VALUE_NAMES)
         spec, placed = envelope.spec, envelope.placed(positions)
         layers, turn = (envelope.first_layer, envelope.num_layers), Turn.to(placed, envelope)
-        keys = self._decode_half("keys", spec, blob, layers, envelope.tokens, envelope.parameters, turn)
-        values = self._decode_half("values", spec, blob, layers, envelope.tokens, envelope.parameters, None)
+        keys = self._decode_half("keys", spec, blob, layers, envelope.tokens, envelope.parameters, turn, memory)
+        values = self._decode_half("values", spec, blob, layers, envelope.tokens, envelope.parameters, None, memory)
         return KVChunk(spec, envelope.token_ids, placed, keys, values, envelope.first_layer)
 
     def decode_values(
@@ -129,7 +133,9 @@ class NuqCodec:
         layers = (first_layer, len(tensors["values.codes"]))
         if first_layer + layers[1] > spec.num_layers:
             raise CodecError(f"nuq values hold {layers[1]} layers from {first_layer}; the spec has {spec.num_layers}")
-        return self._decode_half("values", spec, EncodedChunk(self.name, tensors, {}), layers, tokens, parameters, None)
+        return self._decode_half(
+            "values", spec, EncodedChunk(self.name, tensors, {}), layers, tokens, parameters, None, fresh
+        )
 
     def packed_codes(self, blob: EncodedChunk) -> dict[str, tuple[int, int]]:
         """See `entropy.PacksCodes`; also of a chunk that has only its values from this codec."""
@@ -201,6 +207,7 @@ class NuqCodec:
         tokens: int,
         parameters: Mapping[str, Any],
         turn: Turn | None,
+        memory: Memory,
     ) -> Tensor:
         bits, outlier_ratio, q_norm = self._parameters(parameters)
         try:
@@ -213,7 +220,7 @@ class NuqCodec:
             raise CodecError(f"nuq chunk: {half} of {H * D} channels a token; nuq numbers at most {MAX_CHANNELS}")
         slots, stored = slot_count(outlier_ratio, H * D), _slot_dtype(spec)
         codes = expect_tensor(blob, f"{half}.codes", torch.uint8, (L, H, T, packed_bytes(D, bits)))
-        packed = expect_tensor(blob, f"{half}.channels", torch.uint8, (L, T, slot_bytes(slots, H * D)))
+        channels = expect_tensor(blob, f"{half}.channels", torch.uint8, (L, T, slot_bytes(slots, H * D)))
         outliers = expect_tensor(blob, f"{half}.outliers", stored, (L, T, slots))
         ranges = None
         if half == "values":
@@ -227,12 +234,9 @@ class NuqCodec:
         at = exact_tokens[0].long()
         if not bool((exact_tokens == exact_tokens[0]).all()) or not bool(((at >= 0) & (at < T)).all()):
             raise CodecError(f"nuq chunk: exact tokens of {half} differ between layers, or are none of its {T}")
-        channels = unpack_channels(packed, slots, H * D)
-        if not bool((channels < H * D).all()):
-            raise CodecError(f"nuq chunk: outliers of {half} stand in channels beyond the {H * D} there are")
         rotation = None if turn is None else Rotation.to(turn.coded, turn.rope)
         grid = self._grid(half, first_layer, L, H, bits, q_norm)
-        found = dequantise(grid, Codes(codes, ranges, channels, outliers.float()), rotation, spec.dtype)
+        found = dequantise(grid, Codes(codes, ranges, channels, outliers.float()), rotation, spec.dtype, memory)
         put_exact(found, at, exact, turn)
         return found
 

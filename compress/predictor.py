@@ -61,9 +61,11 @@ class Predictor:
         CodecError : they contradict one another.
         """
         channels = len(bias)
-        if frequencies.dtype != torch.int16 or bias.dtype != torch.int32:
+        whole = weights is None or weights.dtype == torch.int16, not classes.is_floating_point()
+        if frequencies.dtype != torch.int16 or bias.dtype != torch.int32 or not all(whole):
             raise CodecError(
-                f"frequencies are {frequencies.dtype}, bias {bias.dtype}; expected torch.int16, torch.int32"
+                f"frequencies are {frequencies.dtype}, bias {bias.dtype}, classes {classes.dtype}, weights "
+                f"{weights if weights is None else weights.dtype}; expected int16, int32, whole numbers, int16"
             )
         if (
             frequencies.ndim != 3
@@ -76,11 +78,15 @@ class Predictor:
             )
         groups, bins, count = frequencies.shape
         shares = frequencies.long()
-        if count not in (2, 4, 8, 16, 32, 64, 128, 256) or bool(
-            (shares < 1).any() | (shares.sum(-1) != 1 << PROBABILITY_BITS).any() | (classes >= groups).any()
+        if (
+            not bins
+            or count not in (2, 4, 8, 16, 32, 64, 128, 256)
+            or bool((shares < 1).any() | (shares.sum(-1) != 1 << PROBABILITY_BITS).any())
+            or bool(((classes < 0) | (classes >= groups)).any())
         ):
             raise CodecError(
-                f"frequencies {list(frequencies.shape)} are not positive shares of {1 << PROBABILITY_BITS}"
+                f"frequencies {list(frequencies.shape)} are not positive shares of {1 << PROBABILITY_BITS}, or a "
+                "channel is of no class that has some"
             )
         wide = None if weights is None else weights.float().tril(-1)
         reach = bias.double().abs() + (0 if wide is None else wide.double().abs().sum(1) * (count - 1))

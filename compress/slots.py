@@ -24,8 +24,8 @@ def slot_count(outlier_ratio: float, channels: int) -> int:
 
 def slot_bytes(slots: int, channels: int) -> int:
     """Bytes a token that `pack_channels` makes."""
-    high_bits = _high_bits(channels)
-    return slots + (packed_bytes(slots, high_bits) if high_bits else 0)
+    high = high_bits(channels)
+    return slots + (packed_bytes(slots, high) if high else 0)
 
 
 def pack_channels(indices: Tensor, channels: int) -> Tensor:
@@ -42,10 +42,10 @@ def pack_channels(indices: Tensor, channels: int) -> Tensor:
     -------
     `[..., slot_bytes(k, channels)]` uint8.
     """
-    low, high_bits = (indices & 0xFF).to(torch.uint8), _high_bits(channels)
-    if not high_bits:
+    low, high = (indices & 0xFF).to(torch.uint8), high_bits(channels)
+    if not high:
         return low
-    return torch.cat([low, pack_bits((indices >> 8).to(torch.uint8), high_bits)], -1)
+    return torch.cat([low, pack_bits((indices >> 8).to(torch.uint8), high)], -1)
 
 
 def unpack_channels(packed: Tensor, slots: int, channels: int) -> Tensor:
@@ -57,13 +57,14 @@ def unpack_channels(packed: Tensor, slots: int, channels: int) -> Tensor:
     """
     if packed.shape[-1] != slot_bytes(slots, channels):
         raise ValueError(f"{packed.shape[-1]} bytes; {slots} slots among {channels} channels take other than that")
-    low, high_bits = packed[..., :slots].to(torch.int32), _high_bits(channels)
-    if not high_bits:
+    low, high = packed[..., :slots].to(torch.int32), high_bits(channels)
+    if not high:
         return low
-    return low | unpack_bits(packed[..., slots:], high_bits, slots).to(torch.int32) << 8
+    return low | unpack_bits(packed[..., slots:], high, slots).to(torch.int32) << 8
 
 
-def _high_bits(channels: int) -> int:
+def high_bits(channels: int) -> int:
+    """Bits of a channel number above its low 8."""
     if channels > MAX_CHANNELS:
         raise ValueError(f"{channels} channels a token; outlier slots number at most {MAX_CHANNELS}")
     return max(0, (channels - 1).bit_length() - 8) if channels else 0

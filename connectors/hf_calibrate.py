@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 try:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 except ImportError as error:
     raise ImportError(
         'kvloom.connectors.hf_calibrate needs transformers: pip install "kvloom[transformers]"'
@@ -27,50 +28,11 @@ from ..compress.profile import Profile
 from ..compress.rotation import unrotated
 from ..core import KVChunk
 from ..errors import EngineError
-from .hf_model import TransformersModel, lead_of
-
-SEQUENCES, SEQUENCE_TOKENS = 16, 2048  # KVQuant, section 4
-LEAST_TOKENS = 512  # of a text; from less nothing is learned that holds for another
+from .hf_model import TransformersModel
 
 _HEAD_TOKENS = 256  # whose logits are computed at once: a vocabulary of 128,000 makes each of them half a megabyte
 _CHUNK_TOKENS = 256
 _MEMORY_BYTES = 2 << 30
-
-
-def token_windows(
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    *,
-    sequences: int = SEQUENCES,
-    tokens: int = SEQUENCE_TOKENS,
-    least_tokens: int = LEAST_TOKENS,
-) -> list[list[int]]:
-    """Token sequences out of texts, each behind the model's own BOS if it has one, spread evenly over what there is.
-
-    Parameters
-    ----------
-    sequences : at most so many; fewer if the text is short.
-    tokens : of each, BOS included; a text that is shorter gives one sequence of its length.
-
-    Raises
-    ------
-    ValueError : too little text.
-    """
-    if sequences < 1 or tokens < 2:
-        raise ValueError(f"{sequences} sequences of {tokens} tokens; expected at least 1 of at least 2")
-    ids = [
-        token
-        for text in texts
-        for token in tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
-    ]
-    if len(ids) < least_tokens:
-        raise ValueError(f"the text has {len(ids)} tokens; expected at least {least_tokens}: give more --text")
-    lead = list(lead_of(tokenizer))
-    width = min(tokens - len(lead), len(ids))
-    count = min(sequences, len(ids) // width)
-    last = len(ids) - width
-    starts = [last * i // max(1, count - 1) for i in range(count)]
-    return [lead + ids[start : start + width] for start in starts]
 
 
 def calibrate(
@@ -80,6 +42,7 @@ def calibrate(
     model_id: str | None = None,
     layer_fits: Mapping[str, LayerFit] = LAYER_FITS,
     chunk_fits: Mapping[str, ChunkFit] = CHUNK_FITS,
+    strings: Sequence[Sequence[int]] = (),
     skip_tokens: int = 1,
     memory_bytes: int = _MEMORY_BYTES,
     meta: Mapping[str, str] | None = None,
@@ -94,9 +57,11 @@ def calibrate(
 
     Parameters
     ----------
-    windows : token sequences, see `token_windows`; all of them fit the model's context.
+    windows : token sequences, see `hf_windows.token_windows`; all of them fit the model's context.
     model_id : names the weights; None computes `weights_id`.
     layer_fits, chunk_fits : by method, what is to be learned.
+    strings : further token sequences, see `hf_windows.string_windows`: only their keys and queries count, and only for
+        methods that want them.
     skip_tokens : first tokens of every sequence that are no samples: attention sinks are unlike all others.
     memory_bytes : hidden states that take more than this are kept in a temporary file.
     meta : goes into the profile with what this function adds: sequences, tokens, loss, date.
@@ -109,37 +74,46 @@ def calibrate(
     EngineError : the model is of a kind that is not supported, or its loss is not finite.
     """
     layers = TransformersModel(model, model_id=model_id)
-    shortest, longest = min(map(len, windows), default=0), max(map(len, windows), default=0)
-    if not skip_tokens + 1 < shortest <= longest <= layers.max_tokens:
+    lengths = [len(window) for window in (*windows, *strings)]
+    shortest, longest = min(lengths, default=0), max(lengths, default=0)
+    if not windows or not skip_tokens + 1 < shortest <= longest <= layers.max_tokens:
         raise ValueError(
-            f"{len(windows)} sequences of {shortest} to {longest} tokens; expected at least one, each of more than "
+            f"{len(lengths)} sequences of {shortest} to {longest} tokens; expected at least one, each of more than "
             f"{skip_tokens + 1} and at most {layers.max_tokens} tokens"
         )
-    spec, bounds = layers.spec, list(pairwise(accumulate(map(len, windows), initial=0)))
-    ids = torch.tensor(list(chain.from_iterable(windows)))
+    spec, all_bounds = layers.spec, list(pairwise(accumulate(lengths, initial=0)))
+    bounds, further = all_bounds[: len(windows)], all_bounds[len(windows) :]
+    ids = torch.tensor(list(chain.from_iterable((*windows, *strings))))
+    text_tokens = bounds[-1][1]
     width = model.config.hidden_size
     with _memory((spec.num_layers + 1, len(ids), width), model.dtype, memory_bytes) as borders:
-        for a, b in bounds:
+        for a, b in all_bounds:
             _forward(layers, ids[a:b].to(model.device), borders[:, a:b], advance)
-        gradient = torch.zeros(len(ids), width, dtype=model.dtype)
+        gradient = torch.zeros(text_tokens, width, dtype=model.dtype)
         loss = 0.0
         for a, b in bounds:
             gradient[a:b], lost = _loss_gradient(model, borders[-1, a:b].to(model.device), ids[a:b].to(model.device))
             loss += lost
-        loss /= len(ids) - len(bounds)
-        if not bool(torch.tensor(loss).isfinite()):
+        loss /= text_tokens - len(bounds)
+        if not math.isfinite(loss):
             raise EngineError(f"the model's loss over the text is {loss}; expected a finite number")
         found: list[dict[str, Tensor]] = []
         for layer in reversed(range(spec.num_layers)):
-            sample = _backward(layers, layer, borders[layer], gradient, bounds, skip_tokens, model.device, advance)
+            queries = _QueryMoments(layers)
+            more_keys = _keys(layers, layer, borders[layer], further, skip_tokens, queries, model.device)
+            kept = _backward(
+                layers, layer, borders[layer], gradient, bounds, skip_tokens, queries, model.device, advance
+            )
+            sample = LayerSample(spec, *kept, queries.mean(), more_keys)
             found.append({name: t for fit in layer_fits.values() for name, t in fit(sample).items()})
-            advance("fit", len(ids))
+            advance("fit", text_tokens)
     found.reverse()
     tensors = {name: torch.stack([tensors[name] for tensors in found]).contiguous() for name in found[0]}
     about = {
         **(meta or {}),
         "sequences": str(len(windows)),
-        "tokens": str(len(ids)),
+        "tokens": str(text_tokens),
+        "string_tokens": str(len(ids) - text_tokens),
         "loss": f"{loss:.4f}",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -152,11 +126,15 @@ def calibrate(
 
 
 def stage_units(
-    layers: int, windows: Sequence[Sequence[int]], chunk_fits: Mapping[str, ChunkFit] = CHUNK_FITS
+    layers: int,
+    windows: Sequence[Sequence[int]],
+    chunk_fits: Mapping[str, ChunkFit] = CHUNK_FITS,
+    *,
+    strings: Sequence[Sequence[int]] = (),
 ) -> dict[str, int]:
     """What `advance` is told in all, by stage."""
-    tokens = layers * sum(map(len, windows))
-    return {"forward": tokens, "backward": tokens, "fit": tokens, "chunks": len(chunk_fits)}
+    tokens, further = (layers * sum(map(len, sequences)) for sequences in (windows, strings))
+    return {"forward": tokens + further, "backward": tokens, "fit": tokens, "chunks": len(chunk_fits)}
 
 
 @contextmanager
@@ -190,10 +168,14 @@ def _backward(
     gradient: Tensor,
     bounds: Sequence[tuple[int, int]],
     skip_tokens: int,
+    moments: _QueryMoments,
     device: torch.device,
     advance: Callable[[str, int], object],
-) -> LayerSample:
-    """The sample of one layer; turns `gradient` `[tokens, E]` at its output into that at its input, in place."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keys, values and their Fisher information of one layer, as in its sample.
+
+    Turns `gradient` `[tokens, E]` at the layer's output into that at its input, in place.
+    """
     kept: list[tuple[Tensor, ...]] = []
     for a, b in bounds:
         positions = torch.arange(b - a, device=device)
@@ -203,13 +185,56 @@ def _backward(
             output = layers.finish(layer, hidden, _attend(layers, layer, queries, keys, values, positions))
             found = torch.autograd.grad(output, (keys, values, hidden), gradient[a:b].to(device))
         gradient[a:b] = found[2].cpu()
+        moments.add(queries.detach()[:, skip_tokens:], positions[skip_tokens:])
         half = [keys.detach(), values.detach(), found[0], found[1]]
         # Rotations are orthogonal: gradients turn back as keys do.
         half[0], half[2] = (unrotated(layers.spec, t, positions) for t in (half[0], half[2]))
         kept.append(tuple(t.transpose(0, 1)[skip_tokens:].float().cpu() for t in half))
         advance("backward", b - a)
     keys, values, key_gradient, value_gradient = (torch.cat(parts) for parts in zip(*kept, strict=True))
-    return LayerSample(layers.spec, keys, values, key_gradient.square_(), value_gradient.square_())
+    return keys, values, key_gradient.square_(), value_gradient.square_()
+
+
+@torch.no_grad()
+def _keys(
+    layers: TransformersModel,
+    layer: int,
+    inputs: Tensor,
+    bounds: Sequence[tuple[int, int]],
+    skip_tokens: int,
+    moments: _QueryMoments,
+    device: torch.device,
+) -> Tensor:
+    """Keys `[N, H, D]` of one layer before rotation, and its queries into `moments`."""
+    spec = layers.spec
+    kept = [torch.empty(0, spec.num_kv_heads, spec.head_dim)]
+    for a, b in bounds:
+        positions = torch.arange(b - a, device=device)
+        queries, keys, _ = layers.qkv(layer, inputs[a:b].to(device), positions)
+        moments.add(queries[:, skip_tokens:], positions[skip_tokens:])
+        if spec.rope is not None:
+            keys = spec.rope.shift(keys.float(), -positions)
+        kept.append(keys.transpose(0, 1)[skip_tokens:].float().cpu())
+    return torch.cat(kept)
+
+
+class _QueryMoments:
+    """Sum of the outer products of one layer's queries before rotation: all that is kept of them."""
+
+    def __init__(self, layers: TransformersModel) -> None:
+        self._spec, self._count = layers.spec, 0
+        self._sum = torch.zeros(layers.spec.num_kv_heads, layers.spec.head_dim, layers.spec.head_dim).double()
+
+    def add(self, queries: Tensor, positions: Tensor) -> None:
+        """`[Hq, Q, D]` after rotary embedding."""
+        if self._spec.rope is not None:
+            queries = self._spec.rope.shift(queries.float(), -positions)
+        grouped = queries.reshape(self._spec.num_kv_heads, -1, self._spec.head_dim).double()
+        self._sum += (grouped.mT @ grouped).cpu()
+        self._count += grouped.shape[1]
+
+    def mean(self) -> Tensor:
+        return self._sum / self._count
 
 
 def _loss_gradient(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> tuple[Tensor, float]:

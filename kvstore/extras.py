@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-
-from torch import Tensor
 
 from ..compress.envelope import cpu_copy
 from ..core import Codec, EncodedChunk, KVChunk
@@ -25,13 +24,18 @@ def encode(codec: Codec, chunk: KVChunk) -> EncodedChunk:
     return EncodedChunk(blob.codec, {**blob.tensors, **extras}, blob.meta, layered, blob.leased)
 
 
-def decode(codec: Codec, blob: EncodedChunk, positions: Tensor | None = None) -> KVChunk:
-    """The chunk with its extras, which share memory with `blob`; positions and errors as for `Codec.decode`."""
+def decode(blob: EncodedChunk, own_decode: Callable[[EncodedChunk], KVChunk]) -> KVChunk:
+    """What `own_decode` makes of the codec's own tensors, with the extras, which share memory with `blob`.
+
+    Raises
+    ------
+    CodecError : the extras contradict the chunk; and as `own_decode` does.
+    """
     extras = {name.removeprefix(_PREFIX): t for name, t in blob.tensors.items() if name.startswith(_PREFIX)}
     if not extras:
-        return codec.decode(blob, positions)
+        return own_decode(blob)
     own = {name: t for name, t in blob.tensors.items() if not name.startswith(_PREFIX)}
-    chunk = codec.decode(EncodedChunk(blob.codec, own, blob.meta, blob.layered & own.keys(), blob.leased), positions)
+    chunk = own_decode(EncodedChunk(blob.codec, own, blob.meta, blob.layered & own.keys(), blob.leased))
     layered = frozenset(name.removeprefix(_PREFIX) for name in blob.layered - own.keys())
     try:
         return replace(chunk, extras=extras, layered_extras=layered)

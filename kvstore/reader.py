@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..core import ChunkKey, EncodedChunk, KVChunk
 from ..errors import CodecError
-from . import extras
 from .books import Books
 from .clerk import Clerk, Fetch
 from .forms import Forms
@@ -74,7 +73,7 @@ class Reader:
                 if not self._forms.permits.may_serve(codec, blob):  # left where it is: a certificate may come
                     reason = "uncertified"
                     continue
-                chunk = extras.decode(codec, blob, positions)
+                chunk = self._forms.decode(codec, blob, positions)
             except CodecError as exc:
                 reason = "undecodable"
                 self._clerk.discard(level, key, exc)

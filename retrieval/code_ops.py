@@ -52,13 +52,15 @@ def unpack_codes(packed: Tensor, bits: int, tokens: int) -> Tensor:
     """
     _check_packed(packed, bits, tokens)
     if bits == 16:
-        low, high = packed[..., : 2 * tokens].long().unflatten(-1, (-1, 2)).unbind(-1)
-        return low | high << 8
+        pairs = packed[..., : 2 * tokens].long().unflatten(-1, (-1, 2))
+        wide: Tensor = pairs[..., 0] | pairs[..., 1] << 8
+        return wide
     count = -(-tokens // 2) * 3
     needed = packed[..., :count].long()
     triples = torch.nn.functional.pad(needed, (0, count - needed.shape[-1])).unflatten(-1, (-1, 3))
     word = triples[..., 0] | triples[..., 1] << 8 | triples[..., 2] << 16
-    return torch.stack([word & 4095, word >> 12], -1).flatten(-2)[..., :tokens]
+    codes: Tensor = torch.stack([word & 4095, word >> 12], -1).flatten(-2)[..., :tokens]
+    return codes
 
 
 def code_counts(packed: Tensor, tokens: int, codes: int, *, bits: int = 12, edges: Sequence[int] = ()) -> Tensor:
@@ -80,10 +82,10 @@ def code_counts(packed: Tensor, tokens: int, codes: int, *, bits: int = 12, edge
         found = in_bands(unpack_codes(packed, bits, tokens), 1 << bits, edges)
         counts = torch.zeros(len(packed), len(edges) + 1 << bits, dtype=torch.int64)
         counts.scatter_add_(1, found, torch.ones_like(found))
-    counts = counts.unflatten(1, (-1, 1 << bits))
-    if bool(counts[..., bands:].any()):
-        raise ValueError(f"a code is {int(counts.any(0).any(0).nonzero().max())}; expected below {bands}")
-    return counts[..., :bands].flatten(1).contiguous()
+    by_band: Tensor = counts.unflatten(1, (-1, 1 << bits))
+    if bool(by_band[..., bands:].any()):
+        raise ValueError(f"a code is {int(by_band.any(0).any(0).nonzero().max())}; expected below {bands}")
+    return by_band[..., :bands].flatten(1).contiguous()
 
 
 def in_bands(codes: Tensor, count: int, edges: Sequence[int]) -> Tensor:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -11,15 +15,41 @@ from ..core import GrowableIndex, KeyIndex
 from .selector import LayerShape, Pooling, Selection, pooled, top_ids
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Found:
+    """What a search gave, and what it took.
+
+    Attributes
+    ----------
+    scores, ids : see `KeyIndex.search`.
+    compared_keys : keys compared with the queries; one that several of them met counts once, where the index can tell.
+    read_bytes : of those keys, and of what led to them.
+    """
+
+    scores: Tensor
+    ids: Tensor
+    compared_keys: int
+    read_bytes: int
+
+
+@runtime_checkable
+class CountsSearch(Protocol):
+    """Optional capability of a `KeyIndex`: it says what a search took. The queries are those of one group."""
+
+    def search_counted(self, queries: Tensor, k: int) -> Found: ...
+
+
 class PerHeadSelector:
     """`Selector` of one `KeyIndex` for each KV head: whatever does maximum inner product search.
 
-    Every query head of a group searches for `budget` tokens; what they find together is weighed by the softmax of each
-    over it, so that one set of `budget` tokens is chosen for the group.
+    Every query head of a group searches for its share of `budget` tokens; what they find together is weighed by the
+    softmax of each over it, so that one set of at most `budget` tokens is chosen for the group.
 
     Parameters
     ----------
     make : an empty index of keys of so many dimensions.
+    query_ratio : share of the budget that each query head searches for.
+    threads : that search KV heads side by side; worth it for an index that holds no interpreter lock.
     """
 
     def __init__(
@@ -30,9 +60,16 @@ class PerHeadSelector:
         name: str,
         start: int = 0,
         pooling: Pooling = "max",
+        query_ratio: float = 1.0,
+        threads: int = 1,
     ) -> None:
+        if not 0 < query_ratio <= 1 or threads < 1:
+            raise ValueError(f"query_ratio {query_ratio}, threads {threads}; expected one in (0, 1], at least 1")
         self.shape, self.start, self.name, self._pooling = shape, start, name, pooling
         self.heads: Sequence[GrowableIndex] = [make(shape.head_dim) for _ in range(shape.kv_heads)]
+        self._query_ratio = query_ratio
+        self.run = map if threads == 1 else ThreadPoolExecutor(threads).map
+        """Calls a function for each KV head, in threads if there are any."""
 
     def __len__(self) -> int:
         return len(self.heads[0])
@@ -48,21 +85,32 @@ class PerHeadSelector:
 
     def select(self, queries: Tensor, position: int, budget: int) -> Selection:
         self.shape.check_query(queries, budget)
+        if budget == 0 or not len(self):
+            return Selection(torch.empty(self.shape.kv_heads, 0, dtype=torch.int64), 0)
+        share = budget if budget >= len(self) else max(1, math.ceil(budget * self._query_ratio))
+        grouped = queries.view(self.shape.kv_heads, self.shape.group, -1)
+        found = list(self.run(lambda head, of_group: counted(head, of_group, share), self.heads, grouped))
         ids = torch.full((self.shape.kv_heads, min(budget, len(self))), -1)
-        read, compared = 0, 0
-        for h, of_group in enumerate(queries.view(self.shape.kv_heads, self.shape.group, -1)):
-            found = self._of_group(self.heads[h], of_group, budget)
-            ids[h, : len(found)] = found + self.start
-            compared += len(self)
-            read += len(self) * self.shape.head_dim * 4
-        return Selection(ids, read, compared)
+        for row, of_head in zip(ids, found, strict=True):
+            chosen = self._of_group(of_head, budget)
+            row[: len(chosen)] = chosen + self.start
+        return Selection(ids, sum(f.read_bytes for f in found), sum(f.compared_keys for f in found))
 
-    def _of_group(self, head: KeyIndex, queries: Tensor, budget: int) -> Tensor:
-        scores, ids = head.search(queries, min(budget, len(self)))
-        union, places = ids[ids >= 0].unique(return_inverse=True)
+    def _of_group(self, found: Found, budget: int) -> Tensor:
+        is_found = found.ids >= 0
+        union, places = found.ids[is_found].unique(return_inverse=True)
         weighed = torch.full((self.shape.group, len(union)), -torch.inf)
-        rows = torch.arange(self.shape.group)[:, None].expand_as(ids)[ids >= 0]
-        weighed[rows, places] = scores[ids >= 0].float() * self.shape.scale
+        rows = torch.arange(self.shape.group)[:, None].expand_as(found.ids)[is_found]
+        weighed[rows, places] = found.scores[is_found].float() * self.shape.scale
         one = LayerShape(1, self.shape.group, self.shape.head_dim, self.shape.scale)
         chosen: Tensor = union[top_ids(pooled(weighed, one, self._pooling), budget)[0]]
         return chosen
+
+
+def counted(index: KeyIndex, queries: Tensor, k: int) -> Found:
+    """A search and what it took; an index that does not say compared all it has."""
+    k = min(k, len(index))
+    if isinstance(index, CountsSearch):
+        return index.search_counted(queries, k)
+    scores, ids = index.search(queries, k)
+    return Found(scores, ids, len(index), len(index) * index.dim * 4)

@@ -37,7 +37,7 @@ if platform.machine() not in ("aarch64", "arm64") and not llvm.get_host_cpu_feat
 def run(kernel: Callable[..., None], *arguments: Any) -> None:
     """Calls a parallel kernel with as many threads as torch uses."""
     with _ENTRY:
-        numba.set_num_threads(max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)))
+        numba.set_num_threads(max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)))  # type: ignore[attr-defined]
         kernel(*arguments)
 
 
@@ -45,7 +45,7 @@ def compiled(*, parallel: bool = False) -> Callable[[Callable[..., Any]], Callab
     """Decorator: machine code, kept between processes where there is a folder for it."""
 
     def compile_one(function: Callable[..., Any]) -> Callable[..., Any]:
-        options = {"nogil": True, "parallel": parallel, "fastmath": _FAST, "error_model": "numpy"}
+        options: Any = {"nogil": True, "parallel": parallel, "fastmath": _FAST, "error_model": "numpy"}
         try:
             kernel: Callable[..., Any] = njit(cache=True, **options)(function)
         except RuntimeError:  # numba found no folder that it may write to

@@ -35,8 +35,13 @@ def recovered_mass(queries: Tensor, keys: Tensor, ids: Tensor, shape: LayerShape
     """Share of the softmax over all tokens that falls on the chosen ones, mean over query heads."""
     scores = (queries.view(shape.kv_heads, shape.group, -1) @ keys.mT) * shape.scale
     weights = scores.softmax(-1)
-    chosen = torch.zeros(keys.shape[:2]).scatter_(1, ids.clamp(min=0), 1.0)
-    return float((weights * chosen[:, None]).sum(-1).mean())
+    return float((weights * chosen(ids, keys.shape[1])[:, None]).sum(-1).mean())
+
+
+def chosen(ids: Tensor, tokens: int) -> Tensor:
+    """`[H, S]` bool; -1 is no token."""
+    marked = torch.zeros(len(ids), tokens + 1, dtype=torch.bool)
+    return marked.scatter_(1, torch.where(ids < 0, tokens, ids), True)[:, :tokens]
 
 
 class SelectorContract:
@@ -97,7 +102,7 @@ class SelectorContract:
     def test_what_was_chosen_and_the_rest_make_the_whole(self) -> None:
         selector, keys, values, queries = self.filled(200)
         ids = selector.select(queries, 200, 40).ids
-        rest = torch.ones(2, 200, dtype=torch.bool).scatter_(1, ids.clamp(min=0), False)
+        rest = ~chosen(ids, 200)
         parts = [
             attend_at(queries, keys, values, ids, scale=SHAPE.scale),
             attend(queries, keys, values, scale=SHAPE.scale, visible=rest),

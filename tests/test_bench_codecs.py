@@ -1,14 +1,16 @@
 """`kvloom bench codecs`, at its smallest, and what its figures are made of."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from kvloom.bench import codecs
-from kvloom.bench.codec_quality import bits_of, stored_bytes
+from kvloom.bench.codec_quality import AfterRotation, bits_of, stored_bytes
 from kvloom.bench.codec_samples import SPEC_8B, chunk_8b, profile_8b
+from kvloom.compress.lowrank import LowRankCodec
 from kvloom.compress.nuq import NuqCodec
 from kvloom.compress.raw import RawCodec
 from kvloom.kvstore.format import to_bytes
@@ -36,8 +38,10 @@ def test_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {"bytes", "quality", "ablation", "stress", "key energy"} <= {row["what"] for row in written["rows"]}
     assert page.read_text().count("<svg") == 2
     assert list(tmp_path.iterdir()) == [page]
+    ranks = {row["codec"] for row in written["rows"] if row["what"] == "quality" and "low rank" in row["codec"]}
+    assert ranks == {f"low rank {when}{r}" for when in ("", "after rotation ") for r in (0.125, 0.25, 0.375, 0.5)}
     shown = capsys.readouterr().out
-    assert "ablation, 3 bits" in shown and "targets" in shown
+    assert "ablation, 3 bits" in shown and "low-rank keys before and after rotation" in shown and "targets" in shown
     by_bits = [written["metrics"][f"bytes_ratio_nuq{bits}_8b"]["value"] for bits in (4, 3, 2)]
     assert 3 < by_bits[0] < by_bits[1] < by_bits[2] < 8
 
@@ -63,6 +67,19 @@ def test_samples_fit_their_profile() -> None:
     error = (decoded.keys.float() - chunk.keys.float()).norm() / chunk.keys.float().norm()
     assert float(error) < 0.15
     assert chunk.spec == SPEC_8B and torch.equal(chunk.positions, torch.arange(256, 272))
+
+
+def test_low_rank_after_rotation_is_of_the_keys_as_they_come() -> None:
+    chunk = chunk_8b(1, tokens=24, spec=replace(SPEC_8B, num_layers=1))
+    rotated = AfterRotation(LowRankCodec(rank=12, sink_tokens=0, max_residual=None), chunk.spec.rope)
+    found = rotated.decode(rotated.encode(chunk))
+    rows = chunk.keys[0].float().transpose(0, 1).flatten(1)
+    values = torch.linalg.svdvals(rows)
+    error = (found.keys.float() - chunk.keys.float()).norm()
+    assert found.spec == chunk.spec and torch.equal(found.values, chunk.values)
+    assert float(error) == pytest.approx(float(values[12:].norm()), rel=0.01)  # the best of that rank, of these keys
+    with pytest.raises(ValueError, match="moved"):
+        rotated.decode(rotated.encode(chunk), chunk.positions)
 
 
 def test_refuses_what_it_cannot_use(tmp_path: Path) -> None:

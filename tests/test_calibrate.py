@@ -1,6 +1,9 @@
 """Calibration: the layer-by-layer gradients are those of a plain backward pass, and profiles come out whole."""
 
+import uuid
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,10 +17,15 @@ from kvloom.bench.models import load_model
 from kvloom.compress.calibration import CHUNK_FITS, LAYER_FITS, LayerSample
 from kvloom.compress.catalog import CODECS, codec_by_name
 from kvloom.compress.profile import Profile
-from kvloom.connectors.hf_calibrate import calibrate, stage_units, token_windows
+from kvloom.compress.vq_fit import doubling_bands, fit_layer
+from kvloom.connectors.hf_calibrate import calibrate, stage_units
 from kvloom.connectors.hf_model import TransformersModel
+from kvloom.connectors.hf_windows import string_windows, token_windows
 from kvloom.core import KVChunk
 from kvloom.errors import EngineError
+from kvloom.retrieval.codebook import Codebook
+from kvloom.retrieval.selector import LayerShape
+from kvloom.retrieval.vq import VqIndex
 
 from .models import DOCUMENTS, make_model, make_tokenizer, make_variant, prefill
 
@@ -101,6 +109,45 @@ def test_equals_a_plain_backward_pass(name: str) -> None:
     assert profile["mean.value_fisher"].shape == (4, 2, 8)
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3 (key norms)", "yarn"])
+def test_moments_of_queries_are_those_before_rotation(name: str) -> None:
+    model, samples, seen = MODELS[name](), Samples(), []
+    strings = [[3, 1, 4, 1, 5, 9], [2, 6, 5, 3]]
+    profile = calibrate(
+        model, WINDOWS, model_id="m", chunk_fits={}, layer_fits={"mean": samples}, strings=strings, skip_tokens=1
+    )
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        queries = attention.q_norm if hasattr(attention, "q_norm") else attention.q_proj
+        queries.register_forward_hook(lambda _module, _inputs, output: seen.append(output[0].reshape(-1, 4, 8)))
+    with torch.no_grad():
+        for ids in (*WINDOWS, *strings):
+            model(torch.tensor([ids]), use_cache=False)
+    scaling = profile.spec.rope.attention_scaling
+    for layer, sample in enumerate(reversed(samples.found)):
+        each = torch.cat([t[1:] for t in seen[layer::4]]).double() * scaling  # first tokens are no samples
+        grouped = each.view(-1, 2, 2, 8).transpose(0, 1).reshape(2, -1, 8)
+        torch.testing.assert_close(sample.query_moments, grouped.mT @ grouped / grouped.shape[1], rtol=1e-4, atol=1e-6)
+
+
+def test_strings_count_for_nothing_but_their_keys_and_queries() -> None:
+    model, strings = make_model("llama"), [[3, 1, 4, 1, 5, 9], [2, 6, 5, 3]]
+    plain, more = Samples(), Samples()
+    profiles = [
+        calibrate(model, WINDOWS, model_id="m", chunk_fits={}, layer_fits={"mean": samples}, strings=of_strings)
+        for samples, of_strings in ((plain, ()), (more, strings))
+    ]
+    assert profiles[0].fingerprint == profiles[1].fingerprint
+    assert profiles[1].meta["string_tokens"] == "10" and profiles[1].meta["tokens"] == profiles[0].meta["tokens"]
+    true = [prefill(model, ids) for ids in strings]
+    for layer, (without, sample) in enumerate(zip(reversed(plain.found), reversed(more.found), strict=True)):
+        assert without.further_keys.shape == (0, 2, 8)
+        rope = profiles[0].spec.rope
+        keys = [rope.shift(t.keys[layer], -torch.arange(t.keys.shape[2])).transpose(0, 1)[1:] for t in true]
+        assert_near(sample.further_keys, torch.cat(keys))
+        assert not torch.equal(sample.query_moments, without.query_moments)
+
+
 def test_the_hidden_states_may_lie_in_a_file() -> None:
     model = make_model("llama")
     both = [
@@ -137,10 +184,10 @@ def test_progress_adds_up() -> None:
     def advance(stage: str, tokens: int) -> None:
         done[stage] += tokens
 
-    late = {"late": lambda profile, chunks: {}}
+    late, strings = {"late": lambda profile, chunks: {}}, [[5, 6, 7, 8]]
     fits = {"layer_fits": {"mean": Samples()}, "chunk_fits": late}
-    calibrate(make_model("llama"), WINDOWS, model_id="m", advance=advance, **fits)
-    assert done == stage_units(4, WINDOWS, late) and done["chunks"] == 1
+    calibrate(make_model("llama"), WINDOWS, model_id="m", advance=advance, strings=strings, **fits)
+    assert done == stage_units(4, WINDOWS, late, strings=strings) and done["chunks"] == 1
 
 
 def test_later_fits_see_the_profile_and_the_chunks() -> None:
@@ -179,6 +226,33 @@ def test_every_codec_works_with_the_profile_of_every_method() -> None:
             assert (exact - other).norm() <= (0.5 if "2" in name else 0.25) * exact.norm(), (name, half)
 
 
+def test_an_index_works_with_the_codebooks_of_the_profile() -> None:
+    pytest.importorskip("faiss")
+    model, random = make_model("llama"), torch.Generator().manual_seed(0)
+    windows = [torch.randint(1, 500, (400,), generator=random).tolist() for _ in range(4)]
+    fits = {"vq": partial(fit_layer, centroids=512, bands=doubling_bands(256))}
+    profile = calibrate(model, windows[1:], model_id="m", layer_fits=fits, chunk_fits={})
+    assert {name: list(t.shape) for name, t in profile.tensors.items()} == {
+        "vq.centroids": [4, 2, 128, 8],  # 1197 keys, at least 8 of them for each
+        "vq.factor": [4, 2, 8, 8],
+        "vq.bands": [4, 3, 2],
+    }
+    layers = TransformersModel(model, model_id="m")
+    with torch.no_grad():
+        hidden, positions = layers.embed(torch.tensor(windows[0])), torch.arange(400)
+        queries, keys, values = layers.qkv(0, hidden, positions)
+    shape = LayerShape(2, 2, 8, layers.scale, layers.spec.rope)
+    books = [Codebook.of_layer(profile, layer, spec=layers.spec) for layer in (0, 3)]
+    unrotated = layers.spec.rope.shift(keys, -positions)
+    scores = []
+    for book in (replace(books[0], centroids=unrotated), *books):  # the first without quantisation
+        index = VqIndex(shape, book)
+        index.add(keys[:, :336], values[:, :336])
+        scores.append(index._scores(queries[:, -1], 399))
+    errors = [float((found - scores[0]).square().mean() / scores[0].square().mean()) for found in scores[1:]]
+    assert errors[0] < 0.5 * errors[1], errors  # those of another layer are of less use
+
+
 @pytest.mark.parametrize("windows", [[], [[1]], [[1, 2]], [list(range(400)) + list(range(200))]])
 def test_refuses_sequences_of_wrong_length(windows: list[list[int]]) -> None:
     with pytest.raises(ValueError, match="expected at least one, each of more than 2 and at most 512"):
@@ -214,6 +288,22 @@ def test_short_texts_give_fewer_or_shorter_windows() -> None:
         token_windows(tokenizer, DOCUMENTS)
     with pytest.raises(ValueError, match="0 sequences of 5 tokens"):
         token_windows(tokenizer, DOCUMENTS, sequences=0, tokens=5)
+
+
+def test_strings_are_random_identifiers() -> None:
+    tokenizer = make_tokenizer(bos=True)
+    found = string_windows(tokenizer, sequences=3, tokens=300)
+    assert [len(window) for window in found] == [300] * 3 and {window[0] for window in found} == {0}
+    assert (
+        found
+        == string_windows(tokenizer, sequences=3, tokens=300)
+        != string_windows(tokenizer, sequences=3, tokens=300, seed=1)
+    )
+    assert len({tuple(window) for window in found}) == 3
+    text = tokenizer.decode(found[0][1:]).split(", ")
+    assert len(text) > 4 and all(str(uuid.UUID(string)) == string for string in text[:-1])
+    with pytest.raises(ValueError, match="expected at least 0 of at least 2"):
+        string_windows(tokenizer, sequences=-1, tokens=300)
 
 
 # -------------------------------------------------------------------------------------------------- command line
@@ -258,6 +348,20 @@ def test_command(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["profile.safetensors", "text.txt"]
     assert run("calibrate", folder, "--text", text, "-o", out, "--tokens", 100, "--model-id", "mine") == 0
     assert Profile.load(out).spec.model_id == "mine"
+
+
+def test_command_fits_codebooks(folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("faiss")
+    for fits in (LAYER_FITS, CHUNK_FITS):
+        for method in set(fits) - {"vq"}:
+            monkeypatch.delitem(fits, method)
+    out = tmp_path / "profile.safetensors"
+    args = ("calibrate", folder, "--text", text, "-o", out, "--sequences", 4, "--tokens", 128, "--centroids", 32)
+    assert run(*args) == 0
+    profile = Profile.load(out)
+    assert profile["vq.centroids"].shape == (4, 2, 32, 8)
+    assert profile.meta["string_tokens"] == "128"  # a quarter of the text
+    assert Codebook.of_layer(profile, 2).bands == ((0, 64), (64, 128), (128, 256), (256, 512))
 
 
 def test_command_says_what_is_wrong(

@@ -37,6 +37,12 @@ def test_a_figure_passes_by_the_bad_end_of_its_interval(figure: Figure, passed: 
     assert figure.passed is passed
 
 
+@pytest.mark.parametrize("limit", [math.nan, math.inf])
+def test_a_limit_is_a_number(limit: float) -> None:
+    with pytest.raises(ValueError, match="limit is"):  # in a file it would be no limit, which everything passes
+        Figure(9.0, 9.0, 9.0, limit=limit)
+
+
 def test_every_limit_must_hold_and_there_must_be_one() -> None:
     good, bad, unjudged = Figure(0, 0, 0, limit=1), Figure(2, 2, 2, limit=1), Figure(0, 0, 0)
     for figures, passed in (

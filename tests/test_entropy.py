@@ -179,6 +179,28 @@ def test_length_is_near_the_entropy() -> None:
     assert np.array_equal(tables.decode(memoryview(stream), 20_000), codes)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"classes": torch.tensor([0, -1])},
+        {"classes": torch.tensor([0.0, 0.0])},
+        {"weights": torch.zeros(2, 2)},
+        {"frequencies": torch.zeros(1, 0, 4, dtype=torch.int16)},
+    ],
+    ids=["negative class", "class in float", "weights in float", "no bins"],
+)
+def test_tables_that_would_lead_astray_are_refused(wrong: dict[str, torch.Tensor]) -> None:
+    tables = {
+        "weights": torch.zeros(2, 2, dtype=torch.int16),
+        "bias": torch.zeros(2, dtype=torch.int32),
+        "classes": torch.zeros(2, dtype=torch.uint8),
+        "frequencies": torch.full((1, 1, 4), 1024, dtype=torch.int16),
+    }
+    assert Predictor.of(**tables).bins == 1
+    with pytest.raises(CodecError):
+        Predictor.of(**(tables | wrong))
+
+
 def test_prediction_is_the_least_squares_one() -> None:
     codes = torch.randint(0, 16, (5, 4000), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     codes[3] = (codes[0] + codes[1]) // 2

@@ -424,7 +424,7 @@ def make_codes(seed: int, L: int, H: int, T: int, D: int, bits: int, ranges: boo
     codes = Codes(
         pack_bits(torch.randint(0, 2**bits, (L, H, T, D), generator=random).to(torch.uint8), bits),
         torch.rand(L, T, 2, generator=random) if ranges else None,
-        torch.rand(L, T, H * D, generator=random).topk(slots).indices.to(torch.int32),
+        pack_channels(torch.rand(L, T, H * D, generator=random).topk(slots).indices, H * D),
         torch.randn(L, T, slots, generator=random),
     )
     return grid, codes
@@ -451,6 +451,18 @@ def test_compiled_gives_the_references_bits(
     grid, codes = make_codes(1, *shape, bits, ranges)
     rotation = make_rotation(shape[3], shape[2], turning)
     assert same_bits(kernel(grid, codes, rotation, dtype), dequantise_slowly(grid, codes, rotation, dtype))
+
+
+@pytest.mark.parametrize("D", [60, 64, 124, 128, 256])  # codes of 16 channels side by side, where there are enough
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_compiled_gives_the_references_bits_at_usual_widths(bits: int, D: int) -> None:
+    kernel = pytest.importorskip("kvloom.compress.dequantise_numba").dequantise_compiled
+    for dtype, turning in itertools.product(
+        (torch.float16, torch.bfloat16, torch.float32), ("none", "halves", "pairs")
+    ):
+        grid, codes = make_codes(bits, 2, 3, 5, D, bits, ranges=turning == "none")
+        rotation = make_rotation(D, 5, turning)
+        assert same_bits(kernel(grid, codes, rotation, dtype), dequantise_slowly(grid, codes, rotation, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -494,7 +506,7 @@ def test_dense_and_sparse_products_add_up() -> None:
     none = Codes(codes.packed, None, codes.channels[..., :0], codes.outliers[..., :0])
     flat = dequantise(grid, none, None, torch.float32)[0].transpose(0, 1).reshape(16, 16)
     residual = torch.zeros(16, 16)
-    channels = codes.channels[0].long()
+    channels = unpack_channels(codes.channels[0], 3, 16).long()
     residual.scatter_(1, channels, codes.outliers[0] - flat.gather(1, channels))
     assert rotation is not None and int(residual.count_nonzero()) == 48
     sparse = rotation.turn(residual.view(16, 2, 8).transpose(0, 1))
@@ -508,3 +520,19 @@ def test_survives_the_container() -> None:
     blob = codec.encode(chunk)
     stored = from_bytes(make_key(1), b"".join(to_buffers(make_key(1), blob)))
     assert same_blob(stored, blob) and same_chunk(codec.decode(stored), codec.decode(blob))
+
+
+def test_decodes_into_the_memory_it_is_given() -> None:
+    pytest.importorskip("numba")
+    codec, chunk, given = NuqCodec(PROFILE), make_chunk(16, start=2), []
+
+    def memory(nbytes: int) -> Tensor:
+        given.append(torch.zeros(nbytes, dtype=torch.uint8))
+        return given[-1]
+
+    blob = codec.encode(chunk)
+    found = codec.decode_into(blob, None, memory)
+    assert same_chunk(found, codec.decode(blob))
+    assert {found.keys.data_ptr(), found.values.data_ptr()} == {one.data_ptr() for one in given}
+    with pytest.raises(ValueError, match="multiple of 64"):
+        codec.decode_into(blob, None, lambda nbytes: torch.zeros(nbytes + 1, dtype=torch.uint8)[1:])

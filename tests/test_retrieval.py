@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from kvloom.core import GrowableIndex
 from kvloom.retrieval.attention import attend, attend_at, merge, nothing
 from kvloom.retrieval.flat import ExactSelector, FlatIndex, RandomSelector
-from kvloom.retrieval.per_head import PerHeadSelector
+from kvloom.retrieval.per_head import PerHeadSelector, counted
 from kvloom.retrieval.selector import LayerShape, Selector, pooled, top_ids
 
 from .retrieval_contracts import SHAPE, SelectorContract, context
@@ -36,6 +36,27 @@ class TestPerHeadSelector(SelectorContract):
 
     def make(self, shape: LayerShape, start: int = 0) -> Selector:
         return PerHeadSelector(shape, FlatIndex, name="flat", start=start)
+
+
+class TestShareOfABudget:
+    def test_each_query_head_searches_for_its_share(self) -> None:
+        keys, values, queries = context(300)
+        selector = PerHeadSelector(SHAPE, FlatIndex, name="flat", query_ratio=0.5)
+        selector.add(keys, values)
+        grouped = queries.view(2, 2, -1)
+        for row, of_group, of_head in zip(selector.select(queries, 300, 20).ids, grouped, keys, strict=True):
+            best = (of_group @ of_head.T).topk(10, dim=1).indices.unique()
+            assert sorted(i for i in row.tolist() if i >= 0) == best.tolist()
+
+    def test_a_share_that_is_none_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="query_ratio 0"):
+            PerHeadSelector(SHAPE, FlatIndex, name="flat", query_ratio=0)
+
+    def test_an_index_that_does_not_count_compared_all(self) -> None:
+        index = FlatIndex(4)
+        index.add(torch.ones(7, 4))
+        found = counted(index, torch.ones(2, 4), 3)
+        assert (found.compared_keys, found.read_bytes) == (7, 7 * 16)
 
 
 class TestFlatIndex:

@@ -1,5 +1,6 @@
 """One codec per tier: exact chunks take the form of the tier that they go into, lossy ones stay as they are."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from torch import Tensor
 
 from kvloom.compress.raw import RawCodec
-from kvloom.core import Codec, EncodedChunk, KVChunk
+from kvloom.core import Codec, EncodedChunk, KVChunk, Memory
 from kvloom.errors import CodecError, TierFullError
 from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.disk import DiskTier
@@ -41,6 +43,29 @@ class CountingCodec(CoarseCodec):
     def encode(self, chunk: KVChunk) -> EncodedChunk:
         type(self).made += 1
         return super().encode(chunk)
+
+
+class RoomyCodec(CoarseCodec):
+    """Decodes into memory that it is given, a good deal of it."""
+
+    def decode_into(self, blob: EncodedChunk, positions: Tensor | None, memory: Memory) -> KVChunk:
+        chunk = self.decode(blob, positions)
+        keys = memory(1 << 20)[: chunk.keys.nbytes].view(chunk.keys.dtype).view(chunk.keys.shape)
+        return replace(chunk, keys=keys.copy_(chunk.keys))
+
+
+def test_hits_are_decoded_into_memory_that_nobody_holds() -> None:
+    with KVStore([HostTier(None, pinned=False)], codec=RoomyCodec(), certificates=CERTIFICATES) as store:
+        for number in range(3):
+            store.put(make_key(number), make_chunk(number))
+        held, dropped = store.get(make_key(0)), store.get(make_key(1))
+        assert held is not None and dropped is not None
+        place = dropped.keys.data_ptr()
+        del dropped
+        others = [torch.empty(1 << 20, dtype=torch.uint8) for _ in range(8)]  # an allocator would give it to these
+        found = store.get(make_key(2))
+        assert found is not None and found.keys.data_ptr() == place and len(others) == 8
+        assert same_chunk(found, in_coarse(2)) and same_chunk(held, in_coarse(0))
 
 
 def test_put_writes_each_tier_in_its_form(tmp_path: Path) -> None:
@@ -212,6 +237,10 @@ class TierCodecMachine(RuleBasedStateMachine):
     def reopen(self) -> None:
         self.store.close()
         self.open()
+
+    def teardown(self) -> None:
+        if hasattr(self, "store"):
+            self.store.close()
 
     @invariant()
     def every_blob_was_encoded_once(self) -> None:

@@ -1,0 +1,137 @@
+"""`kvloom bench retrieval`: what selectors find, what they cost a model, and what they save, in one run.
+
+Quality: the bundled model on RULER's tasks in its own language and on held-out prose, its contexts prefilled densely,
+every selector within every budget behind the same ones. Search and speed: contexts of the 8B shape with planted
+queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table as ScreenTable
+
+from .models import load_model
+from .page import Section, Table, html_report
+from .report import BenchResult, Metric, output, write_text
+from .retrieval_methods import TEXT, selectors
+from .retrieval_quality import ANSWER, QUESTION, Found, Scope, measure
+from .retrieval_summary import pooled_loss, summaries
+from .retrieval_tables import answers_table, attention_table, builds_table, known_table, plots, target_table
+from .ruler import AGGREGATION
+from .tiers import Target
+
+TRAINED_TOKENS = 4096
+CONTEXTS = 5  # of a kind at `TRAINED_TOKENS`; fewer at longer ones, as their prefill takes longer
+LONGEST_KINDS = (TEXT, "common_words")  # from `LONG_TOKENS` on, one context each: the model answers nothing there
+LONG_TOKENS = 16_384
+FULL_SIZES = (4096, 8192, 24_576)
+QUICK_SIZES = (512,)
+QUICK_RATIOS = (0.03, 0.06, 0.3)
+FIGURES = {"shadowkv_task_delta_6pct": ("landmarks", 0.06), "vq_task_delta_3pct": ("vq", 0.03)}
+TARGETS = (
+    Target("graph_scan_at_recall95_128k", "<=", 0.03),
+    Target("graph_scan_growth_128k_512k", "<=", 1.5),
+    Target("graph_bytes_per_token_layer_8b", "<=", 1000),
+    Target("shadowkv_task_delta_6pct", "<=", 0.01),
+    Target("shadowkv_key_bytes_ratio", ">=", 6.26),
+    Target("vq_task_delta_3pct", "<=", 0.01),
+    Target("decode_mass_128k", ">=", 0.95),
+    Target("decode_speedup_128k", ">=", 8.0),
+    Target("decode_mass_512k", ">=", 0.95),
+    Target("decode_speedup_512k", ">=", 20.0),
+    Target("build_time_vs_prefill", "<=", 0.5),
+)
+MEANING = (
+    "A context is prefilled densely once; behind it every token attends, in every layer, to 4 sinks, the last 32 "
+    "tokens of the context, everything after it, and what a selector chooses, one set for each KV head. Attended: all "
+    "of these at the last step, over the context (more where the pinned ones alone are more). Read: keys and values "
+    "of these in 16 bits and what the index reads to choose, over the keys and values that dense attention reads. "
+    "Mass: share of the softmax that falls on what is attended to. Recall: share of what exact search chooses within "
+    "the same budget. Error: of attention's output, relative. All three along the dense pass. Answers are greedy; a "
+    "loss is the share of answers lost to dense attention, with an interval of 95 % (Agresti & Min); other intervals "
+    "draw contexts anew. The model was trained on contexts of 4,096 tokens, and on positions up to 24,576 by random "
+    "jumps: longer contexts are an extrapolation, and beyond 8,192 tokens its answers fade."
+)
+
+
+def run(*, quick: bool = False, sizes: Sequence[int] | None = None, report: Path | None = None) -> BenchResult:
+    """Measure, print the tables, and return the figures.
+
+    Parameters
+    ----------
+    quick : smallest sizes, to see that it runs.
+    sizes : tokens of the contexts on the bundled model.
+    report : a page with the tables and plots, if wanted; its name ends in .html.
+
+    Raises
+    ------
+    ValueError : `report` ends otherwise, or a size is none.
+    """
+    if report is not None and report.suffix != ".html":
+        raise ValueError(f"report is {report}; expected a name that ends in .html")
+    model, tokenizer = load_model(None)
+    longest = model.config.max_position_embeddings - 64
+    sizes = tuple(sizes or (QUICK_SIZES if quick else FULL_SIZES))
+    if wrong := [size for size in sizes if not 256 <= size <= longest]:
+        raise ValueError(f"sizes are {', '.join(map(str, wrong))}; expected 256 to {longest} tokens")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        found = Found([], [], {})
+        for size in sizes:
+            scope = _scope(size, quick)
+            task = bar.add_task(f"bundled model, {size:,} tokens", total=scope.total)
+            found += measure(model, tokenizer, selectors(), scope, advance=partial(_advance, bar, task))
+    lines = summaries(found)
+    metrics = _quality_metrics(found)
+    tables = [known_table(found)]
+    for size in sizes:
+        tables.append(attention_table(lines, (TEXT, *AGGREGATION), size))
+        tables.append(answers_table(lines, size))
+    tables += [builds_table(found.builds, model.config.num_hidden_layers), target_table(metrics, TARGETS)]
+    console = output()
+    for table in tables:
+        console.print(table.caption, style="bold")
+        console.print(_on_screen(table))
+    console.print(MEANING, style="dim")
+    if report is not None:
+        drawn = [plot for size in sizes for plot in plots(lines, size)]
+        sections = [Section("Quality against bytes read", MEANING, drawn), Section("All figures", "", tables)]
+        write_text(report, html_report("Retrieval", sections))
+    return BenchResult("retrieval", metrics, [*(line.row() for line in lines), *(b.row() for b in found.builds)])
+
+
+def _advance(bar: Progress, task: TaskID, _: str) -> None:
+    bar.advance(task)
+
+
+def _scope(tokens: int, quick: bool) -> Scope:
+    if quick:
+        return Scope({tokens: 1}, ratios=QUICK_RATIOS, kinds=(TEXT, "multi_key", "common_words"))
+    if tokens >= LONG_TOKENS:
+        return Scope({tokens: 1}, kinds=LONGEST_KINDS)
+    return Scope({tokens: max(2, min(CONTEXTS, CONTEXTS * TRAINED_TOKENS**2 // tokens**2))})
+
+
+def _quality_metrics(found: Found) -> dict[str, Metric]:
+    metrics = {}
+    for name, (method, ratio) in FIGURES.items():
+        for since, suffix in ((ANSWER, ""), (QUESTION, "_question")):
+            lost = pooled_loss(found, method, ratio, since)
+            if lost is not None:
+                metrics[name + suffix] = Metric(*lost[0], unit="share", baseline=f"dense, {lost[1]} trials")
+    return metrics
+
+
+def _on_screen(table: Table) -> ScreenTable:
+    screen = ScreenTable(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for i, column in enumerate(table.columns):
+        screen.add_column(column, justify="right" if i else "left", no_wrap=True)
+    for row in table.rows:
+        screen.add_row(*("" if value is None else str(value) for value in row))
+    return screen
