@@ -5,7 +5,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ from kvloom.connectors.hf_break_even import NEVER, crossing
 from kvloom.connectors.hf_retrieval import CHUNK_TOKENS, Retrieval
 from kvloom.connectors.hf_session import Session
 from kvloom.core import Tier
-from kvloom.errors import EngineError, UncertifiedError, UncertifiedWarning
+from kvloom.errors import EngineError, SpecMismatchError, UncertifiedError, UncertifiedWarning
 from kvloom.kvstore.keys import prefix_keys
 from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.disk import DiskTier
@@ -31,7 +31,7 @@ from kvloom.retrieval.catalog import METHODS
 from .contracts import flip
 from .lossy import CoarseCodec
 from .models import CONFIGS, make_model, make_tokenizer, make_variant
-from .retrieval_fakes import FAKES, LearningSelector, MeansSelector, StatefulSelector, maker
+from .retrieval_fakes import FAKES, LearningSelector, MeansSelector, StatefulSelector, make_codebooks, maker
 
 pytestmark = pytest.mark.filterwarnings("ignore::kvloom.errors.UncertifiedWarning")
 
@@ -382,8 +382,13 @@ def tell(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Ca
 
     def tell(method: str) -> Told:
         if method not in known:
-            folder, retrieval = tmp_path_factory.mktemp(method), Retrieval(method, window_tokens=8, **SOME)
+            folder = tmp_path_factory.mktemp(method)
             rag = opened(model, folder)
+            own = {
+                "graph": {"parameters": {"exact_beams": 1, "Ls": 64, "keep_every": 1}},
+                "vq": {"profile": make_codebooks(rag.spec)},
+            }
+            retrieval = Retrieval(method, window_tokens=8, **SOME, **own.get(method, {}))
             with rag.session(retrieval) as session:
                 session.generate(prompts(700, 280), max_new_tokens=300)
                 session.generate(prompts(40, 20, seed=1), max_new_tokens=6)
@@ -407,14 +412,16 @@ def third_answers(session: Session) -> list[list[int]]:
     return [list(ids) for ids in session.generate(prompts(10, 12, seed=2), max_new_tokens=12).token_ids]
 
 
-@pytest.mark.parametrize("method", ["means", "landmarks", "factor"])
+@pytest.mark.parametrize("method", ["means", "landmarks", "factor", "graph", "vq", "clusters"])
 def test_resuming_is_going_on(model: PreTrainedModel, tell: Callable[[str], Told], tmp_path: Path, method: str) -> None:
     told = tell(method)
     rag = resumed(model, told, tmp_path)
     with rag.session(told.retrieval, history=told.said) as session:
         counts = [context.counts for context in session._contexts]
         assert [(c.computed_tokens, c.rebuilt_chunks, c.lost_chunks) for c in counts] == [(0, 0, 0)] * 2
-        assert [c.has_index_state for c in counts] == [method == "factor"] * 2
+        assert [c.has_index_state for c in counts] == [method in ("factor", "graph")] * 2
+        if method == "graph":
+            assert session._contexts[0].index.layers[0].graphs[0].built > 0
         assert third_answers(session) == told.answers
     rag.store.close()
 
@@ -687,6 +694,11 @@ def test_what_cannot_be_asked_is_refused(rag: TransformersConnector) -> None:
     ):
         with pytest.raises(ValueError, match=words):
             Retrieval(**{"method": "exact", **wrong})
+    with pytest.raises(ValueError, match="vq needs a profile"):
+        rag.generate(prompts(30), retrieval=Retrieval("vq", **ALL))
+    foreign = make_codebooks(replace(rag.spec, model_id="another"))
+    with pytest.raises(SpecMismatchError, match="made for another"):
+        rag.session(Retrieval("vq", profile=foreign, **ALL))
     with pytest.raises(ValueError, match=r"means does not take \{'x': 1\}"):
         rag.generate(prompts(30), retrieval=Retrieval("means", parameters={"x": 1}, **ALL))
 
