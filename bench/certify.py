@@ -139,6 +139,8 @@ def _way(
         return through_codec(codec), {}
     if retrieval is None:
         raise ValueError("there is neither a codec nor a retrieval")
+    if profile is not None:
+        profile.check_serves(forced.spec)
     retrieval = replace(retrieval, profile=profile)
     shape, spec = layer_shape(forced.layers), forced.spec
     known = retrieval.break_even_tokens

@@ -168,6 +168,7 @@ class TransformersConnector:
         Raises
         ------
         UncertifiedError : `retrieval` is approximate and has no certificate for this model.
+        SpecMismatchError : its profile was made for another model.
         ValueError : a method's parameters do not fit, a sequence is longer than the model's context, or there are both
             history and documents.
         """

@@ -39,8 +39,10 @@ class Decoding:
         self._break_evens: dict[Form, int] = {}  # measured here
 
     def plan(self, retrieval: Retrieval) -> Plan:
-        """Raises `UncertifiedError` if it may not be."""
+        """Raises `UncertifiedError` if it may not be, and `SpecMismatchError` if its profile is of another model."""
         spec = self._layers.spec
+        if retrieval.profile is not None:
+            retrieval.profile.check_serves(spec)
         expect_certified(retrieval, spec, self._certificates, allow_uncertified=self._allow_uncertified)
         return Plan(
             spec,

@@ -181,8 +181,12 @@ class RoarGraphIndex:
         """
         index = cls(shape, start=start, pooling=pooling, settings=settings, query_ratio=query_ratio, threads=threads)
         index.add(keys, keys)
-        for h, graph in enumerate(index._graphs):
-            graph.restore({name.partition(".")[2]: t for name, t in state.items() if name.partition(".")[0] == str(h)})
-        if len({graph.built for graph in index._graphs}) > 1:
-            raise CodecError(f"graphs have {[graph.built for graph in index._graphs]} keys; expected equal numbers")
+        index.restore_state(state)
         return index
+
+    def restore_state(self, parts: Mapping[str, Tensor]) -> None:
+        """See `KeepsState`: the same keys were added, and `parts` are what `state` gave."""
+        for h, graph in enumerate(self._graphs):
+            graph.restore({name.partition(".")[2]: t for name, t in parts.items() if name.partition(".")[0] == str(h)})
+        if len({graph.built for graph in self._graphs}) > 1:
+            raise CodecError(f"graphs have {[graph.built for graph in self._graphs]} keys; expected equal numbers")

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from kvloom.compress.profile import Profile
+from kvloom.core import KVSpec
 from kvloom.errors import CodecError
 from kvloom.retrieval.flat import ExactSelector
 from kvloom.retrieval.selector import LayerShape, Pooling, Selection, Selector, top_ids
@@ -127,6 +129,18 @@ class LearningSelector(ExactSelector):
 
     def build(self) -> None:
         self.built = len(self)
+
+
+def make_codebooks(spec: KVSpec, centroids: int = 32) -> Profile:
+    """Random ones, in a metric of none."""
+    random = torch.Generator().manual_seed(0)
+    shape = (spec.num_layers, spec.num_kv_heads)
+    tensors = {
+        "vq.centroids": torch.randn(*shape, centroids, spec.head_dim, generator=random).half(),
+        "vq.factor": torch.eye(spec.head_dim).expand(*shape, -1, -1).contiguous(),
+        "vq.bands": torch.tensor([[1, 64], [64, 512], [512, 4096]]).expand(spec.num_layers, -1, -1).contiguous(),
+    }
+    return Profile(spec, tensors, {})
 
 
 FAKES = {"means": MeansSelector, "codes": CodesSelector, "stateful": StatefulSelector, "learning": LearningSelector}

@@ -16,7 +16,7 @@ from kvloom.kvstore.tiers.host import HostTier
 from kvloom.retrieval.catalog import METHODS
 
 from .models import DOCUMENTS, QUESTION, make_tokenizer
-from .retrieval_fakes import FAKES, CodesSelector, maker
+from .retrieval_fakes import FAKES, CodesSelector, make_codebooks, maker
 from .test_hf_retrieval import make, stock
 
 pytestmark = pytest.mark.filterwarnings("ignore::kvloom.errors.UncertifiedWarning")
@@ -94,6 +94,33 @@ def test_codes_of_documents_serve_where_they_are_placed(
         again = CodesSelector(fused.plan.shapes[0], start=16)
         again.add(context.blended.keys[2][:, 16 : fused.stop], context.blended.values[2][:, 16 : fused.stop])
         assert torch.equal(again._signs, fused.index.layers[2]._signs[:, : len(again)])
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.3])
+def test_vector_quantised_documents_serve_where_they_are_placed(model: PreTrainedModel, ratio: float) -> None:
+    plain, rag = connect(model, ratio), connect(model, ratio)
+    retrieval = Retrieval("vq", profile=make_codebooks(rag.spec), **SOME)
+    rag.precompute(LONG, retrieval=retrieval)
+    expected, taken, computed = answered(plain, LONG[::-1], retrieval)
+    assert taken == 0
+    assert answered(rag, LONG[::-1], retrieval) == (expected, computed - 4, 4)
+
+
+def test_landmarks_move_by_multiples_of_their_runs(model: PreTrainedModel) -> None:
+    """Without a BOS, and with documents that end where a run does; of others, what stands elsewhere is indexed anew."""
+    rag, plain = connect(model, 0.3, bos=False), connect(model, 0.3, bos=False)
+    texts = [f"{text} and {'so ' * n}on." for text in LONG for n in range(12)]
+    even = [text for text in texts if not len(rag.encode_document(text)) % 8][:4]
+    odd = next(text for text in texts if len(rag.encode_document(text)) % 8)
+    assert len(even) == 4
+    retrieval = Retrieval("landmarks", **SOME)
+    rag.precompute([*even, odd], retrieval=retrieval)
+    for documents, share in ((even[::-1], 1.0), ([even[0], odd, even[1], even[2]], 0.5)):
+        expected, taken, _ = answered(plain, documents, retrieval)
+        assert taken == 0
+        found, taken, computed = answered(rag, documents, retrieval)
+        assert found == expected
+        assert (computed == 0) if share == 1.0 else (0.2 < taken / (taken + computed) < 0.8)
 
 
 def test_what_cannot_be_moved_is_indexed_anew(model: PreTrainedModel) -> None:

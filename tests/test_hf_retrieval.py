@@ -1,9 +1,11 @@
 """Decoding with retrieval in transformers: what the budget covers is exact, what is stored is found again."""
 
+import shutil
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from kvloom.connectors.hf_break_even import NEVER, crossing
 from kvloom.connectors.hf_retrieval import CHUNK_TOKENS, Retrieval
 from kvloom.connectors.hf_session import Session
 from kvloom.core import Tier
-from kvloom.errors import EngineError, UncertifiedError, UncertifiedWarning
+from kvloom.errors import EngineError, SpecMismatchError, UncertifiedError, UncertifiedWarning
 from kvloom.kvstore.keys import prefix_keys
 from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.disk import DiskTier
@@ -29,7 +31,7 @@ from kvloom.retrieval.catalog import METHODS
 from .contracts import flip
 from .lossy import CoarseCodec
 from .models import CONFIGS, make_model, make_tokenizer, make_variant
-from .retrieval_fakes import FAKES, LearningSelector, MeansSelector, StatefulSelector, maker
+from .retrieval_fakes import FAKES, LearningSelector, MeansSelector, StatefulSelector, make_codebooks, maker
 
 pytestmark = pytest.mark.filterwarnings("ignore::kvloom.errors.UncertifiedWarning")
 
@@ -37,10 +39,12 @@ ALL = {"budget_ratio": 1.0, "break_even_tokens": 0}
 SOME = {"budget_ratio": 0.05, "break_even_tokens": 0}
 
 
-@pytest.fixture(autouse=True)
-def methods(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in FAKES:
-        monkeypatch.setitem(METHODS, name, maker(name))
+@pytest.fixture(autouse=True, scope="module")
+def methods() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in FAKES:
+            patch.setitem(METHODS, name, maker(name))
+        yield
 
 
 def make(architecture: str = "llama", **config: object) -> PreTrainedModel:
@@ -120,7 +124,7 @@ def test_a_budget_of_everything_is_stock_generate(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4], ids=["one group", "no groups"])
-@pytest.mark.parametrize("method", ["random", "means"])
+@pytest.mark.parametrize("method", ["random", "landmarks", "factor"])
 def test_other_heads_and_methods(kv_heads: int, method: str) -> None:
     assert_as_stock(connect(make(num_key_value_heads=kv_heads)), prompts(700, 350), Retrieval(method, **ALL))
 
@@ -361,74 +365,100 @@ def opened(model: PreTrainedModel, folder: Path) -> TransformersConnector:
     return connect(model, HostTier(None), DiskTier(folder))
 
 
-def conversation(rag: TransformersConnector, retrieval: Retrieval) -> tuple[list[list[int]], list[list[int]]]:
-    """Two turns without a break: what was said before the last one, and its answers."""
-    with rag.session(retrieval) as session:
-        session.generate(prompts(700, 280), max_new_tokens=340)
-        session.generate(prompts(40, 20, seed=1), max_new_tokens=6)
-        said = session.token_ids
-        session.save()
-        out = session.generate(prompts(10, 12, seed=2), max_new_tokens=12)
-    return said, [list(ids) for ids in out.token_ids]
+@dataclass(frozen=True)
+class Told:
+    """Two turns of two rows without a break, stored, and the answers of the third."""
+
+    folder: Path
+    retrieval: Retrieval
+    said: list[list[int]]
+    answers: list[list[int]]
 
 
-@pytest.mark.parametrize("method", ["means", "exact"])
-def test_resuming_is_going_on(model: PreTrainedModel, tmp_path: Path, method: str) -> None:
-    retrieval = Retrieval(method, window_tokens=32, **SOME)
-    rag = opened(model, tmp_path)
-    said, expected = conversation(rag, retrieval)
-    rag.store.close()
-    rag = opened(model, tmp_path)
-    with rag.session(retrieval, history=said) as session:
-        assert [context.counts.computed_tokens for context in session._contexts] == [0, 0]
-        assert [context.counts.rebuilt_chunks for context in session._contexts] == ([0, 0])
-        out = session.generate(prompts(10, 12, seed=2), max_new_tokens=12)
-    assert [list(ids) for ids in out.token_ids] == expected
+@pytest.fixture(scope="module")
+def tell(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Told]:
+    """By method; each is told once."""
+    known: dict[str, Told] = {}
+
+    def tell(method: str) -> Told:
+        if method not in known:
+            folder = tmp_path_factory.mktemp(method)
+            rag = opened(model, folder)
+            own = {
+                "graph": {"parameters": {"exact_beams": 1, "Ls": 64, "keep_every": 1}},
+                "vq": {"profile": make_codebooks(rag.spec)},
+            }
+            retrieval = Retrieval(method, window_tokens=8, **SOME, **own.get(method, {}))
+            with rag.session(retrieval) as session:
+                session.generate(prompts(700, 280), max_new_tokens=300)
+                session.generate(prompts(40, 20, seed=1), max_new_tokens=6)
+                said = session.token_ids
+                session.save()
+                out = session.generate(prompts(10, 12, seed=2), max_new_tokens=12)
+            rag.store.close()
+            known[method] = Told(folder, retrieval, said, [list(ids) for ids in out.token_ids])
+        return known[method]
+
+    return tell
+
+
+def resumed(model: PreTrainedModel, told: Told, folder: Path) -> TransformersConnector:
+    """A connector over a copy of what was stored."""
+    shutil.copytree(told.folder, folder, dirs_exist_ok=True)
+    return opened(model, folder)
+
+
+def third_answers(session: Session) -> list[list[int]]:
+    return [list(ids) for ids in session.generate(prompts(10, 12, seed=2), max_new_tokens=12).token_ids]
+
+
+@pytest.mark.parametrize("method", ["means", "landmarks", "factor", "graph", "vq", "clusters"])
+def test_resuming_is_going_on(model: PreTrainedModel, tell: Callable[[str], Told], tmp_path: Path, method: str) -> None:
+    told = tell(method)
+    rag = resumed(model, told, tmp_path)
+    with rag.session(told.retrieval, history=told.said) as session:
+        counts = [context.counts for context in session._contexts]
+        assert [(c.computed_tokens, c.rebuilt_chunks, c.lost_chunks) for c in counts] == [(0, 0, 0)] * 2
+        assert [c.has_index_state for c in counts] == [method in ("factor", "graph")] * 2
+        if method == "graph":
+            assert session._contexts[0].index.layers[0].graphs[0].built > 0
+        assert third_answers(session) == told.answers
     rag.store.close()
 
 
 def test_an_index_of_the_whole_sequence_is_not_built_again(
-    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: PreTrainedModel, tell: Callable[[str], Told], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    retrieval = Retrieval("stateful", window_tokens=32, **SOME)
-    rag = opened(model, tmp_path)
-    said, expected = conversation(rag, retrieval)
+    told = tell("stateful")
+    rag = resumed(model, told, tmp_path)
     for is_spoiled in (False, True):
         monkeypatch.setattr(StatefulSelector, "is_spoiled", is_spoiled)
-        with rag.session(retrieval, history=said) as session:
+        with rag.session(told.retrieval, history=told.said) as session:
             context = session._contexts[0]
             selector = context.index.layers[1]
             assert isinstance(selector, StatefulSelector)
             assert (len(selector), selector.restored) == (1024 - 16, 0 if is_spoiled else 1024 - 16)
             assert (context.counts.has_index_state, context.counts.computed_tokens) == (not is_spoiled, 0)
-            out = session.generate(prompts(10, 12, seed=2), max_new_tokens=12)
-        assert [list(ids) for ids in out.token_ids] == expected
-    monkeypatch.setattr(StatefulSelector, "is_spoiled", False)
-    with rag.session(retrieval, history=said) as session:
-        assert rag.store.delete(session._contexts[0].key_of(2))
-    with rag.session(retrieval, history=said) as session:
-        out = session.generate(prompts(10, 12, seed=2), max_new_tokens=12)
-        assert [context.counts.lost_chunks for context in session._contexts] == [1, 0]
-    assert [list(ids) for ids in out.token_ids] == expected
+            assert third_answers(session) == told.answers
     rag.store.close()
 
 
-@pytest.mark.parametrize("lost", [1, 2, 3])
-def test_a_lost_chunk_is_computed_as_it_was(model: PreTrainedModel, tmp_path: Path, lost: int) -> None:
+@pytest.mark.parametrize(("method", "lost"), [("means", 1), ("means", 2), ("means", 3), ("stateful", 2)])
+def test_a_lost_chunk_is_computed_as_it_was(
+    model: PreTrainedModel, tell: Callable[[str], Told], tmp_path: Path, method: str, lost: int
+) -> None:
     """Chunk 1 of the first row is of the prompt, 2 begins there, 3 is all decoded with retrieval."""
-    retrieval = Retrieval("means", window_tokens=32, **SOME)
-    rag = opened(model, tmp_path)
-    said, expected = conversation(rag, retrieval)
-    with rag.session(retrieval, history=said) as session:
+    told = tell(method)
+    rag = resumed(model, told, tmp_path)
+    with rag.session(told.retrieval, history=told.said) as session:
         key = session._contexts[0].key_of(lost)
     assert rag.store.delete(key)
-    with rag.session(retrieval, history=said) as session:
+    with rag.session(told.retrieval, history=told.said) as session:
         counts = session._contexts[0].counts
         assert (counts.lost_chunks, counts.reused_tokens) == (1, lost * CHUNK_TOKENS)
-        assert counts.computed_tokens == len(said[0]) - 1 - lost * CHUNK_TOKENS
+        assert counts.computed_tokens == len(told.said[0]) - 1 - lost * CHUNK_TOKENS
         assert key in rag.store
-        out = session.generate(prompts(10, 12, seed=2), max_new_tokens=12)
-    assert [list(ids) for ids in out.token_ids] == expected
+        assert third_answers(session) == told.answers
     rag.store.close()
 
 
@@ -664,6 +694,11 @@ def test_what_cannot_be_asked_is_refused(rag: TransformersConnector) -> None:
     ):
         with pytest.raises(ValueError, match=words):
             Retrieval(**{"method": "exact", **wrong})
+    with pytest.raises(ValueError, match="vq needs a profile"):
+        rag.generate(prompts(30), retrieval=Retrieval("vq", **ALL))
+    foreign = make_codebooks(replace(rag.spec, model_id="another"))
+    with pytest.raises(SpecMismatchError, match="made for another"):
+        rag.session(Retrieval("vq", profile=foreign, **ALL))
     with pytest.raises(ValueError, match=r"means does not take \{'x': 1\}"):
         rag.generate(prompts(30), retrieval=Retrieval("means", parameters={"x": 1}, **ALL))
 
