@@ -553,17 +553,19 @@ def test_the_break_even_is_measured_once_or_certified(model: PreTrainedModel, mo
 
 
 def test_lines_cross_where_they_cross() -> None:
-    """At 2,048 and 8,192 tokens."""
+    """At 2,048, 8,192 and 32,768 tokens."""
+    assert crossing([1.0], [0.5]) == 2048
     assert crossing([1.0, 4.0], [2.0, 2.0]) == 4096
     assert crossing([1.0, 4.0], [3.0, 3.5]) == 7168
-    assert crossing([1.0, 4.0], [0.5, 0.6]) == 2048
-    assert crossing([1.0, 2.0], [2.0, 3.0]) == NEVER
-    assert crossing([1.0, 3.0], [2.0, 3.0]) == 8192
+    assert crossing([1.0, 2.0, 8.0], [2.0, 4.0, 4.0]) == 16384
+    assert crossing([1.0, 2.0, 3.0], [2.0, 4.0, 4.0]) == 8192 + 2 * 24576  # beyond what was measured
+    assert crossing([1.0, 2.0, 3.0], [2.0, 3.0, 4.0]) == NEVER
 
 
 def test_a_real_measurement_gives_a_length(rag: TransformersConnector) -> None:
     with rag.session(Retrieval("means")) as session:
-        assert CHUNK_TOKENS <= session.plan.break_even_tokens <= NEVER
+        tokens = session.plan.break_even_tokens
+        assert 2048 <= tokens <= NEVER and tokens % CHUNK_TOKENS == 0
 
 
 # ------------------------------------------------------------------------------------------------- the engine's
