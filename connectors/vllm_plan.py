@@ -1,8 +1,8 @@
 """What the scheduler's half of the vLLM connector knows and decides. Imports no engine.
 
-The stores belong to the workers, one to each tensor-parallel rank. The scheduler's half knows tokens and keys, no bytes:
-what it wants done goes to the workers in the `StepPlan` of a step of the engine, what became of it comes back in a
-`StepReport`. Where scheduler and worker are one process, `ask` answers lookups at once.
+The stores belong to the workers, one to each tensor-parallel rank. The scheduler's half knows tokens and keys, no
+bytes: what it wants done goes to the workers in the `StepPlan` of a step of the engine, what became of it comes back in
+a `StepReport`. Where scheduler and worker are one process, `ask` answers lookups at once.
 
     matched_tokens -> LookUp -> answer -> offer -> allocated -> Load -> Loaded -> (failed: never asked again)
     plan_step      -> Save of every chunk that the step completes
@@ -40,7 +40,7 @@ class LookUp:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Put stored KV of tokens `[start, stop)` into the request's blocks. Chunk i begins at `first + i * chunk_tokens`."""
+    """Put stored KV of tokens `[start, stop)` into the request's blocks. Chunk 0 begins at token `first`."""
 
     request_id: str
     keys: RankKeys
@@ -52,7 +52,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Save:
-    """Store KV of tokens from `start` on, which lie in `blocks` from block `start // block_tokens` of the request on."""
+    """Store the KV of tokens from `start` on; `blocks` begin with the one that holds token `start`."""
 
     keys: tuple[ChunkKey, ...]  # one for each rank
     after: tuple[ChunkKey, ...] | None

@@ -1,4 +1,4 @@
-"""What a user may say of kvloom in vLLM: once in `kv_connector_extra_config`, and of a request in `kv_transfer_params`."""
+"""What users may say of kvloom in vLLM: in `kv_connector_extra_config`, and in `kv_transfer_params` of a request."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class KVLoomStats(KVConnectorStats):
     """Counts of an interval by name; ranks and intervals add up."""
 
     def reset(self) -> None:
-        self.data.clear()
+        self.data = dict[str, float]()
 
     def aggregate(self, other: KVConnectorStats) -> KVLoomStats:
         names = {**self.data, **other.data}

@@ -5,8 +5,8 @@
         kv_connector_extra_config={"host_bytes": "64GiB", "disk_path": "kv-cache"}))
 
 Stock vLLM from 0.32 on. Without kvloom's entry point (not installed, only on the path) add
-`kv_connector_module_path="kvloom.connectors.vllm_v1"`. The settings are `vllm_settings.VLLMSettings`. What a request may
-ask for in its `kv_transfer_params` is `vllm_settings.RequestOptions`; what it gets back there is `{"kvloom": {...}}`.
+`kv_connector_module_path="kvloom.connectors.vllm_v1"`. The settings are `vllm_settings.VLLMSettings`. What a request
+may ask for in its `kv_transfer_params` is `vllm_settings.RequestOptions`; what it gets back is `{"kvloom": {...}}`.
 
 vLLM makes two of this class: one beside its scheduler (`vllm_plan` does the work there), one in each worker
 (`vllm_transfers` and, for fusion, `vllm_fusion`). They speak through the metadata of a step of the engine; where both
