@@ -91,10 +91,18 @@ class PagedLayers:
             len(self.layers), self.num_kv_heads, count, self.head_dim, dtype=self.dtype, device=self.device
         )
         values = torch.empty(*keys.shape[:3], self.v_head_dim, dtype=self.dtype, device=self.device)
-        for index, (layer, packing) in enumerate(zip(self.layers, self._packings, strict=True)):
-            k, v = packing(layer.kv_cache[self._kernel_blocks(layer, blocks)], self.head_dim, self.v_head_dim)
-            keys[index], values[index] = k[:, start:stop], v[:, start:stop]
+        for index in range(len(self.layers)):
+            keys[index], values[index] = self.read_layer(index, blocks, start, stop)
         return keys, values
+
+    def read_layer(self, index: int, blocks: Sequence[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Of one layer: copies, keys `[H, T, D]` and values `[H, T, Dv]`."""
+        first, last = start // self.block_tokens, -(-stop // self.block_tokens)
+        numbers = self._kernel_blocks(self.layers[index], blocks[first:last])
+        pages = self.layers[index].kv_cache[numbers]
+        keys, values = self._packings[index](pages, self.head_dim, self.v_head_dim)
+        here = slice(start - first * self.block_tokens, stop - first * self.block_tokens)
+        return keys[:, here], values[:, here]
 
     @torch.inference_mode()
     def write(self, blocks: Sequence[int], start: int, keys: Tensor, values: Tensor) -> None:

@@ -73,16 +73,28 @@ class Document:
 @dataclass(frozen=True, slots=True)
 class Fusion:
     """Provide KV of tokens `[start, stop)`: documents from the store where they are stored, `ratio` of them recomputed,
-    and all that is not stored computed.
+    and all that is not stored computed. Documents before token `inexact` are right as they are stored.
+
+    Every rank first fetches documents and tells which it found (`StepReport.found`). It computes only when told to, by
+    an `Advance`, since ranks compute together and must not wait for one another within a step.
     """
 
     request_id: str
     token_ids: NDArray[np.int64]
     start: int
     stop: int
+    inexact: int
     documents: tuple[Document, ...]
     ratio: float
     blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Advance:
+    """Compute the next slice of a fusion; `found` says of each document whether all ranks have it."""
+
+    request_id: str
+    found: tuple[bool, ...]
 
 
 @dataclass(slots=True)
@@ -93,6 +105,7 @@ class StepPlan:
     loads: list[Load] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
     fusions: list[Fusion] = field(default_factory=list)
+    advances: list[Advance] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +120,14 @@ class Loaded:
 
 @dataclass(slots=True)
 class StepReport:
-    """What the workers did since the last step."""
+    """What the workers did since the last step.
+
+    `found`: for each rank that has fetched the documents of a fusion, which of them it has.
+    """
 
     answers: dict[str, Answer] = field(default_factory=dict)
     loaded: dict[str, Loaded] = field(default_factory=dict)
+    found: dict[str, tuple[tuple[bool, ...], ...]] = field(default_factory=dict)
 
     def merged(self, other: StepReport) -> StepReport:
         """Of two ranks: stored is what all have, loaded what none has lost."""
@@ -119,7 +136,8 @@ class StepReport:
             answers[request_id] = min(answers.get(request_id, answer), answer, key=len)
         for request_id, load in other.loaded.items():
             loaded[request_id] = _both(loaded[request_id], load) if request_id in loaded else load
-        return StepReport(answers, loaded)
+        found = {**self.found, **{name: self.found.get(name, ()) + masks for name, masks in other.found.items()}}
+        return StepReport(answers, loaded, found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +196,7 @@ class Planner:
         self._ask = ask
         self._epoch = b""
         self._tracked: dict[str, _Tracked] = {}
+        self._fusing: dict[str, tuple[tuple[bool, ...], ...]] = {}  # what each rank found, in order of arrival
         self._plan = StepPlan()
         self._counts: Counter[str] = Counter()
 
@@ -189,6 +208,8 @@ class Planner:
         token_ids: Sequence[int],
         identity: bytes,
         options: RequestOptions,
+        *,
+        may_fuse: bool = True,
     ) -> int | None:
         """Track a request; the first token whose KV may be approximate, or None if all of it will be exact.
 
@@ -196,6 +217,7 @@ class Planner:
         ----------
         token_ids : the prompt; what is generated is appended by the engine.
         identity : of all that shapes its KV beside model and tokens, and of its tenant: adapter, cache salt.
+        may_fuse : whether the engine can; otherwise documents are computed like everything else.
         """
         salt = b"".join(_framed(part) for part in (self._epoch, self._settings.salt.encode(), identity))
         documents = tuple(
@@ -207,6 +229,10 @@ class Planner:
         alone = {document for document in documents[:1] if is_led and document.start == len(lead_ids)}
         # What stands right behind the lead tokens has its KV from there: exact. A fusion that computes all is, too.
         inexact = next((each.start for each in documents if each not in alone), None) if ratio < 1.0 else None
+        if inexact is not None:
+            # The engine tells fused blocks from exact ones by the hash of a whole block of the prompt.
+            has_whole_block = len(token_ids) // self._block_tokens > inexact // self._block_tokens
+            inexact = inexact if may_fuse and has_whole_block else None
         keys: list[list[ChunkKey]] = [[] for _ in self._specs]
         self._tracked[request_id] = _Tracked(
             token_ids, len(token_ids), salt, options, documents, ratio, inexact, keys, alone=tuple(alone)
@@ -215,6 +241,7 @@ class Planner:
 
     def close(self, request_id: str) -> dict[str, object] | None:
         """Forget a request; what kvloom did for it, None if nothing is known of it."""
+        self._fusing.pop(request_id, None)
         request = self._tracked.pop(request_id, None)
         if request is None:
             return None
@@ -247,8 +274,10 @@ class Planner:
                 # The engine has fused tokens of an earlier request like this one, and computes what is missing of them.
                 # A second choice among the rest alone would be another one than the first.
                 return 0
-            # One token must be left to the engine: the first new one is sampled from what it computes.
-            request.offer = min(request.documents[-1].stop, len(request.token_ids) - 1)
+            # Whole blocks only: the engine finds them again as they are, and computes what follows in any case. One
+            # token must be left to it: the first new one is sampled from what it computes.
+            stop = min(request.documents[-1].stop, len(request.token_ids) - 1)
+            request.offer = stop - stop % self._block_tokens
             return max(request.offer - computed_tokens, 0)
         self._extend_keys(request)
         chunk_tokens = self._settings.chunk_tokens
@@ -283,8 +312,18 @@ class Planner:
         if request.inexact is not None:
             token_ids = np.asarray(request.token_ids[:stop], dtype=np.int64)
             self._plan.fusions.append(
-                Fusion(request_id, token_ids, start, stop, request.documents, request.ratio, tuple(blocks))
+                Fusion(
+                    request_id,
+                    token_ids,
+                    start,
+                    stop,
+                    request.inexact,
+                    request.documents,
+                    request.ratio,
+                    tuple(blocks),
+                )
             )
+            self._fusing[request_id] = ()
             return
         first, last = start // chunk_tokens, stop // chunk_tokens
         keys = tuple(tuple(keys[first:last]) for keys in request.keys)
@@ -305,7 +344,11 @@ class Planner:
         for request_id, answer in report.answers.items():
             if (request := self._tracked.get(request_id)) is not None and request.asked_from is not None:
                 request.answer = answer
+        for request_id, masks in report.found.items():
+            if request_id in self._fusing:
+                self._fusing[request_id] += masks
         for request_id, loaded in report.loaded.items():
+            self._fusing.pop(request_id, None)
             if (request := self._tracked.get(request_id)) is None:
                 continue
             request.loaded = loaded if request.loaded is None else _both(request.loaded, loaded)
@@ -317,11 +360,15 @@ class Planner:
     # -------------------------------------------------------------------------------------------------- saving
 
     def plan_step(self, scheduled: Iterable[Scheduled]) -> StepPlan:
-        """The plan of the step, saves of every chunk that it completes included."""
+        """The plan of the step, saves of every chunk that it completes included. One fusion advances at a time."""
         for each in scheduled:
             request = self._tracked.get(each.request_id)
             if request is not None and request.options.save:
                 self._plan_saves(request, each)
+        ready = (name for name, masks in self._fusing.items() if len(masks) == len(self._specs))
+        if (first := next(ready, None)) is not None:
+            found = tuple(all(ranks) for ranks in zip(*self._fusing[first], strict=True))
+            self._plan.advances.append(Advance(first, found))
         plan, self._plan = self._plan, StepPlan()
         return plan
 

@@ -17,7 +17,9 @@ from torch import Tensor
 from ..core import ChunkKey, KVChunk, KVSpec
 from ..errors import KVLoomError
 from ..kvstore.store import KVStore
-from .vllm_plan import Answer, Load, Loaded, LookUp, Save
+from .vllm_plan import Answer, Fusion, Load, Loaded, LookUp, Save
+
+_LOADERS = 4  # so that what lies on a slow disk is not in the way of what lies in memory
 
 _LOG = logging.getLogger("kvloom.vllm")
 
@@ -40,8 +42,16 @@ class Arrival:
     bad_blocks: frozenset[int]
 
 
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """Which documents of a fusion are in its blocks now, and the tiers that their tokens came from."""
+
+    found: tuple[bool, ...]
+    tokens: Mapping[str, int]
+
+
 class Transfers:
-    """Moves chunks in the background, one thread each way, so that neither stalls the engine.
+    """Moves chunks in the background, so that neither way stalls the engine.
 
     A load writes into blocks that the scheduler holds for it until it is over, so it needs no copy. A save does not
     hold blocks: the KV is copied out of them within the step that completed it, and stored later. What waits to be
@@ -73,7 +83,7 @@ class Transfers:
         self._chunk_tokens = chunk_tokens
         self._load_timeout_s = load_timeout_s
         self._save_pending_bytes = save_pending_bytes
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="kvloom-load")
+        self._loader = ThreadPoolExecutor(_LOADERS, thread_name_prefix="kvloom-load")
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="kvloom-save")
         self._loads: dict[str, tuple[Load, Future[Arrival]]] = {}
         self._cancelled: set[str] = set()  # written by the engine's thread, read by the loader
@@ -90,7 +100,7 @@ class Transfers:
             if tier is None:
                 break
             found.append(tier)
-        self._count({"lookups": 1, "lookup_chunks": len(keys), "hit_chunks": len(found)})
+        self.count({"lookups": 1, "lookup_chunks": len(keys), "hit_chunks": len(found)})
         return tuple(found)
 
     # ------------------------------------------------------------------------------------------------- loading
@@ -118,7 +128,7 @@ class Transfers:
                 over.append(future.result())
             else:
                 _LOG.error("loading KV of request %s failed; it is computed", request_id, exc_info=error)
-                self._count({"errors": 1, "failed_loads": 1})
+                self.count({"errors": 1, "failed_loads": 1})
                 over.append(Arrival(request_id, Loaded({}, True, 0.0), self._blocks_from(load, load.start)))
         return over
 
@@ -140,12 +150,40 @@ class Transfers:
             self._cache.write(load.blocks, start, chunk.keys[:, :, here], chunk.values[:, :, here])
             tokens[tier or "moved"] += stop - start
         spent_s = time.monotonic() - begun_s
-        self._count({"loads": 1, "load_seconds": spent_s} | {f"loaded_tokens.{name}": n for name, n in tokens.items()})
+        self.count({"loads": 1, "load_seconds": spent_s} | {f"loaded_tokens.{name}": n for name, n in tokens.items()})
         if lost_from is None:
             return Arrival(load.request_id, Loaded(dict(tokens), False, spent_s), frozenset())
         if load.request_id not in self._cancelled:
-            self._count({"failed_loads": 1})
+            self.count({"failed_loads": 1})
         return Arrival(load.request_id, Loaded(dict(tokens), True, spent_s), self._blocks_from(load, lost_from))
+
+    # -------------------------------------------------------------------------------------------------- fusing
+
+    def fetch(self, fusion: Fusion) -> Future[Fetched]:
+        """Documents of a fusion that are stored, moved to where they stand now, into the request's blocks."""
+        return self._loader.submit(self._fetch_documents, fusion, time.monotonic())
+
+    def _fetch_documents(self, fusion: Fusion, begun_s: float) -> Fetched:
+        tokens: Counter[str] = Counter()
+        found = []
+        for document in fusion.documents:
+            key, start = document.keys[self._rank], max(document.start, fusion.start)
+            stop = min(document.stop, fusion.stop)
+            remaining_s = begun_s + self._load_timeout_s - time.monotonic()
+            chunk, tier = None, self.store.locate(key)
+            if remaining_s > 0 and start < stop:
+                positions = torch.arange(document.start, document.stop)
+                chunk = self.store.get(key, positions, timeout_s=remaining_s)
+            found.append(
+                chunk is not None and chunk.spec == self._spec and len(chunk) == document.stop - document.start
+            )
+            if found[-1] and chunk is not None:
+                here = slice(start - document.start, stop - document.start)
+                self._cache.write(fusion.blocks, start, chunk.keys[:, :, here], chunk.values[:, :, here])
+                tokens[tier or "moved"] += stop - start
+        return Fetched(tuple(found), dict(tokens))
+
+    # ------------------------------------------------------------------------------------------------ geometry
 
     def _fits(self, chunk: KVChunk, first: int) -> bool:
         return chunk.spec == self._spec and len(chunk) == self._chunk_tokens and int(chunk.positions[0]) == first
@@ -167,7 +205,7 @@ class Transfers:
         count = len(save.token_ids)
         nbytes = count * self._spec.token_bytes
         if sum(pending for pending, _ in self._saves.values()) + nbytes > self._save_pending_bytes:
-            self._count({"dropped_saves": 1})
+            self.count({"dropped_saves": 1})
             return
         offset = save.start % self._cache.block_tokens
         keys, values = self._cache.read(save.blocks, offset, offset + count)
@@ -187,9 +225,9 @@ class Transfers:
             self.store.put(key, chunk, after=after)
         except KVLoomError as error:
             _LOG.warning("a chunk of %d tokens is not stored: %s", len(chunk), error)
-            self._count({"failed_saves": 1})
+            self.count({"failed_saves": 1})
         else:
-            self._count({"saved_chunks": 1, "saved_tokens": len(chunk)})
+            self.count({"saved_chunks": 1, "saved_tokens": len(chunk)})
 
     def _forget_done_saves(self) -> None:
         for key, (_, future) in list(self._saves.items()):
@@ -198,7 +236,7 @@ class Transfers:
             del self._saves[key]
             if (error := future.exception()) is not None:
                 _LOG.error("storing a chunk failed", exc_info=error)
-                self._count({"errors": 1})
+                self.count({"errors": 1})
 
     # --------------------------------------------------------------------------------------------------- books
 
@@ -216,6 +254,7 @@ class Transfers:
         self._forget_done_saves()
         self.store.close()
 
-    def _count(self, counts: Mapping[str, float]) -> None:
+    def count(self, counts: Mapping[str, float]) -> None:
+        """Add to what `take_counts` gives. May be called from any thread."""
         with self._lock:
             self._counts.update(counts)

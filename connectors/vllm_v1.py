@@ -33,14 +33,19 @@ try:
 except ImportError as error:
     raise ImportError("kvloom.connectors.vllm_v1 needs vLLM 0.32 or newer: pip install vllm") from error
 
-from ..core import KVSpec, Tier
+from blake3 import blake3
+
+from ..core import KVSpec, RopeSpec, Tier
 from ..errors import EngineError
 from ..kvstore.store import KVStore
 from ..kvstore.tiers.disk import DiskTier
 from ..kvstore.tiers.host import HostTier
+from .vllm_fusion import Fuser
 from .vllm_identity import model_id_of, request_identity
 from .vllm_layout import PagedLayers
+from .vllm_passes import EnginePasses, running_model
 from .vllm_plan import Planner, Scheduled, StepPlan, StepReport
+from .vllm_rope import rope_of
 from .vllm_settings import RequestOptions, VLLMSettings
 from .vllm_stats import KVLoomPromMetrics, KVLoomStats
 from .vllm_transfers import Transfers
@@ -71,6 +76,7 @@ class WorkerSpec(KVConnectorHandshakeMetadata):
     """What a worker tells of its cache when the engine starts, as JSON."""
 
     spec: str
+    may_fuse: bool
 
 
 class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
@@ -89,6 +95,8 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         self.settings = VLLMSettings.of(self._kv_transfer_config.kv_connector_extra_config or {})
         self._block_tokens = _expect_servable(vllm_config, kv_cache_config)
         self._planner: Planner | None = None
+        self._may_fuse = False
+        self._fuser: Fuser | None = None
         self.transfers: Transfers | None = None
         self._report = StepReport()
         self._bad_blocks: set[int] = set()
@@ -115,6 +123,7 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         specs = [KVSpec.from_json(metadata[rank].spec) for rank in sorted(metadata)]
         worker = _worker_here() if len(specs) == 1 else None
         ask = None if worker is None or worker.transfers is None else worker.transfers.look_up
+        self._may_fuse = all(told.may_fuse for told in metadata.values())
         self._planner = Planner(self.settings, specs, self._block_tokens, ask)
 
     def on_new_request(self, request: Any) -> None:
@@ -127,7 +136,11 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
             _LOG.warning("request %s is served without kvloom: %s", request.request_id, exc)
             self._refused += 1
             return
-        self._planner.open(request.request_id, request.all_token_ids, identity, options)
+        # The runner prepares adapters for its own batch, not for passes of ours.
+        may_fuse = self._may_fuse and request.lora_request is None
+        inexact = self._planner.open(request.request_id, request.all_token_ids, identity, options, may_fuse=may_fuse)
+        if inexact is not None:
+            self._leave_exact_chain(request, inexact // self._block_tokens, options)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         if self._planner is None:
@@ -145,7 +158,9 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         for tier, tokens in found.items():
             source = _SOURCES.get(tier, CacheHitSource.EXTERNAL_UNSPECIFIED)
             by_source[source] = by_source.get(source, 0) + tokens
-        return by_source if sum(by_source.values()) == num_external_tokens else {}
+        if sum(by_source.values()) != num_external_tokens:  # a fusion: partly computed, known when it is over
+            return {CacheHitSource.EXTERNAL_UNSPECIFIED: num_external_tokens} if num_external_tokens else {}
+        return by_source
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
         if self._planner is None:
@@ -166,6 +181,19 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished(request, block_ids[0])
 
+    def _leave_exact_chain(self, request: Any, first: int, options: RequestOptions) -> None:
+        """Give a request's blocks from `first` on other hashes, and so all that follow them.
+
+        vLLM files blocks under a chain of hashes of tokens. Fused KV is not the KV of its tokens: it must not be found
+        by who asks for them plainly, and may be found by who asks for the same fusion.
+        """
+        ratio = self.settings.fusion_ratio if options.ratio is None else options.ratio
+        plan = ("kvloom fusion", ratio, self.settings.check_layer, self.settings.lead_ids, options.documents)
+        context = blake3(repr(plan).encode()).digest()
+        request.block_hashes[first:] = [
+            type(block_hash)(blake3(block_hash, key=context).digest()) for block_hash in request.block_hashes[first:]
+        ]
+
     def reset_cache(self) -> bool:
         """Nothing that was stored before is found any more, by this engine; others keep what they have."""
         if self._planner is not None:
@@ -183,13 +211,14 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         cache = PagedLayers(layers, self._block_tokens)
         parallel = self._vllm_config.parallel_config
         rank, size = _tensor_parallel_rank(), parallel.tensor_parallel_size
+        model, rope = self._fusable_model(layers, cache)
         self._spec = KVSpec(
             model_id=self._model_id,
             num_layers=len(layers),
             num_kv_heads=cache.num_kv_heads,
             head_dim=cache.head_dim,
             dtype=cache.dtype,
-            rope=None,
+            rope=rope,
             v_head_dim=None if cache.v_head_dim == cache.head_dim else cache.v_head_dim,
             shard=(rank, size),
         )
@@ -206,9 +235,40 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
             load_timeout_s=settings.load_timeout_s,
             save_pending_bytes=settings.save_pending_bytes,
         )
+        if model is not None:
+            kv_cache_spec = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec
+            self._fuser = Fuser(
+                self.transfers,
+                EnginePasses(self._vllm_config, kv_cache_spec, model, cache),
+                cache,
+                slice_tokens=settings.fusion_slice_tokens,
+                check_layer=settings.check_layer,
+                size=size,
+            )
+
+    def _fusable_model(self, layers: list[Any], cache: PagedLayers) -> tuple[Any, RopeSpec | None]:
+        """The model and its rotation, or None for both if this engine cannot fuse; says why, once."""
+        config = self._vllm_config
+        why = None
+        if config.lora_config is not None:
+            why = "it may have adapters, which its runner prepares for its own batches only"
+        elif config.parallel_config.data_parallel_size > 1:
+            why = "its ranks compute in step (data parallelism)"
+        elif config.speculative_config is not None:
+            why = "it drafts tokens"
+        elif config.model_config.is_multimodal_model or len(layers) < 2:
+            why = "its model is not a plain language model of several layers"
+        try:
+            if why is None:
+                model = running_model(layers)
+                return model, rope_of(model, layers, cache.head_dim)
+        except EngineError as exc:
+            why = str(exc)
+        _LOG.warning("kvloom does not fuse documents in this engine, and serves prefixes as ever: %s", why)
+        return None, None
 
     def get_handshake_metadata(self) -> WorkerSpec | None:
-        return None if self.transfers is None else WorkerSpec(self._spec.to_json())
+        return None if self.transfers is None else WorkerSpec(self._spec.to_json(), self._fuser is not None)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self.transfers is None:
@@ -218,6 +278,12 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
             self._report.answers[lookup.request_id] = self.transfers.look_up(lookup)
         for load in plan.loads:
             self.transfers.load(load)
+        if self._fuser is not None:
+            for fusion in plan.fusions:
+                self._fuser.begin(fusion)
+            for advance in plan.advances:
+                self._fuser.advance(advance)
+            self._report.found |= {name: (mask,) for name, mask in self._fuser.fetched().items()}
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Loads are over before the engine schedules what needs them."""
@@ -235,7 +301,12 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
             return None, None
         for request_id in finished_req_ids:
             self.transfers.cancel(request_id)
-        for arrival in self.transfers.arrivals():
+        arrivals = self.transfers.arrivals()
+        if self._fuser is not None:
+            for request_id in finished_req_ids:
+                self._fuser.cancel(request_id)
+            arrivals += self._fuser.arrivals()
+        for arrival in arrivals:
             self._report.loaded[arrival.request_id] = arrival.loaded
             self._bad_blocks |= arrival.bad_blocks
             self._arrived.add(arrival.request_id)
@@ -248,7 +319,7 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_worker_meta(self) -> StepNews | None:
         report, self._report = self._report, StepReport()
-        return StepNews(report) if report.answers or report.loaded else None
+        return StepNews(report) if report.answers or report.loaded or report.found else None
 
     def shutdown(self) -> None:
         if self.transfers is not None:

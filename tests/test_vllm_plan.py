@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvloom.connectors.vllm_plan import Answer, Loaded, LookUp, Planner, Scheduled, StepReport
+from kvloom.connectors.vllm_plan import Advance, Answer, Loaded, LookUp, Planner, Scheduled, StepReport
 from kvloom.connectors.vllm_settings import RequestOptions, VLLMSettings
 from kvloom.core import KVSpec
 from kvloom.kvstore.keys import content_key, prefix_keys
@@ -245,4 +245,34 @@ def test_a_fusion_takes_all_up_to_the_last_document() -> None:
 def test_a_fusion_leaves_the_engine_a_token() -> None:
     plan = planner(Shelf())
     plan.open("r", list(range(20)), b"", replace(PLAIN, documents=((4, 20),), ratio=0.0))
-    assert plan.matched_tokens("r", 0) == 19
+    assert plan.matched_tokens("r", 0) == 16, "whole blocks, and not the last token"
+
+
+def test_ranks_fuse_together_one_request_at_a_time() -> None:
+    """Nobody computes before all have fetched; a document counts as found where every rank has it."""
+    plan = planner(None, [replace(SPEC, shard=(rank, 2)) for rank in (0, 1)])
+    options = replace(PLAIN, documents=((4, 12), (12, 30)), ratio=0.5)
+    for name in ("a", "b"):
+        plan.open(name, list(range(40)), b"", options)
+        plan.allocated(name, plan.matched_tokens(name, 0) or 0, blocks_for(40))
+    assert [fusion.request_id for fusion in plan.plan_step([]).fusions] == ["a", "b"]
+    plan.hear(StepReport(found={"b": ((True, True),)}).merged(StepReport(found={"b": ((True, False),)})))
+    plan.hear(StepReport(found={"a": ((True, True),)}))
+    assert plan.plan_step([]).advances == [Advance("b", (True, False))], "a waits for its second rank"
+    plan.hear(StepReport(found={"a": ((True, True),)}))
+    assert plan.plan_step([]).advances == [Advance("a", (True, True))], "first come, first served"
+    plan.hear(StepReport(loaded={"a": Loaded({"host": 26}, False, 0.1, 13)}))
+    assert plan.plan_step([]).advances == [Advance("b", (True, False))]
+    plan.close("b")
+    assert plan.plan_step([]).advances == []
+
+
+def test_where_nothing_can_be_fused_all_is_exact() -> None:
+    """An engine that cannot, or a prompt without a whole block that would tell fused KV from exact KV."""
+    tokens = list(range(40))
+    options = replace(PLAIN, documents=((18, 30),), ratio=0.2)
+    plan = planner(Shelf())
+    assert plan.open("r", tokens, b"", options, may_fuse=False) is None
+    assert len(plan.plan_step([Scheduled("r", 40, blocks_for(40))]).saves) == 5
+    assert plan.open("s", tokens[:19], b"", replace(PLAIN, documents=((18, 19),), ratio=0.2)) is None
+    assert plan.open("t", tokens[:20], b"", replace(PLAIN, documents=((18, 20),), ratio=0.2)) == 18
