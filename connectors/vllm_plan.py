@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
+from blake3 import blake3
 from numpy.typing import NDArray
 
 from ..core import ChunkKey, KVSpec
 from ..kvstore.keys import content_key, prefix_keys
-from .vllm_settings import RequestOptions, VLLMSettings
+from .vllm_settings import RequestOptions, VLLMSettings, documents_between
 
 RankKeys: TypeAlias = "tuple[tuple[ChunkKey, ...], ...]"
 """Keys of the same chunks for every rank: `keys[rank][chunk]`."""
@@ -220,8 +221,9 @@ class Planner:
         may_fuse : whether the engine can; otherwise documents are computed like everything else.
         """
         salt = b"".join(_framed(part) for part in (self._epoch, self._settings.salt.encode(), identity))
+        spans = options.documents or documents_between(token_ids, self._settings.separator_ids)
         documents = tuple(
-            Document(start, stop, self._content_keys(token_ids[start:stop], salt)) for start, stop in options.documents
+            Document(start, stop, self._content_keys(token_ids[start:stop], salt)) for start, stop in spans
         )
         ratio = self._settings.fusion_ratio if options.ratio is None else options.ratio
         lead_ids = self._settings.lead_ids
@@ -238,6 +240,14 @@ class Planner:
             token_ids, len(token_ids), salt, options, documents, ratio, inexact, keys, alone=tuple(alone)
         )
         return inexact
+
+    def fusion_digest(self, request_id: str) -> bytes:
+        """32 bytes that stand for all that a fusion's KV depends on: which tokens are computed is a matter of all."""
+        request, settings = self._tracked[request_id], self._settings
+        spans = [(document.start, document.stop) for document in request.documents]
+        plan = ("kvloom fusion", request.ratio, settings.check_layer, settings.lead_ids, spans)
+        token_ids = np.asarray(request.token_ids[: spans[-1][1]], dtype="<i8")
+        return blake3(repr(plan).encode() + token_ids.tobytes()).digest()
 
     def close(self, request_id: str) -> dict[str, object] | None:
         """Forget a request; what kvloom did for it, None if nothing is known of it."""

@@ -31,6 +31,8 @@ class VLLMSettings:
     check_layer : the layer whose keys and values choose the tokens of a fusion.
     lead_ids : tokens that stand before everything (a BOS). A document is stored when it follows them at the start of a
         prompt, and is found in any context.
+    separator_ids : tokens that stand between documents: what lies between two of these rows is a document, in requests
+        that give no documents themselves. Empty for none.
     """
 
     host_bytes: int = 4 << 30
@@ -45,6 +47,7 @@ class VLLMSettings:
     fusion_slice_tokens: int = 512
     check_layer: int = 1
     lead_ids: tuple[int, ...] = ()
+    separator_ids: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> VLLMSettings:
@@ -64,10 +67,12 @@ class VLLMSettings:
             value = values.get(name)
             if name in values and not (isinstance(value, str) or (value is None and name != "salt")):
                 raise ValueError(f"{name} is {value!r}; expected text")
-        lead_ids = values.get("lead_ids", ())
-        if not isinstance(lead_ids, Sequence) or not all(type(token) is int and token >= 0 for token in lead_ids):
-            raise ValueError(f"lead_ids is {lead_ids!r}; expected a list of token ids")
-        settings = cls(**{**values, "lead_ids": tuple(lead_ids)})
+        for name in ("lead_ids", "separator_ids"):
+            ids = values.get(name, ())
+            if not isinstance(ids, Sequence) or not all(type(token) is int and token >= 0 for token in ids):
+                raise ValueError(f"{name} is {ids!r}; expected a list of token ids")
+            values[name] = tuple(ids)
+        settings = cls(**values)
         for name in ("host_bytes", "chunk_tokens", "save_pending_bytes", "fusion_slice_tokens"):
             _expect_number(getattr(settings, name), name, 1, whole=True)
         _expect_number(settings.check_layer, "check_layer", 1, whole=True)
@@ -115,6 +120,22 @@ class RequestOptions:
             _expect_number(options["ratio"], "ratio", 0.0, 1.0)
         documents = _spans(options.get("documents", ()), prompt_tokens)
         return cls(**{**options, "documents": documents})
+
+
+def documents_between(token_ids: Sequence[int], separator_ids: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """`[start, stop)` of what lies between two neighbouring separators and is not empty; separators do not overlap."""
+    length = len(separator_ids)
+    row, wanted = list(token_ids), list(separator_ids)
+    spans, begin, at = [], None, 0
+    while length and at <= len(row) - length:
+        if row[at] != wanted[0] or row[at : at + length] != wanted:
+            at += 1
+            continue
+        if begin is not None and begin < at:
+            spans.append((begin, at))
+        at += length
+        begin = at
+    return tuple(spans)
 
 
 def parse_bytes(value: object, name: str) -> int:

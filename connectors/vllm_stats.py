@@ -15,7 +15,7 @@ _TIER = "loaded_tokens."  # followed by the tier's name
 COUNTERS = MappingProxyType(
     {
         "hit_tokens": "Tokens that kvloom offered and vLLM took: prefix hits and fusions.",
-        "lookups": "Questions to the store, one a rank.",
+        "lookups": "Questions to the store.",
         "lookup_chunks": "Chunks asked about.",
         "hit_chunks": "Chunks asked about that were stored.",
         "loads": "Loads that ended.",
@@ -33,6 +33,10 @@ COUNTERS = MappingProxyType(
         "errors": "Faults of kvloom itself; the log has them.",
     }
 )
+
+
+FAULTS = frozenset({"failed_loads", "failed_saves", "dropped_saves", "errors"})
+"""What every rank counts for itself; all else is counted by the first."""
 
 
 class KVLoomStats(KVConnectorStats):

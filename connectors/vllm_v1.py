@@ -47,7 +47,7 @@ from .vllm_passes import EnginePasses, running_model
 from .vllm_plan import Planner, Scheduled, StepPlan, StepReport
 from .vllm_rope import rope_of
 from .vllm_settings import RequestOptions, VLLMSettings
-from .vllm_stats import KVLoomPromMetrics, KVLoomStats
+from .vllm_stats import FAULTS, KVLoomPromMetrics, KVLoomStats
 from .vllm_transfers import Transfers
 
 _LOG = logging.getLogger("vllm.kvloom")
@@ -140,7 +140,7 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         may_fuse = self._may_fuse and request.lora_request is None
         inexact = self._planner.open(request.request_id, request.all_token_ids, identity, options, may_fuse=may_fuse)
         if inexact is not None:
-            self._leave_exact_chain(request, inexact // self._block_tokens, options)
+            _leave_exact_chain(request, inexact // self._block_tokens, self._planner.fusion_digest(request.request_id))
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         if self._planner is None:
@@ -180,19 +180,6 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished(request, block_ids[0])
-
-    def _leave_exact_chain(self, request: Any, first: int, options: RequestOptions) -> None:
-        """Give a request's blocks from `first` on other hashes, and so all that follow them.
-
-        vLLM files blocks under a chain of hashes of tokens. Fused KV is not the KV of its tokens: it must not be found
-        by who asks for them plainly, and may be found by who asks for the same fusion.
-        """
-        ratio = self.settings.fusion_ratio if options.ratio is None else options.ratio
-        plan = ("kvloom fusion", ratio, self.settings.check_layer, self.settings.lead_ids, options.documents)
-        context = blake3(repr(plan).encode()).digest()
-        request.block_hashes[first:] = [
-            type(block_hash)(blake3(block_hash, key=context).digest()) for block_hash in request.block_hashes[first:]
-        ]
 
     def reset_cache(self) -> bool:
         """Nothing that was stored before is found any more, by this engine; others keep what they have."""
@@ -332,6 +319,8 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         counts: dict[str, float] = {}
         if self.transfers is not None:
             counts |= self.transfers.take_counts()
+            if self._spec.shard[0]:  # tokens are the same on every rank, faults are not
+                counts = {name: count for name, count in counts.items() if name in FAULTS}
         if self._planner is not None:
             counts |= self._planner.take_counts()
         if self._refused:
@@ -362,6 +351,17 @@ def _scheduled(scheduler_output: Any) -> Iterator[Scheduled]:
             yield Scheduled(request_id, before[request_id] + count - drafted, blocks[0])
 
 
+def _leave_exact_chain(request: Any, first: int, digest: bytes) -> None:
+    """Give a request's blocks from `first` on other hashes, and so all that follow them.
+
+    vLLM files blocks under a chain of hashes of tokens. Fused KV is not the KV of its tokens: it must not be found by
+    who asks for them plainly, and may be found by who asks for the very same fusion.
+    """
+    request.block_hashes[first:] = [
+        type(block_hash)(blake3(block_hash, key=digest).digest()) for block_hash in request.block_hashes[first:]
+    ]
+
+
 def _expect_servable(vllm_config: Any, kv_cache_config: Any) -> int:
     """Tokens of a block, of an engine whose whole KV is one row of blocks for each request."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -372,7 +372,7 @@ def _expect_servable(vllm_config: Any, kv_cache_config: Any) -> int:
     kinds = [type(group.kv_cache_spec).__name__ for group in groups]
     if kinds != [FullAttentionSpec.__name__]:
         hint = "--disable-hybrid-kv-cache-manager may help"
-        why = f"its KV cache groups are {kinds}, not one of full attention ({hint})"
+        why = f"its KV cache groups are {', '.join(sorted(set(kinds)))}, not one of full attention ({hint})"
     elif parallel.pipeline_parallel_size > 1:
         why = "it runs in stages (pipeline parallelism)"
     elif parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:

@@ -208,6 +208,11 @@ def test_plain_requests_never_meet_fused_kv(llm: Any) -> None:
     assert tokens_of([again]) == tokens_of([fused])
     assert again.num_cached_tokens == case.spans[-1][1] // BLOCK * BLOCK
     assert usage(again)["computed_tokens"] == 0
+    other = Case()
+    begin = other.spans[2][0]
+    other.tokens[begin : begin + 5] = [9] * 5  # another document of the same length, in the last place
+    (sibling,) = generate(llm, [other.tokens], other.options(0.1))
+    assert usage(sibling)["loaded_tokens"], "what is computed of the first documents is a matter of the last one, too"
     follow_up = [*case.tokens, *tokens_of([fused])[0]]
     (plain_follow_up,) = generate(llm, [follow_up])
     assert llm.reset_prefix_cache()
@@ -234,8 +239,8 @@ def test_batches_of_fused_and_plain_requests(llm: Any) -> None:
     outputs = llm.generate(inputs, settings, use_tqdm=False)
     assert tokens_of(outputs)[::2] == alone[::2]
     assert sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions") > before
-    # Of a fused request that is preempted the engine may keep some blocks; what is missing then is computed exactly, and
-    # the answer goes on differently from there.
+    # Of a fused request that is preempted the engine may keep some blocks; what is missing then is computed exactly,
+    # and the answer goes on differently from there.
     assert [answer[:20] for answer in tokens_of(outputs)[1::2]] == [answer[:20] for answer in alone[1::2]]
 
 

@@ -242,6 +242,35 @@ def test_a_fusion_takes_all_up_to_the_last_document() -> None:
     assert shelf.asked == []
 
 
+def test_separators_say_where_documents_are() -> None:
+    tokens = [*range(1, 7), 99, *range(11, 20), 99, *range(21, 30), 99, 5, 6]
+    plan = planner(Shelf(), separator_ids=[99], fusion_ratio=0.5)
+    assert plan.open("r", tokens, b"", PLAIN) == 7
+    plan.allocated("r", plan.matched_tokens("r", 0) or 0, blocks_for(40))
+    (fusion,) = plan.plan_step([]).fusions
+    assert [(d.start, d.stop) for d in fusion.documents] == [(7, 16), (17, 26)]
+    assert plan.open("s", tokens, b"", replace(PLAIN, documents=((20, 22),))) == 20, "unless the request says it"
+
+
+def test_fusions_share_only_when_all_is_the_same() -> None:
+    plan = planner(Shelf())
+    tokens = list(range(40))
+    base = replace(PLAIN, documents=((4, 12), (12, 30)), ratio=0.5)
+    variants = {
+        "same": (tokens, base),
+        "another question": ([*tokens[:30], 99], base),
+        "another last document": ([*tokens[:29], 99, *tokens[30:]], base),
+        "another ratio": (tokens, replace(base, ratio=0.4)),
+        "other borders": (tokens, replace(base, documents=((4, 13), (13, 30)))),
+    }
+    digests = {}
+    for name, (ids, options) in variants.items():
+        plan.open(name, ids, b"", options)
+        digests[name] = plan.fusion_digest(name)
+    assert digests["same"] == digests["another question"]
+    assert len(set(digests.values())) == len(variants) - 1
+
+
 def test_a_fusion_leaves_the_engine_a_token() -> None:
     plan = planner(Shelf())
     plan.open("r", list(range(20)), b"", replace(PLAIN, documents=((4, 20),), ratio=0.0))

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from kvloom.connectors.vllm_settings import RequestOptions, VLLMSettings, parse_bytes
+from kvloom.connectors.vllm_settings import RequestOptions, VLLMSettings, documents_between, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,24 @@ def test_requests_without_a_word_get_the_defaults() -> None:
 def test_documents_of_a_request() -> None:
     options = RequestOptions.of({"kvloom": {"documents": [[0, 3], (3, 5)], "ratio": 0.15, "save": False}}, 5)
     assert options == RequestOptions(documents=((0, 3), (3, 5)), ratio=0.15, save=False)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "separator", "expected"),
+    [
+        ([5, 9, 1, 2, 9, 3, 9, 7], [9], [(2, 4), (5, 6)]),
+        ([9, 1, 9, 9, 2, 9], [9], [(1, 2), (4, 5)]),
+        ([1, 9, 8, 2, 9, 3, 9, 8, 4, 9], [9, 8], [(3, 6)]),
+        ([9, 9, 9, 1, 9, 9], [9, 9], [(2, 4)]),
+        ([1, 9, 2], [9], []),
+        ([1, 2], [9], []),
+        ([1, 2, 1], [], []),
+    ],
+)
+def test_documents_lie_between_separators(
+    tokens: list[int], separator: list[int], expected: list[tuple[int, int]]
+) -> None:
+    assert list(documents_between(tokens, separator)) == expected
 
 
 @pytest.mark.parametrize(
