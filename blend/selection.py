@@ -70,7 +70,8 @@ def deviation_of(rows: Tensor) -> Tensor:
     """The deviation of every token, see `kv_deviation`, from the `squares` of all tokens of a layer."""
     off_keys, keys, off_values, values = rows
     tiny = torch.finfo(torch.float32).tiny
-    return (off_keys / keys.mean().clamp_min(tiny) + off_values / values.mean().clamp_min(tiny)).sqrt()
+    total: Tensor = off_keys / keys.mean().clamp_min(tiny) + off_values / values.mean().clamp_min(tiny)
+    return total.sqrt()
 
 
 def by_deviation(tokens: CandidateTokens, count: int) -> Tensor | None:

@@ -22,9 +22,19 @@ DECLINED = {"load": False, "save": False}
 def make_model(folder: Path, architecture: str = "llama", **config: object) -> Path:
     """A random model of six layers, saved without a tokenizer; equal arguments, equal weights."""
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+    import transformers
+    from transformers import AutoModelForCausalLM
 
-    kinds = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+    kinds = {
+        "llama": "LlamaConfig",
+        "mistral": "MistralConfig",
+        "qwen2": "Qwen2Config",
+        "qwen3": "Qwen3Config",
+        "phi3": "Phi3Config",
+        "gemma": "GemmaConfig",
+        "gemma3": "Gemma3TextConfig",
+        "glm4": "Glm4Config",
+    }
     settings = {
         "vocab_size": VOCABULARY,
         "hidden_size": 256,
@@ -38,9 +48,10 @@ def make_model(folder: Path, architecture: str = "llama", **config: object) -> P
         "sliding_window": None,
         "bos_token_id": 1,
         "eos_token_id": 2,
+        "pad_token_id": 0,
         **config,
     }
-    model = AutoModelForCausalLM.from_config(kinds[architecture](**settings)).float()
+    model = AutoModelForCausalLM.from_config(getattr(transformers, kinds[architecture])(**settings)).float()
     generator = torch.Generator().manual_seed(1)
     for name, parameter in sorted(model.named_parameters()):
         if parameter.ndim == 2:
@@ -53,7 +64,9 @@ def make_model(folder: Path, architecture: str = "llama", **config: object) -> P
 
 def start(model: Path, connector: Mapping[str, Any] | None, **options: Any) -> Any:
     """An engine in this process. `connector`: kvloom's settings, None for plain vLLM."""
-    os.environ.update(SETTINGS, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    ranks = options.get("tensor_parallel_size", 1)
+    cores = "|".join(map(str, range(ranks))) if ranks > 1 else "auto"
+    os.environ.update(SETTINGS, VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND=cores)
     from vllm import LLM
     from vllm.config import KVTransferConfig
 
