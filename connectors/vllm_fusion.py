@@ -29,8 +29,8 @@ from torch import Tensor
 from ..blend.selection import CandidateTokens, Selector, by_deviation, deviation_of, squares
 from ..errors import EngineError
 from .vllm_layout import PagedLayers, write_layer
+from .vllm_messages import Advance, Fusion, Loaded
 from .vllm_passes import EnginePasses, first_slice
-from .vllm_plan import Advance, Fusion, Loaded
 from .vllm_transfers import Arrival, Fetched, Transfers
 
 _LOG = logging.getLogger("vllm.kvloom")

@@ -7,9 +7,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core import ChunkKey, KVChunk, KVSpec
 from ..errors import KVLoomError
 from ..kvstore.store import KVStore
-from .vllm_plan import Answer, Fusion, Load, Loaded, LookUp, Save
+from .vllm_messages import Answer, Fusion, Load, Loaded, LookUp, Save
 
 _LOADERS = 4  # so that what lies on a slow disk is not in the way of what lies in memory
 
@@ -86,6 +86,7 @@ class Transfers:
         self._loader = ThreadPoolExecutor(_LOADERS, thread_name_prefix="kvloom-load")
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="kvloom-save")
         self._loads: dict[str, tuple[Load, Future[Arrival]]] = {}
+        self._fetches: list[Future[Fetched]] = []
         self._cancelled: set[str] = set()  # written by the engine's thread, read by the loader
         self._saves: dict[ChunkKey, tuple[int, Future[None]]] = {}  # with their bytes
         self._lock = threading.Lock()  # of the counts
@@ -114,6 +115,18 @@ class Transfers:
         """The request is gone: a load of it ends at the next chunk. It is told of all the same."""
         if request_id in self._loads:
             self._cancelled.add(request_id)
+
+    def wait(self, timeout_s: float) -> None:
+        """Until something that is being loaded or fetched is over, or the time is.
+
+        For steps in which the engine has nothing to compute. It would go on to the next one at once and, as Python
+        passes its lock on every five milliseconds only, let a thread that loads have one operation in each: loads of
+        milliseconds took seconds.
+        """
+        self._fetches = [future for future in self._fetches if not future.done()]
+        futures: set[Future[Any]] = {*self._fetches, *(future for _, future in self._loads.values())}
+        if futures:
+            wait(futures, timeout_s, return_when=FIRST_COMPLETED)
 
     def arrivals(self) -> list[Arrival]:
         """Loads that are over and have not been told of."""
@@ -161,7 +174,9 @@ class Transfers:
 
     def fetch(self, fusion: Fusion) -> Future[Fetched]:
         """Documents of a fusion that are stored, moved to where they stand now, into the request's blocks."""
-        return self._loader.submit(self._fetch_documents, fusion, time.monotonic())
+        future = self._loader.submit(self._fetch_documents, fusion, time.monotonic())
+        self._fetches.append(future)
+        return future
 
     def _fetch_documents(self, fusion: Fusion, begun_s: float) -> Fetched:
         tokens: Counter[str] = Counter()

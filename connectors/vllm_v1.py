@@ -35,22 +35,16 @@ except ImportError as error:
 
 from blake3 import blake3
 
-from ..core import KVSpec, RopeSpec, Tier
-from ..errors import EngineError
-from ..kvstore.store import KVStore
-from ..kvstore.tiers.disk import DiskTier
-from ..kvstore.tiers.host import HostTier
-from .vllm_fusion import Fuser
-from .vllm_identity import model_id_of, request_identity
-from .vllm_layout import PagedLayers
-from .vllm_passes import EnginePasses, running_model
-from .vllm_plan import Planner, Scheduled, StepPlan, StepReport
-from .vllm_rope import rope_of
+from ..core import KVSpec
+from .vllm_identity import request_identity
+from .vllm_messages import Scheduled, StepPlan, StepReport
+from .vllm_plan import Planner
 from .vllm_settings import RequestOptions, VLLMSettings
 from .vllm_stats import FAULTS, KVLoomPromMetrics, KVLoomStats
-from .vllm_transfers import Transfers
+from .vllm_worker import Worker, agreed_model_id, expect_servable, open_worker
 
 _LOG = logging.getLogger("vllm.kvloom")
+_IDLE_WAIT_S = 0.01
 _SOURCES = {"host": CacheHitSource.HOST, "disk": CacheHitSource.DISK}
 
 
@@ -93,18 +87,17 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self.settings = VLLMSettings.of(self._kv_transfer_config.kv_connector_extra_config or {})
-        self._block_tokens = _expect_servable(vllm_config, kv_cache_config)
+        self._block_tokens = expect_servable(vllm_config, kv_cache_config)
         self._planner: Planner | None = None
         self._may_fuse = False
-        self._fuser: Fuser | None = None
-        self.transfers: Transfers | None = None
+        self.worker: Worker | None = None
         self._report = StepReport()
         self._bad_blocks: set[int] = set()
         self._arrived: set[str] = set()
         self._refused = 0
         self._model_id = ""
         if role == KVConnectorRole.WORKER:
-            self._model_id = self.settings.model_id or _agreed_model_id(vllm_config.model_config)
+            self._model_id = self.settings.model_id or agreed_model_id(vllm_config.model_config)
         elif self._kv_transfer_config.kv_load_failure_policy != "recompute":
             _LOG.warning(
                 "kv_load_failure_policy is %r: a chunk lost on its way fails its request; set it to 'recompute'",
@@ -122,7 +115,7 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         """All workers are there: the scheduler's half learns of their caches and can begin."""
         specs = [KVSpec.from_json(metadata[rank].spec) for rank in sorted(metadata)]
         worker = _worker_here() if len(specs) == 1 else None
-        ask = None if worker is None or worker.transfers is None else worker.transfers.look_up
+        ask = None if worker is None or worker.worker is None else worker.worker.transfers.look_up
         self._may_fuse = all(told.may_fuse for told in metadata.values())
         self._planner = Planner(self.settings, specs, self._block_tokens, ask)
 
@@ -165,7 +158,8 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
         if self._planner is None:
             return StepMetadata(StepPlan())
-        return StepMetadata(self._planner.plan_step(_scheduled(scheduler_output)))
+        is_idle = scheduler_output.total_num_scheduled_tokens == 0
+        return StepMetadata(self._planner.plan_step(_scheduled(scheduler_output), is_idle=is_idle))
 
     def update_connector_output(self, connector_output: Any) -> None:
         news = connector_output.kv_connector_worker_meta
@@ -190,87 +184,25 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
     # ============================================================================================= in a worker
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
-        context = self._vllm_config.compilation_config.static_forward_context
-        names = self._kv_cache_config.kv_cache_groups[0].layer_names
-        layers = [context[name] for name in names]
-        # A layer that shares another's cache has none of its own to keep.
-        layers = [layer for layer in layers if getattr(layer, "kv_sharing_target_layer_name", None) is None]
-        cache = PagedLayers(layers, self._block_tokens)
-        parallel = self._vllm_config.parallel_config
-        rank, size = _tensor_parallel_rank(), parallel.tensor_parallel_size
-        model, rope = self._fusable_model(layers, cache)
-        self._spec = KVSpec(
-            model_id=self._model_id,
-            num_layers=len(layers),
-            num_kv_heads=cache.num_kv_heads,
-            head_dim=cache.head_dim,
-            dtype=cache.dtype,
-            rope=rope,
-            v_head_dim=None if cache.v_head_dim == cache.head_dim else cache.v_head_dim,
-            shard=(rank, size),
-        )
-        settings = self.settings
-        tiers: list[Tier] = [HostTier(settings.host_bytes // size)]
-        if settings.disk_path is not None:
-            tiers.append(DiskTier(settings.disk_path, settings.disk_bytes))
-        self.transfers = Transfers(
-            KVStore(tiers, timeout_s=settings.load_timeout_s),
-            cache,
-            self._spec,
-            rank,
-            chunk_tokens=settings.chunk_tokens,
-            load_timeout_s=settings.load_timeout_s,
-            save_pending_bytes=settings.save_pending_bytes,
-        )
-        if model is not None:
-            kv_cache_spec = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec
-            self._fuser = Fuser(
-                self.transfers,
-                EnginePasses(self._vllm_config, kv_cache_spec, model, cache),
-                cache,
-                slice_tokens=settings.fusion_slice_tokens,
-                check_layer=settings.check_layer,
-                size=size,
-            )
-
-    def _fusable_model(self, layers: list[Any], cache: PagedLayers) -> tuple[Any, RopeSpec | None]:
-        """The model and its rotation, or None for both if this engine cannot fuse; says why, once."""
-        config = self._vllm_config
-        why = None
-        if config.lora_config is not None:
-            why = "it may have adapters, which its runner prepares for its own batches only"
-        elif config.parallel_config.data_parallel_size > 1:
-            why = "its ranks compute in step (data parallelism)"
-        elif config.speculative_config is not None:
-            why = "it drafts tokens"
-        elif config.model_config.is_multimodal_model or len(layers) < 2:
-            why = "its model is not a plain language model of several layers"
-        try:
-            if why is None:
-                model = running_model(layers)
-                return model, rope_of(model, layers, cache.head_dim)
-        except EngineError as exc:
-            why = str(exc)
-        _LOG.warning("kvloom does not fuse documents in this engine, and serves prefixes as ever: %s", why)
-        return None, None
+        self.worker = open_worker(self.settings, self._model_id, self._vllm_config, self._kv_cache_config)
 
     def get_handshake_metadata(self) -> WorkerSpec | None:
-        return None if self.transfers is None else WorkerSpec(self._spec.to_json(), self._fuser is not None)
+        return None if self.worker is None else WorkerSpec(self.worker.spec.to_json(), self.worker.fuser is not None)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        if self.transfers is None:
+        if self.worker is None:
             return
         plan = self._get_connector_metadata().plan
         for lookup in plan.lookups:
-            self._report.answers[lookup.request_id] = self.transfers.look_up(lookup)
+            self._report.answers[lookup.request_id] = self.worker.transfers.look_up(lookup)
         for load in plan.loads:
-            self.transfers.load(load)
-        if self._fuser is not None:
+            self.worker.transfers.load(load)
+        if self.worker.fuser is not None:
             for fusion in plan.fusions:
-                self._fuser.begin(fusion)
+                self.worker.fuser.begin(fusion)
             for advance in plan.advances:
-                self._fuser.advance(advance)
-            self._report.found |= {name: (mask,) for name, mask in self._fuser.fetched().items()}
+                self.worker.fuser.advance(advance)
+            self._report.found |= {name: (mask,) for name, mask in self.worker.fuser.fetched().items()}
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Loads are over before the engine schedules what needs them."""
@@ -279,20 +211,22 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         """Whole chunks are saved when a step is done, see `wait_for_save`."""
 
     def wait_for_save(self) -> None:
-        if self.transfers is not None:
+        if self.worker is not None:
             for save in self._get_connector_metadata().plan.saves:
-                self.transfers.save(save)
+                self.worker.transfers.save(save)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        if self.transfers is None:
+        if self.worker is None:
             return None, None
         for request_id in finished_req_ids:
-            self.transfers.cancel(request_id)
-        arrivals = self.transfers.arrivals()
-        if self._fuser is not None:
+            self.worker.transfers.cancel(request_id)
+        if self._get_connector_metadata().plan.is_idle:
+            self.worker.transfers.wait(_IDLE_WAIT_S)
+        arrivals = self.worker.transfers.arrivals()
+        if self.worker.fuser is not None:
             for request_id in finished_req_ids:
-                self._fuser.cancel(request_id)
-            arrivals += self._fuser.arrivals()
+                self.worker.fuser.cancel(request_id)
+            arrivals += self.worker.fuser.arrivals()
         for arrival in arrivals:
             self._report.loaded[arrival.request_id] = arrival.loaded
             self._bad_blocks |= arrival.bad_blocks
@@ -309,17 +243,17 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         return StepNews(report) if report.answers or report.loaded or report.found else None
 
     def shutdown(self) -> None:
-        if self.transfers is not None:
-            self.transfers.close()
-            self.transfers = None
+        if self.worker is not None:
+            self.worker.transfers.close()
+            self.worker = None
 
     # ================================================================================================ counting
 
     def get_kv_connector_stats(self) -> KVLoomStats | None:
         counts: dict[str, float] = {}
-        if self.transfers is not None:
-            counts |= self.transfers.take_counts()
-            if self._spec.shard[0]:  # tokens are the same on every rank, faults are not
+        if self.worker is not None:
+            counts |= self.worker.transfers.take_counts()
+            if self.worker.spec.shard[0]:  # tokens are the same on every rank, faults are not
                 counts = {name: count for name, count in counts.items() if name in FAULTS}
         if self._planner is not None:
             counts |= self._planner.take_counts()
@@ -362,54 +296,9 @@ def _leave_exact_chain(request: Any, first: int, digest: bytes) -> None:
     ]
 
 
-def _expect_servable(vllm_config: Any, kv_cache_config: Any) -> int:
-    """Tokens of a block, of an engine whose whole KV is one row of blocks for each request."""
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
-
-    parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
-    why = None
-    groups = kv_cache_config.kv_cache_groups
-    kinds = [type(group.kv_cache_spec).__name__ for group in groups]
-    if kinds != [FullAttentionSpec.__name__]:
-        hint = "--disable-hybrid-kv-cache-manager may help"
-        why = f"its KV cache groups are {', '.join(sorted(set(kinds)))}, not one of full attention ({hint})"
-    elif parallel.pipeline_parallel_size > 1:
-        why = "it runs in stages (pipeline parallelism)"
-    elif parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
-        why = "it divides the context among ranks (context parallelism)"
-    elif speculative is not None and speculative.method not in ("ngram", "suffix"):
-        why = f"it drafts with a model ({speculative.method}), whose KV is another one's"
-    if why is not None:
-        raise EngineError(f"kvloom cannot serve this engine exactly: {why}; leave the connector out")
-    return int(groups[0].kv_cache_spec.block_size)
-
-
 def _worker_here() -> KVLoomConnector | None:
     """The worker's half, if it lives in this process."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
     worker = get_kv_transfer_group() if has_kv_transfer_group() else None
     return worker if isinstance(worker, KVLoomConnector) else None
-
-
-def _tensor_parallel_rank() -> int:
-    from vllm.distributed import get_tensor_model_parallel_rank
-
-    return int(get_tensor_model_parallel_rank())
-
-
-def _agreed_model_id(model_config: Any) -> str:
-    """One rank reads the files; all take its word, or its refusal."""
-    from vllm.distributed import get_tp_group
-
-    group = get_tp_group()
-    found: tuple[str, str | None] | None = None
-    if group.rank_in_group == 0:
-        try:
-            found = (model_id_of(model_config), None)
-        except EngineError as exc:
-            found = ("", str(exc))
-    model_id, refusal = group.broadcast_object(found, src=0)
-    if refusal is not None:
-        raise EngineError(refusal)
-    return str(model_id)

@@ -59,7 +59,7 @@ def a_cold_engine(llm: Any) -> Iterator[None]:
 
 
 def store_of(llm: Any) -> KVStore:
-    return connector_of(llm).transfers.store
+    return connector_of(llm).worker.transfers.store
 
 
 def connector_of(llm: Any) -> Any:
@@ -79,7 +79,7 @@ def idle(llm: Any) -> bool:
 
 def settle(llm: Any) -> None:
     """Wait until what was to be stored is stored."""
-    transfers = connector_of(llm).transfers
+    transfers = connector_of(llm).worker.transfers
 
     def is_done() -> bool:
         transfers._forget_done_saves()

@@ -57,7 +57,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     engine.reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     for document in DOCUMENTS:
         generate(engine, [document], {"documents": [[0, len(document)]], "ratio": 0.0}, tokens=1)
-    transfers = connector_of(engine).transfers
+    transfers = connector_of(engine).worker.transfers
     assert eventually(lambda: transfers._forget_done_saves() or not transfers._saves)
     yield engine
     engine.llm_engine.engine_core.shutdown()
@@ -70,7 +70,7 @@ def a_cold_engine(llm: Any) -> Iterator[None]:
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     assert not scheduler.requests
     assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == BLOCKS - 1
-    assert connector_of(llm)._fuser.is_trusted
+    assert connector_of(llm).worker.fuser.is_trusted
 
 
 def connector_of(llm: Any) -> Any:
@@ -147,7 +147,7 @@ class Reference:
 
 def computed_positions(llm: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Positions that fusions run through all layers from now on; grows."""
-    passes, seen = connector_of(llm)._fuser._passes, []
+    passes, seen = connector_of(llm).worker.fuser._passes, []
     compute = passes.compute
 
     def noted(token_ids: Any, positions: Tensor, blocks: Any) -> None:
@@ -246,7 +246,7 @@ def test_batches_of_fused_and_plain_requests(llm: Any) -> None:
 
 def test_a_lost_document_is_computed(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case()
-    store = connector_of(llm).transfers.store
+    store = connector_of(llm).worker.transfers.store
     get = store.get
     lost = LENGTHS[0]
 
@@ -268,7 +268,7 @@ def test_keys_that_are_not_what_they_should_be_turn_it_off(llm: Any, monkeypatch
     """Documents that were not moved to where they stand: the first layer's keys give it away, all is computed."""
     case = Case()
     expected = plain(llm, case.tokens)
-    store, fuser = connector_of(llm).transfers.store, connector_of(llm)._fuser
+    store, fuser = connector_of(llm).worker.transfers.store, connector_of(llm).worker.fuser
     get = store.get
     monkeypatch.setattr(store, "get", lambda key, positions=None, **more: get(key, None, **more))
     monkeypatch.setattr(fuser, "is_trusted", True)
@@ -280,7 +280,7 @@ def test_keys_that_are_not_what_they_should_be_turn_it_off(llm: Any, monkeypatch
 def test_aborted_fusions_leave_nothing(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case()
     fused = tokens_of(generate(llm, [case.tokens], case.options(0.2)))
-    store, gate = connector_of(llm).transfers.store, threading.Event()
+    store, gate = connector_of(llm).worker.transfers.store, threading.Event()
     get = store.get
 
     def wait_for_gate(*args: Any, **kwargs: Any) -> Any:
@@ -299,6 +299,6 @@ def test_aborted_fusions_leave_nothing(llm: Any, monkeypatch: pytest.MonkeyPatch
         gate.set()
         while engine.engine_core.engine_core.scheduler.has_requests():
             engine.engine_core.get_output()
-    assert not connector_of(llm)._fuser._jobs
+    assert not connector_of(llm).worker.fuser._jobs
     assert llm.reset_prefix_cache()
     assert tokens_of(generate(llm, [case.tokens], case.options(0.2))) == fused

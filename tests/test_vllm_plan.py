@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvloom.connectors.vllm_plan import Advance, Answer, Loaded, LookUp, Planner, Scheduled, StepReport
+from kvloom.connectors.vllm_messages import Advance, Answer, Loaded, LookUp, Scheduled, StepReport
+from kvloom.connectors.vllm_plan import Planner
 from kvloom.connectors.vllm_settings import RequestOptions, VLLMSettings
 from kvloom.core import KVSpec
 from kvloom.kvstore.keys import content_key, prefix_keys

@@ -1,7 +1,9 @@
 """The worker's half, without an engine: what arrives, what is reported lost, and what never waits."""
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvloom.connectors.vllm_plan import Load, LookUp, Save
+from kvloom.connectors.vllm_messages import Document, Fusion, Load, LookUp, Save
 from kvloom.connectors.vllm_transfers import Arrival, Transfers
-from kvloom.core import ChunkKey, KVSpec
+from kvloom.core import ChunkKey, KVSpec, RopeSpec
 from kvloom.errors import TierUnavailableError
-from kvloom.kvstore.keys import prefix_keys
+from kvloom.kvstore.keys import content_key, prefix_keys
 from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.disk import DiskTier
 from kvloom.kvstore.tiers.host import HostTier
 
-from .faulty import FaultyTier, eventually, leaves_no_threads
+from .faulty import LONG_S, FaultyTier, eventually, leaves_no_threads
 
 SPEC = KVSpec("model", 2, 2, 4, torch.float32, None)
 BLOCK, CHUNK = 4, 8
@@ -50,9 +52,9 @@ def no_threads_are_left() -> Iterator[None]:
     yield from leaves_no_threads()
 
 
-def make(store: KVStore, pages: Pages | None = None, **settings: float) -> Transfers:
+def make(store: KVStore, pages: Pages | None = None, *, spec: KVSpec = SPEC, **settings: float) -> Transfers:
     settings = {"load_timeout_s": 20.0, "save_pending_bytes": 1 << 20, **settings}
-    return Transfers(store, pages or Pages(), SPEC, 0, chunk_tokens=CHUNK, **settings)  # type: ignore[arg-type]
+    return Transfers(store, pages or Pages(), spec, 0, chunk_tokens=CHUNK, **settings)  # type: ignore[arg-type]
 
 
 TOKENS = np.arange(16)
@@ -230,6 +232,53 @@ def test_a_cancelled_load_ends_and_is_told_of() -> None:
     assert arrival.request_id == "r"
     assert transfers.arrivals() == [], "told of once"
     assert "failed_loads" not in transfers.take_counts(), "nobody was waiting for it"
+    transfers.close()
+
+
+def test_an_idle_engine_waits_until_something_has_come() -> None:
+    """As long as it is told to at most, not at all without a load, and without being asked again."""
+    tier = FaultyTier()
+    transfers = make(KVStore([tier]))
+    save_both(transfers)
+    began_s = time.monotonic()
+    transfers.wait(LONG_S)
+    assert time.monotonic() - began_s < 0.5 * LONG_S, "nothing to wait for"
+    tier.gate.clear()
+    transfers.load(Load("r", (tuple(KEYS),), 0, 0, 16, (9, 2, 7, 4)))
+    transfers.wait(0.01)
+    assert transfers.arrivals() == []
+    threading.Timer(0.05, tier.gate.set).start()
+    transfers.wait(LONG_S)
+    (arrival,) = transfers.arrivals()
+    assert not arrival.loaded.failed
+    assert time.monotonic() - began_s < 0.5 * LONG_S
+    transfers.close()
+
+
+def test_documents_are_fetched_to_where_they_stand_now() -> None:
+    """Moved by the rotation, into the blocks that were asked for; those that are not stored are told of."""
+    spec = replace(SPEC, rope=RopeSpec((1.0, 0.1)))
+    pages, store = Pages(), KVStore([HostTier(None)])
+    transfers = make(store, pages, spec=spec)
+    document = np.arange(6)
+    key, other = content_key(spec, document), content_key(spec, document + 1)
+    keys, values = pages.read(BLOCKS, 0, 6)
+    transfers.save(Save((key,), None, document, 0, BLOCKS[:2]))
+    assert eventually(lambda: key in store)
+    documents = (Document(3, 9, (key,)), Document(9, 15, (other,)))
+    blocks = (9, 2, 7, 4)
+    before = pages.read(blocks, 0, 16)
+    fusion = Fusion("r", np.arange(16), 4, 15, 3, documents, 0.5, blocks)
+    fetched = transfers.fetch(fusion).result(LONG_S)
+    assert (fetched.found, dict(fetched.tokens)) == ((True, False), {"host": 5})
+    now_keys, now_values = pages.read(blocks, 0, 16)
+    assert spec.rope is not None
+    assert torch.allclose(now_keys[:, :, 4:9], spec.rope.shift(keys, 3)[:, :, 1:], atol=1e-6)
+    assert not torch.allclose(now_keys[:, :, 4:9], keys[:, :, 1:], atol=1e-2)
+    assert torch.equal(now_values[:, :, 4:9], values[:, :, 1:])
+    for old, new in zip(before, (now_keys, now_values), strict=True):
+        assert torch.equal(new[:, :, :4], old[:, :, :4])
+        assert torch.equal(new[:, :, 9:], old[:, :, 9:])
     transfers.close()
 
 
