@@ -7,6 +7,7 @@ queries.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,12 +16,17 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table as ScreenTable
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .contexts import SINK_TOKENS, WINDOW_TOKENS, ContextModel
+from .graph_speed import model_figures
 from .models import load_model
 from .page import Section, Table, html_report
+from .planted_tables import decode_table, key_bytes_table, real_search_table, search_plot, search_table
 from .report import BenchResult, Metric, output, write_text
-from .retrieval_methods import TEXT, selectors
-from .retrieval_quality import ANSWER, QUESTION, Found, Scope, measure
+from .retrieval_methods import TEXT, learn, selectors
+from .retrieval_planted import FULL, QUICK, measure_planted
+from .retrieval_quality import ANSWER, QUESTION, Found, Scope, TaskTokens, measure
 from .retrieval_summary import pooled_loss, summaries
 from .retrieval_tables import answers_table, attention_table, builds_table, known_table, plots, target_table
 from .ruler import AGGREGATION
@@ -31,15 +37,20 @@ CONTEXTS = 5  # of a kind at `TRAINED_TOKENS`; fewer at longer ones, as their pr
 LONGEST_KINDS = (TEXT, "common_words")  # from `LONG_TOKENS` on, one context each: the model answers nothing there
 LONG_TOKENS = 16_384
 FULL_SIZES = (4096, 8192, 24_576)
+LEARN_FULL, LEARN_QUICK = (16, 2048), (2, 256)  # sequences and their tokens, for codebooks
+SEARCHED_TOKENS = 8192  # of the context whose real queries are searched for
 QUICK_SIZES = (512,)
 QUICK_RATIOS = (0.03, 0.06, 0.3)
 FIGURES = {"shadowkv_task_delta_6pct": ("landmarks", 0.06), "vq_task_delta_3pct": ("vq", 0.03)}
 TARGETS = (
     Target("graph_scan_at_recall95_128k", "<=", 0.03),
+    Target("ivf_scan_vs_graph_128k", ">=", 3.0),
+    Target("hnsw_scan_vs_graph_128k", ">=", 3.0),
     Target("graph_scan_growth_128k_512k", "<=", 1.5),
     Target("graph_bytes_per_token_layer_8b", "<=", 1000),
     Target("shadowkv_task_delta_6pct", "<=", 0.01),
     Target("shadowkv_key_bytes_ratio", ">=", 6.26),
+    Target("shadowkv_key_bytes_ratio_int4", ">=", 20.0),
     Target("vq_task_delta_3pct", "<=", 0.01),
     Target("decode_mass_128k", ">=", 0.95),
     Target("decode_speedup_128k", ">=", 8.0),
@@ -76,34 +87,48 @@ def run(*, quick: bool = False, sizes: Sequence[int] | None = None, report: Path
     if report is not None and report.suffix != ".html":
         raise ValueError(f"report is {report}; expected a name that ends in .html")
     model, tokenizer = load_model(None)
+    learning, planted_sizes = (LEARN_QUICK, QUICK) if quick else (LEARN_FULL, FULL)
     longest = model.config.max_position_embeddings - 64
     sizes = tuple(sizes or (QUICK_SIZES if quick else FULL_SIZES))
     if wrong := [size for size in sizes if not 256 <= size <= longest]:
         raise ValueError(f"sizes are {', '.join(map(str, wrong))}; expected 256 to {longest} tokens")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("codebooks", total=1)
+        factories = selectors(learn(model, tokenizer, sequences=learning[0], tokens=learning[1]))
+        bar.advance(task)
         found = Found([], [], {})
         for size in sizes:
             scope = _scope(size, quick)
             task = bar.add_task(f"bundled model, {size:,} tokens", total=scope.total)
-            found += measure(model, tokenizer, selectors(), scope, advance=partial(_advance, bar, task))
+            found += measure(model, tokenizer, factories, scope, advance=partial(_advance, bar, task))
+        searched = _real_searches(model, tokenizer, min(sizes, key=lambda size: abs(size - SEARCHED_TOKENS)))
+        planted = measure_planted(planted_sizes, bar)
     lines = summaries(found)
-    metrics = _quality_metrics(found)
+    metrics = _quality_metrics(found) | planted.metrics()
     tables = [known_table(found)]
     for size in sizes:
         tables.append(attention_table(lines, (TEXT, *AGGREGATION), size))
         tables.append(answers_table(lines, size))
-    tables += [builds_table(found.builds, model.config.num_hidden_layers), target_table(metrics, TARGETS)]
+    tables += [
+        builds_table(found.builds, model.config.num_hidden_layers),
+        real_search_table(*searched),
+        search_table(planted),
+        decode_table(planted),
+        key_bytes_table(planted),
+        target_table(metrics, TARGETS),
+    ]
     console = output()
     for table in tables:
         console.print(table.caption, style="bold")
         console.print(_on_screen(table))
     console.print(MEANING, style="dim")
     if report is not None:
-        drawn = [plot for size in sizes for plot in plots(lines, size)]
+        drawn = [*(plot for size in sizes for plot in plots(lines, size)), search_plot(planted)]
         sections = [Section("Quality against bytes read", MEANING, drawn), Section("All figures", "", tables)]
         write_text(report, html_report("Retrieval", sections))
-    return BenchResult("retrieval", metrics, [*(line.row() for line in lines), *(b.row() for b in found.builds)])
+    rows = [*(line.row() for line in lines), *(build.row() for build in found.builds), *planted.rows()]
+    return BenchResult("retrieval", metrics, [*rows, *({"what": "search", **row} for row in searched[0])])
 
 
 def _advance(bar: Progress, task: TaskID, _: str) -> None:
@@ -116,6 +141,18 @@ def _scope(tokens: int, quick: bool) -> Scope:
     if tokens >= LONG_TOKENS:
         return Scope({tokens: 1}, kinds=LONGEST_KINDS)
     return Scope({tokens: max(2, min(CONTEXTS, CONTEXTS * TRAINED_TOKENS**2 // tokens**2))})
+
+
+def _real_searches(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int
+) -> tuple[list[dict[str, object]], int]:
+    """The graph, IVF and HNSW over prose, for the queries of its end."""
+    layers = ContextModel(model)
+    ids, _ = TaskTokens(tokenizer).sample(TEXT, tokens, random.Random(0))
+    context = layers.dense(ids)
+    of_layers = list(zip(context.queries, context.keys, strict=True))
+    rows = model_figures(of_layers, window_tokens=WINDOW_TOKENS, queries=min(32, tokens // 16), sinks=SINK_TOKENS)
+    return rows, tokens
 
 
 def _quality_metrics(found: Found) -> dict[str, Metric]:

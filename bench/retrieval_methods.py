@@ -1,37 +1,102 @@
-"""The ways of choosing tokens that are measured, by the name to show."""
+"""The ways of choosing tokens that are measured, by the name to show, and what they learn of a model beforehand."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from functools import partial
+from typing import Any, TypeAlias
 
-from ..retrieval.flat import ExactSelector, RandomSelector
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..compress.profile import Profile
+from ..compress.vq_fit import distance_bands, fit_layer
+from ..connectors.hf_calibrate import calibrate
+from ..connectors.hf_windows import STRINGS_RATIO, string_windows, token_windows
+from ..retrieval.cascade import CascadeSelector
+from ..retrieval.catalog import selector_by_name
+from ..retrieval.factor import FactorIndex
+from ..retrieval.faiss_index import HnswIndex, IvfIndex
+from ..retrieval.landmarks import LandmarkIndex
+from ..retrieval.per_head import PerHeadSelector
 from ..retrieval.selector import LayerShape, Selector
+from .passages import load_heldout, load_questions
+from .ruler import AGGREGATION
 
-EXACT, RANDOM = "exact", "random"
+EXACT, RANDOM, VQ = "exact", "random", "vq"
 TEXT = "text"  # a kind of context beside RULER's: held-out prose, continued
+CENTROIDS = 512  # A2ATS's 4,096 serve 128K tokens; as many would be half of the bytes of a context of 8K here
+CANDIDATE_RATIO = 0.25  # of a cascade; more than its default, since budgets reach 12 %
 
 Factory: TypeAlias = Callable[[int, LayerShape, int], Selector]
 """An empty selector of a layer, by its number, its shape and the first token that it covers."""
 
-METHODS: Mapping[str, Factory] = {
-    EXACT: lambda _layer, shape, start: ExactSelector(shape, start=start),
-    RANDOM: lambda layer, shape, start: RandomSelector(shape, start=start, seed=layer),
-}
 
-ONLY: Mapping[str, Sequence[str]] = {}
-"""Selectors that are measured on some kinds of context alone."""
+def learn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, sequences: int, tokens: int) -> Profile:
+    """Codebooks of the model, from the first halves of the bundled passages and prose, and from random strings.
+
+    What is measured lies in the other halves.
+    """
+    passages, prose = load_questions(), load_heldout()
+    texts = [text for asked in passages[: len(passages) // 2] for text in asked.passages]
+    windows = token_windows(
+        tokenizer, [*texts, *prose[: len(prose) // 2]], sequences=sequences, tokens=tokens, least_tokens=64
+    )
+    strings = string_windows(tokenizer, sequences=round(STRINGS_RATIO * sequences), tokens=tokens)
+    bands = distance_bands(model.config.max_position_embeddings)
+    fits = {VQ: partial(fit_layer, centroids=CENTROIDS, bands=bands)}
+    return calibrate(model, windows, model_id="measured", layer_fits=fits, chunk_fits={}, strings=strings)
 
 
-def selectors(names: Sequence[str] | None = None) -> dict[str, Factory]:
+def selectors(profile: Profile | None = None, *, names: Sequence[str] | None = None) -> dict[str, Factory]:
     """How the selectors of these names are made, all for None; exact search first: what it chooses is what the others
     are held to.
+
+    Parameters
+    ----------
+    profile : with codebooks; without it `vq` is left out.
 
     Raises
     ------
     ValueError : there is no selector of a name.
     """
-    names = tuple(METHODS) if names is None else names
-    if unknown := [name for name in names if name not in METHODS]:
-        raise ValueError(f"selectors are {', '.join(unknown)}; expected some of {', '.join(METHODS)}")
-    return {name: METHODS[name] for name in dict.fromkeys((EXACT, *names))}
+    known = {name: make for name, make in METHODS.items() if name != VQ}
+    if profile is not None:
+        known = {**METHODS, VQ: _named(VQ, profile)}
+    names = tuple(known) if names is None else names
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"selectors are {', '.join(unknown)}; expected some of {', '.join(known)}")
+    return {name: known[name] for name in dict.fromkeys((EXACT, *names))}
+
+
+def _named(name: str, profile: Profile | None = None, **parameters: Any) -> Factory:
+    def make(layer: int, shape: LayerShape, start: int) -> Selector:
+        return selector_by_name(name, shape, layer, start=start, profile=profile, parameters=parameters)
+
+    return make
+
+
+def _cascade(_layer: int, shape: LayerShape, start: int) -> Selector:
+    coarse, fine = LandmarkIndex(shape, start=start), FactorIndex(shape, start=start, row_bits=4)
+    return CascadeSelector(shape, coarse, fine, candidate_ratio=CANDIDATE_RATIO)
+
+
+METHODS: Mapping[str, Factory] = {
+    EXACT: _named(EXACT),
+    RANDOM: _named(RANDOM),
+    "landmarks": _named("landmarks"),
+    "factor": _named("factor"),
+    "landmarks+factor": _cascade,
+    VQ: _named(VQ),
+    "graph": _named("graph"),
+    "clusters": _named("clusters"),
+    "clusters, no rest": _named("clusters", estimated_ratio=0.0),
+    "IVF": lambda _layer, shape, start: PerHeadSelector(shape, IvfIndex, name="IVF", start=start),
+    "HNSW": lambda _layer, shape, start: PerHeadSelector(shape, HnswIndex, name="HNSW", start=start),
+}
+
+ONLY: Mapping[str, Sequence[str]] = {
+    "IVF": (TEXT, "multi_query"),
+    "HNSW": (TEXT, "multi_query"),
+    "clusters, no rest": (TEXT, *AGGREGATION),
+}
+"""Selectors that are measured on some kinds of context alone."""

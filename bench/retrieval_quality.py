@@ -265,7 +265,12 @@ class TaskTokens:
         self._tokenizer, self._lead = tokenizer, list(lead_of(tokenizer))
         count = cache(token_counter(tokenizer))
         passages, prose = load_questions(), load_heldout()
-        found = sentences(passage for asked in passages[len(passages) // 2 :] for passage in asked.passages)
+        first, found = (
+            sentences(passage for asked in half for passage in asked.passages)
+            for half in (passages[: len(passages) // 2], passages[len(passages) // 2 :])
+        )
+        known = set(first)
+        found = [sentence for sentence in found if sentence not in known]  # questions share passages
         words = sorted({word for sentence in found for word in re.findall(r"\b[a-z]{4,9}\b", sentence)})
         self._sampler = RulerSampler(found, [word for word in words if count(f" {word}") <= _WORD_TOKENS], count)
         self._prose = self._encode("\n".join(prose[len(prose) // 2 :])).tolist()

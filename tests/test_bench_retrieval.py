@@ -15,7 +15,8 @@ from kvloom.bench import retrieval
 from kvloom.bench.attention_quality import AttentionProbe, AttentionQuality
 from kvloom.bench.contexts import SINK_TOKENS, WINDOW_TOKENS, Context, ContextModel, Reads, fill
 from kvloom.bench.models import load_model
-from kvloom.bench.retrieval_methods import EXACT, RANDOM, TEXT, selectors
+from kvloom.bench.passages import load_heldout, load_questions, sentences
+from kvloom.bench.retrieval_methods import EXACT, METHODS, ONLY, RANDOM, TEXT, VQ, learn, selectors
 from kvloom.bench.retrieval_quality import ANSWER, QUESTION, Found, Outcome, Scope, TaskTokens, measure
 from kvloom.bench.retrieval_summary import pooled_loss, summaries
 from kvloom.retrieval.attention import attend
@@ -145,9 +146,31 @@ def _mass_of_pinned(model: ContextModel, context: Context, behind: Context, own:
 
 def test_selectors_begin_with_exact_search() -> None:
     assert list(selectors(names=[RANDOM])) == [EXACT, RANDOM]
-    assert isinstance(selectors(names=[RANDOM])[RANDOM](0, LayerShape(1, 1, 8, 1.0), 3), RandomSelector)
+    assert isinstance(selectors()[RANDOM](0, LayerShape(1, 1, 8, 1.0), 3), RandomSelector)
     with pytest.raises(ValueError, match="selectors are oracle; expected some of exact"):
         selectors(names=["oracle"])
+
+
+def test_every_method_is_made() -> None:
+    model, tokenizer = load_model(None)
+    assert VQ not in selectors() and ONLY.keys() < METHODS.keys()
+    profile = learn(model, tokenizer, sequences=2, tokens=64)
+    layers = ContextModel(model)
+    context = layers.dense(TaskTokens(tokenizer).sample(TEXT, 200, random.Random(0))[0])
+    made = {name: fill(make(1, layers.shape, SINK_TOKENS), context, 1) for name, make in selectors(profile).items()}
+    assert made.keys() == METHODS.keys()
+    assert {len(selector) for selector in made.values()} == {200 - SINK_TOKENS - WINDOW_TOKENS}
+
+
+def test_what_is_measured_is_not_what_was_learned_from() -> None:
+    _, tokenizer = load_model(None)
+    tasks, questions, prose = TaskTokens(tokenizer), load_questions(), load_heldout()
+    learned = sentences(text for asked in questions[: len(questions) // 2] for text in asked.passages)
+    for number in range(4):
+        text = tokenizer.decode(tasks.sample("single_text", 4000, random.Random(number))[0])
+        assert not [sentence for sentence in learned if sentence in text]
+        text = tokenizer.decode(tasks.sample(TEXT, 4000, random.Random(number))[0])
+        assert not [line for line in prose[: len(prose) // 2] if len(line) > 100 and line in text]
 
 
 @pytest.fixture(scope="module")
@@ -263,10 +286,12 @@ def test_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written = json.loads(result.to_json())
     assert set(written["metrics"]) >= FIGURES
     assert all(written["metrics"][name]["value"] is not None for name in FIGURES)
-    assert {"quality", "build"} <= {row["what"] for row in written["rows"]}
-    assert page.read_text().count("<svg") >= 5
+    assert {"quality", "build", "search", "decode", "key bytes"} <= {row["what"] for row in written["rows"]}
+    measured = {row["method"] for row in written["rows"] if row["what"] == "quality"}
+    assert measured == {*METHODS}
+    assert page.read_text().count("<svg") >= 6
     shown = capsys.readouterr().out
-    assert "answers lost" in shown and "targets" in shown
+    assert "answers lost" in shown and "targets" in shown and "SYNTHETIC" in shown
 
 
 def test_refuses_what_it_cannot_use(tmp_path: Path) -> None:
