@@ -207,7 +207,7 @@ class Fuser:
 
     def _tolerance(self) -> float:
         """Of a squared, relative difference: what two roundings of a rotated key may come to."""
-        return (64 * torch.finfo(self._cache.dtype).eps) ** 2 + 1e-6
+        return (8 * torch.finfo(self._cache.dtype).eps) ** 2 + 1e-6
 
     # --------------------------------------------------------------------------------------------------- books
 

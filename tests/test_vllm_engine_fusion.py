@@ -1,5 +1,6 @@
 """Documents fused by stock vLLM itself: against an independent CacheBlend, and never in the way of exact requests."""
 
+import random
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -302,3 +303,28 @@ def test_aborted_fusions_leave_nothing(llm: Any, monkeypatch: pytest.MonkeyPatch
     assert not connector_of(llm).worker.fuser._jobs
     assert llm.reset_prefix_cache()
     assert tokens_of(generate(llm, [case.tokens], case.options(0.2))) == fused
+
+
+def test_five_hundred_aborts(llm: Any) -> None:
+    """Fused, loaded and computed requests side by side, each aborted after some steps; then all is as it was."""
+    case, rng = Case(), random.Random(0)
+    fused = tokens_of(generate(llm, [case.tokens], case.options(0.2)))
+    assert llm.reset_prefix_cache()
+    engine, alive = llm.llm_engine, []
+    for number in range(500):
+        cut = rng.randrange(20, 200)
+        tokens, options = [(case.tokens, case.options(0.2)), (case.tokens[:cut], {}), (case.tokens, {})][number % 3]
+        engine.add_request(f"doomed-{number}", {"prompt_token_ids": tokens}, sampling(options, tokens=30))
+        alive.append(f"doomed-{number}")
+        for _ in range(rng.randrange(3)):
+            engine.step()
+        if len(alive) > rng.randrange(12):
+            engine.abort_request([alive.pop(rng.randrange(len(alive)))])
+    engine.abort_request(alive)
+    while engine.engine_core.engine_core.scheduler.has_requests():
+        engine.engine_core.get_output()
+    assert not connector_of(llm).worker.fuser._jobs
+    assert llm.reset_prefix_cache()
+    assert tokens_of(generate(llm, [case.tokens], case.options(0.2))) == fused
+    assert llm.reset_prefix_cache()
+    assert tokens_of(generate(llm, [case.tokens])) == [plain(llm, case.tokens)]
