@@ -129,9 +129,7 @@ class KeySketch:
         if self._rows.shape[1] and len(self._tail) > _TAIL_RATIO * self._rows.shape[1]:
             self._sort()
 
-    def search(
-        self, queries: Tensor, position: int, candidates: int, pooling: Pooling
-    ) -> tuple[Tensor, Tensor, int]:
+    def search(self, queries: Tensor, position: int, candidates: int, pooling: Pooling) -> tuple[Tensor, Tensor, int]:
         """Scores of the `candidates` sorted tokens whose codes matter most to each KV head, and of all of the tail.
 
         Parameters
@@ -182,16 +180,29 @@ class KeySketch:
         if missing:
             raise CodecError(f"{', '.join(missing)} of a key sketch are missing; expected {', '.join(_PARTS)}")
         mean, keys, queries, centroids, counts, rows, tokens, tail, band = tensors = [parts[name] for name in _PARTS]
-        if [t.ndim for t in tensors] != [2, 3, 3, 3, 2, 3, 2, 3, 1] or not all(bool(t.isfinite().all()) for t in tensors):
+        if [t.ndim for t in tensors] != [2, 3, 3, 3, 2, 3, 2, 3, 1] or not all(
+            bool(t.isfinite().all()) for t in tensors
+        ):
             raise CodecError(f"key sketch has parts {[list(t.shape) for t in tensors]}, or is not finite")
         H, D, r, C, N = shape.kv_heads, shape.head_dim, keys.shape[2], centroids.shape[1], rows.shape[1]
-        dtypes = [torch.float32] * 3 + [torch.float16, torch.int64, torch.float16, torch.int32, torch.float16, torch.int64]
+        dtypes = [torch.float32] * 3 + [
+            torch.float16,
+            torch.int64,
+            torch.float16,
+            torch.int32,
+            torch.float16,
+            torch.int64,
+        ]
         shapes = [(H, D), (H, D, r), (H, D, r), (H, C, r), (H, C), (H, N, r), (H, N), (H, tail.shape[1], r), (2,)]
         fits = [t.dtype for t in tensors] == dtypes and [tuple(t.shape) for t in tensors] == shapes
         if not fits or not 0 < r <= D or not 0 < C <= MAX_CENTROIDS or not 0 <= int(band[0]) < int(band[1]):
             raise CodecError("key sketch contradicts itself; index these tokens anew")
         whole = torch.arange(N, dtype=torch.int32).expand(H, -1)
-        if bool((counts < 0).any()) or bool((counts.sum(1) != N).any()) or not torch.equal(tokens.sort(1).values, whole):
+        if (
+            bool((counts < 0).any())
+            or bool((counts.sum(1) != N).any())
+            or not torch.equal(tokens.sort(1).values, whole)
+        ):
             raise CodecError("key sketch does not hold each token once; index these tokens anew")
         found = cls(shape, mean, keys, queries, centroids, (int(band[0]), int(band[1])), start=start)
         found._counts, found._rows, found._tokens = counts, rows.contiguous(), tokens
