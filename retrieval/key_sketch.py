@@ -15,7 +15,7 @@ from .ops import gather_scores, landmark_scores
 from .rows import Rows
 from .selector import LayerShape, Pooling
 
-SAMPLE_KEYS = 1 << 16  # that bases and codebooks are fitted on
+SAMPLE_KEYS = 1 << 15  # that bases and codebooks are fitted on
 NEAREST_TOKENS = 64  # what is nearer is in the caller's window
 
 _KEYS_A_CENTROID = 8  # at least; with fewer a codebook learns the sample by heart
