@@ -15,7 +15,7 @@ from .retrieval_contracts import ROPE, SHAPE, SelectorContract, chosen, context,
 
 pytest.importorskip("faiss")
 
-SLOW = RopeSpec(inv_freq=tuple(1e-5 * 0.9**i for i in range(16)))  # far is as good as near
+SLOW = RopeSpec(inv_freq=tuple(1e-6 * 0.9**i for i in range(16)))  # far is as good as near
 FAR = LayerShape(kv_heads=2, group=2, head_dim=32, scale=32**-0.5, rope=SLOW)
 READ = 6  # directions that queries of `far` read
 
