@@ -413,14 +413,14 @@ def third_answers(session: Session) -> list[list[int]]:
     return [list(ids) for ids in session.generate(prompts(10, 12, seed=2), max_new_tokens=12).token_ids]
 
 
-@pytest.mark.parametrize("method", ["means", "landmarks", "factor", "graph", "vq", "clusters"])
+@pytest.mark.parametrize("method", ["means", "landmarks", "factor", "graph", "sketch", "vq", "clusters"])
 def test_resuming_is_going_on(model: PreTrainedModel, tell: Callable[[str], Told], tmp_path: Path, method: str) -> None:
     told = tell(method)
     rag = resumed(model, told, tmp_path)
     with rag.session(told.retrieval, history=told.said) as session:
         counts = [context.counts for context in session._contexts]
         assert [(c.computed_tokens, c.rebuilt_chunks, c.lost_chunks) for c in counts] == [(0, 0, 0)] * 2
-        assert [c.has_index_state for c in counts] == [method in ("factor", "graph")] * 2
+        assert [c.has_index_state for c in counts] == [method in ("factor", "graph", "sketch")] * 2
         if method == "graph":
             assert session._contexts[0].index.layers[0].graphs[0].built > 0
         assert third_answers(session) == told.answers
