@@ -60,7 +60,8 @@ def test_unknown_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "takers"), [("--dir", "codecs and tiers"), ("--lmcache-python", "tiers"), ("--report", "codecs and retrieval")]
+    ("option", "takers"),
+    [("--dir", "codecs and tiers"), ("--lmcache-python", "tiers"), ("--report", "codecs and retrieval")],
 )
 def test_options_of_another_benchmark_are_refused(option: str, takers: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("bench", "blend", option, "here") == 2
