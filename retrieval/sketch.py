@@ -167,7 +167,7 @@ class SketchIndex:
 
     def candidates(self, tokens: int, budget: int) -> int:
         """How many of so many tokens are compared by their rows, for each KV head."""
-        wanted = self.candidate_ratio * tokens * min(1.0, self.ratio_tokens / max(1, tokens)) ** 0.5
+        wanted: float = self.candidate_ratio * tokens * min(1.0, self.ratio_tokens / max(1, tokens)) ** 0.5
         return min(tokens, max(round(wanted), round(self.candidates_a_token * budget)))
 
     def state(self) -> Mapping[str, Tensor]:
