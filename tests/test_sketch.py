@@ -51,7 +51,7 @@ def mass(index: SketchIndex, keys: Tensor, queries: Tensor, budget: int) -> floa
 
 
 class TestSketchIndex(SelectorContract):
-    mass = 0.8
+    mass = 0.6  # what a token is worth in these contexts hangs on its exact distance, as for codes
 
     def make(self, shape: LayerShape, start: int = 0) -> Selector:
         return SketchIndex(shape, start=start)
