@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import get_args
 
@@ -167,7 +168,7 @@ class SketchIndex:
 
     def candidates(self, tokens: int, budget: int) -> int:
         """How many of so many tokens are compared by their rows, for each KV head."""
-        wanted: float = self.candidate_ratio * tokens * min(1.0, self.ratio_tokens / max(1, tokens)) ** 0.5
+        wanted = self.candidate_ratio * math.sqrt(tokens * min(tokens, self.ratio_tokens))
         return min(tokens, max(round(wanted), round(self.candidates_a_token * budget)))
 
     def state(self) -> Mapping[str, Tensor]:
