@@ -88,6 +88,7 @@ METHODS: Mapping[str, Factory] = {
     "landmarks+factor": _cascade,
     VQ: _named(VQ),
     "graph": _named("graph"),
+    "sketch": _named("sketch"),
     "clusters": _named("clusters"),
     "clusters, no rest": _named("clusters", estimated_ratio=0.0),
     "IVF": lambda _layer, shape, start: PerHeadSelector(shape, IvfIndex, name="IVF", start=start),
