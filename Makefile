@@ -5,14 +5,17 @@ VENV    ?= .venv
 NAME    := $(VENV)/bin
 TORCH   := $(shell grep '^torch==' constraints.txt)
 INPUTS  := pyproject.toml constraints.txt
+ENGINES ?= .venv-engines
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check torture reference clean
+.PHONY: help demo test check engines test-engines torture reference clean
 
 help:
 	@echo "make demo       install what is needed into $(VENV) and answer questions over cached documents"
 	@echo "make test       install the developer tools too and run the whole default test suite"
 	@echo "make check      ruff, its formatter and mypy --strict"
+	@echo "make engines    one environment per inference engine in $(ENGINES) (stock vLLM: minutes, about 4 GB)"
+	@echo "make test-engines  the tests that run real engines, each in its own environment"
 	@echo "make torture    the long forms of the store's tests: kills, power losses, damage, stalls (hours)"
 	@echo "make reference  gather text, train the bundled model again, export and measure it (hours)"
 	@echo "make clean      remove $(VENV), build/ and caches"
@@ -23,6 +26,14 @@ demo: $(VENV)/demo.stamp
 
 test: $(VENV)/dev.stamp
 	$(NAME)/pytest -q
+
+# Engines pin what they need, so each has an environment of its own; ENGINES=... may name a folder that outlives checkouts.
+engines: $(ENGINES)/vllm.stamp
+
+test-engines: engines
+	@$(ENGINES)/vllm/bin/python -c 'import kvloom, pathlib, sys; sys.exit(pathlib.Path(kvloom.__file__).parent != pathlib.Path.cwd())' \
+	|| $(ENGINES)/vllm/bin/python -m pip install --quiet --no-deps --editable .
+	$(ENGINES)/vllm/bin/python -m pytest -q -m engine tests/test_vllm_engine*.py
 
 torture: $(VENV)/dev.stamp
 	$(NAME)/pytest -q -m torture
@@ -43,13 +54,17 @@ reference: $(VENV)/dev.stamp
 	$(NAME)/python -m kvloom.bench.reference.model_card bench/reference/model --log build/run/log.jsonl
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-engines build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # torch goes first and in exactly this spelling, so that the wheel of this machine is taken and kept.
 $(VENV)/torch.stamp: $(INPUTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kvloom needs Python 3.11 or newer: make PYTHON=..."; exit 2; }
 	test -x $(NAME)/python || $(PYTHON) -m venv $(VENV)
 	$(NAME)/pip install --quiet $(TORCH)
+	@touch $@
+
+$(ENGINES)/vllm.stamp: tests/engines/vllm.sh $(INPUTS)
+	PYTHON=$(PYTHON) tests/engines/vllm.sh $(ENGINES)/vllm
 	@touch $@
 
 $(VENV)/demo.stamp: $(VENV)/torch.stamp

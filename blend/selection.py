@@ -50,11 +50,27 @@ def kv_deviation(fresh_keys: Tensor, cached_keys: Tensor, fresh_values: Tensor, 
     -------
     Tensor : `[N]` float32.
     """
-    total = torch.zeros(fresh_keys.shape[1], device=fresh_keys.device)
+    return deviation_of(squares(fresh_keys, cached_keys, fresh_values, cached_values))
+
+
+def squares(fresh_keys: Tensor, cached_keys: Tensor, fresh_values: Tensor, cached_values: Tensor) -> Tensor:
+    """What `deviation_of` needs of each token: `|dK|^2`, `|K|^2`, `|dV|^2`, `|V|^2`, as `[4, N]` float32.
+
+    Sums over heads, so that ranks that hold different heads may add theirs up; of each token by itself, so that a
+    context may be taken in slices. Arguments as for `kv_deviation`.
+    """
+    rows = []
     for fresh, cached in ((fresh_keys, cached_keys), (fresh_values, cached_values)):
         wide = fresh.float()
-        power = wide.square().sum(dim=(0, 2)).mean().clamp_min(torch.finfo(torch.float32).tiny)
-        total += (wide - cached.float()).square().sum(dim=(0, 2)) / power
+        rows += [(wide - cached.float()).square().sum(dim=(0, 2)), wide.square().sum(dim=(0, 2))]
+    return torch.stack(rows)
+
+
+def deviation_of(rows: Tensor) -> Tensor:
+    """The deviation of every token, see `kv_deviation`, from the `squares` of all tokens of a layer."""
+    off_keys, keys, off_values, values = rows
+    tiny = torch.finfo(torch.float32).tiny
+    total: Tensor = off_keys / keys.mean().clamp_min(tiny) + off_values / values.mean().clamp_min(tiny)
     return total.sqrt()
 
 

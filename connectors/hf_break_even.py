@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from ..retrieval.selector import LayerShape, LearnsFromQueries
 from .hf_retrieval import CHUNK_TOKENS, Retrieval
 
 NEVER = 1 << 40
-_SIZES = (2048, 8192)  # tokens
+_SIZES = (2048, 8192, 32768)  # tokens
 _ROUNDS = 9
 _QUERIES = 256  # what an index learns from
 
@@ -25,26 +25,30 @@ _QUERIES = 256  # what an index learns from
 def break_even(retrieval: Retrieval, shape: LayerShape, value_dim: int, dtype: torch.dtype) -> int:
     """Tokens of the shortest context of which a decoding step is faster with retrieval, on this machine; `NEVER`.
 
-    Times one layer's step at two lengths, on random keys, and takes each kind of attention as a line over the length.
-    What a method pays grows slower than that, or as fast, so the lines meet where it begins to win or earlier.
+    Times one layer's step at growing lengths, on random keys, until retrieval wins; between two lengths, and beyond the
+    last, both kinds of attention are taken for lines.
     """
     dense, sparse = [], []
     for tokens in _SIZES:
         of_dense, of_sparse = _steps(retrieval, shape, value_dim, dtype, tokens)
         dense.append(_median_s(of_dense))
         sparse.append(_median_s(of_sparse))
+        if sparse[-1] <= dense[-1]:
+            break
     return crossing(dense, sparse)
 
 
-def crossing(dense_s: list[float], sparse_s: list[float]) -> int:
-    """Where the line through `dense_s` at `_SIZES` rises above that through `sparse_s`; `NEVER` if it does not."""
-    if dense_s[0] >= sparse_s[0] and dense_s[1] >= sparse_s[1]:
+def crossing(dense_s: Sequence[float], sparse_s: Sequence[float]) -> int:
+    """Where dense attention becomes the slower one, by its times at the first of `_SIZES` and those of the other."""
+    if len(dense_s) == 1:
         return _SIZES[0]
-    gain = (dense_s[1] - sparse_s[1]) - (dense_s[0] - sparse_s[0])
+    first, second = len(dense_s) - 2, len(dense_s) - 1
+    gain = (dense_s[second] - sparse_s[second]) - (dense_s[first] - sparse_s[first])
     if gain <= 0:
         return NEVER
-    tokens = _SIZES[0] + (sparse_s[0] - dense_s[0]) * (_SIZES[1] - _SIZES[0]) / gain
-    return min(NEVER, max(CHUNK_TOKENS, math.ceil(tokens / CHUNK_TOKENS) * CHUNK_TOKENS))
+    step = _SIZES[second] - _SIZES[first]
+    tokens = _SIZES[first] + (sparse_s[first] - dense_s[first]) * step / gain
+    return min(NEVER, math.ceil(tokens / CHUNK_TOKENS) * CHUNK_TOKENS)
 
 
 def _steps(

@@ -24,7 +24,9 @@ KEY_BYTES = 32
 _CONTEXT = "kvloom chunk keys, version 1"
 
 
-def prefix_keys(spec: KVSpec, token_ids: TokenIds, *, chunk_tokens: int, salt: bytes = b"") -> list[ChunkKey]:
+def prefix_keys(
+    spec: KVSpec, token_ids: TokenIds, *, chunk_tokens: int, salt: bytes = b"", after: ChunkKey | None = None
+) -> list[ChunkKey]:
     """Keys of the whole chunks of a prompt, each standing for its tokens and everything before them.
 
     Parameters
@@ -32,16 +34,22 @@ def prefix_keys(spec: KVSpec, token_ids: TokenIds, *, chunk_tokens: int, salt: b
     token_ids : `[T]` non-negative integers; the last `T % chunk_tokens` have no key.
     chunk_tokens : tokens a chunk.
     salt : secret of the tenant.
+    after : key of the chunk that `token_ids` continue, of the same spec and salt: a text that grows is hashed once.
+        None if they begin it.
 
     Raises
     ------
-    ValueError : `token_ids` are not a row of token ids, or `chunk_tokens` is below 1.
+    ValueError : `token_ids` are not a row of token ids, `chunk_tokens` is below 1, or `after` is no key.
     """
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; expected at least 1")
     tokens = _token_row(token_ids, "token_ids")
     secret = _secret(spec, salt)
-    parent = blake3(b"prefix", key=secret).digest()
+    if after is None:
+        parent = blake3(b"prefix", key=secret).digest()
+    else:
+        check_key(after, "after")
+        parent = after
     keys = []
     for end in range(chunk_tokens, len(tokens) + 1, chunk_tokens):
         parent = blake3(parent + tokens[end - chunk_tokens : end].tobytes(), key=secret).digest()

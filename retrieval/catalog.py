@@ -84,6 +84,7 @@ METHODS: dict[str, MakeSelector] = {
     "factor": _of_class(".factor", "FactorIndex"),
     "clusters": _of_class(".clusters", "ClusterIndex"),
     "graph": _graph,
+    "sketch": _of_class(".sketch", "SketchIndex"),
     "vq": _vq,
 }
 """Every way of choosing tokens, by the name that `Retrieval` and the command line take."""

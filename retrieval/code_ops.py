@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -52,15 +53,13 @@ def unpack_codes(packed: Tensor, bits: int, tokens: int) -> Tensor:
     """
     _check_packed(packed, bits, tokens)
     if bits == 16:
-        pairs = packed[..., : 2 * tokens].long().unflatten(-1, (-1, 2))
-        wide: Tensor = pairs[..., 0] | pairs[..., 1] << 8
-        return wide
+        codes: Tensor = packed[..., : 2 * tokens].long().unflatten(-1, (-1, 2))
+        return codes[..., 0] | codes[..., 1] << 8
     count = -(-tokens // 2) * 3
     needed = packed[..., :count].long()
     triples = torch.nn.functional.pad(needed, (0, count - needed.shape[-1])).unflatten(-1, (-1, 3))
     word = triples[..., 0] | triples[..., 1] << 8 | triples[..., 2] << 16
-    codes: Tensor = torch.stack([word & 4095, word >> 12], -1).flatten(-2)[..., :tokens]
-    return codes
+    return torch.stack([word & 4095, word >> 12], -1).flatten(-2)[..., :tokens]
 
 
 def code_counts(packed: Tensor, tokens: int, codes: int, *, bits: int = 12, edges: Sequence[int] = ()) -> Tensor:
@@ -82,10 +81,10 @@ def code_counts(packed: Tensor, tokens: int, codes: int, *, bits: int = 12, edge
         found = in_bands(unpack_codes(packed, bits, tokens), 1 << bits, edges)
         counts = torch.zeros(len(packed), len(edges) + 1 << bits, dtype=torch.int64)
         counts.scatter_add_(1, found, torch.ones_like(found))
-    by_band: Tensor = counts.unflatten(1, (-1, 1 << bits))
-    if bool(by_band[..., bands:].any()):
-        raise ValueError(f"a code is {int(by_band.any(0).any(0).nonzero().max())}; expected below {bands}")
-    return by_band[..., :bands].flatten(1).contiguous()
+    counts = counts.view(len(packed), -1, 1 << bits)
+    if bool(counts[..., bands:].any()):
+        raise ValueError(f"a code is {int(counts.any(0).any(0).nonzero().max())}; expected below {bands}")
+    return counts[..., :bands].flatten(1).contiguous()
 
 
 def in_bands(codes: Tensor, count: int, edges: Sequence[int]) -> Tensor:
@@ -137,6 +136,8 @@ def code_importance(table: Tensor, counts: Tensor, *, pooling: Pooling = "max") 
     H, C = counts.shape
     if table.ndim != 2 or table.shape[1] != C or not H or table.shape[0] % H:
         raise ValueError(f"table is {list(table.shape)}; expected [Hq, {C}] of query heads that share {H} evenly")
+    if pooling not in get_args(Pooling):
+        raise ValueError(f"pooling is {pooling!r}; expected one of {', '.join(get_args(Pooling))}")
     grouped = table.float().view(H, -1, C)
     lse = (grouped + counts.float().log()[:, None]).logsumexp(-1, keepdim=True)
     grouped = grouped - lse.where(lse > -torch.inf, torch.inf)

@@ -35,17 +35,25 @@ if platform.machine() not in ("aarch64", "arm64") and not llvm.get_host_cpu_feat
 
 
 def run(kernel: Callable[..., None], *arguments: Any) -> None:
-    """Calls a parallel kernel with as many threads as torch uses."""
+    """Calls a parallel kernel with as many threads as torch uses, of those that numba was allowed."""
+    config: Any = numba.config
     with _ENTRY:
-        numba.set_num_threads(max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)))  # type: ignore[attr-defined]
-        kernel(*arguments)
+        before = numba.get_num_threads()
+        numba.set_num_threads(max(1, min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)))
+        try:
+            kernel(*arguments)
+        finally:
+            numba.set_num_threads(before)
 
 
 def compiled(*, parallel: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: machine code, kept between processes where there is a folder for it."""
+    """Decorator: machine code, kept between processes where there is a folder for it.
+
+    What is kept knows its own file alone: after a change here, the files that import from here must be touched.
+    """
+    options: dict[str, Any] = {"nogil": True, "parallel": parallel, "fastmath": _FAST, "error_model": "numpy"}
 
     def compile_one(function: Callable[..., Any]) -> Callable[..., Any]:
-        options: Any = {"nogil": True, "parallel": parallel, "fastmath": _FAST, "error_model": "numpy"}
         try:
             kernel: Callable[..., Any] = njit(cache=True, **options)(function)
         except RuntimeError:  # numba found no folder that it may write to

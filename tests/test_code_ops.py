@@ -166,6 +166,7 @@ def test_what_does_not_fit_is_refused() -> None:
         (r"edges are \[2, 1\]", lambda: vq_scores(table, packed, 3, edges=[2, 1])),
         (r"edges are \[4\]", lambda: code_counts(packed, 3, 12, edges=[4])),
         ("table is", lambda: code_importance(table, counts[:, :5])),
+        ("'mean'", lambda: code_importance(table, counts, pooling="mean")),
         ("budget is -1", lambda: vq_select(table, packed, 3, counts, -1)),
         ("importance is", lambda: vq_select(table, packed, 3, counts.int(), 1)),
         (r"counts add up to \[3\]; expected 2", lambda: vq_select(table, packed, 2, counts, 1)),

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvloom.core import KVSpec, RopeSpec
+from kvloom.core import ChunkKey, KVSpec, RopeSpec
 from kvloom.kvstore.keys import content_key, prefix_keys
 
 from .contracts import SPEC
@@ -35,6 +35,15 @@ def test_golden_values() -> None:
         content_key(GOLDEN_SPEC, [2, 3], lead_ids=[1]).hex()
         == "5796c9a79819df9f874dc7e5e148cba26c1899ac2186c398c4a4a36d075aa239"
     )
+
+
+def test_a_text_that_grows_is_hashed_once() -> None:
+    tokens = list(range(10))
+    keys = prefix_keys(SPEC, tokens, chunk_tokens=3, salt=b"s")
+    continued = prefix_keys(SPEC, tokens[3:], chunk_tokens=3, salt=b"s", after=keys[0])
+    assert [keys[0], *continued] == keys
+    with pytest.raises(ValueError, match="after is b'short'"):
+        prefix_keys(SPEC, tokens, chunk_tokens=3, after=ChunkKey(b"short"))
 
 
 @given(token_lists, st.integers(1, 7))

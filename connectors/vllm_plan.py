@@ -1,0 +1,326 @@
+"""What the scheduler's half of the vLLM connector knows and decides. Imports no engine.
+
+The stores belong to the workers, one to each tensor-parallel rank. The scheduler's half knows tokens and keys, no
+bytes: what it wants done goes to the workers in the `StepPlan` of a step of the engine, what became of it comes back in
+a `StepReport`. Where scheduler and worker are one process, `ask` answers lookups at once.
+
+    matched_tokens -> LookUp -> answer -> offer -> allocated -> Load -> Loaded -> (failed: never asked again)
+    plan_step      -> Save of every chunk that the step completes
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from blake3 import blake3
+
+from ..core import ChunkKey, KVSpec
+from ..kvstore.keys import content_key, prefix_keys
+from .vllm_messages import (
+    Advance,
+    Answer,
+    Document,
+    Fusion,
+    Load,
+    Loaded,
+    LookUp,
+    Save,
+    Scheduled,
+    StepPlan,
+    StepReport,
+    both,
+)
+from .vllm_settings import RequestOptions, VLLMSettings, documents_between
+
+
+@dataclass(slots=True)
+class _Tracked:
+    """A request that kvloom serves. `token_ids` grows as the engine generates."""
+
+    token_ids: Sequence[int]
+    prompt_tokens: int
+    salt: bytes
+    options: RequestOptions
+    documents: tuple[Document, ...]
+    ratio: float
+    inexact: int | None  # the first token whose KV is not what plain computation gives
+    keys: list[list[ChunkKey]]  # prefix keys of whole chunks, for each rank
+    asked_from: int | None = None  # chunk from which on a lookup was made
+    answer: Answer | None = None
+    offer: int = 0  # tokens up to which the last answer reaches
+    hit_tokens: Mapping[str, int] = field(default_factory=dict)  # of the last offer taken, by tier
+    has_failed: bool = False
+    saved_chunks: int = 0  # chunks from the start on that are stored or on their way
+    planned_saves: int = 0
+    alone: tuple[Document, ...] = ()  # documents to store that this request computes as if alone
+    loaded: Loaded | None = None
+
+
+class Planner:
+    """The scheduler's half of the connector.
+
+    Parameters
+    ----------
+    settings : the user's.
+    specs : geometry of each rank's cache, by rank.
+    block_tokens : of the engine.
+    ask : answers a lookup at once; None where the workers are other processes, which answer in a later step.
+    """
+
+    def __init__(
+        self,
+        settings: VLLMSettings,
+        specs: Sequence[KVSpec],
+        block_tokens: int,
+        ask: Callable[[LookUp], Answer] | None = None,
+    ) -> None:
+        self._settings = settings
+        self._specs = tuple(specs)
+        self._block_tokens = block_tokens
+        self._ask = ask
+        self._epoch = b""
+        self._tracked: dict[str, _Tracked] = {}
+        self._fusing: dict[str, tuple[tuple[bool, ...], ...]] = {}  # what each rank found, in order of arrival
+        self._plan = StepPlan()
+        self._counts: Counter[str] = Counter()
+
+    # ------------------------------------------------------------------------------------------------ requests
+
+    def open(
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        identity: bytes,
+        options: RequestOptions,
+        *,
+        may_fuse: bool = True,
+    ) -> int | None:
+        """Track a request; the first token whose KV may be approximate, or None if all of it will be exact.
+
+        Parameters
+        ----------
+        token_ids : the prompt; what is generated is appended by the engine.
+        identity : of all that shapes its KV beside model and tokens, and of its tenant: adapter, cache salt.
+        may_fuse : whether the engine can; otherwise documents are computed like everything else.
+        """
+        salt = b"".join(_framed(part) for part in (self._epoch, self._settings.salt.encode(), identity))
+        spans = options.documents or documents_between(token_ids, self._settings.separator_ids)
+        documents = tuple(
+            Document(start, stop, self._content_keys(token_ids[start:stop], salt)) for start, stop in spans
+        )
+        ratio = self._settings.fusion_ratio if options.ratio is None else options.ratio
+        lead_ids = self._settings.lead_ids
+        is_led = tuple(token_ids[: len(lead_ids)]) == lead_ids
+        alone = {document for document in documents[:1] if is_led and document.start == len(lead_ids)}
+        # What stands right behind the lead tokens has its KV from there: exact. A fusion that computes all is, too.
+        inexact = next((each.start for each in documents if each not in alone), None) if ratio < 1.0 else None
+        if inexact is not None:
+            # The engine tells fused blocks from exact ones by the hash of a whole block of the prompt.
+            has_whole_block = len(token_ids) // self._block_tokens > inexact // self._block_tokens
+            inexact = inexact if may_fuse and has_whole_block else None
+        keys: list[list[ChunkKey]] = [[] for _ in self._specs]
+        self._tracked[request_id] = _Tracked(
+            token_ids, len(token_ids), salt, options, documents, ratio, inexact, keys, alone=tuple(alone)
+        )
+        return inexact
+
+    def fusion_digest(self, request_id: str) -> bytes:
+        """32 bytes that stand for all that a fusion's KV depends on: which tokens are computed is a matter of all."""
+        request, settings = self._tracked[request_id], self._settings
+        spans = [(document.start, document.stop) for document in request.documents]
+        plan = ("kvloom fusion", request.ratio, settings.check_layer, settings.lead_ids, spans)
+        token_ids = np.asarray(request.token_ids[: spans[-1][1]], dtype="<i8")
+        return blake3(repr(plan).encode() + token_ids.tobytes()).digest()
+
+    def close(self, request_id: str) -> dict[str, object] | None:
+        """Forget a request; what kvloom did for it, None if nothing is known of it."""
+        self._fusing.pop(request_id, None)
+        request = self._tracked.pop(request_id, None)
+        if request is None:
+            return None
+        loaded = request.loaded or Loaded({}, False, 0.0)
+        return {
+            "prompt_tokens": request.prompt_tokens,
+            "loaded_tokens": dict(loaded.tokens),
+            "computed_tokens": loaded.computed_tokens,
+            "load_s": round(loaded.spent_s, 6),
+            "failed": loaded.failed,
+            "saved_chunks": request.planned_saves,
+        }
+
+    def renew(self) -> None:
+        """From now on nothing is found that was stored before, and no other process finds what this one stores."""
+        self._epoch = secrets.token_bytes(16)
+
+    # ------------------------------------------------------------------------------------------------- loading
+
+    def matched_tokens(self, request_id: str, computed_tokens: int) -> int | None:
+        """Tokens beyond `computed_tokens` that can be provided; None: not known yet, ask again in the next step.
+
+        May be called any number of times for one admission.
+        """
+        request = self._tracked.get(request_id)
+        if request is None or request.has_failed or not request.options.load:
+            return 0
+        if request.inexact is not None:
+            if computed_tokens > request.inexact:
+                # The engine has fused tokens of an earlier request like this one, and computes what is missing of them.
+                # A second choice among the rest alone would be another one than the first.
+                return 0
+            # Whole blocks only: the engine finds them again as they are, and computes what follows in any case. One
+            # token must be left to it: the first new one is sampled from what it computes.
+            stop = min(request.documents[-1].stop, len(request.token_ids) - 1)
+            request.offer = stop - stop % self._block_tokens
+            return max(request.offer - computed_tokens, 0)
+        self._extend_keys(request)
+        chunk_tokens = self._settings.chunk_tokens
+        first = computed_tokens // chunk_tokens
+        if first >= len(request.keys[0]):
+            return 0
+        if self._ask is not None or request.asked_from is None or first < request.asked_from:
+            # Never asked, or, while the answer was on its way, the engine's own cache lost what came before.
+            request.asked_from, request.answer = first, None
+            lookup = LookUp(request_id, tuple(tuple(keys[first:]) for keys in request.keys))
+            if self._ask is None:
+                self._plan.lookups.append(lookup)
+            else:
+                request.answer = self._ask(lookup)
+        if request.answer is None:
+            return None
+        request.offer = (request.asked_from + len(request.answer)) * chunk_tokens
+        return max(request.offer - computed_tokens, 0)
+
+    def allocated(self, request_id: str, external_tokens: int, blocks: Sequence[int]) -> None:
+        """The engine took the offer: `external_tokens` up to where it reaches are ours to provide."""
+        request = self._tracked.get(request_id)
+        if request is None:
+            return
+        answer, asked_from = request.answer or (), request.asked_from or 0
+        request.answer, request.asked_from, request.hit_tokens = None, None, {}
+        if not external_tokens:
+            return
+        stop, chunk_tokens = request.offer, self._settings.chunk_tokens
+        start = stop - external_tokens
+        self._counts["hit_tokens"] += external_tokens
+        if request.inexact is not None:
+            token_ids = np.asarray(request.token_ids[:stop], dtype=np.int64)
+            self._plan.fusions.append(
+                Fusion(
+                    request_id,
+                    token_ids,
+                    start,
+                    stop,
+                    request.inexact,
+                    request.documents,
+                    request.ratio,
+                    tuple(blocks),
+                )
+            )
+            self._fusing[request_id] = ()
+            return
+        first, last = start // chunk_tokens, stop // chunk_tokens
+        keys = tuple(tuple(keys[first:last]) for keys in request.keys)
+        self._plan.loads.append(Load(request_id, keys, first * chunk_tokens, start, stop, tuple(blocks)))
+        request.saved_chunks = max(request.saved_chunks, last)
+        tokens: Counter[str] = Counter()
+        for chunk in range(first, last):
+            tokens[answer[chunk - asked_from]] += (chunk + 1) * chunk_tokens - max(chunk * chunk_tokens, start)
+        request.hit_tokens = tokens
+
+    def hit_tokens(self, request_id: str) -> Mapping[str, int]:
+        """Of the last offer taken, where its tokens lie, by the name of the tier; empty for a fusion."""
+        request = self._tracked.get(request_id)
+        return {} if request is None else request.hit_tokens
+
+    def hear(self, report: StepReport) -> None:
+        """Take note of what the workers did."""
+        for request_id, answer in report.answers.items():
+            if (request := self._tracked.get(request_id)) is not None and request.asked_from is not None:
+                request.answer = answer
+        for request_id, masks in report.found.items():
+            if request_id in self._fusing:
+                self._fusing[request_id] += masks
+        for request_id, loaded in report.loaded.items():
+            self._fusing.pop(request_id, None)
+            if (request := self._tracked.get(request_id)) is None:
+                continue
+            request.loaded = loaded if request.loaded is None else both(request.loaded, loaded)
+            if loaded.failed:
+                # vLLM computes from the lost chunk on, and asks again if nothing is left: it must not be told the same.
+                request.has_failed = True
+                request.saved_chunks = 0
+
+    # -------------------------------------------------------------------------------------------------- saving
+
+    def plan_step(self, scheduled: Iterable[Scheduled], *, is_idle: bool = False) -> StepPlan:
+        """The plan of the step, saves of every chunk that it completes included. One fusion advances at a time."""
+        for each in scheduled:
+            request = self._tracked.get(each.request_id)
+            if request is not None and request.options.save:
+                self._plan_saves(request, each)
+        ready = (name for name, masks in self._fusing.items() if len(masks) == len(self._specs))
+        if (first := next(ready, None)) is not None:
+            found = tuple(all(ranks) for ranks in zip(*self._fusing[first], strict=True))
+            self._plan.advances.append(Advance(first, found))
+        plan, self._plan = self._plan, StepPlan()
+        plan.is_idle = is_idle
+        return plan
+
+    def take_counts(self) -> dict[str, float]:
+        """What was counted since the last call."""
+        counts, self._counts = self._counts, Counter()
+        return dict(counts)
+
+    def _plan_saves(self, request: _Tracked, each: Scheduled) -> None:
+        chunk_tokens = self._settings.chunk_tokens
+        # Behind the known tokens lie placeholders of steps that are still under way.
+        known = min(each.computed_tokens, len(request.token_ids))
+        count = (known if request.inexact is None else min(known, request.inexact)) // chunk_tokens
+        if count > request.saved_chunks:
+            self._extend_keys(request)
+            for chunk in range(request.saved_chunks, count):
+                keys = tuple(keys[chunk] for keys in request.keys)
+                after = tuple(keys[chunk - 1] for keys in request.keys) if chunk else None
+                self._save(request, each.blocks, keys, after, chunk * chunk_tokens, (chunk + 1) * chunk_tokens)
+            request.saved_chunks = count
+        for document in request.alone:
+            if document.stop <= known:
+                self._save(request, each.blocks, document.keys, None, document.start, document.stop)
+                request.alone = ()
+
+    def _save(
+        self,
+        request: _Tracked,
+        blocks: Sequence[int],
+        keys: tuple[ChunkKey, ...],
+        after: tuple[ChunkKey, ...] | None,
+        start: int,
+        stop: int,
+    ) -> None:
+        first, last = start // self._block_tokens, -(-stop // self._block_tokens)
+        token_ids = np.asarray(request.token_ids[start:stop], dtype=np.int64)
+        self._plan.saves.append(Save(keys, after, token_ids, start, tuple(blocks[first:last])))
+        request.planned_saves += 1
+
+    # --------------------------------------------------------------------------------------------------- keys
+
+    def _content_keys(self, token_ids: Sequence[int], salt: bytes) -> tuple[ChunkKey, ...]:
+        lead_ids = self._settings.lead_ids
+        return tuple(content_key(spec, token_ids, lead_ids=lead_ids, salt=salt) for spec in self._specs)
+
+    def _extend_keys(self, request: _Tracked) -> None:
+        chunk_tokens = self._settings.chunk_tokens
+        done, whole = len(request.keys[0]), len(request.token_ids) // chunk_tokens
+        if done < whole:
+            token_ids = np.asarray(request.token_ids[done * chunk_tokens : whole * chunk_tokens], dtype=np.int64)
+            for spec, keys in zip(self._specs, request.keys, strict=True):
+                after = keys[-1] if keys else None
+                keys += prefix_keys(spec, token_ids, chunk_tokens=chunk_tokens, salt=request.salt, after=after)
+
+
+def _framed(part: bytes) -> bytes:
+    return len(part).to_bytes(8, "little") + part

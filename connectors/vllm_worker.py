@@ -1,0 +1,148 @@
+"""What kvloom has in a worker of vLLM: a store of its rank's heads, beside the caches of its layers."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from ..core import KVSpec, RopeSpec, Tier
+from ..errors import EngineError
+from ..kvstore.store import KVStore
+from ..kvstore.tiers.disk import DiskTier
+from ..kvstore.tiers.host import HostTier
+from .vllm_fusion import Fuser
+from .vllm_identity import model_id_of
+from .vllm_layout import PagedLayers
+from .vllm_passes import EnginePasses, running_model
+from .vllm_rope import rope_of
+from .vllm_settings import VLLMSettings
+from .vllm_transfers import Transfers
+
+_LOG = logging.getLogger("vllm.kvloom")
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """`fuser` is None where the engine cannot fuse."""
+
+    spec: KVSpec
+    transfers: Transfers
+    fuser: Fuser | None
+
+
+def open_worker(settings: VLLMSettings, model_id: str, vllm_config: Any, kv_cache_config: Any) -> Worker:
+    """The store of this rank, beside the caches that its runner has just allocated.
+
+    Raises
+    ------
+    EngineError : the caches cannot be read or written, see `PagedLayers`.
+    TierError : the folder on disk cannot be used.
+    """
+    context = vllm_config.compilation_config.static_forward_context
+    (group,) = kv_cache_config.kv_cache_groups
+    layers = [context[name] for name in group.layer_names]
+    # A layer that shares another's cache has none of its own to keep.
+    layers = [layer for layer in layers if getattr(layer, "kv_sharing_target_layer_name", None) is None]
+    cache = PagedLayers(layers, int(group.kv_cache_spec.block_size))
+    rank, size = _tensor_parallel_rank(), vllm_config.parallel_config.tensor_parallel_size
+    model, rope = _fusable_model(vllm_config, layers, cache)
+    spec = KVSpec(
+        model_id=model_id,
+        num_layers=len(layers),
+        num_kv_heads=cache.num_kv_heads,
+        head_dim=cache.head_dim,
+        dtype=cache.dtype,
+        rope=rope,
+        v_head_dim=None if cache.v_head_dim == cache.head_dim else cache.v_head_dim,
+        shard=(rank, size),
+    )
+    tiers: list[Tier] = [HostTier(settings.host_bytes // size)]
+    if settings.disk_path is not None:
+        tiers.append(DiskTier(settings.disk_path, settings.disk_bytes))
+    transfers = Transfers(
+        KVStore(tiers, timeout_s=settings.load_timeout_s),
+        cache,
+        spec,
+        rank,
+        chunk_tokens=settings.chunk_tokens,
+        load_timeout_s=settings.load_timeout_s,
+        save_pending_bytes=settings.save_pending_bytes,
+    )
+    fuser = None
+    if model is not None:
+        fuser = Fuser(
+            transfers,
+            EnginePasses(vllm_config, group.kv_cache_spec, model, cache),
+            cache,
+            slice_tokens=settings.fusion_slice_tokens,
+            check_layer=settings.check_layer,
+            size=size,
+        )
+    return Worker(spec, transfers, fuser)
+
+
+def _fusable_model(config: Any, layers: list[Any], cache: PagedLayers) -> tuple[Any, RopeSpec | None]:
+    """The model and its rotation, or None for both if this engine cannot fuse; says why, once."""
+    why = None
+    if config.lora_config is not None:
+        why = "it may have adapters, which its runner prepares for its own batches only"
+    elif config.parallel_config.data_parallel_size > 1:
+        why = "its ranks compute in step (data parallelism)"
+    elif config.speculative_config is not None:
+        why = "it drafts tokens"
+    elif config.model_config.is_multimodal_model or len(layers) < 2:
+        why = "its model is not a plain language model of several layers"
+    try:
+        if why is None:
+            model = running_model(layers)
+            return model, rope_of(model, layers, cache.head_dim)
+    except EngineError as exc:
+        why = str(exc)
+    _LOG.warning("kvloom does not fuse documents in this engine, and serves prefixes as ever: %s", why)
+    return None, None
+
+
+def expect_servable(vllm_config: Any, kv_cache_config: Any) -> int:
+    """Tokens of a block, of an engine whose whole KV is one row of blocks for each request."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
+    why = None
+    groups = kv_cache_config.kv_cache_groups
+    kinds = [type(group.kv_cache_spec).__name__ for group in groups]
+    if kinds != [FullAttentionSpec.__name__]:
+        hint = "--disable-hybrid-kv-cache-manager may help"
+        why = f"its KV cache groups are {', '.join(sorted(set(kinds)))}, not one of full attention ({hint})"
+    elif parallel.pipeline_parallel_size > 1:
+        why = "it runs in stages (pipeline parallelism)"
+    elif parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        why = "it divides the context among ranks (context parallelism)"
+    elif speculative is not None and speculative.method not in ("ngram", "suffix"):
+        why = f"it drafts with a model ({speculative.method}), whose KV is another one's"
+    if why is not None:
+        raise EngineError(f"kvloom cannot serve this engine exactly: {why}; leave the connector out")
+    return int(groups[0].kv_cache_spec.block_size)
+
+
+def agreed_model_id(model_config: Any) -> str:
+    """One rank reads the files; all take its word, or its refusal."""
+    from vllm.distributed import get_tp_group
+
+    group = get_tp_group()
+    found: tuple[str, str | None] | None = None
+    if group.rank_in_group == 0:
+        try:
+            found = (model_id_of(model_config), None)
+        except EngineError as exc:
+            found = ("", str(exc))
+    model_id, refusal = group.broadcast_object(found, src=0)
+    if refusal is not None:
+        raise EngineError(refusal)
+    return str(model_id)
+
+
+def _tensor_parallel_rank() -> int:
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    return int(get_tensor_model_parallel_rank())

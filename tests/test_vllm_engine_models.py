@@ -1,0 +1,102 @@
+"""Architectures, two ranks, the compiled mode: equal prompts plain, stored, loaded and fused; and what is refused."""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip(
+    "vllm", reason="stock vLLM is not installed here; `make test-engines` runs this in its own environment"
+)
+
+from .vllm_engines import DECLINED, generate, make_model, prompts, start, tokens_of, usage
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024, "rope_theta": 10000.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 1024,
+    "rope_theta": 500000.0,
+}
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "llama, two ranks": ("llama", {}, {"tensor_parallel_size": 2}),
+    "llama, compiled": ("llama", {"rope_parameters": LLAMA3}, {"enforce_eager": False}),
+    "mistral, larger blocks than chunks": ("mistral", {}, {"block_size": 128}),
+    "qwen2": ("qwen2", {}, {}),
+    "qwen3, YaRN": ("qwen3", {"rope_parameters": YARN}, {}),
+    "phi3": ("phi3", {}, {}),
+    "gemma": ("gemma", {}, {}),
+    "glm4, part of a head rotated": ("glm4", {"partial_rotary_factor": 0.5}, {}),
+    "gemma3, one group for all windows, not fused": (  # layers with a window rotate otherwise than those without
+        "gemma3",
+        {"sliding_window": 128},
+        {"disable_hybrid_kv_cache_manager": True},
+    ),
+}
+
+
+@pytest.fixture(params=CASES)
+def llm(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
+    architecture, config, options = CASES[request.param]
+    if options.get("tensor_parallel_size", 1) > (os.cpu_count() or 1):
+        pytest.skip("vLLM wants a core for each rank")
+    engine = start(make_model(tmp_path / "model", architecture, **config), {"fusion_slice_tokens": 100}, **options)
+    engine.fuses = "not fused" not in request.param
+    yield engine
+    engine.llm_engine.engine_core.shutdown()
+
+
+def test_plain_stored_loaded_and_fused(llm: Any) -> None:
+    """A fusion that computes all: what passes of our own give is what plain vLLM gives. Then one that does not."""
+    texts, documents, (system, question) = prompts(3, (300, 130, 64)), prompts(5, (170, 203)), prompts(6, (70, 23))
+    plain = tokens_of(generate(llm, texts, DECLINED))
+    assert llm.reset_prefix_cache()
+    assert tokens_of(generate(llm, texts)) == plain
+    stored_by_s = time.monotonic() + 20
+    while True:  # in the background, and perhaps in another process
+        assert llm.reset_prefix_cache()
+        outputs = generate(llm, texts, {"save": False})
+        assert tokens_of(outputs) == plain
+        if [usage(output)["loaded_tokens"] for output in outputs] == [{"host": 256}, {"host": 128}, {"host": 64}]:
+            break
+        assert time.monotonic() < stored_by_s
+        time.sleep(0.1)
+
+    for document in documents:
+        generate(llm, [document], {"documents": [[0, len(document)]], "ratio": 0.0}, tokens=1)
+    context = [*system, *documents[1], *documents[0], *question]
+    borders = (70, 273, 443)
+    spans = [[borders[0], borders[1]], [borders[1], borders[2]]]
+    assert llm.reset_prefix_cache()
+    expected = tokens_of(generate(llm, [context], DECLINED))
+    stored_by_s = time.monotonic() + 20
+    while True:
+        assert llm.reset_prefix_cache()
+        (output,) = generate(llm, [context], {"documents": spans, "ratio": 0.99999})
+        assert tokens_of([output]) == expected
+        if usage(output)["loaded_tokens"]:
+            break
+        assert time.monotonic() < stored_by_s
+        time.sleep(0.1)
+    assert llm.reset_prefix_cache()
+    (output,) = generate(llm, [context], {"documents": spans, "ratio": 0.1})
+    told = usage(output)
+    assert told["failed"] is False
+    if llm.fuses:
+        assert 70 < told["computed_tokens"] < 70 + 0.1 * 373 + 1, "the rotation is understood: not all is computed"
+    else:
+        assert told["computed_tokens"] == 0
+        assert tokens_of([output]) == expected
+
+
+def test_windows_in_groups_of_their_own_are_refused(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "gemma3", sliding_window=128)
+    with pytest.raises(Exception, match=r"groups are FullAttentionSpec, SlidingWindowSpec, not one of full attention"):
+        start(model, {})
