@@ -96,8 +96,8 @@ METHODS: Mapping[str, Factory] = {
 }
 
 ONLY: Mapping[str, Sequence[str]] = {
-    "IVF": (TEXT, "multi_query"),
-    "HNSW": (TEXT, "multi_query"),
+    "IVF": (TEXT,),
+    "HNSW": (TEXT,),  # slow to build
     "clusters, no rest": (TEXT, *AGGREGATION),
 }
 """Selectors that are measured on some kinds of context alone."""

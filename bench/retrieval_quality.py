@@ -161,7 +161,7 @@ def measure(
                     found, built = _measure_context(layers, about, of_kind, scope)
                     outcomes += found
                     builds += built
-                    dense_right += [o.dense_right for o in found if o.dense_right is not None]
+                    dense_right += [o.dense_right for o in found if o.dense_right is not None and o.since == ANSWER]
                     is_to_be_judged = number + 1 in (min(_FIRST_CONTEXTS, count), count)
                     if is_to_be_judged and dense_right and sum(dense_right) < KNOWN_RATIO * len(dense_right):
                         floors[tokens, kind] = sum(dense_right) / len(dense_right)

@@ -219,6 +219,19 @@ def test_what_dense_attention_does_not_know_is_given_up() -> None:
     assert pooled_loss(floors, EXACT, 0.2, ANSWER) is None
 
 
+def test_a_trial_is_judged_once_however_often_it_is_asked() -> None:
+    """Three of four answers known is no floor, though the question that is asked twice is the one not known."""
+    model, tokenizer = load_model(None)
+    scope = Scope({1024: 1}, ratios=(0.2,), question_ratios=(0.2, 0.3, 0.4, 0.5), kinds=("alias_chain",))
+    seeds = {}
+    for seed in (0, 1, 3):
+        found = measure(model, tokenizer, selectors(names=[]), scope, seed=seed)
+        once = [o.dense_right for o in found.outcomes if o.since == ANSWER]
+        seeds[seed] = sum(map(bool, once)) / len(once), once[0], bool(found.floors)
+    assert all(is_floor == (share < 0.5) for share, _, is_floor in seeds.values()), seeds
+    assert any(share >= 0.5 and not first for share, first, _ in seeds.values()), seeds
+
+
 def test_text_continues_what_the_context_ends_with() -> None:
     _, tokenizer = load_model(None)
     tasks = TaskTokens(tokenizer)
