@@ -69,7 +69,7 @@ def decode_table(found: PlantedFound) -> Table:
         )
     pieces = ("select", "chosen", "ends", "merge")
     heads = ["tokens", "selector", "budget", "mass", "error", *pieces, "dense", "times faster", "build, s"]
-    caption = "SYNTHETIC, one decode step of one layer beside the fastest dense attention, ms by pieces; 8 KV heads, 2 for graph"
+    caption = "SYNTHETIC, one decode step of one layer beside the fastest dense, ms by pieces; 8 KV heads, 2 for graph"
     return Table(heads, rows, caption)
 
 
