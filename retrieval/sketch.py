@@ -125,7 +125,7 @@ class SketchIndex:
         if not bool(queries.isfinite().all()):
             raise ValueError("queries are not finite; the context they come from cannot be searched")
         plain = queries.float() if shape.rope is None else shape.rope.shift(queries.float(), -positions)
-        grouped = plain.view(shape.kv_heads, -1, shape.head_dim)
+        grouped = plain.reshape(shape.kv_heads, -1, shape.head_dim)
         self._moments += (grouped.mT @ grouped).double()
         self._observed += len(positions)
 

@@ -282,3 +282,12 @@ def test_what_is_held_is_counted() -> None:
     index.build()
     bases, books = 2 * (32 + 2 * 32 * 8) * 4, 2 * 512 * (8 * 2 + 8)
     assert index.held_bytes == 2 * 4096 * (8 * 2 + 4) + bases + books
+
+
+def test_queries_may_lie_in_any_order() -> None:
+    keys, queries = far(900)
+    strided = queries.transpose(0, 1).contiguous().transpose(0, 1)
+    found = [built(keys, q, rank=8).select(queries[:, 1], 940, 50).ids for q in (queries, strided)]
+    assert torch.equal(*found)
+    unturned = SketchIndex(LayerShape(2, 2, 32, 0.2))
+    unturned.observe(strided, torch.arange(40))
