@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import torch
 from rich.progress import Progress
 
 from ..retrieval.factor import KeyBytes, key_bytes
@@ -19,10 +20,9 @@ from .decode_speed import DecodeSpeed, decode_speed
 from .graph_speed import planted_figures
 from .planted import planted
 from .report import Metric
-from .retrieval_methods import METHODS
+from .retrieval_methods import named
 
 LEAST_MASS = 0.95
-DECODED = ("landmarks", "graph")
 SINKS, WINDOW = 16, 256
 OUTLIER_TOKENS = 48 * 8  # ShadowKV's, for each KV head
 KEY_ROW_BITS = (16, 8, 4)
@@ -120,7 +120,12 @@ def measure_planted(sizes: PlantedSizes, bar: Progress) -> PlantedFound:
         step(partial(planted_figures, large, queries=sizes.asked, ways=("graph", "ivf"))),
         step(partial(planted_figures, sizes.control, queries=sizes.asked, asking="like keys")),
     ]
-    ways = {name: partial(METHODS[name], 0) for name in DECODED}
+    decoded = {
+        "landmarks": named("landmarks"),
+        "sketch": named("sketch"),
+        "graph": named("graph", threads=torch.get_num_threads()),
+    }
+    ways = {name: partial(make, 0) for name, make in decoded.items()}
     steps: list[DecodeSpeed] = []
     for tokens, heads in zip(sizes.pair, sizes.kv_heads, strict=True):
         contexts = partial(planted, kv_heads=heads, group=QUERY_HEADS // 8, queries=sizes.steps)
