@@ -25,6 +25,7 @@ from .rounds import interleave, timed
 SELECT, RETRIEVED, ENDS, MERGE = "select", "gather and attend", "sinks and window", "merge"
 PIECES = (SELECT, RETRIEVED, ENDS, MERGE)
 _PAGE_TOKENS = 256  # a chunk of the store
+_WIDENED_NUMBERS = 1 << 27  # keys of 128K tokens and 8 heads of 128: with values 1 GiB
 _OTHER_LAYERS_BYTES = 64 << 20  # read before each step, since the other layers leave nothing of this one in the caches
 
 
@@ -255,7 +256,7 @@ def _dense_ways(context: Context) -> dict[str, Callable[[int], Tensor]]:
     in memory, 32; with its own sharing of heads, and with the group as queries of one head.
     """
     ways: dict[str, Callable[[int], Tensor]] = {}
-    dtypes = [context.keys.dtype] + ([torch.float32] if context.keys.shape[1] <= 1 << 17 else [])
+    dtypes = [context.keys.dtype] + ([torch.float32] if context.keys.numel() <= _WIDENED_NUMBERS else [])
     for dtype in dtypes:
         keys, values, asked = (t.to(dtype) for t in (context.keys, context.values, context.queries))
         name = str(dtype).removeprefix("torch.")

@@ -61,14 +61,16 @@ def selectors(profile: Profile | None = None, *, names: Sequence[str] | None = N
     """
     known = {name: make for name, make in METHODS.items() if name != VQ}
     if profile is not None:
-        known = {**METHODS, VQ: _named(VQ, profile)}
+        known = {**METHODS, VQ: named(VQ, profile)}
     names = tuple(known) if names is None else names
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"selectors are {', '.join(unknown)}; expected some of {', '.join(known)}")
     return {name: known[name] for name in dict.fromkeys((EXACT, *names))}
 
 
-def _named(name: str, profile: Profile | None = None, **parameters: Any) -> Factory:
+def named(name: str, profile: Profile | None = None, **parameters: Any) -> Factory:
+    """A selector of `retrieval.catalog`, with parameters of its own."""
+
     def make(layer: int, shape: LayerShape, start: int) -> Selector:
         return selector_by_name(name, shape, layer, start=start, profile=profile, parameters=parameters)
 
@@ -81,16 +83,16 @@ def _cascade(_layer: int, shape: LayerShape, start: int) -> Selector:
 
 
 METHODS: Mapping[str, Factory] = {
-    EXACT: _named(EXACT),
-    RANDOM: _named(RANDOM),
-    "landmarks": _named("landmarks"),
-    "factor": _named("factor"),
+    EXACT: named(EXACT),
+    RANDOM: named(RANDOM),
+    "landmarks": named("landmarks"),
+    "factor": named("factor"),
     "landmarks+factor": _cascade,
-    VQ: _named(VQ),
-    "graph": _named("graph"),
-    "sketch": _named("sketch"),
-    "clusters": _named("clusters"),
-    "clusters, no rest": _named("clusters", estimated_ratio=0.0),
+    VQ: named(VQ),
+    "graph": named("graph"),
+    "sketch": named("sketch"),
+    "clusters": named("clusters"),
+    "clusters, no rest": named("clusters", estimated_ratio=0.0),
     "IVF": lambda _layer, shape, start: PerHeadSelector(shape, IvfIndex, name="IVF", start=start),
     "HNSW": lambda _layer, shape, start: PerHeadSelector(shape, HnswIndex, name="HNSW", start=start),
 }

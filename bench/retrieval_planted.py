@@ -20,10 +20,9 @@ from .decode_speed import DecodeSpeed, decode_speed
 from .graph_speed import planted_figures
 from .planted import planted
 from .report import Metric
-from .retrieval_methods import METHODS
+from .retrieval_methods import named
 
 LEAST_MASS = 0.95
-DECODED = ("landmarks", "sketch", "graph")
 SMALL_BUILD = ("graph",)  # decoded over two KV heads: graphs of all eight take minutes to build
 SINKS, WINDOW = 16, 256
 OUTLIER_TOKENS = 48 * 8  # ShadowKV's, for each KV head
@@ -122,10 +121,15 @@ def measure_planted(sizes: PlantedSizes, bar: Progress) -> PlantedFound:
         step(partial(planted_figures, large, queries=sizes.asked, ways=("graph", "ivf"))),
         step(partial(planted_figures, sizes.control, queries=sizes.asked, asking="like keys")),
     ]
+    decoded = {
+        "landmarks": named("landmarks"),
+        "sketch": named("sketch"),
+        "graph": named("graph", threads=torch.get_num_threads()),
+    }
     steps: list[DecodeSpeed] = []
     for tokens in sizes.pair:
-        for heads, names in ((sizes.kv_heads, set(DECODED) - set(SMALL_BUILD)), (min(2, sizes.kv_heads), SMALL_BUILD)):
-            ways = {name: partial(METHODS[name], 0) for name in DECODED if name in names}
+        for heads, is_small in ((sizes.kv_heads, False), (min(2, sizes.kv_heads), True)):
+            ways = {name: partial(make, 0) for name, make in decoded.items() if (name in SMALL_BUILD) == is_small}
             # of 16 bits, dense attention is several times as fast over bfloat16 as over float16
             contexts = partial(
                 planted, kv_heads=heads, group=QUERY_HEADS // 8, queries=sizes.steps, dtype=torch.bfloat16
