@@ -33,7 +33,7 @@ from .ruler import AGGREGATION
 from .tiers import Target
 
 TRAINED_TOKENS = 4096
-CONTEXTS = 5  # of a kind at `TRAINED_TOKENS`; fewer at longer ones, as their prefill takes longer
+CONTEXTS = 2  # of a kind at `TRAINED_TOKENS`, and one at longer ones: more would take hours, not half of one
 LONGEST_KINDS = (TEXT, "common_words")  # from `LONG_TOKENS` on, one context each: the model answers nothing there
 LONG_TOKENS = 16_384
 FULL_SIZES = (4096, 8192, 24_576)
@@ -140,7 +140,7 @@ def _scope(tokens: int, quick: bool) -> Scope:
         return Scope({tokens: 1}, ratios=QUICK_RATIOS, kinds=(TEXT, "multi_key", "common_words"))
     if tokens >= LONG_TOKENS:
         return Scope({tokens: 1}, kinds=LONGEST_KINDS)
-    return Scope({tokens: max(2, min(CONTEXTS, CONTEXTS * TRAINED_TOKENS**2 // tokens**2))})
+    return Scope({tokens: CONTEXTS if tokens <= TRAINED_TOKENS else 1})
 
 
 def _real_searches(

@@ -23,6 +23,7 @@ from kvloom.connectors.hf_model import TransformersModel
 from kvloom.connectors.hf_windows import string_windows, token_windows
 from kvloom.core import KVChunk
 from kvloom.errors import EngineError
+from kvloom.retrieval.code_ops import vq_scores
 from kvloom.retrieval.codebook import Codebook
 from kvloom.retrieval.selector import LayerShape
 from kvloom.retrieval.vq import VqIndex
@@ -248,7 +249,8 @@ def test_an_index_works_with_the_codebooks_of_the_profile() -> None:
     for book in (replace(books[0], centroids=unrotated), *books):  # the first without quantisation
         index = VqIndex(shape, book)
         index.add(keys[:, :336], values[:, :336])
-        scores.append(index._scores(queries[:, -1], 399))
+        table, edges = index._table(queries[:, -1], 399)
+        scores.append(vq_scores(table, index.packed, 336, edges=edges))
     errors = [float((found - scores[0]).square().mean() / scores[0].square().mean()) for found in scores[1:]]
     assert errors[0] < 0.5 * errors[1], errors  # those of another layer are of less use
 
