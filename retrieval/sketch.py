@@ -54,7 +54,7 @@ class SketchIndex:
         rank: int = 32,
         centroids: int = 4096,
         candidate_ratio: float = 0.12,
-        ratio_tokens: int = 1 << 17,
+        ratio_tokens: int = 1 << 19,
         candidates_a_token: float = 4.0,
         offset_tokens: int | None = None,
         pooling: Pooling = "max",
