@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -220,7 +221,8 @@ class KeySketch:
 
     def _latest_rows(self, importance: Tensor, count: int) -> Tensor:
         """The rows `[H, count]` of the most important codes; of the last code the latest tokens."""
-        sizes, order = self._counts, importance.argsort(dim=1, descending=True, stable=True)
+        # numpy sorts rows of a few thousand several times as fast; which of equal codes comes first does not matter
+        sizes, order = self._counts, torch.from_numpy(np.argsort(-importance.numpy(), axis=1))
         stops = sizes.cumsum(1).gather(1, order)
         sizes = sizes.gather(1, order)
         before = sizes.cumsum(1) - sizes
