@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -25,6 +24,7 @@ from .fusion import FULL, HOST_BYTES, NAIVE, PREFIX, Method, Score, blend, score
 from .models import load_model, token_counter
 from .page_cache import drop_page_cache
 from .report import BenchResult, Floats, Metric, output, paired_bootstrap, share_of_gap
+from .screen import screen_table
 from .workload import task_cases
 
 RATIOS = (0.01, 0.02, 0.05, 0.10, 0.15)
@@ -51,9 +51,8 @@ def run(*, quick: bool = False, model_dir: Path | None = None) -> BenchResult:
     console = output()
 
     def add(title: str, scores: Sequence[Score]) -> None:
-        table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for i, column in enumerate(("method", "TTFT ms", "speed-up", "computed", "exact", "gap closed", "KL nats")):
-            table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+        heads = ("method", "TTFT ms", "speed-up", "computed", "exact", "gap closed", "KL nats")
+        table = screen_table(title, heads)
         for s in scores:
             row, gap = s.summary(scores[0]), gap_closed(scores, s)
             rows.append({"table": title} | asdict(row) | {"gap_closed": asdict(gap)})
@@ -187,9 +186,7 @@ def _with_interval(metric: Metric) -> str:
 
 
 def _figures(metrics: Mapping[str, Metric]) -> Table:
-    table = Table(title="figures", title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for i, column in enumerate(("name", "value", "interval", "unit")):
-        table.add_column(column, justify="right" if i in (1, 2) else "left", no_wrap=True)
+    table = screen_table("figures", ("name", "value", "interval", "unit"), left=(0, 3))
     for name, m in metrics.items():
         interval = "" if m.low is None or m.high is None else f"{m.low:.3g} to {m.high:.3g}"
         table.add_row(name, f"{m.value:.3g}", interval, m.unit)

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from .. import __version__
 from ..compress.calibration import LAYER_FITS, LEFT_OUT
@@ -22,6 +20,7 @@ from ..connectors.hf_calibrate import calibrate, stage_units
 from ..connectors.hf_windows import SEQUENCE_TOKENS, SEQUENCES, STRINGS_RATIO, string_windows, token_windows
 from .models import load_model
 from .report import output
+from .screen import screen_table
 from .texts import read_texts
 
 _STAGES = {
@@ -94,9 +93,7 @@ def run_calibrate(options: CalibrateOptions) -> Profile:
 def _show(profile: Profile, path: Path, elapsed_s: float) -> None:
     console = output()
     title = f"profile of {profile.spec.model_id[:24]}"
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for i, column in enumerate(("for", "tensors", "bytes")):
-        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    table = screen_table(title, ("for", "tensors", "bytes"))
     kinds = Counter(name.partition(".")[0] for name in profile.tensors)
     for kind, count in sorted(kinds.items()):
         nbytes = sum(t.nbytes for name, t in profile.tensors.items() if name.partition(".")[0] == kind)

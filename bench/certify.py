@@ -7,10 +7,8 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from .. import __version__
 from ..compress.catalog import codec_by_name
@@ -26,6 +24,7 @@ from .models import load_model
 from .passages import load_heldout
 from .quality import KINDS, KNOWN_RATIO, Limits, Measurement, measure, task_trials
 from .report import output, write_text
+from .screen import screen_table
 from .sparse import through_retrieval
 from .texts import read_texts
 
@@ -161,9 +160,7 @@ def _kinds(tasks: Sequence[str]) -> Sequence[str]:
 def _show(name: str, certificate: Certificate, found: Measurement) -> None:
     console = output()
     title = f"{name} on {certificate.model_id[:24]}"
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for i, column in enumerate(("loss", "value", "95 % interval", "limit", "")):
-        table.add_column(column, justify="left" if i in (0, 4) else "right", no_wrap=True)
+    table = screen_table(title, ("loss", "value", "95 % interval", "limit", ""), left=(0, 4))
     for what, figure in certificate.figures.items():
         table.add_row(what.replace("_", " "), *_cells(figure))
     console.print(table)

@@ -13,10 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table as ScreenTable
 
 from ..compress.catalog import codec_by_name
 from ..compress.lowrank import LowRankCodec
@@ -46,7 +44,8 @@ from .quality import KINDS
 from .reference.outliers import inject_outliers
 from .report import BenchResult, Metric, output, write_text
 from .rounds import Comparison
-from .tiers import Target
+from .screen import show
+from .targets import Target, target_table
 
 ABLATED_BITS = 3
 RAW = "raw"
@@ -149,12 +148,10 @@ def run(*, quick: bool = False, folder: Path | None = None, report: Path | None 
         _loss_table(stressed, "the bundled model with outlier channels (stress)"),
         _rank_table(energy, quality),
         *map(_speed_table, speeds),
-        _target_table(metrics),
+        target_table(metrics, TARGETS),
     ]
     console = output()
-    for table in tables:
-        console.print(table.caption, style="bold")
-        console.print(_on_screen(table))
+    show(console, tables)
     console.print(MEANING, style="dim")
     if report is not None:
         plots = [_plot(quality, "the bundled model"), _plot(stressed, "the same with outlier channels (stress)")]
@@ -290,16 +287,6 @@ def _speed_table(comparison: Comparison) -> Table:
     return Table(heads, rows, f"{comparison.what}, chunks of {comparison.size_bytes >> 20} MiB in float16")
 
 
-def _target_table(metrics: Mapping[str, Metric]) -> Table:
-    rows: list[list[str | float | None]] = []
-    for target in TARGETS:
-        if target.metric in metrics:
-            value = metrics[target.metric].value
-            verdict = "reached" if target.reached(value) else "not reached"
-            rows.append([target.metric, f"{value:.4g}", f"{target.sign} {target.bound:g}", verdict])
-    return Table(["figure", "value", "wanted", ""], rows, "targets")
-
-
 def _plot(found: Sequence[Loss], title: str) -> Plot:
     series: dict[str, list[Point]] = {}
     for loss in found:
@@ -309,12 +296,3 @@ def _plot(found: Sequence[Loss], title: str) -> Plot:
         series.setdefault(family, []).append(Point(loss.bits, *(100 * max(v, floor) for v in (value, low, high))))
     lines = {name: sorted(points) for name, points in series.items()}
     return Plot("bits a number, everything counted", "perplexity increase, %", lines, title, log_y=True)
-
-
-def _on_screen(table: Table) -> ScreenTable:
-    screen = ScreenTable(box=SIMPLE_HEAD)
-    for i, column in enumerate(table.columns):
-        screen.add_column(column, justify="right" if i else "left", no_wrap=True)
-    for row in table.rows:
-        screen.add_row(*map(str, row))
-    return screen

@@ -10,10 +10,9 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table as ConsoleTable
+from rich.table import Table as ScreenTable
 
 from ..connectors.hf import TransformersConnector
 from ..connectors.hf_model import check_supported
@@ -26,6 +25,7 @@ from .models import load_model, token_counter
 from .page import Section, Table, html_report
 from .page_cache import drop_page_cache
 from .report import BenchResult, Metric, output, write_text
+from .screen import screen_table
 from .sweep import sweep
 from .workload import Case, question_cases, read_documents, task_cases
 
@@ -152,10 +152,8 @@ def _intro(cases: Sequence[Case]) -> str:
     return "Asked: " + "; ".join(f"{n} {_KINDS[kind]}" for kind, n in kinds.items())
 
 
-def _console_table(title: str, rows: Sequence[Summary]) -> ConsoleTable:
-    table = ConsoleTable(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for i, column in enumerate(_columns(rows)):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+def _console_table(title: str, rows: Sequence[Summary]) -> ScreenTable:
+    table = screen_table(title, _columns(rows))
     for row in rows:
         table.add_row(*_cells(row))
     return table

@@ -12,25 +12,24 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table as ScreenTable
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .contexts import SINK_TOKENS, WINDOW_TOKENS, ContextModel
 from .graph_speed import model_figures
 from .models import load_model
-from .page import Section, Table, html_report
+from .page import Section, html_report
 from .planted_tables import decode_table, key_bytes_table, real_search_table, search_plot, search_table
 from .report import BenchResult, Metric, output, write_text
 from .retrieval_methods import TEXT, learn, selectors
 from .retrieval_planted import FULL, QUICK, measure_planted
 from .retrieval_quality import ANSWER, QUESTION, Found, Scope, TaskTokens, measure
 from .retrieval_summary import pooled_loss, summaries
-from .retrieval_tables import answers_table, attention_table, builds_table, known_table, plots, target_table
+from .retrieval_tables import answers_table, attention_table, builds_table, known_table, plots
 from .ruler import AGGREGATION
-from .tiers import Target
+from .screen import show
+from .targets import Target, target_table
 
 TRAINED_TOKENS = 4096
 CONTEXTS = 2  # of a kind at `TRAINED_TOKENS`, and one at longer ones: more would take hours, not half of one
@@ -119,9 +118,7 @@ def run(*, quick: bool = False, sizes: Sequence[int] | None = None, report: Path
         target_table(metrics, TARGETS),
     ]
     console = output()
-    for table in tables:
-        console.print(table.caption, style="bold")
-        console.print(_on_screen(table))
+    show(console, tables)
     console.print(MEANING, style="dim")
     if report is not None:
         drawn = [*(plot for size in sizes for plot in plots(lines, size)), search_plot(planted)]
@@ -163,12 +160,3 @@ def _quality_metrics(found: Found) -> dict[str, Metric]:
             if lost is not None:
                 metrics[name + suffix] = Metric(*lost[0], unit="share", baseline=f"dense, {lost[1]} trials")
     return metrics
-
-
-def _on_screen(table: Table) -> ScreenTable:
-    screen = ScreenTable(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for i, column in enumerate(table.columns):
-        screen.add_column(column, justify="right" if i else "left", no_wrap=True)
-    for row in table.rows:
-        screen.add_row(*("" if value is None else str(value) for value in row))
-    return screen

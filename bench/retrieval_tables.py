@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from .page import Plot, Point, Table
-from .report import Metric
 from .retrieval_methods import EXACT, TEXT
 from .retrieval_quality import ANSWER, QUESTION, Build, Found
 from .retrieval_summary import GROUPS, TASKS, Interval, Summary
 from .ruler import AGGREGATION, KINDS, RULER_NAMES
-from .tiers import Target
 
 Row = list[str | float | None]
 
@@ -88,20 +86,6 @@ def builds_table(builds: Sequence[Build], layers: int) -> Table:
             rows.append([f"{tokens:,}", method, f"{built / len(own):.2f}", f"{built / prefilled:.2f}", f"{held:.0f}"])
     heads = ["tokens", "selector", "build, s", "x prefill", "bytes a token and layer"]
     return Table(heads, rows, "indexes of all layers of the bundled model, beside its dense prefill")
-
-
-def target_table(metrics: Mapping[str, Metric], targets: Sequence[Target]) -> Table:
-    rows: list[Row] = []
-    for target in targets:
-        wanted = f"{target.sign} {target.bound:g}"
-        metric = metrics.get(target.metric)
-        if metric is None or not math.isfinite(metric.value):
-            rows.append([target.metric, "-", "", wanted, "not measured"])
-            continue
-        interval = "" if metric.low is None or metric.high is None else f"{metric.low:.3g} to {metric.high:.3g}"
-        verdict = "reached" if target.reached(metric.value) else "not reached"
-        rows.append([target.metric, f"{metric.value:.4g}", interval, wanted, verdict])
-    return Table(["figure", "value", "interval", "wanted", ""], rows, "targets")
 
 
 BOUND = "exact, search not counted"

@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table as ScreenTable
 
 from ..kvstore.policy import POLICIES
 from .page import Plot, Point, Section, Table, html_report
 from .replay import belady_hits, read_trace, replay
 from .report import BenchResult, Metric, output, share_of_gap, write_text
+from .screen import show
 
 BLOCK_BYTES = 1 << 20  # what a block counts for without a codec; any figure gives the same hits
 BOUND = "belady"
@@ -104,9 +103,7 @@ def simulate(options: SimulateOptions) -> BenchResult:
     tables = _tables(hit_ratios, [*names, BOUND], options)
     console = output()
     console.print(f"{options.trace.name}: {len(requests):,} requests, {references:,} references to {unique:,} blocks")
-    for table in tables:
-        console.print(table.caption, style="bold")
-        console.print(_on_screen(table))
+    show(console, tables)
     console.print(MEANING, style="dim")
     if options.json:
         result.write(options.json)
@@ -136,21 +133,12 @@ def _tables(
     tables = []
     for codec_ratio in options.codec_ratios:
         found = {name: [hit_ratios[codec_ratio, c, name] for c in options.capacity_ratios] for name in names}
-        rows: list[list[str | float | None]] = [[name, *ratios] for name, ratios in found.items()]
+        rows = [[name, *(f"{ratio:.4f}" for ratio in ratios)] for name, ratios in found.items()]
         gaps = map(share_of_gap, found["lru"], found[BOUND], found["default"])
-        rows.append(["gap closed by default", *(gap if math.isfinite(gap) else None for gap in gaps)])
+        rows.append(["gap closed by default", *(f"{gap:.4f}" if math.isfinite(gap) else "-" for gap in gaps)])
         heads = [f"{capacity_ratio * 100:g} %" for capacity_ratio in options.capacity_ratios]
         tables.append(Table(["policy", *heads], rows, f"hit ratio by capacity, codec ratio {codec_ratio:g}"))
     return tables
-
-
-def _on_screen(table: Table) -> ScreenTable:
-    screen = ScreenTable(box=SIMPLE_HEAD)
-    for i, column in enumerate(table.columns):
-        screen.add_column(column, justify="right" if i else "left", no_wrap=True)
-    for name, *values in table.rows:
-        screen.add_row(str(name), *("-" if value is None else f"{value:.4f}" for value in values))
-    return screen
 
 
 def _plot(hit_ratios: dict[tuple[float, float, str], float], names: Sequence[str], options: SimulateOptions) -> Plot:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -27,6 +26,8 @@ from .peer import INSTALL, PeerError, find_python
 from .peer_speed import peer_speeds
 from .report import BenchResult, Metric, output
 from .rounds import Comparison, size_text, speed_table, time_text
+from .screen import screen_table, show
+from .targets import Target, target_table
 from .verification import COLD_VERIFY, WARM_VERIFY, overhead
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -73,20 +74,6 @@ QUICK = Sizes(
     calls=5,
     reopened=200,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What a figure should reach: more or equal, or less."""
-
-    metric: str
-    sign: str
-    bound: float
-
-    def reached(self, value: float) -> bool:
-        if self.sign == "<=":
-            return value <= self.bound
-        return value >= self.bound if self.sign == ">=" else value < self.bound
 
 
 TARGETS = (
@@ -234,7 +221,7 @@ def _show(
     console.print(_times_table(title, ("p50", "p99"), calls))
     openings = [(way, reopen.metric(way).value) for way in reopen.seconds]
     console.print(_times_table(f"opening a directory of {reopen.stored:,} chunks", ("median",), openings))
-    console.print(_targets_table(metrics))
+    show(console, [target_table(metrics, TARGETS)])
     ahead = {name: metric.value for name, metric in _against_alternatives(found).items() if metric.value < 1}
     for name, value in sorted(ahead.items(), key=lambda item: item[1]):
         console.print(f"Ahead of kvloom: {escape(name)} (kvloom reaches {value:.2f} of its speed)")
@@ -243,29 +230,8 @@ def _show(
     console.print(MEANING, style="dim")
 
 
-def _table(title: str, heads: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for i, head in enumerate(heads):
-        table.add_column(head, justify="right" if i else "left", no_wrap=True)
-    return table
-
-
 def _times_table(title: str, heads: Sequence[str], rows: Sequence[tuple[str, *tuple[float, ...]]]) -> Table:
-    table = _table(title, ("way", *heads))
+    table = screen_table(title, ("way", *heads))
     for way, *seconds in rows:
         table.add_row(way, *map(time_text, seconds))
-    return table
-
-
-def _targets_table(metrics: Mapping[str, Metric]) -> Table:
-    table = _table("targets", ("figure", "value", "p10 to p90", "wanted", "reached"))
-    for target in TARGETS:
-        wanted = f"{target.sign} {target.bound:g}"
-        metric = metrics.get(target.metric)
-        if metric is None:
-            table.add_row(target.metric, "-", "", wanted, "not measured")
-            continue
-        interval = "" if metric.low is None or metric.high is None else f"{metric.low:.3g} to {metric.high:.3g}"
-        verdict = "reached" if target.reached(metric.value) else "not reached"
-        table.add_row(target.metric, f"{metric.value:.3g}", interval, wanted, verdict)
     return table
