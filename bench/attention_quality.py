@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..retrieval.attention import attend
 from ..retrieval.selector import Selection, Selector
-from .contexts import SINK_TOKENS, WINDOW_TOKENS, Context, ContextModel, attend_chosen, pinned_rows
+from .contexts import SINK_TOKENS, WINDOW_TOKENS, Context, ContextModel, pinned_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +94,8 @@ class AttentionProbe:
         lost = step.covered_mass - (step.weights * chosen[:, None]).sum(-1)
         wanted = _marked(exact, len(self._context))
         recall = float((chosen & wanted).sum() / wanted.sum()) if bool(wanted.any()) else math.nan
-        out, _ = attend_chosen(
-            step.query, self._context, step.layer, step.pinned, step.visible, selection, self._model.shape.scale
+        out = self._context.attend(
+            step.query, step.layer, step.pinned, step.visible, selection, self._model.shape.scale
         )
         error = (out - step.out).norm(dim=-1) / step.out.norm(dim=-1)
         compared = selection.compared_keys / max(1, covered * self._model.shape.kv_heads)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..blend.attention import causal_attention
 from ..connectors.hf_model import TransformersModel
-from ..retrieval.attention import Partial, attend, attend_at, merge
+from ..retrieval.attention import attend, attend_selected
 from ..retrieval.selector import LayerShape, LearnsFromQueries, Selection, Selector
 
 SINK_TOKENS, WINDOW_TOKENS = 4, 32  # attended to exactly, and charged; scaled to contexts of some thousand tokens
@@ -37,6 +37,21 @@ class Context:
 
     def __len__(self) -> int:
         return self.keys.shape[2]
+
+    def attend(
+        self,
+        query: Tensor,
+        layer: int,
+        pinned: tuple[Tensor, Tensor],
+        visible: int,
+        selection: Selection,
+        scale: float,
+    ) -> Tensor:
+        """Attention's output for one token `[Hq, D]` over the first `visible` pinned rows, what was chosen, and the
+        estimate of the rest if there is one.
+        """
+        near = attend(query, pinned[0][:, :visible], pinned[1][:, :visible], scale=scale)
+        return attend_selected(query, near, self.keys[layer], self.values[layer], selection, scale=scale)[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +121,7 @@ class ContextModel:
             for t, position in enumerate(positions.tolist()):
                 visible = pinned[0].shape[1] - len(ids) + t + 1
                 selection = selector.select(queries[:, t], position, budget)
-                part = attend_chosen(queries[:, t], context, layer, pinned, visible, selection, self.shape.scale)
-                outs.append(part[0])
+                outs.append(context.attend(queries[:, t], layer, pinned, visible, selection, self.shape.scale))
                 reads[t] += self.reads(selection, visible, values.shape[-1])
             hidden = self.layers.finish(layer, hidden, torch.stack(outs, dim=1).to(hidden.dtype))
         return hidden, reads
@@ -141,26 +155,6 @@ def pinned_rows(
         ends = [whole[layer, :, :SINK_TOKENS], whole[layer, :, len(context) - WINDOW_TOKENS :]]
         both.append(torch.cat([*ends, *([] if tail is None else [tail[layer]]), own], dim=1))
     return both[0], both[1]
-
-
-def attend_chosen(
-    query: Tensor,
-    context: Context,
-    layer: int,
-    pinned: tuple[Tensor, Tensor],
-    visible: int,
-    selection: Selection,
-    scale: float,
-) -> Partial:
-    """Attention of one token `[Hq, D]` over the first `visible` pinned rows, what was chosen, and the estimate of the
-    rest if there is one.
-    """
-    parts = [attend(query, pinned[0][:, :visible], pinned[1][:, :visible], scale=scale)]
-    if selection.ids.shape[1]:
-        parts.append(attend_at(query, context.keys[layer], context.values[layer], selection.ids, scale=scale))
-    if selection.rest is not None:
-        parts.append(selection.rest)
-    return merge(parts)
 
 
 def fill(selector: Selector, context: Context, layer: int) -> Selector:

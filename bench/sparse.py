@@ -9,7 +9,7 @@ from ..connectors.hf_decoding import layer_shape
 from ..connectors.hf_model import TransformersModel
 from ..connectors.hf_retrieval import CHUNK_TOKENS, Retrieval
 from ..core import KVChunk
-from ..retrieval.attention import attend, attend_at, merge
+from ..retrieval.attention import attend, attend_selected
 from ..retrieval.selector import LearnsFromQueries
 from .forcing import QUERIES, QUERY_POSITIONS, Way, as_it_is
 
@@ -43,13 +43,11 @@ def through_retrieval(retrieval: Retrieval, layers: TransformersModel) -> Way:
                     selector.build()
                     is_built = True
             query = queries[:, place]
-            near = _near(keys, values, start, stop, position)
-            parts = [attend(query, *near, scale=shape.scale)]
+            part = attend(query, *_near(keys, values, start, stop, position), scale=shape.scale)
             if budget := retrieval.budget(len(selector)):
                 chosen = selector.select(query, position, budget)
-                parts.append(attend_at(query, keys, values, chosen.ids, scale=shape.scale))
-                parts += [] if chosen.rest is None else [chosen.rest]
-            out[:, place] = merge(parts)[0].to(out.dtype)
+                part = attend_selected(query, part, keys, values, chosen, scale=shape.scale)
+            out[:, place] = part[0].to(out.dtype)
         return out
 
     name, parameters = retrieval.form[0], retrieval.fields

@@ -9,22 +9,19 @@ bytes read and its own width written, past the caches, which could not hold a ch
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..core import Memory
 from .dequantise import Codes, Grid, Rotation, beyond, fresh
 from .lanes import LANES, load, look_up, part, settle, spread, store, stream, widen
+from .machine_code import compiled
 from .slots import high_bits
-
-_R = TypeVar("_R")
 
 _BYTES_PER_THREAD = 1 << 22  # starting a thread takes as long as making a quarter of this
 _MAX_LEVELS = 256
@@ -93,14 +90,7 @@ def _flat(tensor: Tensor) -> np.ndarray[Any, Any]:
     return tensor.contiguous().view(-1).numpy()
 
 
-def _compiled(function: Callable[..., _R]) -> Callable[..., _R]:
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # numba found no folder that it may write machine code to
-        return njit(nogil=True)(function)
-
-
-@_compiled
+@compiled()
 def _decode_layers(
     start: Any,
     stop: Any,
@@ -202,12 +192,12 @@ def _decode_layers(
     return wrong
 
 
-@_compiled
+@compiled()
 def _put(token: Any, at: Any, table: Any, codes: Any, scale: Any, zero: Any, channel: Any) -> None:
     store(token, at, look_up(table, codes) * load(scale, channel) + load(zero, channel))
 
 
-@_compiled
+@compiled()
 def _unpack(packed: Any, plane: Any, bits: Any, padded: Any, numbers: Any) -> None:
     """The codes of a row whose bytes begin at `plane`, whatever their number and width."""
     shift = _u(0)
@@ -228,7 +218,7 @@ def _unpack(packed: Any, plane: Any, bits: Any, padded: Any, numbers: Any) -> No
         shift += width
 
 
-@_compiled
+@compiled()
 def _turn(token: Any, row: Any, half: Any, cos: Any, sin: Any, angle: Any, turning: Any) -> None:
     """Rotates the pairs of a row in place."""
     if turning == 1:

@@ -9,6 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from .selector import Selection
+
 Partial: TypeAlias = tuple[Tensor, Tensor]
 """Output `[Hq, Dv]` and log-sum-exp of the scores `[Hq]`, both float32; of no token: zeros and -inf."""
 
@@ -42,6 +44,20 @@ def attend_at(queries: Tensor, keys: Tensor, values: Tensor, ids: Tensor, *, sca
     chosen_keys = keys.gather(1, rows.expand(-1, -1, keys.shape[-1]))
     chosen_values = values.gather(1, rows.expand(-1, -1, values.shape[-1]))
     return attend(queries, chosen_keys, chosen_values, scale=scale, visible=ids >= 0)
+
+
+def attend_selected(
+    queries: Tensor, near: Partial, keys: Tensor, values: Tensor, selection: Selection, *, scale: float
+) -> Partial:
+    """Attention over `near` (sinks, window), what a selector chose of a context `[H, S, D]`, `[H, S, Dv]`, and its
+    estimate of the rest if it made one: the three share no token.
+    """
+    parts = [near]
+    if selection.ids.shape[1]:
+        parts.append(attend_at(queries, keys, values, selection.ids, scale=scale))
+    if selection.rest is not None:
+        parts.append(selection.rest)
+    return merge(parts)
 
 
 def merge(parts: Sequence[Partial]) -> Partial:

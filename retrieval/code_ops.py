@@ -11,13 +11,12 @@ of all bands but the first, ascending, and code c of band b of B counts as code 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from types import ModuleType
 from typing import get_args
 
 import torch
 from torch import Tensor
 
+from .ops import compiled_for_cpu
 from .selector import Pooling
 
 CODE_BITS = (12, 16)
@@ -75,7 +74,7 @@ def code_counts(packed: Tensor, tokens: int, codes: int, *, bits: int = 12, edge
 
         with torch.cuda.device(packed.device):
             counts = code_ops_triton.code_counts(packed, bits, tokens, edges)
-    elif (kernel := _compiled_for_cpu()) is not None:
+    elif (kernel := compiled_for_cpu("code_ops_numba")) is not None:
         counts = kernel.code_counts(packed, bits, tokens, edges)
     else:
         found = in_bands(unpack_codes(packed, bits, tokens), 1 << bits, edges)
@@ -112,7 +111,7 @@ def vq_scores(table: Tensor, packed: Tensor, tokens: int, *, bits: int = 12, edg
 
         with torch.cuda.device(packed.device):
             return code_ops_triton.vq_scores(table, packed, bits, tokens, edges)
-    kernel = _compiled_for_cpu()
+    kernel = compiled_for_cpu("code_ops_numba")
     if kernel is not None:
         scores: Tensor = kernel.vq_scores(table, packed, bits, tokens, edges)
         return scores
@@ -184,7 +183,7 @@ def vq_select(
 
         with torch.cuda.device(packed.device):
             return code_ops_triton.vq_select(importance.float(), packed, bits, tokens, counts, budget, edges)
-    kernel = _compiled_for_cpu()
+    kernel = compiled_for_cpu("code_ops_numba")
     if kernel is not None:
         ids: Tensor = kernel.vq_select(importance.float(), packed, bits, tokens, counts, budget, edges)
         return ids
@@ -235,13 +234,3 @@ def _check_table(table: Tensor, packed: Tensor, bits: int, tokens: int, edges: S
     _check(packed, bits, tokens, table.shape[1], edges)
     if table.shape[0] % packed.shape[0]:
         raise ValueError(f"{table.shape[0]} query heads cannot share {packed.shape[0]} KV heads evenly")
-
-
-@lru_cache(maxsize=1)
-def _compiled_for_cpu() -> ModuleType | None:
-    # numba takes a second to import, and only who selects needs it
-    try:
-        from . import code_ops_numba
-    except ImportError:
-        return None
-    return code_ops_numba

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .rows import Rows
 from .selector import LayerShape, Pooling, Selection, pooled, top_ids
 
 
@@ -18,23 +19,22 @@ class FlatIndex:
 
     def __init__(self, dim: int) -> None:
         self.dim = dim
-        self._pieces: list[Tensor] = []
+        self._rows = Rows()
+        self._rows.add(torch.empty(0, dim))
 
     def __len__(self) -> int:
-        return sum(map(len, self._pieces))
+        return len(self._rows)
 
     def add(self, keys: Tensor) -> None:
         """`[T, D]`, copied."""
         if keys.ndim != 2 or keys.shape[1] != self.dim:
             raise ValueError(f"keys are {list(keys.shape)}; expected [T, {self.dim}]")
-        self._pieces.append(keys.float().clone())
+        self._rows.add(keys)
 
     @property
     def keys(self) -> Tensor:
         """All of them, `[T, D]` float32."""
-        if len(self._pieces) != 1:
-            self._pieces = [torch.cat(self._pieces) if self._pieces else torch.empty(0, self.dim)]
-        return self._pieces[0]
+        return self._rows.all
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k largest inner products, exactly; see `KeyIndex`."""
@@ -60,10 +60,11 @@ class ExactSelector:
 
     def __init__(self, shape: LayerShape, *, start: int = 0, pooling: Pooling = "max") -> None:
         self.shape, self.start, self._pooling = shape, start, pooling
-        self._heads = [FlatIndex(shape.head_dim) for _ in range(shape.kv_heads)]
+        self._keys = Rows(dim=1)
+        self._keys.add(torch.empty(shape.kv_heads, 0, shape.head_dim))
 
     def __len__(self) -> int:
-        return len(self._heads[0])
+        return len(self._keys)
 
     @property
     def held_bytes(self) -> int:
@@ -71,12 +72,11 @@ class ExactSelector:
 
     def add(self, keys: Tensor, values: Tensor) -> None:
         self.shape.check_keys(keys)
-        for head, of_head in zip(self._heads, keys, strict=True):
-            head.add(of_head)
+        self._keys.add(keys)
 
     def select(self, queries: Tensor, position: int, budget: int) -> Selection:
         self.shape.check_query(queries, budget)
-        keys = torch.stack([head.keys for head in self._heads])
+        keys = self._keys.all
         grouped = queries.float().view(self.shape.kv_heads, self.shape.group, -1)
         scores = (grouped @ keys.mT).flatten(0, 1) * self.shape.scale
         ids = top_ids(pooled(scores, self.shape, self._pooling), budget, self.start)

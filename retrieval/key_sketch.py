@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from ..compress.vq_fit import MAX_CENTROIDS, banded_moment, fit_codebook, metric
 from ..core import rotate_pairs
 from ..errors import CodecError
 from .code_ops import code_importance
-from .ops import gather_scores, landmark_scores
+from .ops import landmark_scores, run_scores
 from .rows import Rows
 from .selector import LayerShape, Pooling
 
@@ -25,6 +26,13 @@ _PIECE_TOKENS = 1 << 15
 _TAIL_RATIO = 1 / 16  # of the sorted rows: then the tail is sorted in, which costs each token 17 moves on average
 _HALF = 65504.0
 _PARTS = ("mean", "keys", "queries", "centroids", "counts", "rows", "tokens", "tail", "band")
+
+
+class Runs(NamedTuple):
+    """Rows `[first, first + count)` of each head, run by run: `[H, R]` int64 both."""
+
+    firsts: Tensor
+    counts: Tensor
 
 
 class KeySketch:
@@ -130,7 +138,7 @@ class KeySketch:
         if self._rows.shape[1] and len(self._tail) > _TAIL_RATIO * self._rows.shape[1]:
             self._sort()
 
-    def search(self, queries: Tensor, position: int, candidates: int, pooling: Pooling) -> tuple[Tensor, Tensor, int]:
+    def search(self, queries: Tensor, position: int, candidates: int, pooling: Pooling) -> tuple[Tensor, Runs, int]:
         """Scores of the `candidates` sorted tokens whose codes matter most to each KV head, and of all of the tail.
 
         Parameters
@@ -139,7 +147,7 @@ class KeySketch:
 
         Returns
         -------
-        Scaled scores `[Hq, K + tail]` float32, the rows of the first K `[H, K]` for `tokens_of`, and bytes read.
+        Scaled scores `[Hq, K + tail]` float32, the rows of the first K for `tokens_of`, and bytes read.
         """
         small, shift = self._asked(queries, position)
         scale, count = self.shape.scale, min(candidates, self.sorted_tokens)
@@ -148,21 +156,25 @@ class KeySketch:
             table = landmark_scores(small, self.centroids, scale=scale)
             rows = self._latest_rows(code_importance(table, self._counts, pooling=pooling), count)
         else:
-            rows = torch.arange(count).expand(len(self.keys), -1).contiguous()
-        scores = gather_scores(small, self._rows, rows, scale=scale)
+            rows = Runs(torch.zeros(len(self.keys), 1, dtype=torch.int64), torch.full((len(self.keys), 1), count))
+        scores = run_scores(small, self._rows, rows.firsts, rows.counts, scale=scale)
         if len(self._tail):
             scores = torch.cat((scores, landmark_scores(small, self._tail.all, scale=scale)), 1)
-        return scores.add_(shift[:, None] * scale), rows, read + rows.numel() * 2 * self.rank
+        return scores.add_(shift[:, None] * scale), rows, read + len(self.keys) * count * 2 * self.rank
 
-    def tokens_of(self, columns: Tensor, rows: Tensor) -> Tensor:
+    def tokens_of(self, columns: Tensor, rows: Runs) -> Tensor:
         """Tokens, counted from `start`, of columns `[H, K]` of what `search` gave with these `rows`; later columns are
         of the tokens behind the tail.
         """
-        count = rows.shape[1]
+        ends = rows.counts.cumsum(1)
+        count = int(ends[0, -1])
         behind = columns - count + self.sorted_tokens
         if not count:
             return behind
-        found = self._tokens.gather(1, rows.gather(1, columns.clamp(max=count - 1)))
+        inside = columns.clamp(max=count - 1)
+        number = torch.searchsorted(ends, inside, right=True)
+        row = inside + (rows.firsts + rows.counts - ends).gather(1, number)
+        found = self._tokens.gather(1, row)
         return torch.where(columns < count, found.long(), behind)
 
     def state(self) -> dict[str, Tensor]:
@@ -219,16 +231,16 @@ class KeySketch:
         grouped = far.view(len(self.mean), -1, far.shape[1])
         return (grouped @ self.queries).flatten(0, 1), (grouped @ self.mean[..., None]).flatten()
 
-    def _latest_rows(self, importance: Tensor, count: int) -> Tensor:
-        """The rows `[H, count]` of the most important codes; of the last code the latest tokens."""
+    def _latest_rows(self, importance: Tensor, count: int) -> Runs:
+        """The rows, `count` for each head, of the most important codes; of the last code the latest tokens."""
         # numpy sorts rows of a few thousand several times as fast; which of equal codes comes first does not matter
         sizes, order = self._counts, torch.from_numpy(np.argsort(-importance.numpy(), axis=1))
         stops = sizes.cumsum(1).gather(1, order)
         sizes = sizes.gather(1, order)
         before = sizes.cumsum(1) - sizes
         taken = torch.minimum((count - before).clamp_(min=0), sizes)
-        firsts = (stops - taken - before).flatten().repeat_interleave(taken.flatten(), output_size=len(sizes) * count)
-        return firsts.view(len(sizes), count) + torch.arange(count)
+        codes = int((before < count).sum(1).max())  # that some head needs
+        return Runs((stops - taken)[:, :codes], taken[:, :codes])
 
     def _sort(self) -> None:
         """Codes the tail and sorts it in; tokens of a code ascend."""

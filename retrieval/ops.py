@@ -6,7 +6,8 @@ installed, otherwise to torch. `vq_scores` and its like are in code_ops.py.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
+from importlib import import_module
 from types import ModuleType
 from typing import get_args
 
@@ -79,6 +80,37 @@ def gather_scores(queries: Tensor, rows: Tensor, ids: Tensor, *, scale: float) -
     chosen = rows.gather(1, ids.clamp(min=0)[..., None].expand(-1, -1, rows.shape[2]))
     found = landmark_scores(queries, chosen, scale=scale).view(rows.shape[0], -1, ids.shape[1])
     return found.masked_fill_((ids < 0)[:, None], -torch.inf).flatten(0, 1)
+
+
+def run_scores(queries: Tensor, rows: Tensor, firsts: Tensor, counts: Tensor, *, scale: float) -> Tensor:
+    """`gather_scores` of rows that lie side by side: of runs `[first, first + count)`, one behind the other.
+
+    Parameters
+    ----------
+    queries, rows : as for `gather_scores`.
+    firsts, counts : `[H, R]` int64; each head's counts come to the same K.
+
+    Returns
+    -------
+    `[Hq, K]` float32.
+    """
+    _check_rows(queries, rows, "rows")
+    H, S, _ = rows.shape
+    if firsts.shape != counts.shape or firsts.ndim != 2 or firsts.shape[0] != H:
+        raise ValueError(f"runs are {list(firsts.shape)} and {list(counts.shape)}; expected [{H}, R] twice")
+    if bool(((firsts < 0) | (counts < 0) | (firsts + counts > S)).any()):
+        raise ValueError(f"runs reach beyond {S} rows")
+    ends = counts.cumsum(1)
+    count = int(ends[0, -1]) if ends.shape[1] else 0
+    if bool((ends[:, -1:] != count).any()):
+        raise ValueError(f"runs come to {ends[:, -1].tolist()} rows; expected as many for each KV head")
+    kernel = None if queries.is_cuda else compiled_for_cpu()
+    if kernel is not None and count:
+        scores: Tensor = kernel.run_scores(queries, rows, firsts, ends, count, scale)
+        return scores
+    offsets = (firsts - ends + counts).flatten().repeat_interleave(counts.flatten(), output_size=H * count)
+    ids = offsets.view(H, count) + torch.arange(count, device=offsets.device)
+    return gather_scores(queries, rows, ids, scale=scale)
 
 
 def top_pooled(scores: Tensor, kv_heads: int, k: int, *, pooling: Pooling = "max") -> Tensor:
@@ -216,15 +248,14 @@ def check_ids(ids: Tensor, kv_heads: int, tokens: int) -> None:
             raise ValueError(f"ids reach from {low} to {high}; expected tokens of [0, {tokens}), or -1")
 
 
-@lru_cache(maxsize=1)
-def compiled_for_cpu() -> ModuleType | None:
-    """ops_numba.py, or None where numba is not installed."""
+@cache
+def compiled_for_cpu(kernels: str = "ops_numba") -> ModuleType | None:
+    """A file of compiled kernels that lies beside this one, or None where numba is not installed."""
     # numba takes a second to import, and only who attends needs it
     try:
-        from . import ops_numba
+        return import_module(f".{kernels}", __package__)
     except ImportError:
         return None
-    return ops_numba
 
 
 def _check_rows(queries: Tensor, rows: Tensor, name: str, width: int | None = None) -> None:

@@ -78,6 +78,18 @@ def gather_scores(queries: Tensor, rows: Tensor, ids: Tensor, scale: float) -> T
     return scores
 
 
+def run_scores(queries: Tensor, rows: Tensor, firsts: Tensor, ends: Tensor, count: int, scale: float) -> Tensor:
+    """See ops.py; all runs lie in the rows. `ends` `[H, R]`: how many rows there are up to the end of each run."""
+    (Hq, _), H = queries.shape, len(rows)
+    scores = torch.empty(Hq, count)
+    blocks = max(1, -(-count // 4096))
+    run(
+        _score_runs, _grouped(queries, H, scale), queries.shape[1], *places(rows), KINDS[rows.dtype], blocks,
+        firsts.contiguous().numpy(), ends.contiguous().numpy(), scores.numpy().reshape(H, Hq // H, count),
+    )  # fmt: skip
+    return scores
+
+
 def top_pooled(scores: Tensor, kv_heads: int, k: int, pooling: str) -> Tensor:
     """See ops.py; k is above 0 and below N."""
     ids = torch.empty(kv_heads, k, dtype=torch.int64)
@@ -272,6 +284,44 @@ def _score_ids(
         _score_ids_block(
             queries[h], dim, _u(address) + _u(h) * _u(head_step), _u(step), kind, ids[h], K * block // blocks,
             K * (block + 1) // blocks, scores[h],
+        )  # fmt: skip
+
+
+@compiled()
+def _score_runs_block(
+    queries: Any, dim: Any, address: Any, step: Any, kind: Any, firsts: Any, ends: Any, start: Any, stop: Any,
+    scores: Any,
+) -> None:  # fmt: skip
+    D, found = _u(dim), np.empty(_ROWS * _ROWS, np.float32)
+    padded = (D + _u(LANES - 1)) // _u(LANES) * _u(LANES)
+    rows = np.zeros(_u(_ROWS) * padded, np.float32)
+    r = np.searchsorted(ends, start, side="right")
+    begin = ends[r - 1] if r else 0
+    at, end = address + _u(firsts[r] + start - begin) * step, ends[r]
+    for n in range(start, stop, _ROWS):
+        some = min(_ROWS, stop - n)
+        for i in range(some):
+            while n + i >= end:
+                r += 1
+                at, end = address + _u(firsts[r]) * step, ends[r]
+                if r + 1 < len(ends):
+                    prefetch(address + _u(firsts[r + 1]) * step)
+            widen(at, kind, D, rows, _u(i) * padded)
+            at += step
+        _dots(queries, padded, rows, padded, found, scores, _u(n), _u(some))
+
+
+@compiled(parallel=True)
+def _score_runs(
+    queries: Any, dim: Any, address: Any, head_step: Any, step: Any, kind: Any, blocks: Any, firsts: Any, ends: Any,
+    scores: Any,
+) -> None:  # fmt: skip
+    K = scores.shape[2]
+    for part in prange(len(queries) * blocks):
+        h, block = part // blocks, part % blocks
+        _score_runs_block(
+            queries[h], dim, _u(address) + _u(h) * _u(head_step), _u(step), kind, firsts[h], ends[h],
+            K * block // blocks, K * (block + 1) // blocks, scores[h],
         )  # fmt: skip
 
 

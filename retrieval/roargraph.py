@@ -106,13 +106,7 @@ class RoarGraphIndex:
 
     def observe(self, queries: Tensor, positions: Tensor) -> None:
         """See `LearnsFromQueries`. One in `keep_every` is copied and kept until `build`."""
-        shape = self.shape
-        if queries.ndim != 3 or queries.shape[0] != shape.query_heads or queries.shape[2] != shape.head_dim:
-            raise ValueError(f"queries are {list(queries.shape)}; expected [{shape.query_heads}, Q, {shape.head_dim}]")
-        if positions.shape != queries.shape[1:2]:
-            raise ValueError(f"positions are {list(positions.shape)}; expected [{queries.shape[1]}]")
-        if not bool(queries.isfinite().all()):
-            raise ValueError("queries are not finite; the context they come from cannot be searched")
+        self.shape.check_observed(queries, positions)
         every = self.settings.keep_every
         first = -self._seen % every
         self._seen += len(positions)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from .roargraph_numba import DEGREE, NO_EDGE, compiled, edge, into_beam, set_edge
+from .roargraph_numba import DEGREE, NO_EDGE, edge, into_beam, set_edge
+from .rows_numba import compiled
 
 
-@compiled
+@compiled()
 def _distance(table, a, b):  # type: ignore[no-untyped-def]
     total = np.float32(0.0)
     for d in range(table.shape[1]):
@@ -16,7 +17,7 @@ def _distance(table, a, b):  # type: ignore[no-untyped-def]
     return total
 
 
-@compiled
+@compiled()
 def nearest_rows(scores, limits, first, ids, best, margin, closest):  # type: ignore[no-untyped-def]
     """The highest of each row of scores, and for each column the row that it came closest to.
 
@@ -63,7 +64,7 @@ def nearest_rows(scores, limits, first, ids, best, margin, closest):  # type: ig
             closest[j] = number if better else closest[j]
 
 
-@compiled
+@compiled()
 def invert(lists, best, keys, kept):  # type: ignore[no-untyped-def]
     """For each of the first `keys` keys the `kept` queries that rank it best: `[keys, kept]` int32, -1 pads.
 
@@ -83,7 +84,7 @@ def invert(lists, best, keys, kept):  # type: ignore[no-untyped-def]
     return found
 
 
-@compiled
+@compiled()
 def project_edges(table, lists, found, closest, starts, attached, forward, occlusion, edges, gaps):  # type: ignore[no-untyped-def]
     """Each key's edges to what the queries that it is the pivot of find beside it.
 
@@ -158,7 +159,7 @@ def project_edges(table, lists, found, closest, starts, attached, forward, occlu
             gaps[key, slot] = lengths[taken[slot]] if slot < size else np.inf
 
 
-@compiled
+@compiled()
 def reverse_edges(edges, gaps):  # type: ignore[no-untyped-def]
     """Adds the reverse of edges where there is room, shortest first."""
     keys, forward = gaps.shape
@@ -185,7 +186,7 @@ def reverse_edges(edges, gaps):  # type: ignore[no-untyped-def]
                 n += 1
 
 
-@compiled
+@compiled()
 def reverse_into(edges, first, forward):  # type: ignore[no-untyped-def]
     """The reverse of the edges of the nodes from `first` on, into what stood there before: over one of the reverse
     edges, in turn, where there is no room. What that cuts off, `connect` links again.
@@ -205,7 +206,7 @@ def reverse_into(edges, first, forward):  # type: ignore[no-untyped-def]
             set_edge(edges, to, place, node)
 
 
-@compiled
+@compiled()
 def _has_edge(edges, node, to):  # type: ignore[no-untyped-def]
     found = False
     for slot in range(DEGREE):
@@ -213,7 +214,7 @@ def _has_edge(edges, node, to):  # type: ignore[no-untyped-def]
     return found
 
 
-@compiled
+@compiled()
 def connect(edges, entries):  # type: ignore[no-untyped-def]
     """Makes every node reachable from the entries, and returns how many were not.
 
@@ -262,7 +263,7 @@ def connect(edges, entries):  # type: ignore[no-untyped-def]
         tail += 1
 
 
-@compiled
+@compiled()
 def _give_slot(edges, node, to, parent):  # type: ignore[no-untyped-def]
     """Writes the edge into the last slot that may be had: a free one, or of an edge that nothing hangs on."""
     for slot in range(DEGREE - 1, -1, -1):

@@ -7,34 +7,22 @@ where it has fewer. None of the loops holds the interpreter's lock; the callers 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
 
 try:
-    from numba import njit, types
+    from numba import types
     from numba.extending import intrinsic
+
+    from .rows_numba import compiled
 except ImportError as exc:
     raise ImportError("graph search needs numba; install it with `pip install kvloom[retrieval]`") from exc
 
 DEGREE = 32
 EDGE_BYTES = 3
 NO_EDGE = (1 << 24) - 1
-
-
-# Sums in any order, so that they are vectorised; infinities keep their meaning.
-_HOW: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    made: Callable[..., Any]
-    try:
-        made = njit(cache=True, **_HOW)(function)
-    except RuntimeError:  # numba found no folder that it may write machine code to
-        made = njit(**_HOW)(function)
-    return made
 
 
 def _type_number(_typing: Any, rows: Any, i: Any) -> Any:
@@ -76,7 +64,7 @@ _number: Any = intrinsic(_type_number)
 _fetch_ahead: Any = intrinsic(_type_fetch_ahead)
 
 
-@compiled
+@compiled()
 def _dot(rows, row, queries, g, dim):  # type: ignore[no-untyped-def]
     total = np.float32(0.0)
     for d in range(dim):
@@ -84,19 +72,19 @@ def _dot(rows, row, queries, g, dim):  # type: ignore[no-untyped-def]
     return total
 
 
-@compiled
+@compiled()
 def edge(edges, node, slot):  # type: ignore[no-untyped-def]
     return np.int64(edges[node, slot, 0]) | np.int64(edges[node, slot, 1]) << 8 | np.int64(edges[node, slot, 2]) << 16
 
 
-@compiled
+@compiled()
 def set_edge(edges, node, slot, to):  # type: ignore[no-untyped-def]
     edges[node, slot, 0] = to & 0xFF
     edges[node, slot, 1] = (to >> 8) & 0xFF
     edges[node, slot, 2] = to >> 16
 
 
-@compiled
+@compiled()
 def _first_visit(visited, node):  # type: ignore[no-untyped-def]
     bit = np.uint64(1) << np.uint64(node & 63)
     if visited[node >> 6] & bit:
@@ -105,7 +93,7 @@ def _first_visit(visited, node):  # type: ignore[no-untyped-def]
     return True
 
 
-@compiled
+@compiled()
 def into_beam(scores, ids, g, size, score, node):  # type: ignore[no-untyped-def]
     """Place at which a node entered row g, of `size` nodes sorted by falling score; the row's length if it did not."""
     beam = scores.shape[1]
@@ -126,7 +114,7 @@ def into_beam(scores, ids, g, size, score, node):  # type: ignore[no-untyped-def
     return low
 
 
-@compiled
+@compiled()
 def search_graph(rows, dim, edges, entries, queries, scores, ids):  # type: ignore[no-untyped-def]
     """Best-first search for several queries at once, which share what has been visited.
 

@@ -9,15 +9,19 @@ from __future__ import annotations
 import platform
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import llvmlite.binding as llvm
 import numba
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from ..compress import machine_code
+
+_R = TypeVar("_R")
 
 LANES = 16
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -46,21 +50,9 @@ def run(kernel: Callable[..., None], *arguments: Any) -> None:
             numba.set_num_threads(before)
 
 
-def compiled(*, parallel: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: machine code, kept between processes where there is a folder for it.
-
-    What is kept knows its own file alone: after a change here, the files that import from here must be touched.
-    """
-    options: dict[str, Any] = {"nogil": True, "parallel": parallel, "fastmath": _FAST, "error_model": "numpy"}
-
-    def compile_one(function: Callable[..., Any]) -> Callable[..., Any]:
-        try:
-            kernel: Callable[..., Any] = njit(cache=True, **options)(function)
-        except RuntimeError:  # numba found no folder that it may write to
-            kernel = njit(**options)(function)
-        return kernel
-
-    return compile_one
+def compiled(*, parallel: bool = False) -> Callable[[Callable[..., _R]], Callable[..., _R]]:
+    """Decorator: machine code whose sums may be taken in any order."""
+    return machine_code.compiled(parallel=parallel, fastmath=_FAST, error_model="numpy")
 
 
 def _vector_at(builder: Any, address: Any, element: ir.Type, lanes: int) -> Any:

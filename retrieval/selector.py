@@ -51,6 +51,15 @@ class LayerShape:
         if budget < 0:
             raise ValueError(f"budget is {budget}; expected at least 0 tokens")
 
+    def check_observed(self, queries: Tensor, positions: Tensor) -> None:
+        """Raises `ValueError` for queries that are not `[Hq, Q, D]` floating and finite, or positions not `[Q]`."""
+        if queries.ndim != 3 or queries.shape[0] != self.query_heads or queries.shape[2] != self.head_dim:
+            raise ValueError(f"queries are {list(queries.shape)}; expected [{self.query_heads}, Q, {self.head_dim}]")
+        if positions.shape != queries.shape[1:2]:
+            raise ValueError(f"positions are {list(positions.shape)}; expected [{queries.shape[1]}]")
+        if not bool(queries.isfinite().all()):
+            raise ValueError("queries are not finite; the context they come from cannot be searched")
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Selection:

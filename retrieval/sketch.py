@@ -118,12 +118,7 @@ class SketchIndex:
         ValueError : other shapes, or numbers that are not finite.
         """
         shape = self.shape
-        if queries.ndim != 3 or queries.shape[0] != shape.query_heads or queries.shape[2] != shape.head_dim:
-            raise ValueError(f"queries are {list(queries.shape)}; expected [{shape.query_heads}, Q, {shape.head_dim}]")
-        if positions.shape != queries.shape[1:2]:
-            raise ValueError(f"positions are {list(positions.shape)}; expected [{queries.shape[1]}]")
-        if not bool(queries.isfinite().all()):
-            raise ValueError("queries are not finite; the context they come from cannot be searched")
+        shape.check_observed(queries, positions)
         plain = queries.float() if shape.rope is None else shape.rope.shift(queries.float(), -positions)
         grouped = plain.reshape(shape.kv_heads, -1, shape.head_dim)
         self._moments += (grouped.mT @ grouped).double()

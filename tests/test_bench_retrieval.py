@@ -99,18 +99,18 @@ class EstimatesRest(ExactSelector):
 
     def __init__(self, shape: LayerShape, *, start: int) -> None:
         super().__init__(shape, start=start)
-        self.values: Tensor | None = None
+        self.kept: tuple[Tensor, Tensor] | None = None
 
     def add(self, keys: Tensor, values: Tensor) -> None:
         super().add(keys, values)
-        self.values = values
+        self.kept = keys, values
 
     def select(self, queries: Tensor, position: int, budget: int) -> Selection:
         found = super().select(queries, position, budget)
-        keys = torch.stack([head.keys for head in self._heads])
+        assert self.kept is not None
+        keys, values = self.kept
         rest = torch.ones(keys.shape[:2], dtype=torch.bool).scatter_(1, found.ids - self.start, False)
-        assert self.values is not None
-        return replace(found, rest=attend(queries, keys, self.values, scale=self.shape.scale, visible=rest))
+        return replace(found, rest=attend(queries, keys, values, scale=self.shape.scale, visible=rest))
 
 
 def test_attention_along_the_dense_pass(model: ContextModel, parts: tuple[Context, Context, Context]) -> None:
