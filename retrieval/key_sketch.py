@@ -13,7 +13,7 @@ from ..compress.vq_fit import MAX_CENTROIDS, banded_moment, fit_codebook, metric
 from ..core import rotate_pairs
 from ..errors import CodecError
 from .code_ops import code_importance
-from .ops import landmark_scores, run_scores
+from .ops import TILE_TOKENS, landmark_scores, tile_scores, tiled, untiled
 from .rows import Rows
 from .selector import LayerShape, Pooling
 
@@ -68,12 +68,13 @@ class KeySketch:
     ) -> None:
         self.shape, self.start, self.band = shape, start, band
         self.mean, self.keys, self.queries, self.centroids = mean, keys, queries, centroids
+        self._turns = None if shape.rope is None else turns(shape.rope, [band])
         heads, _, self.rank = keys.shape
         self._counts = torch.zeros(heads, centroids.shape[1], dtype=torch.int64)
-        self._rows = torch.empty(heads, 0, self.rank, dtype=torch.float16)
+        self._tiles = torch.empty(heads, 0, self.rank, TILE_TOKENS, dtype=torch.float16)  # the sorted rows
         self._tokens = torch.empty(heads, 0, dtype=torch.int32)  # of each row, counted from `start`
         self._tail = Rows(1)
-        self._tail.add(self._rows)
+        self._tail.add(torch.empty(heads, 0, self.rank, dtype=torch.float16))
 
     @classmethod
     def of(
@@ -118,16 +119,16 @@ class KeySketch:
         return found
 
     def __len__(self) -> int:
-        return self._rows.shape[1] + len(self._tail)
+        return self.sorted_tokens + len(self._tail)
 
     @property
     def sorted_tokens(self) -> int:
-        return self._rows.shape[1]
+        return self._tokens.shape[1]
 
     @property
     def held_bytes(self) -> int:
         bases = self.mean.nbytes + self.keys.nbytes + self.queries.nbytes + self.centroids.nbytes
-        return bases + self._counts.nbytes + self._rows.nbytes + self._tokens.nbytes + self._tail.nbytes
+        return bases + self._counts.nbytes + self._tiles.nbytes + self._tokens.nbytes + self._tail.nbytes
 
     def add(self, keys: Tensor) -> None:
         """The next tokens' keys `[H, T, D]` after rotation. What is longer than 16 bits can say is cut to that."""
@@ -135,7 +136,7 @@ class KeySketch:
             at = self.start + len(self) + torch.arange(piece.shape[1])
             rows = (_unrotated(self.shape, piece, at) - self.mean[:, None]) @ self.keys
             self._tail.add(rows.clamp_(-_HALF, _HALF).half())
-        if self._rows.shape[1] and len(self._tail) > _TAIL_RATIO * self._rows.shape[1]:
+        if self.sorted_tokens and len(self._tail) > _TAIL_RATIO * self.sorted_tokens:
             self._sort()
 
     def search(self, queries: Tensor, position: int, candidates: int, pooling: Pooling) -> tuple[Tensor, Runs, int]:
@@ -157,7 +158,7 @@ class KeySketch:
             rows = self._latest_rows(code_importance(table, self._counts, pooling=pooling), count)
         else:
             rows = Runs(torch.zeros(len(self.keys), 1, dtype=torch.int64), torch.full((len(self.keys), 1), count))
-        scores = run_scores(small, self._rows, rows.firsts, rows.counts, scale=scale)
+        scores = tile_scores(small, self._tiles, rows.firsts, rows.counts, scale=scale)
         if len(self._tail):
             scores = torch.cat((scores, landmark_scores(small, self._tail.all, scale=scale)), 1)
         return scores.add_(shift[:, None] * scale), rows, read + len(self.keys) * count * 2 * self.rank
@@ -181,8 +182,8 @@ class KeySketch:
         """All of it as tensors; see `from_state`."""
         band = torch.tensor(self.band)
         parts = (
-            self.mean, self.keys, self.queries, self.centroids, self._counts, self._rows, self._tokens,
-            self._tail.all, band,
+            self.mean, self.keys, self.queries, self.centroids, self._counts,
+            untiled(self._tiles, self.sorted_tokens).contiguous(), self._tokens, self._tail.all, band,
         )  # fmt: skip
         return dict(zip(_PARTS, parts, strict=True))
 
@@ -218,16 +219,16 @@ class KeySketch:
         ):
             raise CodecError("key sketch does not hold each token once; index these tokens anew")
         found = cls(shape, mean, keys, queries, centroids, (int(band[0]), int(band[1])), start=start)
-        found._counts, found._rows, found._tokens = counts, rows.contiguous(), tokens
+        found._counts, found._tiles, found._tokens = counts, tiled(rows), tokens
         found._tail.add(tail)
         return found
 
     def _asked(self, queries: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """Queries `[Hq, r]` in the directions, and their product with the mean key `[Hq]`, without the scale."""
         far, rope = queries.float(), self.shape.rope
-        if rope is not None:
+        if rope is not None and self._turns is not None:
             plain = rope.shift(far[:, None], -position)
-            far = rotate_pairs(plain, *turns(rope, [self.band]), rope.interleaved)[:, 0]
+            far = rotate_pairs(plain, *self._turns, rope.interleaved)[:, 0]
         grouped = far.view(len(self.mean), -1, far.shape[1])
         return (grouped @ self.queries).flatten(0, 1), (grouped @ self.mean[..., None]).flatten()
 
@@ -244,20 +245,21 @@ class KeySketch:
 
     def _sort(self) -> None:
         """Codes the tail and sorts it in; tokens of a code ascend."""
-        heads, count, width = len(self.keys), self.centroids.shape[1], self._rows.shape[1]
+        heads, count, width = len(self.keys), self.centroids.shape[1], self.sorted_tokens
         tail, total = self._tail.all, len(self)
-        rows = torch.empty(heads, total, self.rank, dtype=torch.float16)
+        tiles = torch.empty(heads, -(-total // TILE_TOKENS), self.rank, TILE_TOKENS, dtype=torch.float16)
         tokens = torch.empty(heads, total, dtype=torch.int32)
         new = torch.arange(width, total, dtype=torch.int32)
         for h in range(heads):
             held = torch.arange(count).repeat_interleave(self._counts[h])
             codes = torch.cat((held, nearest(tail[h].float(), self.centroids[h].float())))
             order = codes.argsort(stable=True)
-            torch.index_select(torch.cat((self._rows[h], tail[h])), 0, order, out=rows[h])
+            rows = torch.cat((untiled(self._tiles[h : h + 1], width)[0], tail[h]))
+            tiles[h] = tiled(rows[order][None])[0]
             torch.index_select(torch.cat((self._tokens[h], new)), 0, order, out=tokens[h])
             self._counts[h] = torch.bincount(codes, minlength=count)
-        self._rows, self._tokens, self._tail = rows, tokens, Rows(1)
-        self._tail.add(rows[:, :0])
+        self._tiles, self._tokens, self._tail = tiles, tokens, Rows(1)
+        self._tail.add(tail[:, :0])
 
 
 def _unrotated(shape: LayerShape, keys: Tensor, positions: Tensor) -> Tensor:

@@ -82,35 +82,58 @@ def gather_scores(queries: Tensor, rows: Tensor, ids: Tensor, *, scale: float) -
     return found.masked_fill_((ids < 0)[:, None], -torch.inf).flatten(0, 1)
 
 
-def run_scores(queries: Tensor, rows: Tensor, firsts: Tensor, counts: Tensor, *, scale: float) -> Tensor:
-    """`gather_scores` of rows that lie side by side: of runs `[first, first + count)`, one behind the other.
+TILE_TOKENS = 16
+
+
+def tiled(rows: Tensor) -> Tensor:
+    """Rows `[H, S, r]` as tiles `[H, ceil(S / 16), r, 16]`, zeros where the last one has none: 16 tokens' numbers lie
+    side by side, so that one query is multiplied with all of them at once.
+    """
+    H, S, r = rows.shape
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, -S % TILE_TOKENS))
+    return padded.view(H, -1, TILE_TOKENS, r).transpose(2, 3).contiguous()
+
+
+def untiled(tiles: Tensor, tokens: int) -> Tensor:
+    """The rows `[H, tokens, r]` that `tiled` was given."""
+    return tiles.transpose(2, 3).flatten(1, 2)[:, :tokens]
+
+
+def tile_scores(queries: Tensor, tiles: Tensor, firsts: Tensor, counts: Tensor, *, scale: float) -> Tensor:
+    """Scores of tokens that lie side by side: of runs `[first, first + count)`, one behind the other.
 
     Parameters
     ----------
-    queries, rows : as for `gather_scores`.
+    queries : `[Hq, r]` floating.
+    tiles : of `tiled`, float16.
     firsts, counts : `[H, R]` int64; each head's counts come to the same K.
 
     Returns
     -------
     `[Hq, K]` float32.
     """
-    _check_rows(queries, rows, "rows")
-    H, S, _ = rows.shape
+    H = tiles.shape[0]
+    if tiles.ndim != 4 or tiles.shape[3] != TILE_TOKENS or tiles.dtype != torch.float16 or not tiles.is_contiguous():
+        raise ValueError(f"tiles are {tiles.dtype} {list(tiles.shape)}; expected float16 [H, N, r, {TILE_TOKENS}]")
+    if queries.ndim != 2 or queries.shape[1] != tiles.shape[2] or not H or queries.shape[0] % H:
+        raise ValueError(f"queries are {list(queries.shape)}; expected [Hq, {tiles.shape[2]}], Hq a multiple of {H}")
     if firsts.shape != counts.shape or firsts.ndim != 2 or firsts.shape[0] != H:
         raise ValueError(f"runs are {list(firsts.shape)} and {list(counts.shape)}; expected [{H}, R] twice")
-    if bool(((firsts < 0) | (counts < 0) | (firsts + counts > S)).any()):
-        raise ValueError(f"runs reach beyond {S} rows")
+    if bool(((firsts < 0) | (counts < 0) | (firsts + counts > tiles.shape[1] * TILE_TOKENS)).any()):
+        raise ValueError(f"runs reach beyond {tiles.shape[1]} tiles")
     ends = counts.cumsum(1)
     count = int(ends[0, -1]) if ends.shape[1] else 0
     if bool((ends[:, -1:] != count).any()):
-        raise ValueError(f"runs come to {ends[:, -1].tolist()} rows; expected as many for each KV head")
+        raise ValueError(f"runs come to {ends[:, -1].tolist()} tokens; expected as many for each KV head")
     kernel = None if queries.is_cuda else compiled_for_cpu()
     if kernel is not None and count:
-        scores: Tensor = kernel.run_scores(queries, rows, firsts, ends, count, scale)
+        scores: Tensor = kernel.tile_scores(queries, tiles, firsts, ends, count, scale)
         return scores
     offsets = (firsts - ends + counts).flatten().repeat_interleave(counts.flatten(), output_size=H * count)
     ids = offsets.view(H, count) + torch.arange(count, device=offsets.device)
-    return gather_scores(queries, rows, ids, scale=scale)
+    heads = torch.arange(H, device=ids.device)[:, None]
+    rows = tiles[heads, ids // TILE_TOKENS, :, ids % TILE_TOKENS]
+    return ((queries.float() * scale).view(H, -1, queries.shape[1]) @ rows.float().mT).flatten(0, 1)
 
 
 def top_pooled(scores: Tensor, kv_heads: int, k: int, *, pooling: Pooling = "max") -> Tensor:

@@ -13,9 +13,10 @@ from numba import prange
 from torch import Tensor
 
 from .ranks_numba import largest
-from .rows_numba import KINDS, LANES, compiled, copy_bytes, dots_of_four, exp_less, prefetch, run, widen
+from .rows_numba import KINDS, LANES, compiled, copy_bytes, dots_of_four, exp_less, prefetch, run, tile_of_four, widen
 
 _AHEAD = 12  # rows asked for before they are needed: about as many as a core has on their way at a time
+_TILES_AHEAD = 4  # the same for tiles of a run
 _ROWS = 4  # rows widened before they are multiplied, so that sums stay in registers for as long
 _LINE_BYTES = 64
 _u = np.uint64
@@ -78,14 +79,14 @@ def gather_scores(queries: Tensor, rows: Tensor, ids: Tensor, scale: float) -> T
     return scores
 
 
-def run_scores(queries: Tensor, rows: Tensor, firsts: Tensor, ends: Tensor, count: int, scale: float) -> Tensor:
-    """See ops.py; all runs lie in the rows. `ends` `[H, R]`: how many rows there are up to the end of each run."""
-    (Hq, _), H = queries.shape, len(rows)
+def tile_scores(queries: Tensor, tiles: Tensor, firsts: Tensor, ends: Tensor, count: int, scale: float) -> Tensor:
+    """See ops.py; all runs lie in the tiles. `ends` `[H, R]`: how many tokens there are up to the end of each run."""
+    Hq, (H, N, r, lanes) = queries.shape[0], tiles.shape
     scores = torch.empty(Hq, count)
     blocks = max(1, -(-count // 4096))
     run(
-        _score_runs, _grouped(queries, H, scale), queries.shape[1], *places(rows), KINDS[rows.dtype], blocks,
-        firsts.contiguous().numpy(), ends.contiguous().numpy(), scores.numpy().reshape(H, Hq // H, count),
+        _score_tiles, _grouped(queries, H, scale), r, tiles.data_ptr(), N * r * lanes * 2, blocks,
+        firsts.contiguous().numpy(), ends.contiguous().numpy(), Hq // H, scores.numpy().reshape(H, -1),
     )  # fmt: skip
     return scores
 
@@ -288,40 +289,49 @@ def _score_ids(
 
 
 @compiled()
-def _score_runs_block(
-    queries: Any, dim: Any, address: Any, step: Any, kind: Any, firsts: Any, ends: Any, start: Any, stop: Any,
-    scores: Any,
-) -> None:  # fmt: skip
-    D, found = _u(dim), np.empty(_ROWS * _ROWS, np.float32)
-    padded = (D + _u(LANES - 1)) // _u(LANES) * _u(LANES)
-    rows = np.zeros(_u(_ROWS) * padded, np.float32)
-    r = np.searchsorted(ends, start, side="right")
-    begin = ends[r - 1] if r else 0
-    at, end = address + _u(firsts[r] + start - begin) * step, ends[r]
-    for n in range(start, stop, _ROWS):
-        some = min(_ROWS, stop - n)
-        for i in range(some):
-            while n + i >= end:
-                r += 1
-                at, end = address + _u(firsts[r]) * step, ends[r]
-                if r + 1 < len(ends):
-                    prefetch(address + _u(firsts[r + 1]) * step)
-            widen(at, kind, D, rows, _u(i) * padded)
-            at += step
-        _dots(queries, padded, rows, padded, found, scores, _u(n), _u(some))
+def _score_tiles_block(
+    queries: Any, r: Any, address: Any, firsts: Any, ends: Any, start: Any, stop: Any, group: Any, scores: Any
+) -> None:
+    """`scores` are flat, a group's one query behind the other."""
+    rank, lanes, width = _u(r), _u(LANES), _u(len(scores) // group)
+    padded, tile_bytes = (rank + lanes - _u(1)) // lanes * lanes, rank * lanes * _u(2)
+    found = np.empty(_u(_ROWS) * lanes, np.float32)
+    n, number = start, np.searchsorted(ends, start, side="right")
+    while n < stop:
+        token = _u(firsts[number] + n - (ends[number - 1] if number else 0))
+        end = min(stop, ends[number])
+        if number + 1 < len(ends):
+            some = min(_u(_TILES_AHEAD), _u(ends[number + 1] - ends[number]) // lanes + _u(1))
+            _touch(address + _u(firsts[number + 1]) // lanes * tile_bytes, some * tile_bytes)
+        while n < end:
+            lane = token % lanes
+            some = min(lanes - lane, _u(end - n))
+            tile = address + token // lanes * tile_bytes
+            if np.int64(n) + _TILES_AHEAD * LANES < end:
+                _touch(tile + _u(_TILES_AHEAD) * tile_bytes, tile_bytes)
+            for g in range(_u(0), _u(group), _u(4)):
+                if some == lanes and g + _u(4) <= _u(group):
+                    tile_of_four(queries, g * padded, padded, tile, rank, scores, g * width + _u(n), width)
+                    continue
+                tile_of_four(queries, g * padded, padded, tile, rank, found, _u(0), lanes)
+                for q in range(min(_u(4), _u(group) - g)):
+                    for i in range(some):
+                        scores[(g + q) * width + _u(n) + i] = found[q * lanes + lane + i]
+            n += np.int64(some)
+            token += some
+        number += 1
 
 
 @compiled(parallel=True)
-def _score_runs(
-    queries: Any, dim: Any, address: Any, head_step: Any, step: Any, kind: Any, blocks: Any, firsts: Any, ends: Any,
-    scores: Any,
-) -> None:  # fmt: skip
-    K = scores.shape[2]
+def _score_tiles(
+    queries: Any, r: Any, address: Any, head_bytes: Any, blocks: Any, firsts: Any, ends: Any, group: Any, scores: Any
+) -> None:
+    K = scores.shape[1] // group
     for part in prange(len(queries) * blocks):
         h, block = part // blocks, part % blocks
-        _score_runs_block(
-            queries[h], dim, _u(address) + _u(h) * _u(head_step), _u(step), kind, firsts[h], ends[h],
-            K * block // blocks, K * (block + 1) // blocks, scores[h],
+        _score_tiles_block(
+            queries[h], r, _u(address) + _u(h) * _u(head_bytes), firsts[h], ends[h],
+            K * block // blocks, K * (block + 1) // blocks, group, scores[h],
         )  # fmt: skip
 
 

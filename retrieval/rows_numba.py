@@ -191,12 +191,61 @@ def _type_dots(_typing: Any, queries: Any, first: Any, rows: Any, width: Any, co
     return types.void(queries, u, rows, u, u, out), generate
 
 
+def _type_tile(
+    _typing: Any, queries: Any, first: Any, width: Any, tile: Any, count: Any, out: Any, o: Any, step: Any
+) -> Any:
+    """`out[o + step q + n]` becomes the inner product of query q with token n, of 4 and 16.
+
+    Queries begin every `width` numbers from `first` on; at the address `tile` lie `count` numbers of 16 tokens each, of
+    16 bits, token by token within a number. No sum ever crosses lanes.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        from numba.core import cgutils
+
+        _, first, width, tile, count, _, o, step = args
+        wide, number = ir.VectorType(_FLOAT, LANES), count.type
+        of_queries, of_out = (
+            cgutils.create_struct_proxy(signature.args[n])(context, builder, args[n]).data for n in (0, 5)
+        )
+        starts = [builder.add(first, builder.mul(width, ir.Constant(number, q))) for q in range(4)]
+        before = builder.block
+        loop, done = builder.append_basic_block("loop"), builder.append_basic_block("done")
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        at = builder.phi(number)
+        sums = [builder.phi(wide) for _ in range(4)]
+        at.add_incoming(ir.Constant(number, 0), before)
+        for each in sums:
+            each.add_incoming(ir.Constant(wide, [0.0] * LANES), before)
+        row_bytes = ir.Constant(number, 2 * LANES)
+        row = builder.fpext(_vector_at(builder, builder.add(tile, builder.mul(at, row_bytes)), _HALF, LANES), wide)
+        empty, all_first = ir.Constant(wide, ir.Undefined), ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
+        for each, start in zip(sums, starts, strict=True):
+            one = builder.load(builder.gep(of_queries, [builder.add(start, at)]))
+            spread = builder.shuffle_vector(builder.insert_element(empty, one, ir.Constant(_I32, 0)), empty, all_first)
+            product = builder.fmul(spread, row, flags=("contract",))
+            each.add_incoming(builder.fadd(each, product, flags=("contract",)), loop)
+        following = builder.add(at, ir.Constant(number, 1))
+        at.add_incoming(following, loop)
+        builder.cbranch(builder.icmp_unsigned("<", following, count), loop, done)
+        builder.position_at_end(done)
+        for q, each in enumerate(sums):
+            place = builder.gep(of_out, [builder.add(o, builder.mul(step, ir.Constant(number, q)))])
+            builder.store(each.incomings[1][0], builder.bitcast(place, wide.as_pointer())).align = 4
+        return context.get_dummy_value()
+
+    u = types.uint64
+    return types.void(queries, u, u, u, u, out, u, u), generate
+
+
 _widen_float, _widen_half, _widen_bfloat = (_widening(kind, LANES) for kind in range(3))
 _widen_one_float, _widen_one_half, _widen_one_bfloat = (_widening(kind, 1) for kind in range(3))
 prefetch: Any = intrinsic(_type_prefetch)
 copy_bytes: Any = intrinsic(_type_copy)
 word: Any = intrinsic(_type_word)
 dots_of_four: Any = intrinsic(_type_dots)
+tile_of_four: Any = intrinsic(_type_tile)
 
 
 @compiled()
