@@ -121,7 +121,7 @@ def decode_speed(
     tensors: Callable[[int], Context],
     *,
     mass: float = 0.95,
-    budgets: Sequence[int] = (256, 512, 1024, 2048, 4096, 8192, 16384),
+    budgets: Sequence[int] = (256, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384),
     ends: Ends | None = None,
     bar: Progress,
 ) -> Iterator[DecodeSpeed]:

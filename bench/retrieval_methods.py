@@ -36,15 +36,18 @@ def learn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, sequenc
 
     What is measured lies in the other halves.
     """
-    passages, prose = load_questions(), load_heldout()
-    texts = [text for asked in passages[: len(passages) // 2] for text in asked.passages]
-    windows = token_windows(
-        tokenizer, [*texts, *prose[: len(prose) // 2]], sequences=sequences, tokens=tokens, least_tokens=64
-    )
+    windows = token_windows(tokenizer, learning_texts(), sequences=sequences, tokens=tokens, least_tokens=64)
     strings = string_windows(tokenizer, sequences=round(STRINGS_RATIO * sequences), tokens=tokens)
     bands = distance_bands(model.config.max_position_embeddings)
     fits = {VQ: partial(fit_layer, centroids=CENTROIDS, bands=bands)}
     return calibrate(model, windows, model_id="measured", layer_fits=fits, chunk_fits={}, strings=strings)
+
+
+def learning_texts() -> list[str]:
+    """First halves of the bundled passages and prose."""
+    passages, prose = load_questions(), load_heldout()
+    texts = [text for asked in passages[: len(passages) // 2] for text in asked.passages]
+    return [*texts, *prose[: len(prose) // 2]]
 
 
 def selectors(profile: Profile | None = None, *, names: Sequence[str] | None = None) -> dict[str, Factory]:
