@@ -227,7 +227,9 @@ class Fuser:
             "fusion_seconds": spent_s,
         }
         self._transfers.count(counts)
-        loaded = Loaded(self._outcome(job).tokens, False, spent_s, len(computed))
+        fetched = self._outcome(job)
+        silent = fusion.stop - fusion.start - sum(fetched.tokens.values()) + fetched.worth.unpriced_tokens
+        loaded = Loaded(fetched.tokens, False, spent_s, len(computed), fetched.worth.recompute_s, silent)
         return Arrival(fusion.request_id, loaded, frozenset())
 
 

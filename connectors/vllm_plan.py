@@ -34,6 +34,7 @@ from .vllm_messages import (
     StepReport,
     both,
 )
+from .vllm_pace import Pace
 from .vllm_settings import RequestOptions, VLLMSettings, documents_between
 
 
@@ -58,6 +59,7 @@ class _Tracked:
     planned_saves: int = 0
     alone: tuple[Document, ...] = ()  # documents to store that this request computes as if alone
     loaded: Loaded | None = None
+    seconds_saved: float | None = 0.0  # None: not known
 
 
 class Planner:
@@ -87,6 +89,7 @@ class Planner:
         self._fusing: dict[str, tuple[tuple[bool, ...], ...]] = {}  # what each rank found, in order of arrival
         self._plan = StepPlan()
         self._counts: Counter[str] = Counter()
+        self._pace = Pace()
 
     # ------------------------------------------------------------------------------------------------ requests
 
@@ -137,8 +140,16 @@ class Planner:
         return blake3(repr(plan).encode() + token_ids.tobytes()).digest()
 
     def close(self, request_id: str) -> dict[str, object] | None:
-        """Forget a request; what kvloom did for it, None if nothing is known of it."""
+        """Forget a request; what kvloom did for it, None if nothing is known of it.
+
+        `seconds_saved`: what computing the tokens that kvloom provided would have taken, less the time that providing
+        them took, from the beginning of a load or fusion to its end. What computing would have taken is for stored
+        tokens what their chunks say that it took when they were computed; for others, and for the tokens between fused
+        documents, it is their number times the engine's seconds a token (`Pace`). Below 0 if computing would have been
+        faster; null if the engine has not computed a prompt yet by which to judge.
+        """
         self._fusing.pop(request_id, None)
+        self._pace.forget(request_id)
         request = self._tracked.pop(request_id, None)
         if request is None:
             return None
@@ -148,6 +159,7 @@ class Planner:
             "loaded_tokens": dict(loaded.tokens),
             "computed_tokens": loaded.computed_tokens,
             "load_s": round(loaded.spent_s, 6),
+            "seconds_saved": None if request.seconds_saved is None else round(request.seconds_saved, 6),
             "failed": loaded.failed,
             "saved_chunks": request.planned_saves,
         }
@@ -244,21 +256,34 @@ class Planner:
         for request_id, masks in report.found.items():
             if request_id in self._fusing:
                 self._fusing[request_id] += masks
+        self._pace.end(report.number)
         for request_id, loaded in report.loaded.items():
             self._fusing.pop(request_id, None)
             if (request := self._tracked.get(request_id)) is None:
                 continue
+            self._note_saving(request, loaded)
             request.loaded = loaded if request.loaded is None else both(request.loaded, loaded)
             if loaded.failed:
                 # vLLM computes from the lost chunk on, and asks again if nothing is left: it must not be told the same.
                 request.has_failed = True
                 request.saved_chunks = 0
 
+    def _note_saving(self, request: _Tracked, loaded: Loaded) -> None:
+        token_s = self._pace.token_s() if loaded.unpriced_tokens else 0.0
+        if token_s is None or request.seconds_saved is None:
+            request.seconds_saved = None
+            return
+        saved_s = loaded.recompute_s + loaded.unpriced_tokens * token_s - loaded.spent_s
+        request.seconds_saved += saved_s
+        self._counts["seconds_saved"] += max(saved_s, 0.0)  # type: ignore[assignment]  # a Counter may count seconds
+
     # -------------------------------------------------------------------------------------------------- saving
 
     def plan_step(self, scheduled: Iterable[Scheduled], *, is_idle: bool = False) -> StepPlan:
         """The plan of the step, saves of every chunk that it completes included. One fusion advances at a time."""
+        new_tokens = {}
         for each in scheduled:
+            new_tokens[each.request_id] = each.new_tokens
             request = self._tracked.get(each.request_id)
             if request is not None and request.options.save:
                 self._plan_saves(request, each)
@@ -268,6 +293,8 @@ class Planner:
             self._plan.advances.append(Advance(first, found))
         plan, self._plan = self._plan, StepPlan()
         plan.is_idle = is_idle
+        if not plan.advances:  # which take time beside the engine's own work
+            plan.number = self._pace.begin(new_tokens)
         return plan
 
     def take_counts(self) -> dict[str, float]:
@@ -285,7 +312,8 @@ class Planner:
             for chunk in range(request.saved_chunks, count):
                 keys = tuple(keys[chunk] for keys in request.keys)
                 after = tuple(keys[chunk - 1] for keys in request.keys) if chunk else None
-                self._save(request, each.blocks, keys, after, chunk * chunk_tokens, (chunk + 1) * chunk_tokens)
+                start, stop = chunk * chunk_tokens, (chunk + 1) * chunk_tokens
+                self._save(request, each.blocks, keys, after, start, stop, each.request_id)
             request.saved_chunks = count
         for document in request.alone:
             if document.stop <= known:
@@ -300,10 +328,13 @@ class Planner:
         after: tuple[ChunkKey, ...] | None,
         start: int,
         stop: int,
+        request_id: str | None = None,
     ) -> None:
         first, last = start // self._block_tokens, -(-stop // self._block_tokens)
         token_ids = np.asarray(request.token_ids[start:stop], dtype=np.int64)
-        self._plan.saves.append(Save(keys, after, token_ids, start, tuple(blocks[first:last])))
+        token_s = self._pace.token_s(request_id)
+        cost_s = None if token_s is None else token_s * len(token_ids)
+        self._plan.saves.append(Save(keys, after, token_ids, start, tuple(blocks[first:last]), cost_s, request_id))
         request.planned_saves += 1
 
     # --------------------------------------------------------------------------------------------------- keys

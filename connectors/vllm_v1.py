@@ -16,7 +16,7 @@ are in one process, the scheduler's half asks the worker's store directly.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,12 +36,13 @@ except ImportError as error:
 from blake3 import blake3
 
 from ..core import KVSpec
+from .vllm_events import KVEvents
 from .vllm_identity import request_identity
 from .vllm_messages import Scheduled, StepPlan, StepReport
 from .vllm_plan import Planner
 from .vllm_settings import RequestOptions, VLLMSettings
 from .vllm_stats import FAULTS, KVLoomPromMetrics, KVLoomStats
-from .vllm_worker import Worker, agreed_model_id, expect_servable, open_worker
+from .vllm_worker import Worker, agreed_model_id, expect_servable, open_worker, publishes_events
 
 _LOG = logging.getLogger("vllm.kvloom")
 _IDLE_WAIT_S = 0.01
@@ -89,6 +90,7 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         self.settings = VLLMSettings.of(self._kv_transfer_config.kv_connector_extra_config or {})
         self._block_tokens = expect_servable(vllm_config, kv_cache_config)
         self._planner: Planner | None = None
+        self._events: KVEvents | None = None
         self._may_fuse = False
         self.worker: Worker | None = None
         self._report = StepReport()
@@ -98,7 +100,16 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         self._model_id = ""
         if role == KVConnectorRole.WORKER:
             self._model_id = self.settings.model_id or agreed_model_id(vllm_config.model_config)
-        elif self._kv_transfer_config.kv_load_failure_policy != "recompute":
+            return
+        if publishes_events(vllm_config) and self.settings.chunk_tokens % self._block_tokens == 0:
+            self._events = KVEvents(self._block_tokens, self.settings.chunk_tokens)
+        elif publishes_events(vllm_config):
+            _LOG.warning(
+                "kvloom publishes no KV events: chunk_tokens is %d, no multiple of the engine's block of %d tokens",
+                self.settings.chunk_tokens,
+                self._block_tokens,
+            )
+        if self._kv_transfer_config.kv_load_failure_policy != "recompute":
             _LOG.warning(
                 "kv_load_failure_policy is %r: a chunk lost on its way fails its request; set it to 'recompute'",
                 self._kv_transfer_config.kv_load_failure_policy,
@@ -132,6 +143,8 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         # The runner prepares adapters for its own batch, not for passes of ours.
         may_fuse = self._may_fuse and request.lora_request is None
         inexact = self._planner.open(request.request_id, request.all_token_ids, identity, options, may_fuse=may_fuse)
+        if self._events is not None:
+            self._events.open(request)
         if inexact is not None:
             _leave_exact_chain(request, inexact // self._block_tokens, self._planner.fusion_digest(request.request_id))
 
@@ -159,15 +172,25 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         if self._planner is None:
             return StepMetadata(StepPlan())
         is_idle = scheduler_output.total_num_scheduled_tokens == 0
-        return StepMetadata(self._planner.plan_step(_scheduled(scheduler_output), is_idle=is_idle))
+        plan = self._planner.plan_step(_scheduled(scheduler_output), is_idle=is_idle)
+        if self._events is not None:
+            self._events.describe(plan)
+        return StepMetadata(plan)
 
     def update_connector_output(self, connector_output: Any) -> None:
         news = connector_output.kv_connector_worker_meta
         if self._planner is not None and isinstance(news, StepNews):
             self._planner.hear(news.report)
+            if self._events is not None:
+                self._events.residences.hear(news.report.moves)
+
+    def take_events(self) -> Iterable[Any]:
+        return () if self._events is None else self._events.take()
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         usage = None if self._planner is None else self._planner.close(request.request_id)
+        if self._events is not None:
+            self._events.close(request.request_id)
         return False, None if usage is None else {"kvloom": usage}
 
     def request_finished_all_groups(
@@ -179,6 +202,8 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         """Nothing that was stored before is found any more, by this engine; others keep what they have."""
         if self._planner is not None:
             self._planner.renew()
+        if self._events is not None:
+            self._events.residences.clear()
         return True
 
     # ============================================================================================= in a worker
@@ -193,6 +218,7 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         if self.worker is None:
             return
         plan = self._get_connector_metadata().plan
+        self._report.number = plan.number
         for lookup in plan.lookups:
             self._report.answers[lookup.request_id] = self.worker.transfers.look_up(lookup)
         for load in plan.loads:
@@ -239,8 +265,10 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         return blocks
 
     def build_connector_worker_meta(self) -> StepNews | None:
+        if self.worker is not None:
+            self._report.moves += self.worker.transfers.take_moves()
         report, self._report = self._report, StepReport()
-        return StepNews(report) if report.answers or report.loaded or report.found else None
+        return None if report.is_empty else StepNews(report)
 
     def shutdown(self) -> None:
         if self.worker is not None:
@@ -282,7 +310,7 @@ def _scheduled(scheduler_output: Any) -> Iterator[Scheduled]:
         blocks = state.get_block_ids(request_id)
         if blocks is not None and request_id in before:
             drafted = len(scheduler_output.scheduled_spec_decode_tokens.get(request_id, ()))
-            yield Scheduled(request_id, before[request_id] + count - drafted, blocks[0])
+            yield Scheduled(request_id, before[request_id] + count - drafted, blocks[0], count)
 
 
 def _leave_exact_chain(request: Any, first: int, digest: bytes) -> None:

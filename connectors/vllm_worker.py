@@ -6,17 +6,15 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from ..core import KVSpec, RopeSpec, Tier
+from ..core import KVSpec, RopeSpec
 from ..errors import EngineError
-from ..kvstore.store import KVStore
-from ..kvstore.tiers.disk import DiskTier
-from ..kvstore.tiers.host import HostTier
 from .vllm_fusion import Fuser
 from .vllm_identity import model_id_of
 from .vllm_layout import PagedLayers
 from .vllm_passes import EnginePasses, running_model
 from .vllm_rope import rope_of
 from .vllm_settings import VLLMSettings
+from .vllm_store import Papers, open_store
 from .vllm_transfers import Transfers
 
 _LOG = logging.getLogger("vllm.kvloom")
@@ -38,6 +36,9 @@ def open_worker(settings: VLLMSettings, model_id: str, vllm_config: Any, kv_cach
     ------
     EngineError : the caches cannot be read or written, see `PagedLayers`.
     TierError : the folder on disk cannot be used.
+    ValueError : no codec has that name, or it needs a profile and there is none.
+    SpecMismatchError, CodecError : the profile is of another model, or none.
+    UncertifiedError : a codec is lossy, and no certificate covers it for this model; or a file is no certificate.
     """
     context = vllm_config.compilation_config.static_forward_context
     (group,) = kv_cache_config.kv_cache_groups
@@ -47,6 +48,7 @@ def open_worker(settings: VLLMSettings, model_id: str, vllm_config: Any, kv_cach
     cache = PagedLayers(layers, int(group.kv_cache_spec.block_size))
     rank, size = _tensor_parallel_rank(), vllm_config.parallel_config.tensor_parallel_size
     model, rope = _fusable_model(vllm_config, layers, cache)
+    papers = Papers.of(settings)
     spec = KVSpec(
         model_id=model_id,
         num_layers=len(layers),
@@ -57,17 +59,16 @@ def open_worker(settings: VLLMSettings, model_id: str, vllm_config: Any, kv_cach
         v_head_dim=None if cache.v_head_dim == cache.head_dim else cache.v_head_dim,
         shard=(rank, size),
     )
-    tiers: list[Tier] = [HostTier(settings.host_bytes // size)]
-    if settings.disk_path is not None:
-        tiers.append(DiskTier(settings.disk_path, settings.disk_bytes))
+    spec = papers.reconciled(spec)
     transfers = Transfers(
-        KVStore(tiers, timeout_s=settings.load_timeout_s),
+        open_store(settings, spec, papers),
         cache,
         spec,
         rank,
         chunk_tokens=settings.chunk_tokens,
         load_timeout_s=settings.load_timeout_s,
         save_pending_bytes=settings.save_pending_bytes,
+        tells_moves=publishes_events(vllm_config),
     )
     fuser = None
     if model is not None:
@@ -80,6 +81,12 @@ def open_worker(settings: VLLMSettings, model_id: str, vllm_config: Any, kv_cach
             size=size,
         )
     return Worker(spec, transfers, fuser)
+
+
+def publishes_events(vllm_config: Any) -> bool:
+    """Whether somebody wants KV events of this engine."""
+    config = vllm_config.kv_events_config
+    return config is not None and bool(config.enable_kv_cache_events)
 
 
 def _fusable_model(config: Any, layers: list[Any], cache: PagedLayers) -> tuple[Any, RopeSpec | None]:
