@@ -70,6 +70,7 @@ class Planner:
     settings : the user's.
     specs : geometry of each rank's cache, by rank.
     block_tokens : of the engine.
+    fusion_ratio : what certificates permit, for settings that ask for that.
     ask : answers a lookup at once; None where the workers are other processes, which answer in a later step.
     """
 
@@ -79,11 +80,14 @@ class Planner:
         specs: Sequence[KVSpec],
         block_tokens: int,
         ask: Callable[[LookUp], Answer] | None = None,
+        *,
+        fusion_ratio: float = 1.0,
     ) -> None:
         self._settings = settings
         self._specs = tuple(specs)
         self._block_tokens = block_tokens
         self._ask = ask
+        self._fusion_ratio = fusion_ratio if settings.fusion_ratio == "certified" else settings.fusion_ratio
         self._epoch = b""
         self._tracked: dict[str, _Tracked] = {}
         self._fusing: dict[str, tuple[tuple[bool, ...], ...]] = {}  # what each rank found, in order of arrival
@@ -115,7 +119,7 @@ class Planner:
         documents = tuple(
             Document(start, stop, self._content_keys(token_ids[start:stop], salt)) for start, stop in spans
         )
-        ratio = self._settings.fusion_ratio if options.ratio is None else options.ratio
+        ratio = self._fusion_ratio if options.ratio is None else options.ratio
         lead_ids = self._settings.lead_ids
         is_led = tuple(token_ids[: len(lead_ids)]) == lead_ids
         alone = {document for document in documents[:1] if is_led and document.start == len(lead_ids)}

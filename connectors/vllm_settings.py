@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 _UNITS = MappingProxyType({"": 1, "B": 1} | {f"{p}iB": 1 << 10 * (i + 1) for i, p in enumerate("KMGT")})
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]iB|B|)\s*")
@@ -32,7 +32,9 @@ class VLLMSettings:
     salt : the tenant's secret, part of every key.
     load_timeout_s : how long the loads of one request may take; what has not come by then is computed.
     save_pending_bytes : of KV that waits to be stored, a worker. What would come on top is not stored.
-    fusion_ratio : share of the tokens that a fused request recomputes unless it says itself; 1 is exact.
+    fusion_ratio : share of the tokens of documents that a fused request recomputes unless it says itself; 1 is exact.
+        `"certified"`: the smallest that a certificate of fusions permits for this model, and 1 without one. A number is
+        the user's own choice.
     fusion_slice_tokens : tokens that one step of the engine computes of a fusion, beside its other work.
     check_layer : the layer whose keys and values choose the tokens of a fusion.
     lead_ids : tokens that stand before everything (a BOS). A document is stored when it follows them at the start of a
@@ -54,7 +56,7 @@ class VLLMSettings:
     salt: str = ""
     load_timeout_s: float = 10.0
     save_pending_bytes: int = 1 << 30
-    fusion_ratio: float = 1.0
+    fusion_ratio: float | Literal["certified"] = "certified"
     fusion_slice_tokens: int = 512
     check_layer: int = 1
     lead_ids: tuple[int, ...] = ()
@@ -96,7 +98,8 @@ class VLLMSettings:
             _expect_number(getattr(settings, name), name, 1, whole=True)
         _expect_number(settings.check_layer, "check_layer", 1, whole=True)
         _expect_number(settings.load_timeout_s, "load_timeout_s", 0.0)
-        _expect_number(settings.fusion_ratio, "fusion_ratio", 0.0, 1.0)
+        if settings.fusion_ratio != "certified":
+            _expect_number(settings.fusion_ratio, "fusion_ratio", 0.0, 1.0)
         return settings
 
 

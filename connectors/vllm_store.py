@@ -16,6 +16,7 @@ from ..errors import UncertifiedError
 from ..kvstore.store import KVStore
 from ..kvstore.tiers.disk import DiskTier
 from ..kvstore.tiers.host import HostTier
+from .fusion_ratio import certified_ratio
 from .vllm_settings import VLLMSettings
 
 _ROPE_TOLERANCE = 1e-5  # relative, of a frequency: what two programs that compute the same table differ by
@@ -38,6 +39,15 @@ class Papers:
         """
         profile = None if settings.profile is None else Profile.load(Path(settings.profile))
         return cls(profile, tuple(Certificate.load(Path(path)) for path in settings.certificates))
+
+    def fusion_ratio(self, spec: KVSpec, *, check_layer: int) -> float:
+        """The smallest share that a certificate lets fusions compute; 1 without one for this model and check layer.
+
+        A certificate of the whole model speaks for every rank: ranks choose tokens together, as one would.
+        """
+        whole = replace(spec, num_kv_heads=spec.num_kv_heads * spec.shard[1], shard=(0, 1))
+        ours = [each for each in self.certificates if _is_one_model(each.spec, whole)]
+        return min((ratio for each in ours if (ratio := certified_ratio(each, check_layer)) is not None), default=1.0)
 
     def reconciled(self, spec: KVSpec) -> KVSpec:
         """The engine's spec, in the papers' own numbers if they are of the same model.

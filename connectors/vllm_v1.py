@@ -72,6 +72,7 @@ class WorkerSpec(KVConnectorHandshakeMetadata):
 
     spec: str
     may_fuse: bool
+    fusion_ratio: float
 
 
 class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
@@ -128,7 +129,8 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         worker = _worker_here() if len(specs) == 1 else None
         ask = None if worker is None or worker.worker is None else worker.worker.transfers.look_up
         self._may_fuse = all(told.may_fuse for told in metadata.values())
-        self._planner = Planner(self.settings, specs, self._block_tokens, ask)
+        ratio = max(told.fusion_ratio for told in metadata.values())
+        self._planner = Planner(self.settings, specs, self._block_tokens, ask, fusion_ratio=ratio)
 
     def on_new_request(self, request: Any) -> None:
         identity = request_identity(request)
@@ -212,7 +214,9 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         self.worker = open_worker(self.settings, self._model_id, self._vllm_config, self._kv_cache_config)
 
     def get_handshake_metadata(self) -> WorkerSpec | None:
-        return None if self.worker is None else WorkerSpec(self.worker.spec.to_json(), self.worker.fuser is not None)
+        if self.worker is None:
+            return None
+        return WorkerSpec(self.worker.spec.to_json(), self.worker.fuser is not None, self.worker.fusion_ratio)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self.worker is None:

@@ -22,9 +22,10 @@ _LOG = logging.getLogger("vllm.kvloom")
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """`fuser` is None where the engine cannot fuse."""
+    """`fuser` is None where the engine cannot fuse. `fusion_ratio`: what certificates permit; 1 without any."""
 
     spec: KVSpec
+    fusion_ratio: float
     transfers: Transfers
     fuser: Fuser | None
 
@@ -60,6 +61,7 @@ def open_worker(settings: VLLMSettings, model_id: str, vllm_config: Any, kv_cach
         shard=(rank, size),
     )
     spec = papers.reconciled(spec)
+    ratio = papers.fusion_ratio(spec, check_layer=settings.check_layer)
     transfers = Transfers(
         open_store(settings, spec, papers),
         cache,
@@ -80,7 +82,9 @@ def open_worker(settings: VLLMSettings, model_id: str, vllm_config: Any, kv_cach
             check_layer=settings.check_layer,
             size=size,
         )
-    return Worker(spec, transfers, fuser)
+    if fuser is not None and settings.fusion_ratio == "certified":
+        _LOG.info("fusions compute %.0f %% of the tokens of documents", 100 * ratio)
+    return Worker(spec, ratio, transfers, fuser)
 
 
 def publishes_events(vllm_config: Any) -> bool:
