@@ -159,7 +159,9 @@ def _show(certificates: dict[float, Certificate], chosen: Certificate, skipped: 
             table.add_row(f"{ratio:.0%}", name, f"{figure.value:+.2%}", interval, f"{figure.limit:+.2%}", verdict)
     console.print(table)
     for kind, share in skipped.items():
-        console.print(f"{kind} tasks are left out: full prefill answers {share:.0%} of them, {KNOWN_RATIO:.0%} are needed")
+        console.print(
+            f"{kind} tasks are left out: full prefill answers {share:.0%} of them, {KNOWN_RATIO:.0%} are needed"
+        )
     if chosen.passed:
         console.print(f"passed: {chosen.parameters['ratio']:.0%} of the tokens of documents have to be computed")
     else:

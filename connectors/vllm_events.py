@@ -114,7 +114,7 @@ class KVEvents:
     def describe(self, plan: StepPlan) -> None:
         """Of all chunks of prefixes that the workers are to store or load, which blocks they hold."""
         for save in plan.saves:
-            if save.request_id is not None and save.request_id in self._requests:
+            if save.is_prefix and save.request_id in self._requests:
                 self._describe(self._requests[save.request_id], save.keys, save.start)
         for load in plan.loads:
             if load.request_id in self._requests:

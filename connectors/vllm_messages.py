@@ -53,7 +53,8 @@ class Save:
     start: int
     blocks: tuple[int, ...]
     recompute_s: float | None = None  # what computing it took, if that is known
-    request_id: str | None = None  # whose prefix it is a chunk of; None for a document, stored by its content
+    request_id: str = ""  # who computed it
+    is_prefix: bool = False  # a chunk of that request's prefix; otherwise a document, stored by its content
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ class Advance:
 class StepPlan:
     """What the workers are to do in one step of the engine.
 
-    `is_idle`: the engine itself computes nothing in it. `number`: from `Pace.begin`, to be told with the outcome.
+    `layerwise`: loads that are over within the step. `is_idle`: the engine itself computes nothing in it. `number`: from `Pace.begin`, to be told with the outcome.
     """
 
     is_idle: bool = False
@@ -104,6 +105,7 @@ class StepPlan:
 
     lookups: list[LookUp] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
+    layerwise: list[Load] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
     fusions: list[Fusion] = field(default_factory=list)
     advances: list[Advance] = field(default_factory=list)

@@ -91,6 +91,8 @@ class Planner:
         self._epoch = b""
         self._tracked: dict[str, _Tracked] = {}
         self._fusing: dict[str, tuple[tuple[bool, ...], ...]] = {}  # what each rank found, in order of arrival
+        self._layerwise: dict[str, Load] = {}  # loads within a step that were not heard of
+        self._spoiled: set[int] = set()
         self._plan = StepPlan()
         self._counts: Counter[str] = Counter()
         self._pace = Pace()
@@ -158,6 +160,8 @@ class Planner:
         if request is None:
             return None
         loaded = request.loaded or Loaded({}, False, 0.0)
+        if request_id in self._layerwise:  # over within its only step, so all has come; the report comes later
+            loaded, request.seconds_saved = Loaded(request.hit_tokens, False, 0.0), None
         return {
             "prompt_tokens": request.prompt_tokens,
             "loaded_tokens": dict(loaded.tokens),
@@ -208,7 +212,31 @@ class Planner:
         if request.answer is None:
             return None
         request.offer = (request.asked_from + len(request.answer)) * chunk_tokens
+        if self.is_layerwise(request_id):  # the step must compute something
+            request.offer = min(request.offer, len(request.token_ids) - 1)
         return max(request.offer - computed_tokens, 0)
+
+    def is_layerwise(self, request_id: str) -> bool:
+        """Whether what is loaded for it comes within the step that uses it."""
+        return self._settings.load_mode == "layerwise" and self._tracked[request_id].inexact is None
+
+    def has_to_wait(self, token_ids: Sequence[int], computed_tokens: int) -> bool:
+        """Whether a request's local hit may lie in blocks that another one only loads in the coming step.
+
+        vLLM files the blocks of such loads at once. Whoever shared them in the same step would be computed on what may
+        never come. One step later it has come, or the blocks are filed no longer.
+        """
+        for load in self._plan.layerwise:
+            request, first = self._tracked.get(load.request_id), load.start + self._block_tokens
+            if request is not None and computed_tokens > load.start:
+                if list(token_ids[:first]) == list(request.token_ids[:first]):
+                    return True
+        return False
+
+    def take_spoiled(self) -> set[int]:
+        """Blocks that were filed under hashes of tokens whose KV did not come, since the last call."""
+        spoiled, self._spoiled = self._spoiled, set()
+        return spoiled
 
     def allocated(self, request_id: str, external_tokens: int, blocks: Sequence[int]) -> None:
         """The engine took the offer: `external_tokens` up to where it reaches are ours to provide."""
@@ -238,13 +266,20 @@ class Planner:
             )
             self._fusing[request_id] = ()
             return
-        first, last = start // chunk_tokens, stop // chunk_tokens
+        first, last = start // chunk_tokens, -(-stop // chunk_tokens)
         keys = tuple(tuple(keys[first:last]) for keys in request.keys)
-        self._plan.loads.append(Load(request_id, keys, first * chunk_tokens, start, stop, tuple(blocks)))
+        load = Load(request_id, keys, first * chunk_tokens, start, stop, tuple(blocks))
+        if self.is_layerwise(request_id):
+            self._plan.layerwise.append(load)
+            self._layerwise[request_id] = load
+        else:
+            self._plan.loads.append(load)
         request.saved_chunks = max(request.saved_chunks, last)
         tokens: Counter[str] = Counter()
         for chunk in range(first, last):
-            tokens[answer[chunk - asked_from]] += (chunk + 1) * chunk_tokens - max(chunk * chunk_tokens, start)
+            tokens[answer[chunk - asked_from]] += min((chunk + 1) * chunk_tokens, stop) - max(
+                chunk * chunk_tokens, start
+            )
         request.hit_tokens = tokens
 
     def hit_tokens(self, request_id: str) -> Mapping[str, int]:
@@ -263,6 +298,8 @@ class Planner:
         self._pace.end(report.number)
         for request_id, loaded in report.loaded.items():
             self._fusing.pop(request_id, None)
+            if (load := self._layerwise.pop(request_id, None)) is not None and loaded.failed:
+                self._spoiled.update(load.blocks[load.start // self._block_tokens :])
             if (request := self._tracked.get(request_id)) is None:
                 continue
             self._note_saving(request, loaded)
@@ -297,7 +334,7 @@ class Planner:
             self._plan.advances.append(Advance(first, found))
         plan, self._plan = self._plan, StepPlan()
         plan.is_idle = is_idle
-        if not plan.advances:  # which take time beside the engine's own work
+        if not plan.advances and not plan.layerwise:  # which take time beside the engine's own work
             plan.number = self._pace.begin(new_tokens)
         return plan
 
@@ -317,28 +354,32 @@ class Planner:
                 keys = tuple(keys[chunk] for keys in request.keys)
                 after = tuple(keys[chunk - 1] for keys in request.keys) if chunk else None
                 start, stop = chunk * chunk_tokens, (chunk + 1) * chunk_tokens
-                self._save(request, each.blocks, keys, after, start, stop, each.request_id)
+                self._save(each.request_id, each.blocks, keys, after, start, stop, is_prefix=True)
             request.saved_chunks = count
         for document in request.alone:
             if document.stop <= known:
-                self._save(request, each.blocks, document.keys, None, document.start, document.stop)
+                start, stop = document.start, document.stop
+                self._save(each.request_id, each.blocks, document.keys, None, start, stop, is_prefix=False)
                 request.alone = ()
 
     def _save(
         self,
-        request: _Tracked,
+        request_id: str,
         blocks: Sequence[int],
         keys: tuple[ChunkKey, ...],
         after: tuple[ChunkKey, ...] | None,
         start: int,
         stop: int,
-        request_id: str | None = None,
+        *,
+        is_prefix: bool,
     ) -> None:
+        request = self._tracked[request_id]
         first, last = start // self._block_tokens, -(-stop // self._block_tokens)
         token_ids = np.asarray(request.token_ids[start:stop], dtype=np.int64)
         token_s = self._pace.token_s(request_id)
         cost_s = None if token_s is None else token_s * len(token_ids)
-        self._plan.saves.append(Save(keys, after, token_ids, start, tuple(blocks[first:last]), cost_s, request_id))
+        row = tuple(blocks[first:last])
+        self._plan.saves.append(Save(keys, after, token_ids, start, row, cost_s, request_id, is_prefix))
         request.planned_saves += 1
 
     # --------------------------------------------------------------------------------------------------- keys

@@ -6,7 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
+
+LoadMode: TypeAlias = Literal["async", "layerwise"]
 
 _UNITS = MappingProxyType({"": 1, "B": 1} | {f"{p}iB": 1 << 10 * (i + 1) for i, p in enumerate("KMGT")})
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]iB|B|)\s*")
@@ -30,6 +32,8 @@ class VLLMSettings:
     chunk_tokens : tokens a chunk; what is shorter is not stored.
     model_id : names the weights; None hashes the model's files. Two models of one name would be given each other's KV.
     salt : the tenant's secret, part of every key.
+    load_mode : `async`: a request waits aside while its KV is loaded, and others go on. `layerwise`: it computes at
+        once, and every layer waits for its own KV, as does all else that is computed in that step.
     load_timeout_s : how long the loads of one request may take; what has not come by then is computed.
     save_pending_bytes : of KV that waits to be stored, a worker. What would come on top is not stored.
     fusion_ratio : share of the tokens of documents that a fused request recomputes unless it says itself; 1 is exact.
@@ -54,6 +58,7 @@ class VLLMSettings:
     chunk_tokens: int = 256
     model_id: str | None = None
     salt: str = ""
+    load_mode: LoadMode = "async"
     load_timeout_s: float = 10.0
     save_pending_bytes: int = 1 << 30
     fusion_ratio: float | Literal["certified"] = "certified"
@@ -94,6 +99,8 @@ class VLLMSettings:
         settings = cls(**values)
         if settings.disk_codec is not None and settings.disk_path is None:
             raise ValueError("disk_codec is given without disk_path; name the folder that it is for")
+        if settings.load_mode not in get_args(LoadMode):
+            raise ValueError(f"load_mode is {settings.load_mode!r}; expected one of {', '.join(get_args(LoadMode))}")
         for name in ("host_bytes", "chunk_tokens", "save_pending_bytes", "fusion_slice_tokens"):
             _expect_number(getattr(settings, name), name, 1, whole=True)
         _expect_number(settings.check_layer, "check_layer", 1, whole=True)

@@ -70,7 +70,9 @@ def open_store(settings: VLLMSettings, spec: KVSpec, papers: Papers) -> KVStore:
     TierError : the folder on disk cannot be used.
     UncertifiedError : a codec is lossy, and no certificate covers it for this model.
     """
-    codecs = _codecs(settings, spec, papers)
+    if papers.profile is not None:
+        papers.profile.check_serves(spec)
+    codecs = _codecs(settings, papers)
     tiers: list[Tier] = [HostTier(settings.host_bytes // spec.shard[1])]
     if settings.disk_path is not None:
         tiers.append(DiskTier(settings.disk_path, settings.disk_bytes))
@@ -93,12 +95,14 @@ def open_store(settings: VLLMSettings, spec: KVSpec, papers: Papers) -> KVStore:
     return store
 
 
-def _codecs(settings: VLLMSettings, spec: KVSpec, papers: Papers) -> Mapping[str, Codec]:
+def is_lossy(settings: VLLMSettings, papers: Papers) -> bool:
+    """Whether some tier's codec loses something."""
+    return not all(codec.is_lossless for codec in _codecs(settings, papers).values())
+
+
+def _codecs(settings: VLLMSettings, papers: Papers) -> Mapping[str, Codec]:
     names = {"host": settings.host_codec, "disk": settings.disk_codec}
-    wanted = {tier: name for tier, name in names.items() if name is not None}
-    if wanted and papers.profile is not None:
-        papers.profile.check_serves(spec)
-    return {tier: codec_by_name(name, papers.profile) for tier, name in wanted.items()}
+    return {tier: codec_by_name(name, papers.profile) for tier, name in names.items() if name is not None}
 
 
 def _is_one_model(known: KVSpec, spec: KVSpec) -> bool:

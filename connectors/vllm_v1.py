@@ -89,13 +89,15 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self.settings = VLLMSettings.of(self._kv_transfer_config.kv_connector_extra_config or {})
-        self._block_tokens = expect_servable(vllm_config, kv_cache_config)
+        self._block_tokens = expect_servable(self.settings, vllm_config, kv_cache_config)
         self._planner: Planner | None = None
         self._events: KVEvents | None = None
+        self._kv_cache_manager: Any = None
         self._may_fuse = False
         self.worker: Worker | None = None
         self._report = StepReport()
         self._bad_blocks: set[int] = set()
+        self._lost: set[str] = set()
         self._arrived: set[str] = set()
         self._refused = 0
         self._model_id = ""
@@ -153,8 +155,10 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         if self._planner is None:
             return 0, False
+        if self._planner.has_to_wait(request.all_token_ids, num_computed_tokens):
+            return None, False
         tokens = self._planner.matched_tokens(request.request_id, num_computed_tokens)
-        return tokens, bool(tokens)
+        return tokens, bool(tokens) and not self._planner.is_layerwise(request.request_id)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         if self._planner is not None:
@@ -183,6 +187,8 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         news = connector_output.kv_connector_worker_meta
         if self._planner is not None and isinstance(news, StepNews):
             self._planner.hear(news.report)
+            if (blocks := self._planner.take_spoiled()) and self._kv_cache_manager is not None:
+                self._kv_cache_manager.evict_blocks(blocks)
             if self._events is not None:
                 self._events.residences.hear(news.report.moves)
 
@@ -223,6 +229,7 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
             return
         plan = self._get_connector_metadata().plan
         self._report.number = plan.number
+        self._lost = set()
         for lookup in plan.lookups:
             self._report.answers[lookup.request_id] = self.worker.transfers.look_up(lookup)
         for load in plan.loads:
@@ -234,16 +241,37 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
                 self.worker.fuser.advance(advance)
             self._report.found |= {name: (mask,) for name, mask in self.worker.fuser.fetched().items()}
 
+        # Last, since passes of our own would wait for them, too.
+        for load in plan.layerwise:
+            self.worker.layer_loads.begin(load)
+
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Loads are over before the engine schedules what needs them."""
+        """For loads within the step; others are over before the engine schedules what needs them."""
+        if self.worker is not None and layer_name in self.worker.layer_numbers:
+            self.worker.layer_loads.wait(self.worker.layer_numbers[layer_name])
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """Layers wait in between, which a graph of the whole model would leave out."""
+        return extra_config.get("load_mode") == "layerwise"
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
         """Whole chunks are saved when a step is done, see `wait_for_save`."""
 
     def wait_for_save(self) -> None:
-        if self.worker is not None:
-            for save in self._get_connector_metadata().plan.saves:
+        if self.worker is None:
+            return
+        self._finish_layers()
+        for save in self._get_connector_metadata().plan.saves:
+            if save.request_id not in self._lost:  # otherwise computed on what has not come
                 self.worker.transfers.save(save)
+
+    def _finish_layers(self) -> None:
+        arrivals = [] if self.worker is None else self.worker.layer_loads.finish()
+        for arrival in arrivals:
+            self._report.loaded[arrival.request_id] = arrival.loaded
+            self._bad_blocks |= arrival.bad_blocks
+        self._lost |= {arrival.request_id for arrival in arrivals if arrival.loaded.failed}
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         if self.worker is None:
@@ -252,6 +280,7 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
             self.worker.transfers.cancel(request_id)
         if self._get_connector_metadata().plan.is_idle:
             self.worker.transfers.wait(_IDLE_WAIT_S)
+        self._finish_layers()
         arrivals = self.worker.transfers.arrivals()
         if self.worker.fuser is not None:
             for request_id in finished_req_ids:
@@ -276,6 +305,7 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
 
     def shutdown(self) -> None:
         if self.worker is not None:
+            self.worker.layer_loads.close()
             self.worker.transfers.close()
             self.worker = None
 

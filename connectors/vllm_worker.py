@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,12 @@ from ..core import KVSpec, RopeSpec
 from ..errors import EngineError
 from .vllm_fusion import Fuser
 from .vllm_identity import model_id_of
+from .vllm_layerwise import LayerLoads
 from .vllm_layout import PagedLayers
 from .vllm_passes import EnginePasses, running_model
 from .vllm_rope import rope_of
 from .vllm_settings import VLLMSettings
-from .vllm_store import Papers, open_store
+from .vllm_store import Papers, is_lossy, open_store
 from .vllm_transfers import Transfers
 
 _LOG = logging.getLogger("vllm.kvloom")
@@ -27,6 +29,8 @@ class Worker:
     spec: KVSpec
     fusion_ratio: float
     transfers: Transfers
+    layer_loads: LayerLoads
+    layer_numbers: Mapping[str, int]
     fuser: Fuser | None
 
 
@@ -81,10 +85,20 @@ def open_worker(settings: VLLMSettings, model_id: str, vllm_config: Any, kv_cach
             slice_tokens=settings.fusion_slice_tokens,
             check_layer=settings.check_layer,
             size=size,
+            is_lossy=is_lossy(settings, papers),
         )
     if fuser is not None and settings.fusion_ratio == "certified":
         _LOG.info("fusions compute %.0f %% of the tokens of documents", 100 * ratio)
-    return Worker(spec, ratio, transfers, fuser)
+    layer_loads = LayerLoads(
+        transfers.store,
+        cache,
+        spec,
+        rank,
+        chunk_tokens=settings.chunk_tokens,
+        load_timeout_s=settings.load_timeout_s,
+        count=transfers.count,
+    )
+    return Worker(spec, ratio, transfers, layer_loads, {layer.layer_name: i for i, layer in enumerate(layers)}, fuser)
 
 
 def publishes_events(vllm_config: Any) -> bool:
@@ -114,7 +128,7 @@ def _fusable_model(config: Any, layers: list[Any], cache: PagedLayers) -> tuple[
     return None, None
 
 
-def expect_servable(vllm_config: Any, kv_cache_config: Any) -> int:
+def expect_servable(settings: VLLMSettings, vllm_config: Any, kv_cache_config: Any) -> int:
     """Tokens of a block, of an engine whose whole KV is one row of blocks for each request."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
@@ -131,6 +145,14 @@ def expect_servable(vllm_config: Any, kv_cache_config: Any) -> int:
         why = "it divides the context among ranks (context parallelism)"
     elif speculative is not None and speculative.method not in ("ngram", "suffix"):
         why = f"it drafts with a model ({speculative.method}), whose KV is another one's"
+    if settings.load_mode == "layerwise" and why is None:
+        # vLLM 0.32 (issue 49250) goes on from tokens sampled of KV that did not come, where it plans ahead.
+        if vllm_config.scheduler_config.async_scheduling:
+            raise EngineError(
+                "load_mode 'layerwise' needs --no-async-scheduling: vLLM cannot take back a step otherwise"
+            )
+        if vllm_config.use_v2_model_runner:
+            raise EngineError("load_mode 'layerwise' needs VLLM_USE_V2_MODEL_RUNNER=0: V2 cannot take back a step")
     if why is not None:
         raise EngineError(f"kvloom cannot serve this engine exactly: {why}; leave the connector out")
     return int(groups[0].kv_cache_spec.block_size)

@@ -317,7 +317,9 @@ def test_requests_that_say_nothing_are_fused_as_certified() -> None:
         ({"fusion_ratio": "certified"}, 0.15, 0.4, 0.4),
         ({"fusion_ratio": 0.3}, 0.15, None, 0.3),
     ):
-        plan = Planner(VLLMSettings.of({"chunk_tokens": CHUNK, **settings}), (SPEC,), BLOCK, Shelf(), fusion_ratio=ratio)
+        plan = Planner(
+            VLLMSettings.of({"chunk_tokens": CHUNK, **settings}), (SPEC,), BLOCK, Shelf(), fusion_ratio=ratio
+        )
         inexact = plan.open("r", tokens, b"", RequestOptions(documents=((8, 16), (16, 32)), ratio=asked))
         assert (inexact is None) is (expected == 1.0)
         if inexact is not None:
