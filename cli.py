@@ -300,7 +300,8 @@ def certify(
 ) -> None:
     """Measure what a codec, retrieval or fusion costs a model, and write the certificate that permits it.
 
-    Exits with 1 if it does not pass."""
+    Exits with 1 if it does not pass.
+    """
     if (codec is not None) + (retrieval is not None) + fusion != 1:
         raise ValueError("give one of --codec, --retrieval and --fusion")
     if fusion:

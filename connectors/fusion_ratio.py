@@ -15,7 +15,8 @@ FUSION = "fusion"
 
 def choosing_once(ratio: float) -> Blender:
     """Fuses as engines do that cannot drop tokens on their way: tokens are chosen once, behind the first layer, and the
-    same ones go through all that follow. What certificates are measured with."""
+    same ones go through all that follow. What certificates are measured with.
+    """
     return Blender(ratio, by_deviation, spread_ratio=0.0)
 
 
@@ -26,7 +27,8 @@ def parameters_of_fusion(ratio: float) -> Mapping[str, Any]:
 
 def certified_ratio(certificate: Certificate, check_layer: int) -> float | None:
     """The share that it permits where tokens are chosen at that layer; None if it is of something else, or has not
-    passed."""
+    passed.
+    """
     parameters = certificate.parameters
     if certificate.codec != FUSION or not certificate.passed:
         return None

@@ -122,7 +122,7 @@ class KVEvents:
                     self._describe(self._requests[load.request_id], keys, load.first + chunk * self._chunk_tokens)
 
     def take(self) -> list[Any]:
-        """vLLM's `BlockStored` and `BlockRemoved`, as its own offloading has them: `CPU` for memory, else `STORAGE`."""
+        """VLLM's `BlockStored` and `BlockRemoved`, as its own offloading has them: `CPU` for memory, else `STORAGE`."""
         from vllm.distributed.kv_events import MEDIUM_CPU, MEDIUM_STORAGE, BlockRemoved, BlockStored
         from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash, to_event_extra_keys
 

@@ -158,7 +158,8 @@ class StepReport:
 @dataclass(frozen=True, slots=True)
 class Scheduled:
     """A request in a step: its tokens whose KV is there when the step is done, its blocks, and how many tokens the
-    step computes."""
+    step computes.
+    """
 
     request_id: str
     computed_tokens: int

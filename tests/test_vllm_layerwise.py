@@ -21,8 +21,8 @@ from kvloom.kvstore.tiers.host import HostTier
 from .faulty import leaves_no_threads
 from .test_vllm_plan import BLOCK as PLAN_BLOCK
 from .test_vllm_plan import CHUNK as PLAN_CHUNK
-from .test_vllm_plan import Shelf, blocks_for, planner
 from .test_vllm_plan import SPEC as PLAN_SPEC
+from .test_vllm_plan import Shelf, blocks_for, planner
 
 LAYERS, BLOCK, CHUNK, CHUNKS = 3, 4, 8, 3
 SPEC = KVSpec("model", LAYERS, 2, 4, torch.float32, None)
