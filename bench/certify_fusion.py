@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -96,7 +97,7 @@ def certify_fusion(options: FusionOptions) -> Certificate:
             task = bar.add_task(f"{kind} tasks", total=len(cases))
             for case in cases:
                 connector.precompute(list(case.documents))
-            found[kind] = score(connector, cases, methods, advance=lambda task=task: bar.advance(task))
+            found[kind] = score(connector, cases, methods, advance=partial(bar.advance, task))
     known = {kind: scores for kind, scores in found.items() if scores[0].exact_match[kind] >= KNOWN_RATIO}
     figures = {ratio: _figures(known, number, options.task_loss) for number, ratio in enumerate(ratios, start=1)}
     certificates = {

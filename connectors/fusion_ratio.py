@@ -26,9 +26,7 @@ def parameters_of_fusion(ratio: float) -> Mapping[str, Any]:
 
 
 def certified_ratio(certificate: Certificate, check_layer: int) -> float | None:
-    """The share that it permits where tokens are chosen at that layer; None if it is of something else, or has not
-    passed.
-    """
+    """The share that it permits where tokens are chosen at that layer; None if it permits none."""
     parameters = certificate.parameters
     if certificate.codec != FUSION or not certificate.passed:
         return None

@@ -97,7 +97,8 @@ class Advance:
 class StepPlan:
     """What the workers are to do in one step of the engine.
 
-    `layerwise`: loads that are over within the step. `is_idle`: the engine itself computes nothing in it. `number`: from `Pace.begin`, to be told with the outcome.
+    `layerwise`: loads that are over within the step. `is_idle`: the engine itself computes nothing in it. `number`:
+    from `Pace.begin`, to be told with the outcome.
     """
 
     is_idle: bool = False
@@ -157,9 +158,7 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """A request in a step: its tokens whose KV is there when the step is done, its blocks, and how many tokens the
-    step computes.
-    """
+    """A request in a step: tokens whose KV is there when it is done, its blocks, and how many tokens it computes."""
 
     request_id: str
     computed_tokens: int

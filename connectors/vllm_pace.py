@@ -66,8 +66,8 @@ class Pace:
         self._ended_s = now_s
 
     def token_s(self, request_id: str | None = None) -> float | None:
-        """Of the last timed step that computed a piece of this request's prompt, if there was one: tokens behind a
-        long context take longer. Otherwise of the engine; None if no step was timed yet.
+        """Of the last timed step that computed a piece of this request's prompt: tokens behind a long context take
+        longer. Without one, of the engine; None if no step was timed yet.
         """
         known = None if request_id is None else self._of_request.get(request_id)
         return known if known is not None or not self._tokens else self._seconds / self._tokens

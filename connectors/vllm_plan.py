@@ -228,9 +228,10 @@ class Planner:
         """
         for load in self._plan.layerwise:
             request, first = self._tracked.get(load.request_id), load.start + self._block_tokens
-            if request is not None and computed_tokens > load.start:
-                if list(token_ids[:first]) == list(request.token_ids[:first]):
-                    return True
+            if request is None or computed_tokens <= load.start:
+                continue
+            if list(token_ids[:first]) == list(request.token_ids[:first]):
+                return True
         return False
 
     def take_spoiled(self) -> set[int]:

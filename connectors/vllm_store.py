@@ -114,5 +114,7 @@ def _is_one_model(known: KVSpec, spec: KVSpec) -> bool:
 
 def _rotate_alike(one: RopeSpec, other: RopeSpec) -> bool:
     same_kind = one.interleaved == other.interleaved and len(one.inv_freq) == len(other.inv_freq)
-    numbers = [torch.tensor((*each.inv_freq, each.attention_scaling), dtype=torch.float64) for each in (one, other)]
-    return same_kind and torch.allclose(*numbers, rtol=_ROPE_TOLERANCE, atol=0.0)
+    mine, theirs = [
+        torch.tensor((*each.inv_freq, each.attention_scaling), dtype=torch.float64) for each in (one, other)
+    ]
+    return same_kind and torch.allclose(mine, theirs, rtol=_ROPE_TOLERANCE, atol=0.0)

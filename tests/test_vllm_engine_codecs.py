@@ -96,7 +96,7 @@ def test_a_certified_codec_serves(llm: Any) -> None:
     assert len(store._books.levels[0].keys) == 0
     there = store._books.levels[1].tier.get(key)
     assert there is not None
-    assert there.codec == "nuq4"
+    assert there.codec == "nuq"
     chunk = store.get(key)
     assert chunk is not None
     assert there.nbytes < 0.2 * (chunk.keys.nbytes + chunk.values.nbytes)
@@ -135,4 +135,4 @@ def test_without_its_certificate_an_engine_does_not_start(folder: Path) -> None:
         check=False,
     )
     assert refused.returncode == 1
-    assert re.search(r"UncertifiedError: codec 'nuq4' is lossy, .* for tiny: .*--model-id tiny", refused.stderr)
+    assert re.search(r"UncertifiedError: codec 'nuq' is lossy, .* for tiny: .*--model-id tiny", refused.stderr)

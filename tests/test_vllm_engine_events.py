@@ -160,7 +160,7 @@ def test_what_another_engine_stored_is_told_when_it_is_used(llm: Any) -> None:
 
 
 def test_seconds_saved_are_what_computing_took(llm: Any) -> None:
-    text, later = prompts(4, (700, 700))
+    (text,) = prompts(4, (700,))
     begun_s = time.monotonic()
     generate(llm, [text], DECLINED, tokens=1)
     computing_s = time.monotonic() - begun_s

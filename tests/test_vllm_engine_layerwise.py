@@ -153,7 +153,7 @@ def test_lost_chunks_are_computed_and_leave_nothing(
 ) -> None:
     """Equal tokens: of the request itself, of others that begin alike and come at once or after it, from the engine's
     own cache and from the store."""
-    (text, more), (plain, plain_more) = stored(llm, 31, (300, 90))
+    (text, more), (plain, _) = stored(llm, 31, (300, 90))
     longer = text + more
     (plain_longer,) = tokens_of(generate(llm, [longer], DECLINED))
     assert llm.reset_prefix_cache()

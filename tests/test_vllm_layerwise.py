@@ -177,7 +177,7 @@ def opened(tokens: int = 24) -> tuple[Any, list[int]]:
 
 
 def test_one_token_is_left_to_compute() -> None:
-    plan, row = opened()
+    plan, _ = opened()
     assert plan.matched_tokens("r", 4) == 23 - 4
     assert plan.is_layerwise("r")
     plan.allocated("r", 19, blocks_for(24))
