@@ -299,25 +299,30 @@ class Planner:
         self._pace.end(report.number)
         for request_id, loaded in report.loaded.items():
             self._fusing.pop(request_id, None)
-            if (load := self._layerwise.pop(request_id, None)) is not None and loaded.failed:
+            load, request = self._layerwise.pop(request_id, None), self._tracked.get(request_id)
+            if load is not None and loaded.failed:
                 self._spoiled.update(load.blocks[load.start // self._block_tokens :])
-            if (request := self._tracked.get(request_id)) is None:
+            saved_s = self._seconds_saved(loaded) if load is not None or request is not None else None
+            if request is None:  # aborted, or over with the step that loaded for it
                 continue
-            self._note_saving(request, loaded)
+            if saved_s is None or request.seconds_saved is None:
+                request.seconds_saved = None
+            else:
+                request.seconds_saved += saved_s
             request.loaded = loaded if request.loaded is None else both(request.loaded, loaded)
             if loaded.failed:
                 # vLLM computes from the lost chunk on, and asks again if nothing is left: it must not be told the same.
                 request.has_failed = True
                 request.saved_chunks = 0
 
-    def _note_saving(self, request: _Tracked, loaded: Loaded) -> None:
+    def _seconds_saved(self, loaded: Loaded) -> float | None:
+        """By one load or fusion, see `close`; counts it."""
         token_s = self._pace.token_s() if loaded.unpriced_tokens else 0.0
-        if token_s is None or request.seconds_saved is None:
-            request.seconds_saved = None
-            return
+        if token_s is None:
+            return None
         saved_s = loaded.recompute_s + loaded.unpriced_tokens * token_s - loaded.spent_s
-        request.seconds_saved += saved_s
         self._counts["seconds_saved"] += max(saved_s, 0.0)  # type: ignore[assignment]  # a Counter may count seconds
+        return saved_s
 
     # -------------------------------------------------------------------------------------------------- saving
 

@@ -189,6 +189,9 @@ def test_one_token_is_left_to_compute() -> None:
     usage = plan.close("r")
     assert usage is not None
     assert usage["loaded_tokens"] == {"host": 19}, "the step that loads is its last one"
+    assert usage["seconds_saved"] is None
+    plan.hear(StepReport(loaded={"r": Loaded({"host": 19}, False, 0.5, 0, recompute_s=2.0)}))
+    assert plan.take_counts()["seconds_saved"] == 1.5
 
 
 def test_who_begins_alike_waits_for_a_step() -> None:
