@@ -258,6 +258,12 @@ def certify(
     retrieval: Annotated[
         str | None, typer.Option(metavar="NAME", help="Or how decoding attends, for instance landmarks or vq.")
     ] = None,
+    fusion: Annotated[
+        bool, typer.Option("--fusion", help="Or what share of the tokens of cached documents must be recomputed.")
+    ] = False,
+    ratios: Annotated[
+        str, typer.Option(metavar="SHARES", help="fusion: shares to try; the smallest that passes is certified.")
+    ] = "0.05,0.1,0.15,0.2,0.3,0.5",
     budget: Annotated[
         float, typer.Option(metavar="SHARE", help="retrieval: tokens chosen for each KV head; 0.03 is 3 %.")
     ] = 0.03,
@@ -292,9 +298,30 @@ def certify(
     model_id: ModelId = None,
     dtype: Dtype = None,
 ) -> None:
-    """Measure what a codec or retrieval costs a model, and write the certificate that permits it; exit 1 on failure."""
-    if (codec is None) == (retrieval is None):
-        raise ValueError("give either --codec or --retrieval")
+    """Measure what a codec, retrieval or fusion costs a model, and write the certificate that permits it.
+
+    Exits with 1 if it does not pass.
+    """
+    if (codec is not None) + (retrieval is not None) + fusion != 1:
+        raise ValueError("give one of --codec, --retrieval and --fusion")
+    if fusion:
+        from .bench.certify_fusion import FusionOptions, certify_fusion
+        from .bench.quality import KINDS
+
+        asked = FusionOptions(
+            model=_model_dir(model),
+            ratios=[_number(share, "ratios", "shares such as 0.05,0.15") for share in _parts(ratios)],
+            kinds=KINDS if tasks == "auto" else _parts(tasks),
+            trials=trials,
+            context_tokens=context_tokens or 1024,
+            task_loss=max_task_loss,
+            out=out,
+            model_id=model_id,
+            dtype=dtype,
+        )
+        if not certify_fusion(asked).passed:
+            raise typer.Exit(1)
+        return
     from .bench.certify import CertifyOptions
     from .bench.certify import certify as measure
     from .bench.quality import Limits

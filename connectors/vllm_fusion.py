@@ -12,7 +12,9 @@ forward pass cannot drop tokens on its way; and the layers up to `check_layer` a
 be computed to choose.
 
 The first layer's keys depend on nothing but token and position. If what was stored and moved differs from what the
-model computes there, model and rotation are not what they are believed to be: then everything is computed.
+model computes there, model and rotation are not what they are believed to be: then everything is computed. Where tiers
+are lossy, a difference is believed to be their loss as long as it is small for most tokens: a rotation that is not
+understood turns keys of moved documents by any angle.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ from .vllm_layout import PagedLayers, write_layer
 from .vllm_messages import Advance, Fusion, Loaded
 from .vllm_passes import EnginePasses, first_slice
 from .vllm_transfers import Arrival, Fetched, Transfers
+
+_LOSS = 0.25  # squared, relative: 2 bits lose about a tenth; keys that are turned by chance differ by 2
 
 _LOG = logging.getLogger("vllm.kvloom")
 
@@ -59,6 +63,7 @@ class Fuser:
     slice_tokens : tokens through all layers in one step of the engine.
     check_layer : where tokens are chosen, from 1 on.
     size : of the tensor-parallel group.
+    is_lossy : documents may come from a tier whose codec loses something.
     select : how they are chosen.
     """
 
@@ -71,6 +76,7 @@ class Fuser:
         slice_tokens: int,
         check_layer: int,
         size: int,
+        is_lossy: bool = False,
         select: Selector = by_deviation,
     ) -> None:
         layers = len(cache.layers)
@@ -82,6 +88,7 @@ class Fuser:
         # A slice of choosing costs as much as one of computing: it runs through fewer layers.
         self._probe_tokens = min(self._slice_tokens * layers // (self._check_layer + 1), passes.max_tokens)
         self._size = size
+        self._is_lossy = is_lossy
         self._select = select
         self._jobs: dict[str, _Job] = {}
         self._over: list[Arrival] = []
@@ -158,7 +165,8 @@ class Fuser:
         # Ranks add up what their heads say, so that all choose alike, and what one rank alone would.
         rows = self._agreed(torch.cat(job.rows, dim=1))
         is_candidate = torch.isin(job.probed, job.candidates)
-        off = float((rows[4] / rows[5].clamp_min(torch.finfo(torch.float32).tiny))[is_candidate].max())
+        squared = (rows[4] / rows[5].clamp_min(torch.finfo(torch.float32).tiny))[is_candidate]
+        off = float(squared.median() if self._is_lossy else squared.max())
         job.done = 0
         if off > self._tolerance():
             self.is_trusted = False
@@ -206,7 +214,9 @@ class Fuser:
         return summed.cpu()
 
     def _tolerance(self) -> float:
-        """Of a squared, relative difference: what two roundings of a rotated key may come to."""
+        """Of a squared, relative difference: what two roundings of a rotated key may come to, or a codec's loss."""
+        if self._is_lossy:
+            return _LOSS
         return (8 * torch.finfo(self._cache.dtype).eps) ** 2 + 1e-6
 
     # --------------------------------------------------------------------------------------------------- books
@@ -227,7 +237,9 @@ class Fuser:
             "fusion_seconds": spent_s,
         }
         self._transfers.count(counts)
-        loaded = Loaded(self._outcome(job).tokens, False, spent_s, len(computed))
+        fetched = self._outcome(job)
+        silent = fusion.stop - fusion.start - sum(fetched.tokens.values()) + fetched.worth.unpriced_tokens
+        loaded = Loaded(fetched.tokens, False, spent_s, len(computed), fetched.worth.recompute_s, silent)
         return Arrival(fusion.request_id, loaded, frozenset())
 
 

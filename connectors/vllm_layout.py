@@ -111,6 +111,12 @@ class PagedLayers:
         for index, layer in enumerate(self.layers):
             write_layer(layer, keys[index].to(self.device), values[index].to(self.device), slots)
 
+    @torch.inference_mode()
+    def write_layer(self, index: int, blocks: Sequence[int], start: int, keys: Tensor, values: Tensor) -> None:
+        """The same for one layer, shapes as `read_layer` gives."""
+        slots = self.slots(blocks, torch.arange(start, start + keys.shape[1]))
+        write_layer(self.layers[index], keys.to(self.device), values.to(self.device), slots)
+
     def slots(self, blocks: Sequence[int], positions: Tensor) -> Tensor:
         """Where tokens of a request lie: block number times `block_tokens`, plus the place in the block; int64."""
         numbers = torch.tensor(blocks, dtype=torch.int64)[positions // self.block_tokens]

@@ -7,13 +7,14 @@ every rank: what a rank stores are its own heads, under its own keys.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..core import ChunkKey
+from ..kvstore.books import Move
 
 RankKeys: TypeAlias = "tuple[tuple[ChunkKey, ...], ...]"
 """Keys of the same chunks for every rank: `keys[rank][chunk]`."""
@@ -51,6 +52,9 @@ class Save:
     token_ids: NDArray[np.int64]
     start: int
     blocks: tuple[int, ...]
+    recompute_s: float | None = None  # what computing it took, if that is known
+    request_id: str = ""  # who computed it
+    is_prefix: bool = False  # a chunk of that request's prefix; otherwise a document, stored by its content
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +95,18 @@ class Advance:
 
 @dataclass(slots=True)
 class StepPlan:
-    """What the workers are to do in one step of the engine. `is_idle`: the engine itself computes nothing in it."""
+    """What the workers are to do in one step of the engine.
+
+    `layerwise`: loads that are over within the step. `is_idle`: the engine itself computes nothing in it. `number`:
+    from `Pace.begin`, to be told with the outcome.
+    """
 
     is_idle: bool = False
+    number: int = 0
 
     lookups: list[LookUp] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
+    layerwise: list[Load] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
     fusions: list[Fusion] = field(default_factory=list)
     advances: list[Advance] = field(default_factory=list)
@@ -104,24 +114,36 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What became of a load or a fusion: tokens by tier, tokens computed, and whether a chunk was lost on the way."""
+    """What became of a load or a fusion: tokens by tier, tokens computed, and whether a chunk was lost on the way.
+
+    `recompute_s`: what computing tokens that came with this knowledge took. `unpriced_tokens`: provided without it.
+    """
 
     tokens: Mapping[str, int]
     failed: bool
     spent_s: float
     computed_tokens: int = 0
+    recompute_s: float = 0.0
+    unpriced_tokens: int = 0
 
 
 @dataclass(slots=True)
 class StepReport:
     """What the workers did since the last step.
 
-    `found`: for each rank that has fetched the documents of a fusion, which of them it has.
+    `found`: for each rank that has fetched the documents of a fusion, which of them it has. `moves`: chunks that
+    entered or left a tier, where somebody wants to know. `number`: of the plan.
     """
 
     answers: dict[str, Answer] = field(default_factory=dict)
     loaded: dict[str, Loaded] = field(default_factory=dict)
     found: dict[str, tuple[tuple[bool, ...], ...]] = field(default_factory=dict)
+    moves: list[Move] = field(default_factory=list)
+    number: int = 0
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.answers or self.loaded or self.found or self.moves or self.number)
 
     def merged(self, other: StepReport) -> StepReport:
         """Of two ranks: stored is what all have, loaded what none has lost."""
@@ -131,24 +153,25 @@ class StepReport:
         for request_id, load in other.loaded.items():
             loaded[request_id] = both(loaded[request_id], load) if request_id in loaded else load
         found = {**self.found, **{name: self.found.get(name, ()) + masks for name, masks in other.found.items()}}
-        return StepReport(answers, loaded, found)
+        return StepReport(answers, loaded, found, self.moves + other.moves, max(self.number, other.number))
 
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """A request in a step: its tokens whose KV is there when the step is done, and its blocks."""
+    """A request in a step: tokens whose KV is there when it is done, its blocks, and how many tokens it computes."""
 
     request_id: str
     computed_tokens: int
     blocks: Sequence[int]
+    new_tokens: int = 0
 
 
 def both(one: Loaded, other: Loaded) -> Loaded:
     """Of two ranks, or of two loads of a request. Tokens are those of every rank: the fewer."""
-    tokens = one.tokens if sum(one.tokens.values()) <= sum(other.tokens.values()) else other.tokens
-    return Loaded(
-        tokens,
-        one.failed or other.failed,
-        max(one.spent_s, other.spent_s),
-        max(one.computed_tokens, other.computed_tokens),
+    fewer = one if sum(one.tokens.values()) <= sum(other.tokens.values()) else other
+    return replace(
+        fewer,
+        failed=one.failed or other.failed,
+        spent_s=max(one.spent_s, other.spent_s),
+        computed_tokens=max(one.computed_tokens, other.computed_tokens),
     )

@@ -34,6 +34,7 @@ from .vllm_messages import (
     StepReport,
     both,
 )
+from .vllm_pace import Pace
 from .vllm_settings import RequestOptions, VLLMSettings, documents_between
 
 
@@ -58,6 +59,7 @@ class _Tracked:
     planned_saves: int = 0
     alone: tuple[Document, ...] = ()  # documents to store that this request computes as if alone
     loaded: Loaded | None = None
+    seconds_saved: float | None = 0.0  # None: not known
 
 
 class Planner:
@@ -68,6 +70,7 @@ class Planner:
     settings : the user's.
     specs : geometry of each rank's cache, by rank.
     block_tokens : of the engine.
+    fusion_ratio : what certificates permit, for settings that ask for that.
     ask : answers a lookup at once; None where the workers are other processes, which answer in a later step.
     """
 
@@ -77,16 +80,22 @@ class Planner:
         specs: Sequence[KVSpec],
         block_tokens: int,
         ask: Callable[[LookUp], Answer] | None = None,
+        *,
+        fusion_ratio: float = 1.0,
     ) -> None:
         self._settings = settings
         self._specs = tuple(specs)
         self._block_tokens = block_tokens
         self._ask = ask
+        self._fusion_ratio = fusion_ratio if settings.fusion_ratio == "certified" else settings.fusion_ratio
         self._epoch = b""
         self._tracked: dict[str, _Tracked] = {}
         self._fusing: dict[str, tuple[tuple[bool, ...], ...]] = {}  # what each rank found, in order of arrival
+        self._layerwise: dict[str, Load] = {}  # loads within a step that were not heard of
+        self._spoiled: set[int] = set()
         self._plan = StepPlan()
         self._counts: Counter[str] = Counter()
+        self._pace = Pace()
 
     # ------------------------------------------------------------------------------------------------ requests
 
@@ -112,7 +121,7 @@ class Planner:
         documents = tuple(
             Document(start, stop, self._content_keys(token_ids[start:stop], salt)) for start, stop in spans
         )
-        ratio = self._settings.fusion_ratio if options.ratio is None else options.ratio
+        ratio = self._fusion_ratio if options.ratio is None else options.ratio
         lead_ids = self._settings.lead_ids
         is_led = tuple(token_ids[: len(lead_ids)]) == lead_ids
         alone = {document for document in documents[:1] if is_led and document.start == len(lead_ids)}
@@ -137,17 +146,28 @@ class Planner:
         return blake3(repr(plan).encode() + token_ids.tobytes()).digest()
 
     def close(self, request_id: str) -> dict[str, object] | None:
-        """Forget a request; what kvloom did for it, None if nothing is known of it."""
+        """Forget a request; what kvloom did for it, None if nothing is known of it.
+
+        `seconds_saved`: what computing the tokens that kvloom provided would have taken, less the time that providing
+        them took, from the beginning of a load or fusion to its end. What computing would have taken is for stored
+        tokens what their chunks say that it took when they were computed; for others, and for the tokens between fused
+        documents, it is their number times the engine's seconds a token (`Pace`). Below 0 if computing would have been
+        faster; null if the engine has not computed a prompt yet by which to judge.
+        """
         self._fusing.pop(request_id, None)
+        self._pace.forget(request_id)
         request = self._tracked.pop(request_id, None)
         if request is None:
             return None
         loaded = request.loaded or Loaded({}, False, 0.0)
+        if request_id in self._layerwise:  # over within its only step, so all has come; the report comes later
+            loaded, request.seconds_saved = Loaded(request.hit_tokens, False, 0.0), None
         return {
             "prompt_tokens": request.prompt_tokens,
             "loaded_tokens": dict(loaded.tokens),
             "computed_tokens": loaded.computed_tokens,
             "load_s": round(loaded.spent_s, 6),
+            "seconds_saved": None if request.seconds_saved is None else round(request.seconds_saved, 6),
             "failed": loaded.failed,
             "saved_chunks": request.planned_saves,
         }
@@ -192,7 +212,32 @@ class Planner:
         if request.answer is None:
             return None
         request.offer = (request.asked_from + len(request.answer)) * chunk_tokens
+        if self.is_layerwise(request_id):  # the step must compute something
+            request.offer = min(request.offer, len(request.token_ids) - 1)
         return max(request.offer - computed_tokens, 0)
+
+    def is_layerwise(self, request_id: str) -> bool:
+        """Whether what is loaded for it comes within the step that uses it."""
+        return self._settings.load_mode == "layerwise" and self._tracked[request_id].inexact is None
+
+    def has_to_wait(self, token_ids: Sequence[int], computed_tokens: int) -> bool:
+        """Whether a request's local hit may lie in blocks that another one only loads in the coming step.
+
+        vLLM files the blocks of such loads at once. Whoever shared them in the same step would be computed on what may
+        never come. One step later it has come, or the blocks are filed no longer.
+        """
+        for load in self._plan.layerwise:
+            request, first = self._tracked.get(load.request_id), load.start + self._block_tokens
+            if request is None or computed_tokens <= load.start:
+                continue
+            if list(token_ids[:first]) == list(request.token_ids[:first]):
+                return True
+        return False
+
+    def take_spoiled(self) -> set[int]:
+        """Blocks that were filed under hashes of tokens whose KV did not come, since the last call."""
+        spoiled, self._spoiled = self._spoiled, set()
+        return spoiled
 
     def allocated(self, request_id: str, external_tokens: int, blocks: Sequence[int]) -> None:
         """The engine took the offer: `external_tokens` up to where it reaches are ours to provide."""
@@ -222,13 +267,20 @@ class Planner:
             )
             self._fusing[request_id] = ()
             return
-        first, last = start // chunk_tokens, stop // chunk_tokens
+        first, last = start // chunk_tokens, -(-stop // chunk_tokens)
         keys = tuple(tuple(keys[first:last]) for keys in request.keys)
-        self._plan.loads.append(Load(request_id, keys, first * chunk_tokens, start, stop, tuple(blocks)))
+        load = Load(request_id, keys, first * chunk_tokens, start, stop, tuple(blocks))
+        if self.is_layerwise(request_id):
+            self._plan.layerwise.append(load)
+            self._layerwise[request_id] = load
+        else:
+            self._plan.loads.append(load)
         request.saved_chunks = max(request.saved_chunks, last)
         tokens: Counter[str] = Counter()
         for chunk in range(first, last):
-            tokens[answer[chunk - asked_from]] += (chunk + 1) * chunk_tokens - max(chunk * chunk_tokens, start)
+            tokens[answer[chunk - asked_from]] += min((chunk + 1) * chunk_tokens, stop) - max(
+                chunk * chunk_tokens, start
+            )
         request.hit_tokens = tokens
 
     def hit_tokens(self, request_id: str) -> Mapping[str, int]:
@@ -244,21 +296,41 @@ class Planner:
         for request_id, masks in report.found.items():
             if request_id in self._fusing:
                 self._fusing[request_id] += masks
+        self._pace.end(report.number)
         for request_id, loaded in report.loaded.items():
             self._fusing.pop(request_id, None)
-            if (request := self._tracked.get(request_id)) is None:
+            load, request = self._layerwise.pop(request_id, None), self._tracked.get(request_id)
+            if load is not None and loaded.failed:
+                self._spoiled.update(load.blocks[load.start // self._block_tokens :])
+            saved_s = self._seconds_saved(loaded) if load is not None or request is not None else None
+            if request is None:  # aborted, or over with the step that loaded for it
                 continue
+            if saved_s is None or request.seconds_saved is None:
+                request.seconds_saved = None
+            else:
+                request.seconds_saved += saved_s
             request.loaded = loaded if request.loaded is None else both(request.loaded, loaded)
             if loaded.failed:
                 # vLLM computes from the lost chunk on, and asks again if nothing is left: it must not be told the same.
                 request.has_failed = True
                 request.saved_chunks = 0
 
+    def _seconds_saved(self, loaded: Loaded) -> float | None:
+        """By one load or fusion, see `close`; counts it."""
+        token_s = self._pace.token_s() if loaded.unpriced_tokens else 0.0
+        if token_s is None:
+            return None
+        saved_s = loaded.recompute_s + loaded.unpriced_tokens * token_s - loaded.spent_s
+        self._counts["seconds_saved"] += max(saved_s, 0.0)  # type: ignore[assignment]  # a Counter may count seconds
+        return saved_s
+
     # -------------------------------------------------------------------------------------------------- saving
 
     def plan_step(self, scheduled: Iterable[Scheduled], *, is_idle: bool = False) -> StepPlan:
         """The plan of the step, saves of every chunk that it completes included. One fusion advances at a time."""
+        new_tokens = {}
         for each in scheduled:
+            new_tokens[each.request_id] = each.new_tokens
             request = self._tracked.get(each.request_id)
             if request is not None and request.options.save:
                 self._plan_saves(request, each)
@@ -268,6 +340,8 @@ class Planner:
             self._plan.advances.append(Advance(first, found))
         plan, self._plan = self._plan, StepPlan()
         plan.is_idle = is_idle
+        if not plan.advances and not plan.layerwise:  # which take time beside the engine's own work
+            plan.number = self._pace.begin(new_tokens)
         return plan
 
     def take_counts(self) -> dict[str, float]:
@@ -285,25 +359,33 @@ class Planner:
             for chunk in range(request.saved_chunks, count):
                 keys = tuple(keys[chunk] for keys in request.keys)
                 after = tuple(keys[chunk - 1] for keys in request.keys) if chunk else None
-                self._save(request, each.blocks, keys, after, chunk * chunk_tokens, (chunk + 1) * chunk_tokens)
+                start, stop = chunk * chunk_tokens, (chunk + 1) * chunk_tokens
+                self._save(each.request_id, each.blocks, keys, after, start, stop, is_prefix=True)
             request.saved_chunks = count
         for document in request.alone:
             if document.stop <= known:
-                self._save(request, each.blocks, document.keys, None, document.start, document.stop)
+                start, stop = document.start, document.stop
+                self._save(each.request_id, each.blocks, document.keys, None, start, stop, is_prefix=False)
                 request.alone = ()
 
     def _save(
         self,
-        request: _Tracked,
+        request_id: str,
         blocks: Sequence[int],
         keys: tuple[ChunkKey, ...],
         after: tuple[ChunkKey, ...] | None,
         start: int,
         stop: int,
+        *,
+        is_prefix: bool,
     ) -> None:
+        request = self._tracked[request_id]
         first, last = start // self._block_tokens, -(-stop // self._block_tokens)
         token_ids = np.asarray(request.token_ids[start:stop], dtype=np.int64)
-        self._plan.saves.append(Save(keys, after, token_ids, start, tuple(blocks[first:last])))
+        token_s = self._pace.token_s(request_id)
+        cost_s = None if token_s is None else token_s * len(token_ids)
+        row = tuple(blocks[first:last])
+        self._plan.saves.append(Save(keys, after, token_ids, start, row, cost_s, request_id, is_prefix))
         request.planned_saves += 1
 
     # --------------------------------------------------------------------------------------------------- keys

@@ -6,7 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
+
+LoadMode: TypeAlias = Literal["async", "layerwise"]
 
 _UNITS = MappingProxyType({"": 1, "B": 1} | {f"{p}iB": 1 << 10 * (i + 1) for i, p in enumerate("KMGT")})
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]iB|B|)\s*")
@@ -21,12 +23,22 @@ class VLLMSettings:
     host_bytes : of chunks in the memory of the machine, all workers of this engine together.
     disk_path : folder of a `DiskTier`, shared by all engines that name it; None for none.
     disk_bytes : of chunks in that folder; None for no limit.
+    host_codec, disk_codec : what chunks are encoded with in that tier, a name of `compress.catalog`; None for as they
+        are.
+    profile : file of the model's `Profile`, for codecs that need one.
+    certificates : files; what makes lossy codecs usable, and says what share a fusion computes. Certificates speak for
+        one `model_id`: `kvloom certify --model-id` takes the engine's.
+    allow_uncertified : use lossy codecs without a certificate all the same; warns.
     chunk_tokens : tokens a chunk; what is shorter is not stored.
     model_id : names the weights; None hashes the model's files. Two models of one name would be given each other's KV.
     salt : the tenant's secret, part of every key.
+    load_mode : `async`: a request waits aside while its KV is loaded, and others go on. `layerwise`: it computes at
+        once, and every layer waits for its own KV, as does all else that is computed in that step.
     load_timeout_s : how long the loads of one request may take; what has not come by then is computed.
     save_pending_bytes : of KV that waits to be stored, a worker. What would come on top is not stored.
-    fusion_ratio : share of the tokens that a fused request recomputes unless it says itself; 1 is exact.
+    fusion_ratio : share of the tokens of documents that a fused request recomputes unless it says itself; 1 is exact.
+        `"certified"`: the smallest that a certificate of fusions permits for this model, and 1 without one. A number is
+        the user's own choice.
     fusion_slice_tokens : tokens that one step of the engine computes of a fusion, beside its other work.
     check_layer : the layer whose keys and values choose the tokens of a fusion.
     lead_ids : tokens that stand before everything (a BOS). A document is stored when it follows them at the start of a
@@ -38,12 +50,18 @@ class VLLMSettings:
     host_bytes: int = 4 << 30
     disk_path: str | None = None
     disk_bytes: int | None = None
+    host_codec: str | None = None
+    disk_codec: str | None = None
+    profile: str | None = None
+    certificates: tuple[str, ...] = ()
+    allow_uncertified: bool = False
     chunk_tokens: int = 256
     model_id: str | None = None
     salt: str = ""
+    load_mode: LoadMode = "async"
     load_timeout_s: float = 10.0
     save_pending_bytes: int = 1 << 30
-    fusion_ratio: float = 1.0
+    fusion_ratio: float | Literal["certified"] = "certified"
     fusion_slice_tokens: int = 512
     check_layer: int = 1
     lead_ids: tuple[int, ...] = ()
@@ -63,21 +81,32 @@ class VLLMSettings:
         for name in ("host_bytes", "disk_bytes", "save_pending_bytes"):
             if values.get(name) is not None:
                 values[name] = parse_bytes(values[name], name)
-        for name in ("disk_path", "model_id", "salt"):
+        for name in ("disk_path", "host_codec", "disk_codec", "profile", "model_id", "salt"):
             value = values.get(name)
             if name in values and not (isinstance(value, str) or (value is None and name != "salt")):
                 raise ValueError(f"{name} is {value!r}; expected text")
+        paths = values.get("certificates", ())
+        if not isinstance(paths, Sequence) or isinstance(paths, str) or not all(isinstance(p, str) for p in paths):
+            raise ValueError(f"certificates is {paths!r}; expected a list of files")
+        values["certificates"] = tuple(paths)
+        if not isinstance(values.get("allow_uncertified", False), bool):
+            raise ValueError(f"allow_uncertified is {values['allow_uncertified']!r}; expected true or false")
         for name in ("lead_ids", "separator_ids"):
             ids = values.get(name, ())
             if not isinstance(ids, Sequence) or not all(type(token) is int and token >= 0 for token in ids):
                 raise ValueError(f"{name} is {ids!r}; expected a list of token ids")
             values[name] = tuple(ids)
         settings = cls(**values)
+        if settings.disk_codec is not None and settings.disk_path is None:
+            raise ValueError("disk_codec is given without disk_path; name the folder that it is for")
+        if settings.load_mode not in get_args(LoadMode):
+            raise ValueError(f"load_mode is {settings.load_mode!r}; expected one of {', '.join(get_args(LoadMode))}")
         for name in ("host_bytes", "chunk_tokens", "save_pending_bytes", "fusion_slice_tokens"):
             _expect_number(getattr(settings, name), name, 1, whole=True)
         _expect_number(settings.check_layer, "check_layer", 1, whole=True)
         _expect_number(settings.load_timeout_s, "load_timeout_s", 0.0)
-        _expect_number(settings.fusion_ratio, "fusion_ratio", 0.0, 1.0)
+        if settings.fusion_ratio != "certified":
+            _expect_number(settings.fusion_ratio, "fusion_ratio", 0.0, 1.0)
         return settings
 
 

@@ -20,6 +20,7 @@ COUNTERS = MappingProxyType(
         "hit_chunks": "Chunks asked about that were stored.",
         "loads": "Loads that ended.",
         "load_seconds": "Time from the beginning of a load to its end, summed.",
+        "seconds_saved": "Seconds of computing that loads and fusions saved, less those they took.",
         "failed_loads": "Loads or fusions that lost a chunk on the way; it was computed.",
         "saved_chunks": "Chunks stored.",
         "saved_tokens": "Tokens stored.",

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..core import ChunkKey, KVChunk, KVSpec
 from ..errors import KVLoomError
+from ..kvstore.books import Move
 from ..kvstore.store import KVStore
 from .vllm_messages import Answer, Fusion, Load, Loaded, LookUp, Save
 
@@ -42,12 +43,28 @@ class Arrival:
     bad_blocks: frozenset[int]
 
 
+@dataclass(slots=True)
+class Worth:
+    """What computing loaded tokens took, as far as their chunks say so, and how many tokens say nothing."""
+
+    recompute_s: float = 0.0
+    unpriced_tokens: int = 0
+
+    def add(self, tokens: int, chunk_tokens: int, chunk_recompute_s: float | None) -> None:
+        """`tokens` of a chunk of `chunk_tokens`."""
+        if chunk_recompute_s is None:
+            self.unpriced_tokens += tokens
+        else:
+            self.recompute_s += chunk_recompute_s * tokens / chunk_tokens
+
+
 @dataclass(frozen=True, slots=True)
 class Fetched:
     """Which documents of a fusion are in its blocks now, and the tiers that their tokens came from."""
 
     found: tuple[bool, ...]
     tokens: Mapping[str, int]
+    worth: Worth = field(default_factory=Worth)
 
 
 class Transfers:
@@ -63,6 +80,7 @@ class Transfers:
     cache : the engine's.
     spec, rank : of this worker.
     chunk_tokens, load_timeout_s, save_pending_bytes : see `VLLMSettings`.
+    tells_moves : somebody calls `take_moves`.
     """
 
     def __init__(
@@ -75,6 +93,7 @@ class Transfers:
         chunk_tokens: int,
         load_timeout_s: float,
         save_pending_bytes: int,
+        tells_moves: bool = False,
     ) -> None:
         self.store = store
         self._cache = cache
@@ -89,8 +108,12 @@ class Transfers:
         self._fetches: list[Future[Fetched]] = []
         self._cancelled: set[str] = set()  # written by the engine's thread, read by the loader
         self._saves: dict[ChunkKey, tuple[int, Future[None]]] = {}  # with their bytes
-        self._lock = threading.Lock()  # of the counts
+        self._lock = threading.Lock()  # of the counts, and of whereabouts
         self._counts: Counter[str] = Counter()
+        self._tells_moves = tells_moves
+        self._whereabouts: set[ChunkKey] = set()  # chunks to be told of, beside those that moved
+        if tells_moves:
+            store.take_moves()  # which begins to note them
 
     def look_up(self, lookup: LookUp) -> Answer:
         """Tiers of the leading chunks that are stored."""
@@ -148,6 +171,7 @@ class Transfers:
     def _fetch(self, load: Load, begun_s: float) -> Arrival:
         """All chunks in order, up to the first that does not come."""
         tokens: Counter[str] = Counter()
+        worth = Worth()
         lost_from: int | None = None
         for index, key in enumerate(load.keys[self._rank]):
             first = load.first + index * self._chunk_tokens
@@ -157,18 +181,23 @@ class Transfers:
             if load.request_id not in self._cancelled and remaining_s > 0:
                 chunk = self.store.get(key, timeout_s=remaining_s)
             if chunk is None or not self._fits(chunk, first):
+                self._tell_whereabouts(key)
                 lost_from = start
                 break
+            self._tell_whereabouts(key)
             here = slice(start - first, stop - first)
             self._cache.write(load.blocks, start, chunk.keys[:, :, here], chunk.values[:, :, here])
             tokens[tier or "moved"] += stop - start
+            worth.add(stop - start, len(chunk), self._recompute_s(key))
         spent_s = time.monotonic() - begun_s
         self.count({"loads": 1, "load_seconds": spent_s} | {f"loaded_tokens.{name}": n for name, n in tokens.items()})
+        is_lost = lost_from is not None
+        loaded = Loaded(dict(tokens), is_lost, spent_s, 0, worth.recompute_s, worth.unpriced_tokens)
         if lost_from is None:
-            return Arrival(load.request_id, Loaded(dict(tokens), False, spent_s), frozenset())
+            return Arrival(load.request_id, loaded, frozenset())
         if load.request_id not in self._cancelled:
             self.count({"failed_loads": 1})
-        return Arrival(load.request_id, Loaded(dict(tokens), True, spent_s), self._blocks_from(load, lost_from))
+        return Arrival(load.request_id, loaded, self._blocks_from(load, lost_from))
 
     # -------------------------------------------------------------------------------------------------- fusing
 
@@ -180,6 +209,7 @@ class Transfers:
 
     def _fetch_documents(self, fusion: Fusion, begun_s: float) -> Fetched:
         tokens: Counter[str] = Counter()
+        worth = Worth()
         found = []
         for document in fusion.documents:
             key, start = document.keys[self._rank], max(document.start, fusion.start)
@@ -196,7 +226,12 @@ class Transfers:
                 here = slice(start - document.start, stop - document.start)
                 self._cache.write(fusion.blocks, start, chunk.keys[:, :, here], chunk.values[:, :, here])
                 tokens[tier or "moved"] += stop - start
-        return Fetched(tuple(found), dict(tokens))
+                worth.add(stop - start, len(chunk), self._recompute_s(key))
+        return Fetched(tuple(found), dict(tokens), worth)
+
+    def _recompute_s(self, key: ChunkKey) -> float | None:
+        (known,) = self.store.explain([key])
+        return known.recompute_s
 
     # ------------------------------------------------------------------------------------------------ geometry
 
@@ -215,12 +250,16 @@ class Transfers:
         """Copy the KV out of its blocks now, and store it later; nothing if it is stored or on its way."""
         self._forget_done_saves()
         key = save.keys[self._rank]
-        if key in self._saves or key in self.store:
+        if key in self._saves:
+            return
+        if key in self.store:
+            self._tell_whereabouts(key)
             return
         count = len(save.token_ids)
         nbytes = count * self._spec.token_bytes
         if sum(pending for pending, _ in self._saves.values()) + nbytes > self._save_pending_bytes:
             self.count({"dropped_saves": 1})
+            self._tell_whereabouts(key)
             return
         offset = save.start % self._cache.block_tokens
         keys, values = self._cache.read(save.blocks, offset, offset + count)
@@ -231,18 +270,27 @@ class Transfers:
         positions = torch.arange(save.start, save.start + count)
         chunk = KVChunk(self._spec, torch.from_numpy(save.token_ids), positions, keys, values)
         after = None if save.after is None else save.after[self._rank]
-        self._saves[key] = (nbytes, self._saver.submit(self._put, key, chunk, after, ready))
+        put = self._saver.submit(self._put, key, chunk, after, save.recompute_s, ready)
+        self._saves[key] = (nbytes, put)
 
-    def _put(self, key: ChunkKey, chunk: KVChunk, after: ChunkKey | None, ready: torch.cuda.Event | None) -> None:
+    def _put(
+        self,
+        key: ChunkKey,
+        chunk: KVChunk,
+        after: ChunkKey | None,
+        recompute_s: float | None,
+        ready: torch.cuda.Event | None,
+    ) -> None:
         if ready is not None:
             ready.synchronize()
         try:
-            self.store.put(key, chunk, after=after)
+            self.store.put(key, chunk, after=after, recompute_s=recompute_s)
         except KVLoomError as error:
             _LOG.warning("a chunk of %d tokens is not stored: %s", len(chunk), error)
             self.count({"failed_saves": 1})
         else:
             self.count({"saved_chunks": 1, "saved_tokens": len(chunk)})
+        self._tell_whereabouts(key)
 
     def _forget_done_saves(self) -> None:
         for key, (_, future) in list(self._saves.items()):
@@ -260,6 +308,22 @@ class Transfers:
         with self._lock:
             counts, self._counts = self._counts, Counter()
         return dict(counts)
+
+    def take_moves(self) -> list[Move]:
+        """Chunks that entered or left a tier since the last call, and where those are that a request had to do with."""
+        if not self._tells_moves:
+            return []
+        with self._lock:
+            keys, self._whereabouts = self._whereabouts, set()
+        moves = self.store.take_moves()
+        tiers = ((key, self.store.locate(key)) for key in keys)  # asked now: what moves after this is told next time
+        return moves + [Move(key, tier or "", is_there=tier is not None) for key, tier in tiers]
+
+    def _tell_whereabouts(self, key: ChunkKey) -> None:
+        """Of a chunk that may have been stored before moves were noted, or may not be stored at all."""
+        if self._tells_moves:
+            with self._lock:
+                self._whereabouts.add(key)
 
     def close(self) -> None:
         """Ends loads, stores what was to be stored, and closes the store."""

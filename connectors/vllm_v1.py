@@ -16,7 +16,7 @@ are in one process, the scheduler's half asks the worker's store directly.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,12 +36,13 @@ except ImportError as error:
 from blake3 import blake3
 
 from ..core import KVSpec
+from .vllm_events import KVEvents
 from .vllm_identity import request_identity
 from .vllm_messages import Scheduled, StepPlan, StepReport
 from .vllm_plan import Planner
 from .vllm_settings import RequestOptions, VLLMSettings
 from .vllm_stats import FAULTS, KVLoomPromMetrics, KVLoomStats
-from .vllm_worker import Worker, agreed_model_id, expect_servable, open_worker
+from .vllm_worker import Worker, agreed_model_id, expect_servable, open_worker, publishes_events
 
 _LOG = logging.getLogger("vllm.kvloom")
 _IDLE_WAIT_S = 0.01
@@ -71,6 +72,7 @@ class WorkerSpec(KVConnectorHandshakeMetadata):
 
     spec: str
     may_fuse: bool
+    fusion_ratio: float
 
 
 class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
@@ -87,18 +89,30 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self.settings = VLLMSettings.of(self._kv_transfer_config.kv_connector_extra_config or {})
-        self._block_tokens = expect_servable(vllm_config, kv_cache_config)
+        self._block_tokens = expect_servable(self.settings, vllm_config, kv_cache_config)
         self._planner: Planner | None = None
+        self._events: KVEvents | None = None
+        self._kv_cache_manager: Any = None
         self._may_fuse = False
         self.worker: Worker | None = None
         self._report = StepReport()
         self._bad_blocks: set[int] = set()
+        self._lost: set[str] = set()
         self._arrived: set[str] = set()
         self._refused = 0
         self._model_id = ""
         if role == KVConnectorRole.WORKER:
             self._model_id = self.settings.model_id or agreed_model_id(vllm_config.model_config)
-        elif self._kv_transfer_config.kv_load_failure_policy != "recompute":
+            return
+        if publishes_events(vllm_config) and self.settings.chunk_tokens % self._block_tokens == 0:
+            self._events = KVEvents(self._block_tokens, self.settings.chunk_tokens)
+        elif publishes_events(vllm_config):
+            _LOG.warning(
+                "kvloom publishes no KV events: chunk_tokens is %d, no multiple of the engine's block of %d tokens",
+                self.settings.chunk_tokens,
+                self._block_tokens,
+            )
+        if self._kv_transfer_config.kv_load_failure_policy != "recompute":
             _LOG.warning(
                 "kv_load_failure_policy is %r: a chunk lost on its way fails its request; set it to 'recompute'",
                 self._kv_transfer_config.kv_load_failure_policy,
@@ -117,7 +131,8 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         worker = _worker_here() if len(specs) == 1 else None
         ask = None if worker is None or worker.worker is None else worker.worker.transfers.look_up
         self._may_fuse = all(told.may_fuse for told in metadata.values())
-        self._planner = Planner(self.settings, specs, self._block_tokens, ask)
+        ratio = max(told.fusion_ratio for told in metadata.values())
+        self._planner = Planner(self.settings, specs, self._block_tokens, ask, fusion_ratio=ratio)
 
     def on_new_request(self, request: Any) -> None:
         identity = request_identity(request)
@@ -132,14 +147,18 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         # The runner prepares adapters for its own batch, not for passes of ours.
         may_fuse = self._may_fuse and request.lora_request is None
         inexact = self._planner.open(request.request_id, request.all_token_ids, identity, options, may_fuse=may_fuse)
+        if self._events is not None:
+            self._events.open(request)
         if inexact is not None:
             _leave_exact_chain(request, inexact // self._block_tokens, self._planner.fusion_digest(request.request_id))
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         if self._planner is None:
             return 0, False
+        if self._planner.has_to_wait(request.all_token_ids, num_computed_tokens):
+            return None, False
         tokens = self._planner.matched_tokens(request.request_id, num_computed_tokens)
-        return tokens, bool(tokens)
+        return tokens, bool(tokens) and not self._planner.is_layerwise(request.request_id)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         if self._planner is not None:
@@ -159,15 +178,27 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         if self._planner is None:
             return StepMetadata(StepPlan())
         is_idle = scheduler_output.total_num_scheduled_tokens == 0
-        return StepMetadata(self._planner.plan_step(_scheduled(scheduler_output), is_idle=is_idle))
+        plan = self._planner.plan_step(_scheduled(scheduler_output), is_idle=is_idle)
+        if self._events is not None:
+            self._events.describe(plan)
+        return StepMetadata(plan)
 
     def update_connector_output(self, connector_output: Any) -> None:
         news = connector_output.kv_connector_worker_meta
         if self._planner is not None and isinstance(news, StepNews):
             self._planner.hear(news.report)
+            if (blocks := self._planner.take_spoiled()) and self._kv_cache_manager is not None:
+                self._kv_cache_manager.evict_blocks(blocks)
+            if self._events is not None:
+                self._events.residences.hear(news.report.moves)
+
+    def take_events(self) -> Iterable[Any]:
+        return () if self._events is None else self._events.take()
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         usage = None if self._planner is None else self._planner.close(request.request_id)
+        if self._events is not None:
+            self._events.close(request.request_id)
         return False, None if usage is None else {"kvloom": usage}
 
     def request_finished_all_groups(
@@ -179,6 +210,8 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         """Nothing that was stored before is found any more, by this engine; others keep what they have."""
         if self._planner is not None:
             self._planner.renew()
+        if self._events is not None:
+            self._events.residences.clear()
         return True
 
     # ============================================================================================= in a worker
@@ -187,12 +220,16 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         self.worker = open_worker(self.settings, self._model_id, self._vllm_config, self._kv_cache_config)
 
     def get_handshake_metadata(self) -> WorkerSpec | None:
-        return None if self.worker is None else WorkerSpec(self.worker.spec.to_json(), self.worker.fuser is not None)
+        if self.worker is None:
+            return None
+        return WorkerSpec(self.worker.spec.to_json(), self.worker.fuser is not None, self.worker.fusion_ratio)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self.worker is None:
             return
         plan = self._get_connector_metadata().plan
+        self._report.number = plan.number
+        self._lost = set()
         for lookup in plan.lookups:
             self._report.answers[lookup.request_id] = self.worker.transfers.look_up(lookup)
         for load in plan.loads:
@@ -204,16 +241,37 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
                 self.worker.fuser.advance(advance)
             self._report.found |= {name: (mask,) for name, mask in self.worker.fuser.fetched().items()}
 
+        # Last, since passes of our own would wait for them, too.
+        for load in plan.layerwise:
+            self.worker.layer_loads.begin(load)
+
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Loads are over before the engine schedules what needs them."""
+        """For loads within the step; others are over before the engine schedules what needs them."""
+        if self.worker is not None and layer_name in self.worker.layer_numbers:
+            self.worker.layer_loads.wait(self.worker.layer_numbers[layer_name])
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """Layers wait in between, which a graph of the whole model would leave out."""
+        return extra_config.get("load_mode") == "layerwise"
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
         """Whole chunks are saved when a step is done, see `wait_for_save`."""
 
     def wait_for_save(self) -> None:
-        if self.worker is not None:
-            for save in self._get_connector_metadata().plan.saves:
+        if self.worker is None:
+            return
+        self._finish_layers()
+        for save in self._get_connector_metadata().plan.saves:
+            if save.request_id not in self._lost:  # otherwise computed on what has not come
                 self.worker.transfers.save(save)
+
+    def _finish_layers(self) -> None:
+        arrivals = [] if self.worker is None else self.worker.layer_loads.finish()
+        for arrival in arrivals:
+            self._report.loaded[arrival.request_id] = arrival.loaded
+            self._bad_blocks |= arrival.bad_blocks
+        self._lost |= {arrival.request_id for arrival in arrivals if arrival.loaded.failed}
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         if self.worker is None:
@@ -222,6 +280,7 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
             self.worker.transfers.cancel(request_id)
         if self._get_connector_metadata().plan.is_idle:
             self.worker.transfers.wait(_IDLE_WAIT_S)
+        self._finish_layers()
         arrivals = self.worker.transfers.arrivals()
         if self.worker.fuser is not None:
             for request_id in finished_req_ids:
@@ -239,11 +298,14 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         return blocks
 
     def build_connector_worker_meta(self) -> StepNews | None:
+        if self.worker is not None:
+            self._report.moves += self.worker.transfers.take_moves()
         report, self._report = self._report, StepReport()
-        return StepNews(report) if report.answers or report.loaded or report.found else None
+        return None if report.is_empty else StepNews(report)
 
     def shutdown(self) -> None:
         if self.worker is not None:
+            self.worker.layer_loads.close()
             self.worker.transfers.close()
             self.worker = None
 
@@ -282,7 +344,7 @@ def _scheduled(scheduler_output: Any) -> Iterator[Scheduled]:
         blocks = state.get_block_ids(request_id)
         if blocks is not None and request_id in before:
             drafted = len(scheduler_output.scheduled_spec_decode_tokens.get(request_id, ()))
-            yield Scheduled(request_id, before[request_id] + count - drafted, blocks[0])
+            yield Scheduled(request_id, before[request_id] + count - drafted, blocks[0], count)
 
 
 def _leave_exact_chain(request: Any, first: int, digest: bytes) -> None:

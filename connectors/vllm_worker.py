@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..core import KVSpec, RopeSpec, Tier
+from ..core import KVSpec, RopeSpec
 from ..errors import EngineError
-from ..kvstore.store import KVStore
-from ..kvstore.tiers.disk import DiskTier
-from ..kvstore.tiers.host import HostTier
 from .vllm_fusion import Fuser
 from .vllm_identity import model_id_of
+from .vllm_layerwise import LayerLoads
 from .vllm_layout import PagedLayers
 from .vllm_passes import EnginePasses, running_model
 from .vllm_rope import rope_of
 from .vllm_settings import VLLMSettings
+from .vllm_store import Papers, is_lossy, open_store
 from .vllm_transfers import Transfers
 
 _LOG = logging.getLogger("vllm.kvloom")
@@ -24,10 +24,13 @@ _LOG = logging.getLogger("vllm.kvloom")
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """`fuser` is None where the engine cannot fuse."""
+    """`fuser` is None where the engine cannot fuse. `fusion_ratio`: what certificates permit; 1 without any."""
 
     spec: KVSpec
+    fusion_ratio: float
     transfers: Transfers
+    layer_loads: LayerLoads
+    layer_numbers: Mapping[str, int]
     fuser: Fuser | None
 
 
@@ -38,6 +41,9 @@ def open_worker(settings: VLLMSettings, model_id: str, vllm_config: Any, kv_cach
     ------
     EngineError : the caches cannot be read or written, see `PagedLayers`.
     TierError : the folder on disk cannot be used.
+    ValueError : no codec has that name, or it needs a profile and there is none.
+    SpecMismatchError, CodecError : the profile is of another model, or none.
+    UncertifiedError : a codec is lossy, and no certificate covers it for this model; or a file is no certificate.
     """
     context = vllm_config.compilation_config.static_forward_context
     (group,) = kv_cache_config.kv_cache_groups
@@ -47,6 +53,7 @@ def open_worker(settings: VLLMSettings, model_id: str, vllm_config: Any, kv_cach
     cache = PagedLayers(layers, int(group.kv_cache_spec.block_size))
     rank, size = _tensor_parallel_rank(), vllm_config.parallel_config.tensor_parallel_size
     model, rope = _fusable_model(vllm_config, layers, cache)
+    papers = Papers.of(settings)
     spec = KVSpec(
         model_id=model_id,
         num_layers=len(layers),
@@ -57,17 +64,17 @@ def open_worker(settings: VLLMSettings, model_id: str, vllm_config: Any, kv_cach
         v_head_dim=None if cache.v_head_dim == cache.head_dim else cache.v_head_dim,
         shard=(rank, size),
     )
-    tiers: list[Tier] = [HostTier(settings.host_bytes // size)]
-    if settings.disk_path is not None:
-        tiers.append(DiskTier(settings.disk_path, settings.disk_bytes))
+    spec = papers.reconciled(spec)
+    ratio = papers.fusion_ratio(spec, check_layer=settings.check_layer)
     transfers = Transfers(
-        KVStore(tiers, timeout_s=settings.load_timeout_s),
+        open_store(settings, spec, papers),
         cache,
         spec,
         rank,
         chunk_tokens=settings.chunk_tokens,
         load_timeout_s=settings.load_timeout_s,
         save_pending_bytes=settings.save_pending_bytes,
+        tells_moves=publishes_events(vllm_config),
     )
     fuser = None
     if model is not None:
@@ -78,8 +85,26 @@ def open_worker(settings: VLLMSettings, model_id: str, vllm_config: Any, kv_cach
             slice_tokens=settings.fusion_slice_tokens,
             check_layer=settings.check_layer,
             size=size,
+            is_lossy=is_lossy(settings, papers),
         )
-    return Worker(spec, transfers, fuser)
+    if fuser is not None and settings.fusion_ratio == "certified":
+        _LOG.info("fusions compute %.0f %% of the tokens of documents", 100 * ratio)
+    layer_loads = LayerLoads(
+        transfers.store,
+        cache,
+        spec,
+        rank,
+        chunk_tokens=settings.chunk_tokens,
+        load_timeout_s=settings.load_timeout_s,
+        count=transfers.count,
+    )
+    return Worker(spec, ratio, transfers, layer_loads, {layer.layer_name: i for i, layer in enumerate(layers)}, fuser)
+
+
+def publishes_events(vllm_config: Any) -> bool:
+    """Whether somebody wants KV events of this engine."""
+    config = vllm_config.kv_events_config
+    return config is not None and bool(config.enable_kv_cache_events)
 
 
 def _fusable_model(config: Any, layers: list[Any], cache: PagedLayers) -> tuple[Any, RopeSpec | None]:
@@ -103,7 +128,7 @@ def _fusable_model(config: Any, layers: list[Any], cache: PagedLayers) -> tuple[
     return None, None
 
 
-def expect_servable(vllm_config: Any, kv_cache_config: Any) -> int:
+def expect_servable(settings: VLLMSettings, vllm_config: Any, kv_cache_config: Any) -> int:
     """Tokens of a block, of an engine whose whole KV is one row of blocks for each request."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
@@ -120,6 +145,14 @@ def expect_servable(vllm_config: Any, kv_cache_config: Any) -> int:
         why = "it divides the context among ranks (context parallelism)"
     elif speculative is not None and speculative.method not in ("ngram", "suffix"):
         why = f"it drafts with a model ({speculative.method}), whose KV is another one's"
+    if settings.load_mode == "layerwise" and why is None:
+        # vLLM 0.32 (issue 49250) goes on from tokens sampled of KV that did not come, where it plans ahead.
+        if vllm_config.scheduler_config.async_scheduling:
+            raise EngineError(
+                "load_mode 'layerwise' needs --no-async-scheduling: vLLM cannot take back a step otherwise"
+            )
+        if vllm_config.use_v2_model_runner:
+            raise EngineError("load_mode 'layerwise' needs VLLM_USE_V2_MODEL_RUNNER=0: V2 cannot take back a step")
     if why is not None:
         raise EngineError(f"kvloom cannot serve this engine exactly: {why}; leave the connector out")
     return int(groups[0].kv_cache_spec.block_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from ..core import ChunkInfo, ChunkKey, Tier
 from .admission import AdmissionPolicy
@@ -21,6 +21,14 @@ Removal: TypeAlias = Literal[
 ]
 
 _ABSENT_S = float("-inf")
+
+
+class Move(NamedTuple):
+    """A chunk is in a tier from now on, or no longer."""
+
+    key: ChunkKey
+    tier: str
+    is_there: bool
 
 
 class Books:
@@ -52,6 +60,7 @@ class Books:
         self._clock = clock
         self._lock = threading.Lock()
         self._pins = Pins()
+        self._moves: list[Move] | None = None
         self._until: dict[ChunkKey, float] = {}  # of every key in some tier: when the last copy expires, or infinity
         for level in self.levels:
             for entry in level.tier.entries():
@@ -183,6 +192,8 @@ class Books:
             if why == "expirations" and held.expires_at_s > now_s:
                 return None
             level.drop(key, evicted=why == "evictions")
+            if self._moves is not None:
+                self._moves.append(Move(key, level.tier.name, is_there=False))
             level.counts.update({why: 1, "removed_bytes": held.nbytes})
             self._note(key)
             self.history.departed(key, level.tier.name, why)
@@ -223,6 +234,12 @@ class Books:
             level.counts["hits"] += 1
             level.counts["bytes_read"] += nbytes
 
+    def take_moves(self) -> list[Move]:
+        """Since the last call, in order. They are noted from the first call on."""
+        with self._lock:
+            moves, self._moves = self._moves, []
+        return moves or []
+
     def stats(self) -> tuple[TierStats, ...]:
         with self._lock:
             return tuple(level.stats() for level in self.levels)
@@ -249,6 +266,8 @@ class Books:
     def _enter(self, level: Level, key: ChunkKey, nbytes: int, info: ChunkInfo) -> None:
         old = level.add(key, nbytes, info)
         level.counts["added_bytes"] += nbytes
+        if self._moves is not None and old is None:
+            self._moves.append(Move(key, level.tier.name, is_there=True))
         if old is not None:
             level.counts.update(replaced=1, removed_bytes=old.nbytes)
         self._note(key)

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ..compress.certificate import Certificate
 from ..compress.raw import RawCodec
-from ..core import ChunkInfo, ChunkKey, Codec, EncodedChunk, HoldsChunks, KVChunk, ReadsLayers, Tier
+from ..core import ChunkInfo, ChunkKey, Codec, EncodedChunk, HoldsChunks, KVChunk, KVSpec, ReadsLayers, Tier
 from ..errors import SpecMismatchError, TierError, TierUnavailableError
 from .admission import AdmissionPolicy, admission_factory
-from .books import Books
+from .books import Books, Move
 from .clerk import Clerk, whole
 from .forms import Forms
 from .history import Explanation
@@ -188,6 +188,15 @@ class KVStore:
                 self._puts[outcome] += 1
                 self._writes += writes
 
+    def check_permits(self, spec: KVSpec) -> None:
+        """Refuse at once what `put` would refuse of every chunk of this model.
+
+        Raises
+        ------
+        UncertifiedError : a tier's codec is lossy, and no certificate covers it.
+        """
+        self._forms.expect_permits(spec)
+
     def get(self, key: ChunkKey, positions: Tensor | None = None, *, timeout_s: float | None = None) -> KVChunk | None:
         """The chunk, read-only, or None; a chunk found in a slower tier may be promoted to the first (`promote`).
 
@@ -334,6 +343,15 @@ class KVStore:
         """
         self._expect_open()
         return [self._books.explain(key) for key in keys]
+
+    def take_moves(self) -> list[Move]:
+        """Chunks that entered or left a tier since the last call, in order, by any process that is followed.
+
+        The first call gives nothing: moves are noted from then on. Whoever makes it goes on calling; what is noted is
+        kept until then.
+        """
+        self._expect_open()
+        return self._books.take_moves()
 
     def check(self) -> list[str]:
         """What is inconsistent, in words; empty if all is well. For a moment when no other thread uses the store."""

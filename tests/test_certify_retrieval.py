@@ -125,8 +125,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 
 def test_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     for args, message in (
-        ((), "give either --codec or --retrieval"),
-        (("--codec", "raw", "--retrieval", "exact"), "give either --codec or --retrieval"),
+        ((), "give one of --codec, --retrieval and --fusion"),
+        (("--codec", "raw", "--retrieval", "exact"), "give one of --codec, --retrieval and --fusion"),
         (("--retrieval", "psychic"), "no retrieval method 'psychic'; known: "),
         (("--retrieval", "exact", "--budget", "3"), "budget_ratio is 3.0"),
         (("--retrieval", "exact", "--pooling", "mean"), "pooling is 'mean'"),

@@ -140,11 +140,11 @@ class Shelves:
         self.counts |= counts
 
 
-def fuse(fusion: Fusion, slice_tokens: int, noise: float = 0.0) -> tuple[Fuser, Passes, Any]:
+def fuse(fusion: Fusion, slice_tokens: int, noise: float = 0.0, *, is_lossy: bool = False) -> tuple[Fuser, Passes, Any]:
     cache = Cache().paged
     passes = Passes(cache)
     shelves = Shelves(cache, passes, noise)
-    fuser = Fuser(shelves, passes, cache, slice_tokens=slice_tokens, check_layer=1, size=1)  # type: ignore[arg-type]
+    fuser = Fuser(shelves, passes, cache, slice_tokens=slice_tokens, check_layer=1, size=1, is_lossy=is_lossy)  # type: ignore[arg-type]
     fuser.begin(fusion)
     assert fuser.fetched() == {"r": (True,) * len(fusion.documents)}
     assert fuser.fetched() == {}, "told of once"
@@ -321,3 +321,13 @@ def test_the_model_is_found_with_who_calls() -> None:
     assert Runner(model).register() is model
     with pytest.raises(EngineError, match="not to be found"):
         Runner(model_of(None)[0]).register()
+
+
+@pytest.mark.parametrize(("noise", "is_trusted"), [(0.1, True), (0.3, True), (2.0, False)])
+def test_what_a_codec_loses_is_not_taken_for_a_rotation(noise: float, is_trusted: bool) -> None:
+    """Where tiers are lossy; what is far off is not believed even there."""
+    fusion = fusion_of(0, 40, 4, [(4, 40)], 0.25)
+    fuser, passes, _ = fuse(fusion, 64, noise=noise, is_lossy=True)
+    assert fuser.is_trusted is is_trusted
+    computed = [p for part in passes.computed for p in part]
+    assert len(computed) == (4 + 9 if is_trusted else 40)

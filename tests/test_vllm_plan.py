@@ -306,3 +306,23 @@ def test_where_nothing_can_be_fused_all_is_exact() -> None:
     assert len(plan.plan_step([Scheduled("r", 40, blocks_for(40))]).saves) == 5
     assert plan.open("s", tokens[:19], b"", replace(PLAIN, documents=((18, 19),), ratio=0.2)) is None
     assert plan.open("t", tokens[:20], b"", replace(PLAIN, documents=((18, 20),), ratio=0.2)) == 18
+
+
+def test_requests_that_say_nothing_are_fused_as_certified() -> None:
+    """Unless the settings give a number; and a request's own counts most."""
+    tokens = list(range(40))
+    for settings, ratio, asked, expected in (
+        ({}, 1.0, None, 1.0),
+        ({}, 0.15, None, 0.15),
+        ({"fusion_ratio": "certified"}, 0.15, 0.4, 0.4),
+        ({"fusion_ratio": 0.3}, 0.15, None, 0.3),
+    ):
+        plan = Planner(
+            VLLMSettings.of({"chunk_tokens": CHUNK, **settings}), (SPEC,), BLOCK, Shelf(), fusion_ratio=ratio
+        )
+        inexact = plan.open("r", tokens, b"", RequestOptions(documents=((8, 16), (16, 32)), ratio=asked))
+        assert (inexact is None) is (expected == 1.0)
+        if inexact is not None:
+            plan.allocated("r", plan.matched_tokens("r", 0) or 0, blocks_for(40))
+            (fusion,) = plan.plan_step([]).fusions
+            assert fusion.ratio == expected

@@ -34,7 +34,7 @@ def test_settings_are_read_and_have_defaults() -> None:
     config = {"host_bytes": "2MiB", "disk_path": "cache", "disk_bytes": "1GiB", "chunk_tokens": 64, "lead_ids": [1, 2]}
     settings = VLLMSettings.of(config)
     assert (settings.host_bytes, settings.disk_path, settings.disk_bytes) == (2 << 20, "cache", 1 << 30)
-    assert (settings.chunk_tokens, settings.lead_ids, settings.fusion_ratio) == (64, (1, 2), 1.0)
+    assert (settings.chunk_tokens, settings.lead_ids, settings.fusion_ratio) == (64, (1, 2), "certified")
     assert VLLMSettings.of({}) == VLLMSettings()
 
 
@@ -48,6 +48,11 @@ def test_settings_are_read_and_have_defaults() -> None:
         ({"disk_path": 3}, "disk_path is 3; expected text"),
         ({"salt": None}, "salt is None"),
         ({"fusion_ratio": 1.5}, "fusion_ratio is 1.5; expected a number from 0 to 1"),
+        ({"fusion_ratio": "sure"}, "fusion_ratio is 'sure'"),
+        ({"disk_codec": "nuq4"}, "disk_codec is given without disk_path"),
+        ({"host_codec": 4}, "host_codec is 4; expected text"),
+        ({"certificates": "one.json"}, "certificates is 'one.json'; expected a list of files"),
+        ({"allow_uncertified": "yes"}, "allow_uncertified is 'yes'"),
         ({"load_timeout_s": -1}, "load_timeout_s is -1"),
         ({"lead_ids": [1, -1]}, r"lead_ids is \[1, -1\]"),
     ],

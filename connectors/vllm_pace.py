@@ -1,0 +1,76 @@
+"""How fast the engine computes prompts, observed from its steps. Imports no engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+_PROMPT_TOKENS = 32  # of one request in one step; fewer may be generated or drafted tokens
+_MEMORY = 0.9  # of the sums, from one timed step to the next
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    begun_s: float
+    tokens: int
+    prompts: tuple[str, ...]  # requests that it computes a piece of a prompt of
+
+
+class Pace:
+    """Seconds a token of a prompt, as measured.
+
+    A step of the engine lasts from when it was planned, or from the end of the step before it if that was later (an
+    engine may plan ahead), to when its outcome is told of. Steps count whose tokens are for the greater part those of
+    prompts, in pieces of 32 tokens or more; their seconds are divided among all their tokens alike. The pace of the
+    engine is that of its late steps together, each weighing 0.9 of the one after it.
+
+    Parameters
+    ----------
+    clock : monotonic seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._number = 0
+        self._under_way: dict[int, _Step] = {}
+        self._ended_s = float("-inf")
+        self._seconds, self._tokens = 0.0, 0.0
+        self._of_request: dict[str, float] = {}
+
+    def begin(self, new_tokens: Mapping[str, int]) -> int:
+        """A step is planned; its number, from 1 on, or 0 if it says nothing about prompts.
+
+        Parameters
+        ----------
+        new_tokens : that it computes, for each request.
+        """
+        prompts = {name: count for name, count in new_tokens.items() if count >= _PROMPT_TOKENS}
+        total = sum(new_tokens.values())
+        if 2 * sum(prompts.values()) <= total:
+            return 0
+        self._number += 1
+        self._under_way[self._number] = _Step(self._clock(), total, tuple(prompts))
+        return self._number
+
+    def end(self, number: int) -> None:
+        """What the step of this number did is known now; 0 for one without a number."""
+        now_s = self._clock()
+        step = self._under_way.get(number)
+        if step is not None:
+            spent_s = now_s - max(step.begun_s, self._ended_s)
+            self._seconds = _MEMORY * self._seconds + spent_s
+            self._tokens = _MEMORY * self._tokens + step.tokens
+            self._of_request.update(dict.fromkeys(step.prompts, spent_s / step.tokens))
+            self._under_way = {other: step for other, step in self._under_way.items() if other > number}
+        self._ended_s = now_s
+
+    def token_s(self, request_id: str | None = None) -> float | None:
+        """Of the last timed step that computed a piece of this request's prompt: tokens behind a long context take
+        longer. Without one, of the engine; None if no step was timed yet.
+        """
+        known = None if request_id is None else self._of_request.get(request_id)
+        return known if known is not None or not self._tokens else self._seconds / self._tokens
+
+    def forget(self, request_id: str) -> None:
+        self._of_request.pop(request_id, None)

@@ -1,0 +1,48 @@
+"""Which blocks are told of, by what the workers say of chunks; without an engine."""
+
+from kvloom.connectors.vllm_events import Residence, Residences, StoredBlocks
+from kvloom.kvstore.books import Move
+
+BLOCKS = StoredBlocks((b"b1", b"b2"), b"b0", (1, 2, 3, 4), (None, None))
+KEYS = (b"k0", b"k1")
+
+
+def told(residences: Residences) -> list[tuple[str, bool]]:
+    found = residences.take()
+    assert all(each == Residence(BLOCKS, each.tier, each.is_there) for each in found)
+    return [(each.tier, each.is_there) for each in found]
+
+
+def test_a_chunk_is_there_when_all_ranks_have_it_in_that_tier() -> None:
+    residences = Residences()
+    residences.describe(KEYS, BLOCKS)
+    residences.hear([Move(b"k0", "host", True), Move(b"k1", "disk", True), Move(b"unknown", "host", True)])
+    assert told(residences) == []
+    residences.hear([Move(b"k1", "host", True), Move(b"k1", "host", True)])
+    assert told(residences) == [("host", True)]
+    residences.hear([Move(b"k0", "host", False), Move(b"k1", "host", False), Move(b"k0", "disk", True)])
+    assert told(residences) == [("host", False), ("disk", True)]
+
+
+def test_what_left_all_tiers_is_forgotten() -> None:
+    residences = Residences()
+    residences.describe(KEYS, BLOCKS)
+    residences.hear([Move(key, "host", True) for key in KEYS] + [Move(key, "host", False) for key in KEYS])
+    assert told(residences) == [("host", True), ("host", False)]
+    residences.hear([Move(key, "host", True) for key in KEYS])
+    assert told(residences) == [], "its blocks are not known any more"
+    residences.describe(KEYS, BLOCKS)
+    residences.hear([Move(key, "", False) for key in KEYS])
+    residences.hear([Move(key, "host", True) for key in KEYS])
+    assert told(residences) == [], "it was not stored"
+
+
+def test_a_reset_removes_everything() -> None:
+    residences = Residences()
+    residences.describe(KEYS, BLOCKS)
+    residences.hear([Move(key, "host", True) for key in KEYS] + [Move(KEYS[0], "disk", True)])
+    residences.take()
+    residences.clear()
+    assert told(residences) == [("host", False)]
+    residences.hear([Move(key, "host", False) for key in KEYS])
+    assert told(residences) == []
