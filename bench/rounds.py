@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from rich.box import SIMPLE_HEAD
 from rich.progress import Progress
 from rich.table import Table
 
 from .report import Metric
+from .screen import screen_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +113,8 @@ def give_back_memory() -> None:
 def speed_table(comparisons: Sequence[Comparison]) -> Table:
     """Comparisons of one kind as a table, size by size."""
     first = comparisons[0]
-    table = Table(title=first.what, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     heads = ("chunk", "way", "a chunk", "GB/s", "p10 to p90", f"x {first.baseline}", "p10 to p90")
-    for head in heads:
-        table.add_column(head, justify="left" if head == "way" else "right", no_wrap=head != heads[-2])
+    table = screen_table(first.what, heads, left=(1,), wrapped=(5,))
     for comparison in comparisons:
         for i, way in enumerate(comparison.seconds):
             size = size_text(comparison.size_bytes) if not i else ""
