@@ -39,6 +39,7 @@ class Engine:
     def __init__(self, name: str, setup: Setup) -> None:
         self.name = name
         self._log = setup.log
+        self._has_prefixes = setup.prefix_caching
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, setup), name=name, daemon=True)
@@ -76,8 +77,9 @@ class Engine:
 
     def reset(self) -> None:
         """Forget vLLM's own prefix cache, so that a hit is one of another cache."""
-        self._pipe.send(Reset())
-        self._hear(ANSWER_S)
+        if self._has_prefixes:
+            self._pipe.send(Reset())
+            self._hear(ANSWER_S)
 
     def settle(self) -> None:
         """Wait until kvloom has stored what it was to store."""

@@ -6,7 +6,6 @@ Engine, scheduler and worker are this one process: it computes nothing while nob
 from __future__ import annotations
 
 import os
-import random
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -36,6 +35,7 @@ class Setup:
     cache_gib : memory for the engine's own KV blocks.
     log : file for all that the process prints.
     path : folders to import from, behind those of this environment.
+    prefix_caching : vLLM's own.
     """
 
     model: Path
@@ -44,6 +44,7 @@ class Setup:
     cache_gib: int
     log: Path
     path: Sequence[str] = field(default=())
+    prefix_caching: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +136,7 @@ def _start(setup: Setup) -> Any:
         max_num_batched_tokens=2048,  # as vLLM's server has it, so that longer prompts are computed in pieces
         max_num_seqs=8,
         enforce_eager=True,
-        enable_prefix_caching=True,
+        enable_prefix_caching=setup.prefix_caching,
         disable_log_stats=False,
         skip_tokenizer_init=True,
         seed=0,
@@ -143,7 +144,7 @@ def _start(setup: Setup) -> Any:
 
 
 def _hide_fake_attributes() -> None:
-    """vLLM's CPU build reads `__dict__` of all that a module holds; llvmlite's library object answers any name."""
+    """For vLLM's CPU build, which asks all that modules hold for `__dict__`: llvmlite's library answers to any name."""
     try:
         from llvmlite.binding import ffi
     except ImportError:
@@ -204,8 +205,3 @@ def _settle() -> None:
     connector = get_kv_transfer_group()
     if not connector.worker.transfers.settle(SETTLE_S):
         raise RuntimeError(f"kvloom was not done storing after {SETTLE_S:g} s")
-
-
-def random_tokens(rng: random.Random, count: int, vocabulary: int) -> list[int]:
-    """Ids without the first few, which are special in most vocabularies."""
-    return [rng.randrange(8, vocabulary) for _ in range(count)]
