@@ -184,7 +184,8 @@ def bench(
         ("--sizes", "sizes", sizes, ("retrieval",)),
     ):
         if value is not None and name not in takers:
-            raise ValueError(f"{flag} belongs to {' and '.join(takers)}, not to {name}")
+            listed = " and ".join(part for part in (", ".join(takers[:-1]), takers[-1]) if part)
+            raise ValueError(f"{flag} belongs to {listed}, not to {name}")
         if value is not None:
             options[option] = value
     if sizes is not None:
