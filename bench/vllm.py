@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .environment import usable, version_of
+from .environment import cores, usable, version_of
 from .models import BUNDLED_MODEL
 from .page import Plot, Point, Section, Table, html_report
 from .page_cache import file_system, lets_go_of_pages
-from .peer import LMCACHE_VERSION, PeerError, find_python
+from .peer import PeerError, find_python
 from .report import BenchResult, Metric, output, write_text
 from .screen import show
 from .targets import Target, target_table
@@ -67,6 +67,7 @@ class Sizes:
 
     wide: Shape | None
     rounds: int
+    decode_rounds: int
     documents: int
     document_tokens: int
     batch: int
@@ -81,6 +82,7 @@ class Sizes:
 FULL_SIZES = Sizes(
     wide=Shape(),
     rounds=7,
+    decode_rounds=10,
     documents=9,
     document_tokens=512,
     batch=4,
@@ -94,6 +96,7 @@ FULL_SIZES = Sizes(
 QUICK_SIZES = Sizes(
     wide=None,
     rounds=2,
+    decode_rounds=2,
     documents=4,
     document_tokens=256,
     batch=2,
@@ -218,11 +221,13 @@ def _measure(sizes: Sizes, place: Path, python: Path | None, bar: Progress, *, t
         missing.update(why)
         first.append(timed)
         decoding.append(
-            time_decoding(bed, prompts, batch=sizes.batch, new_tokens=sizes.new_tokens, rounds=sizes.rounds, bar=bar)
+            time_decoding(
+                bed, prompts, batch=sizes.batch, new_tokens=sizes.new_tokens, rounds=sizes.decode_rounds, bar=bar
+            )
         )
 
+    server = None
     with ExitStack() as servers:
-        server = None
         if python is None:
             missing[PEER] = "LMCache is not installed, or not named with --lmcache-python"
         else:

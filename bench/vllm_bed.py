@@ -12,11 +12,12 @@ from .vllm_engine import KVLOOM, Engine
 from .vllm_lmcache import LMCacheServer
 from .vllm_server import Setup
 
-PLAIN, KVLOOM_HOST, KVLOOM_DISK = "vLLM", "kvloom", "kvloom without a host tier"
+PLAIN = "vLLM"
+KVLOOM_HOST, KVLOOM_DISK, KVLOOM_MEMORY = "kvloom", "kvloom without a host tier", "kvloom without a disk"
 NATIVE, COPIES, LMCACHE = "vLLM's offloading", "vLLM's offloading, plain copies", "LMCache"
 
 CHUNK_TOKENS = 256
-HOST_BYTES = 3 << 30
+HOST_BYTES, FEW_BYTES = 3 << 30, 1 << 30
 NO_HOST_BYTES = 4096  # no chunk fits: what comes, comes from the disk, every time
 
 
@@ -77,15 +78,16 @@ class Bed:
     def _connector(self, name: str) -> Mapping[str, object] | None:
         if name == LMCACHE and self._server is not None:
             return self._server.connector
-        settings: dict[str, object] = {"chunk_tokens": CHUNK_TOKENS, "disk_path": str(self.store)}
-        settings["lead_ids"] = self._lead_ids
+        settings: dict[str, object] = {"chunk_tokens": CHUNK_TOKENS, "lead_ids": self._lead_ids}
+        disk = {"disk_path": str(self.store)}
         offloading = {"cpu_bytes_to_use": HOST_BYTES}
         copies = {"spec_name": "CopyingSpec", "spec_module_path": "kvloom.bench.vllm_copies"}
         known: Mapping[str, Mapping[str, object] | None] = MappingProxyType(
             {
                 PLAIN: None,
-                KVLOOM_HOST: _with(KVLOOM, settings | {"host_bytes": HOST_BYTES}),
-                KVLOOM_DISK: _with(KVLOOM, settings | {"host_bytes": NO_HOST_BYTES}),
+                KVLOOM_HOST: _with(KVLOOM, settings | disk | {"host_bytes": HOST_BYTES}),
+                KVLOOM_DISK: _with(KVLOOM, settings | disk | {"host_bytes": NO_HOST_BYTES}),
+                KVLOOM_MEMORY: _with(KVLOOM, settings | {"host_bytes": FEW_BYTES}),
                 NATIVE: _with(_OFFLOADING, offloading),
                 COPIES: _with(_OFFLOADING, offloading | copies),
             }

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .report import Floats, Metric, paired_bootstrap, share_of_gap
-from .vllm_bed import CHUNK_TOKENS, KVLOOM_DISK, KVLOOM_HOST, PLAIN, Bed
+from .vllm_bed import CHUNK_TOKENS, KVLOOM_DISK, KVLOOM_HOST, KVLOOM_MEMORY, PLAIN, Bed
 from .vllm_engine import Engine, VLLMError
 from .vllm_inputs import ReferenceInputs, TokenCase, joined
 from .vllm_server import Served
@@ -108,7 +108,7 @@ def fuse_records(bed: Bed, inputs: ReferenceInputs, advance: Callable[[], object
     VLLMError : a document was not there when it was to be fused.
     """
     right: dict[str, list[bool]] = {FULL: [], NAIVE: [], FUSED: []}
-    plain, kvloom = bed[PLAIN], bed[KVLOOM_HOST]
+    plain, kvloom = bed[PLAIN], bed[KVLOOM_MEMORY]
     for case in inputs.records:
         alone = [joined(inputs.lead_ids, [document], []) for document in case.documents]
         kvloom.generate([tokens for tokens, _ in alone], [{"documents": spans} for _, spans in alone])

@@ -62,7 +62,7 @@ class LMCacheServer:
         self._log = log
         try:
             self._wait()
-            self.path = _packages_of(python, own)
+            self.path, self.version = _packages_of(python, own)
         except BaseException:
             self.close()
             raise
@@ -104,15 +104,20 @@ class LMCacheServer:
         raise PeerError(f"LMCache's server did not listen after {START_S:g} s")
 
 
-def _packages_of(python: Path, environment: dict[str, str]) -> str:
+_TELL = """
+import sysconfig
+from importlib.metadata import version
+print(sysconfig.get_path("purelib"))
+print(version("lmcache"))
+"""
+
+
+def _packages_of(python: Path, environment: dict[str, str]) -> tuple[str, str]:
+    """Where its packages lie, and the version of LMCache."""
     told = subprocess.run(
-        [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=environment,
-    )
-    return told.stdout.strip()
+        [str(python), "-c", _TELL], capture_output=True, text=True, check=True, env=environment
+    ).stdout.split("\n")
+    return told[0], told[1]
 
 
 def _free_ports(count: int) -> list[int]:

@@ -37,6 +37,7 @@ SAVING = "kvloom, default settings: saves what it computes"
 FUSION_RATIO = 0.15
 NOTHING = {"load": False, "save": False}
 QUESTION_TOKENS = 24
+_GAPS = 16  # tokens of no document, a BOS for instance, are computed whatever is chosen
 _FILL_TRIES, _FILL_PAUSE_S = 10, 0.5
 
 Way = Callable[[], float]
@@ -186,8 +187,9 @@ class FirstTokens:
             # Of the same prefix, but not of the same context, is the first document alone.
             is_served = not computed and loaded <= len(self._documents[0])
         else:
-            chosen = ratio * len(self.prompt)
-            is_served = loaded > 0.9 * self._found and 0.9 * chosen < computed < 1.1 * chosen + CHUNK_TOKENS
+            # The first document stands where it stood when it was computed: kvloom chooses among the others.
+            chosen = ratio * (len(spans) - 1) * len(self._documents[0])
+            is_served = loaded > 0.9 * self._found and 0.9 * chosen < computed < 1.1 * chosen + _GAPS
         if not is_served or usage["failed"] or set(usage["loaded_tokens"]) - {"host"}:
             raise VLLMError(f"{way}: a prompt of {len(prompt)} tokens was served otherwise: {usage}")
         return served.seconds
