@@ -181,7 +181,8 @@ def run(
         sections = [Section("Time to the first token", MEANING, plots), Section("All figures", "", tables)]
         write_text(report, html_report("kvloom in vLLM", [*sections, Section("Notes", "\n".join(found.notes))]))
     rows = [row for timed in (*found.first, *found.decoding) for row in timed.rows()]
-    rows += [*found.identity.rows(), *found.answers.rows(), *({"what": "note", "note": note} for note in found.notes)]
+    rows += [*found.identity.rows(), *found.answers.rows()]
+    rows += [dict[str, object](what="note", note=note) for note in found.notes]
     return BenchResult("vllm", metrics, rows)
 
 

@@ -80,8 +80,8 @@ class Bed:
             return self._server.connector
         settings: dict[str, object] = {"chunk_tokens": CHUNK_TOKENS, "lead_ids": self._lead_ids}
         disk = {"disk_path": str(self.store)}
-        offloading = {"cpu_bytes_to_use": HOST_BYTES}
-        copies = {"spec_name": "CopyingSpec", "spec_module_path": "kvloom.bench.vllm_copies"}
+        offloading: dict[str, object] = {"cpu_bytes_to_use": HOST_BYTES}
+        copies: dict[str, object] = {"spec_name": "CopyingSpec", "spec_module_path": "kvloom.bench.vllm_copies"}
         known: Mapping[str, Mapping[str, object] | None] = MappingProxyType(
             {
                 PLAIN: None,

@@ -57,9 +57,11 @@ class CopyingWorker(OffloadingWorker):
 class CopyingSpec(CPUOffloadingSpec):
     """`CPUOffloadingSpec` with a `CopyingWorker`."""
 
+    _copying: CopyingWorker | None = None
+
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         if self.blocks_per_chunk != 1:
             raise ValueError(f"blocks_per_chunk is {self.blocks_per_chunk}; expected 1: leave block_size out")
-        if self._worker is None:
-            self._worker = CopyingWorker(kv_caches, self.num_chunks)
-        return self._worker
+        if self._copying is None:
+            self._copying = CopyingWorker(kv_caches, self.num_chunks)
+        return self._copying

@@ -1,10 +1,11 @@
-"""LMCache's server for vLLM engines, from an environment of its own; the engine imports LMCache's client from there."""
+"""LMCache's server for vLLM engines: LMCache from an environment of its own, all that it needs beside from vLLM's."""
 
 from __future__ import annotations
 
 import os
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Self
@@ -22,9 +23,14 @@ class LMCacheServer:
 
     Parameters
     ----------
-    python : interpreter of the environment that has LMCache.
+    python : interpreter of the environment that has LMCache, of the same version as this one.
     memory_gib : of its cache.
     log : file for what it prints.
+
+    Attributes
+    ----------
+    path : folder of LMCache's package, for engines to import its client from.
+    version : of LMCache.
 
     Raises
     ------
@@ -33,6 +39,7 @@ class LMCacheServer:
 
     def __init__(self, python: Path, memory_gib: int, log: Path) -> None:
         own = {name: value for name, value in os.environ.items() if name not in OF_THIS_ENVIRONMENT}
+        self.path, self.version = _package_of(python, own)
         self._port, http_port, metrics_port = _free_ports(3)
         options = {
             "host": _HOST,
@@ -49,9 +56,9 @@ class LMCacheServer:
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 [
-                    str(python),
+                    sys.executable,
                     "-c",
-                    "from lmcache.cli.main import main; main()",
+                    f"import sys; sys.path.append({self.path!r}); from lmcache.cli.main import main; main()",
                     "server",
                     *(part for name, value in options.items() for part in (f"--{name}", str(value))),
                 ],
@@ -62,7 +69,6 @@ class LMCacheServer:
         self._log = log
         try:
             self._wait()
-            self.path, self.version = _packages_of(python, own)
         except BaseException:
             self.close()
             raise
@@ -112,12 +118,15 @@ print(version("lmcache"))
 """
 
 
-def _packages_of(python: Path, environment: dict[str, str]) -> tuple[str, str]:
+def _package_of(python: Path, environment: dict[str, str]) -> tuple[str, str]:
     """Where its packages lie, and the version of LMCache."""
     told = subprocess.run(
-        [str(python), "-c", _TELL], capture_output=True, text=True, check=True, env=environment
-    ).stdout.split("\n")
-    return told[0], told[1]
+        [str(python), "-c", _TELL], capture_output=True, text=True, check=False, env=environment, timeout=START_S
+    )
+    words = (told.stdout if told.returncode == 0 else told.stderr).strip().splitlines() or ["without a word"]
+    if told.returncode or len(words) != 2:
+        raise PeerError(f"{python} does not tell of LMCache: {words[-1]}")
+    return words[0], words[1]
 
 
 def _free_ports(count: int) -> list[int]:

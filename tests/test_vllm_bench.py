@@ -1,7 +1,6 @@
 """What `kvloom bench vllm` is made of, without an engine."""
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -143,10 +142,14 @@ def test_where_vllm_is_missing_it_says_what_to_do(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_server_that_dies_says_why(tmp_path: Path) -> None:
+    package = tmp_path / "lmcache" / "cli"
+    package.mkdir(parents=True)
+    (package / "main.py").write_text("def main():\n    print('no memory here')\n    raise SystemExit(3)\n")
     python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho no lmcache here\nexit 3\n")
+    python.write_text(f"#!/bin/sh\necho {tmp_path}\necho 1.2.3\n")
     python.chmod(0o755)
-    begun_s = time.monotonic()
-    with pytest.raises(PeerError, match="exit code 3: no lmcache here"):
+    with pytest.raises(PeerError, match="exit code 3: no memory here"):
         LMCacheServer(python, 1, tmp_path / "log")
-    assert time.monotonic() - begun_s < 30
+    python.write_text("#!/bin/sh\necho unknown package >&2\nexit 1\n")
+    with pytest.raises(PeerError, match="python does not tell of LMCache: unknown package"):
+        LMCacheServer(python, 1, tmp_path / "log")
