@@ -82,7 +82,7 @@ class Sizes:
 FULL_SIZES = Sizes(
     wide=Shape(),
     rounds=7,
-    decode_rounds=10,
+    decode_rounds=15,
     documents=9,
     document_tokens=512,
     batch=4,

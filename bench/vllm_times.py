@@ -31,6 +31,7 @@ FUSED = "kvloom, fusion at 15 %, chunks reordered"
 EXACT = "kvloom, fusion at 100 %, chunks reordered"
 
 DECODE = "vLLM"
+OTHER = "vLLM, its own offloading, plain copies (stand-in)"
 IDLE = "kvloom, neither loading nor saving"
 SAVING = "kvloom, default settings: saves what it computes"
 
@@ -211,6 +212,7 @@ def decode_ways(bed: Bed, prompts: Prompts, *, batch: int, prompt_tokens: int, n
 
     return {
         DECODE: lambda: decode(DECODE, PLAIN, None, saves=None),
+        OTHER: lambda: decode(OTHER, COPIES, None, saves=None),
         IDLE: lambda: decode(IDLE, KVLOOM_HOST, NOTHING, saves=False),
         SAVING: lambda: decode(SAVING, KVLOOM_HOST, None, saves=True),
     }
