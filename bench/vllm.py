@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .environment import cores, usable, version_of
 from .models import BUNDLED_MODEL
-from .page import Plot, Point, Section, Table, html_report
+from .page import Section, html_report
 from .page_cache import file_system, lets_go_of_pages
 from .peer import PeerError, find_python
 from .report import BenchResult, Metric, output, write_text
@@ -32,10 +32,10 @@ from .vllm_exact import FUSED as ANSWER_FUSED
 from .vllm_exact import NAIVE, FusedAnswers, Identity, compare_tokens, fuse_records
 from .vllm_inputs import Prompts, ReferenceInputs, Shape, make_model, reference_inputs
 from .vllm_lmcache import LMCacheServer
+from .vllm_tables import decode_table, records_table, rounds_plot, same_table, times_table
 from .vllm_times import (
     COPIED,
     DISK,
-    FULL,
     FUSED,
     HOST,
     IDLE,
@@ -169,15 +169,15 @@ def run(
         found = _measure(sizes, Path(place).resolve(), python, bar, tries_all=not quick)
         found.notes.insert(0, _disk_note(folder))
     metrics = _metrics(sizes, found)
-    tables = [*map(_times_table, found.first), _decode_table(found.decoding), _same_table(found.identity)]
-    tables += [_records_table(found.answers), target_table(metrics, TARGETS)]
+    tables = [*map(times_table, found.first), decode_table(found.decoding), same_table(found.identity)]
+    tables += [records_table(found.answers, REFERENCE), target_table(metrics, TARGETS)]
     console = output()
     show(console, tables)
     for note in found.notes:
         console.print(escape(note), style="dim", soft_wrap=True)
     console.print(MEANING, style="dim")
     if report is not None:
-        plots = [_plot(timed) for timed in found.first]
+        plots = [rounds_plot(timed) for timed in found.first]
         sections = [Section("Time to the first token", MEANING, plots), Section("All figures", "", tables)]
         write_text(report, html_report("kvloom in vLLM", [*sections, Section("Notes", "\n".join(found.notes))]))
     rows = [row for timed in (*found.first, *found.decoding) for row in timed.rows()]
@@ -289,15 +289,15 @@ def _metrics(sizes: Sizes, found: _Found) -> dict[str, Metric]:
         gone = next((each for each in (way, over) if each not in first.seconds), None)
         return first.ratio(way, over) if gone is None else Metric(math.nan, unit="times", baseline=found.missing[gone])
 
-    fusion = ratio(FULL, FUSED)
+    fusion = first.speedup(FUSED)
     if sizes.documents * sizes.document_tokens < AT_LEAST_TOKENS:
         fusion = Metric(math.nan, unit="times", baseline=f"shorter than {AT_LEAST_TOKENS:,} tokens")
     return {
         "prefix_hit_ttft_vs_native_offload": ratio(HOST, OFFLOADED),
         "prefix_hit_ttft_vs_offload_copies": ratio(HOST, COPIED),
         "prefix_hit_ttft_vs_lmcache": ratio(HOST, PEER),
-        "prefix_hit_speedup_host": ratio(FULL, HOST),
-        "prefix_hit_speedup_disk": ratio(FULL, DISK),
+        "prefix_hit_speedup_host": first.speedup(HOST),
+        "prefix_hit_speedup_disk": first.speedup(DISK),
         "fusion_ttft_speedup_4k": fusion,
         "decode_throughput_idle": _worst(found.decoding, IDLE),
         "decode_throughput_saving": _worst(found.decoding, SAVING),
@@ -311,57 +311,4 @@ def _metrics(sizes: Sizes, found: _Found) -> dict[str, Metric]:
 
 def _worst(decoding: Sequence[Timed], way: str) -> Metric:
     """Throughput beside plain vLLM, of the model where it is least."""
-    return min((timed.ratio(timed.baseline, way) for timed in decoding), key=lambda metric: metric.value)
-
-
-def _times_table(timed: Timed) -> Table:
-    rows: list[list[str | float | None]] = []
-    for way in timed.seconds:
-        time, speedup = timed.time(way), timed.ratio(timed.baseline, way)
-        rows.append([way, *(_milliseconds(s) for s in (time.value, time.low, time.high)), f"{speedup.value:.2f}x"])
-    caption = f"{timed.what}, {timed.model}, {timed.tokens:,} tokens"
-    return Table(["way", "TTFT ms", "p10", "p90", "speed-up"], rows, caption)
-
-
-def _milliseconds(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds * 1e3:,.1f}"
-
-
-def _decode_table(decoding: Sequence[Timed]) -> Table:
-    rows: list[list[str | float | None]] = []
-    for timed in decoding:
-        for way in timed.seconds:
-            share = timed.ratio(timed.baseline, way)
-            speed = timed.tokens / timed.time(way).value
-            rows.append([way, timed.model, f"{speed:,.1f}", f"{share.value:.3f}", _interval(share)])
-    return Table(["way", "model", "tokens/s", "of vLLM's", "p10 to p90"], rows, "decoding a batch of short prompts")
-
-
-def _interval(metric: Metric) -> str:
-    return "" if metric.low is None or metric.high is None else f"{metric.low:.3f} to {metric.high:.3f}"
-
-
-def _same_table(identity: Identity) -> Table:
-    rows: list[list[str | float | None]] = [
-        [way, len(same), identity.loaded, sum(same)] for way, same in identity.same.items()
-    ]
-    return Table(["KV", "prompts", "long enough to be stored", "same tokens"], rows, "greedy tokens as plain vLLM's")
-
-
-def _records_table(answers: FusedAnswers) -> Table:
-    rows: list[list[str | float | None]] = []
-    for way, right in answers.right.items():
-        exact = answers.exact_match(way)
-        rows.append([way, len(right), f"{exact.value:.3f}", _interval(exact)])
-    gap = answers.gap_closed()
-    rows.append(["gap closed at 15 %", None, f"{gap.value:.2f}", _interval(gap)])
-    return Table(["way", "records", "exact match", "95 %"], rows, f"cross-document records, {REFERENCE}")
-
-
-def _plot(timed: Timed) -> Plot:
-    series: Mapping[str, Sequence[Point]] = {
-        way: [Point(number, second * 1e3) for number, second in enumerate(seconds, start=1)]
-        for way, seconds in timed.seconds.items()
-    }
-    title = f"{timed.model}, {timed.tokens:,} tokens, round by round"
-    return Plot("round", "time to the first token, ms", series, title, log_y=True)
+    return min((timed.speedup(way) for timed in decoding), key=lambda metric: metric.value)

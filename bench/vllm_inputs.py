@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.utils import logging as transformers_logging
 
 from ..connectors.hf import TransformersConnector
 from ..kvstore.store import KVStore
@@ -52,6 +53,7 @@ def make_model(folder: Path, shape: Shape) -> None:
         eos_token_id=2,
         pad_token_id=0,
     )
+    transformers_logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_config(config).float()
     generator = torch.Generator().manual_seed(1)
     for name, parameter in sorted(model.named_parameters()):

@@ -67,8 +67,10 @@ def test_records_are_those_of_the_other_benchmark() -> None:
 
 def test_ratios_are_taken_within_rounds() -> None:
     timed = Timed("first", "m", 100, "plain", {"plain": [2.0, 20.0, 8.0], "fast": [1.0, 5.0, 8.0]})
-    assert timed.ratio("plain", "fast").value == 2.0
+    assert timed.speedup("fast").value == 2.0
+    assert timed.speedup("fast").baseline == "plain"
     assert timed.ratio("fast", "plain").value == 0.5
+    assert timed.ratio("fast", "plain").baseline == "plain"
     row = timed.rows()[1]
     assert (row["way"], row["s"], row["speedup"], row["rounds"]) == ("fast", 5.0, 2.0, 3)
 
