@@ -303,3 +303,17 @@ def test_loads_do_not_wait_for_saves() -> None:
     assert not arrival.loaded.failed
     slow.gate.set()
     transfers.close()
+
+
+def test_who_settles_waits_for_what_is_on_its_way() -> None:
+    tier = FaultyTier()
+    transfers = make(KVStore([tier]))
+    assert transfers.settle(0.0), "nothing is on its way"
+    tier.gate.clear()
+    transfers.save(Save((KEYS[0],), None, TOKENS[:8], 0, BLOCKS[:2]))
+    assert not transfers.settle(0.05)
+    assert KEYS[0] not in transfers.store
+    tier.gate.set()
+    assert transfers.settle(LONG_S)
+    assert KEYS[0] in transfers.store
+    transfers.close()
