@@ -20,6 +20,7 @@ BENCHMARKS = {
     "codecs": ".bench.codecs",
     "retrieval": ".bench.retrieval",
     "tiers": ".bench.tiers",
+    "vllm": ".bench.vllm",
 }
 """Module of each benchmark by name. It offers `run(*, quick: bool) -> BenchResult`."""
 
@@ -157,16 +158,16 @@ def bench(
     quick: Quick = False,
     folder: Annotated[
         Path | None,
-        typer.Option("--dir", metavar="DIR", help="codecs, tiers: folder whose disk is measured; default: here."),
+        typer.Option("--dir", metavar="DIR", help="codecs, tiers, vllm: folder whose disk is measured; default: here."),
     ] = None,
     lmcache_python: Annotated[
         Path | None,
         typer.Option(
-            metavar="PATH", help="tiers: python that has LMCache; default: .venv-lmcache/bin/python, if it is there."
+            metavar="PATH", help="tiers, vllm: python that has LMCache; default: .venv-lmcache/bin/python, if there."
         ),
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="codecs, retrieval: a page with the tables and plots.")
+        Path | None, typer.Option(metavar="FILE.html", help="codecs, retrieval, vllm: a page of tables and plots.")
     ] = None,
     sizes: Annotated[
         str | None, typer.Option(metavar="TOKENS", help="retrieval: contexts on the bundled model, e.g. 4096,8192.")
@@ -177,13 +178,14 @@ def bench(
         raise ValueError(f"unknown benchmark {name!r}; known: {', '.join(BENCHMARKS)}")
     options: dict[str, object] = {}
     for flag, option, value, takers in (
-        ("--dir", "folder", folder, ("codecs", "tiers")),
-        ("--lmcache-python", "lmcache_python", lmcache_python, ("tiers",)),
-        ("--report", "report", report, ("codecs", "retrieval")),
+        ("--dir", "folder", folder, ("codecs", "tiers", "vllm")),
+        ("--lmcache-python", "lmcache_python", lmcache_python, ("tiers", "vllm")),
+        ("--report", "report", report, ("codecs", "retrieval", "vllm")),
         ("--sizes", "sizes", sizes, ("retrieval",)),
     ):
         if value is not None and name not in takers:
-            raise ValueError(f"{flag} belongs to {' and '.join(takers)}, not to {name}")
+            listed = " and ".join(part for part in (", ".join(takers[:-1]), takers[-1]) if part)
+            raise ValueError(f"{flag} belongs to {listed}, not to {name}")
         if value is not None:
             options[option] = value
     if sizes is not None:

@@ -301,6 +301,10 @@ class Transfers:
                 _LOG.error("storing a chunk failed", exc_info=error)
                 self.count({"errors": 1})
 
+    def settle(self, timeout_s: float) -> bool:
+        """Wait until what was to be stored is stored; whether that was in time."""
+        return not wait([future for _, future in list(self._saves.values())], timeout_s).not_done
+
     # --------------------------------------------------------------------------------------------------- books
 
     def take_counts(self) -> dict[str, float]:

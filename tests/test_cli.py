@@ -49,7 +49,7 @@ def test_runs_as_a_module_from_anywhere(tmp_path: Path) -> None:
         check=False,
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "kvloom: unknown benchmark 'nothing'; known: blend, codecs, retrieval, tiers\n"
+    assert done.stderr == "kvloom: unknown benchmark 'nothing'; known: blend, codecs, retrieval, tiers, vllm\n"
 
 
 def test_unknown_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,7 +61,12 @@ def test_unknown_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     ("option", "takers"),
-    [("--dir", "codecs and tiers"), ("--lmcache-python", "tiers"), ("--report", "codecs and retrieval")],
+    [
+        ("--dir", "codecs, tiers and vllm"),
+        ("--lmcache-python", "tiers and vllm"),
+        ("--report", "codecs, retrieval and vllm"),
+        ("--sizes", "retrieval"),
+    ],
 )
 def test_options_of_another_benchmark_are_refused(option: str, takers: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("bench", "blend", option, "here") == 2

@@ -342,3 +342,17 @@ def test_loads_tell_what_they_are_worth() -> None:
     loaded = load(transfers, 4, 16).loaded
     assert (loaded.recompute_s, loaded.unpriced_tokens) == (0.25, 8)
     transfers.close()
+
+
+def test_who_settles_waits_for_what_is_on_its_way() -> None:
+    tier = FaultyTier()
+    transfers = make(KVStore([tier]))
+    assert transfers.settle(0.0), "nothing is on its way"
+    tier.gate.clear()
+    transfers.save(Save((KEYS[0],), None, TOKENS[:8], 0, BLOCKS[:2]))
+    assert not transfers.settle(0.05)
+    assert KEYS[0] not in transfers.store
+    tier.gate.set()
+    assert transfers.settle(LONG_S)
+    assert KEYS[0] in transfers.store
+    transfers.close()

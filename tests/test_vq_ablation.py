@@ -10,8 +10,8 @@ def test_what_each_choice_is_worth() -> None:
     recall = {(q.rotation, q.metric, q.text): q.recall for q in found}
     assert len(recall) == 8 and {q.text for q in found} == {TEXT, STRINGS}
     for text in (TEXT, STRINGS):
-        # a random choice recalls 1 in 30 here; of so few tokens, which way is best is not yet to be seen
-        assert min(recall[way, metric, text] for way in ("before", "after") for metric in ("scores", "keys")) > 0.1
+        # one token of 476 is chosen; of so few, which way is best is not yet to be seen
+        assert min(recall[way, metric, text] for way in ("before", "after") for metric in ("scores", "keys")) > 0.05
         assert len({recall[way, metric, text] for way in ("before", "after") for metric in ("scores", "keys")}) > 1
     for quality in found:
         assert 0 < quality.mass <= quality.exact_mass + 1e-6 and 0 <= quality.recall <= 1

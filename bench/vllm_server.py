@@ -1,0 +1,207 @@
+"""An engine of stock vLLM in a process of its own, driven by `vllm_engine.Engine` through a pipe.
+
+Engine, scheduler and worker are this one process: it computes nothing while nobody asks.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+SETTLE_S = 120.0
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "LMCACHE_TRACK_USAGE": "false",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What an engine is started with.
+
+    Attributes
+    ----------
+    model : folder of the model.
+    connector : fields of vLLM's `KVTransferConfig`; None for plain vLLM.
+    max_tokens : of a request.
+    cache_gib : memory for the engine's own KV blocks.
+    log : file for all that the process prints.
+    path : folders to import from, behind those of this environment.
+    prefix_caching : vLLM's own.
+    """
+
+    model: Path
+    connector: Mapping[str, object] | None
+    max_tokens: int
+    cache_gib: int
+    log: Path
+    path: Sequence[str] = field(default=())
+    prefix_caching: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What became of requests that were made at once.
+
+    Attributes
+    ----------
+    seconds : from token ids to the last token of all.
+    decode_s : from when every request had its first token to when every one had its last.
+    tokens : greedy, request by request.
+    cached_tokens : of each prompt, taken from wherever: vLLM's own count.
+    usage : what kvloom says that it did for each; None if it did not serve it.
+    """
+
+    seconds: float
+    decode_s: float
+    tokens: tuple[tuple[int, ...], ...]
+    cached_tokens: tuple[int, ...]
+    usage: tuple[Mapping[str, Any] | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """`prompts` at once, `new_tokens` each; `options` are kvloom's for all of them, by request if several are given."""
+
+    prompts: Sequence[Sequence[int]]
+    new_tokens: int
+    options: Sequence[Mapping[str, object] | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Reset:
+    """Forget vLLM's own prefix cache, and nothing else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """Wait until kvloom has stored what it was to store."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What went wrong, in a line."""
+
+    text: str
+
+
+def serve(pipe: Connection, setup: Setup) -> None:
+    """Start the engine, say None, and answer until the pipe closes. A process of its own begins here."""
+    log = os.open(setup.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update(ENVIRONMENT, VLLM_CPU_KVCACHE_SPACE=str(setup.cache_gib))
+    sys.path += setup.path
+    try:
+        llm = _start(setup)
+    except Exception as exc:
+        pipe.send(Failure(_line(exc)))
+        raise
+    pipe.send(None)
+    while True:
+        try:
+            question = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(_answer(llm, question))
+        except Exception as exc:
+            pipe.send(Failure(_line(exc)))
+            raise
+
+
+def _line(exc: Exception) -> str:
+    return " ".join(f"{type(exc).__name__}: {exc}".split())[:300]
+
+
+def _start(setup: Setup) -> Any:
+    _hide_fake_attributes()
+    from vllm import LLM
+    from vllm.config import KVTransferConfig
+    from vllm.platforms import current_platform
+
+    return LLM(
+        str(setup.model),
+        kv_transfer_config=None if setup.connector is None else KVTransferConfig(**dict(setup.connector)),
+        dtype="float32" if current_platform.is_cpu() else "bfloat16",
+        max_model_len=setup.max_tokens,
+        max_num_batched_tokens=2048,  # as vLLM's server has it, so that longer prompts are computed in pieces
+        max_num_seqs=8,
+        enforce_eager=True,
+        enable_prefix_caching=setup.prefix_caching,
+        disable_log_stats=False,
+        skip_tokenizer_init=True,
+        seed=0,
+    )
+
+
+def _hide_fake_attributes() -> None:
+    """For vLLM's CPU build, which asks all that modules hold for `__dict__`: llvmlite's library answers to any name."""
+    try:
+        from llvmlite.binding import ffi
+    except ImportError:
+        return
+    wrapper: Any = ffi._lib_wrapper  # noqa: SLF001  # what vLLM stumbles over has no public name
+    answer = wrapper.__getattr__
+
+    def without_dunders(self: Any, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return answer(self, name)
+
+    wrapper.__getattr__ = without_dunders
+
+
+def _answer(llm: Any, question: Ask | Reset | Settle) -> Served | None:
+    if isinstance(question, Reset):
+        if not llm.reset_prefix_cache():
+            raise RuntimeError("vLLM does not forget its prefix cache: blocks are in use")
+        return None
+    if isinstance(question, Settle):
+        _settle()
+        return None
+    return _generate(llm, question)
+
+
+def _generate(llm: Any, ask: Ask) -> Served:
+    from vllm import SamplingParams
+
+    inputs = [{"prompt_token_ids": list(prompt)} for prompt in ask.prompts]
+    params = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=ask.new_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args=None if options is None else {"kv_transfer_params": {"kvloom": dict(options)}},
+        )
+        for options in ask.options
+    ]
+    start = time.perf_counter()
+    outputs = llm.generate(inputs, params, use_tqdm=False)
+    seconds = time.perf_counter() - start
+    first = max(output.metrics.first_token_ts for output in outputs)
+    last = max(output.metrics.last_token_ts for output in outputs)
+    return Served(
+        seconds,
+        last - first,
+        tuple(tuple(output.outputs[0].token_ids) for output in outputs),
+        tuple(output.num_cached_tokens or 0 for output in outputs),
+        tuple((output.kv_transfer_params or {}).get("kvloom") for output in outputs),
+    )
+
+
+def _settle() -> None:
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    connector = get_kv_transfer_group()
+    if not connector.worker.transfers.settle(SETTLE_S):
+        raise RuntimeError(f"kvloom was not done storing after {SETTLE_S:g} s")
