@@ -142,6 +142,9 @@ class Fuser:
         """The next slice of the first layers; after the last, the choice."""
         fusion = job.fusion
         if job.probed is None or job.candidates is None:
+            if fusion.chosen is not None:
+                job.computed = continued(fusion, found)
+                return
             job.probed, job.candidates = stage(fusion, found)
             count = math.ceil(fusion.ratio * len(job.candidates))
             if count == 0 or count == len(job.candidates) or not self.is_trusted:
@@ -227,7 +230,8 @@ class Fuser:
             "fusion_seconds": spent_s,
         }
         self._transfers.count(counts)
-        loaded = Loaded(self._outcome(job).tokens, False, spent_s, len(computed))
+        chosen = tuple(computed.tolist()) if fusion.chosen is None else None
+        loaded = Loaded(self._outcome(job).tokens, False, spent_s, len(computed), chosen)
         return Arrival(fusion.request_id, loaded, frozenset())
 
 
@@ -250,3 +254,10 @@ def stage(fusion: Fusion, found: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
         positions[ours & ~(is_stored & (positions < fusion.inexact))],
         positions[ours & is_stored & (positions >= fusion.inexact)],
     )
+
+
+def continued(fusion: Fusion, found: tuple[bool, ...]) -> Tensor:
+    """What is left to compute of a fusion whose `chosen` tokens are known: they, and what is not stored; ascending."""
+    probed, candidates = stage(fusion, found)
+    chosen = torch.tensor(fusion.chosen, dtype=torch.int64)
+    return probed[~torch.isin(probed, candidates) | torch.isin(probed, chosen)]

@@ -69,6 +69,8 @@ class Fusion:
 
     Every rank first fetches documents and tells which it found (`StepReport.found`). It computes only when told to, by
     an `Advance`, since ranks compute together and must not wait for one another within a step.
+
+    `chosen`: what an equal fusion computed whose KV is there up to `start`; this one goes on with it. None: to be chosen.
     """
 
     request_id: str
@@ -79,6 +81,7 @@ class Fusion:
     documents: tuple[Document, ...]
     ratio: float
     blocks: tuple[int, ...]
+    chosen: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +107,16 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What became of a load or a fusion: tokens by tier, tokens computed, and whether a chunk was lost on the way."""
+    """What became of a load or a fusion: tokens by tier, tokens computed, and whether a chunk was lost on the way.
+
+    `chosen`: the positions that a fusion computed, if it chose them itself.
+    """
 
     tokens: Mapping[str, int]
     failed: bool
     spent_s: float
     computed_tokens: int = 0
+    chosen: tuple[int, ...] | None = None
 
 
 @dataclass(slots=True)
@@ -151,4 +158,5 @@ def both(one: Loaded, other: Loaded) -> Loaded:
         one.failed or other.failed,
         max(one.spent_s, other.spent_s),
         max(one.computed_tokens, other.computed_tokens),
+        one.chosen or other.chosen,
     )

@@ -11,9 +11,10 @@ a `StepReport`. Where scheduler and worker are one process, `ask` answers lookup
 from __future__ import annotations
 
 import secrets
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeAlias
 
 import numpy as np
 from blake3 import blake3
@@ -35,6 +36,11 @@ from .vllm_messages import (
     both,
 )
 from .vllm_settings import RequestOptions, VLLMSettings, documents_between
+
+Fused: TypeAlias = Literal["no", "yes", "partly"]
+"""Whether the span of a fusion is what one fusion makes of it; "partly": its rest was computed exactly behind it."""
+
+_PLANS = 256  # fusions whose choice is remembered: some kilobytes each
 
 
 @dataclass(slots=True)
@@ -58,6 +64,9 @@ class _Tracked:
     planned_saves: int = 0
     alone: tuple[Document, ...] = ()  # documents to store that this request computes as if alone
     loaded: Loaded | None = None
+    plan: bytes = b""  # names the fusion, for those who share it
+    local_tokens: int = 0  # that the engine had itself when it asked last
+    fused: Fused | None = None
 
 
 class Planner:
@@ -85,6 +94,7 @@ class Planner:
         self._epoch = b""
         self._tracked: dict[str, _Tracked] = {}
         self._fusing: dict[str, tuple[tuple[bool, ...], ...]] = {}  # what each rank found, in order of arrival
+        self._choices: OrderedDict[bytes, tuple[int, ...]] = OrderedDict()  # what fusions computed, by plan
         self._plan = StepPlan()
         self._counts: Counter[str] = Counter()
 
@@ -126,6 +136,8 @@ class Planner:
         self._tracked[request_id] = _Tracked(
             token_ids, len(token_ids), salt, options, documents, ratio, inexact, keys, alone=tuple(alone)
         )
+        if inexact is not None:
+            self._tracked[request_id].plan = blake3(salt + self.fusion_digest(request_id)).digest()
         return inexact
 
     def fusion_digest(self, request_id: str) -> bytes:
@@ -149,6 +161,7 @@ class Planner:
             "computed_tokens": loaded.computed_tokens,
             "load_s": round(loaded.spent_s, 6),
             "failed": loaded.failed,
+            "fused": request.fused or "no",
             "saved_chunks": request.planned_saves,
         }
 
@@ -164,12 +177,15 @@ class Planner:
         May be called any number of times for one admission.
         """
         request = self._tracked.get(request_id)
-        if request is None or request.has_failed or not request.options.load:
+        if request is None:
+            return 0
+        request.local_tokens = computed_tokens
+        if request.has_failed or not request.options.load:
             return 0
         if request.inexact is not None:
-            if computed_tokens > request.inexact:
-                # The engine has fused tokens of an earlier request like this one, and computes what is missing of them.
-                # A second choice among the rest alone would be another one than the first.
+            if computed_tokens > request.inexact and request.plan not in self._choices:
+                # The engine has fused tokens of a request like this one, or of this one before it was preempted. A
+                # second choice among the rest alone would be another one than the first: the rest is computed.
                 return 0
             # Whole blocks only: the engine finds them again as they are, and computes what follows in any case. One
             # token must be left to it: the first new one is sampled from what it computes.
@@ -201,6 +217,8 @@ class Planner:
             return
         answer, asked_from = request.answer or (), request.asked_from or 0
         request.answer, request.asked_from, request.hit_tokens = None, None, {}
+        if request.inexact is not None:
+            request.fused = _either(request.fused, self._fused_now(request, external_tokens))
         if not external_tokens:
             return
         stop, chunk_tokens = request.offer, self._settings.chunk_tokens
@@ -218,6 +236,7 @@ class Planner:
                     request.documents,
                     request.ratio,
                     tuple(blocks),
+                    self._choices.get(request.plan) if start > request.inexact else None,
                 )
             )
             self._fusing[request_id] = ()
@@ -248,8 +267,16 @@ class Planner:
             self._fusing.pop(request_id, None)
             if (request := self._tracked.get(request_id)) is None:
                 continue
+            if loaded.chosen is not None:
+                self._choices[request.plan] = loaded.chosen
+                self._choices.move_to_end(request.plan)
+                while len(self._choices) > _PLANS:
+                    self._choices.popitem(last=False)
+                loaded = replace(loaded, chosen=None)
             request.loaded = loaded if request.loaded is None else both(request.loaded, loaded)
             if loaded.failed:
+                if request.inexact is not None:
+                    request.fused = "no" if request.local_tokens <= request.inexact else "partly"
                 # vLLM computes from the lost chunk on, and asks again if nothing is left: it must not be told the same.
                 request.has_failed = True
                 request.saved_chunks = 0
@@ -292,6 +319,15 @@ class Planner:
                 self._save(request, each.blocks, document.keys, None, document.start, document.stop)
                 request.alone = ()
 
+    def _fused_now(self, request: _Tracked, external_tokens: int) -> Fused:
+        """Of a request that the engine has just taken up, with so many tokens from us."""
+        if external_tokens:
+            return "yes"
+        if request.inexact is None or request.local_tokens <= request.inexact:
+            return "no"
+        stop = request.documents[-1].stop
+        return "yes" if request.local_tokens >= stop - stop % self._block_tokens else "partly"
+
     def _save(
         self,
         request: _Tracked,
@@ -324,3 +360,8 @@ class Planner:
 
 def _framed(part: bytes) -> bytes:
     return len(part).to_bytes(8, "little") + part
+
+
+def _either(before: Fused | None, now: Fused) -> Fused:
+    """Of a request that was taken up again: its tokens so far came of `before`."""
+    return now if before is None or before == now else "partly"
