@@ -14,6 +14,7 @@ import secrets
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -21,6 +22,7 @@ from blake3 import blake3
 
 from ..core import ChunkKey, KVSpec
 from ..kvstore.keys import content_key, prefix_keys
+from .known_documents import KnownDocuments
 from .vllm_messages import (
     Advance,
     Answer,
@@ -92,6 +94,8 @@ class Planner:
         self._block_tokens = block_tokens
         self._ask = ask
         self._epoch = b""
+        journal = None if settings.disk_path is None else Path(settings.disk_path, f"documents.{settings.match_tokens}")
+        self._known = KnownDocuments(settings.match_tokens, journal) if settings.match_tokens else None
         self._tracked: dict[str, _Tracked] = {}
         self._fusing: dict[str, tuple[tuple[bool, ...], ...]] = {}  # what each rank found, in order of arrival
         self._choices: OrderedDict[bytes, tuple[int, ...]] = OrderedDict()  # what fusions computed, by plan
@@ -119,10 +123,12 @@ class Planner:
         """
         salt = b"".join(_framed(part) for part in (self._epoch, self._settings.salt.encode(), identity))
         spans = options.documents or documents_between(token_ids, self._settings.separator_ids)
+        ratio = self._settings.fusion_ratio if options.ratio is None else options.ratio
+        if not spans and ratio < 1.0 and may_fuse and options.load:
+            spans = self._stored_spans(request_id, token_ids, salt)
         documents = tuple(
             Document(start, stop, self._content_keys(token_ids[start:stop], salt)) for start, stop in spans
         )
-        ratio = self._settings.fusion_ratio if options.ratio is None else options.ratio
         lead_ids = self._settings.lead_ids
         is_led = tuple(token_ids[: len(lead_ids)]) == lead_ids
         alone = {document for document in documents[:1] if is_led and document.start == len(lead_ids)}
@@ -317,6 +323,9 @@ class Planner:
         for document in request.alone:
             if document.stop <= known:
                 self._save(request, each.blocks, document.keys, None, document.start, document.stop)
+                if self._known is not None:
+                    token_ids = np.asarray(request.token_ids[document.start : document.stop], dtype=np.int64)
+                    self._known.add(token_ids, document.keys[0])
                 request.alone = ()
 
     def _fused_now(self, request: _Tracked, external_tokens: int) -> Fused:
@@ -343,6 +352,20 @@ class Planner:
         request.planned_saves += 1
 
     # --------------------------------------------------------------------------------------------------- keys
+
+    def _stored_spans(self, request_id: str, token_ids: Sequence[int], salt: bytes) -> tuple[tuple[int, int], ...]:
+        """Where stored documents stand in a prompt that names none."""
+        if self._known is None:
+            return ()
+        row, lead_ids, ask = np.asarray(token_ids[:], dtype=np.int64), self._settings.lead_ids, self._ask
+
+        def key_of(start: int, stop: int) -> ChunkKey:
+            return content_key(self._specs[0], row[start:stop], lead_ids=lead_ids, salt=salt)
+
+        def is_stored(key: ChunkKey) -> bool:  # workers elsewhere tell when they fetch it
+            return ask is None or bool(ask(LookUp(request_id, ((key,),))))
+
+        return tuple(self._known.find(row, key_of, is_stored))
 
     def _content_keys(self, token_ids: Sequence[int], salt: bytes) -> tuple[ChunkKey, ...]:
         lead_ids = self._settings.lead_ids

@@ -33,6 +33,8 @@ class VLLMSettings:
         prompt, and is found in any context.
     separator_ids : tokens that stand between documents: what lies between two of these rows is a document, in requests
         that give no documents themselves. Empty for none.
+    match_tokens : documents of at least so many tokens that are stored are recognised in prompts that give none, by what
+        they say, wherever they stand. 0 for never. As such prompts are fused, this takes a `fusion_ratio` below 1.
     """
 
     host_bytes: int = 4 << 30
@@ -48,6 +50,7 @@ class VLLMSettings:
     check_layer: int = 1
     lead_ids: tuple[int, ...] = ()
     separator_ids: tuple[int, ...] = ()
+    match_tokens: int = 0
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> VLLMSettings:
@@ -75,6 +78,7 @@ class VLLMSettings:
         settings = cls(**values)
         for name in ("host_bytes", "chunk_tokens", "save_pending_bytes", "fusion_slice_tokens"):
             _expect_number(getattr(settings, name), name, 1, whole=True)
+        _expect_number(settings.match_tokens, "match_tokens", 0, whole=True)
         _expect_number(settings.check_layer, "check_layer", 1, whole=True)
         _expect_number(settings.load_timeout_s, "load_timeout_s", 0.0)
         _expect_number(settings.fusion_ratio, "fusion_ratio", 0.0, 1.0)
