@@ -103,6 +103,9 @@ class Fuser:
         for request_id, job in self._jobs.items():
             if not job.is_told and job.fetching.done():
                 job.is_told = True
+                if (error := job.fetching.exception()) is not None:
+                    _LOG.error("fetching documents of request %s failed; they are computed", request_id, exc_info=error)
+                    self._transfers.count({"errors": 1, "failed_loads": 1})
                 ready[request_id] = self._outcome(job).found
         return ready
 
@@ -215,10 +218,8 @@ class Fuser:
     # --------------------------------------------------------------------------------------------------- books
 
     def _outcome(self, job: _Job) -> Fetched:
-        error = job.fetching.exception()
-        if error is None:
+        if job.fetching.exception() is None:
             return job.fetching.result()
-        _LOG.error("fetching documents of request %s failed", job.fusion.request_id, exc_info=error)
         return Fetched((False,) * len(job.fusion.documents), {})
 
     def _arrival(self, job: _Job, computed: Tensor) -> Arrival:
