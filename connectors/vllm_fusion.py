@@ -145,12 +145,11 @@ class Fuser:
         """The next slice of the first layers; after the last, the choice."""
         fusion = job.fusion
         if job.probed is None or job.candidates is None:
-            if fusion.chosen is not None:
-                job.computed = continued(fusion, found)
-                return
             job.probed, job.candidates = stage(fusion, found)
             count = math.ceil(fusion.ratio * len(job.candidates))
-            if count == 0 or count == len(job.candidates) or not self.is_trusted:
+            # What goes on with a choice that was made goes through the first layers all the same: they stay fresh.
+            is_settled = fusion.chosen is None and count == len(job.candidates)
+            if count == 0 or is_settled or not self.is_trusted:
                 everything = count or not self.is_trusted
                 skipped = torch.isin(job.probed, job.candidates)
                 job.computed = job.probed if everything else job.probed[~skipped]
@@ -174,6 +173,9 @@ class Fuser:
                 off,
             )
             job.computed = job.probed
+            return
+        if fusion.chosen is not None:
+            job.computed = continued(fusion, found)
             return
         positions = job.probed[is_candidate]
         starts = torch.tensor([document.start for document in fusion.documents])

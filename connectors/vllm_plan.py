@@ -67,7 +67,8 @@ class _Tracked:
     alone: tuple[Document, ...] = ()  # documents to store that this request computes as if alone
     loaded: Loaded | None = None
     plan: bytes = b""  # names the fusion, for those who share it
-    local_tokens: int = 0  # that the engine had itself when it asked last
+    local_tokens: int | None = None  # that the engine has itself, when it has asked and not yet taken the request up
+    fused_from: int = 0  # where the last fusion began
     fused: Fused | None = None
 
 
@@ -224,7 +225,11 @@ class Planner:
         answer, asked_from = request.answer or (), request.asked_from or 0
         request.answer, request.asked_from, request.hit_tokens = None, None, {}
         if request.inexact is not None:
-            request.fused = _either(request.fused, self._fused_now(request, external_tokens))
+            local, request.local_tokens = request.local_tokens, None
+            if external_tokens:
+                request.fused_from = request.offer - external_tokens
+            elif local is not None:  # not merely back from a fusion
+                request.fused = _either(request.fused, self._fused_of(request, local))
         if not external_tokens:
             return
         stop, chunk_tokens = request.offer, self._settings.chunk_tokens
@@ -280,9 +285,10 @@ class Planner:
                     self._choices.popitem(last=False)
                 loaded = replace(loaded, chosen=None)
             request.loaded = loaded if request.loaded is None else both(request.loaded, loaded)
+            if request.inexact is not None:
+                lost: Fused = "no" if request.fused_from <= request.inexact else "partly"
+                request.fused = _either(request.fused, lost if loaded.failed else "yes")
             if loaded.failed:
-                if request.inexact is not None:
-                    request.fused = "no" if request.local_tokens <= request.inexact else "partly"
                 # vLLM computes from the lost chunk on, and asks again if nothing is left: it must not be told the same.
                 request.has_failed = True
                 request.saved_chunks = 0
@@ -328,14 +334,12 @@ class Planner:
                     self._known.add(token_ids, document.keys[0])
                 request.alone = ()
 
-    def _fused_now(self, request: _Tracked, external_tokens: int) -> Fused:
-        """Of a request that the engine has just taken up, with so many tokens from us."""
-        if external_tokens:
-            return "yes"
-        if request.inexact is None or request.local_tokens <= request.inexact:
+    def _fused_of(self, request: _Tracked, local: int) -> Fused:
+        """Of a request that gets nothing from us, as the engine has `local` tokens of it and computes the rest."""
+        if request.inexact is None or local <= request.inexact:
             return "no"
         stop = request.documents[-1].stop
-        return "yes" if request.local_tokens >= stop - stop % self._block_tokens else "partly"
+        return "yes" if local >= stop - stop % self._block_tokens else "partly"
 
     def _save(
         self,

@@ -295,7 +295,9 @@ def store_documents(worker: SimulatedWorker) -> None:
     forget(worker)
 
 
-def in_context(seed: int, order: tuple[int, ...] = (2, 0, 1), lead: int = 37) -> tuple[list[int], list[tuple[int, int]]]:
+def in_context(
+    seed: int, order: tuple[int, ...] = (2, 0, 1), lead: int = 37
+) -> tuple[list[int], list[tuple[int, int]]]:
     tokens, spans = prompt(seed, lead), []
     for index in order:
         spans.append((len(tokens), len(tokens) + len(DOCUMENTS[index])))
@@ -375,4 +377,28 @@ def test_anything_at_any_time(make_scheduler: Callable[..., Any], seed: int, cac
     worker.run()
     assert sum(request.num_preemptions for request in worker.requests.values()) > 0
     assert {name: worker.answers[name] for name in expected} == expected
+    told = {worker.usage[name]["fused"] for name in expected if worker.requests[name].kv_transfer_params}
+    assert told == {"yes"}
+    finish(worker)
+
+
+@pytest.mark.parametrize("remembered", [True, False])
+def test_half_a_fusion_is_left(
+    make_scheduler: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, remembered: bool
+) -> None:
+    """As after a preemption: it goes on as it was begun or, where nobody knows what was chosen, usage says so."""
+    if not remembered:
+        monkeypatch.setattr("kvloom.connectors.vllm_plan._PLANS", 0)
+    worker = open_worker(make_scheduler(blocks=34), slice_tokens=30)
+    store_documents(worker)
+    tokens, spans = in_context(50)
+    fused, filler = ask(worker, tokens, documents(spans, 0.2)), prompt(60, 26 * BLOCK - 9)
+    assert ask(worker, filler) == plain_answer(filler, 4)  # in the blocks that were used last, its end first
+    worker.computed.clear()
+    name = worker.add(tokens, documents(spans, 0.2))
+    worker.run()
+    assert worker.usage[name]["fused"] == ("yes" if remembered else "partly")
+    assert (worker.answers[name] == fused) is remembered
+    assert (0 < len(worker.computed) < 70) is remembered
+    assert ask(worker, tokens) == plain_answer(tokens, 4)
     finish(worker)

@@ -71,7 +71,9 @@ def test_sixteen_bits(tmp_path: Path) -> None:
 
     So requests come one by one, and plain vLLM finds in its own cache what kvloom loads: equal pieces, equal bits.
     """
-    llm = open_engine(tmp_path, dtype="bfloat16", max_num_seqs=1, enable_prefix_caching=True, max_num_batched_tokens=512)
+    llm = open_engine(
+        tmp_path, dtype="bfloat16", max_num_seqs=1, enable_prefix_caching=True, max_num_batched_tokens=512
+    )
     texts = [text for text in prompts(18, LENGTHS) if len(text) % CHUNK]
     heads = [text[: len(text) // CHUNK * CHUNK] for text in texts if len(text) > CHUNK]
     generate(llm, heads, tokens=1)

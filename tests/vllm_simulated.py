@@ -158,7 +158,9 @@ class SimulatedWorker:
     # ------------------------------------------------------------------------------------------------ the model
 
     def _read(self, blocks: Sequence[int], position: int) -> int:
-        return self.slots.get(blocks[position // self.block_tokens] * self.block_tokens + position % self.block_tokens, 0)
+        return self.slots.get(
+            blocks[position // self.block_tokens] * self.block_tokens + position % self.block_tokens, 0
+        )
 
     def _write(self, blocks: Sequence[int], position: int, kv: int) -> None:
         self.slots[blocks[position // self.block_tokens] * self.block_tokens + position % self.block_tokens] = kv
