@@ -1,7 +1,7 @@
 """Which documents are stored, and where in a prompt they stand: found by what they say, at any offset.
 
-A polynomial hash is rolled over the tokens of a prompt (Karp and Rabin 1987), over all windows at once: with prefix sums
-of `token * base ** i` modulo 2**64, a window is a difference times a power of the base's inverse. The first
+A polynomial hash is rolled over the tokens of a prompt (Karp and Rabin 1987), over all windows at once: with prefix
+sums of `token * base ** i` modulo 2**64, a window is a difference times a power of the base's inverse. The first
 `window_tokens` of every known document are looked for so; where they stand, the hash of the whole document is compared,
 by the same sums, and at last its key, which is a cryptographic hash. So a collision costs time and is never believed.
 (Numbers modulo 2**61 - 1, as usual, would need products of 128 bits, which numpy does not have; tokens are scrambled
@@ -80,7 +80,7 @@ class KnownDocuments:
         self,
         token_ids: NDArray[np.int64],
         key_of: Callable[[int, int], ChunkKey],
-        is_stored: Callable[[ChunkKey], bool] = lambda key: True,
+        is_stored: Callable[[ChunkKey], bool] = lambda _: True,
     ) -> list[tuple[int, int]]:
         """Where documents stand, `[start, stop)`, ascending and without overlap: leftmost first, then longest.
 

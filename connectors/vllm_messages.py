@@ -70,7 +70,7 @@ class Fusion:
     Every rank first fetches documents and tells which it found (`StepReport.found`). It computes only when told to, by
     an `Advance`, since ranks compute together and must not wait for one another within a step.
 
-    `chosen`: what an equal fusion computed whose KV is there up to `start`; this one goes on with it. None: to be chosen.
+    `chosen`: what an equal fusion computed whose KV is there up to `start`, to go on with; None: to be chosen.
     """
 
     request_id: str

@@ -33,8 +33,8 @@ class VLLMSettings:
         prompt, and is found in any context.
     separator_ids : tokens that stand between documents: what lies between two of these rows is a document, in requests
         that give no documents themselves. Empty for none.
-    match_tokens : documents of at least so many tokens that are stored are recognised in prompts that give none, by what
-        they say, wherever they stand. 0 for never. As such prompts are fused, this takes a `fusion_ratio` below 1.
+    match_tokens : stored documents of at least so many tokens are recognised in prompts that give none, by what they
+        say, wherever they stand. 0 for never. As such prompts are fused, this takes a `fusion_ratio` below 1.
     """
 
     host_bytes: int = 4 << 30

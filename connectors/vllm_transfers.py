@@ -102,7 +102,7 @@ class Transfers:
                 if tier is None:
                     break
                 found.append(tier)
-        except Exception:  # the engine asks within its own step, which must not end with us
+        except Exception:  # noqa: BLE001 - the engine asks within its own step, which must not end with us
             _LOG.exception("looking up KV of request %s failed; it is computed", lookup.request_id)
             found.clear()
             self.count({"errors": 1})
@@ -225,7 +225,7 @@ class Transfers:
         key = save.keys[self._rank]
         try:
             is_there = key in self._saves or key in self.store
-        except Exception:  # as in `look_up`
+        except Exception:  # noqa: BLE001 - as in `look_up`
             _LOG.exception("a chunk of %d tokens is not stored", len(save.token_ids))
             self.count({"errors": 1, "failed_saves": 1})
             return

@@ -337,7 +337,7 @@ def test_a_fusion_is_aborted(make_scheduler: Callable[..., Any], steps: int) -> 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("caching", [True, False], ids=["prefix caching", "no prefix caching"])
 def test_anything_at_any_time(make_scheduler: Callable[..., Any], seed: int, caching: bool) -> None:
-    """Requests of all kinds come, are aborted, preempt one another, lose chunks, hang: every answer is the right one."""
+    """Requests of all kinds come, are aborted, preempt one another, lose chunks, hang: every answer is right."""
     rng = random.Random(seed)
     contexts = [in_context(40 + i, tuple(rng.sample(range(3), 3)), lead=20 + 9 * i) for i in range(3)]
     alone = open_worker(make_scheduler(caching=caching))

@@ -60,10 +60,10 @@ def test_computed_stored_and_loaded(llm: Any) -> None:
     warm = generate(llm, texts, tokens=12)
     assert tokens_of(warm) == plain
     assert [sum(usage(output)["loaded_tokens"].values()) for output in warm] == [n // CHUNK * CHUNK for n in LENGTHS]
-    mixed = generate(llm, [text + [9] for text in texts[::3]], tokens=6), generate(llm, texts[::2], DECLINED, tokens=12)
+    mixed = generate(llm, [[*text, 9] for text in texts[::3]], tokens=6), generate(llm, texts[::2], DECLINED, tokens=12)
     assert tokens_of(mixed[1]) == plain[::2]
     llm.reset_prefix_cache()
-    assert tokens_of(mixed[0]) == tokens_of(generate(llm, [text + [9] for text in texts[::3]], DECLINED, tokens=6))
+    assert tokens_of(mixed[0]) == tokens_of(generate(llm, [[*text, 9] for text in texts[::3]], DECLINED, tokens=6))
 
 
 def test_sixteen_bits(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import random
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -270,7 +271,12 @@ def test_keys_that_are_not_what_they_should_be_turn_it_off(llm: Any, monkeypatch
     expected = plain(llm, case.tokens)
     store, fuser = connector_of(llm).worker.transfers.store, connector_of(llm).worker.fuser
     get = store.get
-    monkeypatch.setattr(store, "get", lambda key, positions=None, **more: get(key, None, **more))
+
+    def unmoved(key: Any, positions: Any = None, **more: Any) -> Any:
+        chunk = get(key, None, **more)
+        return chunk if chunk is None or positions is None else replace(chunk, positions=positions)
+
+    monkeypatch.setattr(store, "get", unmoved)
     monkeypatch.setattr(fuser, "is_trusted", True)
     assert tokens_of(generate(llm, [case.tokens], case.options(0.1))) == [expected]
     assert not fuser.is_trusted

@@ -15,6 +15,7 @@ pytest.importorskip(
 from .vllm_engines import CHUNK, make_model
 from .vllm_peer import TEXTS
 
+ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
@@ -23,8 +24,9 @@ def test_two_engines_on_one_store(tmp_path: Path) -> None:
     peers = []
     for number in (0, 1):
         with (tmp_path / f"log.{number}").open("w") as log:
-            command = [sys.executable, "-m", "kvloom.tests.vllm_peer", str(tmp_path), str(number)]
-            peers.append(subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}))
+            command = [sys.executable, "-m", "tests.vllm_peer", str(tmp_path), str(number)]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            peers.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=ROOT))
     try:
         codes = [peer.wait(500) for peer in peers]
     finally:

@@ -1,4 +1,4 @@
-"""One of two engines that run at the same time on one folder; see test_vllm_engine_peers.py. Says what it got as JSON."""
+"""One of two engines that run at once on one folder, see test_vllm_engine_peers.py. Says what it got as JSON."""
 
 import json
 import sys
@@ -6,8 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kvloom.tests import vllm_engines
-from kvloom.tests.vllm_engines import DECLINED, generate, prompts, start, tokens_of, usage
+from .vllm_engines import DECLINED, generate, prompts, start, tokens_of, usage
 
 TEXTS = prompts(31, tuple(70 + (53 * i) % 260 for i in range(24)))
 DOCUMENTS = prompts(32, (150, 90))
@@ -55,7 +54,10 @@ class Peer:
         rounds = [self.ask([*TEXTS, *contexts])[0] for _ in range(2)]
         return {
             "plain": plain,
-            "computed": [computed == plain[: len(TEXTS)][self.number :: 2], found == plain[: len(TEXTS)][1 - self.number :: 2]],
+            "computed": [
+                computed == plain[: len(TEXTS)][self.number :: 2],
+                found == plain[: len(TEXTS)][1 - self.number :: 2],
+            ],
             "fused": [fused == plain[len(TEXTS) :], *(usage(output)["fused"] for output in told)],
             "rounds": [answers == plain for answers in rounds],
             "loaded_from_the_other": loaded,
@@ -65,5 +67,4 @@ class Peer:
 
 if __name__ == "__main__":
     place, which = Path(sys.argv[1]), int(sys.argv[2])
-    assert vllm_engines.CHUNK == 64
     (place / f"told.{which}.json").write_text(json.dumps(Peer(place, which).run()))
