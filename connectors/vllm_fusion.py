@@ -23,6 +23,7 @@ import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -233,7 +234,7 @@ class Fuser:
             "fusion_seconds": spent_s,
         }
         self._transfers.count(counts)
-        chosen = tuple(computed.tolist()) if fusion.chosen is None else None
+        chosen = computed.numpy().astype(np.int32) if fusion.chosen is None else None
         loaded = Loaded(self._outcome(job).tokens, False, spent_s, len(computed), chosen)
         return Arrival(fusion.request_id, loaded, frozenset())
 
@@ -262,5 +263,7 @@ def stage(fusion: Fusion, found: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
 def continued(fusion: Fusion, found: tuple[bool, ...]) -> Tensor:
     """What is left to compute of a fusion whose `chosen` tokens are known: they, and what is not stored; ascending."""
     probed, candidates = stage(fusion, found)
-    chosen = torch.tensor(fusion.chosen, dtype=torch.int64)
-    return probed[~torch.isin(probed, candidates) | torch.isin(probed, chosen)]
+    is_left = ~torch.isin(probed, candidates)
+    if fusion.chosen is not None:
+        is_left |= torch.isin(probed, torch.from_numpy(fusion.chosen.astype(np.int64)))
+    return probed[is_left]

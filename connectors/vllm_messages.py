@@ -81,7 +81,7 @@ class Fusion:
     documents: tuple[Document, ...]
     ratio: float
     blocks: tuple[int, ...]
-    chosen: tuple[int, ...] | None = None
+    chosen: NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ class Loaded:
     failed: bool
     spent_s: float
     computed_tokens: int = 0
-    chosen: tuple[int, ...] | None = None
+    chosen: NDArray[np.int32] | None = None
 
 
 @dataclass(slots=True)
@@ -158,5 +158,5 @@ def both(one: Loaded, other: Loaded) -> Loaded:
         one.failed or other.failed,
         max(one.spent_s, other.spent_s),
         max(one.computed_tokens, other.computed_tokens),
-        one.chosen or other.chosen,
+        other.chosen if one.chosen is None else one.chosen,
     )

@@ -19,6 +19,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 from blake3 import blake3
+from numpy.typing import NDArray
 
 from ..core import ChunkKey, KVSpec
 from ..kvstore.keys import content_key, prefix_keys
@@ -42,7 +43,7 @@ from .vllm_settings import RequestOptions, VLLMSettings, documents_between
 Fused: TypeAlias = Literal["no", "yes", "partly"]
 """Whether the span of a fusion is what one fusion makes of it; "partly": its rest was computed exactly behind it."""
 
-_PLANS = 256  # fusions whose choice is remembered: some kilobytes each
+_PLANS = 256  # fusions whose choice is remembered: four bytes for each token computed
 
 
 @dataclass(slots=True)
@@ -99,7 +100,7 @@ class Planner:
         self._known = KnownDocuments(settings.match_tokens, journal) if settings.match_tokens else None
         self._tracked: dict[str, _Tracked] = {}
         self._fusing: dict[str, tuple[tuple[bool, ...], ...]] = {}  # what each rank found, in order of arrival
-        self._choices: OrderedDict[bytes, tuple[int, ...]] = OrderedDict()  # what fusions computed, by plan
+        self._choices: OrderedDict[bytes, NDArray[np.int32]] = OrderedDict()  # what fusions computed, by plan
         self._plan = StepPlan()
         self._counts: Counter[str] = Counter()
 

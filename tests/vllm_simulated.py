@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from kvloom.connectors.vllm_fusion import continued, stage
@@ -77,7 +78,7 @@ class SimulatedWorker:
         self.loads: dict[str, Load] = {}
         self.fusions: dict[str, tuple[Fusion, list[int] | None]] = {}  # with positions still to be computed
         self.computed: list[int] = []  # by fusions, in this order
-        self.chosen: dict[str, tuple[int, ...] | None] = {}
+        self.chosen: dict[str, np.ndarray | None] = {}
         self.told: set[str] = set()  # fusions whose documents were found, or not, as the scheduler knows
         self._serial = 0
 
@@ -208,7 +209,7 @@ class SimulatedWorker:
                     if is_found:
                         self._write(fusion.blocks, position, self.store[document.keys[0]][position - document.start])
             left = self._choose(fusion, tuple(found))
-            self.chosen[name] = None if fusion.chosen is not None else tuple(left)
+            self.chosen[name] = None if fusion.chosen is not None else np.array(left, dtype=np.int32)
         else:
             for position in left[: self.slice_tokens]:
                 self._compute(fusion.blocks, position, int(fusion.token_ids[position]))
