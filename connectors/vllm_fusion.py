@@ -25,6 +25,7 @@ import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -110,6 +111,9 @@ class Fuser:
         for request_id, job in self._jobs.items():
             if not job.is_told and job.fetching.done():
                 job.is_told = True
+                if (error := job.fetching.exception()) is not None:
+                    _LOG.error("fetching documents of request %s failed; they are computed", request_id, exc_info=error)
+                    self._transfers.count({"errors": 1, "failed_loads": 1})
                 ready[request_id] = self._outcome(job).found
         return ready
 
@@ -151,7 +155,9 @@ class Fuser:
         if job.probed is None or job.candidates is None:
             job.probed, job.candidates = stage(fusion, found)
             count = math.ceil(fusion.ratio * len(job.candidates))
-            if count == 0 or count == len(job.candidates) or not self.is_trusted:
+            # What goes on with a choice that was made goes through the first layers all the same: they stay fresh.
+            is_settled = fusion.chosen is None and count == len(job.candidates)
+            if count == 0 or is_settled or not self.is_trusted:
                 everything = count or not self.is_trusted
                 skipped = torch.isin(job.probed, job.candidates)
                 job.computed = job.probed if everything else job.probed[~skipped]
@@ -176,6 +182,9 @@ class Fuser:
                 off,
             )
             job.computed = job.probed
+            return
+        if fusion.chosen is not None:
+            job.computed = continued(fusion, found)
             return
         positions = job.probed[is_candidate]
         starts = torch.tensor([document.start for document in fusion.documents])
@@ -222,10 +231,8 @@ class Fuser:
     # --------------------------------------------------------------------------------------------------- books
 
     def _outcome(self, job: _Job) -> Fetched:
-        error = job.fetching.exception()
-        if error is None:
+        if job.fetching.exception() is None:
             return job.fetching.result()
-        _LOG.error("fetching documents of request %s failed", job.fusion.request_id, exc_info=error)
         return Fetched((False,) * len(job.fusion.documents), {})
 
     def _arrival(self, job: _Job, computed: Tensor) -> Arrival:
@@ -239,7 +246,8 @@ class Fuser:
         self._transfers.count(counts)
         fetched = self._outcome(job)
         silent = fusion.stop - fusion.start - sum(fetched.tokens.values()) + fetched.worth.unpriced_tokens
-        loaded = Loaded(fetched.tokens, False, spent_s, len(computed), fetched.worth.recompute_s, silent)
+        chosen = computed.numpy().astype(np.int32) if fusion.chosen is None else None
+        loaded = Loaded(fetched.tokens, False, spent_s, len(computed), fetched.worth.recompute_s, silent, chosen)
         return Arrival(fusion.request_id, loaded, frozenset())
 
 
@@ -262,3 +270,12 @@ def stage(fusion: Fusion, found: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
         positions[ours & ~(is_stored & (positions < fusion.inexact))],
         positions[ours & is_stored & (positions >= fusion.inexact)],
     )
+
+
+def continued(fusion: Fusion, found: tuple[bool, ...]) -> Tensor:
+    """What is left to compute of a fusion whose `chosen` tokens are known: they, and what is not stored; ascending."""
+    probed, candidates = stage(fusion, found)
+    is_left = ~torch.isin(probed, candidates)
+    if fusion.chosen is not None:
+        is_left |= torch.isin(probed, torch.from_numpy(fusion.chosen.astype(np.int64)))
+    return probed[is_left]

@@ -73,6 +73,8 @@ class Fusion:
 
     Every rank first fetches documents and tells which it found (`StepReport.found`). It computes only when told to, by
     an `Advance`, since ranks compute together and must not wait for one another within a step.
+
+    `chosen`: what an equal fusion computed whose KV is there up to `start`, to go on with; None: to be chosen.
     """
 
     request_id: str
@@ -83,6 +85,7 @@ class Fusion:
     documents: tuple[Document, ...]
     ratio: float
     blocks: tuple[int, ...]
+    chosen: NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +120,7 @@ class Loaded:
     """What became of a load or a fusion: tokens by tier, tokens computed, and whether a chunk was lost on the way.
 
     `recompute_s`: what computing tokens that came with this knowledge took. `unpriced_tokens`: provided without it.
+    `chosen`: the positions that a fusion computed, if it chose them itself.
     """
 
     tokens: Mapping[str, int]
@@ -125,6 +129,7 @@ class Loaded:
     computed_tokens: int = 0
     recompute_s: float = 0.0
     unpriced_tokens: int = 0
+    chosen: NDArray[np.int32] | None = None
 
 
 @dataclass(slots=True)
@@ -174,4 +179,5 @@ def both(one: Loaded, other: Loaded) -> Loaded:
         failed=one.failed or other.failed,
         spent_s=max(one.spent_s, other.spent_s),
         computed_tokens=max(one.computed_tokens, other.computed_tokens),
+        chosen=other.chosen if one.chosen is None else one.chosen,
     )

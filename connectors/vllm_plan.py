@@ -11,15 +11,19 @@ a `StepReport`. Where scheduler and worker are one process, `ask` answers lookup
 from __future__ import annotations
 
 import secrets
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, TypeAlias
 
 import numpy as np
 from blake3 import blake3
+from numpy.typing import NDArray
 
 from ..core import ChunkKey, KVSpec
 from ..kvstore.keys import content_key, prefix_keys
+from .known_documents import KnownDocuments
 from .vllm_messages import (
     Advance,
     Answer,
@@ -36,6 +40,11 @@ from .vllm_messages import (
 )
 from .vllm_pace import Pace
 from .vllm_settings import RequestOptions, VLLMSettings, documents_between
+
+Fused: TypeAlias = Literal["no", "yes", "partly"]
+"""Whether the span of a fusion is what one fusion makes of it; "partly": its rest was computed exactly behind it."""
+
+_PLANS = 256  # fusions whose choice is remembered: four bytes for each token computed
 
 
 @dataclass(slots=True)
@@ -60,6 +69,10 @@ class _Tracked:
     alone: tuple[Document, ...] = ()  # documents to store that this request computes as if alone
     loaded: Loaded | None = None
     seconds_saved: float | None = 0.0  # None: not known
+    plan: bytes = b""  # names the fusion, for those who share it
+    local_tokens: int | None = None  # that the engine has itself, when it has asked and not yet taken the request up
+    fused_from: int = 0  # where the last fusion began
+    fused: Fused | None = None
 
 
 class Planner:
@@ -89,10 +102,13 @@ class Planner:
         self._ask = ask
         self._fusion_ratio = fusion_ratio if settings.fusion_ratio == "certified" else settings.fusion_ratio
         self._epoch = b""
+        journal = None if settings.disk_path is None else Path(settings.disk_path, f"documents.{settings.match_tokens}")
+        self._known = KnownDocuments(settings.match_tokens, journal) if settings.match_tokens else None
         self._tracked: dict[str, _Tracked] = {}
         self._fusing: dict[str, tuple[tuple[bool, ...], ...]] = {}  # what each rank found, in order of arrival
         self._layerwise: dict[str, Load] = {}  # loads within a step that were not heard of
         self._spoiled: set[int] = set()
+        self._choices: OrderedDict[bytes, NDArray[np.int32]] = OrderedDict()  # what fusions computed, by plan
         self._plan = StepPlan()
         self._counts: Counter[str] = Counter()
         self._pace = Pace()
@@ -118,10 +134,12 @@ class Planner:
         """
         salt = b"".join(_framed(part) for part in (self._epoch, self._settings.salt.encode(), identity))
         spans = options.documents or documents_between(token_ids, self._settings.separator_ids)
+        ratio = self._fusion_ratio if options.ratio is None else options.ratio
+        if not spans and ratio < 1.0 and may_fuse and options.load:
+            spans = self._stored_spans(request_id, token_ids, salt)
         documents = tuple(
             Document(start, stop, self._content_keys(token_ids[start:stop], salt)) for start, stop in spans
         )
-        ratio = self._fusion_ratio if options.ratio is None else options.ratio
         lead_ids = self._settings.lead_ids
         is_led = tuple(token_ids[: len(lead_ids)]) == lead_ids
         alone = {document for document in documents[:1] if is_led and document.start == len(lead_ids)}
@@ -135,6 +153,8 @@ class Planner:
         self._tracked[request_id] = _Tracked(
             token_ids, len(token_ids), salt, options, documents, ratio, inexact, keys, alone=tuple(alone)
         )
+        if inexact is not None:
+            self._tracked[request_id].plan = blake3(salt + self.fusion_digest(request_id)).digest()
         return inexact
 
     def fusion_digest(self, request_id: str) -> bytes:
@@ -169,6 +189,7 @@ class Planner:
             "load_s": round(loaded.spent_s, 6),
             "seconds_saved": None if request.seconds_saved is None else round(request.seconds_saved, 6),
             "failed": loaded.failed,
+            "fused": request.fused or "no",
             "saved_chunks": request.planned_saves,
         }
 
@@ -184,12 +205,15 @@ class Planner:
         May be called any number of times for one admission.
         """
         request = self._tracked.get(request_id)
-        if request is None or request.has_failed or not request.options.load:
+        if request is None:
+            return 0
+        request.local_tokens = computed_tokens
+        if request.has_failed or not request.options.load:
             return 0
         if request.inexact is not None:
-            if computed_tokens > request.inexact:
-                # The engine has fused tokens of an earlier request like this one, and computes what is missing of them.
-                # A second choice among the rest alone would be another one than the first.
+            if computed_tokens > request.inexact and request.plan not in self._choices:
+                # The engine has fused tokens of a request like this one, or of this one before it was preempted. A
+                # second choice among the rest alone would be another one than the first: the rest is computed.
                 return 0
             # Whole blocks only: the engine finds them again as they are, and computes what follows in any case. One
             # token must be left to it: the first new one is sampled from what it computes.
@@ -246,6 +270,12 @@ class Planner:
             return
         answer, asked_from = request.answer or (), request.asked_from or 0
         request.answer, request.asked_from, request.hit_tokens = None, None, {}
+        if request.inexact is not None:
+            local, request.local_tokens = request.local_tokens, None
+            if external_tokens:
+                request.fused_from = request.offer - external_tokens
+            elif local is not None:  # not merely back from a fusion
+                request.fused = _either(request.fused, self._fused_of(request, local))
         if not external_tokens:
             return
         stop, chunk_tokens = request.offer, self._settings.chunk_tokens
@@ -263,6 +293,7 @@ class Planner:
                     request.documents,
                     request.ratio,
                     tuple(blocks),
+                    self._choices.get(request.plan) if start > request.inexact else None,
                 )
             )
             self._fusing[request_id] = ()
@@ -309,7 +340,16 @@ class Planner:
                 request.seconds_saved = None
             else:
                 request.seconds_saved += saved_s
+            if loaded.chosen is not None:
+                self._choices[request.plan] = loaded.chosen
+                self._choices.move_to_end(request.plan)
+                while len(self._choices) > _PLANS:
+                    self._choices.popitem(last=False)
+                loaded = replace(loaded, chosen=None)
             request.loaded = loaded if request.loaded is None else both(request.loaded, loaded)
+            if request.inexact is not None:
+                lost: Fused = "no" if request.fused_from <= request.inexact else "partly"
+                request.fused = _either(request.fused, lost if loaded.failed else "yes")
             if loaded.failed:
                 # vLLM computes from the lost chunk on, and asks again if nothing is left: it must not be told the same.
                 request.has_failed = True
@@ -364,9 +404,20 @@ class Planner:
             request.saved_chunks = count
         for document in request.alone:
             if document.stop <= known:
-                start, stop = document.start, document.stop
-                self._save(each.request_id, each.blocks, document.keys, None, start, stop, is_prefix=False)
+                self._save(
+                    each.request_id, each.blocks, document.keys, None, document.start, document.stop, is_prefix=False
+                )
+                if self._known is not None:
+                    token_ids = np.asarray(request.token_ids[document.start : document.stop], dtype=np.int64)
+                    self._known.add(token_ids, document.keys[0])
                 request.alone = ()
+
+    def _fused_of(self, request: _Tracked, local: int) -> Fused:
+        """Of a request that gets nothing from us, as the engine has `local` tokens of it and computes the rest."""
+        if request.inexact is None or local <= request.inexact:
+            return "no"
+        stop = request.documents[-1].stop
+        return "yes" if local >= stop - stop % self._block_tokens else "partly"
 
     def _save(
         self,
@@ -390,6 +441,20 @@ class Planner:
 
     # --------------------------------------------------------------------------------------------------- keys
 
+    def _stored_spans(self, request_id: str, token_ids: Sequence[int], salt: bytes) -> tuple[tuple[int, int], ...]:
+        """Where stored documents stand in a prompt that names none."""
+        if self._known is None:
+            return ()
+        row, lead_ids, ask = np.asarray(token_ids[:], dtype=np.int64), self._settings.lead_ids, self._ask
+
+        def key_of(start: int, stop: int) -> ChunkKey:
+            return content_key(self._specs[0], row[start:stop], lead_ids=lead_ids, salt=salt)
+
+        def is_stored(key: ChunkKey) -> bool:  # workers elsewhere tell when they fetch it
+            return ask is None or bool(ask(LookUp(request_id, ((key,),))))
+
+        return tuple(self._known.find(row, key_of, is_stored))
+
     def _content_keys(self, token_ids: Sequence[int], salt: bytes) -> tuple[ChunkKey, ...]:
         lead_ids = self._settings.lead_ids
         return tuple(content_key(spec, token_ids, lead_ids=lead_ids, salt=salt) for spec in self._specs)
@@ -406,3 +471,8 @@ class Planner:
 
 def _framed(part: bytes) -> bytes:
     return len(part).to_bytes(8, "little") + part
+
+
+def _either(before: Fused | None, now: Fused) -> Fused:
+    """Of a request that was taken up again: its tokens so far came of `before`."""
+    return now if before is None or before == now else "partly"

@@ -45,6 +45,8 @@ class VLLMSettings:
         prompt, and is found in any context.
     separator_ids : tokens that stand between documents: what lies between two of these rows is a document, in requests
         that give no documents themselves. Empty for none.
+    match_tokens : stored documents of at least so many tokens are recognised in prompts that give none, by what they
+        say, wherever they stand. 0 for never. As such prompts are fused, this takes a `fusion_ratio` below 1.
     """
 
     host_bytes: int = 4 << 30
@@ -66,6 +68,7 @@ class VLLMSettings:
     check_layer: int = 1
     lead_ids: tuple[int, ...] = ()
     separator_ids: tuple[int, ...] = ()
+    match_tokens: int = 0
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> VLLMSettings:
@@ -103,6 +106,7 @@ class VLLMSettings:
             raise ValueError(f"load_mode is {settings.load_mode!r}; expected one of {', '.join(get_args(LoadMode))}")
         for name in ("host_bytes", "chunk_tokens", "save_pending_bytes", "fusion_slice_tokens"):
             _expect_number(getattr(settings, name), name, 1, whole=True)
+        _expect_number(settings.match_tokens, "match_tokens", 0, whole=True)
         _expect_number(settings.check_layer, "check_layer", 1, whole=True)
         _expect_number(settings.load_timeout_s, "load_timeout_s", 0.0)
         if settings.fusion_ratio != "certified":

@@ -118,12 +118,17 @@ class Transfers:
     def look_up(self, lookup: LookUp) -> Answer:
         """Tiers of the leading chunks that are stored."""
         keys = lookup.keys[self._rank]
-        found = []
-        for key in keys[: self.store.match(keys)]:
-            tier = self.store.locate(key)
-            if tier is None:
-                break
-            found.append(tier)
+        found: list[str] = []
+        try:
+            for key in keys[: self.store.match(keys)]:
+                tier = self.store.locate(key)
+                if tier is None:
+                    break
+                found.append(tier)
+        except Exception:  # noqa: BLE001 - the engine asks within its own step, which must not end with us
+            _LOG.exception("looking up KV of request %s failed; it is computed", lookup.request_id)
+            found.clear()
+            self.count({"errors": 1})
         self.count({"lookups": 1, "lookup_chunks": len(keys), "hit_chunks": len(found)})
         return tuple(found)
 
@@ -220,7 +225,10 @@ class Transfers:
                 positions = torch.arange(document.start, document.stop)
                 chunk = self.store.get(key, positions, timeout_s=remaining_s)
             found.append(
-                chunk is not None and chunk.spec == self._spec and len(chunk) == document.stop - document.start
+                chunk is not None
+                and chunk.spec == self._spec
+                and len(chunk) == document.stop - document.start
+                and int(chunk.positions[0]) == document.start
             )
             if found[-1] and chunk is not None:
                 here = slice(start - document.start, stop - document.start)
@@ -250,10 +258,15 @@ class Transfers:
         """Copy the KV out of its blocks now, and store it later; nothing if it is stored or on its way."""
         self._forget_done_saves()
         key = save.keys[self._rank]
-        if key in self._saves:
+        try:
+            is_there = key in self._saves or key in self.store
+        except Exception:  # noqa: BLE001 - as in `look_up`
+            _LOG.exception("a chunk of %d tokens is not stored", len(save.token_ids))
+            self.count({"errors": 1, "failed_saves": 1})
             return
-        if key in self.store:
-            self._tell_whereabouts(key)
+        if is_there:
+            if key not in self._saves:
+                self._tell_whereabouts(key)
             return
         count = len(save.token_ids)
         nbytes = count * self._spec.token_bytes

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -125,7 +126,10 @@ class Shelves:
 
     def fetch(self, fusion: Fusion) -> "Future[Fetched]":
         for document in fusion.documents:
-            here = torch.arange(max(document.start, fusion.start), min(document.stop, fusion.stop))
+            first, last = max(document.start, fusion.start), min(document.stop, fusion.stop)
+            if first >= last:
+                continue
+            here = torch.arange(first, last)
             stored = self.passes.truth[:, :, :, here].clone()
             noise = torch.randn(stored.shape, generator=torch.Generator().manual_seed(document.start))
             scale = (here % 7)[:, None] / 10.0
@@ -180,6 +184,19 @@ def test_slices_choose_and_compute_what_one_piece_does(ratio: float, slice_token
     assert len(computed) == len(gap) + -int(-ratio * 48 // 1)
     keys, _ = cache.read(fusion.blocks, 0, 60)
     assert torch.equal(keys[:, :, computed], passes.truth[0][:, :, computed])
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.04, 0.25, 1.0])
+@pytest.mark.parametrize("start", [30, 34])
+def test_what_goes_on_ends_as_it_would_have_in_one(ratio: float, start: int) -> None:
+    """All layers, the first ones of unchosen tokens included. The choice is that of the whole, not one of the rest."""
+    fusion = fusion_of(3, 60, 8, [(8, 30), (34, 60)], ratio)
+    _, passes, whole = fuse(fusion, 64)
+    chosen = np.array([p for part in passes.computed for p in part], dtype=np.int32)
+    _, rest, cache = fuse(replace(fusion, start=start, chosen=chosen), 9)
+    assert [p for part in rest.computed for p in part] == [p for p in chosen.tolist() if p >= start]
+    for mine, other in zip(cache.read(fusion.blocks, start, 60), whole.read(fusion.blocks, start, 60), strict=True):
+        assert torch.equal(mine, other)
 
 
 def test_those_that_differ_most_are_computed() -> None:

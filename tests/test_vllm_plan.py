@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvloom.connectors.vllm_messages import Advance, Answer, Loaded, LookUp, Scheduled, StepReport
+from kvloom.connectors import vllm_plan
+from kvloom.connectors.vllm_fusion import continued
+from kvloom.connectors.vllm_messages import Advance, Answer, Fusion, Loaded, LookUp, Scheduled, StepReport
 from kvloom.connectors.vllm_plan import Planner
 from kvloom.connectors.vllm_settings import RequestOptions, VLLMSettings
 from kvloom.core import KVSpec
@@ -326,3 +329,109 @@ def test_requests_that_say_nothing_are_fused_as_certified() -> None:
             plan.allocated("r", plan.matched_tokens("r", 0) or 0, blocks_for(40))
             (fusion,) = plan.plan_step([]).fusions
             assert fusion.ratio == expected
+
+
+# ------------------------------------------------------------------------------------------------ without hints
+
+
+def matching(shelf: Shelf | None, disk_path: str | None = None, **settings: object) -> Planner:
+    return planner(shelf, match_tokens=8, fusion_ratio=0.2, disk_path=disk_path, **settings)
+
+
+def test_stored_documents_are_recognised_anywhere() -> None:
+    shelf, one, two = Shelf(), list(range(100, 115)), list(range(200, 210))
+    plan = matching(shelf, lead_ids=[1])
+    for document in (one, two):
+        saved = run_prompt(plan, "d", [1, *document], documents=((1, 1 + len(document)),))
+        shelf.tiers |= dict.fromkeys(saved, "host")
+    tokens = [1, 5, 6, *two, 7, *one, 8, *two[:9], 9, 9]
+    assert plan.open("r", tokens, b"", PLAIN) == 3
+    plan.allocated("r", plan.matched_tokens("r", 0) or 0, blocks_for(len(tokens)))
+    (fusion,) = plan.plan_step([]).fusions
+    assert [(d.start, d.stop) for d in fusion.documents] == [(3, 13), (14, 29)]
+    assert plan.open("said", tokens, b"", replace(PLAIN, documents=((14, 29),))) == 14, "who says it is believed"
+    assert plan.open("exact", tokens, b"", replace(PLAIN, ratio=1.0)) is None
+    assert plan.open("declined", tokens, b"", replace(PLAIN, load=False)) is None
+    assert plan.open("engine", tokens, b"", PLAIN, may_fuse=False) is None
+    assert plan.open("other tenant", tokens, b"other", PLAIN) is None
+    assert plan.open("in its place", [1, *one, 5, 6, 7, 8], b"", PLAIN) is None, "stored there: nothing to fuse"
+    shelf.tiers.clear()
+    assert plan.open("gone", tokens, b"", PLAIN) is None, "what is gone is no reason to leave exact prefixes"
+
+
+def test_workers_elsewhere_are_trusted_to_tell_later() -> None:
+    """Nobody can be asked at once: a document that is gone is found to be so when it is fetched."""
+    specs, document = [replace(SPEC, shard=(rank, 2)) for rank in (0, 1)], list(range(100, 115))
+    plan = planner(None, specs, match_tokens=8, fusion_ratio=0.2)
+    run_prompt(plan, "d", document, documents=((0, 15),))
+    tokens = [1, 2, 3, *document, 4, 5, 6]
+    assert plan.open("r", tokens, b"", PLAIN) == 3
+    plan.allocated("r", plan.matched_tokens("r", 0) or 0, blocks_for(len(tokens)))
+    (fusion,) = plan.plan_step([]).fusions
+    assert fusion.documents[0].keys == tuple(content_key(spec, document, salt=_salt()) for spec in specs)
+
+
+def test_a_later_process_and_one_beside_it_recognise_them(tmp_path: Path) -> None:
+    shelf, document = Shelf(), list(range(100, 115))
+    first, beside = matching(shelf, str(tmp_path)), matching(shelf, str(tmp_path))
+    saved = run_prompt(first, "d", document, documents=((0, 15),))
+    shelf.tiers = dict.fromkeys(saved, "disk")
+    tokens = [1, 2, 3, *document, 4, 5, 6]
+    assert [p.open("r", tokens, b"", PLAIN) for p in (first, beside, matching(shelf, str(tmp_path)))] == [3, 3, 3]
+    assert matching(shelf).open("r", tokens, b"", PLAIN) is None
+    assert planner(shelf, fusion_ratio=0.2, disk_path=str(tmp_path)).open("r", tokens, b"", PLAIN) is None, "opt-in"
+
+
+# ------------------------------------------------------------------------------------- taken up again, half there
+
+
+def fused_once(plan: Planner, name: str, local: int, chosen: tuple[int, ...] | None) -> Fusion | None:
+    """Taken up by an engine that has `local` tokens itself; what is to be fused."""
+    tokens = list(range(40))
+    plan.open(name, tokens, b"", replace(PLAIN, documents=((10, 20), (24, 36)), ratio=0.2))
+    plan.allocated(name, plan.matched_tokens(name, local) or 0, blocks_for(40))
+    fusions = plan.plan_step([]).fusions
+    picked = None if chosen is None else np.array(chosen, dtype=np.int32)
+    loaded = {name: Loaded({"host": 20}, False, 0.1, 12, chosen=picked)} if fusions else {}
+    plan.hear(StepReport(loaded=loaded))
+    return fusions[0] if fusions else None
+
+
+def test_half_a_fusion_goes_on_with_its_own_choice() -> None:
+    """Of a preempted request, or of one like an earlier one, the engine may have half the blocks."""
+    plan = planner(Shelf())
+    first = fused_once(plan, "first", 8, (8, 9, 12, 20, 21, 22, 23, 30))
+    assert first is not None
+    assert first.chosen is None
+    half = fused_once(plan, "half", 20, None)
+    assert half is not None
+    assert (half.start, half.stop) == (20, 36)
+    assert np.array_equal(half.chosen, (8, 9, 12, 20, 21, 22, 23, 30))
+    assert continued(half, (True, True)).tolist() == [20, 21, 22, 23, 30]
+    assert continued(half, (True, False)).tolist() == list(range(20, 36)), "what is lost is computed"
+    whole = fused_once(plan, "whole", 8, (8, 9, 13, 20, 21, 22, 23, 31))
+    assert whole is not None
+    assert whole.chosen is None, "all of it is chosen anew"
+    assert fused_once(plan, "all there", 36, None) is None
+    assert [plan.close(name)["fused"] for name in ("first", "half", "whole", "all there")] == ["yes"] * 4  # type: ignore[index]
+
+
+def test_usage_says_what_is_only_half_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = planner(Shelf())
+    assert fused_once(plan, "unknown choice", 20, None) is None
+    assert plan.close("unknown choice")["fused"] == "partly"  # type: ignore[index]
+    monkeypatch.setattr(vllm_plan, "_PLANS", 0)
+    assert fused_once(plan, "forgotten", 8, (8, 9)) is not None
+    assert plan.matched_tokens("forgotten", 20) == 0
+    plan.allocated("forgotten", 0, blocks_for(40))
+    assert plan.close("forgotten")["fused"] == "partly"  # type: ignore[index]
+    plan.open("plain", list(range(40)), b"", PLAIN)
+    assert plan.close("plain")["fused"] == "no"  # type: ignore[index]
+    tokens, options = list(range(40)), replace(PLAIN, documents=((10, 20),), ratio=0.2)
+    for local, told in ((8, "no"), (12, "partly")):
+        monkeypatch.setattr(vllm_plan, "_PLANS", 9)
+        fused_once(plan, "before", 8, (8, 9))
+        plan.open("failed", tokens, b"", replace(options, documents=((10, 20), (24, 36))))
+        plan.allocated("failed", plan.matched_tokens("failed", local) or 0, blocks_for(40))
+        plan.hear(StepReport(loaded={"failed": Loaded({}, True, 0.1)}))
+        assert plan.close("failed")["fused"] == told  # type: ignore[index]

