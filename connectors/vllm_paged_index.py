@@ -1,0 +1,342 @@
+"""Indexes over keys that lie in vLLM's blocks, for the decoding requests of one layer, and attention through them.
+
+The attention backend is told rows of blocks, never whose they are. An index therefore belongs to what it was made of:
+to a row of blocks, each as it was last written. `Writes` numbers every write that goes through the backend, which is
+every one there is (the engine's, and those of kvloom's connector; others are refused at start). An index serves a row
+if the row begins with the very blocks that it was made of and none of them was written since. Blocks that went to
+another request were written by it; blocks that are shared through the prefix cache were not, and their keys are the
+same.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import count
+from types import MappingProxyType
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..errors import KVLoomError
+from ..retrieval.attention import Partial, attend, merge, nothing
+from ..retrieval.selector import LayerShape, LearnsFromQueries, Selection
+from .hf_retrieval import CHUNK_TOKENS, Retrieval
+from .vllm_layout import Packing, keys_transposed, side_by_side
+
+_LOG = logging.getLogger("vllm.kvloom")
+_IDLE_STEPS = 64  # of the engine; then nobody decodes behind these blocks any more
+_QUERY_STRIDE = 16  # of a prompt's queries, one in so many is kept for indexes that learn
+
+Gather: TypeAlias = "Callable[[Tensor, int, Tensor, Tensor], tuple[Tensor, Tensor]]"
+"""A cache `[B, H, N, C]`, D, and for each KV head blocks and places in them, `[H, K]` -> `[H, K, D]`, `[H, K, Dv]`."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodeRow:
+    """One request that decodes one token.
+
+    Attributes
+    ----------
+    number : its row in the batch.
+    token : of the batch, by number.
+    position : of that token in its context.
+    blocks : that its context lies in, `[n]` int64, by the numbers of the kernel.
+    """
+
+    number: int
+    token: int
+    position: int
+    blocks: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptPart:
+    """Tokens of a prompt that this step computes: those whose queries are kept.
+
+    Attributes
+    ----------
+    tokens : of the batch, `[Q]` int64.
+    positions : in their context, `[Q]` int64, ascending.
+    blocks : for each of them, `[Q]`.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    blocks: list[int]
+
+
+class Writes:
+    """When each block of one layer was last written, as a number that grows with every write; 0 for never."""
+
+    def __init__(self) -> None:
+        self._clock = count(1)
+        self._last = torch.zeros(0, dtype=torch.int64)
+
+    def note(self, slots: Tensor, block_tokens: int, num_blocks: int) -> None:
+        """Tokens are written at `slots` `[T]`, those below 0 nowhere, of a cache of so many blocks."""
+        if len(self._last) != num_blocks:
+            self._last = torch.zeros(num_blocks, dtype=torch.int64)
+        blocks = slots[slots >= 0].cpu() // block_tokens
+        self._last[blocks] = next(self._clock)
+
+    def of(self, blocks: Tensor) -> Tensor:
+        """`[n]` of blocks `[n]`."""
+        return self._last[blocks]
+
+
+class _RowIndex:
+    """An index of the tokens before `stop` that lie in `blocks`, as those were when `stamps` were taken."""
+
+    def __init__(self, retrieval: Retrieval, shape: LayerShape, layer: int) -> None:
+        self.selector = retrieval.selector(shape, layer)
+        self.blocks = torch.empty(0, dtype=torch.int64)
+        self.stamps = torch.empty(0, dtype=torch.int64)
+        self.stop = 0
+        self.claimed = -1  # in which step
+        self.is_broken = False
+        self.asked: list[Tensor] = []  # queries since it last grew, of neighbouring positions
+
+    def begins(self, blocks: Tensor) -> bool:
+        """Whether a row of blocks begins with those of this index."""
+        count = len(self.blocks)
+        return count <= len(blocks) and torch.equal(blocks[:count], self.blocks)
+
+
+@dataclass(slots=True)
+class RetrievalCounts:
+    """Over the life of a layer: rows decoded through an index, indexes made, rows that could not be searched and were
+    attended to densely, tokens chosen over all KV heads, bytes read to choose.
+    """
+
+    rows: int = 0
+    indexes: int = 0
+    refused_rows: int = 0
+    chosen_tokens: int = 0
+    read_bytes: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class PagedRetrieval:
+    """Retrieval in one layer of an engine. Used by one thread, but for `writes`.
+
+    Attributes
+    ----------
+    layer : its number in the model.
+    packing : how keys and values lie in a block.
+    block_tokens : N, of the kernel's blocks.
+    break_even_tokens : as it was measured here; None if it was not.
+    """
+
+    retrieval: Retrieval
+    shape: LayerShape
+    layer: int
+    value_dim: int
+    packing: Packing
+    block_tokens: int
+    break_even_tokens: int | None = None
+    writes: Writes = field(default_factory=Writes)
+    counts: RetrievalCounts = field(default_factory=RetrievalCounts)
+    _indexes: list[_RowIndex] = field(default_factory=list)
+    _of_row: dict[int, _RowIndex] = field(default_factory=dict)
+    _asked: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)  # by block: positions and queries
+    _step: int = -1
+    learns: bool = field(init=False)  # whether queries of prompts are worth keeping
+
+    def __post_init__(self) -> None:
+        self.learns = isinstance(self.retrieval.selector(self.shape, self.layer), LearnsFromQueries)
+
+    def wrote(self, slots: Tensor, num_blocks: int) -> None:
+        """To be told of every write to the cache, before or after it, but before the next `attend`."""
+        self.writes.note(slots, self.block_tokens, num_blocks)
+        if self._asked:  # whoever writes a block's first token begins it anew
+            for slot in slots[slots % self.block_tokens == 0].tolist():
+                self._asked.pop(slot // self.block_tokens, None)
+
+    def heard(self, part: PromptPart, queries: Tensor) -> None:
+        """Keeps the queries of a part of a prompt; `queries` `[T, Hq, D]` are those of the whole batch."""
+        kept = queries[part.tokens].cpu()
+        bounds = [i for i in range(len(part.blocks)) if i == 0 or part.blocks[i] != part.blocks[i - 1]]
+        for first, stop in zip(bounds, [*bounds[1:], len(part.blocks)], strict=True):
+            entry = part.positions[first:stop], kept[first:stop]
+            self._asked.setdefault(part.blocks[first], []).append(entry)
+
+    def attend(self, step: int, row: DecodeRow, queries: Tensor, cache: Tensor) -> Tensor:
+        """Attention of one token: queries `[Hq, D]` -> `[Hq, Dv]`, in their dtype.
+
+        Parameters
+        ----------
+        step : of the engine; within one no index serves two rows.
+        cache : of this layer, `[B, H, N, C]`; holds the token itself already.
+        """
+        self._begin(step)
+        index = self._index_of(row, cache) if self.stop(row.position) else None
+        if index is None:
+            self.counts.refused_rows += 1
+            return self._attend_to_all(row, queries, cache).to(queries.dtype)
+        covered = len(index.selector)
+        parts = [self._attend_near(row, index.stop, queries, cache)]
+        if budget := self.retrieval.budget(covered):
+            try:
+                chosen = self._choose(index, row, queries, budget)
+            except (ValueError, KVLoomError) as exc:
+                self._give_up(index, row, exc)
+                return self._attend_to_all(row, queries, cache).to(queries.dtype)
+            parts.append(self._attend_at(row, chosen.ids.to(cache.device), queries, cache))
+            if chosen.rest is not None:
+                parts.append((chosen.rest[0].to(cache.device), chosen.rest[1].to(cache.device)))
+        self.counts.rows += 1
+        return merge(parts)[0].to(queries.dtype)
+
+    def stop(self, position: int) -> int:
+        """How far an index reaches for a token at `position`; what is behind is near. 0 for not at all."""
+        grid = window_grid(self.block_tokens)
+        stop = max(0, (position - self.retrieval.window_tokens) // grid * grid)
+        return stop if stop > self.retrieval.sink_tokens else 0
+
+    # ------------------------------------------------------------------------------------------------- indexes
+
+    def _begin(self, step: int) -> None:
+        if step == self._step:
+            return
+        self._step = step
+        self._indexes = [index for index in self._indexes if step - index.claimed <= _IDLE_STEPS]
+
+    def _index_of(self, row: DecodeRow, cache: Tensor) -> _RowIndex | None:
+        """The row's index, up to date; None if there can be none."""
+        index = self._find(row)
+        if index is None:
+            self._indexes = [one for one in self._indexes if torch.equal(self.writes.of(one.blocks), one.stamps)]
+            index = _RowIndex(self.retrieval, self.shape, self.layer)
+            self._indexes.append(index)
+            self.counts.indexes += 1
+        index.claimed = self._step
+        self._of_row[row.number] = index
+        if not index.is_broken:
+            try:
+                self._extend(index, row, cache)
+            except (ValueError, KVLoomError) as exc:
+                self._give_up(index, row, exc)
+        return None if index.is_broken else index
+
+    def _find(self, row: DecodeRow) -> _RowIndex | None:
+        """An index that serves the row and no other one of this step: the longest, or that of the last step."""
+        last = self._of_row.get(row.number)
+        if last is not None and self._serves(last, row):
+            return last
+        fitting = [index for index in self._indexes if self._serves(index, row)]
+        return max(fitting, key=lambda index: index.stop, default=None)
+
+    def _serves(self, index: _RowIndex, row: DecodeRow) -> bool:
+        if index.claimed == self._step or index.stop > self.stop(row.position) or not index.begins(row.blocks):
+            return False
+        return torch.equal(self.writes.of(index.blocks), index.stamps)
+
+    def _extend(self, index: _RowIndex, row: DecodeRow, cache: Tensor) -> None:
+        """Takes over what has left the window. Raises `ValueError` for keys that cannot be searched."""
+        stop = self.stop(row.position)
+        if stop <= index.stop:
+            return
+        if isinstance(index.selector, LearnsFromQueries) and index.asked:
+            positions = torch.arange(row.position - len(index.asked), row.position)
+            index.selector.observe(torch.stack(index.asked, 1), positions)
+            index.asked.clear()
+        is_new = not index.stop
+        blocks = row.blocks[index.stop // self.block_tokens : stop // self.block_tokens]
+        stamps = self.writes.of(blocks)
+        if not bool(stamps.all()):
+            raise ValueError("some of its blocks were filled past the attention backend")
+        keys, values = self.packing(cache[blocks.to(cache.device)], self.shape.head_dim, self.value_dim)
+        skip = max(0, self.retrieval.sink_tokens - index.stop)
+        index.selector.add(keys[:, skip:].cpu(), values[:, skip:].cpu())
+        index.blocks, index.stamps = torch.cat((index.blocks, blocks)), torch.cat((index.stamps, stamps))
+        index.stop = stop
+        if is_new and isinstance(index.selector, LearnsFromQueries):
+            self._teach(index.selector, row)
+            index.selector.build()
+
+    def _teach(self, selector: LearnsFromQueries, row: DecodeRow) -> None:
+        """The queries of the prompt, as far as they were computed here."""
+        found = [entry for block in row.blocks.tolist() for entry in self._asked.get(block, ())]
+        for positions, queries in found:
+            selector.observe(queries.float().transpose(0, 1), positions)
+
+    def _give_up(self, index: _RowIndex, row: DecodeRow, exc: Exception) -> None:
+        """Attends to this context densely from now on: the engine has others to serve."""
+        index.is_broken, index.stop = True, self.stop(row.position)
+        index.blocks = row.blocks[: index.stop // self.block_tokens]
+        index.stamps = self.writes.of(index.blocks)
+        _LOG.warning("layer %d: a context is attended to densely, it cannot be searched: %s", self.layer, exc)
+
+    # ----------------------------------------------------------------------------------------------- attention
+
+    def _choose(self, index: _RowIndex, row: DecodeRow, queries: Tensor, budget: int) -> Selection:
+        covered, selector = len(index.selector), index.selector
+        asked = queries.detach().to("cpu", torch.float32)
+        if self.learns:
+            index.asked.append(asked)
+        if budget >= covered:
+            ids = torch.arange(selector.start, selector.start + covered).expand(self.shape.kv_heads, -1)
+            self.counts.chosen_tokens += ids.numel()
+            return Selection(ids, 0)
+        chosen = selector.select(asked, row.position, budget)
+        self.counts.chosen_tokens += int((chosen.ids >= 0).sum())
+        self.counts.read_bytes += chosen.read_bytes
+        return chosen
+
+    def _attend_near(self, row: DecodeRow, stop: int, queries: Tensor, cache: Tensor) -> Partial:
+        """Sinks and window, read by whole blocks."""
+        N, sinks = self.block_tokens, self.retrieval.sink_tokens if stop else 0
+        first = -(-sinks // N)
+        numbers = torch.cat((row.blocks[:first], row.blocks[stop // N : row.position // N + 1]))
+        keys, values = self.packing(cache[numbers.to(cache.device)], self.shape.head_dim, self.value_dim)
+        last = first * N + row.position - stop + 1
+        visible = None
+        if sinks != first * N:
+            visible = torch.ones(self.shape.kv_heads, last, dtype=torch.bool, device=cache.device)
+            visible[:, sinks : first * N] = False
+        return attend(queries, keys[:, :last], values[:, :last], scale=self.shape.scale, visible=visible)
+
+    def _attend_at(self, row: DecodeRow, ids: Tensor, queries: Tensor, cache: Tensor) -> Partial:
+        if not ids.shape[1]:
+            return nothing(self.shape.query_heads, self.value_dim, cache.device)
+        rows = ids.clamp(min=0)
+        numbers = row.blocks.to(cache.device)[rows // self.block_tokens]
+        keys, values = GATHERS[self.packing](cache, self.shape.head_dim, numbers, rows % self.block_tokens)
+        return attend(queries, keys, values, scale=self.shape.scale, visible=ids >= 0)
+
+    def _attend_to_all(self, row: DecodeRow, queries: Tensor, cache: Tensor) -> Tensor:
+        return self._attend_near(row, 0, queries, cache)[0]
+
+
+def window_grid(block_tokens: int) -> int:
+    """Tokens that leave the window together: `CHUNK_TOKENS`, or more where blocks do not divide them."""
+    return CHUNK_TOKENS if CHUNK_TOKENS % block_tokens == 0 else -(-CHUNK_TOKENS // block_tokens) * block_tokens
+
+
+def kept_queries(first: int, stop: int) -> range:
+    """Positions of a prompt's part `[first, stop)` whose queries are kept."""
+    return range(-(-first // _QUERY_STRIDE) * _QUERY_STRIDE, stop, _QUERY_STRIDE)
+
+
+def _gather_side_by_side(cache: Tensor, key_dim: int, blocks: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    heads = torch.arange(cache.shape[1], device=cache.device)[:, None]
+    rows = cache[blocks, heads, places]
+    return rows[..., :key_dim], rows[..., key_dim:]
+
+
+def _gather_transposed(cache: Tensor, key_dim: int, blocks: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    count, heads, block_tokens, width = cache.shape
+    pages = cache.view(count, heads, block_tokens * width)
+    head = torch.arange(heads, device=cache.device)[:, None]
+    keys = pages[..., : block_tokens * key_dim].unflatten(2, (key_dim, block_tokens))
+    values = pages[..., block_tokens * key_dim :].unflatten(2, (block_tokens, width - key_dim))
+    return keys[blocks, head, :, places], values[blocks, head, places]
+
+
+GATHERS: Mapping[Packing, Gather] = MappingProxyType(
+    {side_by_side: _gather_side_by_side, keys_transposed: _gather_transposed}
+)
+"""How single tokens are read, by how they are packed."""
