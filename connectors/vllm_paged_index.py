@@ -128,6 +128,7 @@ class PagedRetrieval:
     packing : how keys and values lie in a block.
     block_tokens : N, of the kernel's blocks.
     break_even_tokens : as it was measured here; None if it was not.
+    on_choice : told of the tokens chosen for every row, `[H, K]`, -1 for none; for measurements.
     """
 
     retrieval: Retrieval
@@ -137,9 +138,10 @@ class PagedRetrieval:
     packing: Packing
     block_tokens: int
     break_even_tokens: int | None = None
+    on_choice: Callable[[Tensor], object] | None = None
     writes: Writes = field(default_factory=Writes)
     counts: RetrievalCounts = field(default_factory=RetrievalCounts)
-    _indexes: list[_RowIndex] = field(default_factory=list)
+    indexes: list[_RowIndex] = field(default_factory=list)
     _of_row: dict[int, _RowIndex] = field(default_factory=dict)
     _asked: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)  # by block: positions and queries
     _step: int = -1
@@ -184,6 +186,8 @@ class PagedRetrieval:
             except (ValueError, KVLoomError) as exc:
                 self._give_up(index, row, exc)
                 return self._attend_to_all(row, queries, cache).to(queries.dtype)
+            if self.on_choice is not None:
+                self.on_choice(chosen.ids)
             parts.append(self._attend_at(row, chosen.ids.to(cache.device), queries, cache))
             if chosen.rest is not None:
                 parts.append((chosen.rest[0].to(cache.device), chosen.rest[1].to(cache.device)))
@@ -202,15 +206,15 @@ class PagedRetrieval:
         if step == self._step:
             return
         self._step = step
-        self._indexes = [index for index in self._indexes if step - index.claimed <= _IDLE_STEPS]
+        self.indexes = [index for index in self.indexes if step - index.claimed <= _IDLE_STEPS]
 
     def _index_of(self, row: DecodeRow, cache: Tensor) -> _RowIndex | None:
         """The row's index, up to date; None if there can be none."""
         index = self._find(row)
         if index is None:
-            self._indexes = [one for one in self._indexes if torch.equal(self.writes.of(one.blocks), one.stamps)]
+            self.indexes = [one for one in self.indexes if torch.equal(self.writes.of(one.blocks), one.stamps)]
             index = _RowIndex(self.retrieval, self.shape, self.layer)
-            self._indexes.append(index)
+            self.indexes.append(index)
             self.counts.indexes += 1
         index.claimed = self._step
         self._of_row[row.number] = index
@@ -226,7 +230,7 @@ class PagedRetrieval:
         last = self._of_row.get(row.number)
         if last is not None and self._serves(last, row):
             return last
-        fitting = [index for index in self._indexes if self._serves(index, row)]
+        fitting = [index for index in self.indexes if self._serves(index, row)]
         return max(fitting, key=lambda index: index.stop, default=None)
 
     def _serves(self, index: _RowIndex, row: DecodeRow) -> bool:

@@ -14,9 +14,9 @@ import torch
 from ..compress.certificate import Certificate
 from ..core import KVSpec, RopeSpec
 from ..errors import EngineError
-from ..retrieval.selector import LayerShape
+from ..retrieval.selector import LayerShape, LearnsFromQueries
 from .hf_break_even import NEVER, crossing
-from .hf_retrieval import expect_certified
+from .hf_retrieval import Retrieval, expect_certified
 from .vllm_identity import weight_files_id
 from .vllm_layout import Packing, find_packing
 from .vllm_paged_index import DecodeRow, PagedRetrieval, PromptPart
@@ -67,6 +67,7 @@ def open_layers(build: BuildMetadata, spec: Any, names: Sequence[str], config: A
         reasons = sorted({str(why_dense(layer, spec)) for layer in layers})
         raise EngineError(f"no layer of this model can retrieve ({'; '.join(reasons)}); leave the settings out")
     retrieval, chosen = settings.retrieval, list(able.values())
+    _expect_usable(retrieval)
     rope = rope_of(running_model(chosen), chosen, int(chosen[0].head_size))
     _expect_permitted(settings, config, chosen[0], rope)
     opened, timed = [], None
@@ -139,6 +140,29 @@ def why_dense(layer: Any, spec: Any) -> str | None:
     if spec.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"a cache of {spec.dtype}"
     return None
+
+
+def _expect_usable(retrieval: Retrieval) -> None:
+    """Tries the method on a few random keys, so that what it lacks is missed now and not by the first request.
+
+    Raises
+    ------
+    ValueError : a parameter is not known or out of its range.
+    EngineError : a package is not installed.
+    """
+    random, shape = torch.Generator().manual_seed(0), LayerShape(1, 2, 64, 0.125)
+    keys = torch.randn(1, 512, 64, generator=random)
+    selector = retrieval.selector(shape, 0, start=0)
+    try:
+        selector.add(keys, keys)
+        if isinstance(selector, LearnsFromQueries):
+            selector.observe(torch.randn(2, 64, 64, generator=random), torch.arange(448, 512))
+            selector.build()
+        selector.select(torch.randn(2, 64, generator=random), 512, 8)
+    except ImportError as exc:
+        raise EngineError(
+            f"retrieval {retrieval.method!r} needs a package that vLLM's environment lacks: {exc}"
+        ) from exc
 
 
 def _expect_permitted(settings: RetrievalSettings, config: Any, layer: Any, rope: RopeSpec) -> None:

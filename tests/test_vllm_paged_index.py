@@ -188,7 +188,7 @@ class Requests:
 @pytest.mark.parametrize("seed", range(3))
 def test_blocks_go_from_one_request_to_another(seed: int) -> None:
     paged = paged_of()
-    Requests(paged, seed).run(90)
+    Requests(paged, seed).run(250)
     assert paged.counts.refused_rows == 0
     assert paged.counts.rows > 4 * paged.counts.indexes > 8, "indexes last"
 
@@ -249,7 +249,7 @@ def test_two_rows_of_one_step_never_share_an_index() -> None:
     assert paged.counts.indexes == 2
 
 
-def test_indexes_nobody_asks_for_are_dropped() -> None:
+def testindexes_nobody_asks_for_are_dropped() -> None:
     paged = paged_of()
     row, cache, *_ = filled(paged)
     query = torch.randn(H * G, D)
@@ -257,11 +257,11 @@ def test_indexes_nobody_asks_for_are_dropped() -> None:
     short = DecodeRow(0, 0, 300, row.blocks[:10])
     for step in range(1, 70):
         paged.attend(step, short, query, cache)
-    assert [index.stop for index in paged._indexes] == [CHUNK_TOKENS]
+    assert [index.stop for index in paged.indexes] == [CHUNK_TOKENS]
     assert paged.counts.indexes == 2
 
 
-def test_indexes_learn_from_the_queries_of_their_own_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+def testindexes_learn_from_the_queries_of_their_own_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kept by block, in pieces, until the block begins anew."""
     paged = paged_of(method="sketch", parameters={"rank": 4, "centroids": 8})
     assert paged.learns

