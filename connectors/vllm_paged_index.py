@@ -11,7 +11,7 @@ same.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from types import MappingProxyType
@@ -21,17 +21,24 @@ import torch
 from torch import Tensor
 
 from ..errors import KVLoomError
-from ..retrieval.attention import Partial, attend, merge, nothing
+from ..retrieval.attention import Partial, attend, merge
 from ..retrieval.selector import LayerShape, LearnsFromQueries, Selection
 from .hf_retrieval import CHUNK_TOKENS, Retrieval
 from .vllm_layout import Packing, keys_transposed, side_by_side
 
 _LOG = logging.getLogger("vllm.kvloom")
 _IDLE_STEPS = 64  # of the engine; then nobody decodes behind these blocks any more
+_TOUCHED_LIMIT = 16.0  # a token of a whole block costs so much less than one that is gathered, on a processor
 _QUERY_STRIDE = 16  # of a prompt's queries, one in so many is kept for indexes that learn
 
 Gather: TypeAlias = "Callable[[Tensor, int, Tensor, Tensor], tuple[Tensor, Tensor]]"
 """A cache `[B, H, N, C]`, D, and for each KV head blocks and places in them, `[H, K]` -> `[H, K, D]`, `[H, K, Dv]`."""
+
+
+BlockKernel: TypeAlias = "Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]"
+"""Queries `[R, G, D]`, a cache, rows of blocks of one KV head `[R, P]` int32, block b of head h being `b H + h`, and the
+tokens in each row `[R]` int32, of which all but its last block are full -> `[R, G, Dv]`.
+"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,6 +112,17 @@ class _RowIndex:
         return count <= len(blocks) and torch.equal(blocks[:count], self.blocks)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Choice:
+    """What a row attends to: `chosen` of what lies between the sinks and `stop`, and everything else."""
+
+    stop: int
+    chosen: Selection
+
+
+_NOTHING = Selection(torch.empty(0, 0, dtype=torch.int64), 0)
+
+
 @dataclass(slots=True)
 class RetrievalCounts:
     """Over the life of a layer: rows decoded through an index, indexes made, rows that could not be searched and were
@@ -128,6 +146,7 @@ class PagedRetrieval:
     packing : how keys and values lie in a block.
     block_tokens : N, of the kernel's blocks.
     break_even_tokens : as it was measured here; None if it was not.
+    touched_limit : see `attend`.
     on_choice : told of the tokens chosen for every row, `[H, K]`, -1 for none; for measurements.
     """
 
@@ -138,6 +157,7 @@ class PagedRetrieval:
     packing: Packing
     block_tokens: int
     break_even_tokens: int | None = None
+    touched_limit: float = _TOUCHED_LIMIT
     on_choice: Callable[[Tensor], object] | None = None
     writes: Writes = field(default_factory=Writes)
     counts: RetrievalCounts = field(default_factory=RetrievalCounts)
@@ -165,34 +185,38 @@ class PagedRetrieval:
             entry = part.positions[first:stop], kept[first:stop]
             self._asked.setdefault(part.blocks[first], []).append(entry)
 
-    def attend(self, step: int, row: DecodeRow, queries: Tensor, cache: Tensor) -> Tensor:
-        """Attention of one token: queries `[Hq, D]` -> `[Hq, Dv]`, in their dtype.
+    def attend(
+        self, step: int, rows: Sequence[DecodeRow], queries: Tensor, cache: Tensor, kernel: BlockKernel | None = None
+    ) -> Tensor:
+        """Attention of one token of each row: queries `[R, Hq, D]` -> `[R, Hq, Dv]`, in their dtype.
+
+        With a kernel, a KV head attends to all tokens of the blocks that hold some of those chosen for it: more than
+        was asked for. Where that would be more than `touched_limit` times as many, and where the selector estimates
+        the rest, the chosen tokens are gathered.
 
         Parameters
         ----------
         step : of the engine; within one no index serves two rows.
-        cache : of this layer, `[B, H, N, C]`; holds the token itself already.
+        cache : of this layer, `[B, H, N, C]`; holds the tokens themselves already.
+        kernel : the engine's own, over rows of blocks of one KV head.
         """
         self._begin(step)
-        index = self._index_of(row, cache) if self.stop(row.position) else None
-        if index is None:
-            self.counts.refused_rows += 1
-            return self._attend_to_all(row, queries, cache).to(queries.dtype)
-        covered = len(index.selector)
-        parts = [self._attend_near(row, index.stop, queries, cache)]
-        if budget := self.retrieval.budget(covered):
-            try:
-                chosen = self._choose(index, row, queries, budget)
-            except (ValueError, KVLoomError) as exc:
-                self._give_up(index, row, exc)
-                return self._attend_to_all(row, queries, cache).to(queries.dtype)
-            if self.on_choice is not None:
-                self.on_choice(chosen.ids)
-            parts.append(self._attend_at(row, chosen.ids.to(cache.device), queries, cache))
-            if chosen.rest is not None:
-                parts.append((chosen.rest[0].to(cache.device), chosen.rest[1].to(cache.device)))
-        self.counts.rows += 1
-        return merge(parts)[0].to(queries.dtype)
+        out = queries.new_empty(len(rows), self.shape.query_heads, self.value_dim)
+        of_blocks: list[tuple[int, Tensor]] = []  # rows for the kernel, and the blocks of each KV head, [H, n] bool
+        for place, row in enumerate(rows):
+            choice = self._choice(row, queries[place], cache)
+            blocks = None if kernel is None else self._blocks_of(row, choice)
+            if blocks is not None:
+                of_blocks.append((place, blocks))
+            else:
+                out[place] = self._attend_to(row, choice, queries[place], cache)
+        if kernel is not None and of_blocks:
+            places = [place for place, _ in of_blocks]
+            table, lengths = _virtual_rows([rows[place] for place in places], of_blocks, self.block_tokens)
+            grouped = queries[places].view(-1, self.shape.group, self.shape.head_dim)
+            found = kernel(grouped, cache, table.to(cache.device), lengths.to(cache.device))
+            out[places] = found.view(len(places), *out.shape[1:])
+        return out
 
     def stop(self, position: int) -> int:
         """How far an index reaches for a token at `position`; what is behind is near. 0 for not at all."""
@@ -276,23 +300,67 @@ class PagedRetrieval:
 
     # ----------------------------------------------------------------------------------------------- attention
 
-    def _choose(self, index: _RowIndex, row: DecodeRow, queries: Tensor, budget: int) -> Selection:
+    def _choice(self, row: DecodeRow, queries: Tensor, cache: Tensor) -> _Choice:
+        """What is attended to beside the near tokens; everything is near where nothing can be searched."""
+        index = self._index_of(row, cache) if self.stop(row.position) else None
+        if index is not None:
+            try:
+                chosen = self._choose(index, row, queries)
+                self.counts.rows += 1
+                return _Choice(index.stop, chosen)
+            except (ValueError, KVLoomError) as exc:
+                self._give_up(index, row, exc)
+        self.counts.refused_rows += 1
+        return _Choice(0, _NOTHING)
+
+    def _choose(self, index: _RowIndex, row: DecodeRow, queries: Tensor) -> Selection:
         covered, selector = len(index.selector), index.selector
+        budget = self.retrieval.budget(covered)
         asked = queries.detach().to("cpu", torch.float32)
         if self.learns:
             index.asked.append(asked)
+        if not budget:
+            return _NOTHING
         if budget >= covered:
             ids = torch.arange(selector.start, selector.start + covered).expand(self.shape.kv_heads, -1)
-            self.counts.chosen_tokens += ids.numel()
-            return Selection(ids, 0)
-        chosen = selector.select(asked, row.position, budget)
+            chosen = Selection(ids, 0)
+        else:
+            chosen = selector.select(asked, row.position, budget)
         self.counts.chosen_tokens += int((chosen.ids >= 0).sum())
         self.counts.read_bytes += chosen.read_bytes
+        if self.on_choice is not None:
+            self.on_choice(chosen.ids)
         return chosen
+
+    def _blocks_of(self, row: DecodeRow, choice: _Choice) -> Tensor | None:
+        """For each KV head, which of the row's blocks hold tokens that it attends to, `[H, n]` bool; None to gather."""
+        ids, N, last = choice.chosen.ids, self.block_tokens, row.position // self.block_tokens
+        if choice.chosen.rest is not None:
+            return None
+        blocks = torch.zeros(self.shape.kv_heads, last + 1, dtype=torch.bool)
+        if ids.numel():
+            blocks.scatter_(1, torch.where(ids >= 0, ids // N, last), True)
+            if int(blocks.sum()) * N > self.touched_limit * ids.numel():
+                return None
+        blocks[:, : -(-self._sinks(choice.stop) // N)] = True
+        blocks[:, choice.stop // N :] = True
+        return blocks
+
+    def _attend_to(self, row: DecodeRow, choice: _Choice, queries: Tensor, cache: Tensor) -> Tensor:
+        """Of exactly the tokens that were chosen: `[Hq, Dv]`."""
+        parts = [self._attend_near(row, choice.stop, queries, cache)]
+        if choice.chosen.ids.numel():
+            parts.append(self._attend_at(row, choice.chosen.ids.to(cache.device), queries, cache))
+        if (rest := choice.chosen.rest) is not None:
+            parts.append((rest[0].to(cache.device), rest[1].to(cache.device)))
+        return merge(parts)[0].to(queries.dtype)
+
+    def _sinks(self, stop: int) -> int:
+        return self.retrieval.sink_tokens if stop else 0
 
     def _attend_near(self, row: DecodeRow, stop: int, queries: Tensor, cache: Tensor) -> Partial:
         """Sinks and window, read by whole blocks."""
-        N, sinks = self.block_tokens, self.retrieval.sink_tokens if stop else 0
+        N, sinks = self.block_tokens, self._sinks(stop)
         first = -(-sinks // N)
         numbers = torch.cat((row.blocks[:first], row.blocks[stop // N : row.position // N + 1]))
         keys, values = self.packing(cache[numbers.to(cache.device)], self.shape.head_dim, self.value_dim)
@@ -304,20 +372,31 @@ class PagedRetrieval:
         return attend(queries, keys[:, :last], values[:, :last], scale=self.shape.scale, visible=visible)
 
     def _attend_at(self, row: DecodeRow, ids: Tensor, queries: Tensor, cache: Tensor) -> Partial:
-        if not ids.shape[1]:
-            return nothing(self.shape.query_heads, self.value_dim, cache.device)
         rows = ids.clamp(min=0)
         numbers = row.blocks.to(cache.device)[rows // self.block_tokens]
         keys, values = GATHERS[self.packing](cache, self.shape.head_dim, numbers, rows % self.block_tokens)
         return attend(queries, keys, values, scale=self.shape.scale, visible=ids >= 0)
 
-    def _attend_to_all(self, row: DecodeRow, queries: Tensor, cache: Tensor) -> Tensor:
-        return self._attend_near(row, 0, queries, cache)[0]
-
 
 def window_grid(block_tokens: int) -> int:
     """Tokens that leave the window together: `CHUNK_TOKENS`, or more where blocks do not divide them."""
     return CHUNK_TOKENS if CHUNK_TOKENS % block_tokens == 0 else -(-CHUNK_TOKENS // block_tokens) * block_tokens
+
+
+def _virtual_rows(
+    rows: Sequence[DecodeRow], of_blocks: Sequence[tuple[int, Tensor]], block_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """A table of blocks and lengths for each row and KV head, see `BlockKernel`: in their order, the last one last."""
+    counts = torch.cat([blocks.sum(1) for _, blocks in of_blocks])
+    table = torch.zeros(len(counts), int(counts.max()), dtype=torch.int32)
+    filled = torch.arange(table.shape[1]) < counts[:, None]
+    numbers, tails = [], []
+    for row, (_, blocks) in zip(rows, of_blocks, strict=True):
+        heads, which = blocks.nonzero(as_tuple=True)
+        numbers.append(row.blocks[which] * len(blocks) + heads)
+        tails += [row.position % block_tokens + 1] * len(blocks)
+    table[filled] = torch.cat(numbers).to(torch.int32)
+    return table, ((counts - 1) * block_tokens + torch.tensor(tails)).to(torch.int32)
 
 
 def kept_queries(first: int, stop: int) -> range:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,10 +101,17 @@ class RetrievingImpl:
             part = torch.empty_like(output[tokens])
             stock(layer, query[tokens], key[tokens], value[tokens], kv_cache, split.dense, part, *args, **kwargs)
             output[tokens] = part
-        for row in split.rows:
-            found = ours.attend(split.step, row, query[row.token], kv_cache)
-            output[row.token] = found.view(output[row.token].shape)
+        tokens = [row.token for row in split.rows]
+        found = self.retrieve(ours, layer, split.step, split.rows, query[tokens], kv_cache)
+        output[tokens] = found.view(len(tokens), *output.shape[1:])
         return output
+
+    def retrieve(
+        self, ours: PagedRetrieval, layer: Any, step: int, rows: Sequence[DecodeRow], queries: Tensor, cache: Tensor
+    ) -> Tensor:
+        """See `PagedRetrieval.attend`; by the backend's own kernel if it has `attend_to_blocks`."""
+        kernel = getattr(self, "attend_to_blocks", None)
+        return ours.attend(step, rows, queries, cache, None if kernel is None else partial(kernel, layer))
 
 
 def sorted_rows(

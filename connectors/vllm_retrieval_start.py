@@ -307,7 +307,7 @@ def _steps(
         return layer.impl.forward(layer, query, keys[-1:], values[-1:], cache, metadata, output=output)
 
     def sparse() -> object:
-        return trial.attend(next(steps), row, query[0], cache)
+        return layer.impl.retrieve(trial, layer, next(steps), [row], query, cache)
 
     return dense, sparse
 

@@ -5,13 +5,16 @@ One engine serves most tests: how it decodes is exchanged while it runs, in its 
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip(
     "vllm", reason="stock vLLM is not installed here; `make test-engines` runs this in its own environment"
@@ -81,7 +84,7 @@ def decode_by(llm: Any, retrieval: Retrieval | None) -> None:
         layer.__post_init__()
         layer.indexes.clear()
         layer._of_row.clear()
-        layer.counts = RetrievalCounts()
+        layer.counts, layer.touched_limit = RetrievalCounts(), 0.0  # the chosen tokens and no others
     builder = runner_of(llm).attn_groups[0][0].get_metadata_builder()
     builder.retrieving = Retrieving(tuple(layers), NEVER if retrieval is None else BREAK_EVEN)
     assert llm.reset_prefix_cache()
@@ -108,9 +111,12 @@ def plain(llm: Any) -> list[list[int]]:
     return found
 
 
-def test_a_budget_of_everything_is_exact(llm: Any, plain: list[list[int]]) -> None:
+@pytest.mark.parametrize("touched_limit", [1e9, 0.0], ids=["whole blocks", "gathered"])
+def test_a_budget_of_everything_is_exact(llm: Any, plain: list[list[int]], touched_limit: float) -> None:
     """Batches of all lengths, prompts in pieces beside decoding rows, preemption, shared prefixes."""
     decode_by(llm, EVERYTHING)
+    for layer in layers_of(llm):
+        layer.touched_limit = touched_limit
     before = metric(llm, "num_preemptions")
     assert storm(llm) == plain
     assert metric(llm, "num_preemptions") > before
@@ -213,30 +219,43 @@ def certificate_of(model: Path, retrieval: Retrieval) -> Certificate:
         config["num_hidden_layers"],
         config["num_key_value_heads"],
         config["head_dim"],
-        __import__("torch").float32,
+        torch.float32,
         RopeSpec(tuple(theta ** (-2 * i / config["head_dim"]) for i in range(config["head_dim"] // 2))),
     )
     figures = {"answers": Figure(0.0, 0.0, 0.01, limit=0.05)}
-    return Certificate(
-        spec, *([retrieval.form[0], retrieval.fields]), figures, {"weight_files": weight_files_id(model)}
+    return Certificate(spec, retrieval.form[0], retrieval.fields, figures, {"weight_files": weight_files_id(model)})
+
+
+def in_a_process_of_its_own(model: Path, **options: Any) -> dict[str, Any]:
+    """What an engine with these options says to the first of the storm's prompts."""
+    job = {"model": str(model), "seed": 3, "lengths": LENGTHS[:4], "options": options}
+    script = Path(__file__).with_name("vllm_retrieval_engine.py")
+    environment = {**os.environ, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}  # for a function of ours, asked of workers
+    done = subprocess.run(
+        [sys.executable, str(script), json.dumps(job)], capture_output=True, text=True, check=False, env=environment
     )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
-def test_certified_and_compiled(llm: Any, model: Path, plain: list[list[int]], tmp_path: Path) -> None:
-    """Without a certificate the engine does not start, with one it does; compiled, it decodes as ever."""
-    options = {"additional_config": asking(budget_ratio=0.9), "enforce_eager": False}
-    with pytest.raises(UncertifiedError, match="no certificate that passed covers it"):
-        vllm_engines.start(model, None, **options)
+def test_without_a_certificate_no_engine_starts(model: Path) -> None:
+    found = in_a_process_of_its_own(model, additional_config=asking())
+    assert found["error"] == UncertifiedError.__name__
+    assert "no certificate that passed covers it" in found["text"]
+
+
+def test_certified_and_compiled(model: Path, plain: list[list[int]], tmp_path: Path) -> None:
+    """With a certificate it starts; the budget is below everything by name, and everything by number."""
+    all_of_them = {"budget_ratio": 0.9, "budget_tokens": 1000}
     file = tmp_path / "certificate.json"
-    file.write_text(certificate_of(model, replace(FEW, budget_ratio=0.9, budget_tokens=1000)).to_json())
-    options["additional_config"] = asking(budget_ratio=0.9, budget_tokens=1000, certificates=[str(file)])
-    compiled = vllm_engines.start(model, None, **options)
-    try:
-        texts = prompts(3, LENGTHS)[:4]
-        assert tokens_of(generate(compiled, texts)) == [answer[:20] for answer in plain[:4]]
-        assert all(layer.counts.rows > 30 for layer in layers_of(compiled))
-    finally:
-        compiled.llm_engine.engine_core.shutdown()
+    file.write_text(certificate_of(model, replace(FEW, **all_of_them)).to_json())
+    config = asking(**all_of_them, certificates=[str(file)])
+    found = in_a_process_of_its_own(model, additional_config=config, enforce_eager=False)
+    assert found.get("tokens") == [answer[:20] for answer in plain[:4]], found
+    ((rows, refused),) = found["rows"]
+    assert rows > 30
+    assert refused == 0
 
 
 def is_installed() -> bool:
@@ -245,22 +264,13 @@ def is_installed() -> bool:
 
 @pytest.mark.skipif(not is_installed(), reason="workers find kvloom by its entry point, and it is not installed")
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two cores")
-def test_two_ranks(llm: Any, model: Path, plain: list[list[int]]) -> None:
+def test_two_ranks(model: Path, plain: list[list[int]]) -> None:
     """Each chooses for its own heads."""
-    ranks = vllm_engines.start(model, None, tensor_parallel_size=2, additional_config=asking(budget_ratio=1.0))
-    try:
-        texts: Sequence[list[int]] = prompts(3, LENGTHS)[:4]
-        assert tokens_of(generate(ranks, texts)) == [answer[:20] for answer in plain[:4]]
-        counts = ranks.collective_rpc(rows_of_worker)
-        assert len(counts) == 2
-        assert min(counts) > 30
-    finally:
-        ranks.llm_engine.engine_core.shutdown()
-
-
-def rows_of_worker(worker: Any) -> int:
-    context = worker.model_runner.vllm_config.compilation_config.static_forward_context
-    return min(layer.impl.retrieving.counts.rows for layer in context.values())
+    config = asking(budget_ratio=1.0)
+    found = in_a_process_of_its_own(model, additional_config=config, tensor_parallel_size=2)
+    assert found.get("tokens") == [answer[:20] for answer in plain[:4]], found
+    assert len(found["rows"]) == 2
+    assert all(rows > 30 and refused == 0 for rows, refused in found["rows"])
 
 
 def test_blocks_are_those_of_the_tests() -> None:

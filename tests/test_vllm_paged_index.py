@@ -33,6 +33,26 @@ def paged_of(packing: str = "side by side", *, method: str = "exact", **settings
     return PagedRetrieval(Retrieval(method, **settings), SHAPE, 0, D, PACKINGS[packing], N)
 
 
+def attended(
+    paged: PagedRetrieval, step: int, row: DecodeRow, query: Tensor, cache: Tensor, kernel: Any = None
+) -> Tensor:
+    return paged.attend(step, [row], query[None], cache, kernel)[0]
+
+
+def kernel_of(packing: str) -> Any:
+    """What an engine's kernel does with rows of blocks of one head."""
+
+    def attend_to_blocks(queries: Tensor, cache: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
+        blocks = cache.view(-1, 1, *cache.shape[2:])
+        out = torch.empty_like(queries)
+        for place, (row, length) in enumerate(zip(table.long(), lengths.tolist(), strict=True)):
+            keys, values = PACKINGS[packing](blocks[row[: -(-length // N)]], D, D)
+            out[place] = attend(queries[place], keys[:, :length], values[:, :length], scale=SHAPE.scale)[0]
+        return out
+
+    return attend_to_blocks
+
+
 def write(paged: PagedRetrieval, cache: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
     """Side by side; keys and values `[T, H, D]`."""
     cache[slots // N, :, slots % N] = torch.cat((keys, values), -1)
@@ -67,14 +87,14 @@ def test_attention_is_over_sinks_window_and_what_is_chosen(packing: str) -> None
         for ratio in (0.05, 1.0):
             paged = paged_of(packing, budget_ratio=ratio)
             paged.wrote(slots, len(cache))
-            found = paged.attend(0, row, query, cache)
+            found = attended(paged, 0, row, query, cache)
             assert torch.allclose(found, expected(paged, query, keys, values), atol=1e-5)
             assert paged.counts.rows == 1
         dense = attend(query, keys, values, scale=SHAPE.scale)[0]
         assert torch.allclose(found, dense, atol=1e-5)
         few = paged_of(packing)
         few.wrote(slots, len(cache))
-        assert not torch.allclose(few.attend(0, row, query, cache), dense, atol=1e-2), "it is an approximation"
+        assert not torch.allclose(attended(few, 0, row, query, cache), dense, atol=1e-2), "it is an approximation"
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
@@ -87,6 +107,50 @@ def test_single_tokens_are_read_as_packed(packing: str) -> None:
     k, v = GATHERS[PACKINGS[packing]](cache, D, ids // N, ids % N)
     for found, all_rows in ((k, keys), (v, values)):
         assert torch.equal(found, all_rows.gather(1, ids[..., None].expand(-1, -1, all_rows.shape[2])))
+
+
+def of_whole_blocks(paged: PagedRetrieval, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """As `expected`, of all tokens in the blocks of those."""
+    position, out = keys.shape[1] - 1, []
+    stop = paged.stop(position)
+    selector = paged.retrieval.selector(SHAPE, 0)
+    selector.add(keys[:, SINKS:stop], values[:, SINKS:stop])
+    ids = selector.select(query, position, paged.retrieval.budget(len(selector))).ids
+    for head in range(H):
+        touched = {token // N for token in ids[head].tolist()} | {0} | set(range(stop // N, position // N + 1))
+        tokens = torch.tensor([t for t in range(position + 1) if t // N in touched])
+        here = query[head * G : (head + 1) * G]
+        out.append(attend(here, keys[head : head + 1, tokens], values[head : head + 1, tokens], scale=SHAPE.scale)[0])
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_with_a_kernel_whole_blocks_are_attended_to(packing: str) -> None:
+    """Rows of several lengths at once; those whose tokens are scattered too widely are gathered."""
+    torch.manual_seed(1)
+    lengths = (1000, 1500, 600, 250)
+    total = sum(-(-tokens // N) for tokens in lengths)
+    cache, order = torch.randn(total, H, N, 2 * D), torch.randperm(total)
+    paged = paged_of(packing, budget_ratio=0.02)
+    rows, contents, first = [], [], 0
+    for number, tokens in enumerate(lengths):
+        blocks = order[first : first + -(-tokens // N)]
+        first += len(blocks)
+        keys, values, positions = torch.randn(H, tokens, D), torch.randn(H, tokens, D), torch.arange(tokens)
+        slots = blocks[positions // N] * N + positions % N
+        Backend(packing).do_kv_cache_update(None, keys.transpose(0, 1), values.transpose(0, 1), cache, slots)
+        paged.wrote(slots, total)
+        rows.append(DecodeRow(number, number, tokens - 1, blocks))
+        contents.append((keys, values))
+    queries = torch.randn(len(rows), H * G, D)
+    whole = [of_whole_blocks(paged, q, *kv) for q, kv in zip(queries[:3], contents, strict=False)]
+    exactly = [expected(paged, q, *kv) for q, kv in zip(queries[:3], contents, strict=False)]
+    dense = attend(queries[3], *contents[3], scale=SHAPE.scale)[0]
+    for limit, found in ((1e9, whole), (0.0, exactly)):
+        paged.touched_limit = limit
+        out = paged.attend(int(limit), rows, queries, cache, kernel_of(packing))
+        assert torch.allclose(out, torch.stack([*found, dense]), atol=1e-5)
+    assert all((a - b).abs().max() > 1e-2 for a, b in zip(whole, exactly, strict=True)), "these are not the same"
 
 
 class Requests:
@@ -164,9 +228,8 @@ class Requests:
             return
         number = list(self.live).index(name)
         query = torch.randn(H * G, D)
-        found = self.paged.attend(
-            self.step, DecodeRow(number, number, len(content) - 1, torch.tensor(blocks)), query, self.cache
-        )
+        row = DecodeRow(number, number, len(content) - 1, torch.tensor(blocks))
+        found = attended(self.paged, self.step, row, query, self.cache)
         keys, values = content.transpose(0, 1).split(D, -1)
         assert torch.allclose(found, expected(self.paged, query, keys, values), atol=1e-5)
 
@@ -219,7 +282,7 @@ def test_what_was_filled_unseen_is_attended_to_densely() -> None:
     unseen = paged_of()
     unseen.wrote(torch.arange(4 * N, len(cache) * N), len(cache))
     query = torch.randn(H * G, D)
-    found = unseen.attend(0, row, query, cache)
+    found = attended(unseen, 0, row, query, cache)
     assert torch.allclose(found, attend(query, keys, values, scale=SHAPE.scale)[0], atol=1e-5)
     assert (unseen.counts.refused_rows, unseen.counts.rows) == (1, 0)
 
@@ -230,11 +293,11 @@ def test_a_context_that_cannot_be_searched_stays_dense_and_others_do_not() -> No
     cache[4, 0, 3, 2] = torch.inf
     query = torch.randn(H * G, D)
     for step in range(3):
-        paged.attend(step, row, query, cache)
+        attended(paged, step, row, query, cache)
     assert (paged.counts.refused_rows, paged.counts.indexes) == (3, 1), "it is not tried again"
     cache[4, 0, 3, 2] = 0.0
     paged.wrote(torch.tensor([4 * N + 3]), len(cache))
-    paged.attend(3, row, query, cache)
+    attended(paged, 3, row, query, cache)
     assert (paged.counts.refused_rows, paged.counts.rows) == (3, 1), "other keys, another index"
 
 
@@ -245,7 +308,7 @@ def test_two_rows_of_one_step_never_share_an_index() -> None:
     other = DecodeRow(1, 1, row.position, row.blocks)
     for step in range(3):
         for each in (row, other):
-            paged.attend(step, each, torch.randn(H * G, D), cache)
+            attended(paged, step, each, torch.randn(H * G, D), cache)
     assert paged.counts.indexes == 2
 
 
@@ -253,10 +316,10 @@ def testindexes_nobody_asks_for_are_dropped() -> None:
     paged = paged_of()
     row, cache, *_ = filled(paged)
     query = torch.randn(H * G, D)
-    paged.attend(0, row, query, cache)
+    attended(paged, 0, row, query, cache)
     short = DecodeRow(0, 0, 300, row.blocks[:10])
     for step in range(1, 70):
-        paged.attend(step, short, query, cache)
+        attended(paged, step, short, query, cache)
     assert [index.stop for index in paged.indexes] == [CHUNK_TOKENS]
     assert paged.counts.indexes == 2
 
@@ -276,7 +339,7 @@ def testindexes_learn_from_the_queries_of_their_own_prompt(monkeypatch: pytest.M
         positions = torch.tensor(list(kept_queries(first, stop)))
         part = PromptPart(positions - first, positions, (positions // N + 1).tolist())
         paged.heard(part, given[first:stop])
-    paged.attend(0, row, queries[-1], cache)
+    attended(paged, 0, row, queries[-1], cache)
     positions = torch.cat([where for _, where in seen])
     assert positions.tolist() == list(range(0, 600, 16))
     assert torch.equal(torch.cat([asked for asked, _ in seen], 1), queries[positions].transpose(0, 1))

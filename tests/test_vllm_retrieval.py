@@ -215,7 +215,7 @@ def test_every_token_is_attended_to_once(monkeypatch: pytest.MonkeyPatch) -> Non
     dense, tokens = batch_of(MIXED, others)
     metadata = SimpleNamespace(kvloom=Split(1, rows, dense, tokens, None))
     query = torch.randn(47, H * G, D)
-    monkeypatch.setattr(PagedRetrieval, "attend", lambda self, step, row, queries, cache: queries * 10)
+    monkeypatch.setattr(PagedRetrieval, "attend", lambda self, step, rows, queries, cache, kernel: queries * 10)
     ours, stock = Ours(), Ours()
     ours.retrieving = paged_of()
     expected = -query
@@ -305,7 +305,7 @@ def test_what_a_method_lacks_is_missed_at_the_start(monkeypatch: pytest.MonkeyPa
         raise ModuleNotFoundError("No module named 'faiss'")
 
     monkeypatch.setattr(Retrieval, "selector", lambda *_, **__: SimpleNamespace(add=lack))
-    with pytest.raises(EngineError, match="'sketch' needs a package .* lacks: No module named 'faiss'"):
+    with pytest.raises(EngineError, match=r"'sketch' needs a package .* lacks: No module named 'faiss'"):
         _expect_usable(Retrieval("sketch"))
 
 
