@@ -17,7 +17,9 @@ from itertools import count
 from types import MappingProxyType
 from typing import TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import KVLoomError
@@ -28,7 +30,7 @@ from .vllm_layout import Packing, keys_transposed, side_by_side
 
 _LOG = logging.getLogger("vllm.kvloom")
 _IDLE_STEPS = 64  # of the engine; then nobody decodes behind these blocks any more
-_TOUCHED_LIMIT = 16.0  # a token of a whole block costs so much less than one that is gathered, on a processor
+_TOUCHED_LIMIT = 32.0  # a token of a whole block costs so much less than one that is gathered, on a processor
 _QUERY_STRIDE = 16  # of a prompt's queries, one in so many is kept for indexes that learn
 
 Gather: TypeAlias = "Callable[[Tensor, int, Tensor, Tensor], tuple[Tensor, Tensor]]"
@@ -36,8 +38,8 @@ Gather: TypeAlias = "Callable[[Tensor, int, Tensor, Tensor], tuple[Tensor, Tenso
 
 
 BlockKernel: TypeAlias = "Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]"
-"""Queries `[R, G, D]`, a cache, rows of blocks of one KV head `[R, P]` int32, block b of head h being `b H + h`, and the
-tokens in each row `[R]` int32, of which all but its last block are full -> `[R, G, Dv]`.
+"""Queries `[R, G, D]`, a cache, rows of blocks of one KV head `[R, P]` int32, block b of head h being `b H + h`, and
+the tokens in each row `[R]` int32, of which all but its last block are full -> `[R, G, Dv]`.
 """
 
 
@@ -86,8 +88,8 @@ class Writes:
         """Tokens are written at `slots` `[T]`, those below 0 nowhere, of a cache of so many blocks."""
         if len(self._last) != num_blocks:
             self._last = torch.zeros(num_blocks, dtype=torch.int64)
-        blocks = slots[slots >= 0].cpu() // block_tokens
-        self._last[blocks] = next(self._clock)
+        places = slots.cpu().numpy()
+        self._last.numpy()[places[places >= 0] // block_tokens] = next(self._clock)
 
     def of(self, blocks: Tensor) -> Tensor:
         """`[n]` of blocks `[n]`."""
@@ -202,17 +204,18 @@ class PagedRetrieval:
         """
         self._begin(step)
         out = queries.new_empty(len(rows), self.shape.query_heads, self.value_dim)
-        of_blocks: list[tuple[int, Tensor]] = []  # rows for the kernel, and the blocks of each KV head, [H, n] bool
+        of_blocks: dict[int, NDArray[np.bool_]] = {}  # of the rows for the kernel, see `_blocks_of`
         for place, row in enumerate(rows):
             choice = self._choice(row, queries[place], cache)
             blocks = None if kernel is None else self._blocks_of(row, choice)
             if blocks is not None:
-                of_blocks.append((place, blocks))
+                of_blocks[place] = blocks
             else:
                 out[place] = self._attend_to(row, choice, queries[place], cache)
         if kernel is not None and of_blocks:
-            places = [place for place, _ in of_blocks]
-            table, lengths = _virtual_rows([rows[place] for place in places], of_blocks, self.block_tokens)
+            places = list(of_blocks)
+            chosen_rows, chosen_blocks = [rows[place] for place in places], list(of_blocks.values())
+            table, lengths = _virtual_rows(chosen_rows, chosen_blocks, self.block_tokens)
             grouped = queries[places].view(-1, self.shape.group, self.shape.head_dim)
             found = kernel(grouped, cache, table.to(cache.device), lengths.to(cache.device))
             out[places] = found.view(len(places), *out.shape[1:])
@@ -326,21 +329,22 @@ class PagedRetrieval:
             chosen = Selection(ids, 0)
         else:
             chosen = selector.select(asked, row.position, budget)
-        self.counts.chosen_tokens += int((chosen.ids >= 0).sum())
+        self.counts.chosen_tokens += int(np.count_nonzero(chosen.ids.numpy() >= 0))
         self.counts.read_bytes += chosen.read_bytes
         if self.on_choice is not None:
             self.on_choice(chosen.ids)
         return chosen
 
-    def _blocks_of(self, row: DecodeRow, choice: _Choice) -> Tensor | None:
-        """For each KV head, which of the row's blocks hold tokens that it attends to, `[H, n]` bool; None to gather."""
+    def _blocks_of(self, row: DecodeRow, choice: _Choice) -> NDArray[np.bool_] | None:
+        """For each KV head, which of the row's blocks hold tokens that it attends to, `[H, n]`; None to gather."""
         ids, N, last = choice.chosen.ids, self.block_tokens, row.position // self.block_tokens
         if choice.chosen.rest is not None:
             return None
-        blocks = torch.zeros(self.shape.kv_heads, last + 1, dtype=torch.bool)
+        blocks = np.zeros((self.shape.kv_heads, last + 1), np.bool_)
         if ids.numel():
-            blocks.scatter_(1, torch.where(ids >= 0, ids // N, last), True)
-            if int(blocks.sum()) * N > self.touched_limit * ids.numel():
+            of_ids = ids.numpy() // N  # -1 for none becomes the last block, which is attended to anyway
+            blocks[np.arange(len(blocks))[:, None], of_ids] = True
+            if np.count_nonzero(blocks) * N > self.touched_limit * ids.numel():
                 return None
         blocks[:, : -(-self._sinks(choice.stop) // N)] = True
         blocks[:, choice.stop // N :] = True
@@ -384,19 +388,19 @@ def window_grid(block_tokens: int) -> int:
 
 
 def _virtual_rows(
-    rows: Sequence[DecodeRow], of_blocks: Sequence[tuple[int, Tensor]], block_tokens: int
+    rows: Sequence[DecodeRow], of_blocks: Sequence[NDArray[np.bool_]], block_tokens: int
 ) -> tuple[Tensor, Tensor]:
     """A table of blocks and lengths for each row and KV head, see `BlockKernel`: in their order, the last one last."""
-    counts = torch.cat([blocks.sum(1) for _, blocks in of_blocks])
-    table = torch.zeros(len(counts), int(counts.max()), dtype=torch.int32)
-    filled = torch.arange(table.shape[1]) < counts[:, None]
+    counts = np.concatenate([np.count_nonzero(blocks, axis=1) for blocks in of_blocks])
+    table = np.zeros((len(counts), counts.max()), np.int32)
     numbers, tails = [], []
-    for row, (_, blocks) in zip(rows, of_blocks, strict=True):
-        heads, which = blocks.nonzero(as_tuple=True)
-        numbers.append(row.blocks[which] * len(blocks) + heads)
+    for row, blocks in zip(rows, of_blocks, strict=True):
+        heads, which = np.nonzero(blocks)
+        numbers.append(row.blocks.numpy()[which] * len(blocks) + heads)
         tails += [row.position % block_tokens + 1] * len(blocks)
-    table[filled] = torch.cat(numbers).to(torch.int32)
-    return table, ((counts - 1) * block_tokens + torch.tensor(tails)).to(torch.int32)
+    table[np.arange(table.shape[1]) < counts[:, None]] = np.concatenate(numbers)
+    lengths = (counts - 1) * block_tokens + tails
+    return torch.from_numpy(table), torch.from_numpy(lengths.astype(np.int32))
 
 
 def kept_queries(first: int, stop: int) -> range:

@@ -235,7 +235,8 @@ def in_a_process_of_its_own(model: Path, **options: Any) -> dict[str, Any]:
         [sys.executable, str(script), json.dumps(job)], capture_output=True, text=True, check=False, env=environment
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("found "))
+    found: dict[str, Any] = json.loads(line.removeprefix("found "))
     return found
 
 
