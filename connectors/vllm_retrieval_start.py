@@ -242,7 +242,8 @@ def _agreed(measure: Callable[[], int]) -> int:
 @torch.inference_mode()
 def _measured(build: BuildMetadata, paged: PagedRetrieval, layer: Any, spec: Any, config: Any, device: Any) -> int:
     """Tokens from which on one row of one layer is faster with retrieval, on random keys; `NEVER`."""
-    dense, sparse = [], []
+    dense: list[float] = []
+    sparse: list[float] = []
     for tokens in _SIZES:
         if tokens > config.model_config.max_model_len and dense:
             break

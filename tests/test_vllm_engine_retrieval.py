@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ pytest.importorskip(
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder
 
 from kvloom.compress.certificate import Certificate, Figure
-from kvloom.connectors import vllm_backend_cpu, vllm_plugin, vllm_retrieval_settings
+from kvloom.connectors import vllm_backend_cpu, vllm_plugin, vllm_retrieval_settings, vllm_retrieval_start
 from kvloom.connectors.hf_break_even import NEVER
 from kvloom.connectors.hf_retrieval import Retrieval
 from kvloom.connectors.vllm_identity import weight_files_id
@@ -200,6 +201,25 @@ def test_kv_decoded_through_retrieval_is_not_given_to_exact_engines(llm: Any) ->
     connector = get_kv_transfer_group()
     assert connector._decoding == vllm_retrieval_settings.decoding_identity(asking())
     assert connector._decoding
+
+
+def test_the_break_even_is_measured_beside_the_engines_cache(llm: Any) -> None:
+    """On random keys in a cache of its own, by the layer's own kernel; nothing of it is left behind."""
+    decode_by(llm, EVERYTHING)
+    builder = runner_of(llm).attn_groups[0][0].get_metadata_builder()
+    config = runner_of(llm).vllm_config
+    layer = next(iter(config.compilation_config.static_forward_context.values()))
+    paged, stamps = layer.impl.retrieving, layer.impl.retrieving.writes.of(torch.arange(100)).clone()
+    build = partial(CPUAttentionMetadataBuilder.build, builder)
+    device, longest = torch.device("cpu"), 32768
+    steps = vllm_retrieval_start._steps(build, paged, layer, builder.kv_cache_spec, device, 2048)
+    dense, sparse = (step() for step in steps)
+    assert torch.allclose(dense, sparse, atol=1e-5), "a budget of everything"
+    found = vllm_retrieval_start._measured(build, paged, layer, builder.kv_cache_spec, config, device)
+    assert 2048 <= found <= longest or found >= NEVER
+    assert layer.impl.retrieving is paged
+    assert torch.equal(paged.writes.of(torch.arange(100)), stamps)
+    assert paged.counts == RetrievalCounts()
 
 
 def test_engines_that_do_not_ask_get_the_backends_own_classes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from kvloom.compress.certificate import Certificate, Figure
+from kvloom.connectors import vllm_retrieval_start
+from kvloom.connectors.hf_break_even import NEVER
 from kvloom.connectors.hf_retrieval import Retrieval, covering
 from kvloom.connectors.vllm_identity import weight_files_id
 from kvloom.connectors.vllm_paged_index import PagedRetrieval
@@ -307,6 +309,27 @@ def test_what_a_method_lacks_is_missed_at_the_start(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Retrieval, "selector", lambda *_, **__: SimpleNamespace(add=lack))
     with pytest.raises(EngineError, match=r"'sketch' needs a package .* lacks: No module named 'faiss'"):
         _expect_usable(Retrieval("sketch"))
+
+
+@pytest.mark.parametrize(
+    ("dense_s", "sparse_s", "longest", "found"),
+    [
+        ([2.0], [1.0], 1 << 20, 2048),
+        ([1.0], [2.0], 1000, NEVER),
+        ([1.0, 4.0], [2.0, 2.0], 1 << 20, 4096),
+        ([1.0, 4.0], [2.0, 5.0], 8192, NEVER),
+        ([1.0, 4.0, 16.0], [5.0, 6.0, 8.0], 1 << 20, 13312),
+    ],
+)
+def test_where_retrieval_becomes_faster(
+    monkeypatch: pytest.MonkeyPatch, dense_s: list[float], sparse_s: list[float], longest: int, found: int
+) -> None:
+    times = dict(zip((2048, 8192, 32768), zip(dense_s, sparse_s, strict=True), strict=False))
+    monkeypatch.setattr(vllm_retrieval_start, "_steps", lambda *given: times[given[-1]])
+    monkeypatch.setattr(vllm_retrieval_start, "_median_s", lambda step: step)
+    config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=longest))
+    paged: Any = None
+    assert vllm_retrieval_start._measured(lambda: None, paged, None, None, config, None) == found
 
 
 ROPE = RopeSpec((1.0, 0.1, 0.01, 0.001))
