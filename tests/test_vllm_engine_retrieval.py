@@ -23,6 +23,7 @@ pytest.importorskip(
 
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder
 
+from kvloom.bench import vllm_retrieval
 from kvloom.compress.certificate import Certificate, Figure
 from kvloom.connectors import vllm_backend_cpu, vllm_plugin, vllm_retrieval_settings, vllm_retrieval_start
 from kvloom.connectors.hf_break_even import NEVER
@@ -277,6 +278,21 @@ def test_certified_and_compiled(model: Path, plain: list[list[int]], tmp_path: P
     ((rows, refused),) = found["rows"]
     assert rows > 30
     assert refused == 0
+
+
+def test_the_benchmark_runs(model: Path, plain: list[list[int]]) -> None:
+    """Two engines side by side; a budget of everything answers as vLLM does."""
+    (text,) = prompts(3, LENGTHS[:1])
+    ways = {vllm_retrieval.PLAIN: None, "all": {**SETTINGS, "budget_ratio": 1.0}}
+    given = {len(text): [(text, "random", plain[0][:3])]}
+    rows = vllm_retrieval.measure(Path(sys.executable), model, given, ways=ways, new_tokens=4, rounds=2)
+    assert [row.way for row in rows] == list(ways)
+    for row in rows:
+        assert row.right == {"random": [True]}
+        assert (row.tokens, len(row.token_s)) == (900, 2)
+    assert rows[1].same == [True]
+    assert 500 < rows[1].chosen_tokens <= rows[1].touched_tokens < 900
+    assert rows[0].chosen_tokens == rows[0].index_bytes == 0
 
 
 def is_installed() -> bool:
