@@ -20,6 +20,9 @@ from ..errors import EngineError
 Packing: TypeAlias = "Callable[[Tensor, int, int], tuple[Tensor, Tensor]]"
 """Blocks `[B, H, N, C]`, D and Dv -> keys `[H, B * N, D]` and values `[H, B * N, Dv]`."""
 
+Gather: TypeAlias = "Callable[[Tensor, int, Tensor, Tensor], tuple[Tensor, Tensor]]"
+"""A cache `[B, H, N, C]`, D, and for each KV head blocks and places in them, `[H, K]` -> `[H, K, D]`, `[H, K, Dv]`."""
+
 _NULL_BLOCK = 0  # vLLM never gives it to a request
 
 
@@ -39,6 +42,27 @@ def keys_transposed(blocks: Tensor, key_dim: int, value_dim: int) -> tuple[Tenso
 
 
 PACKINGS: Mapping[str, Packing] = MappingProxyType({"side by side": side_by_side, "keys transposed": keys_transposed})
+
+
+def _gather_side_by_side(cache: Tensor, key_dim: int, blocks: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    heads = torch.arange(cache.shape[1], device=cache.device)[:, None]
+    rows = cache[blocks, heads, places]
+    return rows[..., :key_dim], rows[..., key_dim:]
+
+
+def _gather_transposed(cache: Tensor, key_dim: int, blocks: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    count, heads, block_tokens, width = cache.shape
+    pages = cache.view(count, heads, block_tokens * width)
+    head = torch.arange(heads, device=cache.device)[:, None]
+    keys = pages[..., : block_tokens * key_dim].unflatten(2, (key_dim, block_tokens))
+    values = pages[..., block_tokens * key_dim :].unflatten(2, (block_tokens, width - key_dim))
+    return keys[blocks, head, :, places], values[blocks, head, places]
+
+
+GATHERS: Mapping[Packing, Gather] = MappingProxyType(
+    {side_by_side: _gather_side_by_side, keys_transposed: _gather_transposed}
+)
+"""How single tokens are read, by how they are packed."""
 
 
 class PagedLayers:

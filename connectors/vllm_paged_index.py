@@ -11,11 +11,8 @@ same.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import count
-from types import MappingProxyType
-from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -25,75 +22,13 @@ from torch import Tensor
 from ..errors import KVLoomError
 from ..retrieval.attention import Partial, attend, merge
 from ..retrieval.selector import LayerShape, LearnsFromQueries, Selection
-from .hf_retrieval import CHUNK_TOKENS, Retrieval
-from .vllm_layout import Packing, keys_transposed, side_by_side
+from .hf_retrieval import Retrieval
+from .vllm_layout import GATHERS, Packing
+from .vllm_rows import BlockKernel, DecodeRow, PromptPart, Writes, virtual_rows, window_grid
 
 _LOG = logging.getLogger("vllm.kvloom")
 _IDLE_STEPS = 64  # of the engine; then nobody decodes behind these blocks any more
 _TOUCHED_LIMIT = 32.0  # a token of a whole block costs so much less than one that is gathered, on a processor
-_QUERY_STRIDE = 16  # of a prompt's queries, one in so many is kept for indexes that learn
-
-Gather: TypeAlias = "Callable[[Tensor, int, Tensor, Tensor], tuple[Tensor, Tensor]]"
-"""A cache `[B, H, N, C]`, D, and for each KV head blocks and places in them, `[H, K]` -> `[H, K, D]`, `[H, K, Dv]`."""
-
-
-BlockKernel: TypeAlias = "Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]"
-"""Queries `[R, G, D]`, a cache, rows of blocks of one KV head `[R, P]` int32, block b of head h being `b H + h`, and
-the tokens in each row `[R]` int32, of which all but its last block are full -> `[R, G, Dv]`.
-"""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class DecodeRow:
-    """One request that decodes one token.
-
-    Attributes
-    ----------
-    number : its row in the batch.
-    token : of the batch, by number.
-    position : of that token in its context.
-    blocks : that its context lies in, `[n]` int64, by the numbers of the kernel.
-    """
-
-    number: int
-    token: int
-    position: int
-    blocks: Tensor
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PromptPart:
-    """Tokens of a prompt that this step computes: those whose queries are kept.
-
-    Attributes
-    ----------
-    tokens : of the batch, `[Q]` int64.
-    positions : in their context, `[Q]` int64, ascending.
-    blocks : for each of them, `[Q]`.
-    """
-
-    tokens: Tensor
-    positions: Tensor
-    blocks: list[int]
-
-
-class Writes:
-    """When each block of one layer was last written, as a number that grows with every write; 0 for never."""
-
-    def __init__(self) -> None:
-        self._clock = count(1)
-        self._last = torch.zeros(0, dtype=torch.int64)
-
-    def note(self, slots: Tensor, block_tokens: int, num_blocks: int) -> None:
-        """Tokens are written at `slots` `[T]`, those below 0 nowhere, of a cache of so many blocks."""
-        if len(self._last) != num_blocks:
-            self._last = torch.zeros(num_blocks, dtype=torch.int64)
-        places = slots.cpu().numpy()
-        self._last.numpy()[places[places >= 0] // block_tokens] = next(self._clock)
-
-    def of(self, blocks: Tensor) -> Tensor:
-        """`[n]` of blocks `[n]`."""
-        return self._last[blocks]
 
 
 class _RowIndex:
@@ -215,7 +150,7 @@ class PagedRetrieval:
         if kernel is not None and of_blocks:
             places = list(of_blocks)
             chosen_rows, chosen_blocks = [rows[place] for place in places], list(of_blocks.values())
-            table, lengths = _virtual_rows(chosen_rows, chosen_blocks, self.block_tokens)
+            table, lengths = virtual_rows(chosen_rows, chosen_blocks, self.block_tokens)
             grouped = queries[places].view(-1, self.shape.group, self.shape.head_dim)
             found = kernel(grouped, cache, table.to(cache.device), lengths.to(cache.device))
             out[places] = found.view(len(places), *out.shape[1:])
@@ -380,50 +315,3 @@ class PagedRetrieval:
         numbers = row.blocks.to(cache.device)[rows // self.block_tokens]
         keys, values = GATHERS[self.packing](cache, self.shape.head_dim, numbers, rows % self.block_tokens)
         return attend(queries, keys, values, scale=self.shape.scale, visible=ids >= 0)
-
-
-def window_grid(block_tokens: int) -> int:
-    """Tokens that leave the window together: `CHUNK_TOKENS`, or more where blocks do not divide them."""
-    return CHUNK_TOKENS if CHUNK_TOKENS % block_tokens == 0 else -(-CHUNK_TOKENS // block_tokens) * block_tokens
-
-
-def _virtual_rows(
-    rows: Sequence[DecodeRow], of_blocks: Sequence[NDArray[np.bool_]], block_tokens: int
-) -> tuple[Tensor, Tensor]:
-    """A table of blocks and lengths for each row and KV head, see `BlockKernel`: in their order, the last one last."""
-    counts = np.concatenate([np.count_nonzero(blocks, axis=1) for blocks in of_blocks])
-    table = np.zeros((len(counts), counts.max()), np.int32)
-    numbers, tails = [], []
-    for row, blocks in zip(rows, of_blocks, strict=True):
-        heads, which = np.nonzero(blocks)
-        numbers.append(row.blocks.numpy()[which] * len(blocks) + heads)
-        tails += [row.position % block_tokens + 1] * len(blocks)
-    table[np.arange(table.shape[1]) < counts[:, None]] = np.concatenate(numbers)
-    lengths = (counts - 1) * block_tokens + tails
-    return torch.from_numpy(table), torch.from_numpy(lengths.astype(np.int32))
-
-
-def kept_queries(first: int, stop: int) -> range:
-    """Positions of a prompt's part `[first, stop)` whose queries are kept."""
-    return range(-(-first // _QUERY_STRIDE) * _QUERY_STRIDE, stop, _QUERY_STRIDE)
-
-
-def _gather_side_by_side(cache: Tensor, key_dim: int, blocks: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    heads = torch.arange(cache.shape[1], device=cache.device)[:, None]
-    rows = cache[blocks, heads, places]
-    return rows[..., :key_dim], rows[..., key_dim:]
-
-
-def _gather_transposed(cache: Tensor, key_dim: int, blocks: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    count, heads, block_tokens, width = cache.shape
-    pages = cache.view(count, heads, block_tokens * width)
-    head = torch.arange(heads, device=cache.device)[:, None]
-    keys = pages[..., : block_tokens * key_dim].unflatten(2, (key_dim, block_tokens))
-    values = pages[..., block_tokens * key_dim :].unflatten(2, (block_tokens, width - key_dim))
-    return keys[blocks, head, :, places], values[blocks, head, places]
-
-
-GATHERS: Mapping[Packing, Gather] = MappingProxyType(
-    {side_by_side: _gather_side_by_side, keys_transposed: _gather_transposed}
-)
-"""How single tokens are read, by how they are packed."""

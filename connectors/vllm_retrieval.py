@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .vllm_paged_index import DecodeRow, PagedRetrieval, PromptPart, kept_queries
+from .vllm_paged_index import PagedRetrieval
 from .vllm_retrieval_start import open_layers
+from .vllm_rows import DecodeRow, PromptPart, kept_queries
 
 _SPLIT = "kvloom"  # by this attribute of the backend's own metadata a layer finds it
 

@@ -19,10 +19,11 @@ from .hf_break_even import NEVER, crossing
 from .hf_retrieval import Retrieval, expect_certified
 from .vllm_identity import weight_files_id
 from .vllm_layout import Packing, find_packing
-from .vllm_paged_index import DecodeRow, PagedRetrieval, PromptPart
+from .vllm_paged_index import PagedRetrieval
 from .vllm_passes import running_model
 from .vllm_retrieval_settings import RetrievalSettings
 from .vllm_rope import rope_of
+from .vllm_rows import DecodeRow, PromptPart
 
 _LOG = logging.getLogger("vllm.kvloom")
 _SIZES = (2048, 8192, 32768)  # tokens, as `crossing` has them

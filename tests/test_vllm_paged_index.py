@@ -9,15 +9,9 @@ import torch
 from torch import Tensor
 
 from kvloom.connectors.hf_retrieval import CHUNK_TOKENS, Retrieval
-from kvloom.connectors.vllm_layout import PACKINGS, find_packing
-from kvloom.connectors.vllm_paged_index import (
-    GATHERS,
-    DecodeRow,
-    PagedRetrieval,
-    PromptPart,
-    kept_queries,
-    window_grid,
-)
+from kvloom.connectors.vllm_layout import GATHERS, PACKINGS, find_packing
+from kvloom.connectors.vllm_paged_index import PagedRetrieval
+from kvloom.connectors.vllm_rows import DecodeRow, PromptPart, kept_queries, window_grid
 from kvloom.retrieval.attention import attend
 from kvloom.retrieval.selector import LayerShape
 
@@ -71,15 +65,17 @@ def expected(paged: PagedRetrieval, query: Tensor, keys: Tensor, values: Tensor)
     return attend(query, keys.gather(1, ids), values.gather(1, ids), scale=SHAPE.scale)[0]
 
 
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_attention_is_over_sinks_window_and_what_is_chosen(packing: str) -> None:
+def test_attention_is_over_sinks_window_and_what_is_chosen(packing: str, dtype: torch.dtype, near: float) -> None:
     """Blocks in any order, both packings, contexts that end anywhere; a budget of everything is dense attention."""
     torch.manual_seed(0)
     for tokens in (CHUNK_TOKENS + WINDOW + 1, 700, 1000):
-        keys, values, query = torch.randn(H, tokens, D), torch.randn(H, tokens, D), torch.randn(H * G, D)
+        keys, values, query = (torch.randn(heads, n, D).to(dtype) for heads, n in ((H, tokens), (H, tokens), (H, G)))
+        query = query.flatten(0, 1)
         count = -(-tokens // N)
         blocks = torch.randperm(count + 5)[:count]
-        cache = torch.randn(count + 5, H, N, 2 * D)
+        cache = torch.randn(count + 5, H, N, 2 * D).to(dtype)
         positions = torch.arange(tokens)
         slots = blocks[positions // N] * N + positions % N
         Backend(packing).do_kv_cache_update(None, keys.transpose(0, 1), values.transpose(0, 1), cache, slots)
@@ -88,13 +84,16 @@ def test_attention_is_over_sinks_window_and_what_is_chosen(packing: str) -> None
             paged = paged_of(packing, budget_ratio=ratio)
             paged.wrote(slots, len(cache))
             found = attended(paged, 0, row, query, cache)
-            assert torch.allclose(found, expected(paged, query, keys, values), atol=1e-5)
+            assert found.dtype == dtype
+            assert torch.allclose(found.float(), expected(paged, query, keys, values), atol=near)
             assert paged.counts.rows == 1
         dense = attend(query, keys, values, scale=SHAPE.scale)[0]
-        assert torch.allclose(found, dense, atol=1e-5)
+        assert torch.allclose(found.float(), dense, atol=near)
         few = paged_of(packing)
         few.wrote(slots, len(cache))
-        assert not torch.allclose(attended(few, 0, row, query, cache), dense, atol=1e-2), "it is an approximation"
+        assert not torch.allclose(attended(few, 0, row, query, cache).float(), dense, atol=0.1), (
+            "it is an approximation"
+        )
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
