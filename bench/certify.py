@@ -18,9 +18,10 @@ from ..connectors.hf_break_even import break_even
 from ..connectors.hf_decoding import layer_shape
 from ..connectors.hf_retrieval import Retrieval
 from ..connectors.hf_windows import token_windows
+from ..connectors.vllm_identity import weight_files_id
 from ..core import Codec
 from .forcing import CHUNK_TOKENS, ForcedModel, Way, through_codec
-from .models import load_model
+from .models import BUNDLED_MODEL, load_model
 from .passages import load_heldout
 from .quality import KINDS, KNOWN_RATIO, Limits, Measurement, measure, task_trials
 from .report import output, write_text
@@ -116,6 +117,7 @@ def certify(options: CertifyOptions) -> Certificate:
             "trials": {kind: len(pairs) for kind, pairs in found.right.items()},
             "context_tokens": context_tokens,
             "chunk_tokens": CHUNK_TOKENS,
+            "weight_files": weight_files_id(options.model or BUNDLED_MODEL),
             **conditions,
             "exact_match": {kind: sum(a for a, _ in pairs) / len(pairs) for kind, pairs in found.right.items()},
             "skipped": found.skipped,

@@ -139,8 +139,8 @@ def expect_certified(
         raise UncertifiedError(
             f"retrieval {retrieval.method!r} at a budget of {retrieval.budget_ratio:.1%} is approximate, and no "
             f"certificate that passed covers it, with these parameters, for {spec.model_id}: measure it with `kvloom "
-            "certify MODEL --retrieval NAME` and give the result as TransformersConnector(certificates=...), or insist "
-            "with allow_uncertified=True"
+            "certify MODEL --retrieval NAME` and give the result as `certificates`, or insist with "
+            "allow_uncertified=True"
         )
     warnings.warn(
         f"retrieval {retrieval.method!r} is used for {spec.model_id} without a certificate",

@@ -25,15 +25,7 @@ def model_id_of(model_config: Any) -> str:
     ------
     EngineError : the weights are not to be found as files.
     """
-    folder = Path(model_config.model)
-    if not folder.exists():
-        folder = _hub_folder(model_config)
-    files = [folder] if folder.is_file() else sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS)
-    if not files:
-        raise EngineError(
-            f"no weights ({', '.join(_WEIGHTS)}) in {folder}, so that kvloom cannot name the model; give a name of "
-            'your own as "model_id" in kv_connector_extra_config, another one whenever the weights change'
-        )
+    files = _weight_files(model_config)
     config = model_config.hf_config.to_dict()
     fields = {name: value for name, value in config.items() if name not in _INCIDENTAL_FIELDS}
     fields["kvloom quantization"] = model_config.quantization
@@ -41,6 +33,20 @@ def model_id_of(model_config: Any) -> str:
     for path in files:
         digest.update(file_digest(path))
     return f"{config.get('model_type', 'model')}-{digest.hexdigest(32)}"
+
+
+def weight_files_id(model: Any) -> str:
+    """Names the weights of a folder or of a vLLM `ModelConfig` by their files alone: BLAKE3 over all of them.
+
+    Raises
+    ------
+    EngineError : there are none.
+    """
+    files = _files_in(model) if isinstance(model, Path) else _weight_files(model)
+    digest = blake3()
+    for path in files:
+        digest.update(file_digest(path))
+    return digest.hexdigest()
 
 
 def request_identity(request: Any) -> bytes | None:
@@ -77,6 +83,21 @@ def _adapter_digest(files: tuple[tuple[str, int, int], ...]) -> str:
     for path, _, _ in files:
         digest.update(file_digest(Path(path)))
     return digest.hexdigest()
+
+
+def _weight_files(model_config: Any) -> list[Path]:
+    folder = Path(model_config.model)
+    return _files_in(folder if folder.exists() else _hub_folder(model_config))
+
+
+def _files_in(folder: Path) -> list[Path]:
+    files = [folder] if folder.is_file() else sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS)
+    if not files:
+        raise EngineError(
+            f"no weights ({', '.join(_WEIGHTS)}) in {folder}, so that kvloom cannot name the model; give a name of "
+            'your own as "model_id" in kv_connector_extra_config, another one whenever the weights change'
+        )
+    return files
 
 
 def _hub_folder(model_config: Any) -> Path:

@@ -20,6 +20,9 @@ from ..errors import EngineError
 Packing: TypeAlias = "Callable[[Tensor, int, int], tuple[Tensor, Tensor]]"
 """Blocks `[B, H, N, C]`, D and Dv -> keys `[H, B * N, D]` and values `[H, B * N, Dv]`."""
 
+Gather: TypeAlias = "Callable[[Tensor, int, Tensor, Tensor], tuple[Tensor, Tensor]]"
+"""A cache `[B, H, N, C]`, D, and for each KV head blocks and places in them, `[H, K]` -> `[H, K, D]`, `[H, K, Dv]`."""
+
 _NULL_BLOCK = 0  # vLLM never gives it to a request
 
 
@@ -39,6 +42,27 @@ def keys_transposed(blocks: Tensor, key_dim: int, value_dim: int) -> tuple[Tenso
 
 
 PACKINGS: Mapping[str, Packing] = MappingProxyType({"side by side": side_by_side, "keys transposed": keys_transposed})
+
+
+def _gather_side_by_side(cache: Tensor, key_dim: int, blocks: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    heads = torch.arange(cache.shape[1], device=cache.device)[:, None]
+    rows = cache[blocks, heads, places]
+    return rows[..., :key_dim], rows[..., key_dim:]
+
+
+def _gather_transposed(cache: Tensor, key_dim: int, blocks: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    count, heads, block_tokens, width = cache.shape
+    pages = cache.view(count, heads, block_tokens * width)
+    head = torch.arange(heads, device=cache.device)[:, None]
+    keys = pages[..., : block_tokens * key_dim].unflatten(2, (key_dim, block_tokens))
+    values = pages[..., block_tokens * key_dim :].unflatten(2, (block_tokens, width - key_dim))
+    return keys[blocks, head, :, places], values[blocks, head, places]
+
+
+GATHERS: Mapping[Packing, Gather] = MappingProxyType(
+    {side_by_side: _gather_side_by_side, keys_transposed: _gather_transposed}
+)
+"""How single tokens are read, by how they are packed."""
 
 
 class PagedLayers:
@@ -127,32 +151,42 @@ class PagedLayers:
         numbers = torch.tensor(blocks, dtype=torch.int64, device=self.device)
         return numbers if ratio == 1 else (numbers[:, None] * ratio + torch.arange(ratio, device=self.device)).flatten()
 
-    @torch.inference_mode()
     def _find_packing(self, layer: Any) -> Packing:
-        block = layer.kv_cache[_NULL_BLOCK]
-        before = block.clone()
-        generator = torch.Generator().manual_seed(0)
-        kernel_tokens = layer.kv_cache.shape[2]
-        places = torch.tensor(sorted({0, 1, kernel_tokens // 2, kernel_tokens - 1}))
-        keys, values = (
-            torch.randn(self.num_kv_heads, len(places), dim, generator=generator).to(self.dtype).to(self.device)
-            for dim in (self.head_dim, self.v_head_dim)
-        )
-        write_layer(layer, keys, values, places.to(self.device))
-        try:
-            for packing in PACKINGS.values():
-                k, v = packing(layer.kv_cache[_NULL_BLOCK : _NULL_BLOCK + 1], self.head_dim, self.v_head_dim)
-                if torch.equal(k[:, places], keys) and torch.equal(v[:, places], values):
-                    return packing
-        finally:
-            block.copy_(before)
-        raise EngineError(
-            f"layer {layer.layer_name} keeps keys and values in none of the packings that kvloom reads "
-            f"({', '.join(PACKINGS)}); choose another attention backend, or leave the connector out"
-        )
+        return find_packing(layer, layer.kv_cache, self.head_dim, self.v_head_dim)
 
 
-def write_layer(layer: Any, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+@torch.inference_mode()
+def find_packing(layer: Any, cache: Tensor, key_dim: int, value_dim: int) -> Packing:
+    """How a layer's backend keeps D and Dv numbers of a token, tried in a block of `cache` that is nobody's.
+
+    Raises
+    ------
+    EngineError : in no way that is known.
+    """
+    block = cache[_NULL_BLOCK]
+    before = block.clone()
+    generator = torch.Generator().manual_seed(0)
+    heads, block_tokens = cache.shape[1], cache.shape[2]
+    places = torch.tensor(sorted({0, 1, block_tokens // 2, block_tokens - 1}))
+    keys, values = (
+        torch.randn(heads, len(places), dim, generator=generator).to(cache.dtype).to(cache.device)
+        for dim in (key_dim, value_dim)
+    )
+    write_layer(layer, keys, values, places.to(cache.device), cache)
+    try:
+        for packing in PACKINGS.values():
+            k, v = packing(cache[_NULL_BLOCK : _NULL_BLOCK + 1], key_dim, value_dim)
+            if torch.equal(k[:, places], keys) and torch.equal(v[:, places], values):
+                return packing
+    finally:
+        block.copy_(before)
+    raise EngineError(
+        f"layer {layer.layer_name} keeps keys and values in none of the packings that kvloom reads "
+        f"({', '.join(PACKINGS)}); choose another attention backend, or leave the connector out"
+    )
+
+
+def write_layer(layer: Any, keys: Tensor, values: Tensor, slots: Tensor, cache: Tensor | None = None) -> None:
     """Keys `[H, T, D]` and values `[H, T, Dv]` into a layer's cache at `slots`, by the backend's own operation."""
     k, v = keys.transpose(0, 1).contiguous(), values.transpose(0, 1).contiguous()
-    layer.impl.do_kv_cache_update(layer, k, v, layer.kv_cache, slots)
+    layer.impl.do_kv_cache_update(layer, k, v, layer.kv_cache if cache is None else cache, slots)

@@ -40,6 +40,7 @@ from .vllm_events import KVEvents
 from .vllm_identity import request_identity
 from .vllm_messages import Scheduled, StepPlan, StepReport
 from .vllm_plan import Planner
+from .vllm_retrieval_settings import decoding_identity
 from .vllm_settings import RequestOptions, VLLMSettings
 from .vllm_stats import FAULTS, KVLoomPromMetrics, KVLoomStats
 from .vllm_worker import Worker, agreed_model_id, expect_servable, open_worker, publishes_events
@@ -101,6 +102,7 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         self._arrived: set[str] = set()
         self._refused = 0
         self._model_id = ""
+        self._decoding = decoding_identity(vllm_config.additional_config)
         if role == KVConnectorRole.WORKER:
             self._model_id = self.settings.model_id or agreed_model_id(vllm_config.model_config)
             return
@@ -138,6 +140,7 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         identity = request_identity(request)
         if self._planner is None or identity is None:
             return
+        identity += self._decoding
         try:
             options = RequestOptions.of(request.kv_transfer_params, request.num_prompt_tokens)
         except ValueError as exc:
