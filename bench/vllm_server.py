@@ -123,7 +123,7 @@ def _line(exc: Exception) -> str:
 
 
 def _start(setup: Setup) -> Any:
-    _hide_fake_attributes()
+    hide_fake_attributes()
     from vllm import LLM
     from vllm.config import KVTransferConfig
     from vllm.platforms import current_platform
@@ -143,7 +143,7 @@ def _start(setup: Setup) -> Any:
     )
 
 
-def _hide_fake_attributes() -> None:
+def hide_fake_attributes() -> None:
     """For vLLM's CPU build, which asks all that modules hold for `__dict__`: llvmlite's library answers to any name."""
     try:
         from llvmlite.binding import ffi
@@ -151,6 +151,8 @@ def _hide_fake_attributes() -> None:
         return
     wrapper: Any = ffi._lib_wrapper  # noqa: SLF001  # what vLLM stumbles over has no public name
     answer = wrapper.__getattr__
+    if answer.__name__ == "without_dunders":
+        return
 
     def without_dunders(self: Any, name: str) -> Any:
         if name.startswith("__"):

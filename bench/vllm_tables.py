@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from .page import Plot, Point, Table
 from .report import Metric
 from .vllm_exact import FusedAnswers, Identity
+from .vllm_retrieval import RetrievalRow
 from .vllm_times import Timed
 
 
@@ -52,6 +53,22 @@ def records_table(answers: FusedAnswers, model: str) -> Table:
     gap = answers.gap_closed()
     rows.append(["gap closed at 15 %", None, f"{gap.value:.2f}", _interval(gap)])
     return Table(["way", "records", "exact match", "95 %"], rows, f"cross-document records, {model}")
+
+
+def retrieval_table(rows: Sequence[RetrievalRow]) -> Table:
+    cells: list[list[str | float | None]] = []
+    for row in rows:
+        speedup = row.speedup
+        right = [answer for answers in row.right.values() for answer in answers]
+        cells.append([
+            row.way, row.tokens, f"{1 / Metric.of_samples(row.token_s, unit='s').value:,.1f}",
+            f"{speedup.value:.2f}x", _interval(speedup), f"{sum(right)} of {len(right)}",
+            f"{sum(row.same)} of {len(row.same)}" if row.same else "", f"{row.chosen_tokens:,.0f}",
+            f"{row.touched_tokens:,.0f}", f"{row.index_bytes / 2**20:,.1f}", f"{row.first_s * 1e3:,.0f}",
+        ])  # fmt: skip
+    heads = ["attention", "context", "tokens/s", "x dense", "p10 to p90", "right", "same answer as dense"]
+    heads += ["chosen", "in blocks touched", "index MiB", "first token ms"]
+    return Table(heads, cells, "decoding behind a long context, bundled model, 6 % of the tokens attended to")
 
 
 def rounds_plot(timed: Timed) -> Plot:

@@ -75,7 +75,7 @@ def make_scheduler(model: Path) -> Callable[..., Any]:
         scheduler = utils.create_scheduler(config, num_blocks=blocks)
         from kvloom.connectors.vllm_v1 import WorkerSpec
 
-        scheduler.connector.set_xfer_handshake_metadata({0: WorkerSpec(SPEC.to_json(), True)})
+        scheduler.connector.set_xfer_handshake_metadata({0: WorkerSpec(SPEC.to_json(), True, 1.0)})
         return scheduler
 
     return make

@@ -70,6 +70,9 @@ def start(model: Path, connector: Mapping[str, Any] | None, **options: Any) -> A
     from vllm import LLM
     from vllm.config import KVTransferConfig
 
+    from kvloom.bench.vllm_server import hide_fake_attributes
+
+    hide_fake_attributes()  # of what earlier tests of this process have imported
     transfer = None
     if connector is not None:
         transfer = KVTransferConfig(
