@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +13,7 @@ from ..compress.certificate import Certificate
 from ..core import KVSpec, RopeSpec
 from ..errors import EngineError
 from ..retrieval.selector import LayerShape, LearnsFromQueries
-from .hf_break_even import NEVER, crossing
+from .hf_break_even import NEVER, crossing, median_s
 from .hf_retrieval import Retrieval, expect_certified
 from .vllm_identity import weight_files_id
 from .vllm_layout import Packing, find_packing
@@ -27,7 +25,6 @@ from .vllm_rows import DecodeRow, PromptPart
 
 _LOG = logging.getLogger("vllm.kvloom")
 _SIZES = (2048, 8192, 32768)  # tokens, as `crossing` has them
-_ROUNDS = 7
 _QUERIES = 64  # what an index learns from when it is timed
 _FREQUENCY_TOLERANCE = 1e-5  # relative: two libraries compute the same table
 
@@ -249,8 +246,8 @@ def _measured(build: BuildMetadata, paged: PagedRetrieval, layer: Any, spec: Any
         if tokens > config.model_config.max_model_len and dense:
             break
         of_dense, of_sparse = _steps(build, paged, layer, spec, device, tokens)
-        dense.append(_median_s(of_dense))
-        sparse.append(_median_s(of_sparse))
+        dense.append(median_s(of_dense))
+        sparse.append(median_s(of_sparse))
         if sparse[-1] <= dense[-1]:
             break
     if len(dense) == 1 and sparse[0] > dense[0]:
@@ -312,14 +309,3 @@ def _steps(
         return layer.impl.retrieve(trial, layer, next(steps), [row], query, cache)
 
     return dense, sparse
-
-
-def _median_s(step: Callable[[], object]) -> float:
-    step()
-    step()
-    taken = []
-    for _ in range(_ROUNDS):
-        began_s = time.perf_counter()
-        step()
-        taken.append(time.perf_counter() - began_s)
-    return statistics.median(taken)
