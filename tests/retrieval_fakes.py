@@ -104,7 +104,7 @@ class StatefulSelector(ExactSelector):
     restored = 0
 
     def state(self) -> Mapping[str, Tensor]:
-        return {"keys": torch.stack([head.keys for head in self._heads])}
+        return {"keys": self._keys.all.clone()}
 
     def restore_state(self, parts: Mapping[str, Tensor]) -> None:
         if self.is_spoiled or not torch.equal(parts["keys"], self.state()["keys"]):
