@@ -42,12 +42,15 @@ def run(kernel: Callable[..., None], *arguments: Any) -> None:
     """Calls a parallel kernel with as many threads as torch uses, of those that numba was allowed."""
     config: Any = numba.config
     with _ENTRY:
+        threads = torch.get_num_threads()
         before = numba.get_num_threads()
-        numba.set_num_threads(max(1, min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)))
+        numba.set_num_threads(max(1, min(threads, config.NUMBA_NUM_THREADS)))
         try:
             kernel(*arguments)
         finally:
             numba.set_num_threads(before)
+            if torch.get_num_threads() != threads:  # numba tells OpenMP its own number when it starts its threads
+                torch.set_num_threads(threads)
 
 
 def compiled(*, parallel: bool = False) -> Callable[[Callable[..., _R]], Callable[..., _R]]:

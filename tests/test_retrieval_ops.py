@@ -1,6 +1,9 @@
 """Kernels of retrieval on the cpu, compiled and in torch, against plain sums in float64."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -386,3 +389,15 @@ def rebuild_with(**changes: Tensor) -> object:
         "ids": torch.zeros(2, 1, dtype=torch.int64),
     }
     return ops.rebuild_keys(**arguments | changes)
+
+
+def test_kernels_leave_the_number_of_threads_alone() -> None:
+    """numba tells OpenMP how many threads it has when it first starts them, and engines count on their own number."""
+    code = (
+        "import torch, numba.np.ufunc.omppool; torch.set_num_threads(1); torch.get_num_threads(); from kvloom.retrieval import ops; "
+        "ops.landmark_scores(torch.ones(2, 16), torch.ones(1, 40, 16), scale=1.0); print(torch.get_num_threads())"
+    )
+    pytest.importorskip("numba.np.ufunc.omppool", reason="numba has no threads of OpenMP here")
+    environment = {**os.environ, "NUMBA_NUM_THREADS": "2", "OMP_NUM_THREADS": "1"}
+    told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert told.stdout.split() == ["1"]
