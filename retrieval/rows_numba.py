@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import threading
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeVar
 
 import llvmlite.binding as llvm
@@ -42,15 +43,23 @@ def run(kernel: Callable[..., None], *arguments: Any) -> None:
     """Calls a parallel kernel with as many threads as torch uses, of those that numba was allowed."""
     config: Any = numba.config
     with _ENTRY:
-        threads = torch.get_num_threads()
+        _start_threads()
         before = numba.get_num_threads()
-        numba.set_num_threads(max(1, min(threads, config.NUMBA_NUM_THREADS)))
+        numba.set_num_threads(max(1, min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)))
         try:
             kernel(*arguments)
         finally:
             numba.set_num_threads(before)
-            if torch.get_num_threads() != threads:  # numba tells OpenMP its own number when it starts its threads
-                torch.set_num_threads(threads)
+
+
+@cache
+def _start_threads() -> None:
+    """Numba tells OpenMP its own number of threads when it starts them, for the thread that asks: so another one asks.
+    Engines count on the number that they have set; vLLM's kernels end the process when it changes.
+    """
+    asks = threading.Thread(target=numba.get_num_threads, name="kvloom-numba")
+    asks.start()
+    asks.join()
 
 
 def compiled(*, parallel: bool = False) -> Callable[[Callable[..., _R]], Callable[..., _R]]:
