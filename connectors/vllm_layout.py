@@ -2,13 +2,17 @@
 
 vLLM shows every layer's cache as `[B, H, N, C]` (blocks, KV heads, tokens a block, content of a token), whatever the
 physical order. What the C numbers of a token mean is the backend's affair and has changed between releases. So nothing
-is taken for granted here: at the start a few random tokens are written by the backend, into the block that vLLM keeps
-for nobody, and the packing is the one that reads them back, bit for bit. If none does, the connector refuses to start.
+is taken for granted here: at the start a block of random tokens is written by the backend, the one that vLLM keeps for
+nobody, and the packing is the one that reads them back, bit for bit. If none does, the connector refuses to start.
+
+Whole blocks are copied straight to and from the cache, in a third of the time, where the same tokens written by the
+packing have given the very bytes that the backend gave. All else is written by the backend.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -18,15 +22,18 @@ from torch import Tensor
 from ..errors import EngineError
 
 Packing: TypeAlias = "Callable[[Tensor, int, int], tuple[Tensor, Tensor]]"
-"""Blocks `[B, H, N, C]`, D and Dv -> keys `[H, B * N, D]` and values `[H, B * N, Dv]`."""
+"""Blocks `[B, H, N, C]`, D and Dv -> keys `[B, H, N, D]` and values `[B, H, N, Dv]`: views where memory permits."""
+
+Run: TypeAlias = "tuple[int, int]"
+"""A block's number, and how many follow one another from there."""
 
 _NULL_BLOCK = 0  # vLLM never gives it to a request
+_RUN_TOKENS = 64  # shorter runs take longer, each in a copy of its own, than all of them by their numbers
 
 
 def side_by_side(blocks: Tensor, key_dim: int, value_dim: int) -> tuple[Tensor, Tensor]:
     """Each token's key, then its value: FlashAttention, Triton, FlashInfer and Flex since vLLM 0.26."""
-    tokens = blocks.transpose(0, 1).flatten(1, 2)
-    return tokens[..., :key_dim], tokens[..., key_dim : key_dim + value_dim]
+    return blocks[..., :key_dim], blocks[..., key_dim : key_dim + value_dim]
 
 
 def keys_transposed(blocks: Tensor, key_dim: int, value_dim: int) -> tuple[Tensor, Tensor]:
@@ -35,7 +42,7 @@ def keys_transposed(blocks: Tensor, key_dim: int, value_dim: int) -> tuple[Tenso
     pages = blocks.reshape(count, heads, block_tokens * (key_dim + value_dim))
     keys = pages[..., : block_tokens * key_dim].view(count, heads, key_dim, block_tokens)
     values = pages[..., block_tokens * key_dim :].view(count, heads, block_tokens, value_dim)
-    return keys.permute(1, 0, 3, 2).flatten(1, 2), values.transpose(0, 1).flatten(1, 2)
+    return keys.transpose(2, 3), values
 
 
 PACKINGS: Mapping[str, Packing] = MappingProxyType({"side by side": side_by_side, "keys transposed": keys_transposed})
@@ -82,7 +89,12 @@ class PagedLayers:
                     "another one with --attention-backend"
                 )
         # Every layer is asked: backends may differ from layer to layer, and a wrong byte is worse than a slow start.
-        self._packings = [self._find_packing(layer) for layer in layers]
+        self._packings: list[Packing] = []
+        self._views: list[tuple[Tensor, Tensor] | None] = []  # of the whole cache; None: whole blocks as all else
+        for layer in layers:
+            packing, is_direct = self._find_packing(layer)
+            self._packings.append(packing)
+            self._views.append(packing(layer.kv_cache, self.head_dim, self.v_head_dim) if is_direct else None)
 
     def read(self, blocks: Sequence[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
         """KV of tokens `[start, stop)` of a row of blocks: copies, keys `[L, H, T, D]` and values `[L, H, T, Dv]`."""
@@ -91,61 +103,120 @@ class PagedLayers:
             len(self.layers), self.num_kv_heads, count, self.head_dim, dtype=self.dtype, device=self.device
         )
         values = torch.empty(*keys.shape[:3], self.v_head_dim, dtype=self.dtype, device=self.device)
-        for index in range(len(self.layers)):
-            keys[index], values[index] = self.read_layer(index, blocks, start, stop)
+        size = self.block_tokens
+        is_whole = start % size == 0 and stop % size == 0
+        runs = runs_of_blocks(blocks[start // size : stop // size]) if is_whole else []
+        for index, views in enumerate(self._views):
+            if is_whole and views is not None:
+                for view, tokens in zip(views, (keys[index], values[index]), strict=True):
+                    self._copy_out(view, runs, tokens)
+            else:
+                keys[index], values[index] = self.read_layer(index, blocks, start, stop)
         return keys, values
 
     def read_layer(self, index: int, blocks: Sequence[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Of one layer: copies, keys `[H, T, D]` and values `[H, T, Dv]`."""
         first, last = start // self.block_tokens, -(-stop // self.block_tokens)
-        numbers = self._kernel_blocks(self.layers[index], blocks[first:last])
+        numbers = self._kernel_blocks(self.layers[index].kv_cache.shape[2], blocks[first:last])
         pages = self.layers[index].kv_cache[numbers]
         keys, values = self._packings[index](pages, self.head_dim, self.v_head_dim)
         here = slice(start - first * self.block_tokens, stop - first * self.block_tokens)
-        return keys[:, here], values[:, here]
+        return keys.transpose(0, 1).flatten(1, 2)[:, here], values.transpose(0, 1).flatten(1, 2)[:, here]
 
-    @torch.inference_mode()
     def write(self, blocks: Sequence[int], start: int, keys: Tensor, values: Tensor) -> None:
         """Overwrite the KV of tokens from `start` on of a row of blocks, shapes as `read` gives."""
-        slots = self.slots(blocks, torch.arange(start, start + keys.shape[2]))
-        for index, layer in enumerate(self.layers):
-            write_layer(layer, keys[index].to(self.device), values[index].to(self.device), slots)
+        self._write(range(len(self.layers)), blocks, start, keys, values)
 
-    @torch.inference_mode()
     def write_layer(self, index: int, blocks: Sequence[int], start: int, keys: Tensor, values: Tensor) -> None:
         """The same for one layer, shapes as `read_layer` gives."""
-        slots = self.slots(blocks, torch.arange(start, start + keys.shape[1]))
-        write_layer(self.layers[index], keys.to(self.device), values.to(self.device), slots)
+        self._write((index,), blocks, start, keys[None], values[None])
+
+    @torch.inference_mode()
+    def _write(self, layers: Sequence[int], blocks: Sequence[int], start: int, keys: Tensor, values: Tensor) -> None:
+        size, stop = self.block_tokens, start + keys.shape[2]
+        first, last = -(-start // size), stop // size  # whole blocks
+        runs = runs_of_blocks(blocks[first:last])
+        everything = torch.arange(start, stop)
+        is_edge = (everything < first * size) | (everything >= last * size)
+        edges = is_edge.nonzero().flatten()
+        all_slots = edge_slots = None
+        for index, k, v in zip(layers, keys.to(self.device), values.to(self.device), strict=True):
+            views, layer = self._views[index], self.layers[index]
+            if views is None or first >= last:
+                all_slots = self.slots(blocks, everything) if all_slots is None else all_slots
+                write_layer(layer, k, v, all_slots)
+                continue
+            for view, tokens in zip(views, (k, v), strict=True):
+                self._copy_in(view, runs, tokens[:, first * size - start : last * size - start])
+            if len(edges):
+                edge_slots = self.slots(blocks, everything[edges]) if edge_slots is None else edge_slots
+                write_layer(layer, k[:, edges], v[:, edges], edge_slots)
+
+    def _copy_in(self, view: Tensor, runs: Sequence[Run], tokens: Tensor) -> None:
+        """Tokens `[H, T, D]` into whole blocks of a cache's view `[B, H, N, D]`."""
+        rows = tokens.unflatten(1, (-1, view.shape[2])).transpose(0, 1)
+        if len(runs) * _RUN_TOKENS > tokens.shape[1]:
+            view[self._kernel_blocks(view.shape[2], numbers_of(runs))] = rows
+            return
+        for here, there in self._slices(runs, view.shape[2]):
+            view[there].copy_(rows[here])
+
+    def _copy_out(self, view: Tensor, runs: Sequence[Run], tokens: Tensor) -> None:
+        """The reverse."""
+        rows = tokens.unflatten(1, (-1, view.shape[2])).transpose(0, 1)
+        if len(runs) * _RUN_TOKENS > tokens.shape[1]:
+            rows.copy_(view[self._kernel_blocks(view.shape[2], numbers_of(runs))])
+            return
+        for here, there in self._slices(runs, view.shape[2]):
+            rows[here].copy_(view[there])
+
+    def _slices(self, runs: Sequence[Run], kernel_tokens: int) -> list[tuple[slice, slice]]:
+        """Of a row of the layer's own blocks, and where they are in its cache."""
+        ratio, done, slices = self.block_tokens // kernel_tokens, 0, []
+        for first, count in runs:
+            slices.append((slice(done, done + count * ratio), slice(first * ratio, (first + count) * ratio)))
+            done += count * ratio
+        return slices
 
     def slots(self, blocks: Sequence[int], positions: Tensor) -> Tensor:
         """Where tokens of a request lie: block number times `block_tokens`, plus the place in the block; int64."""
         numbers = torch.tensor(blocks, dtype=torch.int64)[positions // self.block_tokens]
         return (numbers * self.block_tokens + positions % self.block_tokens).to(self.device)
 
-    def _kernel_blocks(self, layer: Any, blocks: Sequence[int]) -> Tensor:
-        ratio = self.block_tokens // layer.kv_cache.shape[2]
+    def _kernel_blocks(self, kernel_tokens: int, blocks: Sequence[int]) -> Tensor:
+        ratio = self.block_tokens // kernel_tokens
         numbers = torch.tensor(blocks, dtype=torch.int64, device=self.device)
         return numbers if ratio == 1 else (numbers[:, None] * ratio + torch.arange(ratio, device=self.device)).flatten()
 
     @torch.inference_mode()
-    def _find_packing(self, layer: Any) -> Packing:
-        block = layer.kv_cache[_NULL_BLOCK]
-        before = block.clone()
+    def _find_packing(self, layer: Any) -> tuple[Packing, bool]:
+        """The packing, and whether writing by it gives byte for byte what the backend gives."""
+        count = self.block_tokens // layer.kv_cache.shape[2]
+        blocks = layer.kv_cache[_NULL_BLOCK * count : (_NULL_BLOCK + 1) * count]
+        before = blocks.clone()
         generator = torch.Generator().manual_seed(0)
-        kernel_tokens = layer.kv_cache.shape[2]
-        places = torch.tensor(sorted({0, 1, kernel_tokens // 2, kernel_tokens - 1}))
-        keys, values = (
-            torch.randn(self.num_kv_heads, len(places), dim, generator=generator).to(self.dtype).to(self.device)
-            for dim in (self.head_dim, self.v_head_dim)
+        keys, values, other = (
+            torch.randn(shape, generator=generator).to(self.dtype).to(self.device)
+            for shape in (
+                (self.num_kv_heads, self.block_tokens, self.head_dim),
+                (self.num_kv_heads, self.block_tokens, self.v_head_dim),
+                tuple(blocks.shape),
+            )
         )
-        write_layer(layer, keys, values, places.to(self.device))
+        blocks.copy_(other)
+        write_layer(layer, keys, values, self.slots((_NULL_BLOCK,), torch.arange(self.block_tokens)))
+        written = blocks.clone()
+        rows = [tokens.unflatten(1, (count, -1)).transpose(0, 1) for tokens in (keys, values)]
         try:
             for packing in PACKINGS.values():
-                k, v = packing(layer.kv_cache[_NULL_BLOCK : _NULL_BLOCK + 1], self.head_dim, self.v_head_dim)
-                if torch.equal(k[:, places], keys) and torch.equal(v[:, places], values):
-                    return packing
+                views = packing(blocks, self.head_dim, self.v_head_dim)
+                if all(torch.equal(view, row) for view, row in zip(views, rows, strict=True)):
+                    blocks.copy_(other)
+                    for view, row in zip(views, rows, strict=True):
+                        view.copy_(row)
+                    return packing, _same_bytes(blocks, written)
         finally:
-            block.copy_(before)
+            blocks.copy_(before)
         raise EngineError(
             f"layer {layer.layer_name} keeps keys and values in none of the packings that kvloom reads "
             f"({', '.join(PACKINGS)}); choose another attention backend, or leave the connector out"
@@ -156,3 +227,18 @@ def write_layer(layer: Any, keys: Tensor, values: Tensor, slots: Tensor) -> None
     """Keys `[H, T, D]` and values `[H, T, Dv]` into a layer's cache at `slots`, by the backend's own operation."""
     k, v = keys.transpose(0, 1).contiguous(), values.transpose(0, 1).contiguous()
     layer.impl.do_kv_cache_update(layer, k, v, layer.kv_cache, slots)
+
+
+def runs_of_blocks(blocks: Sequence[int]) -> list[Run]:
+    """Numbers in the given order, as runs."""
+    cuts = [i for i, (a, b) in enumerate(pairwise(blocks), start=1) if b != a + 1]
+    return [(blocks[a], b - a) for a, b in pairwise([0, *cuts, len(blocks)]) if a < b]
+
+
+def numbers_of(runs: Sequence[Run]) -> list[int]:
+    """The reverse."""
+    return [number for first, count in runs for number in range(first, first + count)]
+
+
+def _same_bytes(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
