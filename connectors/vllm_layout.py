@@ -136,20 +136,20 @@ class PagedLayers:
         size, stop = self.block_tokens, start + keys.shape[2]
         first, last = -(-start // size), stop // size  # whole blocks
         runs = runs_of_blocks(blocks[first:last])
-        everything = torch.arange(start, stop)
-        is_edge = (everything < first * size) | (everything >= last * size)
-        edges = is_edge.nonzero().flatten()
-        all_slots = edge_slots = None
+        whole = slice(first * size - start, last * size - start) if runs else slice(0, 0)
+        positions = torch.arange(start, stop)
+        edges = torch.cat((positions[: whole.start], positions[whole.stop :])) - start
+        edge_slots = self.slots(blocks, positions[edges]) if runs and len(edges) else None
+        all_slots = None
         for index, k, v in zip(layers, keys.to(self.device), values.to(self.device), strict=True):
             views, layer = self._views[index], self.layers[index]
-            if views is None or first >= last:
-                all_slots = self.slots(blocks, everything) if all_slots is None else all_slots
+            if views is None or not runs:
+                all_slots = self.slots(blocks, positions) if all_slots is None else all_slots
                 write_layer(layer, k, v, all_slots)
                 continue
             for view, tokens in zip(views, (k, v), strict=True):
-                self._copy_in(view, runs, tokens[:, first * size - start : last * size - start])
-            if len(edges):
-                edge_slots = self.slots(blocks, everything[edges]) if edge_slots is None else edge_slots
+                self._copy_in(view, runs, tokens[:, whole])
+            if edge_slots is not None:
                 write_layer(layer, k[:, edges], v[:, edges], edge_slots)
 
     def _copy_in(self, view: Tensor, runs: Sequence[Run], tokens: Tensor) -> None:
