@@ -97,6 +97,7 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         self._may_fuse = False
         self.worker: Worker | None = None
         self._report = StepReport()
+        self._is_busy = False  # something was begun whose end has not been told of
         self._waits_for_layers = False  # within this step
         self._bad_blocks: set[int] = set()
         self._lost: set[str] = set()
@@ -232,8 +233,9 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         if self.worker is None:
             return
         plan = self._get_connector_metadata().plan
-        if plan.is_empty and not self.worker.has_work:
+        if not self._is_busy and plan.is_empty:
             return
+        self._is_busy = True
         self._report.number = plan.number
         self._lost = set()
         for lookup in plan.lookups:
@@ -287,7 +289,7 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         if self.worker is None:
             return None, None
         is_idle = self._get_connector_metadata().plan.is_idle
-        if not (self.worker.has_work or self._waits_for_layers or self._arrived or is_idle):
+        if not (self._is_busy or is_idle):
             return None, None
         for request_id in finished_req_ids:
             self.worker.transfers.cancel(request_id)
@@ -303,6 +305,7 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
             self._report.loaded[arrival.request_id] = arrival.loaded
             self._bad_blocks |= arrival.bad_blocks
             self._arrived.add(arrival.request_id)
+        self._is_busy = self.worker.has_work
         arrived, self._arrived = self._arrived, set()
         return None, arrived or None
 
