@@ -96,6 +96,11 @@ class Fuser:
         self.is_trusted = True
         """False once the first layer's keys were not what they should be."""
 
+    @property
+    def is_fusing(self) -> bool:
+        """A fusion has begun whose end has not been told of."""
+        return bool(self._jobs or self._over)
+
     def begin(self, fusion: Fusion) -> None:
         self._jobs[fusion.request_id] = _Job(fusion, self._transfers.fetch(fusion), time.monotonic())
 

@@ -2,13 +2,17 @@
 
 vLLM shows every layer's cache as `[B, H, N, C]` (blocks, KV heads, tokens a block, content of a token), whatever the
 physical order. What the C numbers of a token mean is the backend's affair and has changed between releases. So nothing
-is taken for granted here: at the start a few random tokens are written by the backend, into the block that vLLM keeps
-for nobody, and the packing is the one that reads them back, bit for bit. If none does, the connector refuses to start.
+is taken for granted here: at the start a block of random tokens is written by the backend, the one that vLLM keeps for
+nobody, and the packing is the one that reads them back, bit for bit. If none does, the connector refuses to start.
+
+Whole blocks are copied straight to and from the cache, in a third of the time, where the same tokens written by the
+packing have given the very bytes that the backend gave. All else is written by the backend.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -18,18 +22,21 @@ from torch import Tensor
 from ..errors import EngineError
 
 Packing: TypeAlias = "Callable[[Tensor, int, int], tuple[Tensor, Tensor]]"
-"""Blocks `[B, H, N, C]`, D and Dv -> keys `[H, B * N, D]` and values `[H, B * N, Dv]`."""
+"""Blocks `[B, H, N, C]`, D and Dv -> keys `[B, H, N, D]` and values `[B, H, N, Dv]`: views where memory permits."""
+
+Run: TypeAlias = "tuple[int, int]"
+"""A block's number, and how many follow one another from there."""
 
 Gather: TypeAlias = "Callable[[Tensor, int, Tensor, Tensor], tuple[Tensor, Tensor]]"
 """A cache `[B, H, N, C]`, D, and for each KV head blocks and places in them, `[H, K]` -> `[H, K, D]`, `[H, K, Dv]`."""
 
 _NULL_BLOCK = 0  # vLLM never gives it to a request
+_RUN_TOKENS = 64  # shorter runs take longer, each in a copy of its own, than all of them by their numbers
 
 
 def side_by_side(blocks: Tensor, key_dim: int, value_dim: int) -> tuple[Tensor, Tensor]:
     """Each token's key, then its value: FlashAttention, Triton, FlashInfer and Flex since vLLM 0.26."""
-    tokens = blocks.transpose(0, 1).flatten(1, 2)
-    return tokens[..., :key_dim], tokens[..., key_dim : key_dim + value_dim]
+    return blocks[..., :key_dim], blocks[..., key_dim : key_dim + value_dim]
 
 
 def keys_transposed(blocks: Tensor, key_dim: int, value_dim: int) -> tuple[Tensor, Tensor]:
@@ -38,7 +45,7 @@ def keys_transposed(blocks: Tensor, key_dim: int, value_dim: int) -> tuple[Tenso
     pages = blocks.reshape(count, heads, block_tokens * (key_dim + value_dim))
     keys = pages[..., : block_tokens * key_dim].view(count, heads, key_dim, block_tokens)
     values = pages[..., block_tokens * key_dim :].view(count, heads, block_tokens, value_dim)
-    return keys.permute(1, 0, 3, 2).flatten(1, 2), values.transpose(0, 1).flatten(1, 2)
+    return keys.transpose(2, 3), values
 
 
 PACKINGS: Mapping[str, Packing] = MappingProxyType({"side by side": side_by_side, "keys transposed": keys_transposed})
@@ -106,7 +113,15 @@ class PagedLayers:
                     "another one with --attention-backend"
                 )
         # Every layer is asked: backends may differ from layer to layer, and a wrong byte is worse than a slow start.
-        self._packings = [self._find_packing(layer) for layer in layers]
+        self._packings: list[Packing] = []
+        self._views: list[tuple[Tensor, Tensor] | None] = []  # of the whole cache; None: whole blocks as all else
+        for layer in layers:
+            packing, is_direct = self._find_packing(layer)
+            self._packings.append(packing)
+            # A backend that retrieves must be told of every write: an index over other keys would be a wrong answer.
+            is_told = hasattr(layer.impl, "retrieving")
+            views = packing(layer.kv_cache, self.head_dim, self.v_head_dim) if is_direct and not is_told else None
+            self._views.append(views)
 
     def read(self, blocks: Sequence[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
         """KV of tokens `[start, stop)` of a row of blocks: copies, keys `[L, H, T, D]` and values `[L, H, T, Dv]`."""
@@ -115,78 +130,154 @@ class PagedLayers:
             len(self.layers), self.num_kv_heads, count, self.head_dim, dtype=self.dtype, device=self.device
         )
         values = torch.empty(*keys.shape[:3], self.v_head_dim, dtype=self.dtype, device=self.device)
-        for index in range(len(self.layers)):
-            keys[index], values[index] = self.read_layer(index, blocks, start, stop)
+        size = self.block_tokens
+        is_whole = start % size == 0 and stop % size == 0
+        runs = runs_of_blocks(blocks[start // size : stop // size]) if is_whole else []
+        for index, views in enumerate(self._views):
+            if is_whole and views is not None:
+                for view, tokens in zip(views, (keys[index], values[index]), strict=True):
+                    self._copy_out(view, runs, tokens)
+            else:
+                keys[index], values[index] = self.read_layer(index, blocks, start, stop)
         return keys, values
 
     def read_layer(self, index: int, blocks: Sequence[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Of one layer: copies, keys `[H, T, D]` and values `[H, T, Dv]`."""
         first, last = start // self.block_tokens, -(-stop // self.block_tokens)
-        numbers = self._kernel_blocks(self.layers[index], blocks[first:last])
+        numbers = self._kernel_blocks(self.layers[index].kv_cache.shape[2], blocks[first:last])
         pages = self.layers[index].kv_cache[numbers]
-        keys, values = self._packings[index](pages, self.head_dim, self.v_head_dim)
+        keys, values = unpacked(self._packings[index], pages, self.head_dim, self.v_head_dim)
         here = slice(start - first * self.block_tokens, stop - first * self.block_tokens)
         return keys[:, here], values[:, here]
 
-    @torch.inference_mode()
     def write(self, blocks: Sequence[int], start: int, keys: Tensor, values: Tensor) -> None:
         """Overwrite the KV of tokens from `start` on of a row of blocks, shapes as `read` gives."""
-        slots = self.slots(blocks, torch.arange(start, start + keys.shape[2]))
-        for index, layer in enumerate(self.layers):
-            write_layer(layer, keys[index].to(self.device), values[index].to(self.device), slots)
+        self._write(range(len(self.layers)), blocks, start, keys, values)
 
-    @torch.inference_mode()
     def write_layer(self, index: int, blocks: Sequence[int], start: int, keys: Tensor, values: Tensor) -> None:
         """The same for one layer, shapes as `read_layer` gives."""
-        slots = self.slots(blocks, torch.arange(start, start + keys.shape[1]))
-        write_layer(self.layers[index], keys.to(self.device), values.to(self.device), slots)
+        self._write((index,), blocks, start, keys[None], values[None])
+
+    @torch.inference_mode()
+    def _write(self, layers: Sequence[int], blocks: Sequence[int], start: int, keys: Tensor, values: Tensor) -> None:
+        size, stop = self.block_tokens, start + keys.shape[2]
+        first, last = -(-start // size), stop // size  # whole blocks
+        runs = runs_of_blocks(blocks[first:last])
+        whole = slice(first * size - start, last * size - start) if runs else slice(0, 0)
+        positions = torch.arange(start, stop)
+        edges = torch.cat((positions[: whole.start], positions[whole.stop :])) - start
+        edge_slots = self.slots(blocks, positions[edges]) if runs and len(edges) else None
+        all_slots = None
+        for index, k, v in zip(layers, keys.to(self.device), values.to(self.device), strict=True):
+            views, layer = self._views[index], self.layers[index]
+            if views is None or not runs:
+                all_slots = self.slots(blocks, positions) if all_slots is None else all_slots
+                write_layer(layer, k, v, all_slots)
+                continue
+            for view, tokens in zip(views, (k, v), strict=True):
+                self._copy_in(view, runs, tokens[:, whole])
+            if edge_slots is not None:
+                write_layer(layer, k[:, edges], v[:, edges], edge_slots)
+
+    def _copy_in(self, view: Tensor, runs: Sequence[Run], tokens: Tensor) -> None:
+        """Tokens `[H, T, D]` into whole blocks of a cache's view `[B, H, N, D]`."""
+        rows = tokens.unflatten(1, (-1, view.shape[2])).transpose(0, 1)
+        if len(runs) * _RUN_TOKENS > tokens.shape[1]:
+            view[self._kernel_blocks(view.shape[2], numbers_of(runs))] = rows
+            return
+        for here, there in self._slices(runs, view.shape[2]):
+            view[there].copy_(rows[here])
+
+    def _copy_out(self, view: Tensor, runs: Sequence[Run], tokens: Tensor) -> None:
+        """The reverse."""
+        rows = tokens.unflatten(1, (-1, view.shape[2])).transpose(0, 1)
+        if len(runs) * _RUN_TOKENS > tokens.shape[1]:
+            rows.copy_(view[self._kernel_blocks(view.shape[2], numbers_of(runs))])
+            return
+        for here, there in self._slices(runs, view.shape[2]):
+            rows[here].copy_(view[there])
+
+    def _slices(self, runs: Sequence[Run], kernel_tokens: int) -> list[tuple[slice, slice]]:
+        """Of a row of the layer's own blocks, and where they are in its cache."""
+        ratio, done, slices = self.block_tokens // kernel_tokens, 0, []
+        for first, count in runs:
+            slices.append((slice(done, done + count * ratio), slice(first * ratio, (first + count) * ratio)))
+            done += count * ratio
+        return slices
 
     def slots(self, blocks: Sequence[int], positions: Tensor) -> Tensor:
         """Where tokens of a request lie: block number times `block_tokens`, plus the place in the block; int64."""
         numbers = torch.tensor(blocks, dtype=torch.int64)[positions // self.block_tokens]
         return (numbers * self.block_tokens + positions % self.block_tokens).to(self.device)
 
-    def _kernel_blocks(self, layer: Any, blocks: Sequence[int]) -> Tensor:
-        ratio = self.block_tokens // layer.kv_cache.shape[2]
+    def _kernel_blocks(self, kernel_tokens: int, blocks: Sequence[int]) -> Tensor:
+        ratio = self.block_tokens // kernel_tokens
         numbers = torch.tensor(blocks, dtype=torch.int64, device=self.device)
         return numbers if ratio == 1 else (numbers[:, None] * ratio + torch.arange(ratio, device=self.device)).flatten()
 
-    def _find_packing(self, layer: Any) -> Packing:
-        return find_packing(layer, layer.kv_cache, self.head_dim, self.v_head_dim)
+    def _find_packing(self, layer: Any) -> tuple[Packing, bool]:
+        count = self.block_tokens // layer.kv_cache.shape[2]
+        return find_packing(layer, layer.kv_cache, self.head_dim, self.v_head_dim, count)
 
 
 @torch.inference_mode()
-def find_packing(layer: Any, cache: Tensor, key_dim: int, value_dim: int) -> Packing:
-    """How a layer's backend keeps D and Dv numbers of a token, tried in a block of `cache` that is nobody's.
+def find_packing(layer: Any, cache: Tensor, key_dim: int, value_dim: int, count: int = 1) -> tuple[Packing, bool]:
+    """How a layer's backend keeps D and Dv numbers of a token, and whether writing them so gives byte for byte
+    what it gives. Tried in the first `count` blocks of `cache`, which are nobody's.
 
     Raises
     ------
     EngineError : in no way that is known.
     """
-    block = cache[_NULL_BLOCK]
-    before = block.clone()
+    blocks = cache[_NULL_BLOCK * count : (_NULL_BLOCK + 1) * count]
+    before, tokens = blocks.clone(), count * cache.shape[2]
     generator = torch.Generator().manual_seed(0)
-    heads, block_tokens = cache.shape[1], cache.shape[2]
-    places = torch.tensor(sorted({0, 1, block_tokens // 2, block_tokens - 1}))
-    keys, values = (
-        torch.randn(heads, len(places), dim, generator=generator).to(cache.dtype).to(cache.device)
-        for dim in (key_dim, value_dim)
+    keys, values, other = (
+        torch.randn(shape, generator=generator).to(cache.dtype).to(cache.device)
+        for shape in ((cache.shape[1], tokens, key_dim), (cache.shape[1], tokens, value_dim), tuple(blocks.shape))
     )
-    write_layer(layer, keys, values, places.to(cache.device), cache)
+    blocks.copy_(other)
+    write_layer(layer, keys, values, torch.arange(tokens, device=cache.device), cache)
+    written = blocks.clone()
+    rows = [part.unflatten(1, (count, -1)).transpose(0, 1) for part in (keys, values)]
     try:
         for packing in PACKINGS.values():
-            k, v = packing(cache[_NULL_BLOCK : _NULL_BLOCK + 1], key_dim, value_dim)
-            if torch.equal(k[:, places], keys) and torch.equal(v[:, places], values):
-                return packing
+            views = packing(blocks, key_dim, value_dim)
+            if all(torch.equal(view, row) for view, row in zip(views, rows, strict=True)):
+                blocks.copy_(other)
+                for view, row in zip(views, rows, strict=True):
+                    view.copy_(row)
+                return packing, _same_bytes(blocks, written)
     finally:
-        block.copy_(before)
+        blocks.copy_(before)
     raise EngineError(
         f"layer {layer.layer_name} keeps keys and values in none of the packings that kvloom reads "
         f"({', '.join(PACKINGS)}); choose another attention backend, or leave the connector out"
     )
 
 
+def unpacked(packing: Packing, blocks: Tensor, key_dim: int, value_dim: int) -> tuple[Tensor, Tensor]:
+    """Tokens of blocks `[B, H, N, C]` one behind the other: keys `[H, B * N, D]` and values `[H, B * N, Dv]`."""
+    keys, values = packing(blocks, key_dim, value_dim)
+    return keys.transpose(0, 1).flatten(1, 2), values.transpose(0, 1).flatten(1, 2)
+
+
 def write_layer(layer: Any, keys: Tensor, values: Tensor, slots: Tensor, cache: Tensor | None = None) -> None:
     """Keys `[H, T, D]` and values `[H, T, Dv]` into a layer's cache at `slots`, by the backend's own operation."""
     k, v = keys.transpose(0, 1).contiguous(), values.transpose(0, 1).contiguous()
     layer.impl.do_kv_cache_update(layer, k, v, layer.kv_cache if cache is None else cache, slots)
+
+
+def runs_of_blocks(blocks: Sequence[int]) -> list[Run]:
+    """Numbers in the given order, as runs."""
+    cuts = [i for i, (a, b) in enumerate(pairwise(blocks), start=1) if b != a + 1]
+    return [(blocks[a], b - a) for a, b in pairwise([0, *cuts, len(blocks)]) if a < b]
+
+
+def numbers_of(runs: Sequence[Run]) -> list[int]:
+    """The reverse."""
+    return [number for first, count in runs for number in range(first, first + count)]
+
+
+def _same_bytes(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))

@@ -114,6 +114,12 @@ class StepPlan:
     fusions: list[Fusion] = field(default_factory=list)
     advances: list[Advance] = field(default_factory=list)
 
+    @property
+    def is_empty(self) -> bool:
+        """Nothing is to be done, and nothing to be told of."""
+        asks = self.lookups or self.loads or self.layerwise or self.saves or self.fusions or self.advances
+        return not (asks or self.is_idle or self.number)
+
 
 @dataclass(frozen=True, slots=True)
 class Loaded:

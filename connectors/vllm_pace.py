@@ -45,10 +45,10 @@ class Pace:
         ----------
         new_tokens : that it computes, for each request.
         """
+        if not says_much(new_tokens):
+            return 0
         prompts = {name: count for name, count in new_tokens.items() if count >= _PROMPT_TOKENS}
         total = sum(new_tokens.values())
-        if 2 * sum(prompts.values()) <= total:
-            return 0
         self._number += 1
         self._under_way[self._number] = _Step(self._clock(), total, tuple(prompts))
         return self._number
@@ -74,3 +74,10 @@ class Pace:
 
     def forget(self, request_id: str) -> None:
         self._of_request.pop(request_id, None)
+
+
+def says_much(new_tokens: Mapping[str, int]) -> bool:
+    """Whether a step of so many tokens of each request tells how fast prompts are computed."""
+    if not new_tokens or max(new_tokens.values()) < _PROMPT_TOKENS:
+        return False
+    return 2 * sum(count for count in new_tokens.values() if count >= _PROMPT_TOKENS) > sum(new_tokens.values())

@@ -23,7 +23,7 @@ from ..errors import KVLoomError
 from ..retrieval.attention import Partial, attend, merge
 from ..retrieval.selector import LayerShape, LearnsFromQueries, Selection
 from .hf_retrieval import Retrieval
-from .vllm_layout import GATHERS, Packing
+from .vllm_layout import GATHERS, Packing, unpacked
 from .vllm_rows import BlockKernel, DecodeRow, PromptPart, Writes, virtual_rows, window_grid
 
 _LOG = logging.getLogger("vllm.kvloom")
@@ -214,7 +214,7 @@ class PagedRetrieval:
         stamps = self.writes.of(blocks)
         if not bool(stamps.all()):
             raise ValueError("some of its blocks were filled past the attention backend")
-        keys, values = self.packing(cache[blocks.to(cache.device)], self.shape.head_dim, self.value_dim)
+        keys, values = unpacked(self.packing, cache[blocks.to(cache.device)], self.shape.head_dim, self.value_dim)
         skip = max(0, self.retrieval.sink_tokens - index.stop)
         index.selector.add(keys[:, skip:].cpu(), values[:, skip:].cpu())
         index.blocks, index.stamps = torch.cat((index.blocks, blocks)), torch.cat((index.stamps, stamps))
@@ -302,7 +302,7 @@ class PagedRetrieval:
         N, sinks = self.block_tokens, self._sinks(stop)
         first = -(-sinks // N)
         numbers = torch.cat((row.blocks[:first], row.blocks[stop // N : row.position // N + 1]))
-        keys, values = self.packing(cache[numbers.to(cache.device)], self.shape.head_dim, self.value_dim)
+        keys, values = unpacked(self.packing, cache[numbers.to(cache.device)], self.shape.head_dim, self.value_dim)
         last = first * N + row.position - stop + 1
         visible = None
         if sinks != first * N:

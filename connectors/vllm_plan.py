@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from ..core import ChunkKey, KVSpec
 from ..kvstore.keys import content_key, prefix_keys
 from .known_documents import KnownDocuments
+from .vllm_due import Due
 from .vllm_messages import (
     Advance,
     Answer,
@@ -38,12 +39,13 @@ from .vllm_messages import (
     StepReport,
     both,
 )
-from .vllm_pace import Pace
+from .vllm_pace import Pace, says_much
 from .vllm_settings import RequestOptions, VLLMSettings, documents_between
 
 Fused: TypeAlias = Literal["no", "yes", "partly"]
 """Whether the span of a fusion is what one fusion makes of it; "partly": its rest was computed exactly behind it."""
 
+_NEVER = 1 << 62  # tokens
 _PLANS = 256  # fusions whose choice is remembered: four bytes for each token computed
 
 
@@ -112,6 +114,7 @@ class Planner:
         self._plan = StepPlan()
         self._counts: Counter[str] = Counter()
         self._pace = Pace()
+        self._due = Due()  # of requests that are saved: their next chunk or document
 
     # ------------------------------------------------------------------------------------------------ requests
 
@@ -153,6 +156,8 @@ class Planner:
         self._tracked[request_id] = _Tracked(
             token_ids, len(token_ids), salt, options, documents, ratio, inexact, keys, alone=tuple(alone)
         )
+        if options.save:
+            self._due.expect(request_id, 0)
         if inexact is not None:
             self._tracked[request_id].plan = blake3(salt + self.fusion_digest(request_id)).digest()
         return inexact
@@ -176,6 +181,7 @@ class Planner:
         """
         self._fusing.pop(request_id, None)
         self._pace.forget(request_id)
+        self._due.forget(request_id)
         request = self._tracked.pop(request_id, None)
         if request is None:
             return None
@@ -268,6 +274,8 @@ class Planner:
         request = self._tracked.get(request_id)
         if request is None:
             return
+        if request.options.save:  # its tokens come from anywhere now
+            self._due.expect(request_id, 0)
         answer, asked_from = request.answer or (), request.asked_from or 0
         request.answer, request.asked_from, request.hit_tokens = None, None, {}
         if request.inexact is not None:
@@ -354,6 +362,8 @@ class Planner:
                 # vLLM computes from the lost chunk on, and asks again if nothing is left: it must not be told the same.
                 request.has_failed = True
                 request.saved_chunks = 0
+                if request.options.save:
+                    self._due.expect(request_id, 0)
 
     def _seconds_saved(self, loaded: Loaded) -> float | None:
         """By one load or fusion, see `close`; counts it."""
@@ -365,6 +375,16 @@ class Planner:
         return saved_s
 
     # -------------------------------------------------------------------------------------------------- saving
+
+    def is_quiet(self, new_tokens: Mapping[str, int]) -> bool:
+        """Whether `plan_step` would give an empty plan. To be asked once, before it, for every step of the engine.
+
+        Parameters
+        ----------
+        new_tokens : that the step computes, for each request.
+        """
+        has_passed = self._due.passes(new_tokens)
+        return has_passed and not self._fusing and not says_much(new_tokens) and self._plan.is_empty
 
     def plan_step(self, scheduled: Iterable[Scheduled], *, is_idle: bool = False) -> StepPlan:
         """The plan of the step, saves of every chunk that it completes included. One fusion advances at a time."""
@@ -386,6 +406,8 @@ class Planner:
 
     def take_counts(self) -> dict[str, float]:
         """What was counted since the last call."""
+        if not self._counts:
+            return {}
         counts, self._counts = self._counts, Counter()
         return dict(counts)
 
@@ -411,6 +433,16 @@ class Planner:
                     token_ids = np.asarray(request.token_ids[document.start : document.stop], dtype=np.int64)
                     self._known.add(token_ids, document.keys[0])
                 request.alone = ()
+        # Drafted tokens may yet be accepted, beyond those that count as computed.
+        self._due.expect(each.request_id, self._next_save(request) - each.computed_tokens - each.new_tokens)
+
+    def _next_save(self, request: _Tracked) -> int:
+        """How many tokens have to be computed before it is worth looking."""
+        stop = (request.saved_chunks + 1) * self._settings.chunk_tokens
+        stops = [document.stop for document in request.alone]
+        if request.inexact is None or stop <= request.inexact:
+            stops.append(stop)
+        return min(stops, default=_NEVER)
 
     def _fused_of(self, request: _Tracked, local: int) -> Fused:
         """Of a request that gets nothing from us, as the engine has `local` tokens of it and computes the rest."""

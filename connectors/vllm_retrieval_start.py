@@ -213,7 +213,7 @@ def _same_rotation(a: RopeSpec | None, b: RopeSpec | None) -> bool:
 def _packing_of(layer: Any, spec: Any, device: Any) -> Packing:
     heads, dims = int(layer.num_kv_heads), (int(layer.head_size), _value_dim(layer))
     cache = torch.zeros(2, heads, int(spec.block_size), sum(dims), dtype=spec.dtype, device=device)
-    return find_packing(layer, cache, *dims)
+    return find_packing(layer, cache, *dims)[0]
 
 
 def _value_dim(layer: Any) -> int:

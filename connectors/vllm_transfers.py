@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from ..kvstore.store import KVStore
 from .vllm_messages import Answer, Fusion, Load, Loaded, LookUp, Save
 
 _LOADERS = 4  # so that what lies on a slow disk is not in the way of what lies in memory
+
+_WRITERS = 2  # a chunk is written in less time than its neighbours take on another core
+_AHEAD = 3  # chunks of a load that are read and not written yet
 
 _LOG = logging.getLogger("kvloom.vllm")
 
@@ -67,6 +70,34 @@ class Fetched:
     worth: Worth = field(default_factory=Worth)
 
 
+class Writes:
+    """Chunks of one load on their way into its blocks, while the next ones are read. At the end all are there.
+
+    Raises
+    ------
+    Exception : whatever writing one of them raised; nothing is being written any more.
+    """
+
+    def __init__(self, cache: PagedCache, writer: ThreadPoolExecutor) -> None:
+        self._cache, self._writer = cache, writer
+        self._under_way: deque[Future[None]] = deque()
+
+    def add(self, blocks: Sequence[int], start: int, keys: Tensor, values: Tensor) -> None:
+        """As `PagedCache.write`, but not yet done."""
+        while len(self._under_way) >= _AHEAD:
+            self._under_way.popleft().result()
+        self._under_way.append(self._writer.submit(self._cache.write, blocks, start, keys, values))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        wait(self._under_way)
+        if kind is None:
+            for write in self._under_way:
+                write.result()
+
+
 class Transfers:
     """Moves chunks in the background, so that neither way stalls the engine.
 
@@ -103,6 +134,7 @@ class Transfers:
         self._load_timeout_s = load_timeout_s
         self._save_pending_bytes = save_pending_bytes
         self._loader = ThreadPoolExecutor(_LOADERS, thread_name_prefix="kvloom-load")
+        self._writer = ThreadPoolExecutor(_WRITERS, thread_name_prefix="kvloom-write")
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="kvloom-save")
         self._loads: dict[str, tuple[Load, Future[Arrival]]] = {}
         self._fetches: list[Future[Fetched]] = []
@@ -110,7 +142,7 @@ class Transfers:
         self._saves: dict[ChunkKey, tuple[int, Future[None]]] = {}  # with their bytes
         self._lock = threading.Lock()  # of the counts, and of whereabouts
         self._counts: Counter[str] = Counter()
-        self._tells_moves = tells_moves
+        self.tells_moves = tells_moves
         self._whereabouts: set[ChunkKey] = set()  # chunks to be told of, beside those that moved
         if tells_moves:
             store.take_moves()  # which begins to note them
@@ -133,6 +165,11 @@ class Transfers:
         return tuple(found)
 
     # ------------------------------------------------------------------------------------------------- loading
+
+    @property
+    def is_loading(self) -> bool:
+        """A load has begun whose end has not been told of."""
+        return bool(self._loads)
 
     def load(self, load: Load) -> None:
         """Begin; `arrivals` will tell."""
@@ -178,22 +215,23 @@ class Transfers:
         tokens: Counter[str] = Counter()
         worth = Worth()
         lost_from: int | None = None
-        for index, key in enumerate(load.keys[self._rank]):
-            first = load.first + index * self._chunk_tokens
-            start, stop = max(first, load.start), min(first + self._chunk_tokens, load.stop)
-            chunk, tier = None, self.store.locate(key)
-            remaining_s = begun_s + self._load_timeout_s - time.monotonic()
-            if load.request_id not in self._cancelled and remaining_s > 0:
-                chunk = self.store.get(key, timeout_s=remaining_s)
-            if chunk is None or not self._fits(chunk, first):
+        with Writes(self._cache, self._writer) as writes:
+            for index, key in enumerate(load.keys[self._rank]):
+                first = load.first + index * self._chunk_tokens
+                start, stop = max(first, load.start), min(first + self._chunk_tokens, load.stop)
+                chunk, tier = None, self.store.locate(key)
+                remaining_s = begun_s + self._load_timeout_s - time.monotonic()
+                if load.request_id not in self._cancelled and remaining_s > 0:
+                    chunk = self.store.get(key, timeout_s=remaining_s)
+                if chunk is None or not self._fits(chunk, first):
+                    self._tell_whereabouts(key)
+                    lost_from = start
+                    break
                 self._tell_whereabouts(key)
-                lost_from = start
-                break
-            self._tell_whereabouts(key)
-            here = slice(start - first, stop - first)
-            self._cache.write(load.blocks, start, chunk.keys[:, :, here], chunk.values[:, :, here])
-            tokens[tier or "moved"] += stop - start
-            worth.add(stop - start, len(chunk), self._recompute_s(key))
+                here = slice(start - first, stop - first)
+                writes.add(load.blocks, start, chunk.keys[:, :, here], chunk.values[:, :, here])
+                tokens[tier or "moved"] += stop - start
+                worth.add(stop - start, len(chunk), self._recompute_s(key))
         spent_s = time.monotonic() - begun_s
         self.count({"loads": 1, "load_seconds": spent_s} | {f"loaded_tokens.{name}": n for name, n in tokens.items()})
         is_lost = lost_from is not None
@@ -216,25 +254,26 @@ class Transfers:
         tokens: Counter[str] = Counter()
         worth = Worth()
         found = []
-        for document in fusion.documents:
-            key, start = document.keys[self._rank], max(document.start, fusion.start)
-            stop = min(document.stop, fusion.stop)
-            remaining_s = begun_s + self._load_timeout_s - time.monotonic()
-            chunk, tier = None, self.store.locate(key)
-            if remaining_s > 0 and start < stop:
-                positions = torch.arange(document.start, document.stop)
-                chunk = self.store.get(key, positions, timeout_s=remaining_s)
-            found.append(
-                chunk is not None
-                and chunk.spec == self._spec
-                and len(chunk) == document.stop - document.start
-                and int(chunk.positions[0]) == document.start
-            )
-            if found[-1] and chunk is not None:
-                here = slice(start - document.start, stop - document.start)
-                self._cache.write(fusion.blocks, start, chunk.keys[:, :, here], chunk.values[:, :, here])
-                tokens[tier or "moved"] += stop - start
-                worth.add(stop - start, len(chunk), self._recompute_s(key))
+        with Writes(self._cache, self._writer) as writes:
+            for document in fusion.documents:
+                key, start = document.keys[self._rank], max(document.start, fusion.start)
+                stop = min(document.stop, fusion.stop)
+                remaining_s = begun_s + self._load_timeout_s - time.monotonic()
+                chunk, tier = None, self.store.locate(key)
+                if remaining_s > 0 and start < stop:
+                    positions = torch.arange(document.start, document.stop)
+                    chunk = self.store.get(key, positions, timeout_s=remaining_s)
+                found.append(
+                    chunk is not None
+                    and chunk.spec == self._spec
+                    and len(chunk) == document.stop - document.start
+                    and int(chunk.positions[0]) == document.start
+                )
+                if found[-1] and chunk is not None:
+                    here = slice(start - document.start, stop - document.start)
+                    writes.add(fusion.blocks, start, chunk.keys[:, :, here], chunk.values[:, :, here])
+                    tokens[tier or "moved"] += stop - start
+                    worth.add(stop - start, len(chunk), self._recompute_s(key))
         return Fetched(tuple(found), dict(tokens), worth)
 
     def _recompute_s(self, key: ChunkKey) -> float | None:
@@ -322,13 +361,15 @@ class Transfers:
 
     def take_counts(self) -> dict[str, float]:
         """What was counted since the last call."""
+        if not self._counts:  # as in nearly every step
+            return {}
         with self._lock:
             counts, self._counts = self._counts, Counter()
         return dict(counts)
 
     def take_moves(self) -> list[Move]:
         """Chunks that entered or left a tier since the last call, and where those are that a request had to do with."""
-        if not self._tells_moves:
+        if not self.tells_moves:
             return []
         with self._lock:
             keys, self._whereabouts = self._whereabouts, set()
@@ -338,7 +379,7 @@ class Transfers:
 
     def _tell_whereabouts(self, key: ChunkKey) -> None:
         """Of a chunk that may have been stored before moves were noted, or may not be stored at all."""
-        if self._tells_moves:
+        if self.tells_moves:
             with self._lock:
                 self._whereabouts.add(key)
 
@@ -346,6 +387,7 @@ class Transfers:
         """Ends loads, stores what was to be stored, and closes the store."""
         self._cancelled.update(self._loads)
         self._loader.shutdown(wait=True, cancel_futures=True)
+        self._writer.shutdown(wait=True)
         self._saver.shutdown(wait=True)
         self._forget_done_saves()
         self.store.close()

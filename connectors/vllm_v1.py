@@ -92,11 +92,14 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         self.settings = VLLMSettings.of(self._kv_transfer_config.kv_connector_extra_config or {})
         self._block_tokens = expect_servable(self.settings, vllm_config, kv_cache_config)
         self._planner: Planner | None = None
+        self._quiet = StepMetadata(StepPlan())  # never changed
         self._events: KVEvents | None = None
         self._kv_cache_manager: Any = None
         self._may_fuse = False
         self.worker: Worker | None = None
         self._report = StepReport()
+        self._is_busy = False  # something was begun whose end has not been told of
+        self._waits_for_layers = False  # within this step
         self._bad_blocks: set[int] = set()
         self._lost: set[str] = set()
         self._arrived: set[str] = set()
@@ -181,6 +184,8 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         if self._planner is None:
             return StepMetadata(StepPlan())
         is_idle = scheduler_output.total_num_scheduled_tokens == 0
+        if not is_idle and self._planner.is_quiet(scheduler_output.num_scheduled_tokens):
+            return self._quiet
         plan = self._planner.plan_step(_scheduled(scheduler_output), is_idle=is_idle)
         if self._events is not None:
             self._events.describe(plan)
@@ -231,6 +236,9 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         if self.worker is None:
             return
         plan = self._get_connector_metadata().plan
+        if not self._is_busy and plan.is_empty:
+            return
+        self._is_busy = True
         self._report.number = plan.number
         self._lost = set()
         for lookup in plan.lookups:
@@ -247,10 +255,11 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         # Last, since passes of our own would wait for them, too.
         for load in plan.layerwise:
             self.worker.layer_loads.begin(load)
+            self._waits_for_layers = True
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """For loads within the step; others are over before the engine schedules what needs them."""
-        if self.worker is not None and layer_name in self.worker.layer_numbers:
+        if self._waits_for_layers and self.worker is not None and layer_name in self.worker.layer_numbers:
             self.worker.layer_loads.wait(self.worker.layer_numbers[layer_name])
 
     @classmethod
@@ -270,7 +279,10 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
                 self.worker.transfers.save(save)
 
     def _finish_layers(self) -> None:
-        arrivals = [] if self.worker is None else self.worker.layer_loads.finish()
+        if not self._waits_for_layers or self.worker is None:
+            return
+        self._waits_for_layers = False
+        arrivals = self.worker.layer_loads.finish()
         for arrival in arrivals:
             self._report.loaded[arrival.request_id] = arrival.loaded
             self._bad_blocks |= arrival.bad_blocks
@@ -279,9 +291,12 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         if self.worker is None:
             return None, None
+        is_idle = self._get_connector_metadata().plan.is_idle
+        if not (self._is_busy or is_idle):
+            return None, None
         for request_id in finished_req_ids:
             self.worker.transfers.cancel(request_id)
-        if self._get_connector_metadata().plan.is_idle:
+        if is_idle:
             self.worker.transfers.wait(_IDLE_WAIT_S)
         self._finish_layers()
         arrivals = self.worker.transfers.arrivals()
@@ -293,6 +308,7 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
             self._report.loaded[arrival.request_id] = arrival.loaded
             self._bad_blocks |= arrival.bad_blocks
             self._arrived.add(arrival.request_id)
+        self._is_busy = self.worker.has_work
         arrived, self._arrived = self._arrived, set()
         return None, arrived or None
 
@@ -301,10 +317,12 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         return blocks
 
     def build_connector_worker_meta(self) -> StepNews | None:
-        if self.worker is not None:
+        if self.worker is not None and self.worker.transfers.tells_moves:
             self._report.moves += self.worker.transfers.take_moves()
+        if self._report.is_empty:
+            return None
         report, self._report = self._report, StepReport()
-        return None if report.is_empty else StepNews(report)
+        return StepNews(report)
 
     def shutdown(self) -> None:
         if self.worker is not None:
@@ -316,10 +334,9 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_kv_connector_stats(self) -> KVLoomStats | None:
         counts: dict[str, float] = {}
-        if self.worker is not None:
-            counts |= self.worker.transfers.take_counts()
-            if self.worker.spec.shard[0]:  # tokens are the same on every rank, faults are not
-                counts = {name: count for name, count in counts.items() if name in FAULTS}
+        if self.worker is not None and (counts := self.worker.transfers.take_counts()) and self.worker.spec.shard[0]:
+            # Tokens are the same on every rank, faults are not.
+            counts = {name: count for name, count in counts.items() if name in FAULTS}
         if self._planner is not None:
             counts |= self._planner.take_counts()
         if self._refused:

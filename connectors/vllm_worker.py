@@ -33,6 +33,11 @@ class Worker:
     layer_numbers: Mapping[str, int]
     fuser: Fuser | None
 
+    @property
+    def has_work(self) -> bool:
+        """Something was begun whose end has not been told of. Saves count as done: nobody asks for their end."""
+        return self.transfers.is_loading or (self.fuser is not None and self.fuser.is_fusing)
+
 
 def open_worker(settings: VLLMSettings, model_id: str, vllm_config: Any, kv_cache_config: Any) -> Worker:
     """The store of this rank, beside the caches that its runner has just allocated.

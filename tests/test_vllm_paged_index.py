@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvloom.connectors.hf_retrieval import CHUNK_TOKENS, Retrieval
-from kvloom.connectors.vllm_layout import GATHERS, PACKINGS, find_packing
+from kvloom.connectors.vllm_layout import GATHERS, PACKINGS, find_packing, unpacked
 from kvloom.connectors.vllm_paged_index import PagedRetrieval
 from kvloom.connectors.vllm_rows import DecodeRow, PromptPart, kept_queries, window_grid
 from kvloom.retrieval.attention import attend
@@ -40,7 +40,7 @@ def kernel_of(packing: str) -> Any:
         blocks = cache.view(-1, 1, *cache.shape[2:])
         out = torch.empty_like(queries)
         for place, (row, length) in enumerate(zip(table.long(), lengths.tolist(), strict=True)):
-            keys, values = PACKINGS[packing](blocks[row[: -(-length // N)]], D, D)
+            keys, values = unpacked(PACKINGS[packing], blocks[row[: -(-length // N)]], D, D)
             out[place] = attend(queries[place], keys[:, :length], values[:, :length], scale=SHAPE.scale)[0]
         return out
 
@@ -100,8 +100,8 @@ def test_attention_is_over_sinks_window_and_what_is_chosen(packing: str, dtype: 
 def test_single_tokens_are_read_as_packed(packing: str) -> None:
     layer = SimpleNamespace(layer_name="0", impl=Backend(packing))
     cache = torch.randn(6, H, N, D + 3)
-    assert find_packing(layer, cache, D, 3) is PACKINGS[packing]
-    keys, values = PACKINGS[packing](cache, D, 3)
+    assert find_packing(layer, cache, D, 3) == (PACKINGS[packing], True)
+    keys, values = unpacked(PACKINGS[packing], cache, D, 3)
     ids = torch.randint(0, 6 * N, (H, 50))
     k, v = GATHERS[PACKINGS[packing]](cache, D, ids // N, ids % N)
     for found, all_rows in ((k, keys), (v, values)):

@@ -326,7 +326,7 @@ def test_where_retrieval_becomes_faster(
 ) -> None:
     times = dict(zip((2048, 8192, 32768), zip(dense_s, sparse_s, strict=True), strict=False))
     monkeypatch.setattr(vllm_retrieval_start, "_steps", lambda *given: times[given[-1]])
-    monkeypatch.setattr(vllm_retrieval_start, "_median_s", lambda step: step)
+    monkeypatch.setattr(vllm_retrieval_start, "median_s", lambda step: step)
     config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=longest))
     paged: Any = None
     assert vllm_retrieval_start._measured(lambda: None, paged, None, None, config, None) == found

@@ -356,3 +356,58 @@ def test_who_settles_waits_for_what_is_on_its_way() -> None:
     assert transfers.settle(LONG_S)
     assert KEYS[0] in transfers.store
     transfers.close()
+
+
+class SlowPages(Pages):
+    """Writes wait until they may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_write = threading.Event()
+        self.begun = 0
+
+    def write(self, blocks: Sequence[int], start: int, keys: Tensor, values: Tensor) -> None:
+        self.begun += 1
+        self.may_write.wait(LONG_S)
+        super().write(blocks, start, keys, values)
+
+
+@pytest.mark.parametrize("is_lost", [False, True], ids=["whole", "second chunk lost"])
+def test_a_load_is_over_when_nothing_is_being_written_any_more(is_lost: bool) -> None:
+    """The blocks of a failed load are given away as soon as it is told of."""
+    pages = SlowPages()
+    transfers = make(KVStore([HostTier(None)]), pages)
+    saved = pages.read(BLOCKS, 0, 16)
+    save_both(transfers)
+    if is_lost:
+        transfers.store.delete(KEYS[1])
+    transfers.load(Load("r", (tuple(KEYS),), 0, 0, 16, (9, 2, 7, 4)))
+    assert eventually(lambda: pages.begun == 1 + (not is_lost))  # chunks do not wait for one another
+    time.sleep(0.05)
+    assert transfers.is_loading
+    assert transfers.arrivals() == []
+    pages.may_write.set()
+    arrival = wait(transfers)
+    assert not transfers.is_loading
+    assert arrival.bad_blocks == ({7, 4} if is_lost else set())
+    written = pages.read((9, 2, 7, 4), 0, 16)
+    count = 8 if is_lost else 16
+    assert all(torch.equal(old[:, :, :count], new[:, :, :count]) for old, new in zip(saved, written, strict=True))
+    transfers.close()
+
+
+def test_a_write_that_fails_loses_the_load() -> None:
+    class BadPages(Pages):
+        def write(self, blocks: Sequence[int], start: int, keys: Tensor, values: Tensor) -> None:
+            if start:
+                raise RuntimeError("out of memory")
+            super().write(blocks, start, keys, values)
+
+    transfers = make(KVStore([HostTier(None)]), BadPages())
+    save_both(transfers)
+    arrival = load(transfers, 0, 16)
+    assert arrival.loaded.failed
+    assert arrival.bad_blocks == {9, 2, 7, 4}
+    assert transfers.take_counts()["errors"] == 1
+    assert transfers.take_counts() == {}
+    transfers.close()
