@@ -31,10 +31,11 @@ from torch import Tensor
 
 from ..blend.selection import CandidateTokens, Selector, by_deviation, deviation_of, squares
 from ..errors import EngineError
+from .vllm_arrivals import Arrival, Fetched
 from .vllm_layout import PagedLayers, write_layer
 from .vllm_messages import Advance, Fusion, Loaded
 from .vllm_passes import EnginePasses, first_slice
-from .vllm_transfers import Arrival, Fetched, Transfers
+from .vllm_transfers import Transfers
 
 _LOSS = 0.25  # squared, relative: 2 bits lose about a tenth; keys that are turned by chance differ by 2
 

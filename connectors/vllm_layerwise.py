@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ..core import KVChunk, KVSpec
 from ..kvstore.store import KVStore
+from .vllm_arrivals import Arrival, Worth
 from .vllm_messages import Load, Loaded
-from .vllm_transfers import Arrival, Worth
 
 _LOADERS = 2
 

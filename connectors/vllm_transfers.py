@@ -5,97 +5,25 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..core import ChunkKey, KVChunk, KVSpec
 from ..errors import KVLoomError
 from ..kvstore.books import Move
 from ..kvstore.store import KVStore
+from .vllm_arrivals import Arrival, Fetched, Worth
 from .vllm_messages import Answer, Fusion, Load, Loaded, LookUp, Save
+from .vllm_writes import PagedCache, Writes
 
 _LOADERS = 4  # so that what lies on a slow disk is not in the way of what lies in memory
-
 _WRITERS = 2  # a chunk is written in less time than its neighbours take on another core
-_AHEAD = 3  # chunks of a load that are read and not written yet
 
 _LOG = logging.getLogger("kvloom.vllm")
-
-
-class PagedCache(Protocol):
-    """What transfers need of `PagedLayers`."""
-
-    block_tokens: int
-
-    def read(self, blocks: Sequence[int], start: int, stop: int) -> tuple[Tensor, Tensor]: ...
-    def write(self, blocks: Sequence[int], start: int, keys: Tensor, values: Tensor) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """A load that is over: what came, and the blocks in which nothing did."""
-
-    request_id: str
-    loaded: Loaded
-    bad_blocks: frozenset[int]
-
-
-@dataclass(slots=True)
-class Worth:
-    """What computing loaded tokens took, as far as their chunks say so, and how many tokens say nothing."""
-
-    recompute_s: float = 0.0
-    unpriced_tokens: int = 0
-
-    def add(self, tokens: int, chunk_tokens: int, chunk_recompute_s: float | None) -> None:
-        """`tokens` of a chunk of `chunk_tokens`."""
-        if chunk_recompute_s is None:
-            self.unpriced_tokens += tokens
-        else:
-            self.recompute_s += chunk_recompute_s * tokens / chunk_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """Which documents of a fusion are in its blocks now, and the tiers that their tokens came from."""
-
-    found: tuple[bool, ...]
-    tokens: Mapping[str, int]
-    worth: Worth = field(default_factory=Worth)
-
-
-class Writes:
-    """Chunks of one load on their way into its blocks, while the next ones are read. At the end all are there.
-
-    Raises
-    ------
-    Exception : whatever writing one of them raised; nothing is being written any more.
-    """
-
-    def __init__(self, cache: PagedCache, writer: ThreadPoolExecutor) -> None:
-        self._cache, self._writer = cache, writer
-        self._under_way: deque[Future[None]] = deque()
-
-    def add(self, blocks: Sequence[int], start: int, keys: Tensor, values: Tensor) -> None:
-        """As `PagedCache.write`, but not yet done."""
-        while len(self._under_way) >= _AHEAD:
-            self._under_way.popleft().result()
-        self._under_way.append(self._writer.submit(self._cache.write, blocks, start, keys, values))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        wait(self._under_way)
-        if kind is None:
-            for write in self._under_way:
-                write.result()
 
 
 class Transfers:

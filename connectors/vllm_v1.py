@@ -9,7 +9,7 @@ Stock vLLM from 0.32 on. Without kvloom's entry point (not installed, only on th
 may ask for in its `kv_transfer_params` is `vllm_settings.RequestOptions`; what it gets back is `{"kvloom": {...}}`.
 
 vLLM makes two of this class: one beside its scheduler (`vllm_plan` does the work there), one in each worker
-(`vllm_transfers` and, for fusion, `vllm_fusion`). They speak through the metadata of a step of the engine; where both
+(`vllm_steps`, with what `vllm_worker` opens). They speak through the metadata of a step of the engine; where both
 are in one process, the scheduler's half asks the worker's store directly.
 """
 
@@ -43,10 +43,10 @@ from .vllm_plan import Planner
 from .vllm_retrieval_settings import decoding_identity
 from .vllm_settings import RequestOptions, VLLMSettings
 from .vllm_stats import FAULTS, KVLoomPromMetrics, KVLoomStats
+from .vllm_steps import Steps
 from .vllm_worker import Worker, agreed_model_id, expect_servable, open_worker, publishes_events
 
 _LOG = logging.getLogger("vllm.kvloom")
-_IDLE_WAIT_S = 0.01
 _SOURCES = {"host": CacheHitSource.HOST, "disk": CacheHitSource.DISK}
 
 
@@ -97,12 +97,7 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         self._kv_cache_manager: Any = None
         self._may_fuse = False
         self.worker: Worker | None = None
-        self._report = StepReport()
-        self._is_busy = False  # something was begun whose end has not been told of
-        self._waits_for_layers = False  # within this step
-        self._bad_blocks: set[int] = set()
-        self._lost: set[str] = set()
-        self._arrived: set[str] = set()
+        self._steps: Steps | None = None
         self._refused = 0
         self._model_id = ""
         self._decoding = decoding_identity(vllm_config.additional_config)
@@ -226,6 +221,7 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         self.worker = open_worker(self.settings, self._model_id, self._vllm_config, self._kv_cache_config)
+        self._steps = Steps(self.worker)
 
     def get_handshake_metadata(self) -> WorkerSpec | None:
         if self.worker is None:
@@ -233,34 +229,12 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         return WorkerSpec(self.worker.spec.to_json(), self.worker.fuser is not None, self.worker.fusion_ratio)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        if self.worker is None:
-            return
-        plan = self._get_connector_metadata().plan
-        if not self._is_busy and plan.is_empty:
-            return
-        self._is_busy = True
-        self._report.number = plan.number
-        self._lost = set()
-        for lookup in plan.lookups:
-            self._report.answers[lookup.request_id] = self.worker.transfers.look_up(lookup)
-        for load in plan.loads:
-            self.worker.transfers.load(load)
-        if self.worker.fuser is not None:
-            for fusion in plan.fusions:
-                self.worker.fuser.begin(fusion)
-            for advance in plan.advances:
-                self.worker.fuser.advance(advance)
-            self._report.found |= {name: (mask,) for name, mask in self.worker.fuser.fetched().items()}
-
-        # Last, since passes of our own would wait for them, too.
-        for load in plan.layerwise:
-            self.worker.layer_loads.begin(load)
-            self._waits_for_layers = True
+        if self._steps is not None:
+            self._steps.begin(self._get_connector_metadata().plan)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """For loads within the step; others are over before the engine schedules what needs them."""
-        if self._waits_for_layers and self.worker is not None and layer_name in self.worker.layer_numbers:
-            self.worker.layer_loads.wait(self.worker.layer_numbers[layer_name])
+        if self._steps is not None:
+            self._steps.wait_for_layer(layer_name)
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
@@ -271,64 +245,25 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         """Whole chunks are saved when a step is done, see `wait_for_save`."""
 
     def wait_for_save(self) -> None:
-        if self.worker is None:
-            return
-        self._finish_layers()
-        for save in self._get_connector_metadata().plan.saves:
-            if save.request_id not in self._lost:  # otherwise computed on what has not come
-                self.worker.transfers.save(save)
-
-    def _finish_layers(self) -> None:
-        if not self._waits_for_layers or self.worker is None:
-            return
-        self._waits_for_layers = False
-        arrivals = self.worker.layer_loads.finish()
-        for arrival in arrivals:
-            self._report.loaded[arrival.request_id] = arrival.loaded
-            self._bad_blocks |= arrival.bad_blocks
-        self._lost |= {arrival.request_id for arrival in arrivals if arrival.loaded.failed}
+        if self._steps is not None:
+            self._steps.save(self._get_connector_metadata().plan)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        if self.worker is None:
+        if self._steps is None:
             return None, None
-        is_idle = self._get_connector_metadata().plan.is_idle
-        if not (self._is_busy or is_idle):
-            return None, None
-        for request_id in finished_req_ids:
-            self.worker.transfers.cancel(request_id)
-        if is_idle:
-            self.worker.transfers.wait(_IDLE_WAIT_S)
-        self._finish_layers()
-        arrivals = self.worker.transfers.arrivals()
-        if self.worker.fuser is not None:
-            for request_id in finished_req_ids:
-                self.worker.fuser.cancel(request_id)
-            arrivals += self.worker.fuser.arrivals()
-        for arrival in arrivals:
-            self._report.loaded[arrival.request_id] = arrival.loaded
-            self._bad_blocks |= arrival.bad_blocks
-            self._arrived.add(arrival.request_id)
-        self._is_busy = self.worker.has_work
-        arrived, self._arrived = self._arrived, set()
-        return None, arrived or None
+        return None, self._steps.end(self._get_connector_metadata().plan, finished_req_ids) or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        blocks, self._bad_blocks = self._bad_blocks, set()
-        return blocks
+        return set() if self._steps is None else self._steps.take_bad_blocks()
 
     def build_connector_worker_meta(self) -> StepNews | None:
-        if self.worker is not None and self.worker.transfers.tells_moves:
-            self._report.moves += self.worker.transfers.take_moves()
-        if self._report.is_empty:
-            return None
-        report, self._report = self._report, StepReport()
-        return StepNews(report)
+        report = None if self._steps is None else self._steps.take_report()
+        return None if report is None else StepNews(report)
 
     def shutdown(self) -> None:
-        if self.worker is not None:
-            self.worker.layer_loads.close()
-            self.worker.transfers.close()
-            self.worker = None
+        if self._steps is not None:
+            self._steps.close()
+        self._steps = self.worker = None
 
     # ================================================================================================ counting
 

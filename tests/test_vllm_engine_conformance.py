@@ -103,7 +103,7 @@ def finish(worker: SimulatedWorker) -> None:
     vllm_unit("utils").assert_scheduler_empty(worker.scheduler)
     planner = worker.scheduler.connector._planner
     assert not planner._tracked
-    assert not planner._fusing
+    assert not planner._fusions.is_fusing
 
 
 def prompt(seed: int, tokens: int) -> list[int]:
@@ -160,9 +160,9 @@ def test_their_own(
         assert async_load
         planner = ours._planner
         for name, tokens in tokens_of.items():
-            request = planner._tracked[name]
-            planner._extend_keys(request)
-            worker.store |= {key: [0] * CHUNK for key in request.keys[0][: tokens // CHUNK]}
+            keys = planner._tracked[name].request.keys
+            keys.extend()
+            worker.store |= {key: [0] * CHUNK for key in keys.between(0, tokens // CHUNK)[0]}
 
         def answer(request: Any, computed: int) -> tuple[int | None, bool]:
             asked.append(ours.get_num_new_matched_tokens(request, computed))
@@ -388,7 +388,7 @@ def test_half_a_fusion_is_left(
 ) -> None:
     """As after a preemption: it goes on as it was begun or, where nobody knows what was chosen, usage says so."""
     if not remembered:
-        monkeypatch.setattr("kvloom.connectors.vllm_plan._PLANS", 0)
+        monkeypatch.setattr("kvloom.connectors.vllm_fusion_plan._PLANS", 0)
     worker = open_worker(make_scheduler(blocks=34), slice_tokens=30)
     store_documents(worker)
     tokens, spans = in_context(50)

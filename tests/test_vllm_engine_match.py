@@ -134,7 +134,7 @@ def test_fused_requests_that_are_preempted(llm: Any) -> None:
 
 def test_preempted_and_forgotten(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nobody remembers what was chosen, the rest is computed behind what is left, and usage says so."""
-    monkeypatch.setattr("kvloom.connectors.vllm_plan._PLANS", 0)
+    monkeypatch.setattr("kvloom.connectors.vllm_fusion_plan._PLANS", 0)
     tokens, _ = context((0, 1, 2), SYSTEM[:40])
     (whole,) = generate(llm, [tokens], {"save": False})
     assert usage(whole)["fused"] == "yes"

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kvloom.blend.selection import deviation_of, kv_deviation, squares
+from kvloom.connectors.vllm_arrivals import Fetched
 from kvloom.connectors.vllm_fusion import Fuser, stage
 from kvloom.connectors.vllm_messages import Advance, Document, Fusion
 from kvloom.connectors.vllm_passes import first_slice, running_model, runs_of
 from kvloom.connectors.vllm_rope import rope_of
-from kvloom.connectors.vllm_transfers import Fetched
 from kvloom.core import RopeSpec
 from kvloom.errors import EngineError
 

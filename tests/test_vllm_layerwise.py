@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvloom.connectors.vllm_arrivals import Arrival
 from kvloom.connectors.vllm_layerwise import LayerLoads
 from kvloom.connectors.vllm_messages import Load, Loaded, Scheduled, StepReport
 from kvloom.connectors.vllm_settings import RequestOptions
-from kvloom.connectors.vllm_transfers import Arrival
 from kvloom.core import KVChunk, KVSpec
 from kvloom.kvstore.keys import prefix_keys
 from kvloom.kvstore.store import KVStore

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvloom.connectors import vllm_plan
+from kvloom.connectors import vllm_fusion_plan
 from kvloom.connectors.vllm_fusion import continued
 from kvloom.connectors.vllm_messages import Advance, Answer, Fusion, Loaded, LookUp, Scheduled, StepReport
 from kvloom.connectors.vllm_plan import Planner
@@ -420,7 +420,7 @@ def test_usage_says_what_is_only_half_fused(monkeypatch: pytest.MonkeyPatch) -> 
     plan = planner(Shelf())
     assert fused_once(plan, "unknown choice", 20, None) is None
     assert plan.close("unknown choice")["fused"] == "partly"  # type: ignore[index]
-    monkeypatch.setattr(vllm_plan, "_PLANS", 0)
+    monkeypatch.setattr(vllm_fusion_plan, "_PLANS", 0)
     assert fused_once(plan, "forgotten", 8, (8, 9)) is not None
     assert plan.matched_tokens("forgotten", 20) == 0
     plan.allocated("forgotten", 0, blocks_for(40))
@@ -429,7 +429,7 @@ def test_usage_says_what_is_only_half_fused(monkeypatch: pytest.MonkeyPatch) -> 
     assert plan.close("plain")["fused"] == "no"  # type: ignore[index]
     tokens, options = list(range(40)), replace(PLAIN, documents=((10, 20),), ratio=0.2)
     for local, told in ((8, "no"), (12, "partly")):
-        monkeypatch.setattr(vllm_plan, "_PLANS", 9)
+        monkeypatch.setattr(vllm_fusion_plan, "_PLANS", 9)
         fused_once(plan, "before", 8, (8, 9))
         plan.open("failed", tokens, b"", replace(options, documents=((10, 20), (24, 36))))
         plan.allocated("failed", plan.matched_tokens("failed", local) or 0, blocks_for(40))

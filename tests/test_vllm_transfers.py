@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvloom.connectors.vllm_arrivals import Arrival
 from kvloom.connectors.vllm_messages import Document, Fusion, Load, LookUp, Save
-from kvloom.connectors.vllm_transfers import Arrival, Transfers
+from kvloom.connectors.vllm_transfers import Transfers
 from kvloom.core import ChunkKey, KVSpec, RopeSpec
 from kvloom.errors import TierUnavailableError
 from kvloom.kvstore.keys import content_key, prefix_keys
