@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..core import KVChunk, KVSpec
 from ..kvstore.store import KVStore
+from .threads import compute_alone
 from .vllm_arrivals import Arrival, Worth
 from .vllm_messages import Load, Loaded
 
@@ -80,7 +81,7 @@ class LayerLoads:
         self._chunk_tokens = chunk_tokens
         self._load_timeout_s = load_timeout_s
         self._count = count
-        self._loader = ThreadPoolExecutor(_LOADERS, thread_name_prefix="kvloom-layers")
+        self._loader = ThreadPoolExecutor(_LOADERS, "kvloom-layers", compute_alone)
         self._jobs: list[_Job] = []
 
     def begin(self, load: Load) -> None:

@@ -16,6 +16,7 @@ from ..core import ChunkKey, KVChunk, KVSpec
 from ..errors import KVLoomError
 from ..kvstore.books import Move
 from ..kvstore.store import KVStore
+from .threads import compute_alone
 from .vllm_arrivals import Arrival, Fetched, Worth
 from .vllm_messages import Answer, Fusion, Load, Loaded, LookUp, Save
 from .vllm_writes import PagedCache, Writes
@@ -61,9 +62,9 @@ class Transfers:
         self._chunk_tokens = chunk_tokens
         self._load_timeout_s = load_timeout_s
         self._save_pending_bytes = save_pending_bytes
-        self._loader = ThreadPoolExecutor(_LOADERS, thread_name_prefix="kvloom-load")
-        self._writer = ThreadPoolExecutor(_WRITERS, thread_name_prefix="kvloom-write")
-        self._saver = ThreadPoolExecutor(1, thread_name_prefix="kvloom-save")
+        self._loader = ThreadPoolExecutor(_LOADERS, "kvloom-load", compute_alone)
+        self._writer = ThreadPoolExecutor(_WRITERS, "kvloom-write", compute_alone)
+        self._saver = ThreadPoolExecutor(1, "kvloom-save", compute_alone)
         self._loads: dict[str, tuple[Load, Future[Arrival]]] = {}
         self._fetches: list[Future[Fetched]] = []
         self._cancelled: set[str] = set()  # written by the engine's thread, read by the loader
