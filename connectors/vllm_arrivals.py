@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ..core import KVChunk, KVSpec
 from .vllm_messages import Loaded
 
 
@@ -39,3 +40,8 @@ class Fetched:
     found: tuple[bool, ...]
     tokens: Mapping[str, int]
     worth: Worth = field(default_factory=Worth)
+
+
+def fits(chunk: KVChunk, spec: KVSpec, count: int, first: int) -> bool:
+    """Whether a chunk that came is what was asked for: of this model and rank, so many tokens from this position on."""
+    return chunk.spec == spec and len(chunk) == count and int(chunk.positions[0]) == first

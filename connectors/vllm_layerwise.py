@@ -24,7 +24,7 @@ from torch import Tensor
 from ..core import KVChunk, KVSpec
 from ..kvstore.store import KVStore
 from .threads import compute_alone
-from .vllm_arrivals import Arrival, Worth
+from .vllm_arrivals import Arrival, Worth, fits
 from .vllm_messages import Load, Loaded
 
 _LOADERS = 2
@@ -102,7 +102,7 @@ class LayerLoads:
             chunks = self._layer(job, layer)
             for index, chunk in enumerate(chunks[: job.lost_from]):
                 first = job.load.first + index * self._chunk_tokens
-                if chunk is None or not self._fits(chunk, first):
+                if chunk is None or not fits(chunk, self._spec, self._chunk_tokens, first):
                     job.lost_from = index
                     break
                 start, stop = max(first, job.load.start), min(first + self._chunk_tokens, job.load.stop)
@@ -182,9 +182,5 @@ class LayerLoads:
         if not is_lost:
             self._store.prefetch(keys)  # reading single layers promotes nothing
             return Arrival(load.request_id, loaded, frozenset())
-        size = self._cache.block_tokens
         token = max(load.first + job.lost_from * self._chunk_tokens, load.start)
-        return Arrival(load.request_id, loaded, frozenset(load.blocks[token // size : -(-load.stop // size)]))
-
-    def _fits(self, chunk: KVChunk, first: int) -> bool:
-        return chunk.spec == self._spec and len(chunk) == self._chunk_tokens and int(chunk.positions[0]) == first
+        return Arrival(load.request_id, loaded, load.blocks_from(token, self._cache.block_tokens))

@@ -42,6 +42,10 @@ class Load:
     stop: int
     blocks: tuple[int, ...]
 
+    def blocks_from(self, token: int, block_tokens: int) -> frozenset[int]:
+        """Blocks in which nothing came, if nothing did from this token on."""
+        return frozenset(self.blocks[token // block_tokens : -(-self.stop // block_tokens)])
+
 
 @dataclass(frozen=True, slots=True)
 class Save:

@@ -17,7 +17,7 @@ from ..errors import KVLoomError
 from ..kvstore.books import Move
 from ..kvstore.store import KVStore
 from .threads import compute_alone
-from .vllm_arrivals import Arrival, Fetched, Worth
+from .vllm_arrivals import Arrival, Fetched, Worth, fits
 from .vllm_messages import Answer, Fusion, Load, Loaded, LookUp, Save
 from .vllm_writes import PagedCache, Writes
 
@@ -136,7 +136,9 @@ class Transfers:
             else:
                 _LOG.error("loading KV of request %s failed; it is computed", request_id, exc_info=error)
                 self.count({"errors": 1, "failed_loads": 1})
-                over.append(Arrival(request_id, Loaded({}, True, 0.0), self._blocks_from(load, load.start)))
+                over.append(
+                    Arrival(request_id, Loaded({}, True, 0.0), load.blocks_from(load.start, self._cache.block_tokens))
+                )
         return over
 
     def _fetch(self, load: Load, begun_s: float) -> Arrival:
@@ -152,11 +154,10 @@ class Transfers:
                 remaining_s = begun_s + self._load_timeout_s - time.monotonic()
                 if load.request_id not in self._cancelled and remaining_s > 0:
                     chunk = self.store.get(key, timeout_s=remaining_s)
-                if chunk is None or not self._fits(chunk, first):
-                    self._tell_whereabouts(key)
+                self._tell_whereabouts(key)
+                if chunk is None or not fits(chunk, self._spec, self._chunk_tokens, first):
                     lost_from = start
                     break
-                self._tell_whereabouts(key)
                 here = slice(start - first, stop - first)
                 writes.add(load.blocks, start, chunk.keys[:, :, here], chunk.values[:, :, here])
                 tokens[tier or "moved"] += stop - start
@@ -169,7 +170,7 @@ class Transfers:
             return Arrival(load.request_id, loaded, frozenset())
         if load.request_id not in self._cancelled:
             self.count({"failed_loads": 1})
-        return Arrival(load.request_id, loaded, self._blocks_from(load, lost_from))
+        return Arrival(load.request_id, loaded, load.blocks_from(lost_from, self._cache.block_tokens))
 
     # -------------------------------------------------------------------------------------------------- fusing
 
@@ -192,12 +193,8 @@ class Transfers:
                 if remaining_s > 0 and start < stop:
                     positions = torch.arange(document.start, document.stop)
                     chunk = self.store.get(key, positions, timeout_s=remaining_s)
-                found.append(
-                    chunk is not None
-                    and chunk.spec == self._spec
-                    and len(chunk) == document.stop - document.start
-                    and int(chunk.positions[0]) == document.start
-                )
+                count = document.stop - document.start
+                found.append(chunk is not None and fits(chunk, self._spec, count, document.start))
                 if found[-1] and chunk is not None:
                     here = slice(start - document.start, stop - document.start)
                     writes.add(fusion.blocks, start, chunk.keys[:, :, here], chunk.values[:, :, here])
@@ -208,15 +205,6 @@ class Transfers:
     def _recompute_s(self, key: ChunkKey) -> float | None:
         (known,) = self.store.explain([key])
         return known.recompute_s
-
-    # ------------------------------------------------------------------------------------------------ geometry
-
-    def _fits(self, chunk: KVChunk, first: int) -> bool:
-        return chunk.spec == self._spec and len(chunk) == self._chunk_tokens and int(chunk.positions[0]) == first
-
-    def _blocks_from(self, load: Load, token: int) -> frozenset[int]:
-        block_tokens = self._cache.block_tokens
-        return frozenset(load.blocks[token // block_tokens : -(-load.stop // block_tokens)])
 
     # -------------------------------------------------------------------------------------------------- saving
 

@@ -82,7 +82,7 @@ def gather_scores(queries: Tensor, rows: Tensor, ids: Tensor, *, scale: float) -
     return found.masked_fill_((ids < 0)[:, None], -torch.inf).flatten(0, 1)
 
 
-TILE_TOKENS = 16
+TILE_TOKENS = 16  # as many as the compiled kernel has lanes
 
 
 def tiled(rows: Tensor) -> Tensor:
