@@ -116,7 +116,7 @@ class KVEvents:
         for save in plan.saves:
             if save.is_prefix and save.request_id in self._requests:
                 self._describe(self._requests[save.request_id], save.keys, save.start)
-        for load in plan.loads:
+        for load in (*plan.loads, *plan.layerwise):
             if load.request_id in self._requests:
                 for chunk, keys in enumerate(zip(*load.keys, strict=True)):
                     self._describe(self._requests[load.request_id], keys, load.first + chunk * self._chunk_tokens)

@@ -1,6 +1,11 @@
 """Which blocks are told of, by what the workers say of chunks; without an engine."""
 
-from kvloom.connectors.vllm_events import Residence, Residences, StoredBlocks
+from types import SimpleNamespace
+
+import pytest
+
+from kvloom.connectors.vllm_events import KVEvents, Residence, Residences, StoredBlocks
+from kvloom.connectors.vllm_messages import Load, StepPlan
 from kvloom.kvstore.books import Move
 
 BLOCKS = StoredBlocks((b"b1", b"b2"), b"b0", (1, 2, 3, 4), (None, None))
@@ -46,3 +51,16 @@ def test_a_reset_removes_everything() -> None:
     assert told(residences) == [("host", False)]
     residences.hear([Move(key, "host", False) for key in KEYS])
     assert told(residences) == []
+
+
+def test_chunks_are_described_however_they_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another engine stored is told of when a request here loads it: in the background, or within its step."""
+    load = Load("r", ((b"k0",),), 0, 0, 8, (1, 2))
+    for plan in (StepPlan(loads=[load]), StepPlan(layerwise=[load])):
+        events, described = KVEvents(4, 8), list[tuple[tuple[bytes, ...], int]]()
+        monkeypatch.setattr(
+            events, "_describe", lambda _, keys, start, described=described: described.append((keys, start))
+        )
+        events.open(SimpleNamespace(request_id="r"))
+        events.describe(plan)
+        assert described == [((b"k0",), 0)]
