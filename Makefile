@@ -33,7 +33,7 @@ engines: $(ENGINES)/vllm.stamp
 test-engines: engines
 	@$(ENGINES)/vllm/bin/python -c 'import kvloom, pathlib, sys; sys.exit(pathlib.Path(kvloom.__file__).parent != pathlib.Path.cwd())' \
 	|| $(ENGINES)/vllm/bin/python -m pip install --quiet --no-deps --editable .
-	$(ENGINES)/vllm/bin/python -m pytest -q -m engine tests/test_vllm_engine*.py
+	$(ENGINES)/vllm/bin/python -m pytest -q -m engine tests/engines
 
 torture: $(VENV)/dev.stamp
 	$(NAME)/pytest -q -m torture

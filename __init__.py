@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .blend.blender import Blender as Blender
-    from .compress.catalog import codec_by_name as codec_by_name
-    from .compress.certificate import Certificate as Certificate
-    from .compress.profile import Profile as Profile
+    from .calibration.certificate import Certificate as Certificate
+    from .calibration.model_profile import Profile as Profile
     from .compress.raw import RawCodec as RawCodec
-    from .connectors.hf import TransformersConnector as TransformersConnector
-    from .connectors.hf_retrieval import Retrieval as Retrieval
+    from .compress.registry import codec_by_name as codec_by_name
+    from .connectors.hf.connector import TransformersConnector as TransformersConnector
     from .core import ChunkKey as ChunkKey
     from .core import Codec as Codec
     from .core import EncodedChunk as EncodedChunk
@@ -25,20 +24,21 @@ if TYPE_CHECKING:
     from .errors import KVLoomError as KVLoomError
     from .kvstore.keys import content_key as content_key
     from .kvstore.keys import prefix_keys as prefix_keys
-    from .kvstore.quota import Quota as Quota
+    from .kvstore.placement.quota import Quota as Quota
     from .kvstore.store import KVStore as KVStore
     from .kvstore.tiers.device import DeviceTier as DeviceTier
-    from .kvstore.tiers.disk import DiskTier as DiskTier
+    from .kvstore.tiers.disk.tier import DiskTier as DiskTier
     from .kvstore.tiers.host import HostTier as HostTier
     from .kvstore.tiers.shared import SharedTier as SharedTier
+    from .retrieval.settings import Retrieval as Retrieval
 
 _HOME = {
     "Blender": "blend.blender",
-    "Certificate": "compress.certificate",
+    "Certificate": "calibration.certificate",
     "ChunkKey": "core",
     "Codec": "core",
     "DeviceTier": "kvstore.tiers.device",
-    "DiskTier": "kvstore.tiers.disk",
+    "DiskTier": "kvstore.tiers.disk.tier",
     "EncodedChunk": "core",
     "HostTier": "kvstore.tiers.host",
     "KVChunk": "core",
@@ -46,15 +46,15 @@ _HOME = {
     "KVSpec": "core",
     "KVStore": "kvstore.store",
     "LayerwiseModel": "core",
-    "Profile": "compress.profile",
-    "Quota": "kvstore.quota",
+    "Profile": "calibration.model_profile",
+    "Quota": "kvstore.placement.quota",
     "RawCodec": "compress.raw",
-    "Retrieval": "connectors.hf_retrieval",
+    "Retrieval": "retrieval.settings",
     "RopeSpec": "core",
     "SharedTier": "kvstore.tiers.shared",
     "Tier": "core",
-    "TransformersConnector": "connectors.hf",
-    "codec_by_name": "compress.catalog",
+    "TransformersConnector": "connectors.hf.connector",
+    "codec_by_name": "compress.registry",
     "content_key": "kvstore.keys",
     "prefix_keys": "kvstore.keys",
 }

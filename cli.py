@@ -16,11 +16,11 @@ from . import __version__
 from .errors import KVLoomError
 
 BENCHMARKS = {
-    "blend": ".bench.blend",
-    "codecs": ".bench.codecs",
-    "retrieval": ".bench.retrieval",
-    "tiers": ".bench.tiers",
-    "vllm": ".bench.vllm",
+    "blend": ".bench.blend.run",
+    "codecs": ".bench.codecs.run",
+    "retrieval": ".bench.retrieval.run",
+    "tiers": ".bench.tiers.run",
+    "vllm": ".bench.vllm.run",
 }
 """Module of each benchmark by name. It offers `run(*, quick: bool) -> BenchResult`."""
 
@@ -145,7 +145,7 @@ def demo(
     quick: Quick = False,
 ) -> None:
     """Answer questions over cached documents, by every method, cold and after a restart."""
-    from .bench.demo import DemoOptions, run_demo
+    from .bench.demo.run import DemoOptions, run_demo
 
     options = DemoOptions(model=model, docs=docs, question=question, json=json, report=report, store=store, quick=quick)
     run_demo(options)
@@ -190,7 +190,7 @@ def bench(
             options[option] = value
     if sizes is not None:
         options["sizes"] = [_tokens(part) for part in _parts(sizes)]
-    from .bench.report import BenchResult
+    from .evaluation.report import BenchResult
 
     result = import_module(BENCHMARKS[name], __package__).run(quick=quick, **options)
     if not isinstance(result, BenchResult):
@@ -236,7 +236,7 @@ def calibrate(
     """Learn a model's keys and values from text: the profile that nuq, lowrank, entropy, kv4 and vq need."""
     if not text:
         raise ValueError("no text; name files or folders of it with --text")
-    from .bench.calibrate import CalibrateOptions, run_calibrate
+    from .certify.calibrate import CalibrateOptions, run_calibrate
 
     options = CalibrateOptions(
         model=_model_dir(model),
@@ -307,8 +307,8 @@ def certify(
     if (codec is not None) + (retrieval is not None) + fusion != 1:
         raise ValueError("give one of --codec, --retrieval and --fusion")
     if fusion:
-        from .bench.certify_fusion import FusionOptions, certify_fusion
-        from .bench.quality import KINDS
+        from .certify.fusion import FusionOptions, certify_fusion
+        from .evaluation.quality import KINDS
 
         asked = FusionOptions(
             model=_model_dir(model),
@@ -324,10 +324,10 @@ def certify(
         if not certify_fusion(asked).passed:
             raise typer.Exit(1)
         return
-    from .bench.certify import CertifyOptions
-    from .bench.certify import certify as measure
-    from .bench.quality import Limits
-    from .connectors.hf_retrieval import Retrieval
+    from .certify.certify import CertifyOptions
+    from .certify.certify import certify as measure
+    from .evaluation.quality import Limits
+    from .retrieval.settings import Retrieval
 
     decoding = None
     if retrieval is not None:
@@ -386,8 +386,8 @@ def simulate(
     ] = None,
 ) -> None:
     """Replay a recorded trace: hit ratios by eviction policy, capacity and codec ratio."""
-    from .bench.simulate import SimulateOptions, simulate
-    from .kvstore.policy import POLICIES
+    from .bench.eviction.run import SimulateOptions, simulate
+    from .kvstore.eviction.policy import POLICIES
 
     options = SimulateOptions(
         trace=trace,

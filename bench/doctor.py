@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .environment import devices, environment, usable
-from .report import BenchResult, Metric
+from ..evaluation.environment import devices, environment, usable
+from ..evaluation.report import BenchResult, Metric
 
 COPY_BYTES = 128 << 20
 DISK_BYTES = 32 << 20

@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..calibration.model_profile import Profile
 from ..core import Codec, EncodedChunk, KVChunk
 from ..errors import CodecError
+from .kernels.ops import pack_bits, packed_bytes, unpack_bits
 from .nested import Nested, Streamed, open_nested, seal_nested
-from .ops import pack_bits, packed_bytes, unpack_bits
 from .predictor import TABLE_NAMES, CodeMoments, Predictor, count_codes, fit_prediction, to_frequencies
-from .profile import Profile
 from .streams import STREAM_LAYERED, STREAM_NAMES, pack_streams, unpack_streams
 
 _OWN_TABLE = "frequencies."

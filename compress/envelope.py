@@ -11,9 +11,9 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from ..calibration.model_profile import Profile
 from ..core import Codec, EncodedChunk, KVChunk, KVSpec
 from ..errors import CodecError, SpecMismatchError
-from .profile import Profile
 
 Form: TypeAlias = tuple[str, str]  # name of a codec, and its parameters as canonical JSON
 

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..calibration.model_profile import Profile
 from ..core import EncodedChunk, KVChunk, KVSpec
 from ..errors import CodecError
 from .envelope import maker_of, open_envelope, seal
 from .exact import EXACT_PARTS, take_exact, unusual_tokens
-from .profile import Profile
 from .rotation import Turn, unrotated
 from .uniform import PARTS, Grouping, dequantize, quantize
 

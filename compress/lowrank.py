@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..calibration.model_profile import Profile
 from ..core import EncodedChunk, KVChunk, KVSpec
 from ..errors import CodecError
 from .envelope import Envelope, expect_tensor, open_envelope, seal
 from .exact import put_exact
 from .gram import Gram, factorize, rank_for
-from .ops import pack_bits, packed_bytes, unpack_bits
-from .profile import Profile
+from .kernels.ops import pack_bits, packed_bytes, unpack_bits
 from .raw import RawCodec
 from .rotation import Turn, unrotated
 from .values import EncodesValues

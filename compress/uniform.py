@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core import EncodedChunk
 from .envelope import expect_tensor
 from .exact import put_exact, read_exact
-from .ops import dequantize_rotate, pack_bits, packed_bytes
+from .kernels.ops import dequantize_rotate, pack_bits, packed_bytes
 from .rotation import Turn
 
 PARTS = ("", "_scale", "_zero")

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from ..core import ChunkKey, EncodedChunk
 from ..errors import ChunkCorruptError, CodecError
-from .copies import on_cpu
+from .encoding.copies import on_cpu
 
 ReadAt: TypeAlias = Callable[[memoryview, int], None]
 """Fills the buffer with the container's bytes from that offset on, or raises."""

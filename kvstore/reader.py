@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..core import ChunkKey, EncodedChunk, KVChunk
 from ..errors import CodecError
-from .books import Books
-from .clerk import Clerk, Fetch
-from .forms import Forms
+from .encoding.tier_codecs import Forms
 from .history import Lookup
+from .placement.catalog import Books
+from .placement.tier_io import Clerk, Fetch
 
 
 class Reader:

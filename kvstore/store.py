@@ -13,22 +13,22 @@ from typing import Literal, Self, TypeAlias, get_args
 
 from torch import Tensor
 
-from ..compress.certificate import Certificate
+from ..calibration.certificate import Certificate
 from ..compress.raw import RawCodec
 from ..core import ChunkInfo, ChunkKey, Codec, EncodedChunk, HoldsChunks, KVChunk, KVSpec, ReadsLayers, Tier
 from ..errors import SpecMismatchError, TierError, TierUnavailableError
-from .admission import AdmissionPolicy, admission_factory
-from .books import Books, Move
-from .clerk import Clerk, whole
-from .forms import Forms
+from .encoding.certification import Permits
+from .encoding.tier_codecs import Forms
+from .eviction.admission import AdmissionPolicy, admission_factory
+from .eviction.policy import EvictionPolicy, policy_factory
 from .history import Explanation
 from .keys import check_key
-from .permits import Permits
-from .policy import EvictionPolicy, policy_factory
-from .prefetch import Prefetch, PrefetchQueue
-from .quota import Quota, check_namespace, check_quotas
+from .placement.catalog import Books, Move
+from .placement.prefetch import Prefetch, PrefetchQueue
+from .placement.quota import Quota, check_namespace, check_quotas
+from .placement.tier_io import Clerk, whole
+from .placement.tier_stack import TierStack
 from .reader import Reader
-from .stack import TierStack
 from .stats import StoreStats
 
 Promotion: TypeAlias = Literal["always", "second-hit", "never"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CodecError
-from .ops import landmark_scores
+from .kernels.ops import landmark_scores
 from .rows import Rows
 from .selector import LayerShape, Pooling, Selection, pooled
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .attention import Partial, attend, nothing
-from .ops import check_ids, compiled_for_cpu
+from .kernels.ops import check_ids, compiled_for_cpu
 
 
 class Pages:
@@ -103,7 +103,7 @@ class Pages:
 
     def _addresses(self) -> np.ndarray:
         """Where pages lie, `[P, 6]` int64: `places` of keys and of values."""
-        from .ops_numba import places
+        from .kernels.ops_numba import places
 
         known = len(self._table)
         if known < len(self._keys):

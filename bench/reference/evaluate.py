@@ -22,10 +22,10 @@ from rich.table import Table
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ..passages import load_heldout, load_questions, sentences
-from ..report import BenchResult, Metric, mean_difference, paired_bootstrap
+from ...evaluation.passages import load_heldout, load_questions, sentences
+from ...evaluation.report import BenchResult, Metric, mean_difference, paired_bootstrap
+from ...evaluation.tasks import Task, TaskSampler
 from .ngram import Ids, NgramModel
-from .tasks import Task, TaskSampler
 
 SHORTEST_CONTEXT = 512
 WINDOW_TOKENS = 1024  # of the English test, BOS included

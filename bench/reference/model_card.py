@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..report import write_text
+from ...evaluation.report import write_text
+from ...evaluation.tasks import TaskSampler
 from .batches import MAX_POSITIONS
 from .corpus import PACKAGES
 from .evaluate import WINDOW_TOKENS
-from .tasks import TaskSampler
 
 Json = Mapping[str, Any]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..copies import wait_for_devices
+from ..encoding.copies import wait_for_devices
 from .buffers import allocate_buffer
 from .memory import MemoryTier
 from .slab import Placed, Slab

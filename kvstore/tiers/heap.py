@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ...core import EncodedChunk
 from ...errors import TierFullError
-from ..copies import on_cpu
+from ..encoding.copies import on_cpu
 
 
 @dataclass(slots=True, eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..copies import wait_for_devices
+from ..encoding.copies import wait_for_devices
 from .buffers import allocate_buffer, can_pin
 from .heap import Heap
 from .memory import MemoryTier

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from ...errors import TierError, TierUnavailableError
-from .disk import DiskTier
+from .disk.tier import DiskTier
 
 _ROOT = Path("/dev/shm")  # noqa: S108  the folder inside it belongs to the user alone, see `_make_private`
 _MOUNTS = Path("/proc/self/mountinfo")

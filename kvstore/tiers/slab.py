@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ...core import EncodedChunk
 from ...errors import TierFullError, TierUnavailableError
-from ..copies import copy, on_cpu
+from ..encoding.copies import copy, on_cpu
 from .arena import Arena, aligned
 
 

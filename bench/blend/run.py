@@ -1,0 +1,193 @@
+"""Does fusing cached chunks answer as full prefill does, and how much sooner? `kvloom bench blend`.
+
+Cross-document tasks with known answers, every method side by side on every task: exact match, greedy tokens, time to
+first token. `gap_closed` is the share of the exact-match gap between naive reuse and full prefill that a method makes
+good.
+"""
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from ...connectors.hf.connector import TransformersConnector
+from ...evaluation.fused_answers import FULL, HOST_BYTES, NAIVE, PREFIX, Method, Score, blend, score
+from ...evaluation.models import load_model, token_counter
+from ...evaluation.report import BenchResult, Floats, Metric, output, paired_bootstrap, share_of_gap
+from ...evaluation.screen import screen_table
+from ...evaluation.workload import task_cases
+from ...kvstore.store import KVStore
+from ...kvstore.tiers.disk.tier import DiskTier
+from ...kvstore.tiers.host import HostTier
+from ..demo.run import METHODS
+from ..harness.page_cache import drop_page_cache
+
+RATIOS = (0.01, 0.02, 0.05, 0.10, 0.15)
+NUM_DOCUMENTS = 8
+CONTEXT_TOKENS = 4480  # documents end at sentences, somewhat short of it, but above 4,096 together
+
+
+def run(*, quick: bool = False, model_dir: Path | None = None) -> BenchResult:
+    """Measure, print the tables, and return the figures.
+
+    Parameters
+    ----------
+    quick : smallest sizes, to see that it runs.
+    model_dir : a Hugging Face folder; None for the bundled reference model.
+    """
+    tasks, alias_tasks, timed = (3, 2, 2) if quick else (200, 100, 12)
+    context = 512 if quick else CONTEXT_TOKENS
+    lengths = (256, 512) if quick else (1120, 2240, 4480, 8960)
+    model, tokenizer = load_model(model_dir)
+    context = min(context, model.config.max_position_embeddings - 128)
+    count_tokens = token_counter(tokenizer)
+    metrics: dict[str, Metric] = {}
+    rows: list[dict[str, object]] = []
+    console = output()
+
+    def add(title: str, scores: Sequence[Score]) -> None:
+        heads = ("method", "TTFT ms", "speed-up", "computed", "exact", "gap closed", "KL nats")
+        table = screen_table(title, heads)
+        for s in scores:
+            row, gap = s.summary(scores[0]), gap_closed(scores, s)
+            rows.append({"table": title} | asdict(row) | {"gap_closed": asdict(gap)})
+            table.add_row(
+                row.method,
+                f"{row.ttft_s * 1e3:.0f}",
+                f"{row.speedup:.2f}x",
+                f"{row.computed_tokens:,.0f}",
+                *(f"{share:.1%}" for share in row.exact_match.values()),
+                _with_interval(gap),
+                f"{row.kl:.4f}",
+            )
+        console.print(table)
+
+    with (
+        tempfile.TemporaryDirectory(prefix="kvloom-bench-") as folder,
+        Progress(console=Console(stderr=True), transient=True) as bar,
+    ):
+        store_dir = Path(folder) / "store"
+        with KVStore([HostTier(HOST_BYTES), DiskTier(store_dir)]) as store:
+            connector = TransformersConnector(model, tokenizer, store)
+
+            def measure(kind: str, count: int, tokens: int, methods: Sequence[Method], seed: int) -> list[Score]:
+                cases = task_cases(
+                    None,
+                    count_tokens,
+                    kind=kind,
+                    count=count,
+                    context_tokens=tokens,
+                    num_documents=NUM_DOCUMENTS,
+                    seed=seed,
+                )
+                task = bar.add_task(f"{kind}, {tokens:,} tokens", total=count)
+                connector.precompute([d for case in cases for d in case.documents])
+                scores = score(connector, cases, methods, advance=lambda: bar.advance(task))
+                bar.remove_task(task)
+                return scores
+
+            records = measure(
+                "record",
+                tasks,
+                context,
+                [
+                    FULL,
+                    NAIVE,
+                    *(blend(r) for r in RATIOS),
+                    blend(0.15, "deviation+first"),
+                    blend(0.15, "first"),
+                    blend(0.15, "random"),
+                    blend(1.0),
+                ],
+                seed=1,
+            )
+            add(f"records, {context:,} tokens", records)
+            aliases = measure(
+                "alias", alias_tasks, context, [FULL, NAIVE, blend(0.05), blend(0.15), blend(0.15, "random")], seed=2
+            )
+            add(f"aliases, {context:,} tokens", aliases)
+            for tokens in lengths:
+                if tokens + 128 <= model.config.max_position_embeddings:
+                    swept = measure("record", timed, tokens, [FULL, PREFIX, *METHODS[2:]], seed=3)
+                    add(f"records by length, {tokens:,} tokens", swept)
+            metrics |= _quality_metrics(records, aliases)
+            metrics["ttft_speedup_at_0.15_host_4k"] = _speedup(records, "CacheBlend 15%")
+        with KVStore([DiskTier(store_dir)]) as store:
+            connector = TransformersConnector(model, tokenizer, store, model_id=connector.spec.model_id)
+            cases = task_cases(
+                None,
+                count_tokens,
+                kind="record",
+                count=timed,
+                context_tokens=context,
+                num_documents=NUM_DOCUMENTS,
+                seed=1,
+            )
+            cold = score(connector, cases, METHODS, before_each=lambda: drop_page_cache(store_dir))
+            add(f"records from disk, past the page cache, {context:,} tokens", cold)
+            metrics["ttft_speedup_at_0.15_disk_4k"] = _speedup(cold, "CacheBlend 15%")
+    console.print(_figures(metrics))
+    return BenchResult("blend", metrics, rows)
+
+
+def _named(scores: Sequence[Score], name: str) -> Score:
+    return next(s for s in scores if s.method.name == name)
+
+
+def _gap(naive: Floats, full: Floats, other: Floats) -> float:
+    return share_of_gap(float(naive.mean()), float(full.mean()), float(other.mean()))
+
+
+def gap_closed(scores: Sequence[Score], other: Score) -> Metric:
+    """Share of the exact-match gap between naive reuse and full prefill, with its paired bootstrap interval."""
+    naive, full = _named(scores, NAIVE.name), scores[0]
+    samples = [[float(right) for right in s.known] for s in (naive, full, other)]
+    value, low, high = paired_bootstrap(*samples, statistic=_gap)
+    return Metric(value, low, high, "share", "full prefill is 1, naive reuse is 0")
+
+
+def _quality_metrics(records: Sequence[Score], aliases: Sequence[Score]) -> dict[str, Metric]:
+    full, exact = records[0], _named(records, "CacheBlend 100%")
+    identical = sum(a.tokens == b.tokens for a, b in zip(full.outcomes, exact.outcomes, strict=True))
+    difference = max(
+        float((a.logits - b.logits).abs().max()) for a, b in zip(full.outcomes, exact.outcomes, strict=True)
+    )
+    closing = [r for r in RATIOS if gap_closed(records, _named(records, blend(r).name)).value >= 0.9]
+    metrics = {
+        "tokens_identical_at_1": Metric.of_share(identical, len(full.outcomes), baseline=1.0),
+        "max_abs_dlogit_at_1": Metric(difference, unit="logits", baseline=0.0),
+        "gap_closed_at_0.05": gap_closed(records, _named(records, "CacheBlend 5%")),
+        "gap_closed_at_0.15": gap_closed(records, _named(records, "CacheBlend 15%")),
+        "gap_closed_random_at_0.15": gap_closed(records, _named(records, "random 15%")),
+        "smallest_ratio_closing_0.9": Metric(min(closing, default=math.nan), unit="share of tokens", baseline=1.0),
+        "alias_gap_closed_at_0.05": gap_closed(aliases, _named(aliases, "CacheBlend 5%")),
+        "alias_gap_closed_at_0.15": gap_closed(aliases, _named(aliases, "CacheBlend 15%")),
+        "alias_gap_closed_random_at_0.15": gap_closed(aliases, _named(aliases, "random 15%")),
+    }
+    for kind, scores in (("record", records), ("alias", aliases)):
+        for name, method in (("full", FULL), ("naive", NAIVE)):
+            known = _named(scores, method.name).known
+            metrics[f"exact_match_{kind}_{name}"] = Metric.of_share(sum(known), len(known))
+    return metrics
+
+
+def _speedup(scores: Sequence[Score], name: str) -> Metric:
+    return Metric.of_samples(_named(scores, name).speedups(scores[0]), unit="times", baseline="full prefill")
+
+
+def _with_interval(metric: Metric) -> str:
+    interval = "" if metric.low is None or metric.high is None else f" [{metric.low:.2f}, {metric.high:.2f}]"
+    return f"{metric.value:.2f}{interval}"
+
+
+def _figures(metrics: Mapping[str, Metric]) -> Table:
+    table = screen_table("figures", ("name", "value", "interval", "unit"), left=(0, 3))
+    for name, m in metrics.items():
+        interval = "" if m.low is None or m.high is None else f"{m.low:.3g} to {m.high:.3g}"
+        table.add_row(name, f"{m.value:.3g}", interval, m.unit)
+    return table

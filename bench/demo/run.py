@@ -1,0 +1,232 @@
+"""`kvloom demo`: a question answered over cached documents, by every method, before and after a process restart."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table as ScreenTable
+
+from ...connectors.hf.connector import TransformersConnector
+from ...connectors.hf.model import check_supported
+from ...core import Tier
+from ...evaluation.fused_answers import FULL, HOST_BYTES, NAIVE, NEW_TOKENS, PREFIX, Score, Summary, blend, score
+from ...evaluation.models import load_model, token_counter
+from ...evaluation.page import Section, Table, html_report
+from ...evaluation.report import BenchResult, Metric, output, write_text
+from ...evaluation.screen import screen_table
+from ...evaluation.workload import Case, question_cases, read_documents, task_cases
+from ...kvstore.store import KVStore
+from ...kvstore.tiers.disk.tier import DiskTier
+from ...kvstore.tiers.host import HostTier
+from ..harness.page_cache import drop_page_cache
+from .sweep import sweep
+
+METHODS = (FULL, PREFIX, NAIVE, blend(0.15, "first"), blend(0.05), blend(0.15), blend(0.30))
+
+
+@dataclass(frozen=True, slots=True)
+class DemoOptions:
+    """What the command line says; every field may be left out.
+
+    Attributes
+    ----------
+    model : a Hugging Face folder; None for the bundled reference model.
+    docs : a folder of texts: documents to ask about if there is a `question`, else text to hide tasks in.
+    question : asked over `docs`, or over bundled passages.
+    json, report : files to write.
+    store : folder of the disk tier, kept; None for a temporary one.
+    quick : smallest sizes.
+    """
+
+    model: Path | None = None
+    docs: Path | None = None
+    question: str | None = None
+    json: Path | None = None
+    report: Path | None = None
+    store: Path | None = None
+    quick: bool = False
+
+
+def demo_cases(options: DemoOptions, count_tokens: Callable[[str], int], max_tokens: int) -> list[Case]:
+    """What the demo asks, see `DemoOptions`.
+
+    Raises
+    ------
+    ValueError : the documents cannot be read, or do not fit into `max_tokens`.
+    """
+    texts = None if options.docs is None else read_documents(options.docs)
+    if options.question is not None:
+        documents = tuple(texts) if texts is not None else question_cases(1)[0].documents
+        total = sum(map(count_tokens, documents)) + count_tokens(options.question) + NEW_TOKENS + 16
+        if total > max_tokens:
+            raise ValueError(
+                f"documents and question have about {total} tokens, the model's context {max_tokens}; "
+                "give fewer or shorter documents"
+            )
+        return [Case("question", documents, f"\nQ: {options.question}\nA:")] * (2 if options.quick else 5)
+    context = min(512 if options.quick else 4480, max_tokens - 128)  # of which documents fill a little less
+    counts = {"record": 2, "alias": 1} if options.quick else {"record": 6, "alias": 4}
+    cases = [
+        case
+        for kind, n in counts.items()
+        for case in task_cases(texts, count_tokens, kind=kind, count=n, context_tokens=context)
+    ]
+    return cases if texts is not None else [*cases, *question_cases(1)]
+
+
+def measure(options: DemoOptions, store_dir: Path, *, restarted: bool) -> tuple[list[Score], list[Case]]:
+    """All methods on all cases; after a restart every chunk is read from the disk, past the page cache."""
+    model, tokenizer = load_model(options.model)
+    check_supported(model)
+    cases = demo_cases(options, token_counter(tokenizer), model.config.max_position_embeddings)
+    tiers: list[Tier] = [HostTier(HOST_BYTES), DiskTier(store_dir)]  # opened last: a wrong option leaves nothing behind
+    with KVStore(tiers) as store, Progress(console=Console(stderr=True), transient=True) as bar:
+        connector = TransformersConnector(model, tokenizer, store)
+        if not restarted:
+            documents = list(dict.fromkeys(d for case in cases for d in case.documents))
+            connector.precompute(documents, progress=True)
+            # A store that is kept may hold them from an earlier run, on the disk only.
+            store.prefetch([connector.key_of(connector.encode_document(d)) for d in documents]).result()
+        task = bar.add_task("answering after a restart" if restarted else "answering", total=len(cases))
+        scores = score(
+            connector,
+            cases,
+            METHODS,
+            before_each=(lambda: drop_page_cache(store_dir)) if restarted else (lambda: None),
+            advance=lambda: bar.advance(task),
+        )
+        return scores, cases
+
+
+def run_demo(options: DemoOptions) -> None:
+    """Run the demo and print it; see `DemoOptions`.
+
+    Raises
+    ------
+    ValueError, KVLoomError : an option is wrong; nothing has been written then.
+    """
+    console = output()
+    with ExitStack() as stack:
+        store_dir = options.store
+        if store_dir is None:
+            store_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvloom-demo-"))) / "store"
+        scores, cases = measure(options, store_dir, restarted=False)
+        rows = [s.summary(scores[0]) for s in scores]
+        console.print(_intro(cases))
+        console.print(_console_table("Documents precomputed once, then fused from host memory", rows))
+        again = _restarted(options, store_dir)
+        console.print(_console_table("After a process restart: every chunk from the disk, past the page cache", again))
+        console.print(_LEGEND, style="dim")
+        if options.question is not None:
+            _print_answers(options, scores, console)
+        phases = {"first run": rows, "after restart": again}
+        table = [{"phase": phase} | asdict(row) for phase, phase_rows in phases.items() for row in phase_rows]
+        result = BenchResult("demo", _metrics(phases), table)
+        if options.json is not None:
+            result.write(options.json)
+        if options.report is not None:
+            write_text(options.report, _page(options, rows, again, store_dir))
+            console.print(f"report: {options.report}")
+
+
+def _restarted(options: DemoOptions, store_dir: Path) -> list[Summary]:
+    """The same measurement in a fresh process over the same store."""
+    asked = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
+    with tempfile.TemporaryDirectory(prefix="kvloom-demo-") as folder:
+        out = Path(folder) / "rows.json"
+        command = [sys.executable, "-m", f"{__package__}.restart", json.dumps(asked), str(store_dir), str(out)]
+        subprocess.run(command, check=True)
+        return [Summary(**row) for row in json.loads(out.read_text())]
+
+
+def _intro(cases: Sequence[Case]) -> str:
+    kinds = Counter(case.kind for case in cases)
+    return "Asked: " + "; ".join(f"{n} {_KINDS[kind]}" for kind, n in kinds.items())
+
+
+def _console_table(title: str, rows: Sequence[Summary]) -> ScreenTable:
+    table = screen_table(title, _columns(rows))
+    for row in rows:
+        table.add_row(*_cells(row))
+    return table
+
+
+def _columns(rows: Sequence[Summary]) -> list[str]:
+    right = [f"{_KINDS[kind].split()[0]} right" for kind in rows[0].exact_match]
+    return ["method", "TTFT ms", "speed-up", "computed", "loaded", *right, "KL nats"]
+
+
+_KINDS = {
+    "record": "records (an entity is named in one document, its code stands in the next)",
+    "alias": "aliases (two hops over two documents)",
+    "question": "questions over documents as they are",
+}
+_LEGEND = (
+    "TTFT: time to first token, from the request's tokens to the answer's first, median. Speed-up: full prefill's time "
+    "over it, question by question. Computed: tokens that ran through a layer, mean over layers. Loaded: from where. "
+    "Right: answered word for word. KL: of the next-token distribution to that "
+    "of full prefill."
+)
+
+
+def _cells(row: Summary) -> list[str]:
+    return [
+        row.method,
+        f"{row.ttft_s * 1e3:.0f}",
+        f"{row.speedup:.2f}x",
+        f"{row.computed_tokens:,.0f}",
+        " + ".join(f"{size / 1e6:.1f} MB {tier}" for tier, size in row.loaded_bytes.items()) or "-",
+        *(f"{share:.0%}" for share in row.exact_match.values()),
+        f"{row.kl:.4f}",
+    ]
+
+
+def _print_answers(options: DemoOptions, scores: Sequence[Score], console: Console) -> None:
+    _, tokenizer = load_model(options.model)
+    for s in scores:
+        text = str(tokenizer.decode(list(s.outcomes[0].tokens), skip_special_tokens=True))
+        console.print(f"  {s.method.name:>18}: {text.strip()!r}", markup=False, highlight=False)
+
+
+def _metrics(phases: Mapping[str, Sequence[Summary]]) -> dict[str, Metric]:
+    found = {}
+    for phase, rows in phases.items():
+        for row in rows:
+            name = f"{row.method} {phase}".replace(" ", "_")
+            found[f"ttft_s_{name}"] = Metric(row.ttft_s, row.ttft_s_p10, row.ttft_s_p90, "s", rows[0].ttft_s)
+            for kind, share in row.exact_match.items():
+                baseline = rows[0].exact_match[kind]
+                found[f"exact_match_{kind}_{name}"] = Metric(share, unit="share", baseline=baseline)
+    return found
+
+
+def _page(
+    options: DemoOptions,
+    rows: Sequence[Summary],
+    again: Sequence[Summary],
+    store_dir: Path,
+) -> str:
+    curves = sweep(options.model, options.docs, store_dir, quick=options.quick)
+    return html_report(
+        "kvloom: a question over cached documents",
+        [
+            Section(
+                "Every method side by side",
+                _LEGEND,
+                [
+                    Table(_columns(rows), [_cells(r) for r in rows], "First run: chunks in host memory"),
+                    Table(_columns(rows), [_cells(r) for r in again], "After a process restart: chunks on disk"),
+                ],
+            ),
+            Section("Time against the number of cached documents", "", [curves[0]]),
+            Section("Quality against the share of tokens recomputed", "", [curves[1]]),
+        ],
+    )

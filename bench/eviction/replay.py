@@ -1,0 +1,144 @@
+"""A recorded trace, replayed through the store, or by who knows the future."""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ...core import ChunkKey, EncodedChunk, KVChunk, KVSpec
+from ...errors import TierFullError
+from ...kvstore.store import KVStore
+from ...kvstore.tiers.host import HostTier
+
+Requests: TypeAlias = Sequence[Sequence[ChunkKey]]
+
+FIELDS = ("timestamp", "input_length", "output_length", "hash_ids")
+
+
+def read_trace(path: Path) -> list[list[ChunkKey]]:
+    """The keys of every request's blocks, in order of `timestamp`.
+
+    Raises
+    ------
+    ValueError : there is no such file, or it is not a trace; with the line and what was expected there.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file; give a trace of JSON lines with {', '.join(FIELDS)}")
+    found: list[tuple[float, list[ChunkKey]]] = []
+    keys: dict[int, ChunkKey] = {}
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                timestamp, hash_ids = _request(line, f"{path.name}, line {number}")
+                for block in hash_ids:
+                    if block not in keys:
+                        keys[block] = ChunkKey(blake2b(b"%d" % block, digest_size=32).digest())
+                found.append((timestamp, [keys[block] for block in hash_ids]))
+    if not keys:
+        raise ValueError(f"{path} names no blocks; give a trace with at least one request that does")
+    return [request for _, request in sorted(found, key=lambda pair: pair[0])]
+
+
+def _request(line: bytes, where: str) -> tuple[float, list[int]]:
+    try:
+        fields = json.loads(line)
+    except ValueError as error:  # also bytes that are no text
+        raise ValueError(f"{where} is not JSON; expected one object a line") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where} is {type(fields).__name__}; expected an object with {', '.join(FIELDS)}")
+    missing = [name for name in FIELDS if name not in fields]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}; expected {', '.join(FIELDS)}")
+    for name in FIELDS[:-1]:
+        value = fields[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ValueError(f"{where}: {name} is {value!r}; expected a number from 0")
+    hash_ids = fields["hash_ids"]
+    if not isinstance(hash_ids, list) or not all(type(block) is int for block in hash_ids):
+        raise ValueError(f"{where}: hash_ids is not a list of integers; expected the ids of the request's blocks")
+    return fields["timestamp"], hash_ids
+
+
+class _Placeholder:
+    """A codec for which all chunks are one and the same, of a given size: the store moves names, not data."""
+
+    name = "placeholder"
+    is_lossless = True  # of what the store is given here
+
+    def __init__(self, nbytes: int) -> None:
+        spec = KVSpec("placeholder", 1, 1, 1, torch.uint8, None)
+        nothing, one = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1, 1, 1, dtype=torch.uint8)
+        self.chunk = KVChunk(spec, nothing, nothing, one, one)
+        self._blob = EncodedChunk(self.name, {"block": torch.empty(nbytes, dtype=torch.uint8)}, {})
+
+    def encode(self, chunk: KVChunk) -> EncodedChunk:
+        return self._blob
+
+    def decode(self, blob: EncodedChunk, positions: Tensor | None = None) -> KVChunk:
+        return self.chunk
+
+
+def replay(
+    requests: Requests, capacity_bytes: int, block_bytes: int, policy: str, advance: Callable[[], object] = lambda: None
+) -> int:
+    """Hits of a store with one tier in memory, by a policy of `POLICIES`."""
+    codec = _Placeholder(block_bytes)
+    hits = 0
+    with KVStore([HostTier(capacity_bytes, pinned=False)], codec=codec, policy=policy) as store:
+        for keys in requests:
+            matched = store.match(keys)
+            with store.pinned(keys[:matched]):
+                for key in keys[:matched]:
+                    store.get(key)
+            hits += matched
+            for i in range(matched, len(keys)):
+                try:
+                    store.put(keys[i], codec.chunk, after=keys[i - 1] if i else None)
+                except TierFullError:
+                    break  # what follows would lack its prefix
+            advance()
+    return hits
+
+
+def belady_hits(requests: Requests, capacity_blocks: int) -> int:
+    """Hits of a cache that knows the future: no policy has more, for blocks of one size.
+
+    After a request it keeps, among what it held and the request's blocks, those that are needed again soonest, and
+    nothing that is not needed again. Whoever needs a block needs its prefix too, so a prefix is never needed later than
+    what continues it; equal times are decided for the earlier block of a request. No block is held without its prefix.
+
+    Notes
+    -----
+    Belady, A study of replacement algorithms for a virtual-storage computer, 1966: MIN, with bypass, a request at a
+    time.
+    """
+    never = len(requests)
+    next_uses: list[list[int]] = []
+    upcoming: dict[ChunkKey, int] = {}
+    for index in range(len(requests) - 1, -1, -1):
+        next_uses.append([upcoming.get(key, never) for key in requests[index]])
+        upcoming.update(dict.fromkeys(requests[index], index))
+    next_uses.reverse()
+    held: dict[ChunkKey, tuple[int, int]] = {}
+    latest_first: list[tuple[int, int, ChunkKey]] = []  # with outdated entries
+    hits = 0
+    for keys, uses in zip(requests, next_uses, strict=True):
+        hits += next((i for i, key in enumerate(keys) if key not in held), len(keys))
+        for place, (key, use) in enumerate(zip(keys, uses, strict=True)):
+            held.pop(key, None)
+            if use < never:
+                held[key] = (-use, -place)
+                heapq.heappush(latest_first, (-use, -place, key))
+        while len(held) > capacity_blocks:
+            use, place, key = heapq.heappop(latest_first)
+            if held.get(key) == (use, place):
+                del held[key]
+    return hits

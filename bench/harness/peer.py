@@ -1,0 +1,152 @@
+"""The other side of `lmcache_peer.py`: LMCache in its own environment, asked for seconds.
+
+python3 -m venv .venv-lmcache, and the further lines of `INSTALL`
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import subprocess
+import time
+from pathlib import Path
+from tempfile import TemporaryFile
+
+import torch
+
+DEFAULT_PYTHON = Path(".venv-lmcache/bin/python")
+LMCACHE_VERSION = "0.5.6"
+LMCACHE_NEEDS = (  # of what it asks for, what its storage manager imports: no CUDA, no clients of services
+    *("aiofile", "aiohttp", "cachetools", "cryptography", "huggingface_hub", "msgspec", "numba", "nvtx"),
+    *("opentelemetry-exporter-otlp", "opentelemetry-exporter-prometheus", "opentelemetry-semantic-conventions-ai"),
+    *("psutil", "py-cpuinfo", "pyyaml", "pyzmq", "requests", "setuptools", "sortedcontainers", "transformers"),
+)
+INSTALL = (
+    "python3 -m venv .venv-lmcache",
+    f".venv-lmcache/bin/pip install torch=={torch.__version__.partition('+')[0]}",
+    f".venv-lmcache/bin/pip install --no-deps lmcache=={LMCACHE_VERSION}",
+    f".venv-lmcache/bin/pip install {' '.join(LMCACHE_NEEDS)}",
+)
+START_S, ANSWER_S = 120.0, 120.0
+CLOSE_S = 20.0
+OF_THIS_ENVIRONMENT = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
+
+
+class PeerError(RuntimeError):
+    """LMCache cannot be asked, or said that something went wrong."""
+
+
+class Peer:
+    """A process of another environment that answers questions in seconds.
+
+    Parameters
+    ----------
+    python : the interpreter of that environment.
+    folder : where LMCache may write.
+    pool_bytes : memory for its host backend.
+
+    Raises
+    ------
+    PeerError : it does not start.
+    """
+
+    def __init__(self, python: Path, folder: Path, pool_bytes: int) -> None:
+        script = Path(__file__).parent.parent / "tiers" / "lmcache_peer.py"
+        own = {name: value for name, value in os.environ.items() if name not in OF_THIS_ENVIRONMENT}
+        self._stderr = TemporaryFile()  # noqa: SIM115  # closed with the process
+        try:
+            self._process = subprocess.Popen(
+                [str(python), str(script), str(folder), str(pool_bytes), str(torch.get_num_threads())],
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._stderr,
+                env=own | {"LMCACHE_TRACK_USAGE": "false", "LMCACHE_LOG_LEVEL": "ERROR"},
+            )
+        except OSError as exc:
+            self._stderr.close()
+            raise PeerError(f"LMCache's process does not start: {exc}") from exc
+        self._unread = b""
+        try:
+            self.version = str(self._answer(START_S)["version"])
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, do: str, **question: object) -> float:
+        """The seconds that it took.
+
+        Raises
+        ------
+        PeerError : it says that something went wrong, or nothing for `ANSWER_S`.
+        """
+        pipe = self._process.stdin
+        if pipe is None:
+            raise PeerError("LMCache's process has no standard input")
+        try:
+            pipe.write(json.dumps({"do": do, **question}).encode() + b"\n")
+        except BrokenPipeError as exc:
+            raise self._died() from exc
+        answer = self._answer(ANSWER_S)
+        if "error" in answer:
+            raise PeerError(f"LMCache cannot {do}: {answer['error']}")
+        return float(str(answer["seconds"]))
+
+    def close(self) -> None:
+        """Ends the process."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+        try:
+            self._process.wait(timeout=CLOSE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._stderr.close()
+
+    def _answer(self, timeout_s: float) -> dict[str, object]:
+        pipe = self._process.stdout
+        if pipe is None:
+            raise PeerError("LMCache's process has no standard output")
+        deadline = time.monotonic() + timeout_s
+        with selectors.DefaultSelector() as ready:
+            ready.register(pipe, selectors.EVENT_READ)
+            while b"\n" not in self._unread:
+                if not ready.select(max(0.0, deadline - time.monotonic())):
+                    self._process.kill()
+                    raise PeerError(f"LMCache's process said nothing for {timeout_s:g} s")
+                found = os.read(pipe.fileno(), 1 << 16)
+                if not found:
+                    raise self._died()
+                self._unread += found
+        line, _, self._unread = self._unread.partition(b"\n")
+        try:
+            answer: dict[str, object] = json.loads(line)
+        except ValueError as exc:
+            raise PeerError(f"LMCache's process said {line!r}; expected JSON") from exc
+        return answer
+
+    def _died(self) -> PeerError:
+        try:
+            code = self._process.wait(timeout=CLOSE_S)
+        except subprocess.TimeoutExpired:  # it has only closed its end
+            self._process.kill()
+            code = self._process.wait()
+        self._stderr.seek(0)
+        words = self._stderr.read().decode(errors="replace").strip().splitlines()
+        return PeerError(f"LMCache's process ended with exit code {code}: {words[-1] if words else 'without a word'}")
+
+
+def find_python(given: Path | None) -> Path | None:
+    """The interpreter of LMCache's environment; None if there is no such environment.
+
+    Raises
+    ------
+    ValueError : the file that was named is not there.
+    """
+    if given is not None and not given.is_file():
+        raise ValueError(f"no interpreter {given}; name the python of an environment that has LMCache")
+    if given is None and not DEFAULT_PYTHON.is_file():
+        return None
+    return given or DEFAULT_PYTHON

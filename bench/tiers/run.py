@@ -1,0 +1,237 @@
+"""Is the store as fast as the machine, and faster than what else there is? `kvloom bench tiers`.
+
+Host and disk tiers beside plain copies and raw file access, verification, finding a prompt among a million chunks,
+opening a directory again, and the stores that a person would use instead: all in one run, way by way in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ...evaluation.report import BenchResult, Metric, output
+from ...evaluation.screen import screen_table, show
+from ...evaluation.targets import Target, target_table
+from ..harness.page_cache import file_system, lets_go_of_pages
+from ..harness.peer import INSTALL, PeerError, find_python
+from ..harness.rounds import Comparison, size_text, speed_table, time_text
+from . import disk_speed, host_speed, many_chunks, peer_speed
+from .alternative_speed import alternative_speeds
+from .alternatives import KVLOOM, LMDB, installed_stores
+from .disk_speed import disk_speeds
+from .host_speed import host_speeds
+from .many_chunks import MatchTimes, ReopenTimes, match_times, reopen_times
+from .peer_speed import peer_speeds
+from .verification import COLD_VERIFY, WARM_VERIFY, overhead
+
+KIB, MIB = 1 << 10, 1 << 20
+WORST_FROM_BYTES = MIB  # below, a figure of the table; from here on, what the targets are about
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much is measured. A round moves about `total_bytes` each way."""
+
+    rounds: int
+    host: tuple[int, ...]
+    disk: tuple[int, ...]
+    alternatives: tuple[int, ...]
+    host_bytes: int
+    disk_bytes: int
+    stored: int
+    prompt: int
+    calls: int
+    reopened: int
+
+
+FULL = Sizes(
+    rounds=10,
+    host=(MIB, 4 * MIB, 16 * MIB, 32 * MIB),
+    disk=(128 * KIB, MIB, 4 * MIB, 16 * MIB, 32 * MIB),
+    alternatives=(128 * KIB, MIB, 16 * MIB),
+    host_bytes=256 * MIB,
+    disk_bytes=128 * MIB,
+    stored=1_000_000,
+    prompt=1000,
+    calls=200,
+    reopened=100_000,
+)
+QUICK = Sizes(
+    rounds=2,
+    host=(MIB,),
+    disk=(MIB,),
+    alternatives=(MIB,),
+    host_bytes=4 * MIB,
+    disk_bytes=2 * MIB,
+    stored=2000,
+    prompt=100,
+    calls=5,
+    reopened=200,
+)
+
+
+TARGETS = (
+    Target("host_put_vs_copy", ">=", 0.80),
+    Target("host_get_vs_copy", ">=", 0.80),
+    Target("disk_put_vs_raw", ">=", 0.80),
+    Target("disk_cold_get_vs_raw", ">=", 0.85),
+    Target("verify_overhead", "<", 0.07),
+    Target("match_1m_p99_s", "<", 1e-3),
+    Target("reopen_100k_s", "<", 2.0),
+    Target("worst_vs_alternatives", ">=", 1.0),
+    Target("put_vs_lmcache_disk", ">=", 2.0),
+    Target("get_vs_lmcache_disk", ">=", 2.0),
+    Target("get_vs_lmcache_host", ">=", 2.0),
+)
+MEANING = (
+    "Medians over the rounds, in which the ways take turns; a share is the median of the ratios within each round. Of "
+    "several sizes from 1 MiB on the worst counts. Put is compared with a copy into fresh memory, get with one into "
+    "memory in use: the same page faults on both sides. verify_overhead is that of cold reads, which it is part of; "
+    "verify_overhead_page_cache that of reads which no disk hides. LMCache is compared without syncs, its reads from "
+    "the page cache."
+)
+
+
+def run(*, quick: bool = False, folder: Path | None = None, lmcache_python: Path | None = None) -> BenchResult:
+    """Measure, print the tables, and return the figures.
+
+    Parameters
+    ----------
+    quick : smallest sizes, to see that it runs.
+    folder : whose disk is measured; None for the current one. Up to 1 GiB is written there at a time and removed.
+    lmcache_python : interpreter of an environment that has LMCache; None for `.venv-lmcache/bin/python`, if it is
+        there.
+
+    Raises
+    ------
+    ValueError : `folder` or `lmcache_python` is not there.
+    """
+    folder = Path() if folder is None else folder
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; name one whose disk can be measured")
+    python = find_python(lmcache_python)
+    sizes = QUICK if quick else FULL
+    notes = _notes(folder)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = output()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        whole = bar.add_task("kvloom bench tiers", total=6)
+
+        def step(work: Callable[[], list[Comparison]]) -> list[Comparison]:
+            found = work()
+            bar.advance(whole)
+            return found
+
+        found = step(lambda: host_speeds(sizes.host, sizes.host_bytes, sizes.rounds, bar))
+        found += step(lambda: disk_speeds(folder, sizes.disk, sizes.disk_bytes, sizes.rounds, bar))
+        found += step(lambda: alternative_speeds(folder, sizes.alternatives, sizes.disk_bytes, sizes.rounds, bar))
+        if python is None:
+            notes.append(f"LMCache is not installed, its figures are left out. To have them: {'; '.join(INSTALL)}")
+        else:
+            try:
+                version, peers = peer_speeds(python, folder, sizes.alternatives, sizes.disk_bytes, sizes.rounds, bar)
+                found += peers
+                notes.append(f"LMCache {version}: local CPU and local disk backends, in a process of its own.")
+            except PeerError as exc:
+                notes.append(f"LMCache could not be measured, its figures are left out: {exc}")
+        bar.advance(whole)
+        match = match_times(sizes.stored, sizes.prompt, sizes.calls, sizes.rounds, bar)
+        bar.advance(whole)
+        reopen = reopen_times(folder, sizes.reopened, sizes.rounds, bar)
+    metrics = _metrics(found, match, reopen)
+    _show(console, found, match, reopen, metrics, notes)
+    rows = [row for comparison in found for row in comparison.rows()]
+    return BenchResult(
+        "tiers", metrics, [*rows, *match.rows(), *reopen.rows(), *({"what": "note", "note": n} for n in notes)]
+    )
+
+
+def _notes(folder: Path) -> list[str]:
+    kind = file_system(folder)
+    if lets_go_of_pages(folder):
+        notes = [f"Disk: {kind}; its page cache was emptied before every cold read."]
+    else:
+        notes = [f"Disk: {kind}, which keeps its pages in memory although asked to let go: no read was cold."]
+    if LMDB not in installed_stores():
+        notes.append('LMDB is not installed and left out; run: pip install "kvloom[bench-peers]"')
+    return notes
+
+
+def _metrics(found: Sequence[Comparison], match: MatchTimes, reopen: ReopenTimes) -> dict[str, Metric]:
+    shares = {
+        "host_put_vs_copy": (host_speed.PUT, host_speed.STORE_PUT),
+        "host_get_vs_copy": (host_speed.GET, host_speed.STORE_GET),
+        "disk_put_vs_raw": (disk_speed.PUT, disk_speed.STORE_PUT),
+        "disk_cold_get_vs_raw": (disk_speed.COLD_GET, disk_speed.STORE_GET),
+        "put_vs_lmcache_disk": (peer_speed.DISK_PUT, peer_speed.KVLOOM),
+        "get_vs_lmcache_disk": (peer_speed.DISK_GET, peer_speed.KVLOOM),
+        "get_vs_lmcache_host": (peer_speed.HOST_GET, peer_speed.KVLOOM),
+    }
+    metrics = {}
+    for name, (what, way) in shares.items():
+        candidates = [c.share(way) for c in _large(found, what)]
+        if candidates:
+            metrics[name] = min(candidates, key=lambda metric: metric.value)
+    for name, what in (("verify_overhead", COLD_VERIFY), ("verify_overhead_page_cache", WARM_VERIFY)):
+        metrics[name] = max((overhead(c) for c in _large(found, what)), key=lambda metric: metric.value)
+    metrics["worst_vs_alternatives"] = min(_against_alternatives(found).values(), key=lambda metric: metric.value)
+    p99 = match.quantile(many_chunks.STORE_MATCH, 0.99)
+    metrics["match_1m_p99_s"] = replace(p99, baseline=match.quantile(many_chunks.PLAIN_LOOKUP, 0.99).value)
+    cold = reopen.metric(many_chunks.COLD_OPEN)
+    metrics["reopen_100k_s"] = replace(cold, baseline=reopen.metric(many_chunks.COLD_LIST).value)
+    return metrics
+
+
+def _large(found: Sequence[Comparison], what: str) -> list[Comparison]:
+    return [c for c in found if c.what == what and c.size_bytes >= WORST_FROM_BYTES]
+
+
+def _against_alternatives(found: Sequence[Comparison]) -> dict[str, Metric]:
+    """The speed of kvloom over that of every alternative, by what was compared."""
+    return {
+        f"{way}, {c.what}, {size_text(c.size_bytes)}": c.share(KVLOOM, of=way)
+        for c in found
+        if c.baseline == KVLOOM
+        for way in c.seconds
+        if way != KVLOOM
+    }
+
+
+def _show(
+    console: Console,
+    found: Sequence[Comparison],
+    match: MatchTimes,
+    reopen: ReopenTimes,
+    metrics: Mapping[str, Metric],
+    notes: Sequence[str],
+) -> None:
+    by_what: dict[str, list[Comparison]] = {}
+    for comparison in found:
+        by_what.setdefault(comparison.what, []).append(comparison)
+    for comparisons in by_what.values():
+        console.print(speed_table(comparisons))
+    calls = [(way, match.quantile(way, 0.5).value, match.quantile(way, 0.99).value) for way in match.rounds]
+    title = f"match of {match.prompt:,} chunks among {match.stored:,}"
+    console.print(_times_table(title, ("p50", "p99"), calls))
+    openings = [(way, reopen.metric(way).value) for way in reopen.seconds]
+    console.print(_times_table(f"opening a directory of {reopen.stored:,} chunks", ("median",), openings))
+    show(console, [target_table(metrics, TARGETS)])
+    ahead = {name: metric.value for name, metric in _against_alternatives(found).items() if metric.value < 1}
+    for name, value in sorted(ahead.items(), key=lambda item: item[1]):
+        console.print(f"Ahead of kvloom: {escape(name)} (kvloom reaches {value:.2f} of its speed)")
+    for note in notes:
+        console.print(escape(note), style="dim", soft_wrap=True)
+    console.print(MEANING, style="dim")
+
+
+def _times_table(title: str, heads: Sequence[str], rows: Sequence[tuple[str, *tuple[float, ...]]]) -> Table:
+    table = screen_table(title, ("way", *heads))
+    for way, *seconds in rows:
+        table.add_row(way, *map(time_text, seconds))
+    return table

@@ -1,0 +1,124 @@
+"""The other side of `vllm_server.py`: an engine of stock vLLM in a process of its own, asked from here."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import Self
+
+from ...errors import KVLoomError
+from .server import Ask, Failure, Reset, Served, Settle, Setup, serve
+
+START_S, ANSWER_S, CLOSE_S = 300.0, 600.0, 30.0
+
+KVLOOM = {
+    "kv_connector": "KVLoomConnector",
+    "kv_connector_module_path": "kvloom.connectors.vllm.connector",
+    "kv_role": "kv_both",
+    "kv_load_failure_policy": "recompute",
+}
+
+
+class VLLMError(KVLoomError):
+    """An engine does not start, has died, or served a request otherwise than its row of the table says."""
+
+
+class Engine:
+    """Stock vLLM, idle until it is asked; every request is greedy.
+
+    Parameters
+    ----------
+    name : for messages.
+
+    Raises
+    ------
+    VLLMError : it does not start; the message says why, the log says more.
+    """
+
+    def __init__(self, name: str, setup: Setup) -> None:
+        self.name = name
+        self._log = setup.log
+        self._has_prefixes = setup.prefix_caching
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, setup), name=name, daemon=True)
+        self._process.start()
+        theirs.close()
+        try:
+            self._hear(START_S)
+        except BaseException:
+            self.close()
+            raise
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        options: Mapping[str, object] | Sequence[Mapping[str, object]] | None = None,
+        *,
+        new_tokens: int = 1,
+    ) -> Served:
+        """Token ids to greedy tokens, all at once.
+
+        Parameters
+        ----------
+        options : kvloom's for every request, or one for each.
+
+        Raises
+        ------
+        VLLMError : the engine failed.
+        """
+        every = [options] * len(prompts) if options is None or isinstance(options, Mapping) else list(options)
+        self._pipe.send(Ask(prompts, new_tokens, every))
+        served = self._hear(ANSWER_S)
+        if not isinstance(served, Served):
+            raise VLLMError(f"{self.name} answered {served!r}; expected what it served")
+        return served
+
+    def reset(self) -> None:
+        """Forget vLLM's own prefix cache, so that a hit is one of another cache."""
+        if self._has_prefixes:
+            self._pipe.send(Reset())
+            self._hear(ANSWER_S)
+
+    def settle(self) -> None:
+        """Wait until kvloom has stored what it was to store."""
+        self._pipe.send(Settle())
+        self._hear(ANSWER_S)
+
+    def close(self) -> None:
+        """End the process."""
+        self._pipe.close()
+        self._process.join(CLOSE_S)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _hear(self, timeout_s: float) -> Served | None:
+        try:
+            if not self._pipe.poll(timeout_s):
+                raise VLLMError(f"{self.name} said nothing for {timeout_s:g} s")
+            answer: Served | Failure | None = self._pipe.recv()
+        except (EOFError, ConnectionResetError) as exc:
+            self._process.join(CLOSE_S)
+            words = self._log.read_text(errors="replace").strip().splitlines() if self._log.exists() else []
+            last = words[-1] if words else "without a word"
+            raise VLLMError(f"{self.name} ended with exit code {self._process.exitcode}: {last}") from exc
+        if isinstance(answer, Failure):
+            raise VLLMError(f"{self.name}: {answer.text}")
+        return answer
+
+
+def expect_vllm() -> None:
+    """Raises ImportError where vLLM is not installed, and says what to do."""
+    if find_spec("vllm") is None:
+        raise ImportError(
+            "vLLM is not installed in this environment; engines have one of their own: "
+            "make engines, then .venv-engines/vllm/bin/kvloom bench vllm"
+        )

@@ -1,0 +1,33 @@
+"""What calibration sees of one layer of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..core import KVSpec
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerSample:
+    """Keys and values of one layer over a calibration text, and what an error in each number costs.
+
+    Attributes
+    ----------
+    keys : `[N, H, D]` float32, before rotation, as codecs take them back: `rope.shift(keys, -positions)`.
+    values : `[N, H, Dv]` float32.
+    key_fisher, value_fisher : of the same shapes, the squared gradients of the language-model loss (nats, summed over a
+        sequence): the diagonal of the Fisher information.
+    query_moments : `[H, D, D]` float64, mean of the outer products of all queries of a group with themselves, before
+        rotation; text and strings alike.
+    further_keys : `[N', H, D]` float32, keys over random strings: like no text, but like what is looked up in one.
+    """
+
+    spec: KVSpec
+    keys: Tensor
+    values: Tensor
+    key_fisher: Tensor
+    value_fisher: Tensor
+    query_moments: Tensor
+    further_keys: Tensor

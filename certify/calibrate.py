@@ -1,0 +1,108 @@
+"""Makes the profile of a model from text files: `kvloom calibrate`."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+from .. import __version__
+from ..calibration.model_profile import Profile
+from ..evaluation.models import load_model
+from ..evaluation.report import output
+from ..evaluation.screen import screen_table
+from ..evaluation.texts import read_texts
+from ..retrieval.vq.vq_fit import CENTROIDS, distance_bands, fit_layer
+from .calibrate_model import calibrate, stage_units
+from .method_fits import LAYER_FITS, LEFT_OUT
+from .windows import SEQUENCE_TOKENS, SEQUENCES, STRINGS_RATIO, string_windows, token_windows
+
+_STAGES = {
+    "forward": "hidden states",
+    "backward": "keys, values, gradients",
+    "fit": "fitting layers",
+    "chunks": "fitting chunks",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateOptions:
+    """What is read, and where the profile goes.
+
+    Attributes
+    ----------
+    out : the profile; one that is there is replaced in one step.
+    texts : files and folders of text like that which will be served.
+    model : a Hugging Face folder; None for the bundled reference model.
+    sequences, tokens : of calibration; less if the text is short.
+    centroids : of each KV head's codebook, at most; fewer if there are few tokens.
+    model_id, dtype : as for `CertifyOptions`.
+    """
+
+    out: Path
+    texts: Sequence[Path]
+    model: Path | None = None
+    sequences: int = SEQUENCES
+    tokens: int = SEQUENCE_TOKENS
+    centroids: int = CENTROIDS
+    model_id: str | None = None
+    dtype: str | None = None
+
+
+def run_calibrate(options: CalibrateOptions) -> Profile:
+    """Calibrate, write the profile, print what is in it, and return it.
+
+    Raises
+    ------
+    ValueError : no text, too little of it, or no usable model.
+    EngineError : the model is of a kind that is not supported.
+    """
+    texts = read_texts(options.texts)
+    began_s = time.perf_counter()
+    model, tokenizer = load_model(options.model, dtype=options.dtype)
+    tokens = min(options.tokens, model.config.max_position_embeddings)
+    windows = token_windows(tokenizer, texts, sequences=options.sequences, tokens=tokens)
+    strings = string_windows(tokenizer, sequences=round(STRINGS_RATIO * len(windows)), tokens=len(windows[0]))
+    fits = dict(LAYER_FITS)
+    if "vq" in fits:
+        bands = distance_bands(model.config.max_position_embeddings)
+        fits["vq"] = partial(fit_layer, centroids=options.centroids, bands=bands)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        totals = stage_units(model.config.num_hidden_layers, windows, strings=strings)
+        bars = {stage: bar.add_task(_STAGES[stage], total=total) for stage, total in totals.items()}
+        profile = calibrate(
+            model,
+            windows,
+            model_id=options.model_id,
+            layer_fits=fits,
+            strings=strings,
+            meta={"texts": ", ".join(str(path) for path in options.texts), "version": __version__},
+            advance=lambda stage, done: bar.advance(bars[stage], done),
+        )
+    profile.save(options.out)
+    _show(profile, options.out, time.perf_counter() - began_s)
+    return profile
+
+
+def _show(profile: Profile, path: Path, elapsed_s: float) -> None:
+    console = output()
+    title = f"profile of {profile.spec.model_id[:24]}"
+    table = screen_table(title, ("for", "tensors", "bytes"))
+    kinds = Counter(name.partition(".")[0] for name in profile.tensors)
+    for kind, count in sorted(kinds.items()):
+        nbytes = sum(t.nbytes for name, t in profile.tensors.items() if name.partition(".")[0] == kind)
+        table.add_row(kind, f"{count}", f"{nbytes:,}")
+    console.print(table)
+    meta = profile.meta
+    console.print(
+        f"{meta['sequences']} sequences, {int(meta['tokens']):,} tokens, loss {meta['loss']} nats a token, "
+        f"{elapsed_s:.0f} s: {path}"
+    )
+    for method, missing in LEFT_OUT.items():
+        console.print(f"nothing for {method}, which needs {', '.join(missing)}")

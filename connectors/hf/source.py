@@ -1,0 +1,60 @@
+"""Where fusion reads the chunks of a request: from memory, else from the store, one layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ...core import ChunkKey, KVChunk
+from ...kvstore.store import KVStore
+
+
+class LostChunksError(Exception):
+    """Stored chunks cannot be read any more; the request computes them again and starts over."""
+
+    def __init__(self, keys: set[ChunkKey]) -> None:
+        self.keys = keys
+
+
+class StoreSource:
+    """`LayerSource` of one request: from chunks held in memory, else from the store."""
+
+    def __init__(
+        self,
+        store: KVStore,
+        keys: Sequence[ChunkKey],
+        starts: Sequence[int],
+        total: int,
+        held: Mapping[ChunkKey, KVChunk],
+    ) -> None:
+        self._store = store
+        self._held = held
+        self._places = [
+            (key, start, torch.arange(start, stop))
+            for key, start, stop in zip(keys, starts, [*starts[1:], total], strict=True)
+        ]
+
+    def load(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        total = keys.shape[1]
+        lost: set[ChunkKey] = set()  # all of the layer: a tier that is gone costs one start, not one for each chunk
+        for key, start, positions in self._places:
+            if start >= total:
+                break
+            here = slice(start, start + len(positions))
+            chunk = self._held.get(key)
+            if chunk is not None:
+                rope = chunk.spec.rope
+                moved = chunk.keys[layer]
+                keys[:, here] = moved if rope is None else rope.shift(moved, positions - chunk.positions)
+                values[:, here] = chunk.values[layer]
+                continue
+            part = self._store.get_layers(key, layer, layer + 1, positions)
+            if part is None:
+                lost.add(key)
+                continue
+            keys[:, here] = part.keys[0]
+            values[:, here] = part.values[0]
+        if lost:
+            raise LostChunksError(lost)

@@ -1,0 +1,85 @@
+"""Under which keys the KV of an engine's requests is stored, on every rank. Imports no engine."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+
+import numpy as np
+
+from ...core import ChunkKey, KVSpec
+from ...kvstore.keys import TokenIds, content_key, prefix_keys
+from .messages import RankKeys
+from .settings import VLLMSettings
+
+
+class Keys:
+    """Of all requests of one engine.
+
+    Parameters
+    ----------
+    settings : the user's.
+    specs : geometry of each rank's cache, by rank.
+    """
+
+    def __init__(self, settings: VLLMSettings, specs: Sequence[KVSpec]) -> None:
+        self._settings = settings
+        self._specs = tuple(specs)
+        self._epoch = b""
+
+    def renew(self) -> None:
+        """From now on nothing is found that was stored before, and no other process finds what this one stores."""
+        self._epoch = secrets.token_bytes(16)
+
+    def salt(self, identity: bytes) -> bytes:
+        """Of a request, for the keys of everything in it; `identity` is as in `Planner.open`."""
+        return b"".join(_framed(part) for part in (self._epoch, self._settings.salt.encode(), identity))
+
+    def content(self, token_ids: TokenIds, salt: bytes, rank: int = 0) -> ChunkKey:
+        """Of a document, on one rank."""
+        return content_key(self._specs[rank], token_ids, lead_ids=self._settings.lead_ids, salt=salt)
+
+    def contents(self, token_ids: TokenIds, salt: bytes) -> tuple[ChunkKey, ...]:
+        """Of a document, for each rank."""
+        return tuple(self.content(token_ids, salt, rank) for rank in range(len(self._specs)))
+
+    def prefixes(self, token_ids: Sequence[int], salt: bytes) -> PrefixKeys:
+        """Of the chunks of a request, none of them yet: see `PrefixKeys.extend`."""
+        return PrefixKeys(self._specs, token_ids, salt, self._settings.chunk_tokens)
+
+
+class PrefixKeys:
+    """Of the whole chunks of one request, from its first token on. `token_ids` grows as the engine generates."""
+
+    def __init__(self, specs: Sequence[KVSpec], token_ids: Sequence[int], salt: bytes, chunk_tokens: int) -> None:
+        self._specs = specs
+        self._token_ids = token_ids
+        self._salt = salt
+        self._chunk_tokens = chunk_tokens
+        self._rows: list[list[ChunkKey]] = [[] for _ in specs]
+
+    def __len__(self) -> int:
+        """Chunks whose keys are known."""
+        return len(self._rows[0])
+
+    def extend(self) -> None:
+        """To every chunk that is whole by now."""
+        done, whole = len(self), len(self._token_ids) // self._chunk_tokens
+        if done < whole:
+            row = self._token_ids[done * self._chunk_tokens : whole * self._chunk_tokens]
+            token_ids = np.asarray(row, dtype=np.int64)
+            for spec, keys in zip(self._specs, self._rows, strict=True):
+                after = keys[-1] if keys else None
+                keys += prefix_keys(spec, token_ids, chunk_tokens=self._chunk_tokens, salt=self._salt, after=after)
+
+    def of(self, chunk: int) -> tuple[ChunkKey, ...]:
+        """Of one chunk, for each rank."""
+        return tuple(keys[chunk] for keys in self._rows)
+
+    def between(self, first: int, last: int | None = None) -> RankKeys:
+        """Of chunks `[first, last)`; None for `last`: to the end of what is known."""
+        return tuple(tuple(keys[first:last]) for keys in self._rows)
+
+
+def _framed(part: bytes) -> bytes:
+    return len(part).to_bytes(8, "little") + part

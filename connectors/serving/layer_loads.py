@@ -1,0 +1,186 @@
+"""Loads of prefixes within the step that uses them: every layer's KV is there when that layer's attention begins.
+
+    the scheduler   takes the stored tokens for computed, and lets the request compute what is behind them at once
+    a thread        reads the chunks, layer by layer, ahead of the model
+    the model       waits before each attention for that layer, writes it into the blocks, and attends
+
+What does not come is told with the step's outcome: vLLM takes back what it believed computed, and computes it in the
+next step. Until then its prefix cache already has those blocks under the hashes of their tokens, empty as they are;
+who sees to it that nobody finds them there is `Planner` (`has_to_wait`, `take_spoiled`).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from ...core import KVChunk, KVSpec
+from ...kvstore.store import KVStore
+from .arrivals import Arrival, Worth, fits
+from .messages import Load, Loaded
+from .threads import compute_alone
+
+_LOADERS = 2
+
+_LOG = logging.getLogger("kvloom.vllm")
+
+
+class LayerCache(Protocol):
+    """What layer-wise loads need of `PagedLayers`."""
+
+    block_tokens: int
+
+    def write_layer(self, index: int, blocks: Sequence[int], start: int, keys: Tensor, values: Tensor) -> None: ...
+
+
+@dataclass(slots=True)
+class _Job:
+    load: Load
+    begun_s: float
+    tiers: list[str]  # that the chunks were found in
+    layers: list[Future[list[KVChunk | None]]]
+    lost_from: int  # first chunk that has not come, in some layer; their number if all have
+    written: set[int] = field(default_factory=set)  # layers
+    waited_s: float = 0.0
+    is_over: bool = False  # read by the thread that loads
+
+
+class LayerLoads:
+    """The loads of one step of the engine.
+
+    Parameters
+    ----------
+    store, cache : the store is not owned.
+    spec, rank : of this worker.
+    chunk_tokens, load_timeout_s : see `VLLMSettings`.
+    count : adds to the worker's counts.
+    """
+
+    def __init__(
+        self,
+        store: KVStore,
+        cache: LayerCache,
+        spec: KVSpec,
+        rank: int,
+        *,
+        chunk_tokens: int,
+        load_timeout_s: float,
+        count: Callable[[Mapping[str, float]], None],
+    ) -> None:
+        self._store = store
+        self._cache = cache
+        self._spec = spec
+        self._rank = rank
+        self._chunk_tokens = chunk_tokens
+        self._load_timeout_s = load_timeout_s
+        self._count = count
+        self._loader = ThreadPoolExecutor(_LOADERS, "kvloom-layers", compute_alone)
+        self._jobs: list[_Job] = []
+
+    def begin(self, load: Load) -> None:
+        """To be called before the model runs; every call has its `finish` in the same step."""
+        keys = load.keys[self._rank]
+        tiers = [self._store.locate(key) or "moved" for key in keys]
+        job = _Job(load, time.monotonic(), tiers, [Future() for _ in range(self._spec.num_layers)], len(keys))
+        self._jobs.append(job)
+        self._loader.submit(self._read, job)
+
+    def wait(self, layer: int) -> None:
+        """The layer's attention is about to begin: wait for its KV and write it. A layer is written once."""
+        for job in self._jobs:
+            if layer in job.written:
+                continue
+            begun_s = time.monotonic()
+            job.written.add(layer)
+            chunks = self._layer(job, layer)
+            for index, chunk in enumerate(chunks[: job.lost_from]):
+                first = job.load.first + index * self._chunk_tokens
+                if chunk is None or not fits(chunk, self._spec, self._chunk_tokens, first):
+                    job.lost_from = index
+                    break
+                start, stop = max(first, job.load.start), min(first + self._chunk_tokens, job.load.stop)
+                here = slice(start - first, stop - first)
+                self._cache.write_layer(layer, job.load.blocks, start, chunk.keys[0][:, here], chunk.values[0][:, here])
+            job.waited_s += time.monotonic() - begun_s
+
+    def finish(self) -> list[Arrival]:
+        """The model has run: what became of each load. Layers that were never waited for make it a failure.
+
+        `spent_s` is the time that the model waited.
+        """
+        jobs, self._jobs = self._jobs, []
+        return [self._finished(job) for job in jobs]
+
+    def close(self) -> None:
+        """Ends what is being read."""
+        for job in self._jobs:
+            job.is_over = True
+        self._loader.shutdown(wait=True, cancel_futures=True)
+
+    def _read(self, job: _Job) -> None:
+        keys = job.load.keys[self._rank]
+        for layer, future in enumerate(job.layers):
+            chunks: list[KVChunk | None] = []
+            try:
+                for key in keys:
+                    left_s = job.begun_s + self._load_timeout_s - time.monotonic()
+                    chunk = None
+                    if left_s > 0 and not job.is_over:
+                        chunk = self._store.get_layers(key, layer, layer + 1, timeout_s=left_s)
+                    chunks.append(chunk)
+                    if chunk is None:
+                        break  # what follows it is of no use
+            except BaseException as exc:
+                for waiting in job.layers[layer:]:
+                    waiting.set_exception(exc)
+                raise
+            future.set_result(chunks)
+
+    def _layer(self, job: _Job, layer: int) -> list[KVChunk | None]:
+        """Its chunks, up to the first that has not come; none of them if the time is over."""
+        left_s = job.begun_s + self._load_timeout_s - time.monotonic()
+        error = None
+        try:
+            error = job.layers[layer].exception(timeout=max(left_s, 0.0))
+        except TimeoutError:
+            job.lost_from = 0
+            job.is_over = True
+        if error is not None:
+            if job.lost_from:
+                _LOG.error("loading KV of request %s failed; it is computed", job.load.request_id, exc_info=error)
+                self._count({"errors": 1})
+            job.lost_from = 0
+        if not job.lost_from:
+            return []
+        chunks = job.layers[layer].result()
+        return chunks + [None] * (job.lost_from - len(chunks))
+
+    def _finished(self, job: _Job) -> Arrival:
+        job.is_over = True
+        load, keys = job.load, job.load.keys[self._rank]
+        if len(job.written) < self._spec.num_layers:
+            job.lost_from = 0
+        tokens: Counter[str] = Counter()
+        worth = Worth()
+        for index in range(job.lost_from):
+            first = load.first + index * self._chunk_tokens
+            count = min(first + self._chunk_tokens, load.stop) - max(first, load.start)
+            tokens[job.tiers[index]] += count
+            (known,) = self._store.explain(keys[index : index + 1])
+            worth.add(count, self._chunk_tokens, known.recompute_s)
+        is_lost = job.lost_from < len(keys)
+        loaded = Loaded(dict(tokens), is_lost, job.waited_s, 0, worth.recompute_s, worth.unpriced_tokens)
+        counts = {f"loaded_tokens.{name}": count for name, count in tokens.items()}
+        self._count({"loads": 1, "load_seconds": job.waited_s, "failed_loads": int(is_lost)} | counts)
+        if not is_lost:
+            self._store.prefetch(keys)  # reading single layers promotes nothing
+            return Arrival(load.request_id, loaded, frozenset())
+        token = max(load.first + job.lost_from * self._chunk_tokens, load.start)
+        return Arrival(load.request_id, loaded, load.blocks_from(token, self._cache.block_tokens))

@@ -1,0 +1,115 @@
+"""What kvloom makes of a request when it comes: its documents, what of it is exact, its keys. Imports no engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from blake3 import blake3
+
+from ...core import ChunkKey
+from .keys import Keys, PrefixKeys
+from .known_documents import KnownDocuments
+from .messages import Document
+from .settings import RequestOptions, VLLMSettings, documents_between
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request that kvloom serves. `token_ids` grows as the engine generates, and `keys` with it.
+
+    `alone`: documents that it computes as if alone. `inexact`: the first token whose KV is not what plain computation
+    gives, None if there is none. `digest`: of what is fused; 32 bytes that stand for all that a fusion's KV depends on,
+    since which tokens are computed is a matter of all. `plan`: the same with the request's salt, names the fusion for
+    those who share it. Both are empty where all is exact.
+    """
+
+    token_ids: Sequence[int]
+    prompt_tokens: int
+    options: RequestOptions
+    documents: tuple[Document, ...]
+    alone: tuple[Document, ...]
+    ratio: float
+    inexact: int | None
+    keys: PrefixKeys
+    digest: bytes = b""
+    plan: bytes = b""
+
+
+class RequestReader:
+    """Finds the documents of requests.
+
+    Parameters
+    ----------
+    settings : the user's.
+    keys : of the engine's requests.
+    known : stored documents, to be found in prompts that name none; None: none are looked for.
+    block_tokens : of the engine.
+    fusion_ratio : for requests that name none.
+    """
+
+    def __init__(
+        self, settings: VLLMSettings, keys: Keys, known: KnownDocuments | None, block_tokens: int, fusion_ratio: float
+    ) -> None:
+        self._settings = settings
+        self._keys = keys
+        self._known = known
+        self._block_tokens = block_tokens
+        self._fusion_ratio = fusion_ratio
+
+    def read(
+        self,
+        token_ids: Sequence[int],
+        identity: bytes,
+        options: RequestOptions,
+        is_stored: Callable[[ChunkKey], bool],
+        *,
+        may_fuse: bool,
+    ) -> Request:
+        """As `Planner.open`. `is_stored` tells of a document's content key on the first rank."""
+        salt, settings = self._keys.salt(identity), self._settings
+        spans = options.documents or documents_between(token_ids, settings.separator_ids)
+        ratio = self._fusion_ratio if options.ratio is None else options.ratio
+        if not spans and ratio < 1.0 and may_fuse and options.load:
+            spans = self._stored_spans(token_ids, salt, is_stored)
+        documents = tuple(
+            Document(start, stop, self._keys.contents(token_ids[start:stop], salt)) for start, stop in spans
+        )
+        lead_ids = settings.lead_ids
+        is_led = tuple(token_ids[: len(lead_ids)]) == lead_ids
+        alone = tuple(document for document in documents[:1] if is_led and document.start == len(lead_ids))
+        # What stands right behind the lead tokens has its KV from there: exact. A fusion that computes all is, too.
+        inexact = next((each.start for each in documents if each not in alone), None) if ratio < 1.0 else None
+        if inexact is not None:
+            # The engine tells fused blocks from exact ones by the hash of a whole block of the prompt.
+            has_whole_block = len(token_ids) // self._block_tokens > inexact // self._block_tokens
+            inexact = inexact if may_fuse and has_whole_block else None
+        digest = b"" if inexact is None else self._digest(token_ids, documents, ratio)
+        return Request(
+            token_ids,
+            len(token_ids),
+            options,
+            documents,
+            alone,
+            ratio,
+            inexact,
+            self._keys.prefixes(token_ids, salt),
+            digest,
+            b"" if inexact is None else blake3(salt + digest).digest(),
+        )
+
+    def _digest(self, token_ids: Sequence[int], documents: Sequence[Document], ratio: float) -> bytes:
+        spans = [(document.start, document.stop) for document in documents]
+        plan = ("kvloom fusion", ratio, self._settings.check_layer, self._settings.lead_ids, spans)
+        fused_ids = np.asarray(token_ids[: spans[-1][1]], dtype="<i8")
+        return blake3(repr(plan).encode() + fused_ids.tobytes()).digest()
+
+    def _stored_spans(
+        self, token_ids: Sequence[int], salt: bytes, is_stored: Callable[[ChunkKey], bool]
+    ) -> tuple[tuple[int, int], ...]:
+        """Where stored documents stand in a prompt that names none."""
+        if self._known is None:
+            return ()
+        row = np.asarray(token_ids[:], dtype=np.int64)
+        return tuple(self._known.find(row, lambda start, stop: self._keys.content(row[start:stop], salt), is_stored))

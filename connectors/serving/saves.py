@@ -1,0 +1,129 @@
+"""What requests have stored and have yet to store, as the scheduler's half knows it. Imports no engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...core import ChunkKey
+from .known_documents import KnownDocuments
+from .messages import Document, Save, Scheduled
+from .requests import Request
+from .step_filter import Due
+
+_NEVER = 1 << 62  # tokens
+
+
+@dataclass(slots=True)
+class _Progress:
+    request: Request
+    alone: tuple[Document, ...]  # documents to store that this request computes as if alone
+    chunks: int = 0  # from the start on that are stored or on their way
+    planned: int = 0  # saves
+
+
+class Saves:
+    """Chunks of prefixes and documents, saved by the step that completes them. Knows of requests that are to be saved,
+    and has nothing to say of others.
+
+    Parameters
+    ----------
+    chunk_tokens : of a chunk.
+    block_tokens : of the engine.
+    known : learns of every document that is stored.
+    """
+
+    def __init__(self, chunk_tokens: int, block_tokens: int, known: KnownDocuments | None) -> None:
+        self._chunk_tokens = chunk_tokens
+        self._block_tokens = block_tokens
+        self._known = known
+        self._progress: dict[str, _Progress] = {}
+        self._due = Due()  # the next chunk or document of each
+
+    def open(self, request_id: str, request: Request) -> None:
+        if request.options.save:
+            self._progress[request_id] = _Progress(request, request.alone)
+            self._due.expect(request_id, 0)
+
+    def close(self, request_id: str) -> int:
+        """Forget a request; how many saves of it were planned."""
+        self._due.forget(request_id)
+        progress = self._progress.pop(request_id, None)
+        return 0 if progress is None else progress.planned
+
+    def resume(self, request_id: str) -> None:
+        """The engine takes the request up: its tokens come from anywhere now."""
+        if request_id in self._progress:
+            self._due.expect(request_id, 0)
+
+    def skip(self, request_id: str, chunks: int) -> None:
+        """So many chunks of the request are stored."""
+        if (progress := self._progress.get(request_id)) is not None:
+            progress.chunks = max(progress.chunks, chunks)
+
+    def restart(self, request_id: str) -> None:
+        """A chunk was lost: all of the request are to be stored, as soon as they are computed."""
+        if (progress := self._progress.get(request_id)) is not None:
+            progress.chunks = 0
+            self._due.expect(request_id, 0)
+
+    def passes(self, new_tokens: Mapping[str, int]) -> bool:
+        """As `Due.passes`."""
+        return self._due.passes(new_tokens)
+
+    def plan(self, each: Scheduled, token_s: float | None) -> list[Save]:
+        """Of what is whole when the step is done. Computing a token of it took `token_s`, if that is known."""
+        progress = self._progress.get(each.request_id)
+        if progress is None:
+            return []
+        request, saves = progress.request, []
+        # Behind the known tokens lie placeholders of steps that are still under way.
+        known = min(each.computed_tokens, len(request.token_ids))
+        count = (known if request.inexact is None else min(known, request.inexact)) // self._chunk_tokens
+        if count > progress.chunks:
+            request.keys.extend()
+            for chunk in range(progress.chunks, count):
+                after = request.keys.of(chunk - 1) if chunk else None
+                start, stop = chunk * self._chunk_tokens, (chunk + 1) * self._chunk_tokens
+                saves.append(
+                    self._save(request, each, request.keys.of(chunk), after, start, stop, token_s, is_prefix=True)
+                )
+            progress.chunks = count
+        for document in progress.alone:
+            if document.stop <= known:
+                start, stop = document.start, document.stop
+                saves.append(self._save(request, each, document.keys, None, start, stop, token_s, is_prefix=False))
+                if self._known is not None:
+                    self._known.add(np.asarray(request.token_ids[start:stop], dtype=np.int64), document.keys[0])
+                progress.alone = ()
+        progress.planned += len(saves)
+        # Drafted tokens may yet be accepted, beyond those that count as computed.
+        self._due.expect(each.request_id, self._next(progress) - each.computed_tokens - each.new_tokens)
+        return saves
+
+    def _next(self, progress: _Progress) -> int:
+        """How many tokens have to be computed before it is worth looking."""
+        stop, inexact = (progress.chunks + 1) * self._chunk_tokens, progress.request.inexact
+        stops = [document.stop for document in progress.alone]
+        if inexact is None or stop <= inexact:
+            stops.append(stop)
+        return min(stops, default=_NEVER)
+
+    def _save(
+        self,
+        request: Request,
+        each: Scheduled,
+        keys: tuple[ChunkKey, ...],
+        after: tuple[ChunkKey, ...] | None,
+        start: int,
+        stop: int,
+        token_s: float | None,
+        *,
+        is_prefix: bool,
+    ) -> Save:
+        first, last = start // self._block_tokens, -(-stop // self._block_tokens)
+        token_ids = np.asarray(request.token_ids[start:stop], dtype=np.int64)
+        cost_s = None if token_s is None else token_s * len(token_ids)
+        return Save(keys, after, token_ids, start, tuple(each.blocks[first:last]), cost_s, each.request_id, is_prefix)

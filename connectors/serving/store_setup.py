@@ -1,0 +1,120 @@
+"""The store of a vLLM worker, as its settings describe it, and what they bring to justify approximations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ...blend.certified_ratio import certified_ratio
+from ...calibration.certificate import Certificate
+from ...calibration.model_profile import Profile
+from ...compress.registry import codec_by_name
+from ...core import Codec, KVSpec, RopeSpec, Tier
+from ...errors import UncertifiedError
+from ...kvstore.store import KVStore
+from ...kvstore.tiers.disk.tier import DiskTier
+from ...kvstore.tiers.host import HostTier
+from .settings import VLLMSettings
+
+_ROPE_TOLERANCE = 1e-5  # relative, of a frequency: what two programs that compute the same table differ by
+
+
+@dataclass(frozen=True, slots=True)
+class Papers:
+    """A profile and certificates, as they lie in files."""
+
+    profile: Profile | None
+    certificates: tuple[Certificate, ...]
+
+    @classmethod
+    def of(cls, settings: VLLMSettings) -> Papers:
+        """Those that the settings name.
+
+        Raises
+        ------
+        CodecError, UncertifiedError : a file is none.
+        """
+        profile = None if settings.profile is None else Profile.load(Path(settings.profile))
+        return cls(profile, tuple(Certificate.load(Path(path)) for path in settings.certificates))
+
+    def fusion_ratio(self, spec: KVSpec, *, check_layer: int) -> float:
+        """The smallest share that a certificate lets fusions compute; 1 without one for this model and check layer.
+
+        A certificate of the whole model speaks for every rank: ranks choose tokens together, as one would.
+        """
+        whole = replace(spec, num_kv_heads=spec.num_kv_heads * spec.shard[1], shard=(0, 1))
+        ours = [each for each in self.certificates if _is_one_model(each.spec, whole)]
+        return min((ratio for each in ours if (ratio := certified_ratio(each, check_layer)) is not None), default=1.0)
+
+    def reconciled(self, spec: KVSpec) -> KVSpec:
+        """The engine's spec, in the papers' own numbers if they are of the same model.
+
+        Profiles and certificates are made with transformers. Two programs may disagree about the last digits of a
+        table of frequencies, and papers are bound to all digits.
+        """
+        known = ([] if self.profile is None else [self.profile.spec]) + [each.spec for each in self.certificates]
+        ropes = (each.rope for each in known if _is_one_model(each, spec))
+        return replace(spec, rope=next(ropes, spec.rope))
+
+
+def open_store(settings: VLLMSettings, spec: KVSpec, papers: Papers) -> KVStore:
+    """One rank's store.
+
+    Raises
+    ------
+    ValueError : no codec has that name, or it needs a profile and there is none.
+    SpecMismatchError : the profile is of another model.
+    TierError : the folder on disk cannot be used.
+    UncertifiedError : a codec is lossy, and no certificate covers it for this model.
+    """
+    if papers.profile is not None:
+        papers.profile.check_serves(spec)
+    codecs = _codecs(settings, papers)
+    tiers: list[Tier] = [HostTier(settings.host_bytes // spec.shard[1])]
+    if settings.disk_path is not None:
+        tiers.append(DiskTier(settings.disk_path, settings.disk_bytes))
+    store = KVStore(
+        tiers,
+        tier_codecs=codecs,
+        certificates=papers.certificates,
+        allow_uncertified=settings.allow_uncertified,
+        timeout_s=settings.load_timeout_s,
+    )
+    try:
+        store.check_permits(spec)
+    except UncertifiedError as exc:
+        store.close()
+        others = sorted({each.model_id for each in papers.certificates} - {spec.model_id})
+        raise UncertifiedError(
+            f"{exc}. In vLLM: certify with `--model-id {spec.model_id}`, or give both the same model_id, and name the "
+            "file in certificates" + (f"; those that are there are for {', '.join(others)}" if others else "")
+        ) from exc
+    return store
+
+
+def is_lossy(settings: VLLMSettings, papers: Papers) -> bool:
+    """Whether some tier's codec loses something."""
+    return not all(codec.is_lossless for codec in _codecs(settings, papers).values())
+
+
+def _codecs(settings: VLLMSettings, papers: Papers) -> Mapping[str, Codec]:
+    names = {"host": settings.host_codec, "disk": settings.disk_codec}
+    return {tier: codec_by_name(name, papers.profile) for tier, name in names.items() if name is not None}
+
+
+def _is_one_model(known: KVSpec, spec: KVSpec) -> bool:
+    plain = replace(known, dtype=spec.dtype, rope=None) == replace(spec, rope=None)
+    if not plain or known.rope is None or spec.rope is None:
+        return False
+    return _rotate_alike(known.rope, spec.rope)
+
+
+def _rotate_alike(one: RopeSpec, other: RopeSpec) -> bool:
+    same_kind = one.interleaved == other.interleaved and len(one.inv_freq) == len(other.inv_freq)
+    mine, theirs = [
+        torch.tensor((*each.inv_freq, each.attention_scaling), dtype=torch.float64) for each in (one, other)
+    ]
+    return same_kind and torch.allclose(mine, theirs, rtol=_ROPE_TOLERANCE, atol=0.0)

@@ -1,0 +1,315 @@
+"""The worker's half of the vLLM connector: chunks on their way between a store and the engine's paged cache."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any
+
+import torch
+
+from ...core import ChunkKey, KVChunk, KVSpec
+from ...errors import KVLoomError
+from ...kvstore.placement.catalog import Move
+from ...kvstore.store import KVStore
+from .arrivals import Arrival, Fetched, Worth, fits
+from .messages import Answer, Fusion, Load, Loaded, LookUp, Save
+from .threads import compute_alone
+from .writes import PagedCache, Writes
+
+_LOADERS = 4  # so that what lies on a slow disk is not in the way of what lies in memory
+_WRITERS = 2  # a chunk is written in less time than its neighbours take on another core
+
+_LOG = logging.getLogger("kvloom.vllm")
+
+
+class Transfers:
+    """Moves chunks in the background, so that neither way stalls the engine.
+
+    A load writes into blocks that the scheduler holds for it until it is over, so it needs no copy. A save does not
+    hold blocks: the KV is copied out of them within the step that completed it, and stored later. What waits to be
+    stored is limited; beyond that chunks are dropped and counted, as a later request can compute them again.
+
+    Parameters
+    ----------
+    store : owned, closed by `close`.
+    cache : the engine's.
+    spec, rank : of this worker.
+    chunk_tokens, load_timeout_s, save_pending_bytes : see `VLLMSettings`.
+    tells_moves : somebody calls `take_moves`.
+    """
+
+    def __init__(
+        self,
+        store: KVStore,
+        cache: PagedCache,
+        spec: KVSpec,
+        rank: int,
+        *,
+        chunk_tokens: int,
+        load_timeout_s: float,
+        save_pending_bytes: int,
+        tells_moves: bool = False,
+    ) -> None:
+        self.store = store
+        self._cache = cache
+        self._spec = spec
+        self._rank = rank
+        self._chunk_tokens = chunk_tokens
+        self._load_timeout_s = load_timeout_s
+        self._save_pending_bytes = save_pending_bytes
+        self._loader = ThreadPoolExecutor(_LOADERS, "kvloom-load", compute_alone)
+        self._writer = ThreadPoolExecutor(_WRITERS, "kvloom-write", compute_alone)
+        self._saver = ThreadPoolExecutor(1, "kvloom-save", compute_alone)
+        self._loads: dict[str, tuple[Load, Future[Arrival]]] = {}
+        self._fetches: list[Future[Fetched]] = []
+        self._cancelled: set[str] = set()  # written by the engine's thread, read by the loader
+        self._saves: dict[ChunkKey, tuple[int, Future[None]]] = {}  # with their bytes
+        self._lock = threading.Lock()  # of the counts, and of whereabouts
+        self._counts: Counter[str] = Counter()
+        self.tells_moves = tells_moves
+        self._whereabouts: set[ChunkKey] = set()  # chunks to be told of, beside those that moved
+        if tells_moves:
+            store.take_moves()  # which begins to note them
+
+    def look_up(self, lookup: LookUp) -> Answer:
+        """Tiers of the leading chunks that are stored."""
+        keys = lookup.keys[self._rank]
+        found: list[str] = []
+        try:
+            for key in keys[: self.store.match(keys)]:
+                tier = self.store.locate(key)
+                if tier is None:
+                    break
+                found.append(tier)
+        except Exception:  # noqa: BLE001 - the engine asks within its own step, which must not end with us
+            _LOG.exception("looking up KV of request %s failed; it is computed", lookup.request_id)
+            found.clear()
+            self.count({"errors": 1})
+        self.count({"lookups": 1, "lookup_chunks": len(keys), "hit_chunks": len(found)})
+        return tuple(found)
+
+    # ------------------------------------------------------------------------------------------------- loading
+
+    @property
+    def is_loading(self) -> bool:
+        """A load has begun whose end has not been told of."""
+        return bool(self._loads)
+
+    def load(self, load: Load) -> None:
+        """Begin; `arrivals` will tell."""
+        begun_s = time.monotonic()
+        self._loads[load.request_id] = (load, self._loader.submit(self._fetch, load, begun_s))
+
+    def cancel(self, request_id: str) -> None:
+        """The request is gone: a load of it ends at the next chunk. It is told of all the same."""
+        if request_id in self._loads:
+            self._cancelled.add(request_id)
+
+    def wait(self, timeout_s: float) -> None:
+        """Until something that is being loaded or fetched is over, or the time is.
+
+        For steps in which the engine has nothing to compute. It would go on to the next one at once and, as Python
+        passes its lock on every five milliseconds only, let a thread that loads have one operation in each: loads of
+        milliseconds took seconds.
+        """
+        self._fetches = [future for future in self._fetches if not future.done()]
+        futures: set[Future[Any]] = {*self._fetches, *(future for _, future in self._loads.values())}
+        if futures:
+            wait(futures, timeout_s, return_when=FIRST_COMPLETED)
+
+    def arrivals(self) -> list[Arrival]:
+        """Loads that are over and have not been told of."""
+        over = []
+        for request_id, (load, future) in list(self._loads.items()):
+            if not future.done():
+                continue
+            del self._loads[request_id]
+            self._cancelled.discard(request_id)
+            error = future.exception()
+            if error is None:
+                over.append(future.result())
+            else:
+                _LOG.error("loading KV of request %s failed; it is computed", request_id, exc_info=error)
+                self.count({"errors": 1, "failed_loads": 1})
+                over.append(
+                    Arrival(request_id, Loaded({}, True, 0.0), load.blocks_from(load.start, self._cache.block_tokens))
+                )
+        return over
+
+    def _fetch(self, load: Load, begun_s: float) -> Arrival:
+        """All chunks in order, up to the first that does not come."""
+        tokens: Counter[str] = Counter()
+        worth = Worth()
+        lost_from: int | None = None
+        with Writes(self._cache, self._writer) as writes:
+            for index, key in enumerate(load.keys[self._rank]):
+                first = load.first + index * self._chunk_tokens
+                start, stop = max(first, load.start), min(first + self._chunk_tokens, load.stop)
+                chunk, tier = None, self.store.locate(key)
+                remaining_s = begun_s + self._load_timeout_s - time.monotonic()
+                if load.request_id not in self._cancelled and remaining_s > 0:
+                    chunk = self.store.get(key, timeout_s=remaining_s)
+                self._tell_whereabouts(key)
+                if chunk is None or not fits(chunk, self._spec, self._chunk_tokens, first):
+                    lost_from = start
+                    break
+                here = slice(start - first, stop - first)
+                writes.add(load.blocks, start, chunk.keys[:, :, here], chunk.values[:, :, here])
+                tokens[tier or "moved"] += stop - start
+                worth.add(stop - start, len(chunk), self._recompute_s(key))
+        spent_s = time.monotonic() - begun_s
+        self.count({"loads": 1, "load_seconds": spent_s} | {f"loaded_tokens.{name}": n for name, n in tokens.items()})
+        is_lost = lost_from is not None
+        loaded = Loaded(dict(tokens), is_lost, spent_s, 0, worth.recompute_s, worth.unpriced_tokens)
+        if lost_from is None:
+            return Arrival(load.request_id, loaded, frozenset())
+        if load.request_id not in self._cancelled:
+            self.count({"failed_loads": 1})
+        return Arrival(load.request_id, loaded, load.blocks_from(lost_from, self._cache.block_tokens))
+
+    # -------------------------------------------------------------------------------------------------- fusing
+
+    def fetch(self, fusion: Fusion) -> Future[Fetched]:
+        """Documents of a fusion that are stored, moved to where they stand now, into the request's blocks."""
+        future = self._loader.submit(self._fetch_documents, fusion, time.monotonic())
+        self._fetches.append(future)
+        return future
+
+    def _fetch_documents(self, fusion: Fusion, begun_s: float) -> Fetched:
+        tokens: Counter[str] = Counter()
+        worth = Worth()
+        found = []
+        with Writes(self._cache, self._writer) as writes:
+            for document in fusion.documents:
+                key, start = document.keys[self._rank], max(document.start, fusion.start)
+                stop = min(document.stop, fusion.stop)
+                remaining_s = begun_s + self._load_timeout_s - time.monotonic()
+                chunk, tier = None, self.store.locate(key)
+                if remaining_s > 0 and start < stop:
+                    positions = torch.arange(document.start, document.stop)
+                    chunk = self.store.get(key, positions, timeout_s=remaining_s)
+                count = document.stop - document.start
+                found.append(chunk is not None and fits(chunk, self._spec, count, document.start))
+                if found[-1] and chunk is not None:
+                    here = slice(start - document.start, stop - document.start)
+                    writes.add(fusion.blocks, start, chunk.keys[:, :, here], chunk.values[:, :, here])
+                    tokens[tier or "moved"] += stop - start
+                    worth.add(stop - start, len(chunk), self._recompute_s(key))
+        return Fetched(tuple(found), dict(tokens), worth)
+
+    def _recompute_s(self, key: ChunkKey) -> float | None:
+        (known,) = self.store.explain([key])
+        return known.recompute_s
+
+    # -------------------------------------------------------------------------------------------------- saving
+
+    @torch.inference_mode(False)  # the saver's thread has modes of its own
+    @torch.no_grad()
+    def save(self, save: Save) -> None:
+        """Copy the KV out of its blocks now, and store it later; nothing if it is stored or on its way."""
+        self._forget_done_saves()
+        key = save.keys[self._rank]
+        try:
+            is_there = key in self._saves or key in self.store
+        except Exception:  # noqa: BLE001 - as in `look_up`
+            _LOG.exception("a chunk of %d tokens is not stored", len(save.token_ids))
+            self.count({"errors": 1, "failed_saves": 1})
+            return
+        if is_there:
+            if key not in self._saves:
+                self._tell_whereabouts(key)
+            return
+        count = len(save.token_ids)
+        nbytes = count * self._spec.token_bytes
+        if sum(pending for pending, _ in self._saves.values()) + nbytes > self._save_pending_bytes:
+            self.count({"dropped_saves": 1})
+            self._tell_whereabouts(key)
+            return
+        offset = save.start % self._cache.block_tokens
+        keys, values = self._cache.read(save.blocks, offset, offset + count)
+        ready = None
+        if keys.is_cuda:  # the copy is queued behind the step that computes the KV; not run with CUDA yet
+            ready = torch.cuda.Event()
+            ready.record()
+        positions = torch.arange(save.start, save.start + count)
+        chunk = KVChunk(self._spec, torch.from_numpy(save.token_ids), positions, keys, values)
+        after = None if save.after is None else save.after[self._rank]
+        put = self._saver.submit(self._put, key, chunk, after, save.recompute_s, ready)
+        self._saves[key] = (nbytes, put)
+
+    def _put(
+        self,
+        key: ChunkKey,
+        chunk: KVChunk,
+        after: ChunkKey | None,
+        recompute_s: float | None,
+        ready: torch.cuda.Event | None,
+    ) -> None:
+        if ready is not None:
+            ready.synchronize()
+        try:
+            self.store.put(key, chunk, after=after, recompute_s=recompute_s)
+        except KVLoomError as error:
+            _LOG.warning("a chunk of %d tokens is not stored: %s", len(chunk), error)
+            self.count({"failed_saves": 1})
+        else:
+            self.count({"saved_chunks": 1, "saved_tokens": len(chunk)})
+        self._tell_whereabouts(key)
+
+    def _forget_done_saves(self) -> None:
+        for key, (_, future) in list(self._saves.items()):
+            if not future.done():
+                break  # one thread stores them in this order
+            del self._saves[key]
+            if (error := future.exception()) is not None:
+                _LOG.error("storing a chunk failed", exc_info=error)
+                self.count({"errors": 1})
+
+    def settle(self, timeout_s: float) -> bool:
+        """Wait until what was to be stored is stored; whether that was in time."""
+        return not wait([future for _, future in list(self._saves.values())], timeout_s).not_done
+
+    # --------------------------------------------------------------------------------------------------- books
+
+    def take_counts(self) -> dict[str, float]:
+        """What was counted since the last call."""
+        if not self._counts:  # as in nearly every step
+            return {}
+        with self._lock:
+            counts, self._counts = self._counts, Counter()
+        return dict(counts)
+
+    def take_moves(self) -> list[Move]:
+        """Chunks that entered or left a tier since the last call, and where those are that a request had to do with."""
+        if not self.tells_moves:
+            return []
+        with self._lock:
+            keys, self._whereabouts = self._whereabouts, set()
+        moves = self.store.take_moves()
+        tiers = ((key, self.store.locate(key)) for key in keys)  # asked now: what moves after this is told next time
+        return moves + [Move(key, tier or "", is_there=tier is not None) for key, tier in tiers]
+
+    def _tell_whereabouts(self, key: ChunkKey) -> None:
+        """Of a chunk that may have been stored before moves were noted, or may not be stored at all."""
+        if self.tells_moves:
+            with self._lock:
+                self._whereabouts.add(key)
+
+    def close(self) -> None:
+        """Ends loads, stores what was to be stored, and closes the store."""
+        self._cancelled.update(self._loads)
+        self._loader.shutdown(wait=True, cancel_futures=True)
+        self._writer.shutdown(wait=True)
+        self._saver.shutdown(wait=True)
+        self._forget_done_saves()
+        self.store.close()
+
+    def count(self, counts: Mapping[str, float]) -> None:
+        """Add to what `take_counts` gives. May be called from any thread."""
+        with self._lock:
+            self._counts.update(counts)

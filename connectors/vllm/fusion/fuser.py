@@ -1,0 +1,287 @@
+"""CacheBlend (arXiv 2405.16444) within vLLM: stored documents in a new context, a share of their tokens recomputed.
+
+    fetch     documents from the store, moved to where they stand now, into the blocks of the request   (background)
+    choose    the tokens of documents, and all that is in none, through the first layers; what `check_layer` makes of
+              them is compared with what was stored, and the tokens that differ most are chosen
+    compute   what is in no document and what was chosen, through all layers
+
+Choosing and computing go in slices, one in each step of the engine, in the order of positions, so that a long context
+does not keep others waiting; the result is the same as in one piece. Deviation and choice are those of
+`blend.selection`. Deviations from the paper: tokens are chosen once, not again in every layer, since the engine's
+forward pass cannot drop tokens on its way; and the layers up to `check_layer` are fresh for every token, as they had to
+be computed to choose.
+
+The first layer's keys depend on nothing but token and position. If what was stored and moved differs from what the
+model computes there, model and rotation are not what they are believed to be: then everything is computed. Where tiers
+are lossy, a difference is believed to be their loss as long as it is small for most tokens: a rotation that is not
+understood turns keys of moved documents by any angle.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ....blend.selection import CandidateTokens, Selector, by_deviation, deviation_of, squares
+from ....errors import EngineError
+from ...serving.arrivals import Arrival, Fetched
+from ...serving.messages import Advance, Fusion, Loaded
+from ...serving.transfers import Transfers
+from ..paged_layers import PagedLayers, write_layer
+from .passes import EnginePasses, first_slice
+
+_LOSS = 0.25  # squared, relative: 2 bits lose about a tenth; keys that are turned by chance differ by 2
+
+_LOG = logging.getLogger("vllm.kvloom")
+
+
+@dataclass(slots=True)
+class _Job:
+    fusion: Fusion
+    fetching: Future[Fetched]
+    begun_s: float
+    is_told: bool = False  # that its documents are fetched
+    probed: Tensor | None = None  # positions that go through the first layers, ascending
+    candidates: Tensor | None = None  # of them, those that may be chosen
+    rows: list[Tensor] = field(default_factory=list)  # of the slices probed so far
+    computed: Tensor | None = None  # positions that go through all layers
+    done: int = 0  # positions of the present stage
+
+
+class Fuser:
+    """Fusions of a worker, advanced one slice at a time.
+
+    Parameters
+    ----------
+    transfers : fetches documents.
+    passes, cache : the engine's.
+    slice_tokens : tokens through all layers in one step of the engine.
+    check_layer : where tokens are chosen, from 1 on.
+    size : of the tensor-parallel group.
+    is_lossy : documents may come from a tier whose codec loses something.
+    select : how they are chosen.
+    """
+
+    def __init__(
+        self,
+        transfers: Transfers,
+        passes: EnginePasses,
+        cache: PagedLayers,
+        *,
+        slice_tokens: int,
+        check_layer: int,
+        size: int,
+        is_lossy: bool = False,
+        select: Selector = by_deviation,
+    ) -> None:
+        layers = len(cache.layers)
+        self._transfers = transfers
+        self._passes = passes
+        self._cache = cache
+        self._check_layer = min(check_layer, layers - 1)
+        self._slice_tokens = min(slice_tokens, passes.max_tokens)
+        # A slice of choosing costs as much as one of computing: it runs through fewer layers.
+        self._probe_tokens = min(self._slice_tokens * layers // (self._check_layer + 1), passes.max_tokens)
+        self._size = size
+        self._is_lossy = is_lossy
+        self._select = select
+        self._jobs: dict[str, _Job] = {}
+        self._over: list[Arrival] = []
+        self.is_trusted = True
+        """False once the first layer's keys were not what they should be."""
+
+    @property
+    def is_fusing(self) -> bool:
+        """A fusion has begun whose end has not been told of."""
+        return bool(self._jobs or self._over)
+
+    def begin(self, fusion: Fusion) -> None:
+        self._jobs[fusion.request_id] = _Job(fusion, self._transfers.fetch(fusion), time.monotonic())
+
+    def cancel(self, request_id: str) -> None:
+        """The request is gone. Its blocks are given back when nothing writes to them any more."""
+        if (job := self._jobs.get(request_id)) is not None:
+            job.is_told = True
+            job.computed = torch.empty(0, dtype=torch.int64)
+
+    def fetched(self) -> dict[str, tuple[bool, ...]]:
+        """Of fusions whose documents are fetched, and not told of before: which documents this rank found."""
+        ready = {}
+        for request_id, job in self._jobs.items():
+            if not job.is_told and job.fetching.done():
+                job.is_told = True
+                if (error := job.fetching.exception()) is not None:
+                    _LOG.error("fetching documents of request %s failed; they are computed", request_id, exc_info=error)
+                    self._transfers.count({"errors": 1, "failed_loads": 1})
+                ready[request_id] = self._outcome(job).found
+        return ready
+
+    def arrivals(self) -> list[Arrival]:
+        """Fusions that are over and have not been told of."""
+        for request_id, job in list(self._jobs.items()):
+            if job.computed is not None and job.done >= len(job.computed) and job.fetching.done():
+                del self._jobs[request_id]
+                self._over.append(self._arrival(job, job.computed))
+        over, self._over = self._over, []
+        return over
+
+    @torch.inference_mode()
+    def advance(self, advance: Advance) -> None:
+        """One slice. Nothing if the fusion is over: the scheduler may hear of that later."""
+        job = self._jobs.get(advance.request_id)
+        if job is None:
+            return
+        try:
+            if job.computed is None:
+                self._choose(job, advance.found)
+            elif len(left := job.computed[job.done :]):
+                count = first_slice(left, self._slice_tokens, self._passes.max_runs)
+                self._passes.compute(job.fusion.token_ids, left[:count], job.fusion.blocks)
+                job.done += count
+        except (RuntimeError, EngineError):  # of the device or a kernel; the engine itself can still compute
+            _LOG.exception("fusing request %s failed; it is computed", advance.request_id)
+            del self._jobs[advance.request_id]
+            self._transfers.count({"errors": 1, "failed_loads": 1})
+            fusion, size = job.fusion, self._cache.block_tokens
+            bad = frozenset(fusion.blocks[fusion.start // size : -(-fusion.stop // size)])
+            self._over.append(Arrival(fusion.request_id, Loaded({}, True, time.monotonic() - job.begun_s), bad))
+
+    # ------------------------------------------------------------------------------------------------ choosing
+
+    def _choose(self, job: _Job, found: tuple[bool, ...]) -> None:
+        """The next slice of the first layers; after the last, the choice."""
+        fusion = job.fusion
+        if job.probed is None or job.candidates is None:
+            job.probed, job.candidates = stage(fusion, found)
+            count = math.ceil(fusion.ratio * len(job.candidates))
+            # What goes on with a choice that was made goes through the first layers all the same: they stay fresh.
+            is_settled = fusion.chosen is None and count == len(job.candidates)
+            if count == 0 or is_settled or not self.is_trusted:
+                everything = count or not self.is_trusted
+                skipped = torch.isin(job.probed, job.candidates)
+                job.computed = job.probed if everything else job.probed[~skipped]
+                return
+        left = job.probed[job.done :]
+        count = first_slice(left, self._probe_tokens, self._passes.max_runs)
+        job.rows.append(self._probe(fusion, left[:count]))
+        job.done += count
+        if job.done < len(job.probed):
+            return
+        # Ranks add up what their heads say, so that all choose alike, and what one rank alone would.
+        rows = self._agreed(torch.cat(job.rows, dim=1))
+        is_candidate = torch.isin(job.probed, job.candidates)
+        squared = (rows[4] / rows[5].clamp_min(torch.finfo(torch.float32).tiny))[is_candidate]
+        off = float(squared.median() if self._is_lossy else squared.max())
+        job.done = 0
+        if off > self._tolerance():
+            self.is_trusted = False
+            _LOG.error(
+                "fusion is off from now on: keys of the first layer are off by %.2g of their size where they should be "
+                "equal; kvloom misunderstands this model's rotation. Requests are computed in full",
+                off,
+            )
+            job.computed = job.probed
+            return
+        if fusion.chosen is not None:
+            job.computed = continued(fusion, found)
+            return
+        positions = job.probed[is_candidate]
+        starts = torch.tensor([document.start for document in fusion.documents])
+        offsets = positions - starts[torch.searchsorted(starts, positions, right=True) - 1]
+        tokens = CandidateTokens(positions, offsets, deviation_of(rows[:4, is_candidate]))
+        chosen = self._select(tokens, math.ceil(fusion.ratio * len(positions)))
+        kept = positions if chosen is None else positions[chosen]
+        job.computed = torch.cat((job.probed[~is_candidate], kept)).sort().values
+
+    def _probe(self, fusion: Fusion, positions: Tensor) -> Tensor:
+        """`squares` at the check layer, and `|dK|^2` and `|K|^2` of the first: `[6, T]`."""
+        cache, check = self._cache, self._check_layer
+        first, last = int(positions[0]), int(positions[-1]) + 1
+        stored_keys, stored_values = self._stored(fusion, first, last)
+        index = positions - first
+        fresh_keys, fresh_values = self._passes.keys_and_values(check, fusion.token_ids, positions, fusion.blocks)
+        slots = cache.slots(fusion.blocks, positions)
+        write_layer(cache.layers[check], fresh_keys, fresh_values, slots)
+        keys, values = stored_keys[1][:, index], stored_values[1][:, index]
+        old, new = stored_keys[0][:, index], cache.read_layer(0, fusion.blocks, first, last)[0][:, index]
+        first_layer = squares(new, old, new, new)[:2]
+        return torch.cat((squares(fresh_keys, keys, fresh_values, values), first_layer)).cpu()
+
+    def _stored(self, fusion: Fusion, first: int, last: int) -> tuple[list[Tensor], list[Tensor]]:
+        """What is in the blocks now, of the first layer and of the check layer: keys and values, `[H, T, D]` each."""
+        layers = (0, self._check_layer)
+        pairs = [self._cache.read_layer(layer, fusion.blocks, first, last) for layer in layers]
+        return [keys for keys, _ in pairs], [values for _, values in pairs]
+
+    def _agreed(self, rows: Tensor) -> Tensor:
+        if self._size == 1:
+            return rows
+        from vllm.distributed import tensor_model_parallel_all_reduce
+
+        summed: Tensor = tensor_model_parallel_all_reduce(rows.to(self._cache.device))
+        return summed.cpu()
+
+    def _tolerance(self) -> float:
+        """Of a squared, relative difference: what two roundings of a rotated key may come to, or a codec's loss."""
+        if self._is_lossy:
+            return _LOSS
+        return (8 * torch.finfo(self._cache.dtype).eps) ** 2 + 1e-6
+
+    # --------------------------------------------------------------------------------------------------- books
+
+    def _outcome(self, job: _Job) -> Fetched:
+        if job.fetching.exception() is None:
+            return job.fetching.result()
+        return Fetched((False,) * len(job.fusion.documents), {})
+
+    def _arrival(self, job: _Job, computed: Tensor) -> Arrival:
+        spent_s, fusion = time.monotonic() - job.begun_s, job.fusion
+        counts = {
+            "fusions": 1,
+            "fused_tokens": fusion.stop - fusion.start,
+            "fusion_computed_tokens": len(computed),
+            "fusion_seconds": spent_s,
+        }
+        self._transfers.count(counts)
+        fetched = self._outcome(job)
+        silent = fusion.stop - fusion.start - sum(fetched.tokens.values()) + fetched.worth.unpriced_tokens
+        chosen = computed.numpy().astype(np.int32) if fusion.chosen is None else None
+        loaded = Loaded(fetched.tokens, False, spent_s, len(computed), fetched.worth.recompute_s, silent, chosen)
+        return Arrival(fusion.request_id, loaded, frozenset())
+
+
+def stage(fusion: Fusion, found: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
+    """Positions that go through the first layers, and of them those that may be chosen, both ascending.
+
+    | tokens                                 | first layers | may be chosen |
+    |----------------------------------------|--------------|---------------|
+    | of a stored document before `inexact`  | no: right    |               |
+    | of any other stored document           | yes          | yes           |
+    | of no stored document                  | yes          | no: computed  |
+    """
+    is_stored = torch.zeros(fusion.stop, dtype=torch.bool)
+    for document, is_found in zip(fusion.documents, found, strict=True):
+        if is_found:
+            is_stored[document.start : document.stop] = True
+    positions = torch.arange(fusion.stop)
+    ours = positions >= fusion.start
+    return (
+        positions[ours & ~(is_stored & (positions < fusion.inexact))],
+        positions[ours & is_stored & (positions >= fusion.inexact)],
+    )
+
+
+def continued(fusion: Fusion, found: tuple[bool, ...]) -> Tensor:
+    """What is left to compute of a fusion whose `chosen` tokens are known: they, and what is not stored; ascending."""
+    probed, candidates = stage(fusion, found)
+    is_left = ~torch.isin(probed, candidates)
+    if fusion.chosen is not None:
+        is_left |= torch.isin(probed, torch.from_numpy(fusion.chosen.astype(np.int64)))
+    return probed[is_left]

@@ -1,0 +1,182 @@
+"""A model's forward pass, layer by layer, with keys and values that something has changed: what attention then sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..blend.attention import causal_attention
+from ..compress.envelope import parameters_of
+from ..connectors.hf.model import TransformersModel
+from ..core import Codec, KVChunk
+
+CHUNK_TOKENS = 256
+_HEAD_TOKENS = 256  # whose logits are computed at once
+
+QUERIES, QUERY_POSITIONS = "queries", "query_positions"  # extras of a context, see `ForcedModel`
+
+Approximate: TypeAlias = Callable[[KVChunk], KVChunk]
+Attend: TypeAlias = Callable[[int, KVChunk, Tensor, Tensor, Tensor, int], Tensor | None]
+"""`attend(layer, prefix, queries [Hq, T, D], keys [H, S, D], values [H, S, Dv], first)`: the outputs `[Hq, T, Dv]` of
+tokens from position `first` on, keys and values being those of the prefix and their own; None for dense attention."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A way of making KV: what becomes of the exact keys and values of a context before anything attends to them.
+
+    Attributes
+    ----------
+    name, parameters : what a certificate is bound to.
+    approximate : from the exact KV of a whole context, of all layers or of one, to what attention sees, of the same
+        shapes.
+    is_layerwise : it can be applied to one layer whose inputs it has changed already.
+    attend : how tokens behind a context attend to it; None for densely.
+    """
+
+    name: str
+    parameters: Mapping[str, Any]
+    approximate: Approximate
+    is_layerwise: bool = True
+    attend: Attend | None = None
+
+
+def as_it_is(chunk: KVChunk) -> KVChunk:
+    """Of a way that changes no keys and values."""
+    return chunk
+
+
+def through_codec(codec: Codec, *, chunk_tokens: int = CHUNK_TOKENS) -> Way:
+    """Encoded and decoded, chunk by chunk of so many tokens, as a store holds a context."""
+
+    def approximate(chunk: KVChunk) -> KVChunk:
+        pieces = [codec.decode(codec.encode(piece)) for piece in split(chunk, chunk_tokens)]
+        keys = torch.cat([piece.keys for piece in pieces], dim=2).to(chunk.keys.device)
+        values = torch.cat([piece.values for piece in pieces], dim=2).to(chunk.keys.device)
+        return KVChunk(chunk.spec, chunk.token_ids, chunk.positions, keys, values, chunk.first_layer)
+
+    return Way(codec.name, parameters_of(codec), approximate)
+
+
+def split(chunk: KVChunk, tokens: int) -> list[KVChunk]:
+    """The chunk as chunks of `tokens` tokens, the last one shorter, without a copy."""
+    return [
+        KVChunk(
+            chunk.spec,
+            chunk.token_ids[start : start + tokens],
+            chunk.positions[start : start + tokens],
+            chunk.keys[:, :, start : start + tokens],
+            chunk.values[:, :, start : start + tokens],
+            chunk.first_layer,
+        )
+        for start in range(0, len(chunk), tokens)
+    ]
+
+
+class ForcedModel:
+    """A transformers model under teacher forcing: exact, with approximate keys and values, or behind a given prefix.
+
+    Every pass goes through the same operations, so that two differ by what was done to keys and values alone.
+
+    Parameters
+    ----------
+    keeps_queries : contexts carry their queries, `[L, Hq, Q, D]`, and their positions `[Q]`, as extras.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, model_id: str | None = None, keeps_queries: bool = False) -> None:
+        self._keeps_queries = keeps_queries
+        self.layers = TransformersModel(model, model_id=model_id)
+        self.spec = self.layers.spec
+        self._model = model
+
+    @torch.no_grad()
+    def prefill(self, ids: Tensor) -> tuple[KVChunk, Tensor]:
+        """Exact KV of a context `[T]`, and the output `[T, E]` of its last layer."""
+        return self._run(ids, None, None)
+
+    @torch.no_grad()
+    def forced(self, ids: Tensor, way: Way) -> Tensor:
+        """The output `[T, E]` of the last layer if every key and value is replaced before it is attended to.
+
+        Layer by layer: what one layer loses changes the keys and values that the next one computes. This is how KVQuant
+        measures perplexity (arXiv 2401.18079, section 4); it is harsher than any use, where the keys and values that a
+        token computes for itself are exact.
+
+        Raises
+        ------
+        ValueError : `way` cannot be applied layer by layer.
+        """
+        if not way.is_layerwise:
+            raise ValueError(f"{way.name} cannot be applied layer by layer; measure it behind a prefix")
+        return self._run(ids, None, way)[1]
+
+    @torch.no_grad()
+    def continued(self, prefix: KVChunk, ids: Tensor, attend: Attend | None = None) -> Tensor:
+        """The output `[T, E]` of the last layer for tokens behind `prefix`, which they see exactly, or by `attend`."""
+        return self._run(ids, prefix, None, attend)[1]
+
+    def _run(
+        self, ids: Tensor, prefix: KVChunk | None, way: Way | None, attend: Attend | None = None
+    ) -> tuple[KVChunk, Tensor]:
+        spec, layers, device = self.spec, self.layers, self._model.device
+        start = 0 if prefix is None else len(prefix)
+        positions = torch.arange(start, start + len(ids))
+        placed, hidden = positions.to(device), layers.embed(ids.to(device))
+        all_keys, all_values, asked = [], [], []
+        for layer in range(spec.num_layers):
+            queries, keys, values = layers.qkv(layer, hidden, placed)
+            if way is not None:
+                changed = way.approximate(KVChunk(spec, ids, positions, keys[None], values[None], layer))
+                keys, values = changed.keys[0], changed.values[0]
+            all_keys.append(keys)
+            all_values.append(values)
+            if prefix is not None:
+                keys = torch.cat((prefix.keys[layer].to(device), keys), dim=1)
+                values = torch.cat((prefix.values[layer].to(device), values), dim=1)
+            if self._keeps_queries:
+                asked.append(queries.cpu())
+            attended = None
+            if attend is not None and prefix is not None:
+                attended = attend(layer, prefix, queries, keys, values, start)
+            if attended is None:
+                window_tokens = layers.window_tokens[layer]
+                attended = causal_attention(
+                    queries, keys, values, placed, scale=layers.scale, window_tokens=window_tokens
+                )
+            hidden = layers.finish(layer, hidden, attended)
+        extras = {QUERIES: torch.stack(asked), QUERY_POSITIONS: positions} if asked else {}
+        return KVChunk(spec, ids, positions, torch.stack(all_keys), torch.stack(all_values), extras=extras), hidden
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[T, E]` -> `[T, V]` float32."""
+        logits: Tensor = self._model.lm_head(self._model.model.norm(hidden)).float()
+        return logits
+
+    @torch.no_grad()
+    def compare(self, exact: Tensor, other: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of two outputs `[T, E]` of the last layer: losses of the targets `[T]`, and KL of the second to the first.
+
+        Each `[T]` float64, cpu, in nats a token: exact losses, other losses, KL.
+        """
+        found: list[list[Tensor]] = [[], [], []]
+        targets = targets.to(exact.device)
+        for start in range(0, len(targets), _HEAD_TOKENS):
+            here = slice(start, start + _HEAD_TOKENS)
+            p, q = (self.logits(hidden[here]).double().log_softmax(-1) for hidden in (exact, other))
+            found[0].append(F.nll_loss(p, targets[here], reduction="none").cpu())
+            found[1].append(F.nll_loss(q, targets[here], reduction="none").cpu())
+            found[2].append((p.exp() * (p - q)).sum(-1).clamp(min=0).cpu())
+        exact_loss, other_loss, kl = (torch.cat(parts) for parts in found)
+        return exact_loss, other_loss, kl
+
+    @torch.no_grad()
+    def answers(self, context: Tensor, answer: Tensor) -> bool:
+        """Whether greedy decoding gives `answer`, from the outputs `[A, E]` at the tokens before each of its own."""
+        return bool(torch.equal(self.logits(context).argmax(-1).cpu(), answer))

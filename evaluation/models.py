@@ -1,0 +1,52 @@
+"""The model that a benchmark runs on: the bundled one, or a local folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+BUNDLED_MODEL = Path(__file__).parent.parent / "bench" / "reference" / "model"
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_model(folder: Path | None, *, dtype: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A local model and its tokenizer.
+
+    Parameters
+    ----------
+    folder : of the model; None for the bundled one.
+    dtype : one of `DTYPES`, `auto` for the model's own; None for float32 on a CPU, where it is exact, and the model's
+        own on a GPU.
+
+    Raises
+    ------
+    ValueError : there is no usable Hugging Face folder, or no such dtype.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    folder = BUNDLED_MODEL if folder is None else folder
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"no model in {folder}: --model takes a local Hugging Face folder with config.json and weights"
+        )
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    cuda = torch.cuda.is_available()
+    dtype = dtype or ("auto" if cuda else "float32")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, dtype=dtype, attn_implementation="sdpa"
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"cannot load the model in {folder}: {error}") from error
+    torch.nn.Module.to(model, "cuda" if cuda else "cpu")
+    return model.eval(), tokenizer
+
+
+def token_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int]:
+    return lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)

@@ -1,0 +1,190 @@
+"""How far a model with approximate keys and values is from the exact one: losses, distributions, tasks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..calibration.certificate import Figure
+from ..connectors.hf.model import lead_of
+from .forcing import ForcedModel, Way, split
+from .models import token_counter
+from .report import Floats, paired_bootstrap, paired_share_difference
+from .workload import task_cases
+
+KINDS = ("needle", "record", "alias")
+KNOWN_RATIO = 0.5  # below it the exact model does not know a task, and a loss would say nothing
+_FIRST_TRIALS = 20  # after which that is asked
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What an approximation may lose at most, each at the bad end of its 95 % interval; None: anything.
+
+    One set for all codecs: 5 % of perplexity is about what 3 bits cost a small model and 2 bits a large one (KVQuant,
+    table 1), and 5 points of exact match are what 200 trials can tell from none.
+
+    Attributes
+    ----------
+    perplexity_increase : relative.
+    kl : nats a token.
+    task_loss : points of exact match, as a share.
+    """
+
+    perplexity_increase: float | None = 0.05
+    kl: float | None = 0.1
+    task_loss: float | None = 0.05
+
+    def __post_init__(self) -> None:
+        for limit in (self.perplexity_increase, self.kl, self.task_loss):
+            Figure(0.0, 0.0, 0.0, limit=limit)  # refused here, and not after the measurement
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trial:
+    """A task in tokens: context `[C]`, the question behind it, the answer that must follow."""
+
+    context: Tensor
+    question: Tensor
+    answer: Tensor
+
+
+@dataclass(slots=True, eq=False)
+class Measurement:
+    """One way of making KV beside the exact one, on the same windows and trials, in their order.
+
+    Attributes
+    ----------
+    forced, prefix : mean losses of a window, exact and approximate, and its mean KL, in nats a token: with every key
+        and value approximate (`ForcedModel.forced`; empty if `way` is not layerwise), and of the second half of a
+        window over an approximate first half.
+    right : by kind of task, whether the exact and the approximate model answered, trial by trial.
+    skipped : kinds that the exact model does not know, and how often it answered.
+    """
+
+    way: Way
+    forced: list[tuple[float, float, float]] = field(default_factory=list)
+    prefix: list[tuple[float, float, float]] = field(default_factory=list)
+    right: dict[str, list[tuple[bool, bool]]] = field(default_factory=dict)
+    skipped: dict[str, float] = field(default_factory=dict)
+
+    def figures(self, limits: Limits = Limits()) -> dict[str, Figure]:
+        """Each loss with its interval: windows drawn anew for language, Agresti & Min for tasks."""
+        found: dict[str, Figure] = {}
+        for prefix, rows in (("", self.forced), ("prefix_", self.prefix)):
+            if rows:
+                exact, other, kl = np.array(rows).T
+                increase = paired_bootstrap(other, exact, statistic=_perplexity_increase)
+                found[f"{prefix}perplexity_increase"] = Figure(*increase, "share", limits.perplexity_increase)
+                found[f"{prefix}kl"] = Figure(*paired_bootstrap(kl, statistic=_mean), "nats/token", limits.kl)
+        for kind, pairs in self.right.items():
+            exact_right, other_right = zip(*pairs, strict=True)
+            loss = paired_share_difference(exact_right, other_right)
+            found[f"{kind}_loss"] = Figure(*loss, "share", limits.task_loss)
+        return found
+
+
+def measure(
+    model: ForcedModel,
+    ways: Sequence[Way],
+    *,
+    windows: Sequence[Sequence[int]] = (),
+    trials: Mapping[str, Sequence[Trial]] | None = None,
+    skip_unknown: bool = False,
+    advance: Callable[[str], object] = lambda _: None,
+) -> list[Measurement]:
+    """Every way on every window and trial, beside the exact model.
+
+    Parameters
+    ----------
+    windows : token sequences, see `token_windows`; at least 4 tokens each.
+    trials : by kind of task, see `task_trials`.
+    skip_unknown : leave out tasks of which the exact model answers fewer than `KNOWN_RATIO`; noticed early.
+    advance : told of `windows` or the kind after each.
+    """
+    found = [Measurement(way) for way in ways]
+    for window in windows:
+        _language(model, torch.tensor(list(window)), found)
+        advance("windows")
+    for kind, of_kind in (trials or {}).items():
+        known: list[bool] = []
+        for number, trial in enumerate(of_kind, start=1):
+            known.append(_answer(model, kind, trial, found))
+            advance(kind)
+            is_to_be_asked = number in (min(_FIRST_TRIALS, len(of_kind)), len(of_kind))
+            if skip_unknown and is_to_be_asked and sum(known) < KNOWN_RATIO * number:
+                for one in found:
+                    del one.right[kind]
+                    one.skipped[kind] = sum(known) / number
+                break
+    return found
+
+
+def task_trials(
+    tokenizer: PreTrainedTokenizerBase, kind: str, *, count: int, context_tokens: int, seed: int = 0
+) -> list[Trial]:
+    """Tasks with known answers, hidden in the bundled text, for any model: see `TaskSampler`."""
+    counted = task_cases(
+        None, token_counter(tokenizer), kind=kind, count=count, context_tokens=context_tokens, seed=seed
+    )
+    lead = list(lead_of(tokenizer))
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return ids
+
+    return [
+        Trial(
+            torch.tensor(lead + encode("".join(case.documents))),
+            torch.tensor(encode(case.question)),
+            torch.tensor(encode(case.answer or "")),
+        )
+        for case in counted
+    ]
+
+
+def _language(model: ForcedModel, ids: Tensor, found: Sequence[Measurement]) -> None:
+    inputs, targets, half = ids[:-1], ids[1:], len(ids) // 2
+    whole, exact = model.prefill(inputs)
+    first = replace(split(whole, half)[0], extras=whole.extras)
+    behind = model.continued(first, inputs[half:])  # the same operations as below, not those of the whole window
+    for one in found:
+        if one.way.is_layerwise:
+            one.forced.append(_means(model, exact, model.forced(inputs, one.way), targets))
+        over = model.continued(one.way.approximate(first), inputs[half:], one.way.attend)
+        one.prefix.append(_means(model, behind, over, targets[half:]))
+
+
+def _means(model: ForcedModel, exact: Tensor, other: Tensor, targets: Tensor) -> tuple[float, float, float]:
+    exact_loss, other_loss, kl = (each.mean().item() for each in model.compare(exact, other, targets))
+    return exact_loss, other_loss, kl
+
+
+def _answer(model: ForcedModel, kind: str, trial: Trial, found: Sequence[Measurement]) -> bool:
+    """Notes who answered; whether the exact model did.
+
+    The answer's own tokens are given: greedy decoding gives the answer if and only if each of its tokens is the most
+    likely one behind those before it.
+    """
+    context, _ = model.prefill(trial.context)
+    rest = torch.cat((trial.question, trial.answer[:-1]))
+    exact = model.answers(model.continued(context, rest)[-len(trial.answer) :], trial.answer)
+    for one in found:
+        over = model.continued(one.way.approximate(context), rest, one.way.attend)
+        right = model.answers(over[-len(trial.answer) :], trial.answer)
+        one.right.setdefault(kind, []).append((exact, right))
+    return exact
+
+
+def _perplexity_increase(other: Floats, exact: Floats) -> float:
+    return math.expm1(float(other.mean() - exact.mean()))
+
+
+def _mean(values: Floats) -> float:
+    return float(values.mean())

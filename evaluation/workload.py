@@ -1,0 +1,84 @@
+"""What the demo and the fusion benchmark ask: cases of documents, a question and, where it is known, the answer."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .passages import load_questions, sentences
+from .tasks import TaskSampler
+
+_TEXT_SUFFIXES = (".txt", ".md", ".rst")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One question over documents; `answer` is the exact text that must follow, None if nobody knows it."""
+
+    kind: str
+    documents: tuple[str, ...]
+    question: str
+    answer: str | None = None
+
+
+def read_documents(folder: Path) -> list[str]:
+    """The non-empty text files of a folder, by name.
+
+    Raises
+    ------
+    ValueError : there is no such folder, no text in it, or a file is not UTF-8.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"no folder {folder}; --docs takes a folder of {', '.join(_TEXT_SUFFIXES)} files")
+    texts = []
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix.lower() in _TEXT_SUFFIXES):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text; convert or remove it") from error
+        if text.strip():
+            texts.append(text)
+    if not texts:
+        raise ValueError(f"no documents in {folder}; expected non-empty {', '.join(_TEXT_SUFFIXES)} files")
+    return texts
+
+
+def task_cases(
+    texts: Sequence[str] | None,
+    count_tokens: Callable[[str], int],
+    *,
+    kind: str,
+    count: int,
+    context_tokens: int,
+    num_documents: int = 8,
+    seed: int = 0,
+) -> list[Case]:
+    """Tasks of one kind (see `TaskSampler`), their statements hidden in natural text.
+
+    Parameters
+    ----------
+    texts : the natural text; None for the bundled Wikipedia passages.
+    count_tokens : tokens in a text.
+
+    Raises
+    ------
+    ValueError : `texts` hold no whole sentence to hide a statement in.
+    """
+    if texts is None:
+        texts = [passage for question in load_questions() for passage in question.passages]
+    found = sentences(texts)
+    if not found:
+        raise ValueError("the documents hold no whole sentences to hide facts in; ask about them with --question TEXT")
+    sampler = TaskSampler(found, count_tokens)
+    rng = random.Random(f"{kind} {seed}")
+    tasks = [
+        sampler.sample(rng, kind, context_tokens=context_tokens, num_documents=num_documents) for _ in range(count)
+    ]
+    return [Case(t.kind, t.documents, t.question, f" {t.answer}.") for t in tasks]
+
+
+def question_cases(count: int) -> list[Case]:
+    """Real multi-hop questions over ten Wikipedia passages each (MuSiQue); a small model cannot answer them."""
+    return [
+        Case("question", q.passages, f"\nQ: {q.question}\nA:") for q in load_questions()[:count]
+    ]  # answers are free text, so only the agreement with full prefill is measured

@@ -1,0 +1,102 @@
+"""Which approximations a store may keep and serve: those that are certified, or all if its owner insists."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+
+from ...calibration.certificate import Certificate
+from ...compress.envelope import Form, form_of, form_of_blob, is_exact
+from ...core import Codec, EncodedChunk, KVSpec
+from ...errors import UncertifiedError, UncertifiedWarning
+
+_KNOWN = 256  # answers that are remembered; a store sees few models and codecs
+
+
+class Permits:
+    """Answers by the certificates at hand. Every method may be called from any thread.
+
+    Parameters
+    ----------
+    allow_uncertified : what has no certificate is permitted, too: counted, and warned of once.
+    """
+
+    def __init__(self, certificates: Sequence[Certificate], *, allow_uncertified: bool) -> None:
+        self._certificates = tuple(certificates)
+        self._allow_uncertified = allow_uncertified
+        self._lock = threading.Lock()  # of what follows
+        self._answers: dict[Hashable, bool] = {}
+        self._warned = False
+        self._uses = 0
+
+    @property
+    def uncertified_uses(self) -> int:
+        """How often something without a certificate was permitted."""
+        with self._lock:
+            return self._uses
+
+    def covers(self, codec: Codec, spec: KVSpec) -> bool:
+        """Whether chunks of this model may be encoded so, by a certificate, by the override, or without loss."""
+        return codec.is_lossless or self._allow_uncertified or self._is_certified(form_of(codec), spec)
+
+    def expect(self, codec: Codec, spec: KVSpec) -> None:
+        """To be asked before a chunk of this model is encoded for the store.
+
+        Raises
+        ------
+        UncertifiedError : it may not be.
+        """
+        if codec.is_lossless or self._is_certified(form_of(codec), spec):
+            return
+        if not self._allow_uncertified:
+            raise UncertifiedError(
+                f"codec {codec.name!r} is lossy, and no certificate that passed covers it, with these parameters, for "
+                f"{spec.model_id}: measure it with `kvloom certify MODEL --codec NAME` and give the result as "
+                "KVStore(certificates=...), or insist with allow_uncertified=True"
+            )
+        self._note(codec.name, spec.model_id)
+
+    def may_serve(self, codec: Codec, blob: EncodedChunk) -> bool:
+        """Whether a stored chunk may be given out; it counts by its own parameters, not by those of `codec`."""
+        if is_exact(blob, codec):
+            return True
+        spec_text, form = blob.meta.get("spec", ""), form_of_blob(blob)
+        if self._remembered((form, spec_text), lambda: self._covers_text(form, spec_text)):
+            return True
+        if self._allow_uncertified:
+            self._note(codec.name, "the model of a stored chunk")
+        return self._allow_uncertified
+
+    def _is_certified(self, form: Form, spec: KVSpec) -> bool:
+        return self._remembered((form, spec), lambda: any(c.covers_form(form, spec) for c in self._certificates))
+
+    def _covers_text(self, form: Form, spec_text: str) -> bool:
+        try:
+            spec = KVSpec.from_json(spec_text)
+        except (LookupError, TypeError, ValueError, AttributeError):  # of what model, nobody knows
+            return False
+        return any(c.covers_form(form, spec) for c in self._certificates)
+
+    def _remembered(self, question: Hashable, answer: Callable[[], bool]) -> bool:
+        with self._lock:
+            known = self._answers.get(question)
+        if known is None:
+            known = answer()
+            with self._lock:
+                if len(self._answers) >= _KNOWN:
+                    self._answers.clear()
+                self._answers[question] = known
+        return known
+
+    def _note(self, codec: str, model: str) -> None:
+        with self._lock:
+            self._uses += 1
+            is_first, self._warned = not self._warned, True
+        if is_first:
+            warnings.warn(
+                f"the lossy codec {codec!r} is used for {model} without a certificate (allow_uncertified=True): "
+                "answers may differ from the exact model's by an unknown amount; measure it with `kvloom certify`",
+                UncertifiedWarning,
+                stacklevel=5,
+            )

@@ -1,0 +1,162 @@
+"""The records of the journal: what happened to chunks, as bytes.
+
+A journal is a row of slots of 128 bytes, little-endian; slot 0 is its header.
+
+    header   checksum u64, magic 8s, format version u32, bytes a slot u32, generation u64, next segment u64, zeros
+    record   checksum u64, op u8, part u8, flags u16, namespace u32, key 32s, after 32s, segment u64, offset u64,
+             bytes of the container u64, expires_at_s f64, recompute_s f64, stamp u64
+
+A checksum is the xxh3_64 of the other 120 bytes. The stamp is `generation << 40 | slot`: a record counts only in its
+own slot of its own journal, so old blocks that a power loss brings back are none. A slot crosses no page and no sector.
+A slot that is not valid is passed over. A namespace is written once, in parts of 64 bytes, and named by number then.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from enum import IntEnum
+
+import xxhash
+
+from ....core import NOTHING, ChunkInfo, ChunkKey
+from ...placement.quota import MOST_NAMESPACE_BYTES
+from .index import ALIGNMENT_BYTES, Index, Place
+
+SLOT_BYTES = 128
+
+_FORMAT_VERSION = 2
+_MAGIC = b"kvloom\nj"
+_HEADER = struct.Struct("<Q8sIIQQ")
+_RECORD = struct.Struct("<QBBHI32s32sQQQddQ")
+_CHECKSUM_BYTES = 8
+_PART_BYTES = 64
+_MAX_BYTES = 1 << 48
+_GENERATION_BITS, _SLOT_BITS = 24, 40
+_HAS_AFTER, _HAS_EXPIRY, _HAS_COST = 1, 2, 4
+_NO_KEY = bytes(32)
+
+
+class Op(IntEnum):
+    """What a record says of its key."""
+
+    PUT = 1
+    MOVE = 2  # by compaction: another place, the same turn in the order of writing
+    DELETE = 3
+    NAMESPACE = 4  # no key: a part of the text that a number stands for
+
+
+class Records:
+    """Makes and reads the records of one journal, and knows the numbers of its namespaces."""
+
+    def __init__(self, generation: int) -> None:
+        self.generation = generation % (1 << _GENERATION_BITS)
+        self._names: dict[int, str] = {0: ""}
+        self._numbers: dict[str, int] = {"": 0}
+        self._parts: dict[int, bytes] = {}
+        self._last_number = 0
+
+    def header(self, next_segment: int) -> bytes:
+        body = _HEADER.pack(0, _MAGIC, _FORMAT_VERSION, SLOT_BYTES, self.generation, next_segment)
+        return _sealed(body.ljust(SLOT_BYTES, b"\0"))
+
+    def to_bytes(self, slot: int, op: Op, key: ChunkKey, place: Place | None = None) -> bytes:
+        """What to write at that slot: one record, after those that name a new namespace."""
+        segment, offset, nbytes, info = place or (0, 0, 0, NOTHING)
+        written = b""
+        if info.namespace not in self._numbers:
+            written = self._name(slot, info.namespace)
+        flags = (
+            _HAS_AFTER * (info.after is not None)
+            | _HAS_EXPIRY * (info.expires_at_s is not None)
+            | _HAS_COST * (info.recompute_s is not None)
+        )
+        return written + self._record(
+            slot + len(written) // SLOT_BYTES, op, 0, flags, self._numbers[info.namespace], key, info.after or _NO_KEY,
+            segment, offset, nbytes, info.expires_at_s or 0.0, info.recompute_s or 0.0,
+        )  # fmt: skip
+
+    def read(self, data: memoryview, slot: int, index: Index) -> Iterator[tuple[int, ChunkKey | None]]:
+        """Applies what is valid in `data`, which begins at that slot: how far each record reaches, and its key."""
+        stamp = self.generation << _SLOT_BITS | slot
+        digest = xxhash.xxh3_64_intdigest
+        whole = data[: len(data) // SLOT_BYTES * SLOT_BYTES]
+        for begin, record in zip(range(0, len(whole), SLOT_BYTES), _RECORD.iter_unpack(whole), strict=True):
+            if record[-1] != stamp + begin // SLOT_BYTES:
+                continue
+            if record[0] != digest(whole[begin + _CHECKSUM_BYTES : begin + SLOT_BYTES]):
+                continue
+            _, op, part, flags, number, key, after, segment, offset, nbytes, expires_at_s, recompute_s, _ = record
+            self._last_number = max(self._last_number, number)
+            if op == Op.NAMESPACE:
+                self._learn(number, part, flags, key + after)
+                yield begin + SLOT_BYTES, None
+                continue
+            if op == Op.DELETE:
+                index.remove(key)
+            elif op in (Op.PUT, Op.MOVE) and number in self._names and _is_place(segment, offset, nbytes):
+                info = NOTHING
+                if flags or number:
+                    info = ChunkInfo(
+                        ChunkKey(after) if flags & _HAS_AFTER else None,
+                        self._names[number],
+                        expires_at_s if flags & _HAS_EXPIRY else None,
+                        recompute_s if flags & _HAS_COST else None,
+                    )
+                (index.put if op == Op.PUT else index.move)(key, Place(segment, offset, nbytes, info))
+            else:  # of a namespace whose text is lost, or of a later release: what the key was is no more
+                index.remove(key)
+            yield begin + SLOT_BYTES, key
+
+    def _name(self, slot: int, text: str) -> bytes:
+        self._last_number += 1
+        number, data = self._last_number, text.encode()
+        parts = [
+            data[start : start + _PART_BYTES].ljust(_PART_BYTES, b"\0") for start in range(0, len(data), _PART_BYTES)
+        ]
+        self._names[number], self._numbers[text] = text, number
+        return b"".join(
+            self._record(slot + i, Op.NAMESPACE, i, len(data), number, part[:32], part[32:], 0, 0, 0, 0.0, 0.0)
+            for i, part in enumerate(parts)
+        )
+
+    def _learn(self, number: int, part: int, length: int, text: bytes) -> None:
+        known = self._parts.get(number, b"")
+        if len(known) != part * _PART_BYTES or length > MOST_NAMESPACE_BYTES:
+            return  # an earlier part is lost
+        known += text
+        self._parts[number] = known
+        if len(known) >= length:
+            name = known[:length].decode(errors="replace")
+            self._names[number], self._numbers[name] = name, number
+
+    def _record(
+        self, slot: int, op: Op, part: int, flags: int, number: int, key: bytes, after: bytes, segment: int,
+        offset: int, nbytes: int, expires_at_s: float, recompute_s: float,
+    ) -> bytes:  # fmt: skip
+        stamp = self.generation << _SLOT_BITS | slot
+        times = expires_at_s, recompute_s
+        return _sealed(_RECORD.pack(0, op, part, flags, number, key, after, segment, offset, nbytes, *times, stamp))
+
+
+def read_header(data: memoryview) -> tuple[int, int, bool]:
+    """Generation, next segment, and whether the header is sound; if not, what the records tell of the generation."""
+    if len(data) >= SLOT_BYTES:
+        checksum, magic, version, slot_bytes, generation, next_segment = _HEADER.unpack_from(data)
+        sound = checksum == xxhash.xxh3_64_intdigest(data[_CHECKSUM_BYTES:SLOT_BYTES])
+        if sound and (magic, version, slot_bytes) == (_MAGIC, _FORMAT_VERSION, SLOT_BYTES):
+            return generation, next_segment, True
+    for begin in range(SLOT_BYTES, len(data) - SLOT_BYTES + 1, SLOT_BYTES):
+        record = _RECORD.unpack_from(data, begin)
+        if record[0] == xxhash.xxh3_64_intdigest(data[begin + _CHECKSUM_BYTES : begin + SLOT_BYTES]):
+            return record[-1] >> _SLOT_BITS, 1, False
+    return 0, 1, False
+
+
+def _sealed(data: bytes) -> bytes:
+    body = data[_CHECKSUM_BYTES:]
+    return xxhash.xxh3_64_intdigest(body).to_bytes(_CHECKSUM_BYTES, "little") + body
+
+
+def _is_place(segment: int, offset: int, nbytes: int) -> bool:
+    return 0 < segment < 1 << 63 and 0 < nbytes < _MAX_BYTES and offset < _MAX_BYTES and not offset % ALIGNMENT_BYTES

@@ -1,0 +1,185 @@
+"""The indexes of all layers of one sequence, and what of them is stored with chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..core import KVChunk
+from ..errors import CodecError
+from .selector import KeepsState, LayerShape, LearnsFromQueries, MovesParts, Recodes, Selector, TravelsWithChunks
+from .settings import Retrieval
+
+Extras = dict[str, Tensor]
+
+
+class ContextIndex:
+    """One selector for each layer that retrieves. Only one thread at a time may use it.
+
+    An extra of a chunk is named `METHOD:DIGEST:LAYER:TENSOR`; layers whose tensors are alike share one, stacked, as
+    layer `all`, which can be read layer by layer if every layer of the model is in it. What belongs to the sequence as
+    a whole has `state.LAYER` for the layer.
+
+    Parameters
+    ----------
+    shapes : of every layer of the model; None for those that attend to everything.
+    start : first token that is indexed; None for the one behind the sinks.
+    """
+
+    def __init__(self, retrieval: Retrieval, shapes: Sequence[LayerShape | None], *, start: int | None = None) -> None:
+        self.start = retrieval.sink_tokens if start is None else start
+        self.layers: list[Selector | None] = [
+            None if shape is None else retrieval.selector(shape, layer, start=self.start)
+            for layer, shape in enumerate(shapes)
+        ]
+        self._name = retrieval.index_name
+
+    @property
+    def learns(self) -> bool:
+        """Whether queries are worth keeping for `observe`."""
+        return any(isinstance(selector, LearnsFromQueries) for selector in self.layers)
+
+    @property
+    def travels(self) -> bool:
+        """Whether chunks carry their part of it."""
+        return bool(self._traveling())
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(selector.held_bytes for selector in self.layers if selector is not None)
+
+    # ------------------------------------------------------------------------------------------------- chunks
+
+    def take(self, chunk: KVChunk) -> bool:
+        """Adds the next chunk; whether it brought its part of the index with it."""
+        first, stop = int(chunk.positions[0]), int(chunk.positions[0]) + len(chunk)
+        skip = max(0, self.start - first)
+        parts = self.parts_of(chunk)
+        if parts is not None:
+            try:
+                for layer, traveling in self._traveling().items():
+                    traveling.restore(parts[layer], len(chunk) - skip)
+            except CodecError:
+                pass  # of another making, for instance by another release: computed anew below
+            else:
+                return True
+        for layer, selector in enumerate(self.layers):
+            if selector is not None and self.start + len(selector) < stop:
+                selector.add(chunk.keys[layer][:, skip:], chunk.values[layer][:, skip:])
+        return False
+
+    def place(
+        self, parts: Mapping[int, Mapping[str, Tensor]] | None, chunk: KVChunk, offset: int, changed: Tensor
+    ) -> int:
+        """Adds the next chunk, whose parts were made `offset` positions before, and some of whose keys have changed.
+
+        Parameters
+        ----------
+        parts : by layer; None if there are none.
+        changed : `[L, T]` bool.
+
+        Returns
+        -------
+        int : layers that took their parts; the others were computed anew.
+        """
+        took, first = 0, int(chunk.positions[0])
+        for layer, selector in enumerate(self.layers):
+            if selector is None:
+                continue
+            keys, fresh = chunk.keys[layer], changed[layer]
+            try:
+                if parts is None or not isinstance(selector, TravelsWithChunks):
+                    raise CodecError("there is nothing to take")
+                if isinstance(selector, MovesParts):
+                    placed = selector.recoded(selector.moved(parts[layer], offset), keys, fresh, first)
+                    selector.restore(placed, len(chunk))
+                elif isinstance(selector, Recodes):
+                    selector.restore(parts[layer], len(chunk))
+                    selector.recode(chunk.positions[fresh], keys[:, fresh])
+                else:
+                    raise CodecError(f"{selector.name} cannot be moved")
+                took += 1
+            except (CodecError, ValueError):
+                if self.start + len(selector) == first:
+                    selector.add(keys, chunk.values[layer])
+        return took
+
+    def extras_of(self, first: int, stop: int) -> tuple[Extras, frozenset[str]]:
+        """What belongs to the chunk of tokens `[first, stop)`, and the names of what is layered in it."""
+        by_name: dict[str, dict[int, Tensor]] = {}
+        for layer, selector in self._traveling().items():
+            for name, tensor in selector.export(max(first, self.start), stop).items():
+                by_name.setdefault(name, {})[layer] = tensor
+        extras: Extras = {}
+        layered = set()
+        for name, of_layers in by_name.items():
+            tensors = list(of_layers.values())
+            if len({(t.dtype, t.shape) for t in tensors}) == 1:
+                extras[f"{self._name}:all:{name}"] = torch.stack(tensors)
+                if len(tensors) == len(self.layers):
+                    layered.add(f"{self._name}:all:{name}")
+            else:
+                extras.update({f"{self._name}:{layer}:{name}": tensor for layer, tensor in of_layers.items()})
+        return extras, frozenset(layered)
+
+    def parts_of(self, chunk: KVChunk) -> dict[int, Extras] | None:
+        """What a chunk holds for each layer that travels; None unless all of them find something."""
+        parts: dict[int, Extras] = {layer: {} for layer in self._traveling()}
+        for name, tensor in chunk.extras.items():
+            if not name.startswith(f"{self._name}:"):
+                continue
+            where, _, inner = name.removeprefix(f"{self._name}:").partition(":")
+            if where == "all" and len(tensor) == len(parts):
+                for layer, of_layer in zip(parts, tensor, strict=True):
+                    parts[layer][inner] = of_layer
+            elif where.isdigit() and int(where) in parts:
+                parts[int(where)][inner] = tensor
+        return parts if parts and all(parts.values()) else None
+
+    # ------------------------------------------------------------------------------------------------ queries
+
+    def observe(self, layer: int, queries: Tensor, positions: Tensor) -> None:
+        """Queries `[Hq, Q, D]` of one layer, at `positions` `[Q]`."""
+        selector = self.layers[layer]
+        if isinstance(selector, LearnsFromQueries):
+            selector.observe(queries, positions)
+
+    def build(self) -> None:
+        for selector in self.layers:
+            if selector is not None and len(selector) and isinstance(selector, LearnsFromQueries):
+                selector.build()
+
+    # -------------------------------------------------------------------------------------------------- state
+
+    def state(self) -> Extras:
+        """What belongs to the sequence as a whole, as extras of one chunk."""
+        return {
+            f"{self._name}:state.{layer}:{name}": tensor
+            for layer, selector in enumerate(self.layers)
+            if selector is not None and len(selector) and isinstance(selector, KeepsState)
+            for name, tensor in selector.state().items()
+        }
+
+    def restore_state(self, extras: Mapping[str, Tensor]) -> bool:
+        """Takes what `state` gave when the same tokens were indexed; whether there was any, and all of it served."""
+        took = False
+        for layer, selector in enumerate(self.layers):
+            prefix = f"{self._name}:state.{layer}:"
+            parts = {name.removeprefix(prefix): t for name, t in extras.items() if name.startswith(prefix)}
+            if not parts or selector is None or not isinstance(selector, KeepsState):
+                continue
+            try:
+                selector.restore_state(parts)
+            except CodecError:
+                return False
+            took = True
+        return took
+
+    def _traveling(self) -> Mapping[int, TravelsWithChunks]:
+        return {
+            layer: selector
+            for layer, selector in enumerate(self.layers)
+            if selector is not None and isinstance(selector, TravelsWithChunks)
+        }

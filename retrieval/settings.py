@@ -1,0 +1,149 @@
+"""Retrieval as a caller asks for it: the method, its budget, what is attended to anyway, and whether it may be used."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from blake3 import blake3
+
+from ..calibration.certificate import Certificate
+from ..calibration.model_profile import Profile
+from ..compress.envelope import Form, canonical_json
+from ..core import KVSpec
+from ..errors import UncertifiedError, UncertifiedWarning
+from .registry import METHODS, selector_by_name
+from .selector import LayerShape, Pooling, Selector
+
+CHUNK_TOKENS = 256  # stored together, and leave the window together
+_GRID_TOKENS = 8  # indexes are cut there, see `TravelsWithChunks`
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Retrieval:
+    """Decoding that attends to sinks, window and, of all that lies between, what a method chooses.
+
+    Attributes
+    ----------
+    method : a name of `retrieval.catalog`.
+    budget_ratio : tokens chosen for each KV head and step, as a share of those between sinks and window.
+    budget_tokens : at least so many of them.
+    sink_tokens : the first tokens, always attended to; a multiple of 8.
+    window_tokens : at least so many of the last tokens are always attended to; at most `CHUNK_TOKENS` more, since they
+        leave together.
+    dense_layers : so many first layers attend to everything.
+    pooling : how the query heads of a group agree, see `pooled`.
+    parameters : the method's own.
+    profile : from `kvloom calibrate`, for methods that need it.
+    break_even_tokens : contexts shorter than that are attended to densely; None for what a certificate says, or else
+        what is measured on this machine at first use. No part of `form`.
+    """
+
+    method: str
+    budget_ratio: float = 0.03
+    budget_tokens: int = 0
+    sink_tokens: int = 16
+    window_tokens: int = 128
+    dense_layers: int = 0
+    pooling: Pooling = "max"
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    profile: Profile | None = None
+    break_even_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"no retrieval method {self.method!r}; known: {', '.join(sorted(METHODS))}")
+        if self.pooling not in get_args(Pooling):
+            raise ValueError(f"pooling is {self.pooling!r}; expected one of {', '.join(get_args(Pooling))}")
+        if not 0.0 <= self.budget_ratio <= 1.0:
+            raise ValueError(f"budget_ratio is {self.budget_ratio}; expected a share between 0 and 1")
+        for name in ("budget_tokens", "dense_layers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        if self.window_tokens < 1:
+            raise ValueError(f"window_tokens is {self.window_tokens}; expected at least 1")
+        if self.sink_tokens % _GRID_TOKENS or not 0 <= self.sink_tokens < CHUNK_TOKENS:
+            raise ValueError(
+                f"sink_tokens is {self.sink_tokens}; expected a multiple of {_GRID_TOKENS} below {CHUNK_TOKENS}"
+            )
+        if self.break_even_tokens is not None and self.break_even_tokens < 0:
+            raise ValueError(f"break_even_tokens is {self.break_even_tokens}; expected 0 or more, or None")
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the budget covers everything, so that nothing is approximated."""
+        return self.budget_ratio >= 1.0
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What a certificate is bound to beside the method, as JSON takes it."""
+        return {
+            "budget_ratio": self.budget_ratio,
+            "budget_tokens": self.budget_tokens,
+            "sink_tokens": self.sink_tokens,
+            "window_tokens": self.window_tokens,
+            "dense_layers": self.dense_layers,
+            "pooling": self.pooling,
+            "parameters": dict(self.parameters),
+            "profile": None if self.profile is None else self.profile.fingerprint,
+        }
+
+    @property
+    def form(self) -> Form:
+        """Name and parameters, as of a codec: what certificates, keys of approximate chunks and indexes go by."""
+        return f"retrieval {self.method}", canonical_json(self.fields)
+
+    @property
+    def index_name(self) -> str:
+        """Of the index itself, whatever it is asked for: indexes of one name can be read as one another."""
+        learned = {name: self.fields[name] for name in ("parameters", "profile")}
+        return f"{self.method}:{blake3(canonical_json(learned).encode()).hexdigest(8)}"
+
+    def selector(self, shape: LayerShape, layer: int, *, start: int | None = None) -> Selector:
+        """An empty index of one layer, from `start` on or behind the sinks."""
+        return selector_by_name(
+            self.method,
+            shape,
+            layer,
+            start=self.sink_tokens if start is None else start,
+            pooling=self.pooling,
+            profile=self.profile,
+            parameters=self.parameters,
+        )
+
+    def budget(self, covered: int) -> int:
+        """Tokens chosen of `covered` tokens, for each KV head."""
+        return min(covered, max(self.budget_tokens, math.ceil(self.budget_ratio * covered)))
+
+
+def covering(retrieval: Retrieval, spec: KVSpec, certificates: Sequence[Certificate]) -> Certificate | None:
+    """The certificate that lets it be used for a model."""
+    return next((one for one in certificates if one.covers_form(retrieval.form, spec)), None)
+
+
+def expect_certified(
+    retrieval: Retrieval, spec: KVSpec, certificates: Sequence[Certificate], *, allow_uncertified: bool
+) -> None:
+    """To be asked before anything is approximated.
+
+    Raises
+    ------
+    UncertifiedError : it approximates, no certificate that passed covers it, and nobody insists.
+    """
+    if retrieval.is_exact or covering(retrieval, spec, certificates) is not None:
+        return
+    if not allow_uncertified:
+        raise UncertifiedError(
+            f"retrieval {retrieval.method!r} at a budget of {retrieval.budget_ratio:.1%} is approximate, and no "
+            f"certificate that passed covers it, with these parameters, for {spec.model_id}: measure it with `kvloom "
+            "certify MODEL --retrieval NAME` and give the result as `certificates`, or insist with "
+            "allow_uncertified=True"
+        )
+    warnings.warn(
+        f"retrieval {retrieval.method!r} is used for {spec.model_id} without a certificate",
+        UncertifiedWarning,
+        stacklevel=4,
+    )

@@ -1,0 +1,58 @@
+"""`kvloom certify --fusion`: which ratio is certified, what is measured, and for whom it speaks."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvloom.blend.certified_ratio import FUSION, certified_ratio, choosing_once, parameters_of_fusion
+from kvloom.calibration.certificate import Certificate, Figure
+from kvloom.certify.fusion import smallest_passing
+from kvloom.core import KVSpec, RopeSpec
+
+from .test_certify import run
+
+SPEC = KVSpec("model", 2, 2, 8, torch.float32, RopeSpec((1.0, 0.5, 0.25, 0.1)))
+PASSED, FAILED = Figure(0.0, -0.01, 0.01, "share", 0.05), Figure(0.0, -0.1, 0.1, "share", 0.05)
+
+
+@pytest.mark.parametrize(
+    ("passed", "index"),
+    [("yyyy", 0), ("nyyy", 1), ("nnny", 3), ("nnnn", 3), ("ynyy", 2), ("yyyn", 3), ("y", 0)],
+)
+def test_ratios_are_judged_from_the_largest_down(passed: str, index: int) -> None:
+    """A small one that passes by luck, below one that does not, is not certified."""
+    assert smallest_passing([letter == "y" for letter in passed]) == index
+
+
+def test_what_a_certificate_permits() -> None:
+    good = Certificate(SPEC, FUSION, parameters_of_fusion(0.15), {"alias_loss": PASSED})
+    assert certified_ratio(good, 1) == 0.15
+    assert certified_ratio(Certificate.from_json(good.to_json()), 1) == 0.15
+    assert certified_ratio(good, 2) is None, "tokens chosen elsewhere are other tokens"
+    assert certified_ratio(replace(good, figures={"alias_loss": FAILED}), 1) is None
+    assert certified_ratio(replace(good, figures={}), 1) is None
+    assert certified_ratio(replace(good, codec="nuq4"), 1) is None
+    assert certified_ratio(replace(good, parameters={**good.parameters, "select": "random"}), 1) is None
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """Three trials prove nothing within 5 points; with a limit that they can prove, the smallest ratio is written."""
+    out = tmp_path / "fusion.json"
+    small = ("--trials", 3, "--context-tokens", 256, "--tasks", "needle", "--ratios", "0.2,0.6", "--model-id", "tiny")
+    assert run("certify", "reference", "--fusion", *small, "-o", out) == 1
+    assert not Certificate.load(out).passed
+    assert run("certify", "reference", "--fusion", *small, "-o", out, "--max-task-loss", 1.0) == 0
+    certificate = Certificate.load(out)
+    assert certified_ratio(certificate, 1) == 0.2
+    assert certificate.model_id == "tiny"
+    assert set(json.loads(out.read_text())["conditions"]["losses"]) == {"0.2", "0.6"}
+    assert run("certify", "reference", "--fusion", "--codec", "raw") == 2
+    assert run("certify", "reference", "--fusion", "--ratios", "1.5") == 2
+
+
+def test_tokens_are_chosen_once() -> None:
+    blender = choosing_once(0.3)
+    assert {blender.layer_ratio(layer, 12) for layer in range(1, 11)} == {0.3}

@@ -1,0 +1,195 @@
+"""Every call of the store raises, is late, lies or loses what it had: same tokens, counted, nothing hangs."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip(
+    "vllm", reason="stock vLLM is not installed here; `make test-engines` runs this in its own environment"
+)
+
+from kvloom.kvstore.store import KVStore
+
+from ..support.faulty import eventually
+from .vllm_engines import DECLINED, generate, make_model, prompts, start, tokens_of, usage
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
+
+DOCUMENTS = prompts(5, (130, 97))
+TEXTS = prompts(7, (300, 64, 190))
+CONTEXT = [*prompts(6, (40,))[0], *DOCUMENTS[1], *DOCUMENTS[0], *prompts(8, (20,))[0]]
+COUNTED = ("errors", "failed_loads", "failed_saves", "dropped_saves")
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Two chunks fit into memory: most come from disk."""
+    folder = tmp_path_factory.mktemp("vllm")
+    settings = {"host_bytes": "1MiB", "disk_path": str(folder / "disk"), "match_tokens": 32, "load_timeout_s": 3.0}
+    engine = start(make_model(folder / "model"), settings, enable_prefix_caching=True, num_gpu_blocks_override=100)
+    engine.disk = folder / "disk"
+    for document in DOCUMENTS:
+        generate(engine, [document], {"documents": [[0, len(document)]], "ratio": 0.5}, tokens=1)
+    engine.plain = tokens_of(generate(engine, [*TEXTS, CONTEXT], DECLINED))
+    generate(engine, TEXTS, tokens=1)
+    settle()
+    yield engine
+    engine.llm_engine.engine_core.shutdown()
+
+
+def transfers() -> Any:
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    return get_kv_transfer_group().worker.transfers
+
+
+def settle() -> None:
+    assert eventually(lambda: transfers()._forget_done_saves() or not transfers()._saves)
+
+
+def counted(llm: Any) -> float:
+    return sum(m.value for m in llm.get_metrics() if m.name in {f"vllm:kvloom_{name}" for name in COUNTED})
+
+
+def answers(llm: Any) -> tuple[list[list[int]], list[Any]]:
+    """Prefixes and a fusion that computes all, together; cold."""
+    assert llm.reset_prefix_cache()
+    from vllm import SamplingParams
+
+    extra = {"kv_transfer_params": {"kvloom": {"ratio": 0.9999}}}
+    settings = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, detokenize=False, extra_args=extra)
+    outputs = llm.generate([{"prompt_token_ids": t} for t in [*TEXTS, CONTEXT]], settings, use_tqdm=False)
+    return tokens_of(outputs), outputs
+
+
+def idle(llm: Any) -> bool:
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    return not scheduler.requests and scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 99
+
+
+def raising(call: Callable[..., Any]) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError
+
+    return fail
+
+
+def delayed(call: Callable[..., Any]) -> Callable[..., Any]:
+    def wait(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.3)
+        return call(*args, **kwargs)
+
+    return wait
+
+
+def every_other(harm: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(call: Callable[..., Any]) -> Callable[..., Any]:
+        harmed, calls = harm(call), [0]
+
+        def maybe(*args: Any, **kwargs: Any) -> Any:
+            calls[0] += 1
+            return (harmed if calls[0] % 2 else call)(*args, **kwargs)
+
+        return maybe
+
+    return wrap
+
+
+def always(value: Any) -> Callable[..., Any]:
+    return lambda call: lambda *_, **__: value
+
+
+def cut_short(call: Callable[..., Any]) -> Callable[..., Any]:
+    def get(*args: Any, **kwargs: Any) -> Any:
+        chunk = call(*args, **kwargs)
+        return chunk and replace(
+            chunk,
+            token_ids=chunk.token_ids[1:],
+            positions=chunk.positions[1:],
+            keys=chunk.keys[:, :, 1:],
+            values=chunk.values[:, :, 1:],
+        )
+
+    return get
+
+
+def elsewhere(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Where it was not computed, and is not wanted."""
+
+    def get(key: Any, positions: Any = None, **kwargs: Any) -> Any:
+        chunk = call(key, positions, **kwargs)
+        return chunk and replace(chunk, positions=chunk.positions + 1)
+
+    return get
+
+
+FAULTS: dict[str, tuple[str, Callable[..., Any], bool]] = {  # call, harm, whether it is counted
+    "match raises": ("match", raising, True),
+    "match is late": ("match", delayed, False),
+    "match finds nothing": ("match", always(0), False),
+    "match lies": ("match", lambda call: lambda self, keys: len(keys), False),
+    "locate raises": ("locate", raising, True),
+    "locate is late": ("locate", delayed, False),
+    "locate finds nothing": ("locate", always(None), False),
+    "locate lies": ("locate", always("tape"), False),
+    "get raises": ("get", raising, True),
+    "get raises at times": ("get", every_other(raising), True),
+    "get is late": ("get", delayed, False),
+    "get finds nothing": ("get", always(None), True),
+    "get finds nothing at times": ("get", every_other(always(None)), True),
+    "get gives too little": ("get", cut_short, True),
+    "get gives it elsewhere": ("get", elsewhere, True),
+    "put raises": ("put", raising, True),
+    "put is late": ("put", delayed, False),
+    "put does nothing": ("put", always(None), False),
+    "contains raises": ("__contains__", raising, True),
+    "contains is late": ("__contains__", delayed, False),
+    "contains lies": ("__contains__", always(True), False),
+    "contains finds nothing": ("__contains__", always(False), False),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_every_call_of_the_store(llm: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    call, harm, is_counted = FAULTS[name]
+    before, begun_s = counted(llm), time.monotonic()
+    if call in ("put", "__contains__"):  # only what is new is stored
+        texts = [[3 + len(name) + i, *text] for i, text in enumerate(TEXTS)]
+        plain = tokens_of(generate(llm, texts, DECLINED))
+    monkeypatch.setattr(KVStore, call, harm(getattr(KVStore, call)))
+    found, _ = answers(llm)
+    assert found == llm.plain
+    if call in ("put", "__contains__"):
+        assert llm.reset_prefix_cache()
+        assert tokens_of(generate(llm, texts)) == plain
+        settle()
+    assert idle(llm)
+    assert time.monotonic() - begun_s < 60
+    monkeypatch.undo()
+    assert (counted(llm) > before) is is_counted
+    found, outputs = answers(llm)
+    assert found == llm.plain
+    assert [sum(usage(output)["loaded_tokens"].values()) for output in outputs][:3] == [256, 64, 128], "found as ever"
+    assert usage(outputs[3])["fused"] == "yes"
+
+
+def test_every_byte_on_disk_is_wrong(llm: Any) -> None:
+    """The last test: what was stored is lost."""
+    for segment in Path(llm.disk, "segments").iterdir():
+        payload = bytearray(segment.read_bytes())
+        payload[64::97] = bytes(byte ^ 0x5A for byte in payload[64::97])
+        with segment.open("r+b") as file:
+            file.write(payload)
+    before = counted(llm)
+    found, _ = answers(llm)
+    assert found == llm.plain
+    assert counted(llm) > before
+    settle()
+    found, outputs = answers(llm)
+    assert found == llm.plain
+    assert usage(outputs[0])["loaded_tokens"], "what was computed again is stored again"
+    assert idle(llm)

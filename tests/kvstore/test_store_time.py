@@ -1,0 +1,396 @@
+"""Expiry, pins with deadlines, admission, promotion, tiers shared with other processes, and counters of all that."""
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from kvloom.compress.raw import RawCodec
+from kvloom.core import ChunkInfo, ChunkKey, Entry, ReportsChanges
+from kvloom.errors import TierFullError
+from kvloom.kvstore.eviction.admission import ADMISSIONS, AdmissionPolicy, SecondUse, admission_factory
+from kvloom.kvstore.eviction.policy import POLICIES
+from kvloom.kvstore.store import KVStore
+from kvloom.kvstore.tiers.host import HostTier
+
+from ..support.contracts import make_chunk, make_key, same_chunk
+from ..support.fakes import HEADER_BYTES, Clock, SharedShelfTier, Shelf, ShelfTier, assert_adds_up
+
+CHUNK_BYTES = RawCodec().encode(make_chunk(0)).nbytes
+TAKEN_BYTES = CHUNK_BYTES + HEADER_BYTES
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def put(store: KVStore, *numbers: int, ttl_s: float | None = None) -> None:
+    for number in numbers:
+        store.put(make_key(number), make_chunk(number), ttl_s=ttl_s)
+
+
+def stored(store: KVStore, *numbers: int) -> list[int]:
+    return [number for number in numbers if make_key(number) in store]
+
+
+def test_an_expired_chunk_is_a_miss_and_is_removed_when_found(clock: Clock) -> None:
+    tiers = [HostTier(None), ShelfTier(Shelf(), None)]
+    with KVStore(tiers, clock=clock) as store:
+        put(store, 1, 2, ttl_s=10)
+        put(store, 3)
+        clock.now_s += 9.999
+        assert store.match([make_key(n) for n in (1, 2, 3)]) == 3 and store.get(make_key(1)) is not None
+        clock.now_s += 0.001
+        assert store.match([make_key(3), make_key(1)]) == 1 and stored(store, 1, 2, 3) == [3]
+        assert store.locate(make_key(1)) is None and make_key(1) in tiers[0]
+        assert store.get(make_key(1)) is None and store.get_layers(make_key(2), 0, 1) is None
+        assert all(len(tier.entries()) == 1 for tier in tiers) and tiers[1].used_bytes == TAKEN_BYTES
+        assert store.get(make_key(1)) is None
+        stats = store.stats()
+        assert stats.misses == {"expired": 2, "absent": 1} and [tier.expirations for tier in stats.tiers] == [2, 2]
+        put(store, 1)
+        clock.now_s += 1e9
+        assert store.get(make_key(1)) is not None and store.check() == []
+        assert_adds_up(store.stats())
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_expired_chunks_go_before_any_victim(clock: Clock, policy: str) -> None:
+    with KVStore([HostTier(4 * CHUNK_BYTES)], clock=clock, policy=policy) as store:
+        put(store, 0, 1)
+        put(store, 2, 3, ttl_s=10)
+        for number in (2, 3, 2, 3):  # dear to every policy
+            store.get(make_key(number))
+        clock.now_s += 10
+        with store.pinned([make_key(2)]):  # a pin keeps from eviction, not from expiry
+            put(store, 4, 5)
+        assert stored(store, 0, 1, 2, 3, 4, 5) == [0, 1, 4, 5]
+        tier = store.stats().tiers[0]
+        assert (tier.expirations, tier.evictions) == (2, 0) and store.check() == []
+        put(store, 6)
+        assert store.stats().tiers[0].evictions == 1
+
+
+def test_what_expires_is_not_demoted(clock: Clock) -> None:
+    tiers = [HostTier(2 * CHUNK_BYTES), ShelfTier(Shelf(), None)]
+    with KVStore(tiers, clock=clock, write_through=False) as store:
+        put(store, 0, 1, ttl_s=10)
+        clock.now_s += 10
+        put(store, 2, 3)
+        assert store.stats().tiers[1].puts == 0 and tiers[1].entries() == []
+
+
+def test_time_to_live_goes_along_and_survives_reopening(clock: Clock) -> None:
+    shelf = Shelf()
+    with KVStore([HostTier(CHUNK_BYTES), ShelfTier(shelf, None)], clock=clock, write_through=False) as store:
+        put(store, 0, ttl_s=10)
+        put(store, 1)
+        assert store.locate(make_key(0)) == "shelf"
+        store.get(make_key(0))
+        assert store.locate(make_key(0)) == "host"
+        clock.now_s += 10
+        assert stored(store, 0, 1) == [1]
+        clock.now_s -= 5
+    with KVStore([ShelfTier(shelf, None)], clock=clock) as store:
+        assert stored(store, 0, 1) == [0, 1]
+        clock.now_s += 5
+        assert stored(store, 0, 1) == [1] and store.get(make_key(0)) is None and store.check() == []
+
+
+def test_the_last_put_decides_when_a_chunk_expires(clock: Clock) -> None:
+    """Also about the copies that it did not write."""
+    shelf = Shelf()
+    with KVStore([HostTier(CHUNK_BYTES), ShelfTier(shelf, None)], clock=clock, write_through=False) as store:
+        put(store, 0, 1)  # 0 is on the shelf now, for ever
+        put(store, 0, ttl_s=10)
+        clock.now_s += 10
+        assert stored(store, 0) == [] and store.get(make_key(0)) is None and store.check() == []
+        put(store, 0, ttl_s=10)
+        put(store, 0)
+        clock.now_s += 10
+        assert stored(store, 0) == [0]
+        assert_adds_up(store.stats())
+
+
+def test_many_short_lives_do_not_pile_up(clock: Clock) -> None:
+    with KVStore([HostTier(None)], clock=clock) as store:
+        for _ in range(500):
+            put(store, 1, ttl_s=10)
+        (level,) = store._stack.levels
+        assert len(level._expiring) <= 2 * 1 + 65
+
+
+def test_pins_end_at_their_deadline(clock: Clock) -> None:
+    keys = [make_key(n) for n in range(3)]
+    with KVStore([HostTier(3 * CHUNK_BYTES)], clock=clock) as store:
+        put(store, 0, 1, 2)
+        with store.pinned(keys, deadline_s=30.0), store.pinned(keys[:1]):
+            assert store.stats().pinned == 3
+            clock.now_s += 29.0
+            with pytest.raises(TierFullError):
+                put(store, 3)
+            clock.now_s += 1.0
+            assert store.stats().pinned == 1 and store.stats().overdue_pins == 1
+            put(store, 4, 5, 6, 7)  # whoever was stuck does not fill the store
+            assert stored(store, 0, 1, 2) == [0] and store.check() == []
+        assert store.stats().pinned == 0 and store.check() == []
+        with store.pinned(keys, deadline_s=30.0):
+            clock.now_s += 1.0
+        clock.now_s += 100.0
+        assert store.stats().overdue_pins == 1
+
+
+def test_pins_leave_nothing_behind(clock: Clock) -> None:
+    with KVStore([HostTier(None)], clock=clock) as store:
+        for number in range(1000):
+            with store.pinned([make_key(number), make_key(number)], deadline_s=1e6):
+                assert store.stats().pinned == 1
+        pins = store._books._pins
+        assert len(pins) == 0 and len(pins._deadlines) <= 66 and not pins._holds
+
+
+def test_chunks_used_once_do_not_evict_those_used_again() -> None:
+    with KVStore([HostTier(4 * CHUNK_BYTES)], admission="second-use") as store:
+        put(store, 0, 1, 2, 3)
+        put(store, *range(100, 200))
+        assert stored(store, *range(4), *range(100, 200)) == [0, 1, 2, 3]
+        put(store, 150)
+        assert make_key(150) in store
+        stats = store.stats()
+        assert stats.puts == {"stored": 5, "not_admitted": 100} and stats.writes == 5
+        assert (stats.tiers[0].not_admitted, stats.tiers[0].rejections, stats.tiers[0].evictions) == (100, 0, 1)
+        assert_adds_up(stats)
+
+
+def test_admission_counts_for_each_tier() -> None:
+    tiers = [HostTier(CHUNK_BYTES), HostTier(3 * CHUNK_BYTES, name="below")]
+    with KVStore(tiers, admission="second-use") as store:
+        put(store, 0, 1, 2)
+        assert [store.locate(make_key(n)) for n in range(3)] == ["host", "below", "below"]
+        store.get(make_key(2))  # read below, so it may go up, and evict there
+        assert store.locate(make_key(2)) == "host" and store.check() == []
+        put(store, 3)
+        assert make_key(3) not in store
+        assert [tier.not_admitted for tier in store.stats().tiers] == [3, 1]
+
+
+def test_what_was_read_above_may_evict_below() -> None:
+    tiers = [HostTier(CHUNK_BYTES), HostTier(CHUNK_BYTES, name="below")]
+    with KVStore(tiers, admission="second-use", write_through=False) as store:
+        put(store, 0)
+        put(store, 1)  # 0 stays in the host: 1 goes below
+        assert [store.locate(make_key(n)) for n in range(2)] == ["host", "below"]
+        put(store, 2)
+        put(store, 2)  # put a second time: evicts 0, which was never read and does not push 1 out
+        assert stored(store, 0, 1, 2) == [1, 2] and store.locate(make_key(1)) == "below"
+        store.get(make_key(2))
+        put(store, 3)
+        put(store, 3)  # evicts 2, which was read
+        assert stored(store, 1, 2, 3) == [2, 3] and store.locate(make_key(2)) == "below" and store.check() == []
+
+
+def test_second_use_forgets() -> None:
+    policy = SecondUse(most_keys=100)
+    assert isinstance(policy, AdmissionPolicy)
+    assert [policy.admit(make_key(n), 1) for n in (0, 0, 1)] == [False, True, False]
+    for n in range(1000, 1049):
+        policy.admit(make_key(n), 1)
+    assert policy.admit(make_key(0), 1)  # half of the most keys are remembered in any case
+    for n in range(2000, 2200):
+        assert not policy.admit(make_key(n), 1)
+        assert len(policy._young) + len(policy._old) <= 100
+    assert not policy.admit(make_key(1), 1)
+    with pytest.raises(ValueError, match="most_keys is 1"):
+        SecondUse(most_keys=1)
+
+
+def test_admission_by_name_or_factory() -> None:
+    assert admission_factory("second-use") is ADMISSIONS["second-use"] is SecondUse
+    assert admission_factory(SecondUse) is SecondUse
+    with pytest.raises(ValueError, match="admission is 'never'; expected one of always, second-use"):
+        KVStore([HostTier(None)], admission="never")
+
+
+@pytest.mark.parametrize(("promote", "promotions"), [("always", [1, 1]), ("second-hit", [0, 1]), ("never", [0, 0])])
+def test_promotion(promote: str, promotions: list[int]) -> None:
+    with KVStore([HostTier(CHUNK_BYTES), ShelfTier(Shelf(), None)], promote=promote) as store:
+        put(store, 0, 1)
+        for expected in promotions:
+            assert same_chunk(store.get(make_key(0)), make_chunk(0))
+            assert store.stats().tiers[0].promotions == expected
+        assert store.prefetch([make_key(0)]).result(10) == 1  # who asks for it gets it
+        assert store.locate(make_key(0)) == "host"
+        assert_adds_up(store.stats())
+    with pytest.raises(ValueError, match="promote is 'sometimes'; expected one of always, second-hit, never"):
+        KVStore([HostTier(None)], promote="sometimes")  # type: ignore[arg-type]
+
+
+class TwoProcesses:
+    """Two stores over one shelf, as two processes would have."""
+
+    def __init__(self, capacity_bytes: int | None = None, **options: object) -> None:
+        self.shelf = Shelf()
+        self.tiers = [SharedShelfTier(self.shelf, capacity_bytes) for _ in range(2)]
+        self.one, self.two = (KVStore([HostTier(0), tier], **options) for tier in self.tiers)
+
+    def assert_in_order(self) -> None:
+        for store in (self.one, self.two):
+            assert store.check() == []
+            assert_adds_up(store.stats())
+
+
+def test_what_another_process_puts_and_removes_is_noticed() -> None:
+    both = TwoProcesses()
+    assert isinstance(both.tiers[0], ReportsChanges) and not isinstance(HostTier(None), ReportsChanges)
+    put(both.one, 1, 2)
+    assert both.two.match([make_key(1), make_key(2), make_key(3)]) == 2
+    assert same_chunk(both.two.get(make_key(2)), make_chunk(2))
+    both.one.delete(make_key(1))
+    assert make_key(1) not in both.two and both.two.locate(make_key(2)) == "shelf"
+    put(both.two, 1)
+    assert same_chunk(both.one.get(make_key(1)), make_chunk(1))
+    both.two.delete(make_key(1)), put(both.two, 1)  # removed and put again since the other looked
+    both.assert_in_order()
+    assert stored(both.one, 1, 2) == [1, 2]
+    tier = both.one.stats().tiers[1]
+    assert (tier.puts, tier.deletions, tier.arrivals, tier.departures) == (2, 1, 2, 0)
+    assert both.two.stats().tiers[1].departures == 1
+
+
+def test_get_finds_what_another_process_has_just_put() -> None:
+    both = TwoProcesses()
+    assert both.two.get(make_key(1)) is None
+    put(both.one, 1)
+    assert same_chunk(both.two.get(make_key(1)), make_chunk(1))
+    both.assert_in_order()
+
+
+def test_space_is_made_among_the_chunks_of_all_processes() -> None:
+    both = TwoProcesses(4 * TAKEN_BYTES, policy="lru")
+    put(both.one, 0, 1, 2)
+    put(both.two, 3, 4, 5)
+    assert stored(both.one, *range(6)) == [2, 3, 4, 5] == stored(both.two, *range(6))
+    put(both.one, 6, 7, 8, 9)
+    both.assert_in_order()
+    assert stored(both.two, *range(10)) == [6, 7, 8, 9]
+
+
+def test_a_removal_that_was_overtaken_by_a_put_here_is_no_news() -> None:
+    """Another process removes a chunk; this one has put it again before it reads of that."""
+    both = TwoProcesses()
+    put(both.one, 1)
+    assert make_key(1) in both.two
+    both.one.delete(make_key(1))
+    blob = RawCodec().encode(make_chunk(1))
+    both.two._clerk.write(both.two._stack.levels[1], make_key(1), blob, ChunkInfo())
+    assert make_key(1) in both.two and both.two.check() == both.one.check() == []
+
+
+def test_news_that_cannot_be_read_are_read_later(caplog: pytest.LogCaptureFixture) -> None:
+    both = TwoProcesses()
+    put(both.one, 1)
+    both.tiers[1].failing = True
+    assert make_key(1) not in both.two and both.two.stats().tiers[1].errors > 0
+    both.tiers[1].failing = False
+    assert make_key(1) in both.two
+    both.assert_in_order()
+
+
+class SlowNews(SharedShelfTier):
+    """Waits inside `changes` until it is told to go on."""
+
+    def __init__(self) -> None:
+        super().__init__(Shelf(), None)
+        self.asked, self.go_on = threading.Event(), threading.Event()
+        self.slow = False
+
+    def changes(self) -> list[Entry | ChunkKey]:
+        if self.slow:
+            self.asked.set()
+            self.go_on.wait(10)
+        return super().changes()
+
+
+def test_one_slow_reader_of_news_stops_no_other() -> None:
+    tier = SlowNews()
+    with KVStore([tier]) as store:
+        put(store, 1)
+        tier.slow = True
+        thread = threading.Thread(target=store.match, args=([make_key(1)],))
+        thread.start()
+        assert tier.asked.wait(10)
+        assert store.match([make_key(1)]) == 1 and same_chunk(store.get(make_key(1)), make_chunk(1))
+        tier.slow = False
+        tier.go_on.set()
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_lookups_that_raise_are_counted() -> None:
+    with KVStore([HostTier(None)]) as store:
+        put(store, 1)
+        with pytest.raises(ValueError, match="has fewer"):
+            store.get_layers(make_key(1), 2, 9)
+        stats = store.stats()
+        assert stats.lookups == 1 and stats.misses == {"error": 1} and stats.hits == 0
+
+
+class ManyKeys(HostTier):
+    """Says that it holds very many chunks."""
+
+    def __init__(self, chunks: int) -> None:
+        super().__init__(None)
+        self.chunks = chunks
+
+    def entries(self) -> list[Entry]:
+        return [Entry(spread(number), 100, ChunkInfo()) for number in range(self.chunks)]
+
+
+def spread(number: int) -> ChunkKey:
+    """As real keys are: all over."""
+    return ChunkKey((number * 0x9E3779B97F4A7C15 % 2**64).to_bytes(8, "little") * 4)
+
+
+def match_times_s(chunks: int, calls: int) -> list[float]:
+    """How long it takes to match a prompt of 1,000 stored chunks that start anywhere."""
+    store = KVStore([ManyKeys(chunks)], policy="lru")
+    times_s = []
+    for call in range(calls):
+        start = call * 7919 % (chunks - 1000)
+        keys = [spread(number) for number in range(start, start + 1000)]  # fresh objects, as from `prefix_keys`
+        begin_s = time.perf_counter()
+        matched = store.match(keys)
+        times_s.append(time.perf_counter() - begin_s)
+        assert matched == 1000
+    store.close()
+    return sorted(times_s)
+
+
+def test_match_is_fast() -> None:
+    """A loose bound, for a busy machine: the median, of a store that is not large."""
+    assert match_times_s(50_000, 41)[20] < 2e-3
+
+
+def test_keys_are_not_forgotten_in_use(tmp_path: Path) -> None:
+    """`match` takes no lock: chunks that stay stored, while they move up and down, are always found."""
+    tiers = [HostTier(3 * CHUNK_BYTES), ShelfTier(Shelf(), None)]
+    with KVStore(tiers, policy="lru") as store:
+        put(store, *range(8))
+        keys, done = [make_key(n) for n in range(8)], threading.Event()
+        missed: list[int] = []
+
+        def watch() -> None:
+            while not done.is_set():
+                missed.extend(n for n in [store.match(keys)] if n != 8)
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        for round_ in range(100):
+            for number in range(8):
+                store.get(keys[number])
+            put(store, round_ % 8)
+        done.set()
+        thread.join(10)
+        assert not missed and store.stats().tiers[0].evictions > 100 and store.check() == []

@@ -1,0 +1,205 @@
+"""Triton kernels of retrieval against the functions they stand for, on values: without a GPU by the interpreter."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvloom.core import RopeSpec
+from kvloom.retrieval.attention import attend_at
+from kvloom.retrieval.kernels import code_ops, ops
+from kvloom.retrieval.selector import LayerShape, pooled
+
+from .test_ops import apart, factor_of, numbers, some_ids
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install 'kvloom[triton]'")
+
+from kvloom.retrieval.kernels import code_ops_triton, ops_triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# of queries and what they meet; the interpreter multiplies bfloat16 by its bits, so there one of the two is widened
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.float16, torch.float16),
+    (torch.float32, torch.float16),
+    (torch.float32, torch.bfloat16),
+    *([(torch.bfloat16, torch.bfloat16)] if DEVICE == "cuda" else []),
+]
+
+
+def on(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(DEVICE)
+
+
+@settings(max_examples=25)
+@given(
+    heads=st.tuples(st.integers(1, 2), st.sampled_from([1, 3, 4, 20])),
+    dim=st.sampled_from([5, 32, 40]),
+    count=st.sampled_from([1, 64, 100]),
+    dtypes=st.sampled_from(DTYPES),
+    strides=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_scores(heads, dim, count, dtypes, strides, seed) -> None:
+    (H, G), (query_dtype, dtype) = heads, dtypes
+    queries, landmarks = numbers(H * G, dim, seed=seed, dtype=query_dtype), numbers(H, count, dim, seed=1, dtype=dtype)
+    true = ops.landmark_scores(queries, landmarks, scale=0.3)
+    found = ops_triton.landmark_scores(on(queries), on(apart(landmarks) if strides else landmarks), 0.3)
+    torch.testing.assert_close(found.cpu(), true, rtol=1e-5, atol=1e-5)
+    ids = some_ids(H, count, min(count, 70), seed)
+    true = ops.gather_scores(queries, landmarks, ids, scale=0.3)
+    found = ops_triton.gather_scores(on(queries), on(landmarks), on(ids), 0.3)
+    torch.testing.assert_close(found.cpu(), true, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["max", "sum"])
+@pytest.mark.parametrize(("count", "k"), [(2, 1), (16, 15), (70, 7), (70, 40)])
+def test_top_pooled(count: int, k: int, pooling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops_triton, "_BLOCK_TOP", 16)  # the interpreter takes seconds to sort more
+    scores = 3 * numbers(6, count, seed=k)
+    ids = ops_triton.top_pooled(on(scores), 2, k, pooling).cpu()
+    assert ids.shape == (2, k)
+    assert bool((ids.diff(dim=1) > 0).all())
+    weights = pooled(scores.double(), LayerShape(2, 3, 1, 1.0), pooling)
+    torch.testing.assert_close(weights.gather(1, ids).sum(1), weights.topk(k, dim=1).values.sum(1), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("pooling", ["max", "sum"])
+def test_top_pooled_prefers_the_last_of_equals(pooling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops_triton, "_BLOCK_TOP", 16)
+    scores = torch.tensor([[2.0, 0.0, 2.0, 2.0, -math.inf], [0.0, -0.0, 0.0, 0.0, 0.0]])
+    assert ops_triton.top_pooled(on(scores), 1, 2, pooling).tolist() == [[2, 3]]
+
+
+@settings(max_examples=30)
+@given(
+    rank=st.sampled_from([1, 33, 40]),
+    dim=st.sampled_from([2, 8, 80]),
+    kind=st.sampled_from(["float32", "float16", "int8", "int4"]),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+    turns=st.booleans(),
+    interleaved=st.booleans(),
+    scaled=st.booleans(),
+    count=st.sampled_from([1, 31, 40]),
+    seed=st.integers(0, 99),
+)
+def test_rebuild_keys(rank, dim, kind, dtype, turns, interleaved, scaled, count, seed) -> None:
+    factor, _ = factor_of(50, rank, kind, seed)
+    basis, ids = (numbers(2, rank, dim, seed=seed + 1) / rank**0.5).to(dtype), some_ids(2, 50, count, seed)
+    scale = torch.rand(rank, generator=torch.Generator().manual_seed(seed)) + 0.5 if scaled else None
+    bias = numbers(2, dim, seed=seed + 2) if scaled else None
+    rope = RopeSpec(tuple(100.0 ** -(i / dim) for i in range(dim // 2)), interleaved=interleaved)
+    cos, sin = rope.cos_sin(torch.arange(7, 57)) if turns else (None, None)
+    true = ops.rebuild_keys(factor, basis, ids, scale=scale, bias=bias, cos=cos, sin=sin, interleaved=interleaved)
+    found = ops_triton.rebuild_keys(on(factor), on(basis), on(ids), on(scale), on(bias), on(cos), on(sin), interleaved)
+    assert found.dtype == true.dtype
+    torch.testing.assert_close(found.cpu(), true, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
+
+
+@settings(max_examples=25)
+@given(
+    heads=st.tuples(st.integers(1, 2), st.sampled_from([1, 3, 4, 20])),
+    dims=st.sampled_from([(1, 1), (24, 40), (64, 16)]),
+    count=st.sampled_from([1, 30, 260]),
+    dtypes=st.sampled_from(DTYPES),
+    strides=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_gather_attend(heads, dims, count, dtypes, strides, seed) -> None:
+    (H, G), (D, v_dim), (query_dtype, dtype) = heads, dims, dtypes
+    queries, keys = 2 * numbers(H * G, D, seed=seed, dtype=query_dtype), numbers(H, 300, D, seed=seed + 1, dtype=dtype)
+    values, ids = numbers(H, 300, v_dim, seed=seed + 2, dtype=dtype), some_ids(H, 300, count, seed)
+    true = attend_at(queries, keys, values, ids, scale=D**-0.5)
+    if strides:
+        keys, values = apart(keys), apart(values)
+    out, lse = ops_triton.gather_attend(on(queries), on(keys), on(values), on(ids), D**-0.5)
+    # weights are rounded to the dtype of the values if that is all there is
+    torch.testing.assert_close(out.cpu(), true[0], rtol=1e-4, atol=2 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(lse.cpu(), true[1], rtol=1e-5, atol=1e-5)
+
+
+def test_attention_to_nothing() -> None:
+    ids = torch.full((2, 300), -1)
+    ids[1, 299] = 3
+    out, lse = ops_triton.gather_attend(
+        on(torch.ones(4, 8)), on(torch.ones(2, 5, 8)), on(torch.ones(2, 5, 3)), on(ids), 1.0
+    )
+    assert out.tolist() == [[0.0] * 3] * 2 + [[1.0] * 3] * 2
+    assert lse.tolist() == [-math.inf] * 2 + [8.0] * 2
+
+
+@settings(max_examples=30)
+@given(
+    heads=st.integers(1, 2),
+    group=st.integers(1, 3),
+    codes=st.sampled_from([1, 3, 300]),
+    tokens=st.sampled_from([1, 9, 1024, 1501]),
+    bits=st.sampled_from([12, 16]),
+    share=st.floats(0.01, 0.99),
+    seed=st.integers(0, 99),
+)
+def test_codes(heads, group, codes, tokens, bits, share, seed) -> None:
+    random = torch.Generator().manual_seed(seed)
+    packed = code_ops.pack_codes(torch.randint(0, codes, (heads, tokens), generator=random), bits)
+    edges = sorted(torch.randint(0, tokens + 1, (seed % 3,), generator=random).tolist())
+    codes *= len(edges) + 1
+    table = torch.randn(heads * group, codes, generator=random)
+    counts = code_ops.code_counts(packed, tokens, codes, bits=bits, edges=edges)
+    found = code_ops_triton.code_counts(on(packed), bits, tokens, edges).cpu().unflatten(1, (-1, 1 << bits))
+    assert torch.equal(found[..., : codes // (len(edges) + 1)].flatten(1), counts)
+    scores = code_ops_triton.vq_scores(on(table), on(packed), bits, tokens, edges).cpu()
+    assert torch.equal(scores, code_ops.vq_scores(table, packed, tokens, bits=bits, edges=edges))
+    budget = int(share * tokens)
+    importance = table[:heads].round() if seed % 2 else table[:heads]
+    if budget:
+        ids = code_ops_triton.vq_select(on(importance), on(packed), bits, tokens, on(counts), budget, edges).cpu()
+        assert torch.equal(ids, code_ops.vq_select(importance, packed, tokens, counts, budget, bits=bits, edges=edges))
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kvloom.retrieval import code_ops_triton as c, ops_triton as k
+
+def build(kernel, types, **constants):
+    for name, value in constants.items():
+        types[name] = "constexpr"
+    names = kernel.arg_names
+    types |= {name: "i32" for name in names if name not in types}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, {name: types[name] for name in names}, values)
+    assert triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
+
+u8, i8, f16, f32, i64 = "*u8", "*i8", "*fp16", "*fp32", "*i64"
+for of_queries in (f16, f32):
+    one = of_queries == f16
+    build(k._scores, dict(queries=of_queries, rows=f16, ids=i64, scores=f32, scale="fp32"), GATHERS=one,
+          IS_ONE_DTYPE=one, BLOCK=64, BLOCK_GROUP=16, BLOCK_DIM=32)
+    build(k._gather_attend, dict(queries=of_queries, keys=f16, values=f16, ids=i64, out=f32, lse=f32, scale="fp32"),
+          IS_ONE_DTYPE=one, SPLIT=256, BLOCK=32, BLOCK_GROUP=16, BLOCK_DIM=128, BLOCK_V_DIM=128)
+build(k._top, dict(scores=f32, lse=f32, best=i64, least="i64"), ADDS=True, BLOCK=1024)
+for factor, bits, scales in ((f16, 8, False), (i8, 8, True), (u8, 4, True)):
+    tables = dict(factor=factor, basis=f16, ids=i64, scale=f32, bias=f32, cos=f32, sin=f32, keys=f16)
+    build(k._rebuild_keys, tables, BITS=bits, SCALES=scales, SHIFTS=scales, TURNS=True, INTERLEAVED=scales,
+          IS_ONE_DTYPE=not scales, BLOCK_TOKENS=32, BLOCK_RANK=32, BLOCK_PAIRS=64)
+build(c._count, dict(packed=u8, counts="*i32", first=i64), BITS=16, BLOCK=1024)
+build(c._look_up, dict(table=f32, packed=u8, scores=f32, first=i64), BITS=12, BLOCK=1024)
+chosen = dict(importance=f32, packed=u8, first=i64, threshold=f32)
+build(c._count_chosen, chosen | dict(found="*i32"), BITS=12, BLOCK=1024)
+build(c._write_chosen, chosen | dict(skipped=i64, before=i64, ids=i64), BITS=12, BLOCK=1024)
+print("compiled")
+"""
+
+
+def test_kernels_compile_for_a_gpu() -> None:
+    """The interpreter takes what the compiler refuses; the compiler needs no GPU to make its assembly."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, check=False, env=environment)
+    assert done.stdout.strip() == "compiled", done.stderr[-3000:]

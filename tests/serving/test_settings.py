@@ -1,0 +1,109 @@
+"""What users may say: every wrong word is named, together with the words there are."""
+
+from typing import Any
+
+import pytest
+
+from kvloom.connectors.serving.settings import RequestOptions, VLLMSettings, documents_between, parse_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (0, 0),
+        (7, 7),
+        ("7", 7),
+        ("12B", 12),
+        ("1KiB", 1024),
+        ("1.5GiB", 3 << 29),
+        (" 32 GiB ", 32 << 30),
+        ("2TiB", 2 << 40),
+    ],
+)
+def test_sizes(text: object, expected: int) -> None:
+    assert parse_bytes(text, "host_bytes") == expected
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "1GB", "-1", -1, True, None, 1.5, "1e3"])
+def test_what_is_no_size(text: object) -> None:
+    with pytest.raises(ValueError, match=r"host_bytes is .*32GiB"):
+        parse_bytes(text, "host_bytes")
+
+
+def test_settings_are_read_and_have_defaults() -> None:
+    config = {"host_bytes": "2MiB", "disk_path": "cache", "disk_bytes": "1GiB", "chunk_tokens": 64, "lead_ids": [1, 2]}
+    settings = VLLMSettings.of(config)
+    assert (settings.host_bytes, settings.disk_path, settings.disk_bytes) == (2 << 20, "cache", 1 << 30)
+    assert (settings.chunk_tokens, settings.lead_ids, settings.fusion_ratio) == (64, (1, 2), "certified")
+    assert VLLMSettings.of({}) == VLLMSettings()
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        ({"host_byte": 1}, r"has 'host_byte'; known are host_bytes, disk_path"),
+        ({"chunk_tokens": 0}, "chunk_tokens is 0; expected an integer from 1"),
+        ({"chunk_tokens": "64"}, "chunk_tokens is '64'"),
+        ({"host_bytes": 0}, "host_bytes is 0"),
+        ({"disk_path": 3}, "disk_path is 3; expected text"),
+        ({"salt": None}, "salt is None"),
+        ({"fusion_ratio": 1.5}, "fusion_ratio is 1.5; expected a number from 0 to 1"),
+        ({"fusion_ratio": "sure"}, "fusion_ratio is 'sure'"),
+        ({"disk_codec": "nuq4"}, "disk_codec is given without disk_path"),
+        ({"host_codec": 4}, "host_codec is 4; expected text"),
+        ({"certificates": "one.json"}, "certificates is 'one.json'; expected a list of files"),
+        ({"allow_uncertified": "yes"}, "allow_uncertified is 'yes'"),
+        ({"load_timeout_s": -1}, "load_timeout_s is -1"),
+        ({"lead_ids": [1, -1]}, r"lead_ids is \[1, -1\]"),
+    ],
+)
+def test_wrong_settings_are_named(config: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        VLLMSettings.of(config)
+
+
+def test_requests_without_a_word_get_the_defaults() -> None:
+    assert RequestOptions.of(None, 5) == RequestOptions.of({"do_remote_prefill": True}, 5) == RequestOptions()
+
+
+def test_documents_of_a_request() -> None:
+    options = RequestOptions.of({"kvloom": {"documents": [[0, 3], (3, 5)], "ratio": 0.15, "save": False}}, 5)
+    assert options == RequestOptions(documents=((0, 3), (3, 5)), ratio=0.15, save=False)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "separator", "expected"),
+    [
+        ([5, 9, 1, 2, 9, 3, 9, 7], [9], [(2, 4), (5, 6)]),
+        ([9, 1, 9, 9, 2, 9], [9], [(1, 2), (4, 5)]),
+        ([1, 9, 8, 2, 9, 3, 9, 8, 4, 9], [9, 8], [(3, 6)]),
+        ([9, 9, 9, 1, 9, 9], [9, 9], [(2, 4)]),
+        ([1, 9, 2], [9], []),
+        ([1, 2], [9], []),
+        ([1, 2, 1], [], []),
+    ],
+)
+def test_documents_lie_between_separators(
+    tokens: list[int], separator: list[int], expected: list[tuple[int, int]]
+) -> None:
+    assert list(documents_between(tokens, separator)) == expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"document": []},
+        {"load": 1},
+        {"ratio": 2},
+        {"documents": [[0, 6]]},
+        {"documents": [[2, 2]]},
+        {"documents": [[0, 3], [2, 4]]},
+        {"documents": [[0, 1.0]]},
+        {"documents": "all"},
+        {"documents": [5]},
+        [],
+    ],
+)
+def test_wrong_options_are_refused(options: object) -> None:
+    with pytest.raises(ValueError, match=r"expected|known are"):
+        RequestOptions.of({"kvloom": options}, 5)

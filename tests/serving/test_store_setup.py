@@ -1,0 +1,114 @@
+"""Tiers, codecs and certificates as an engine's settings name them; without an engine."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvloom.blend.certified_ratio import FUSION, parameters_of_fusion
+from kvloom.calibration.certificate import Certificate, Figure
+from kvloom.calibration.model_profile import Profile
+from kvloom.compress.envelope import parameters_of
+from kvloom.compress.registry import codec_by_name
+from kvloom.connectors.serving.settings import VLLMSettings
+from kvloom.connectors.serving.store_setup import Papers, open_store
+from kvloom.core import KVChunk, KVSpec, RopeSpec
+from kvloom.errors import CodecError, SpecMismatchError, UncertifiedError, UncertifiedWarning
+from kvloom.kvstore.keys import prefix_keys
+
+from ..support.faulty import leaves_no_threads
+
+ROPE = RopeSpec((1.0, 0.5, 0.25, 0.1, 0.05, 0.02, 0.01, 0.005))
+SPEC = KVSpec("model", 2, 2, 16, torch.float32, ROPE)
+PASSED = {"kl": Figure(0.0, 0.0, 0.01, "nats/token", 0.1)}
+
+
+@pytest.fixture(autouse=True)
+def no_threads_are_left() -> Iterator[None]:
+    yield from leaves_no_threads()
+
+
+def write(folder: Path, name: str, spec: KVSpec, codec: str, parameters: object) -> str:
+    path = folder / f"{name}.json"
+    path.write_text(Certificate(spec, codec, parameters, PASSED).to_json())  # type: ignore[arg-type]
+    return str(path)
+
+
+def opened(spec: KVSpec, **settings: object) -> str:
+    """The codec that a chunk has on disk, after a round through the store."""
+    wanted = VLLMSettings.of({"host_bytes": 1 << 20, **settings})
+    papers = Papers.of(wanted)
+    spec = papers.reconciled(spec)
+    tokens = torch.arange(32)
+    (key,) = prefix_keys(spec, tokens.tolist(), chunk_tokens=32)
+    chunk = KVChunk(spec, tokens, torch.arange(32), *(torch.randn(2, 2, 32, 16) for _ in range(2)))
+    with open_store(wanted, spec, papers) as store:
+        store.put(key, chunk)
+        held = store._books.levels[-1].tier.get(key)
+        assert held is not None
+        found = store.get(key)
+        assert found is not None
+        assert torch.allclose(found.keys, chunk.keys, atol=0.3)
+        return held.codec
+
+
+def test_lossless_codecs_need_no_certificate(tmp_path: Path) -> None:
+    assert opened(SPEC, disk_path=str(tmp_path / "a")) == "raw"
+    assert opened(SPEC, disk_path=str(tmp_path / "b"), disk_codec="lossless") == "lossless"
+    assert opened(SPEC, host_codec="lossless") == "lossless"
+
+
+def test_lossy_codecs_need_one(tmp_path: Path) -> None:
+    int8 = codec_by_name("int8")
+    settings = {"host_codec": "int8"}
+    with pytest.raises(UncertifiedError, match="--model-id model"):
+        opened(SPEC, **settings)
+    other = write(tmp_path, "other", replace(SPEC, model_id="another"), int8.name, parameters_of(int8))
+    with pytest.raises(UncertifiedError, match="are for another"):
+        opened(SPEC, **settings, certificates=[other])
+    right = write(tmp_path, "right", SPEC, int8.name, parameters_of(int8))
+    assert opened(SPEC, **settings, certificates=[other, right]) == int8.name
+    assert opened(replace(SPEC, dtype=torch.float32), **settings, certificates=[right]) == int8.name
+    with pytest.raises(UncertifiedError):
+        opened(replace(SPEC, shard=(0, 2)), **settings, certificates=[right])
+    with pytest.warns(UncertifiedWarning):
+        assert opened(SPEC, **settings, allow_uncertified=True) == int8.name
+    (tmp_path / "broken.json").write_text("{}")
+    with pytest.raises(UncertifiedError, match="cannot be read"):
+        opened(SPEC, certificates=[str(tmp_path / "broken.json")])
+
+
+def test_last_digits_of_frequencies_do_not_matter(tmp_path: Path) -> None:
+    """Of another program's table; frequencies that are others do."""
+    int8 = codec_by_name("int8")
+    paper = write(tmp_path, "paper", SPEC, int8.name, parameters_of(int8))
+    nearly = replace(SPEC, rope=RopeSpec(tuple(f * (1 + 1e-7) for f in ROPE.inv_freq)))
+    assert nearly != SPEC
+    assert opened(nearly, host_codec="int8", certificates=[paper]) == int8.name
+    for rope in (RopeSpec(tuple(f * 1.01 for f in ROPE.inv_freq)), replace(ROPE, interleaved=True), None):
+        with pytest.raises(UncertifiedError):
+            opened(replace(SPEC, rope=rope), host_codec="int8", certificates=[paper])
+
+
+def test_profiles_are_of_the_model(tmp_path: Path) -> None:
+    Profile(replace(SPEC, model_id="another"), {}).save(tmp_path / "profile")
+    with pytest.raises(SpecMismatchError):
+        opened(SPEC, host_codec="lossless", profile=str(tmp_path / "profile"))
+    with pytest.raises(CodecError, match="cannot be read"):
+        opened(SPEC, profile=str(tmp_path / "missing"))
+    with pytest.raises(ValueError, match="needs a profile"):
+        opened(SPEC, host_codec="nuq4")
+
+
+def test_the_certified_ratio(tmp_path: Path) -> None:
+    """The smallest, of this model, for whole models and their shards alike; without any, everything is computed."""
+    files = [write(tmp_path, f"f{ratio}", SPEC, FUSION, parameters_of_fusion(ratio)) for ratio in (0.3, 0.15)]
+    other = write(tmp_path, "other", replace(SPEC, model_id="another"), FUSION, parameters_of_fusion(0.01))
+    papers = Papers.of(VLLMSettings.of({"certificates": [*files, other]}))
+    assert papers.fusion_ratio(SPEC, check_layer=1) == 0.15
+    assert papers.fusion_ratio(replace(SPEC, num_kv_heads=1, shard=(1, 2)), check_layer=1) == 0.15
+    assert papers.fusion_ratio(SPEC, check_layer=2) == 1.0
+    assert papers.fusion_ratio(replace(SPEC, head_dim=8), check_layer=1) == 1.0
+    assert Papers.of(VLLMSettings()).fusion_ratio(SPEC, check_layer=1) == 1.0

@@ -1,0 +1,169 @@
+"""What the page cache holds is read at once, and everything else by the way that can be given up."""
+
+import errno
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvloom.kvstore.store import KVStore
+from kvloom.kvstore.tiers.disk.files import Files
+from kvloom.kvstore.tiers.disk.tier import DiskTier
+
+from ..support.contracts import make_blob, make_chunk, make_key, same_blob, same_chunk
+
+
+class Device(Files):
+    """The real thing, whose device can stop answering, or have nothing in the page cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers = threading.Event()
+        self.answers.set()
+        self.refusal = 0
+        self.waited = 0
+
+    def preadv(self, fd: int, buffers: list[memoryview], offset: int) -> int:
+        self.waited += 1
+        self.answers.wait(30)
+        return super().preadv(fd, buffers, offset)
+
+    def preadv_cached(self, fd: int, buffers: list[memoryview], offset: int) -> int:
+        if self.refusal:
+            raise OSError(self.refusal, os.strerror(self.refusal))
+        return super().preadv(fd, buffers, offset)  # so that the test needs no kernel that can say what it has
+
+
+@pytest.fixture
+def device() -> Iterator[Device]:
+    device = Device()
+    yield device
+    device.answers.set()
+
+
+@pytest.fixture
+def tier(tmp_path: Path, device: Device) -> Iterator[DiskTier]:
+    tier = DiskTier(tmp_path / "kv", files=device)
+    tier.put(make_key(1), make_blob(1))
+    tier.get(make_key(1))  # its segment is open for reading from now on
+    yield tier
+    device.answers.set()
+    tier.close()
+
+
+def test_reads_as_the_tier_does(tier: DiskTier, device: Device) -> None:
+    device.waited = 0
+    found, part = tier.cached.get(make_key(1)), tier.cached.get_layers(make_key(1), 1, 3)
+    assert found is not None and same_blob(found, make_blob(1))
+    assert part is not None and same_blob(part, make_blob(1).layers(1, 3))
+    assert device.waited == 0
+
+
+def test_waits_for_nothing(tier: DiskTier, device: Device) -> None:
+    with pytest.raises(BlockingIOError):
+        tier.cached.get(make_key(2))  # which another process might have put
+    for lock in (tier._journal._lock, tier._segments._readers_lock):
+        took = threading.Event()
+        done = threading.Event()
+
+        def hold(lock=lock, took=took, done=done) -> None:
+            with lock:
+                took.set()
+                done.wait(30)
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        took.wait(30)
+        with pytest.raises(BlockingIOError):
+            tier.cached.get(make_key(1))
+        done.set()
+        holder.join()
+    for refusal in (errno.EAGAIN, errno.EIO):
+        device.refusal = refusal
+        with pytest.raises(BlockingIOError):
+            tier.cached.get(make_key(1))
+    device.refusal = 0
+    tier._segments.close_readers()
+    with pytest.raises(BlockingIOError):
+        tier.cached.get(make_key(1))
+
+
+def test_a_kernel_that_cannot_say_is_asked_once(tier: DiskTier, device: Device) -> None:
+    device.refusal = errno.EOPNOTSUPP
+    with pytest.raises(BlockingIOError):
+        tier.cached.get(make_key(1))
+    device.refusal = 0
+    with pytest.raises(BlockingIOError):
+        tier.cached.get(make_key(1))
+    assert tier.get(make_key(1)) is not None
+
+
+def test_news_of_others(tier: DiskTier) -> None:
+    assert not tier.cached.has_news()
+    other = DiskTier(tier.path)
+    other.put(make_key(2), make_blob(2))
+    assert tier.cached.has_news()
+    with pytest.raises(BlockingIOError):
+        tier.cached.get(make_key(1))  # until this process has read what the other wrote
+    assert [change.key for change in tier.changes()] == [make_key(2)]
+    assert not tier.cached.has_news() and tier.cached.get(make_key(1)) is not None
+    other.delete(make_key(1))
+    with pytest.raises(BlockingIOError):
+        tier.cached.get(make_key(1))
+    assert tier.get(make_key(1)) is None
+    other.close()
+
+
+def test_a_closed_tier_has_nothing(tier: DiskTier) -> None:
+    tier.close()
+    with pytest.raises(BlockingIOError):
+        tier.cached.get(make_key(1))
+
+
+def test_a_store_reads_what_is_cached_from_a_device_that_is_stuck(tmp_path: Path, device: Device) -> None:
+    with KVStore([DiskTier(tmp_path / "kv", files=device)], timeout_s=0.2) as store:
+        store.put(make_key(1), make_chunk(1))
+        store.get(make_key(1))
+        device.answers.clear()
+        found = store.get(make_key(1))
+        assert found is not None and same_chunk(found, make_chunk(1))
+        layer = store.get_layers(make_key(1), 1, 2)
+        assert layer is not None and layer.first_layer == 1
+        device.refusal = errno.EAGAIN
+        assert store.get(make_key(1)) is None
+        assert store.stats().misses == {"timeout": 1}
+        device.answers.set()
+
+
+def test_damage_is_dealt_with_by_the_tier(tmp_path: Path, device: Device) -> None:
+    with KVStore([DiskTier(tmp_path / "kv", files=device)]) as store:
+        store.put(make_key(1), make_chunk(1))
+        assert store.get(make_key(1)) is not None
+        (segment,) = (tmp_path / "kv" / "segments").iterdir()
+        data = bytearray(segment.read_bytes())
+        data[-1000] ^= 1
+        with segment.open("r+b") as file:
+            file.write(data)
+        assert store.get(make_key(1)) is None
+        assert store.stats().misses == {"corrupt": 1} and store.stats().tiers[0].corruptions == 1
+        assert store.check() == []
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="this system cannot read the page cache alone")
+def test_the_real_page_cache(tmp_path: Path) -> None:
+    """Where the file system can do it, a chunk just written is read without another thread."""
+    with KVStore([DiskTier(tmp_path / "kv")]) as store:
+        store.put(make_key(1), make_chunk(1))
+        assert store.get(make_key(1)) is not None
+        (level,) = store._books.levels
+        lane, calls = level.lane, []
+        assert lane is not None
+        run = lane.run
+        lane.run = lambda *args, **kwargs: calls.append(1) or run(*args, **kwargs)  # type: ignore[method-assign]
+        found = store.get(make_key(1))
+        assert found is not None and same_chunk(found, make_chunk(1))
+        if not store._books.levels[0].tier.cached._is_supported:  # type: ignore[attr-defined]
+            pytest.skip("the file system under the temporary folder cannot read the page cache alone")
+        assert calls == []
