@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..compress.envelope import Form, canonical_json, form_of
 from ..core import Codec, KVSpec
 from ..errors import UncertifiedError
+from .codec_form import Form, canonical_json, form_of
 from .model_profile import model_identity
 
 FORMAT_VERSION = 1
@@ -56,7 +56,7 @@ class Certificate:
     Attributes
     ----------
     spec : of the model.
-    codec, parameters : as `envelope.parameters_of` gives them.
+    codec, parameters : as `codec_form.parameters_of` gives them.
     figures : what was measured, by name.
     conditions : how: texts, windows, trials, what was left out and why.
     date : ISO 8601, UTC.

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..calibration.model_profile import Profile
+from ..calibration.codec_form import Form, canonical_json, parameters_of
 from ..core import Codec, EncodedChunk, KVChunk, KVSpec
 from ..errors import CodecError, SpecMismatchError
-
-Form: TypeAlias = tuple[str, str]  # name of a codec, and its parameters as canonical JSON
 
 C = TypeVar("C", bound=Codec)
 
@@ -55,20 +53,6 @@ class Envelope:
         return self.positions if positions is None else checked_positions(positions, self.tokens)
 
 
-def parameters_of(codec: Codec) -> dict[str, Any]:
-    """Fields of a codec as JSON takes them: a wrapped codec is its name and parameters, a profile its fingerprint.
-
-    Two codecs of one name and equal parameters make the same bytes of a chunk; a certificate is bound to both. A codec
-    that is no dataclass has no parameters.
-    """
-    return {f.name: _plain(getattr(codec, f.name)) for f in fields(codec)} if is_dataclass(codec) else {}
-
-
-def form_of(codec: Codec) -> Form:
-    """The form in which it encodes: its name, and its parameters as canonical JSON."""
-    return codec.name, canonical_json(parameters_of(codec))
-
-
 def form_of_blob(blob: EncodedChunk) -> Form:
     """The form that an encoded chunk has, as far as its codec has used `seal`."""
     return blob.codec, blob.meta.get("parameters", "{}")
@@ -81,11 +65,6 @@ def is_exact(blob: EncodedChunk, codec: Codec) -> bool:
     parameters, and those of `blob` may not be those of `codec`.
     """
     return codec.is_lossless and _LOSSY not in blob.meta
-
-
-def canonical_json(values: Mapping[str, Any]) -> str:
-    """Equal fields give equal text."""
-    return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
 
 def seal(
@@ -201,11 +180,3 @@ def cpu_copy(tensor: Tensor) -> Tensor:
 def _read_spec(text: str) -> KVSpec:
     # Reading the frequency table costs as much as copying 300 KiB, and a store sees few specs.
     return KVSpec.from_json(text)
-
-
-def _plain(value: object) -> Any:
-    if isinstance(value, Profile):
-        return value.fingerprint
-    if is_dataclass(value) and not isinstance(value, type):
-        return {"codec": getattr(value, "name", type(value).__name__)} | parameters_of(value)  # type: ignore[arg-type]
-    return value

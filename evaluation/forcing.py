@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..blend.attention import causal_attention
-from ..compress.envelope import parameters_of
+from ..calibration.codec_form import parameters_of
 from ..connectors.hf.model import TransformersModel
 from ..core import Codec, KVChunk
 

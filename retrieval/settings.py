@@ -11,8 +11,8 @@ from typing import Any, get_args
 from blake3 import blake3
 
 from ..calibration.certificate import Certificate
+from ..calibration.codec_form import Form, canonical_json
 from ..calibration.model_profile import Profile
-from ..compress.envelope import Form, canonical_json
 from ..core import KVSpec
 from ..errors import UncertifiedError, UncertifiedWarning
 from .registry import METHODS, selector_by_name

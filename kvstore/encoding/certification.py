@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Callable, Hashable, Sequence
 
 from ...calibration.certificate import Certificate
-from ...compress.envelope import Form, form_of, form_of_blob, is_exact
+from ...calibration.codec_form import Form, form_of
+from ...compress.envelope import form_of_blob, is_exact
 from ...core import Codec, EncodedChunk, KVSpec
 from ...errors import UncertifiedError, UncertifiedWarning
 

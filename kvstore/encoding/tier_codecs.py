@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
-from ...compress.envelope import Form, form_of, form_of_blob, is_exact
+from ...calibration.codec_form import Form, form_of
+from ...compress.envelope import form_of_blob, is_exact
 from ...core import Codec, EncodedChunk, KVChunk, KVSpec
 from ...errors import CodecError
 from . import extras

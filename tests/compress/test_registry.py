@@ -4,9 +4,9 @@ import importlib
 
 import pytest
 
+from kvloom.calibration.codec_form import form_of
 from kvloom.calibration.model_profile import Profile
 from kvloom.compress import registry as catalog
-from kvloom.compress.envelope import form_of
 from kvloom.compress.raw import RawCodec
 from kvloom.compress.registry import CODECS, codec_by_name
 from kvloom.core import Codec

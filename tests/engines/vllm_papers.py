@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from kvloom.blend.certified_ratio import FUSION, parameters_of_fusion
 from kvloom.calibration.certificate import Certificate, Figure
+from kvloom.calibration.codec_form import parameters_of
 from kvloom.certify.calibrate_model import calibrate
-from kvloom.compress.envelope import parameters_of
 from kvloom.compress.registry import codec_by_name
 from kvloom.connectors.hf.model import TransformersModel
 

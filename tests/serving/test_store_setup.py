@@ -9,8 +9,8 @@ import torch
 
 from kvloom.blend.certified_ratio import FUSION, parameters_of_fusion
 from kvloom.calibration.certificate import Certificate, Figure
+from kvloom.calibration.codec_form import parameters_of
 from kvloom.calibration.model_profile import Profile
-from kvloom.compress.envelope import parameters_of
 from kvloom.compress.registry import codec_by_name
 from kvloom.connectors.serving.settings import VLLMSettings
 from kvloom.connectors.serving.store_setup import Papers, open_store

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvloom.compress.envelope import parameters_of
+from kvloom.calibration.codec_form import parameters_of
 from kvloom.compress.values import EncodesValues
 from kvloom.core import Codec, EncodedChunk, KVChunk, KVSpec, RopeSpec
 from kvloom.errors import CodecError

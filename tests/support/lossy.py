@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from kvloom.calibration.certificate import Certificate, Figure
-from kvloom.compress.envelope import cpu_copy, open_envelope, parameters_of, seal
+from kvloom.calibration.codec_form import parameters_of
+from kvloom.compress.envelope import cpu_copy, open_envelope, seal
 from kvloom.compress.raw import RawCodec
 from kvloom.core import Codec, EncodedChunk, KVChunk, KVSpec
 from kvloom.errors import CodecError

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ....calibration.certificate import Certificate
-from ....compress.envelope import Form
+from ....calibration.codec_form import Form
 from ....kvstore.store import KVStore
 from ....retrieval.selector import LayerShape
 from ....retrieval.settings import Retrieval, covering, expect_certified
