@@ -28,16 +28,17 @@ class Reader:
         self._misses: Counter[str] = Counter()
 
     def find(
-        self, key: ChunkKey, fetch: Fetch, positions: Tensor | None, *, is_use: bool = True
-    ) -> tuple[int, EncodedChunk, KVChunk] | None:
+        self, key: ChunkKey, fetch: Fetch, positions: Tensor | None, *, is_use: bool = True, decoded: bool = True
+    ) -> tuple[int, EncodedChunk, KVChunk | None] | None:
         """Index of the tier that had the chunk, what it held, and that decoded; None for a miss.
 
-        `is_use`: the policies of tiers are told.
+        `is_use`: the policies of tiers are told. Unless `decoded`, the chunk is given back as it lies there, by whatever
+        codec, and without asking for a certificate.
         """
         miss: str | None = "error"
         tier, nbytes, began_s = None, 0, time.perf_counter()
         try:
-            found = self._search(key, fetch, positions, is_use=is_use)
+            found = self._search(key, fetch, positions, is_use=is_use, decoded=decoded)
             if isinstance(found, str):
                 miss = found
                 return None
@@ -59,8 +60,8 @@ class Reader:
             return self._lookups, dict(self._misses)
 
     def _search(
-        self, key: ChunkKey, fetch: Fetch, positions: Tensor | None, *, is_use: bool
-    ) -> tuple[int, EncodedChunk, KVChunk] | str:
+        self, key: ChunkKey, fetch: Fetch, positions: Tensor | None, *, is_use: bool, decoded: bool
+    ) -> tuple[int, EncodedChunk, KVChunk | None] | str:
         """As `find`, or why it is a miss."""
         reason = "absent"
         for index, level in enumerate(self._books.levels):
@@ -68,6 +69,8 @@ class Reader:
             reason = fault or reason
             if blob is None:
                 continue
+            if not decoded:
+                return index, blob, None
             try:
                 codec = self._forms.codec_of(blob)
                 if not self._forms.permits.may_serve(codec, blob):  # left where it is: a certificate may come

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..calibration.certificate import Certificate
 from ..compress.raw import RawCodec
-from ..core import ChunkInfo, ChunkKey, Codec, EncodedChunk, HoldsChunks, KVChunk, KVSpec, ReadsLayers, Tier
+from ..core import NOTHING, ChunkInfo, ChunkKey, Codec, EncodedChunk, HoldsChunks, KVChunk, KVSpec, ReadsLayers, Tier
 from ..errors import SpecMismatchError, TierError, TierUnavailableError
 from .encoding.certification import Permits
 from .encoding.tier_codecs import Forms
@@ -184,9 +184,40 @@ class KVStore:
             writes = self._stack.put(key, self._forms.encoder(chunk), info, everywhere=self._write_through)
             outcome = "stored" if writes else "not_admitted"
         finally:
-            with self._lock:
-                self._puts[outcome] += 1
-                self._writes += writes
+            self._count_put(outcome, writes)
+
+    def put_encoded(self, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo = NOTHING) -> bool:
+        """Stores a chunk that is encoded already, by a codec that need not be known here; False if it is not admitted.
+
+        A service passes chunks on in this way: nothing is decoded, and no certificate is needed until a client decodes
+        the chunk. When this returns, the store may refer to the tensors, unless they are `leased`.
+
+        Raises
+        ------
+        ValueError : `key` was not made by `prefix_keys` or `content_key`, or the namespace is longer than 255 bytes.
+        TierFullError, TierUnavailableError : no tier took it; why the last one did not.
+        """
+        self._expect_open()
+        check_key(key, "key")
+        check_namespace(info.namespace)
+        outcome, writes = "refused", 0
+        try:
+            writes = self._stack.put(key, lambda _: blob, info, everywhere=self._write_through)
+            outcome = "stored" if writes else "not_admitted"
+        finally:
+            self._count_put(outcome, writes)
+        return bool(writes)
+
+    def get_encoded(self, key: ChunkKey) -> EncodedChunk | None:
+        """The chunk as a tier holds it, read-only and not decoded, or None; otherwise as `get`."""
+        self._expect_open()
+        found = self._reader.find(key, whole(key), None, decoded=False)
+        if found is None:
+            return None
+        index, blob, _ = found
+        if index and self._is_to_be_promoted(index, key):
+            self._stack.promote(key, blob)
+        return blob
 
     def check_permits(self, spec: KVSpec) -> None:
         """Refuse at once what `put` would refuse of every chunk of this model.
@@ -378,6 +409,11 @@ class KVStore:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _count_put(self, outcome: str, writes: int) -> None:
+        with self._lock:
+            self._puts[outcome] += 1
+            self._writes += writes
 
     def _is_to_be_promoted(self, index: int, key: ChunkKey) -> bool:
         if self._promote == "second-hit":

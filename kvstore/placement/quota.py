@@ -13,6 +13,8 @@ MOST_NAMESPACE_BYTES = 255  # of UTF-8; tiers keep the namespace with every chun
 class Quota:
     """Shares of the capacity of each tier that has one.
 
+    The quota of a namespace `team` covers `team/...` as well, except namespaces that have a quota of their own.
+
     Attributes
     ----------
     reserve_ratio : no chunk of another namespace evicts this one below it. It is no room kept empty: what the namespace

@@ -144,7 +144,9 @@ class Level:
         self.tier.close() if self.lane is None else self.lane.close()
 
     def room(self, namespace: str) -> Room:
-        return self._rooms.get(namespace, self._common)
+        """The quota of `team` is that of `team/...` too, as far as those have none of their own."""
+        found = self._rooms.get(namespace)
+        return self._rooms.get(namespace.partition("/")[0], self._common) if found is None else found
 
     def most_bytes(self, namespace: str) -> float:
         """What a chunk may take at most, if all others could go."""
