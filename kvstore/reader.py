@@ -32,8 +32,8 @@ class Reader:
     ) -> tuple[int, EncodedChunk, KVChunk | None] | None:
         """Index of the tier that had the chunk, what it held, and that decoded; None for a miss.
 
-        `is_use`: the policies of tiers are told. Unless `decoded`, the chunk is given back as it lies there, by whatever
-        codec, and without asking for a certificate.
+        `is_use`: the policies of tiers are told. Unless `decoded`, the chunk is given back as it lies in the tier, by
+        whatever codec, and no certificate is needed.
         """
         miss: str | None = "error"
         tier, nbytes, began_s = None, 0, time.perf_counter()
