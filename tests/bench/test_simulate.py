@@ -15,8 +15,7 @@ from kvloom import cli
 from kvloom.bench.eviction.replay import belady_hits, read_trace, replay
 from kvloom.bench.eviction.run import SimulateOptions, simulate
 from kvloom.kvstore.eviction.policy import POLICIES
-
-from ..support.contracts import make_key
+from kvloom.testing import make_key
 
 BLOCK_BYTES = 1000
 

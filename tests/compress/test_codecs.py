@@ -4,15 +4,13 @@ import pytest
 import torch
 
 from kvloom.compress.raw import RawCodec
-from kvloom.core import EncodedChunk
+from kvloom.core import EncodedChunk, KVSpec
 from kvloom.errors import CodecError
-
-from ..support.contracts import CodecContract, make_chunk, same_chunk
+from kvloom.testing import CodecContract, make_chunk, same_chunk
 
 
 class TestRawCodec(CodecContract):
-    @pytest.fixture
-    def codec(self) -> RawCodec:
+    def make_codec(self, spec: KVSpec) -> RawCodec:
         return RawCodec()
 
     def test_shares_memory_unless_moved(self, codec: RawCodec) -> None:

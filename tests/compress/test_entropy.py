@@ -25,8 +25,7 @@ from kvloom.compress.streams import STREAM_NAMES, pack_streams, unpack_streams
 from kvloom.core import ChunkKey, EncodedChunk, KVChunk, KVSpec
 from kvloom.errors import CodecError, SpecMismatchError
 from kvloom.kvstore.format import from_bytes, to_bytes
-
-from ..support.contracts import ROPE, SPEC, CodecContract, make_chunk, same_bits, same_blob, same_chunk
+from kvloom.testing import ROPE, SPEC, CodecContract, make_chunk, same_bits, same_blob, same_chunk
 
 KEY = ChunkKey(bytes(32))
 

@@ -11,6 +11,8 @@ from kvloom.compress.fp8 import Fp8Codec, _wide
 from kvloom.core import KVChunk, KVSpec, RopeSpec
 from kvloom.errors import CodecError
 from kvloom.kvstore.format import from_bytes, to_bytes
+from kvloom.testing import SPEC, CodecContract, make_chunk, make_key, same_bits, same_blob, same_chunk
+from kvloom.testing.codec import SPECS
 
 from ..support.coding import (
     PLAIN,
@@ -21,22 +23,19 @@ from ..support.coding import (
     digest,
     with_meta,
 )
-from ..support.contracts import SPEC, CodecContract, make_chunk, make_key, same_bits, same_blob, same_chunk
 
 
 class TestFp8(CodecContract):
     tolerance = 0.04
 
-    @pytest.fixture
-    def codec(self) -> Fp8Codec:
+    def make_codec(self, spec: KVSpec) -> Fp8Codec:
         return Fp8Codec()
 
 
 class TestFp8AfterRotation(CodecContract):
     tolerance = 0.04
 
-    @pytest.fixture
-    def codec(self) -> Fp8Codec:
+    def make_codec(self, spec: KVSpec) -> Fp8Codec:
         return Fp8Codec(rotated=True)
 
 
@@ -102,7 +101,7 @@ def test_values_stand_alone() -> None:
     assert_values_stand_alone(Fp8Codec())
 
 
-@pytest.mark.parametrize("spec", CodecContract.specs, ids=lambda spec: spec.model_id)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.model_id)
 @pytest.mark.parametrize("rotated", [False, True])
 def test_strange_numbers_are_kept_exact(spec: KVSpec, rotated: bool) -> None:
     assert_strange_tokens_are_exact(Fp8Codec(rotated), spec)

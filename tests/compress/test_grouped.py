@@ -13,6 +13,8 @@ from kvloom.compress.grouped import GroupedCodec
 from kvloom.core import KVChunk, KVSpec, RopeSpec
 from kvloom.errors import CodecError
 from kvloom.kvstore.format import from_bytes, to_bytes
+from kvloom.testing import SPEC, CodecContract, make_chunk, make_key, same_bits, same_blob, same_chunk
+from kvloom.testing.codec import SPECS
 
 from ..support.coding import (
     INTERLEAVED,
@@ -25,38 +27,33 @@ from ..support.coding import (
     with_meta,
     with_tensors,
 )
-from ..support.contracts import SPEC, CodecContract, make_chunk, make_key, same_bits, same_blob, same_chunk
 
 
 class TestInts8(CodecContract):
     tolerance = 0.01
 
-    @pytest.fixture
-    def codec(self) -> GroupedCodec:
+    def make_codec(self, spec: KVSpec) -> GroupedCodec:
         return GroupedCodec(8, group_tokens=3)
 
 
 class TestInts4OfTwoTokens(CodecContract):
     tolerance = 0.12
 
-    @pytest.fixture
-    def codec(self) -> GroupedCodec:
+    def make_codec(self, spec: KVSpec) -> GroupedCodec:
         return GroupedCodec(4, group_tokens=2, group_channels=4)
 
 
 class TestAsPublished(CodecContract):
     tolerance = 0.12
 
-    @pytest.fixture
-    def codec(self) -> GroupedCodec:
+    def make_codec(self, spec: KVSpec) -> GroupedCodec:
         return GroupedCodec(4, group_tokens=2, residual_tokens=2, rotated=True)
 
 
 class TestUniformPerToken(CodecContract):
     tolerance = 0.12
 
-    @pytest.fixture
-    def codec(self) -> GroupedCodec:
+    def make_codec(self, spec: KVSpec) -> GroupedCodec:
         return GroupedCodec(4, key_axis="token", group_channels=None, rotated=True)
 
 
@@ -65,8 +62,7 @@ class TestTooShortForAGroup(CodecContract):
 
     tolerance = 0.12
 
-    @pytest.fixture
-    def codec(self) -> GroupedCodec:
+    def make_codec(self, spec: KVSpec) -> GroupedCodec:
         return GroupedCodec()
 
     def test_keys_are_exact(self, codec: GroupedCodec, chunk: KVChunk) -> None:
@@ -205,7 +201,7 @@ def test_values_stand_alone(codec: GroupedCodec) -> None:
     assert_values_stand_alone(codec)
 
 
-@pytest.mark.parametrize("spec", CodecContract.specs, ids=lambda spec: spec.model_id)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.model_id)
 @pytest.mark.parametrize(
     "codec",
     [GroupedCodec(4, group_tokens=4), GroupedCodec(4, group_tokens=8, rotated=True), GroupedCodec(key_axis="token")],

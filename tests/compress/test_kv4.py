@@ -11,6 +11,8 @@ from kvloom.calibration.model_profile import Profile
 from kvloom.compress.kv4 import Kv4Codec, fit_smoothing
 from kvloom.core import KVChunk, KVSpec, RopeSpec
 from kvloom.errors import CodecError, SpecMismatchError
+from kvloom.testing import SPEC, CodecContract, make_chunk, same_bits, same_chunk
+from kvloom.testing.codec import SPECS
 
 from ..support.coding import (
     INTERLEAVED,
@@ -22,7 +24,6 @@ from ..support.coding import (
     digest,
     with_meta,
 )
-from ..support.contracts import SPEC, CodecContract, make_chunk, same_bits, same_chunk
 
 
 def make_profile(spec: KVSpec = SPEC, seed: int = 1) -> Profile:
@@ -37,24 +38,21 @@ def make_profile(spec: KVSpec = SPEC, seed: int = 1) -> Profile:
 class TestKv4(CodecContract):
     tolerance = 0.12
 
-    @pytest.fixture
-    def codec(self) -> Kv4Codec:
+    def make_codec(self, spec: KVSpec) -> Kv4Codec:
         return Kv4Codec()
 
 
 class TestKv8(CodecContract):
     tolerance = 0.01
 
-    @pytest.fixture
-    def codec(self) -> Kv4Codec:
+    def make_codec(self, spec: KVSpec) -> Kv4Codec:
         return Kv4Codec(8)
 
 
 class TestKv4BeforeRotation(CodecContract):
     tolerance = 0.12
 
-    @pytest.fixture
-    def codec(self) -> Kv4Codec:
+    def make_codec(self, spec: KVSpec) -> Kv4Codec:
         return Kv4Codec(rotated=False)
 
 
@@ -65,8 +63,7 @@ class TestSmoothed(CodecContract):
     def chunk(self) -> KVChunk:
         return make_chunk(7, tokens=6, start=11)  # of the model that the profile is made for
 
-    @pytest.fixture
-    def codec(self) -> Kv4Codec:
+    def make_codec(self, spec: KVSpec) -> Kv4Codec:
         return Kv4Codec(profile=make_profile())
 
 
@@ -200,7 +197,7 @@ def test_values_stand_alone(codec: Kv4Codec) -> None:
     assert_values_stand_alone(codec)
 
 
-@pytest.mark.parametrize("spec", CodecContract.specs, ids=lambda spec: spec.model_id)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.model_id)
 @pytest.mark.parametrize("rotated", [False, True])
 def test_strange_numbers_are_kept_exact(spec: KVSpec, rotated: bool) -> None:
     assert_strange_tokens_are_exact(Kv4Codec(rotated=rotated), spec)

@@ -17,15 +17,13 @@ from kvloom.compress.streams import STREAM_LAYERED, pack_streams, unpack_streams
 from kvloom.core import ChunkKey, EncodedChunk, KVChunk, KVSpec
 from kvloom.errors import CodecError
 from kvloom.kvstore.format import from_bytes, to_bytes
-
-from ..support.contracts import ROPE, SPEC, CodecContract, make_chunk, same_bits, same_blob, same_chunk
+from kvloom.testing import ROPE, SPEC, CodecContract, make_chunk, same_bits, same_blob, same_chunk
 
 KEY = ChunkKey(bytes(32))
 
 
 class TestLosslessCodec(CodecContract):
-    @pytest.fixture
-    def codec(self) -> LosslessCodec:
+    def make_codec(self, spec: KVSpec) -> LosslessCodec:
         return LosslessCodec()
 
     def test_is_lossless_if_the_inner_codec_is(self, codec: LosslessCodec) -> None:
@@ -35,14 +33,12 @@ class TestLosslessCodec(CodecContract):
 class TestLosslessOverLowRank(CodecContract):
     tolerance = 8e-3
 
-    @pytest.fixture
-    def codec(self) -> LosslessCodec:
+    def make_codec(self, spec: KVSpec) -> LosslessCodec:
         return LosslessCodec(LowRankCodec())
 
 
 class TestLosslessOverLossless(CodecContract):
-    @pytest.fixture
-    def codec(self) -> LosslessCodec:
+    def make_codec(self, spec: KVSpec) -> LosslessCodec:
         return LosslessCodec(LosslessCodec(level=1), level=19)
 
 

@@ -17,8 +17,7 @@ from kvloom.compress.raw import RawCodec
 from kvloom.core import ChunkKey, EncodedChunk, KVChunk, KVSpec, RopeSpec
 from kvloom.errors import CodecError, SpecMismatchError
 from kvloom.kvstore.format import from_bytes, to_bytes
-
-from ..support.contracts import ROPE, SPEC, CodecContract, make_chunk, same_bits, same_blob, same_chunk
+from kvloom.testing import ROPE, SPEC, CodecContract, make_chunk, same_bits, same_blob, same_chunk
 
 KEY = ChunkKey(bytes(32))
 
@@ -51,24 +50,21 @@ def error_ratio(found: Tensor, true: Tensor) -> float:
 class TestLowRankCodec(CodecContract):
     tolerance = 8e-3
 
-    @pytest.fixture
-    def codec(self) -> LowRankCodec:
+    def make_codec(self, spec: KVSpec) -> LowRankCodec:
         return LowRankCodec()
 
 
 class TestOfTokensThatAreAllExact(CodecContract):
     tolerance = 4e-3
 
-    @pytest.fixture
-    def codec(self) -> LowRankCodec:
+    def make_codec(self, spec: KVSpec) -> LowRankCodec:
         return LowRankCodec(rank=1, factor_bits=4, max_residual=0.0)
 
 
 class TestInIntegers(CodecContract):
     tolerance = 0.12
 
-    @pytest.fixture
-    def codec(self) -> LowRankCodec:
+    def make_codec(self, spec: KVSpec) -> LowRankCodec:
         return LowRankCodec(factor_bits=4)
 
 
@@ -79,8 +75,7 @@ class TestWithASharedBasis(CodecContract):
     def chunk(self) -> KVChunk:
         return make_chunk(7, tokens=6, start=11)
 
-    @pytest.fixture
-    def codec(self) -> LowRankCodec:
+    def make_codec(self, spec: KVSpec) -> LowRankCodec:
         return LowRankCodec(factor_bits=8, profile=profile_of(make_chunk(3, tokens=100)))
 
 

@@ -15,17 +15,17 @@ from torch import Tensor
 
 from kvloom.calibration.model_profile import Profile
 from kvloom.compress.kernels.ops import pack_bits
+from kvloom.compress.nuq import dequantise as dequantise_module
 from kvloom.compress.nuq.dequantise import Codes, Grid, Rotation, dequantise, dequantise_slowly
 from kvloom.compress.nuq.nuq import NuqCodec
-from kvloom.compress.nuq.nuq import dequantise as dequantise_module
 from kvloom.compress.nuq.nuq_fit import fit_layer
 from kvloom.compress.nuq.slots import pack_channels, slot_bytes, slot_count, unpack_channels
 from kvloom.compress.values import EncodesValues
 from kvloom.core import EncodedChunk, KVChunk, KVSpec, RopeSpec
 from kvloom.errors import CodecError, SpecMismatchError
 from kvloom.kvstore.format import from_bytes, to_buffers
-
-from ..support.contracts import SPEC, CodecContract, make_chunk, make_key, same_bits, same_blob, same_chunk
+from kvloom.testing import SPEC, CodecContract, make_chunk, make_key, same_bits, same_blob, same_chunk
+from kvloom.testing.codec import SPECS
 
 
 def make_profile(spec: KVSpec = SPEC, *, bits: Sequence[int] = (1, 2, 3, 4, 5, 6, 7, 8), tokens: int = 400) -> Profile:
@@ -42,17 +42,14 @@ def make_profile(spec: KVSpec = SPEC, *, bits: Sequence[int] = (1, 2, 3, 4, 5, 6
 
 
 PROFILE = make_profile()
-PROFILES = {spec: make_profile(spec, bits=(4,)) for spec in CodecContract.specs}
+PROFILES = {spec: make_profile(spec, bits=(4,)) for spec in SPECS}
 
 
 class TestNuqCodec(CodecContract):
     tolerance = 0.12
 
-    @pytest.fixture
-    def codec(self, request: pytest.FixtureRequest) -> NuqCodec:
-        """A profile is one model's: that of the chunk which the test asks for, or of `SPEC`."""
-        asks = "chunk" in request.fixturenames
-        return NuqCodec(PROFILES[request.getfixturevalue("chunk").spec if asks else SPEC])
+    def make_codec(self, spec: KVSpec) -> NuqCodec:
+        return NuqCodec(PROFILES[spec])
 
     def test_values_stand_alone(self, codec: NuqCodec) -> None:
         assert isinstance(codec, EncodesValues)
@@ -95,7 +92,7 @@ def test_error_vanishes_as_outliers_grow() -> None:
     assert errors[-1][0] < 1e-6 and errors[-1][1] == 0.0
 
 
-@pytest.mark.parametrize("spec", CodecContract.specs, ids=lambda spec: spec.model_id)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.model_id)
 def test_all_outliers_is_the_identity(spec: KVSpec) -> None:
     chunk = make_chunk(2, tokens=9, spec=spec, start=40)
     codec = NuqCodec(PROFILES[spec], outlier_ratio=1.0)

@@ -9,8 +9,7 @@ from safetensors.torch import save_file
 
 from kvloom.calibration.model_profile import Profile
 from kvloom.errors import CodecError, SpecMismatchError
-
-from ..support.contracts import SPEC
+from kvloom.testing import SPEC
 
 
 def make_profile() -> Profile:

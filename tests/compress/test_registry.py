@@ -10,8 +10,7 @@ from kvloom.compress import registry as catalog
 from kvloom.compress.raw import RawCodec
 from kvloom.compress.registry import CODECS, codec_by_name
 from kvloom.core import Codec
-
-from ..support.contracts import SPEC
+from kvloom.testing import SPEC
 
 PROFILE = Profile(SPEC, {})
 LOSSLESS = {"raw", "lossless"}

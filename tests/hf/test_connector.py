@@ -20,7 +20,7 @@ from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.disk.tier import DiskTier
 from kvloom.kvstore.tiers.host import HostTier
 
-from ..support.contracts import flip, overwrite, stored_at
+from ..support.damage import flip, overwrite, stored_at
 from ..support.faulty import LONG_S, FaultyTier, device_error, eventually
 from ..support.models import (
     CONFIGS,

@@ -28,7 +28,7 @@ from kvloom.kvstore.tiers.host import HostTier
 from kvloom.retrieval.registry import METHODS
 from kvloom.retrieval.settings import CHUNK_TOKENS, Retrieval
 
-from ..support.contracts import flip
+from ..support.damage import flip
 from ..support.lossy import CoarseCodec
 from ..support.models import CONFIGS, make_model, make_tokenizer, make_variant
 from ..support.retrieval_fakes import FAKES, LearningSelector, MeansSelector, StatefulSelector, make_codebooks, maker

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from kvloom.core import EncodedChunk
 from kvloom.kvstore.encoding.buffer_pool import Spares, _rounded
-
-from ..support.contracts import make_blob, same_blob
+from kvloom.testing import make_blob, same_blob
 
 
 def test_lends_the_same_memory_again() -> None:

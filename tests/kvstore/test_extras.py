@@ -15,8 +15,9 @@ from kvloom.kvstore.encoding import extras
 from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.disk.tier import DiskTier
 from kvloom.kvstore.tiers.host import HostTier
+from kvloom.testing import SPEC, make_chunk, make_key, same_bits, same_chunk
 
-from ..support.contracts import SPEC, flip, make_chunk, make_key, same_bits, same_chunk
+from ..support.damage import flip
 from ..support.lossy import CoarseCodec, TwinCodec, certify
 
 KEY = make_key(1)

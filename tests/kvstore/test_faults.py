@@ -26,8 +26,8 @@ from kvloom.errors import ChunkCorruptError, TierError, TierTimeoutError, TierUn
 from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.disk.tier import DiskTier
 from kvloom.kvstore.tiers.host import HostTier
+from kvloom.testing import make_chunk, make_key, same_chunk
 
-from ..support.contracts import make_chunk, make_key, same_chunk
 from ..support.fakes import assert_adds_up
 from ..support.faulty import LONG_S, FaultyTier, eventually, leaves_no_threads
 
@@ -370,8 +370,7 @@ LEAVES_A_STALLED_STORE = """
 import os, sys, threading, time
 from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.host import HostTier
-sys.path.insert(0, {tests!r})
-from support.contracts import make_chunk, make_key
+from kvloom.testing import make_chunk, make_key
 
 class Stuck(HostTier):
     may_stall = True
@@ -387,7 +386,7 @@ store.put(make_key(1), make_chunk(1))
 child = os.fork()
 if not child:
     begun_s = time.monotonic()
-    missed = store.get(make_key(1)) is None and store.stats().misses == {{"unavailable": 1}}
+    missed = store.get(make_key(1)) is None and store.stats().misses == {"unavailable": 1}
     store.close()
     os._exit(0 if missed and time.monotonic() - begun_s < 10 else 1)
 assert os.waitpid(child, 0)[1] == 0, "the forked process"
@@ -400,8 +399,9 @@ print("leaving", threading.active_count())
 
 def test_forked_and_leaving_processes(tmp_path: Path) -> None:
     """A forked process has no lanes and does not wait for any; one that leaves does not wait for what is stuck."""
-    script = LEAVES_A_STALLED_STORE.format(tests=str(Path(__file__).parent.parent))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVES_A_STALLED_STORE], capture_output=True, text=True, timeout=100, check=False
+    )
     assert done.stdout.startswith("leaving") and done.returncode == 0, done.stderr
 
 

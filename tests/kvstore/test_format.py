@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from kvloom.core import EncodedChunk
 from kvloom.errors import ChunkCorruptError, CodecError
 from kvloom.kvstore.format import from_bytes, read_header, read_layers, to_buffers, to_bytes
-
-from ..support.contracts import make_blob, make_key, same_bits, same_blob
+from kvloom.testing import make_blob, make_key, same_bits, same_blob
 
 KEY = make_key(77)
 DTYPES = (

@@ -22,8 +22,8 @@ from kvloom.kvstore.guard.worker_pool import Workers
 from kvloom.kvstore.tiers.disk.tier import DiskTier
 from kvloom.kvstore.tiers.host import HostTier
 from kvloom.kvstore.tiers.shared import SharedTier
+from kvloom.testing import keys_of, make_blob, make_key
 
-from ..support.contracts import keys_of, make_blob, make_key
 from ..support.faulty import LONG_S, FaultyTier, eventually, leaves_no_threads
 
 no_threads_left = pytest.fixture(autouse=True)(leaves_no_threads)

@@ -9,8 +9,9 @@ from kvloom import DiskTier, HostTier, KVStore
 from kvloom.compress.raw import RawCodec
 from kvloom.errors import TierFullError
 from kvloom.kvstore.history import Explanation, History, Lookup
+from kvloom.testing import make_chunk, make_key
 
-from ..support.contracts import flip, make_chunk, make_key
+from ..support.damage import flip
 from ..support.fakes import Clock
 
 CHUNK_BYTES = RawCodec().encode(make_chunk(0)).nbytes

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from kvloom.core import ChunkKey, KVSpec, RopeSpec
 from kvloom.kvstore.keys import content_key, prefix_keys
+from kvloom.testing import SPEC
 
 from ..project.test_core import OTHER_SPECS
-from ..support.contracts import SPEC
 
 GOLDEN_SPEC = KVSpec("tiny@1", 3, 2, 8, torch.float32, RopeSpec((1.0, 0.1, 0.01, 0.001)))
 

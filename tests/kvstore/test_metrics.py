@@ -13,8 +13,7 @@ from kvloom import HostTier, KVStore
 from kvloom.compress.raw import RawCodec
 from kvloom.connectors.serving.metrics import StoreCollector
 from kvloom.kvstore.stats import TierStats
-
-from ..support.contracts import make_chunk, make_key
+from kvloom.testing import make_chunk, make_key
 
 CHUNK_BYTES = RawCodec().encode(make_chunk(0)).nbytes
 

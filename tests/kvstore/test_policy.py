@@ -19,8 +19,8 @@ from kvloom.kvstore.eviction.queues import GDSF, LRU, S3FIFO, PrefixLRU
 from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.disk.tier import DiskTier
 from kvloom.kvstore.tiers.host import HostTier
+from kvloom.testing import PolicyContract, make_chunk, make_key
 
-from ..support.contracts import PolicyContract, make_chunk, make_key
 from .test_store import CHUNK_BYTES, FILE_BYTES, FailingTier
 
 KEYS = [make_key(n) for n in range(8)]
@@ -28,27 +28,27 @@ MayGo = Callable[[ChunkKey], bool]
 
 
 class TestLRU(PolicyContract):
-    make = LRU
+    make_policy = LRU
 
 
 class TestPrefixLRU(PolicyContract):
-    make = PrefixLRU
+    make_policy = PrefixLRU
 
 
 class TestS3FIFO(PolicyContract):
-    make = S3FIFO
+    make_policy = S3FIFO
 
 
 class TestGDSF(PolicyContract):
-    make = GDSF
+    make_policy = GDSF
 
 
 class TestHitDensity(PolicyContract):
-    make = HitDensity
+    make_policy = HitDensity
 
 
 def test_every_policy_has_its_contract_tested() -> None:
-    tested = {value.make for value in globals().values() if isinstance(value, type) and hasattr(value, "make")}
+    tested = {getattr(value, "make_policy", None) for value in globals().values() if isinstance(value, type)}
     assert set(POLICIES.values()) <= tested
 
 

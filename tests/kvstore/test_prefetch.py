@@ -12,8 +12,8 @@ from kvloom.kvstore.placement import prefetch as prefetching
 from kvloom.kvstore.placement.quota import Quota
 from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.host import HostTier
+from kvloom.testing import make_chunk, make_key, same_chunk
 
-from ..support.contracts import make_chunk, make_key, same_chunk
 from ..support.faulty import LONG_S, FaultyTier, eventually, leaves_no_threads
 
 no_threads_left = pytest.fixture(autouse=True)(leaves_no_threads)

@@ -16,8 +16,8 @@ from kvloom.kvstore.placement.catalog import Books
 from kvloom.kvstore.placement.quota import Quota
 from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.host import HostTier
+from kvloom.testing import TierContract, make_blob, make_chunk, make_key
 
-from ..support.contracts import TierContract, make_blob, make_chunk, make_key
 from ..support.fakes import HEADER_BYTES, Clock, SharedShelfTier, Shelf, ShelfTier, assert_adds_up
 
 CHUNK_BYTES = RawCodec().encode(make_chunk(0)).nbytes

@@ -28,8 +28,9 @@ from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.disk.index import taken_bytes
 from kvloom.kvstore.tiers.disk.tier import DiskTier
 from kvloom.kvstore.tiers.host import HostTier
+from kvloom.testing import SPEC, make_chunk, make_key, same_chunk
 
-from ..support.contracts import SPEC, flip, make_chunk, make_key, overwrite, same_chunk, stored_at, stored_bytes
+from ..support.damage import flip, overwrite, stored_at, stored_bytes
 from ..support.fakes import assert_adds_up
 
 BLOB = RawCodec().encode(make_chunk(0))
@@ -394,8 +395,7 @@ KILLED = """
 import sys
 from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.disk.tier import DiskTier
-sys.path.insert(0, {tests!r})
-from support.contracts import make_chunk, make_key
+from kvloom.testing import make_chunk, make_key
 store = KVStore([DiskTier({path!r})])
 for number in range(100_000):
     store.put(make_key(number), make_chunk(number, tokens=300))
@@ -404,7 +404,7 @@ for number in range(100_000):
 
 
 def test_kill_in_the_middle_of_puts(tmp_path: Path) -> None:
-    script = KILLED.format(tests=str(Path(__file__).parent.parent), path=str(tmp_path))
+    script = KILLED.format(path=str(tmp_path))
     child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     for line in child.stdout:

@@ -14,8 +14,8 @@ from kvloom.errors import TierFullError, TierUnavailableError
 from kvloom.kvstore.guard.circuit_breaker import Breaker
 from kvloom.kvstore.placement.quota import Quota
 from kvloom.kvstore.store import KVStore
+from kvloom.testing import make_chunk, make_key, same_chunk
 
-from ..support.contracts import make_chunk, make_key, same_chunk
 from ..support.fakes import HEADER_BYTES, Clock, SharedShelfTier, Shelf, ShelfTier, assert_adds_up
 
 NUMBERS = st.integers(0, 9)

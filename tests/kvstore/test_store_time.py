@@ -13,8 +13,8 @@ from kvloom.kvstore.eviction.admission import ADMISSIONS, AdmissionPolicy, Secon
 from kvloom.kvstore.eviction.policy import POLICIES
 from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.host import HostTier
+from kvloom.testing import make_chunk, make_key, same_chunk
 
-from ..support.contracts import make_chunk, make_key, same_chunk
 from ..support.fakes import HEADER_BYTES, Clock, SharedShelfTier, Shelf, ShelfTier, assert_adds_up
 
 CHUNK_BYTES = RawCodec().encode(make_chunk(0)).nbytes

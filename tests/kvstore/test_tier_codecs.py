@@ -16,8 +16,8 @@ from kvloom.errors import CodecError, TierFullError
 from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.disk.tier import DiskTier
 from kvloom.kvstore.tiers.host import HostTier
+from kvloom.testing import SPEC, make_chunk, make_key, same_blob, same_chunk
 
-from ..support.contracts import SPEC, make_chunk, make_key, same_blob, same_chunk
 from ..support.fakes import HEADER_BYTES, Shelf, ShelfTier, assert_adds_up
 from ..support.lossy import CoarseCodec, TwinCodec, certify
 

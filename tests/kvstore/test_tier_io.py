@@ -14,8 +14,8 @@ from kvloom.kvstore.placement.quota import Quota
 from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.device import DeviceTier
 from kvloom.kvstore.tiers.host import HostTier
+from kvloom.testing import keys_of, make_chunk, make_key, same_chunk
 
-from ..support.contracts import keys_of, make_chunk, make_key, same_chunk
 from ..support.fakes import HEADER_BYTES, SharedShelfTier, Shelf, ShelfTier, assert_adds_up
 from ..support.faulty import LONG_S, FaultyTier, eventually, leaves_no_threads
 

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from kvloom.core import EncodedChunk, KVChunk, KVSpec, RopeSpec
 from kvloom.errors import SpecMismatchError
-
-from ..support.contracts import ROPE, SPEC, make_chunk, same_bits
+from kvloom.testing import ROPE, SPEC, make_chunk, same_bits
 
 OTHER_SPECS = {
     "model_id": replace(SPEC, model_id="tiny@2"),

@@ -25,6 +25,7 @@ PACKAGES = (
     "evaluation",
     "kvstore",
     "retrieval",
+    "testing",
 )
 NOT_SHIPPED = ("bench/reference",)  # code that trains the bundled model; the model itself is shipped
 MOST_FILES = 20
@@ -42,6 +43,7 @@ MAY_IMPORT = {
     "retrieval": BASE | {"compress"},
     "blend": BASE,
     "kvstore": BASE | {"compress"},
+    "testing": BASE | METHODS | {"kvstore"},
     "connectors": BASE | METHODS | {"kvstore"},
     "evaluation": BASE | METHODS | {"kvstore", "connectors", "__init__"},
     "certify": BASE | METHODS | {"kvstore", "connectors", "evaluation", "__init__"},
@@ -127,6 +129,7 @@ def test_no_assert_in_package_code() -> None:
     wrong = [
         where(path, node.lineno)
         for path in SOURCES
+        if room(path) != "testing"  # contract tests, which pytest runs
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Assert)
     ]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kvloom.connectors.hf.model import TransformersModel
 from kvloom.core import RopeSpec
+from kvloom.testing import ROPE, same_bits
 
-from ..support.contracts import ROPE, same_bits
 from ..support.models import CONFIGS, ROPES, make_model
 
 HEAD_DIM = 2 * len(ROPE.inv_freq)

@@ -8,14 +8,13 @@ from kvloom.retrieval.exact import ExactSelector, RandomSelector
 from kvloom.retrieval.factor.factor import FactorIndex
 from kvloom.retrieval.landmarks import LandmarkIndex
 from kvloom.retrieval.selector import LayerShape, Selection, Selector
-
-from ..support.retrieval_contracts import SHAPE, SelectorContract, context, recovered_mass
+from kvloom.testing import SHAPE, SelectorContract, make_context, recovered_mass
 
 
 class TestLandmarksThenExactKeys(SelectorContract):
     mass = 0.8
 
-    def make(self, shape: LayerShape, start: int = 0) -> Selector:
+    def make_selector(self, shape: LayerShape, start: int = 0) -> Selector:
         return CascadeSelector(
             shape, LandmarkIndex(shape, start=start), ExactKeys(shape, start=start), candidate_ratio=0.3
         )
@@ -26,7 +25,7 @@ class TestFactorThenItsKeys(SelectorContract):
 
     mass = 0.8
 
-    def make(self, shape: LayerShape, start: int = 0) -> Selector:
+    def make_selector(self, shape: LayerShape, start: int = 0) -> Selector:
         factor = FactorIndex(shape, start=start, rank=40)
         by_blocks = CascadeSelector(shape, factor, factor, candidate_ratio=0.3)
         return CascadeSelector(shape, by_blocks, ExactKeys(shape, start=start), candidate_ratio=0.2)
@@ -38,7 +37,7 @@ class TestFactorThenItsKeys(SelectorContract):
 
 class TestCascade:
     def test_candidates_of_all_are_the_exact_choice(self) -> None:
-        keys, values, queries = context(400)
+        keys, values, queries = make_context(400)
         cascade = CascadeSelector(SHAPE, LandmarkIndex(SHAPE), ExactKeys(SHAPE), candidate_ratio=1.0)
         exact = ExactSelector(SHAPE)
         for each in (cascade, exact):
@@ -49,7 +48,7 @@ class TestCascade:
     def test_it_chooses_among_candidates_alone_and_better(self) -> None:
         better = []
         for seed in range(4):
-            keys, values, queries = context(800, seed=seed)
+            keys, values, queries = make_context(800, seed=seed)
             coarse = LandmarkIndex(SHAPE)
             cascade = CascadeSelector(SHAPE, coarse, ExactKeys(SHAPE), candidate_ratio=0.12)
             cascade.add(keys, values)
@@ -62,7 +61,7 @@ class TestCascade:
         assert min(better) > 0
 
     def test_it_charges_both_stages(self) -> None:
-        keys, values, queries = context(800)
+        keys, values, queries = make_context(800)
         coarse = LandmarkIndex(SHAPE)
         cascade = CascadeSelector(SHAPE, coarse, ExactKeys(SHAPE), candidate_ratio=0.12)
         cascade.add(keys.half(), values)
@@ -88,7 +87,7 @@ class TestCascade:
                 return Selection(ids, 7, 0, rest)
 
         rest = nothing(4, 32)
-        keys, values, queries = context(100)
+        keys, values, queries = make_context(100)
         cascade = CascadeSelector(SHAPE, Sparse(), ExactKeys(SHAPE))
         cascade.add(keys, values)
         selection = cascade.select(queries, 100, 4)
@@ -105,7 +104,7 @@ class TestCascade:
                 CascadeSelector(SHAPE, RandomSelector(SHAPE), ExactKeys(SHAPE), candidate_ratio=ratio)
 
     def test_exact_keys_are_keys_as_they_came(self) -> None:
-        keys, values, _ = context(50)
+        keys, values, _ = make_context(50)
         source = ExactKeys(SHAPE, start=100)
         assert isinstance(source, KeySource)
         source.add(keys.bfloat16(), values)

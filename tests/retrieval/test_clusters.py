@@ -6,8 +6,7 @@ from torch import Tensor
 
 from kvloom.retrieval.attention import attend, attend_at, merge
 from kvloom.retrieval.selector import LayerShape, Selection, Selector
-
-from ..support.retrieval_contracts import SHAPE, SelectorContract, context
+from kvloom.testing import SHAPE, SelectorContract, make_context
 
 pytest.importorskip("faiss")
 from kvloom.retrieval.clusters import ClusterIndex
@@ -21,7 +20,7 @@ def small(shape: LayerShape = SHAPE, **settings: object) -> ClusterIndex:
 class TestClusterIndex(SelectorContract):
     mass = 0.8
 
-    def make(self, shape: LayerShape, start: int = 0) -> Selector:
+    def make_selector(self, shape: LayerShape, start: int = 0) -> Selector:
         return small(shape, start=start)
 
 
@@ -30,7 +29,7 @@ class TestClusterIndexOfPaper(SelectorContract):
 
     mass = 0.85
 
-    def make(self, shape: LayerShape, start: int = 0) -> Selector:
+    def make_selector(self, shape: LayerShape, start: int = 0) -> Selector:
         return ClusterIndex(shape, start=start)
 
 
@@ -45,7 +44,7 @@ def members(index: ClusterIndex, head: int) -> list[list[int]]:
 
 class TestClusters:
     def test_every_token_is_in_one_cluster_of_its_segment(self) -> None:
-        keys, values, _ = context(300)
+        keys, values, _ = make_context(300)
         index = small()
         index.add(keys, values)
         for head in range(2):
@@ -58,7 +57,7 @@ class TestClusters:
             assert [len(cluster) for cluster in found[-12:]] == [1] * 12
 
     def test_means_are_those_of_the_members(self) -> None:
-        keys, values, _ = context(160)
+        keys, values, _ = make_context(160)
         index = small()
         index.add(keys, values)
         known = index._joined(*index._pending)
@@ -69,7 +68,7 @@ class TestClusters:
                     torch.testing.assert_close(known.values[head, i], values[head, cluster].mean(0))
 
     def test_clusters_are_closer_than_chance(self) -> None:
-        keys, values, _ = context(128)
+        keys, values, _ = make_context(128)
         index = small()
         index.add(keys, values)
         known = index._joined(*index._pending)
@@ -81,7 +80,7 @@ class TestClusters:
             assert spread < 0.4 * (keys[head] - keys[head].mean(0)).square().sum()
 
     def test_bytes_are_counted(self) -> None:
-        keys, values, queries = context(128, v_dim=16)
+        keys, values, queries = make_context(128, v_dim=16)
         index = small(estimated_ratio=0.25)
         index.add(keys, values)
         assert index.held_bytes == 2 * (32 * (32 + 16 + 1) * 4 + 128 * 4)
@@ -94,7 +93,7 @@ class TestClusters:
         with pytest.raises(ValueError, match=r"estimated_ratio is 1\.5"):
             small(estimated_ratio=1.5)
         with pytest.raises(ValueError, match="values are"):
-            small().add(*(t[:, :n] for t, n in zip(context(20)[:2], (20, 19), strict=True)))
+            small().add(*(t[:, :n] for t, n in zip(make_context(20)[:2], (20, 19), strict=True)))
 
 
 def estimated_by_hand(
@@ -127,7 +126,7 @@ def estimated_by_hand(
 class TestEstimate:
     @pytest.mark.parametrize("budget", [0, 1, 10, 37, 100])
     def test_it_is_of_tokens_that_were_not_chosen(self, budget: int) -> None:
-        keys, values, queries = context(140)
+        keys, values, queries = make_context(140)
         index = small(estimated_ratio=0.25)
         index.add(keys, values)
         selection = index.select(queries, 140, budget)
@@ -155,7 +154,7 @@ class TestEstimate:
                 torch.testing.assert_close(out, whole[0])
 
     def test_its_weight_is_a_lower_bound(self) -> None:
-        keys, values, queries = context(256)
+        keys, values, queries = make_context(256)
         index = small(estimated_ratio=1.0)
         index.add(keys, values)
         everything = attend(queries, keys, values, scale=SHAPE.scale)[1]
@@ -167,7 +166,7 @@ class TestEstimate:
     def test_it_brings_the_output_nearer(self) -> None:
         with_it, without = [], []
         for seed in range(4):
-            keys, values, queries = context(512, seed=seed)
+            keys, values, queries = make_context(512, seed=seed)
             values = values + 2 * keys  # what is attended to is alike where keys are
             queries = 0.3 * queries  # diffuse
             index = small(estimated_ratio=0.5)
@@ -181,7 +180,7 @@ class TestEstimate:
         assert sum(with_it) < 0.5 * sum(without)
 
     def test_there_is_none_if_nobody_wants_it_or_nothing_is_left(self) -> None:
-        keys, values, queries = context(140)
+        keys, values, queries = make_context(140)
         index = small(estimated_ratio=0.0)
         index.add(keys, values)
         assert index.select(queries, 140, 16).rest is None
@@ -191,7 +190,7 @@ class TestEstimate:
         assert small().select(queries, 0, 4).rest is None
 
     def test_a_cluster_larger_than_the_budget_is_chosen_in_part(self) -> None:
-        keys = torch.ones(2, 64, 32) + 1e-3 * context(64)[0]
+        keys = torch.ones(2, 64, 32) + 1e-3 * make_context(64)[0]
         index = small(segment_tokens=64, update_tokens=64, tokens_a_cluster=64, estimated_ratio=1.0)
         values = torch.arange(64.0).expand(2, -1)[..., None]
         index.add(keys, values)

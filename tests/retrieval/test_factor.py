@@ -13,15 +13,15 @@ from kvloom.retrieval.factor.factor import FactorIndex, key_bytes
 from kvloom.retrieval.factor.key_factor import KeyFactor
 from kvloom.retrieval.kernels.ops import rebuild_keys
 from kvloom.retrieval.selector import LayerShape, LearnsFromQueries, Selector
-
-from ..support.retrieval_contracts import ROPE, SHAPE, SelectorContract, context, recovered_mass
+from kvloom.testing import SHAPE, SelectorContract, make_context, recovered_mass
+from kvloom.testing.selector import ROPE
 
 
 class OfFactor(SelectorContract):
     bits = 16
     mass = 0.7
 
-    def make(self, shape: LayerShape, start: int = 0) -> Selector:
+    def make_selector(self, shape: LayerShape, start: int = 0) -> Selector:
         return FactorIndex(shape, start=start, rank=24, row_bits=self.bits)
 
     def ready(self, selector: Selector) -> Selector:
@@ -55,7 +55,7 @@ def low_rank(tokens: int, rank: int = 6, *, noise: float = 0.01, seed: int = 0) 
 class TestKeyFactor:
     @pytest.mark.parametrize(("bits", "error"), [(16, 1e-3), (8, 0.02), (4, 0.25)])
     def test_all_columns_rebuild_the_keys(self, bits: int, error: float) -> None:
-        keys, _, _ = context(300)
+        keys, _, _ = make_context(300)
         factor = KeyFactor.of(SHAPE, keys, rank=64, row_bits=bits)
         assert factor.rank == 64
         rebuilt = factor.keys_at(torch.arange(300).expand(2, -1))
@@ -74,7 +74,7 @@ class TestKeyFactor:
 
     def test_the_error_is_that_of_the_best_basis(self) -> None:
         """What the Gram matrix says is lost by directions left out."""
-        keys, _, _ = context(500)
+        keys, _, _ = make_context(500)
         plain = ROPE.shift(keys, -torch.arange(500)).transpose(0, 1).flatten(1)
         energies, _ = Gram.of(plain).spectrum()
         for rank in (4, 16, 40):
@@ -209,14 +209,14 @@ class TestScores:
         return index
 
     def test_blocks_of_one_token_are_exact(self) -> None:
-        keys, _, queries = context(150)
+        keys, _, queries = make_context(150)
         index = self.built(keys, block_tokens=1)
         scores = index._scores(index.factor, queries, 150)
         torch.testing.assert_close(scores, (queries.view(2, 2, 32) @ keys.mT).flatten(0, 1), atol=0.05, rtol=0.01)
 
     @pytest.mark.parametrize("offset", [0, 40])
     def test_a_constant_offset_is_windowed_rope(self, offset: int) -> None:
-        keys, _, queries = context(150)
+        keys, _, queries = make_context(150)
         index = self.built(keys, offset_tokens=offset)
         plain_keys = ROPE.shift(keys, -torch.arange(150))
         turned = ROPE.shift(queries[:, None], offset - 150)[:, 0]
@@ -225,7 +225,7 @@ class TestScores:
 
     def test_a_block_has_the_mean_of_its_distances(self) -> None:
         """Damped rotation to the middle is the mean rotation over the block."""
-        keys, _, queries = context(128)
+        keys, _, queries = make_context(128)
         index = self.built(keys, block_tokens=32)
         plain_keys = ROPE.shift(keys, -torch.arange(128))
         plain = ROPE.shift(queries[:, None], -128)[:, 0]
@@ -240,7 +240,7 @@ class TestScores:
     def test_blocks_choose_better_than_one_distance(self) -> None:
         blocks, constant = [], []
         for seed in range(4):
-            keys, _, queries = context(600, seed=seed)
+            keys, _, queries = make_context(600, seed=seed)
             for index, masses in (
                 (self.built(keys, block_tokens=16), blocks),
                 (self.built(keys, offset_tokens=256), constant),
@@ -261,7 +261,7 @@ class TestScores:
 
     def test_without_rotation_there_is_nothing_to_approximate(self) -> None:
         shape = LayerShape(2, 2, 32, SHAPE.scale)
-        keys, _, queries = context(150, shape=shape)
+        keys, _, queries = make_context(150, shape=shape)
         index = FactorIndex(shape, rank=64)
         index.add(keys)
         index.build()
@@ -283,7 +283,7 @@ class TestIndex:
         assert index.rank == 10  # 160 of 1024, of 64 channels
 
     def test_tokens_added_later_are_found(self) -> None:
-        keys, values, queries = context(600)
+        keys, values, queries = make_context(600)
         index = FactorIndex(SHAPE, rank=24)
         index.add(keys[:, :400], values[:, :400])
         index.build()
@@ -295,7 +295,7 @@ class TestIndex:
         assert recovered_mass(queries, keys, ids) > 0.6
 
     def test_it_keeps_the_keys_until_it_is_built(self) -> None:
-        keys, values, queries = context(100)
+        keys, values, queries = make_context(100)
         index = FactorIndex(SHAPE, start=0)
         with pytest.raises(ValueError, match="call build first"):
             index.state()
@@ -307,7 +307,7 @@ class TestIndex:
         assert index.select(queries, 100, 10).compared_keys == 200
 
     def test_it_resumes(self) -> None:
-        keys, values, queries = context(300)
+        keys, values, queries = make_context(300)
         index, again = FactorIndex(SHAPE, rank=24, row_bits=4), FactorIndex(SHAPE, rank=24, row_bits=4)
         index.add(keys, values)
         index.build()

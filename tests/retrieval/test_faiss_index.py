@@ -8,17 +8,16 @@ from kvloom.bench.retrieval.faiss_index import HnswIndex, IvfIndex
 from kvloom.core import GrowableIndex
 from kvloom.retrieval.per_head import PerHeadSelector
 from kvloom.retrieval.selector import LayerShape, Selector
-
-from ..support.retrieval_contracts import SelectorContract
+from kvloom.testing import SelectorContract
 
 
 class TestIvf(SelectorContract):
-    def make(self, shape: LayerShape, start: int = 0) -> Selector:
+    def make_selector(self, shape: LayerShape, start: int = 0) -> Selector:
         return PerHeadSelector(shape, lambda dim: IvfIndex(dim, nprobe=8), name="ivf", start=start)
 
 
 class TestHnsw(SelectorContract):
-    def make(self, shape: LayerShape, start: int = 0) -> Selector:
+    def make_selector(self, shape: LayerShape, start: int = 0) -> Selector:
         return PerHeadSelector(shape, HnswIndex, name="hnsw", start=start)
 
 

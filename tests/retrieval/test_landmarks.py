@@ -9,14 +9,14 @@ from kvloom.retrieval.kernels.ops import landmark_scores
 from kvloom.retrieval.landmarks import LandmarkIndex
 from kvloom.retrieval.rows import Rows
 from kvloom.retrieval.selector import LayerShape, Selector
-
-from ..support.retrieval_contracts import ROPE, SHAPE, SelectorContract, context, recovered_mass
+from kvloom.testing import SHAPE, SelectorContract, make_context, recovered_mass
+from kvloom.testing.selector import ROPE
 
 
 class TestLandmarkIndex(SelectorContract):
     mass = 0.6
 
-    def make(self, shape: LayerShape, start: int = 0) -> Selector:
+    def make_selector(self, shape: LayerShape, start: int = 0) -> Selector:
         return LandmarkIndex(shape, start=start)
 
 
@@ -28,7 +28,7 @@ def means_of(keys: Tensor, start: int = 0, end: int | None = None) -> Tensor:
 
 
 def test_scores_are_inner_products_with_the_means() -> None:
-    keys, values, queries = context(40)
+    keys, values, queries = make_context(40)
     index = LandmarkIndex(SHAPE, dtype=torch.float32)
     index.add(keys, values)
     landmarks = index.export(0, 40)["landmarks.means"]
@@ -41,7 +41,7 @@ def test_scores_are_inner_products_with_the_means() -> None:
 @pytest.mark.parametrize(("start", "tokens"), [(0, 160), (5, 160), (16, 77), (3, 12)])
 def test_it_chooses_the_best_runs(start: int, tokens: int) -> None:
     """Without outliers: what a loop over runs would choose, whole runs but the last one chosen."""
-    keys, values, queries = context(start + tokens, seed=start)
+    keys, values, queries = make_context(start + tokens, seed=start)
     index = LandmarkIndex(SHAPE, start=start, outlier_chunks=0, dtype=torch.float32)
     index.add(keys[:, start:], values[:, start:])
     weights = (queries.view(2, 2, -1) @ means_of(keys, start).mT * SHAPE.scale).softmax(-1).amax(1)
@@ -99,7 +99,7 @@ class TestOutliers:
         assert ids.tolist() == [[*range(8), *range(16, 24)]]
 
     def test_they_take_no_more_than_their_share_of_the_budget(self) -> None:
-        keys, values, _ = context(800)
+        keys, values, _ = make_context(800)
         index = LandmarkIndex(SHAPE, outlier_chunks=48)
         index.add(keys, values)
         assert index.outliers(16).shape == (2, 0)
@@ -109,7 +109,7 @@ class TestOutliers:
         assert torch.equal(cosines.gather(1, index.outliers(400)), cosines.sort(1).values[:, :7])
 
     def test_scores_are_the_least_cosine_with_the_mean(self) -> None:
-        keys, values, _ = context(80)
+        keys, values, _ = make_context(80)
         index = LandmarkIndex(SHAPE)
         index.add(keys, values)
         runs = keys.view(2, 10, 8, 32)
@@ -118,7 +118,7 @@ class TestOutliers:
 
     def test_all_runs_may_be_outliers(self) -> None:
         """Then the query has no say, and the least agreeing ones come first."""
-        keys, values, queries = context(160)
+        keys, values, queries = make_context(160)
         index = LandmarkIndex(SHAPE, outlier_chunks=1000, outlier_ratio=1.0)
         index.add(keys, values)
         worst = index.export(0, 160)["landmarks.cosines"].argsort(1)[:, :6]
@@ -139,7 +139,7 @@ class TestOutliers:
 def test_append_is_bulk(sizes: list[int], start: int, outliers: int) -> None:
     """To the last bit, for every way to cut a context into pieces, behind any number of sinks."""
     tokens = sum(sizes)
-    keys, values, _ = context(start + tokens)
+    keys, values, _ = make_context(start + tokens)
     keys, values = keys[:, start:], values[:, start:]
     bulk, pieces = (LandmarkIndex(SHAPE, start=start, outlier_chunks=outliers) for _ in range(2))
     bulk.add(keys, values)
@@ -153,7 +153,7 @@ def test_append_is_bulk(sizes: list[int], start: int, outliers: int) -> None:
 
 class TestMovingAndTravelling:
     def test_landmarks_move_as_keys_do(self) -> None:
-        keys, values, queries = context(301)
+        keys, values, queries = make_context(301)
         here, there = (LandmarkIndex(SHAPE, start=at, dtype=torch.float32) for at in (0, 64))
         here.add(keys, values)
         there.restore(here.moved(here.export(0, 301), 64), 301)
@@ -166,7 +166,7 @@ class TestMovingAndTravelling:
         assert torch.equal(there.select(asked, 365, 40).ids, here.select(queries, 301, 40).ids + 64)
 
     def test_half_precision_survives_it(self) -> None:
-        keys, values, _ = context(256)
+        keys, values, _ = make_context(256)
         index = LandmarkIndex(SHAPE)
         index.add(keys, values)
         parts = index.moved(index.export(0, 256), 1024)
@@ -181,7 +181,7 @@ class TestMovingAndTravelling:
 
     @pytest.mark.parametrize(("first", "tokens"), [(0, 64), (0, 61), (5, 60)])
     def test_recomputed_tokens_are_summarised_again(self, first: int, tokens: int) -> None:
-        keys, values, _ = context(first + tokens)
+        keys, values, _ = make_context(first + tokens)
         keys, values = keys[:, first:], values[:, first:]
         changed = torch.zeros(tokens, dtype=torch.bool)
         changed[[0, 17, tokens - 1]] = True
@@ -206,7 +206,7 @@ class TestMovingAndTravelling:
         assert again.outliers(1000).tolist() == [[13], [13]]
 
     def test_bounds_within_a_run_are_refused(self) -> None:
-        keys, values, _ = context(50)
+        keys, values, _ = make_context(50)
         index = LandmarkIndex(SHAPE)
         index.add(keys, values)
         for bounds in ((0, 12), (4, 16), (16, 8), (0, 58)):
@@ -217,7 +217,7 @@ class TestMovingAndTravelling:
 
     @pytest.mark.parametrize("name", ["landmarks.means", "landmarks.cosines", "landmarks.tail"])
     def test_other_tensors_are_refused(self, name: str) -> None:
-        keys, values, _ = context(45)
+        keys, values, _ = make_context(45)
         index = LandmarkIndex(SHAPE)
         index.add(keys, values)
         parts = dict(index.export(0, 45))
@@ -230,7 +230,7 @@ class TestMovingAndTravelling:
 
 def test_pinned_sinks_leave_little_to_outliers() -> None:
     """ShadowKV's first outlier is the sink's run (table 10): not pinned it must be found, pinned it need not."""
-    keys, values, queries = context(400)
+    keys, values, queries = make_context(400)
     queries = 0.2 * queries
     keys[:, 0] = 9.0 * queries.view(2, 2, 32).mean(1) / queries.norm(dim=1).mean() ** 2 / SHAPE.scale
     keys[:, 1:8] -= 1.5 * keys[:, :1]
@@ -264,7 +264,7 @@ class TestArguments:
         assert len(wide) == 8
 
     def test_a_pair_of_bytes_for_each_channel_of_a_run(self) -> None:
-        keys, values, queries = context(800)
+        keys, values, queries = make_context(800)
         index = LandmarkIndex(SHAPE, outlier_chunks=0)
         index.add(keys, values)
         assert index.select(queries, 800, 64).read_bytes == 2 * 100 * 32 * 2

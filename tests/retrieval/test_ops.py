@@ -396,7 +396,7 @@ def test_kernels_leave_the_number_of_threads_alone() -> None:
     """numba tells OpenMP how many threads it has when it first starts them, and engines count on their own number."""
     code = (
         "import torch, numba.np.ufunc.omppool; torch.set_num_threads(1); torch.get_num_threads(); "
-        "from kvloom.retrieval import ops; "
+        "from kvloom.retrieval.kernels import ops; "
         "ops.landmark_scores(torch.ones(2, 16), torch.ones(1, 40, 16), scale=1.0); print(torch.get_num_threads())"
     )
     pytest.importorskip("numba.np.ufunc.omppool", reason="numba has no threads of OpenMP here")

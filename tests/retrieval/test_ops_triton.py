@@ -166,7 +166,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kvloom.retrieval import code_ops_triton as c, ops_triton as k
+from kvloom.retrieval.kernels import code_ops_triton as c, ops_triton as k
 
 def build(kernel, types, **constants):
     for name, value in constants.items():

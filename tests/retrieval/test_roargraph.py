@@ -15,8 +15,7 @@ from kvloom.retrieval.roargraph.key_graph import GraphSettings, KeyGraph
 from kvloom.retrieval.roargraph.roargraph import RoarGraphIndex
 from kvloom.retrieval.roargraph.search_numba import NO_EDGE, search_graph
 from kvloom.retrieval.selector import LayerShape, LearnsFromQueries, Selector
-
-from ..support.retrieval_contracts import SHAPE, SelectorContract, context, recovered_mass
+from kvloom.testing import SHAPE, SelectorContract, make_context, recovered_mass
 
 # a graph even of 300 keys, which are otherwise searched exactly
 SMALL = GraphSettings(Ls=64, exact_beams=0, entries=32, merge_tokens=64)
@@ -35,7 +34,7 @@ def asked(keys: Tensor, shape: LayerShape = SHAPE, *, seed: int = 5) -> Tensor:
 
 
 def built(tokens: int, settings: GraphSettings = SMALL, *, threads: int = 1) -> tuple[RoarGraphIndex, Tensor, Tensor]:
-    keys, values, queries = context(tokens)
+    keys, values, queries = make_context(tokens)
     index = RoarGraphIndex(SHAPE, settings=settings, threads=threads)
     index.add(keys, values)
     index.observe(asked(keys), torch.arange(tokens))
@@ -59,14 +58,14 @@ class TestUnbuilt(SelectorContract):
 
     mass = 0.85
 
-    def make(self, shape: LayerShape, start: int = 0) -> Selector:
+    def make_selector(self, shape: LayerShape, start: int = 0) -> Selector:
         return RoarGraphIndex(shape, start=start, query_ratio=1.0)
 
 
 class TestBuilt(SelectorContract):
     mass = 0.8
 
-    def make(self, shape: LayerShape, start: int = 0) -> Selector:
+    def make_selector(self, shape: LayerShape, start: int = 0) -> Selector:
         return RoarGraphIndex(shape, start=start, settings=SMALL)
 
     def ready(self, selector: Selector) -> Selector:
@@ -164,7 +163,7 @@ class TestGraph:
 
 class TestGeneratedTokens:
     def test_they_are_found_before_and_after_they_are_inserted(self) -> None:
-        keys, values, _ = context(3000)
+        keys, values, _ = make_context(3000)
         index = RoarGraphIndex(SHAPE, settings=dataclasses.replace(SMALL, merge_tokens=256))
         index.add(keys[:, :2000], values[:, :2000])
         index.observe(asked(keys[:, :2000]), torch.arange(2000))
@@ -200,7 +199,7 @@ class TestState:
         assert again.select(queries, 600, 40).read_bytes == index.select(queries, 600, 40).read_bytes
 
     def test_a_session_without_a_graph_goes_on_too(self) -> None:
-        keys, values, queries = context(100)
+        keys, values, queries = make_context(100)
         index = RoarGraphIndex(SHAPE)
         index.add(keys, values)
         again = RoarGraphIndex.from_state(SHAPE, index.state(), keys)

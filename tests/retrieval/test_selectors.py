@@ -10,21 +10,20 @@ from kvloom.retrieval.attention import attend, attend_at, merge, nothing
 from kvloom.retrieval.exact import ExactSelector, FlatIndex, RandomSelector
 from kvloom.retrieval.per_head import PerHeadSelector, counted
 from kvloom.retrieval.selector import LayerShape, Selector, pooled, top_ids
-
-from ..support.retrieval_contracts import SHAPE, SelectorContract, context
+from kvloom.testing import SHAPE, SelectorContract, make_context
 
 
 class TestExactSelector(SelectorContract):
     mass = 0.85
 
-    def make(self, shape: LayerShape, start: int = 0) -> Selector:
+    def make_selector(self, shape: LayerShape, start: int = 0) -> Selector:
         return ExactSelector(shape, start=start)
 
 
 class TestRandomSelector(SelectorContract):
     mass = 0.0
 
-    def make(self, shape: LayerShape, start: int = 0) -> Selector:
+    def make_selector(self, shape: LayerShape, start: int = 0) -> Selector:
         return RandomSelector(shape, start=start)
 
     def test_adding_in_pieces_is_adding_at_once(self) -> None:
@@ -34,13 +33,13 @@ class TestRandomSelector(SelectorContract):
 class TestPerHeadSelector(SelectorContract):
     mass = 0.85
 
-    def make(self, shape: LayerShape, start: int = 0) -> Selector:
+    def make_selector(self, shape: LayerShape, start: int = 0) -> Selector:
         return PerHeadSelector(shape, FlatIndex, name="flat", start=start)
 
 
 class TestShareOfABudget:
     def test_each_query_head_searches_for_its_share(self) -> None:
-        keys, values, queries = context(300)
+        keys, values, queries = make_context(300)
         selector = PerHeadSelector(SHAPE, FlatIndex, name="flat", query_ratio=0.5)
         selector.add(keys, values)
         grouped = queries.view(2, 2, -1)
@@ -102,7 +101,7 @@ class TestAttention:
             torch.testing.assert_close(out, reference[0, :, 0])
 
     def test_an_empty_side_changes_nothing(self) -> None:
-        keys, values, queries = context(20)
+        keys, values, queries = make_context(20)
         part = attend(queries, keys, values, scale=0.2)
         for parts in ([part, nothing(4, 32)], [nothing(4, 32), part]):
             assert all(torch.equal(a, b) for a, b in zip(merge(parts), part, strict=True))
@@ -111,7 +110,7 @@ class TestAttention:
         assert bool((lse == -math.inf).all())
 
     def test_a_pad_is_no_token(self) -> None:
-        keys, values, queries = context(20)
+        keys, values, queries = make_context(20)
         padded = torch.tensor([[3, 5, -1, -1], [1, 2, 7, -1]])
         out, lse = attend_at(queries, keys, values, padded, scale=0.2)
         for head, ids in ((0, [3, 5]), (1, [1, 2, 7])):
@@ -121,7 +120,7 @@ class TestAttention:
             torch.testing.assert_close((out[2 * head : 2 * head + 2], lse[2 * head : 2 * head + 2]), alone)
 
     def test_heads_that_do_not_divide_are_refused(self) -> None:
-        keys, values, _ = context(4)
+        keys, values, _ = make_context(4)
         with pytest.raises(ValueError, match="3 query heads"):
             attend(torch.zeros(3, 32), keys, values, scale=1.0)
 

@@ -10,8 +10,8 @@ from kvloom.retrieval.registry import selector_by_name
 from kvloom.retrieval.selector import KeepsState, LayerShape, LearnsFromQueries, Selector, pooled, top_ids
 from kvloom.retrieval.sketch.key_sketch import KeySketch
 from kvloom.retrieval.sketch.sketch import SketchIndex
-
-from ..support.retrieval_contracts import ROPE, SHAPE, SelectorContract, chosen, context, recovered_mass
+from kvloom.testing import SHAPE, SelectorContract, chosen_mask, make_context, recovered_mass
+from kvloom.testing.selector import ROPE
 
 pytest.importorskip("faiss")
 
@@ -53,11 +53,11 @@ def mass(index: SketchIndex, keys: Tensor, queries: Tensor, budget: int) -> floa
 class TestSketchIndex(SelectorContract):
     mass = 0.6  # what a token is worth in these contexts hangs on its exact distance, as for codes
 
-    def make(self, shape: LayerShape, start: int = 0) -> Selector:
+    def make_selector(self, shape: LayerShape, start: int = 0) -> Selector:
         return SketchIndex(shape, start=start)
 
     def ready(self, selector: Selector) -> Selector:
-        asked = [context(64, seed=seed)[2] for seed in range(12)]
+        asked = [make_context(64, seed=seed)[2] for seed in range(12)]
         plain = torch.stack([ROPE.shift(q[:, None], -64)[:, 0] for q in asked], 1)
         at = torch.arange(len(selector), len(selector) + 12)
         selector.observe(ROPE.shift(plain, at), at)
@@ -68,7 +68,7 @@ class TestSketchIndex(SelectorContract):
 class TestBeforeItIsBuilt(SelectorContract):
     mass = 0.85  # it is exact
 
-    def make(self, shape: LayerShape, start: int = 0) -> Selector:
+    def make_selector(self, shape: LayerShape, start: int = 0) -> Selector:
         return SketchIndex(shape, start=start)
 
 
@@ -156,7 +156,7 @@ def test_what_is_added_behind_is_found(pieces: list[int]) -> None:
     assert index.sketch.sorted_tokens > 6000
     assert mass(index, keys, queries, 80) > 0.95 * mass(whole, keys, queries, 80)
     everything = index.select(queries[:, 0], 8000, 8000).ids
-    assert bool(chosen(everything, 8000).all())
+    assert bool(chosen_mask(everything, 8000).all())
     again = built(keys[:, :3000], queries[:, :30], rank=8, candidate_ratio=0.2)
     again.add(keys[:, 3000:])
     for n in range(3):
@@ -234,7 +234,7 @@ def test_fewer_tokens_than_centroids(tokens: int) -> None:
     for budget in (1, max(1, tokens - 1)):
         ids = index.select(queries[:, 0], tokens, budget).ids
         assert ids.shape == (2, min(budget, tokens))
-        assert bool((chosen(ids, tokens).sum(1) == ids.shape[1]).all())
+        assert bool((chosen_mask(ids, tokens).sum(1) == ids.shape[1]).all())
 
 
 @pytest.mark.parametrize("case", ["keys alike", "queries zero", "keys huge", "no rotation"])
@@ -252,7 +252,7 @@ def test_what_has_no_directions_is_searched_all_the_same(case: str) -> None:
     index.build()
     assert index.sketch is not None and bool(index.sketch.state()["rows"].isfinite().all())
     ids = index.select(queries[:, 0], 740, 70).ids
-    assert bool((chosen(ids, 700).sum(1) == 70).all())
+    assert bool((chosen_mask(ids, 700).sum(1) == 70).all())
 
 
 def test_what_cannot_be_learned_from_is_refused() -> None:

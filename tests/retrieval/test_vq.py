@@ -20,8 +20,8 @@ from kvloom.retrieval.vq.vq_fit import (
     nearest,
     turns,
 )
-
-from ..support.retrieval_contracts import ROPE, SHAPE, SelectorContract, context, recovered_mass
+from kvloom.testing import SHAPE, SelectorContract, make_context, recovered_mass
+from kvloom.testing.selector import ROPE
 
 pytest.importorskip("faiss")
 
@@ -58,7 +58,7 @@ def unrotated(keys: Tensor, rope: RopeSpec = ROPE, first: int = 0) -> Tensor:
 @pytest.fixture(scope="module")
 def codebook() -> Codebook:
     """Of the topics of several contexts, since those of one are not those of another."""
-    keys = torch.cat([unrotated(context(600, seed=seed)[0]) for seed in (0, 1, 2, 20, 21)], dim=1)
+    keys = torch.cat([unrotated(make_context(600, seed=seed)[0]) for seed in (0, 1, 2, 20, 21)], dim=1)
     return codebook_of(keys, centroids=256)
 
 
@@ -69,7 +69,7 @@ class TestVqIndex(SelectorContract):
     def _codebook(self, codebook: Codebook) -> None:
         self.codebook = codebook
 
-    def make(self, shape: LayerShape, start: int = 0) -> Selector:
+    def make_selector(self, shape: LayerShape, start: int = 0) -> Selector:
         return VqIndex(shape, self.codebook, start=start)
 
 
@@ -153,7 +153,7 @@ class TestBands:
 
     @pytest.mark.parametrize("position", [200, 231, 4000])
     def test_each_token_is_scored_in_its_band(self, position: int) -> None:
-        keys, values, queries = context(201)
+        keys, values, queries = make_context(201)
         bands = ((0, 64), (64, 128), (128, 256))
         book = codebook_of(unrotated(keys, first=7), centroids=201, bands=bands)  # every key is its own centroid
         index = VqIndex(SHAPE, book, start=7)
@@ -174,7 +174,7 @@ class TestBands:
         for bands in (tuple(distance_bands(1024)), ((300, 301),)):
             masses = []
             for seed in range(3):
-                keys, values, queries = context(600, seed=seed)
+                keys, values, queries = make_context(600, seed=seed)
                 index = VqIndex(SHAPE, codebook_of(unrotated(keys), centroids=600, bands=bands))
                 index.add(keys, values)
                 masses.append(recovered_mass(queries, keys, index.select(queries, 600, 48).ids))
@@ -184,7 +184,7 @@ class TestBands:
 
 class TestRanking:
     def test_a_centroid_for_each_key_ranks_as_windowed_rotation_does(self) -> None:
-        keys, values, queries = context(200)
+        keys, values, queries = make_context(200)
         book = codebook_of(unrotated(keys), centroids=200, bands=((100, 101),))
         far = ROPE.shift(queries[:, None], 100 - 200)[:, 0].view(2, 2, 32)
         scores = (far @ unrotated(keys).mT).flatten(0, 1) * SHAPE.scale
@@ -196,7 +196,7 @@ class TestRanking:
                 assert torch.equal(index.select(queries, 200, budget).ids, expected)
 
     def test_without_bands_rotated_keys_are_compared_as_they_are(self) -> None:
-        keys, values, queries = context(200)
+        keys, values, queries = make_context(200)
         index = VqIndex(SHAPE, codebook_of(keys, centroids=200, bands=None))
         index.add(keys, values)
         scores = (queries.view(2, 2, 32) @ keys.mT).flatten(0, 1) * SHAPE.scale
@@ -204,7 +204,7 @@ class TestRanking:
 
     def test_without_rotation_there_are_no_bands(self) -> None:
         shape = LayerShape(2, 2, 32, 32**-0.5)
-        keys, values, queries = context(600, shape=shape)
+        keys, values, queries = make_context(600, shape=shape)
         index = VqIndex(shape, codebook_of(keys, centroids=128))
         index.add(keys, values)
         ids = index.select(queries, 600, 48).ids
@@ -219,14 +219,14 @@ class TestRanking:
         assert index.occupancy.tolist() == [[9, 0], [0, 9]]
 
     def test_the_budget_is_per_kv_head(self, codebook: Codebook) -> None:
-        keys, values, queries = context(1000, seed=3)
+        keys, values, queries = make_context(1000, seed=3)
         index = VqIndex(SHAPE, codebook)
         index.add(keys, values)
         assert index.select(queries, 1000, 30).ids.shape == (2, 30)
         assert index.packed.nbytes == 2 * 1500
 
     def test_codes_of_sixteen_bits(self) -> None:
-        keys, values, _ = context(5000)
+        keys, values, _ = make_context(5000)
         book = codebook_of(unrotated(keys), centroids=5000)
         index = VqIndex(SHAPE, book)
         assert book.code_bits == 16
@@ -239,7 +239,7 @@ class TestRanking:
 class TestTravel:
     def test_codes_survive_repositioning(self, codebook: Codebook) -> None:
         """A chunk computed at 100 and placed at 1,000: what it stored is what its moved keys would be coded as."""
-        keys, values, _ = context(164)
+        keys, values, _ = make_context(164)
         here, there, anew = (VqIndex(SHAPE, codebook, start=start) for start in (0, 936, 936))
         here.add(keys, values)
         parts = here.export(100, 164)
@@ -251,8 +251,8 @@ class TestTravel:
         assert torch.equal(there.packed, anew.packed)
 
     def test_recomputed_rows_are_coded_anew(self, codebook: Codebook) -> None:
-        keys, values, _ = context(101)
-        fresh, *_ = context(101, seed=8)
+        keys, values, _ = make_context(101)
+        fresh, *_ = make_context(101, seed=8)
         index, whole = VqIndex(SHAPE, codebook, start=3), VqIndex(SHAPE, codebook, start=3)
         index.add(ROPE.shift(keys, 3), values)
         rows = torch.tensor([100, 3, 40, 41])
@@ -268,7 +268,7 @@ class TestTravel:
             index.recode(torch.tensor([5, 5]), keys[:, :2])
 
     def test_codes_of_another_codebook_are_refused(self, codebook: Codebook) -> None:
-        keys, values, _ = context(64)
+        keys, values, _ = make_context(64)
         index = VqIndex(SHAPE, codebook)
         assert isinstance(index, TravelsWithChunks)
         index.add(keys, values)

@@ -11,8 +11,7 @@ from kvloom.calibration.codec_form import parameters_of
 from kvloom.compress.values import EncodesValues
 from kvloom.core import Codec, EncodedChunk, KVChunk, KVSpec, RopeSpec
 from kvloom.errors import CodecError
-
-from .contracts import SPEC, make_chunk, same_bits
+from kvloom.testing import SPEC, make_chunk, same_bits
 
 PLAIN = replace(SPEC, rope=None)
 INTERLEAVED = replace(SPEC, rope=RopeSpec(SPEC.rope.inv_freq, interleaved=True))

@@ -11,8 +11,7 @@ import pytest
 from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.disk.files import Files
 from kvloom.kvstore.tiers.disk.tier import DiskTier
-
-from ..support.contracts import make_blob, make_chunk, make_key, same_blob, same_chunk
+from kvloom.testing import make_blob, make_chunk, make_key, same_blob, same_chunk
 
 
 class Device(Files):

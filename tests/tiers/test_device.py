@@ -28,8 +28,7 @@ from kvloom.kvstore.tiers.device import DeviceTier
 from kvloom.kvstore.tiers.host import HostTier
 from kvloom.kvstore.tiers.memory import MemoryTier
 from kvloom.kvstore.tiers.slab import Slab
-
-from ..support.contracts import SPEC, TierContract, make_blob, make_chunk, make_key, same_bits, same_blob, same_chunk
+from kvloom.testing import SPEC, TierContract, make_blob, make_chunk, make_key, same_bits, same_blob, same_chunk
 
 HAS_CUDA = torch.cuda.is_available()
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device"))]

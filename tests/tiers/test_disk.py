@@ -16,8 +16,9 @@ from kvloom.errors import ChunkCorruptError, TierError, TierFullError, TierUnava
 from kvloom.kvstore.tiers.disk import journal as journal_module
 from kvloom.kvstore.tiers.disk.files import Files
 from kvloom.kvstore.tiers.disk.tier import DiskTier
+from kvloom.testing import keys_of, make_blob, make_key, same_blob
 
-from ..support.contracts import flip, keys_of, make_blob, make_key, overwrite, same_blob, stored_at, stored_bytes
+from ..support.damage import flip, overwrite, stored_at, stored_bytes
 
 
 def same(found: EncodedChunk | None, seed: int, *, numbers: int = 100) -> bool:

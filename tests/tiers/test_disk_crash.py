@@ -15,8 +15,8 @@ from kvloom.core import ChunkInfo, ChunkKey
 from kvloom.errors import ChunkCorruptError, KVLoomError, TierFullError, TierUnavailableError
 from kvloom.kvstore.tiers.disk import journal as journal_module
 from kvloom.kvstore.tiers.disk.tier import DiskTier, Durability
+from kvloom.testing import make_blob, make_key, same_blob
 
-from ..support.contracts import make_blob, make_key, same_blob
 from ..support.simulated import Inode, KilledError, SimulatedFiles
 
 FOLDER = Path("/kv")

@@ -17,8 +17,7 @@ from kvloom.errors import TierFullError, TierUnavailableError
 from kvloom.kvstore.tiers.disk import directory as directory_module
 from kvloom.kvstore.tiers.disk import journal as journal_module
 from kvloom.kvstore.tiers.disk.tier import DiskTier, Durability
-
-from ..support.contracts import keys_of, make_blob, make_key, same_blob
+from kvloom.testing import keys_of, make_blob, make_key, same_blob
 
 KEYS = 64
 

@@ -15,8 +15,7 @@ from kvloom.errors import TierError, TierUnavailableError
 from kvloom.kvstore.tiers import shared
 from kvloom.kvstore.tiers.disk.tier import DiskTier
 from kvloom.kvstore.tiers.shared import SharedTier
-
-from ..support.contracts import TierContract, make_blob, make_key, same_blob
+from kvloom.testing import TierContract, make_blob, make_key, same_blob
 
 MIB = 1 << 20
 
@@ -104,7 +103,7 @@ def test_refuses_more_than_there_is(memory: Path) -> None:
 OTHER = """
 import sys
 from kvloom.kvstore.tiers.shared import SharedTier
-from tests.support.contracts import make_blob, make_key, same_blob
+from kvloom.testing import make_blob, make_key, same_blob
 tier = SharedTier(sys.argv[1] + "/kv", 1 << 24)
 assert same_blob(tier.get(make_key(1)), make_blob(1))
 tier.put(make_key(2), make_blob(2))

@@ -9,8 +9,9 @@ from kvloom.core import ReportsChanges
 from kvloom.kvstore import format as container
 from kvloom.kvstore.tiers.disk.tier import DiskTier
 from kvloom.kvstore.tiers.host import HostTier
+from kvloom.testing import TierContract, make_blob, make_key
 
-from ..support.contracts import TierContract, make_blob, make_key, stored_bytes
+from ..support.damage import stored_bytes
 
 
 class TestHostTier(TierContract):

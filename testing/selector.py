@@ -1,20 +1,30 @@
-"""What every selector must do: subclass, say how it is made, done. And contexts that are worth searching."""
+"""What every selector must do, and contexts in which a query attends to few tokens."""
+
+from __future__ import annotations
 
 import pytest
 import torch
 from torch import Tensor
 
-from kvloom.core import RopeSpec
-from kvloom.retrieval.attention import attend, attend_at, merge
-from kvloom.retrieval.selector import LayerShape, Selector, TravelsWithChunks
+from ..core import RopeSpec
+from ..retrieval.attention import attend, attend_at, merge
+from ..retrieval.selector import LayerShape, Selector, TravelsWithChunks
 
 ROPE = RopeSpec(inv_freq=tuple(10000.0 ** -(i / 16) for i in range(16)))
 SHAPE = LayerShape(kv_heads=2, group=2, head_dim=32, scale=32**-0.5, rope=ROPE)
 
 
-def context(tokens: int, *, seed: int = 0, shape: LayerShape = SHAPE, v_dim: int = 32) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys `[H, T, D]` and values `[H, T, Dv]` of a context after rotation, and a query `[Hq, D]` at position T that
-    attends to few of them: the key and the query of a topic share a direction before rotation, and topics come in runs.
+def make_context(
+    tokens: int, *, seed: int = 0, shape: LayerShape = SHAPE, v_dim: int = 32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A context, and a query that attends to few of its tokens.
+
+    Every four neighbouring tokens share one of 12 topics. The key and the query of a topic share a direction before
+    rotation.
+
+    Returns
+    -------
+    tuple : keys `[H, T, D]` after rotation, values `[H, T, Dv]`, and a query `[Hq, D]` at position T.
     """
     random = torch.Generator().manual_seed(seed)
     topics = torch.randn(12, shape.kv_heads, shape.head_dim, generator=random)
@@ -35,36 +45,45 @@ def recovered_mass(queries: Tensor, keys: Tensor, ids: Tensor, shape: LayerShape
     """Share of the softmax over all tokens that falls on the chosen ones, mean over query heads."""
     scores = (queries.view(shape.kv_heads, shape.group, -1) @ keys.mT) * shape.scale
     weights = scores.softmax(-1)
-    return float((weights * chosen(ids, keys.shape[1])[:, None]).sum(-1).mean())
+    return float((weights * chosen_mask(ids, keys.shape[1])[:, None]).sum(-1).mean())
 
 
-def chosen(ids: Tensor, tokens: int) -> Tensor:
-    """`[H, S]` bool; -1 is no token."""
+def chosen_mask(ids: Tensor, tokens: int) -> Tensor:
+    """Which of `tokens` tokens are among `ids` `[H, K]`, where -1 is no token: `[H, S]` bool."""
     marked = torch.zeros(len(ids), tokens + 1, dtype=torch.bool)
     return marked.scatter_(1, torch.where(ids < 0, tokens, ids), True)[:, :tokens]
 
 
 class SelectorContract:
-    """Subclasses give `make(shape, start)`, a selector without tokens, and may lower `mass`."""
+    """Subclasses give `make_selector(shape, start)`.
+
+    Attributes
+    ----------
+    mass : share of the softmax over 600 tokens that `budget` tokens must recover, mean of three contexts.
+    """
 
     mass = 0.8
     budget = 48
 
-    def make(self, shape: LayerShape, start: int = 0) -> Selector:
+    def make_selector(self, shape: LayerShape, start: int = 0) -> Selector:
+        """A selector without tokens."""
         raise NotImplementedError
 
     def ready(self, selector: Selector) -> Selector:
-        """After tokens were added, where an index needs more than that (queries, a build)."""
+        """Does what an index needs after tokens were added: observed queries, a build."""
         return selector
 
-    def filled(self, tokens: int, *, seed: int = 0, shape: LayerShape = SHAPE, start: int = 0):
-        keys, values, queries = context(start + tokens, seed=seed, shape=shape)
-        selector = self.make(shape, start)
+    def filled(
+        self, tokens: int, *, seed: int = 0, shape: LayerShape = SHAPE, start: int = 0
+    ) -> tuple[Selector, Tensor, Tensor, Tensor]:
+        """A selector with `tokens` tokens from `start` on, and keys, values and query of the whole context."""
+        keys, values, queries = make_context(start + tokens, seed=seed, shape=shape)
+        selector = self.make_selector(shape, start)
         selector.add(keys[:, start:], values[:, start:])
         return self.ready(selector), keys, values, queries
 
     def test_it_is_a_selector(self) -> None:
-        assert isinstance(self.make(SHAPE), Selector)
+        assert isinstance(self.make_selector(SHAPE), Selector)
 
     @pytest.mark.parametrize("tokens", [0, 1, 5, 8, 13, 300])
     def test_budget_of_all_is_everything(self, tokens: int) -> None:
@@ -102,7 +121,7 @@ class SelectorContract:
     def test_what_was_chosen_and_the_rest_make_the_whole(self) -> None:
         selector, keys, values, queries = self.filled(200)
         ids = selector.select(queries, 200, 40).ids
-        rest = ~chosen(ids, 200)
+        rest = ~chosen_mask(ids, 200)
         parts = [
             attend_at(queries, keys, values, ids, scale=SHAPE.scale),
             attend(queries, keys, values, scale=SHAPE.scale, visible=rest),
@@ -111,7 +130,7 @@ class SelectorContract:
 
     def test_adding_in_pieces_is_adding_at_once(self) -> None:
         whole, keys, values, queries = self.filled(301)
-        pieces = self.make(SHAPE)
+        pieces = self.make_selector(SHAPE)
         for a, b in ((0, 1), (1, 64), (64, 64), (64, 77), (77, 256), (256, 301)):
             pieces.add(keys[:, a:b], values[:, a:b])
         pieces = self.ready(pieces)
@@ -150,7 +169,8 @@ class SelectorContract:
         selector, _, _, queries = self.filled(301)
         if not isinstance(selector, TravelsWithChunks):
             pytest.skip("this index does not travel with chunks")
-        again = self.make(SHAPE)
+        again = self.make_selector(SHAPE)
+        assert isinstance(again, TravelsWithChunks)
         for a, b in ((0, 64), (64, 256), (256, 301)):
             again.restore({name: t.clone() for name, t in selector.export(a, b).items()}, b - a)
         assert len(again) == 301
