@@ -138,7 +138,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kvloom.compress import ops_triton as k
+from kvloom.compress.kernels import ops_triton as k
 
 def build(kernel, types, **constants):
     for name, value in constants.items():
