@@ -10,7 +10,7 @@ import numpy as np
 from ...core import ChunkKey, KVSpec
 from ...kvstore.keys import TokenIds, content_key, prefix_keys
 from .messages import RankKeys
-from .settings import VLLMSettings
+from .settings import ServingSettings
 
 
 class Keys:
@@ -22,7 +22,7 @@ class Keys:
     specs : geometry of each rank's cache, by rank.
     """
 
-    def __init__(self, settings: VLLMSettings, specs: Sequence[KVSpec]) -> None:
+    def __init__(self, settings: ServingSettings, specs: Sequence[KVSpec]) -> None:
         self._settings = settings
         self._specs = tuple(specs)
         self._epoch = b""

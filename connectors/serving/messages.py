@@ -105,7 +105,7 @@ class StepPlan:
     """What the workers are to do in one step of the engine.
 
     `layerwise`: loads that are over within the step. `is_idle`: the engine itself computes nothing in it. `number`:
-    from `Pace.begin`, to be told with the outcome.
+    from `PrefillRate.begin`, to be told with the outcome.
     """
 
     is_idle: bool = False

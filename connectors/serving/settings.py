@@ -15,7 +15,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]iB|B|)\s*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VLLMSettings:
+class ServingSettings:
     """`kv_connector_extra_config`. Sizes may be given as text, `"32GiB"`.
 
     Attributes
@@ -71,7 +71,7 @@ class VLLMSettings:
     match_tokens: int = 0
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> VLLMSettings:
+    def of(cls, config: Mapping[str, Any]) -> ServingSettings:
         """From JSON.
 
         Raises
@@ -138,7 +138,7 @@ class RequestOptions:
 
         Raises
         ------
-        ValueError : as for `VLLMSettings.of`, or a document is not within the prompt of `prompt_tokens`.
+        ValueError : as for `ServingSettings.of`, or a document is not within the prompt of `prompt_tokens`.
         """
         options = (params or {}).get("kvloom")
         if options is None:

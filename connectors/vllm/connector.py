@@ -5,7 +5,7 @@
         kv_connector_extra_config={"host_bytes": "64GiB", "disk_path": "kv-cache"}))
 
 Stock vLLM from 0.32 on. Without kvloom's entry point (not installed, only on the path) add
-`kv_connector_module_path="kvloom.connectors.vllm_v1"`. The settings are `settings.VLLMSettings`. What a request
+`kv_connector_module_path="kvloom.connectors.vllm_v1"`. The settings are `settings.ServingSettings`. What a request
 may ask for in its `kv_transfer_params` is `settings.RequestOptions`; what it gets back is `{"kvloom": {...}}`.
 
 vLLM makes two of this class: one beside its scheduler (`serving/planner.py` does the work there), one in each worker
@@ -37,9 +37,9 @@ from blake3 import blake3
 
 from ...core import KVSpec
 from ..serving.messages import Scheduled, StepPlan, StepReport
-from ..serving.planner import Planner
-from ..serving.settings import RequestOptions, VLLMSettings
-from ..serving.steps import Steps
+from ..serving.scheduler.planner import Planner
+from ..serving.settings import RequestOptions, ServingSettings
+from ..serving.worker.steps import Steps
 from .events import KVEvents
 from .identity import request_identity
 from .retrieval.settings import decoding_identity
@@ -58,13 +58,13 @@ class StepMetadata(KVConnectorMetadata):
 
 
 @dataclass
-class StepNews(KVConnectorWorkerMetadata):
+class WorkerMetadata(KVConnectorWorkerMetadata):
     """From a worker's half to the scheduler's."""
 
     report: StepReport
 
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> StepNews:
-        return StepNews(self.report.merged(other.report))
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerMetadata:
+        return WorkerMetadata(self.report.merged(other.report))
 
 
 @dataclass
@@ -89,7 +89,7 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        self.settings = VLLMSettings.of(self._kv_transfer_config.kv_connector_extra_config or {})
+        self.settings = ServingSettings.of(self._kv_transfer_config.kv_connector_extra_config or {})
         self._block_tokens = expect_servable(self.settings, vllm_config, kv_cache_config)
         self._planner: Planner | None = None
         self._quiet = StepMetadata(StepPlan())  # never changed
@@ -188,7 +188,7 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_connector_output(self, connector_output: Any) -> None:
         news = connector_output.kv_connector_worker_meta
-        if self._planner is not None and isinstance(news, StepNews):
+        if self._planner is not None and isinstance(news, WorkerMetadata):
             self._planner.hear(news.report)
             if (blocks := self._planner.take_spoiled()) and self._kv_cache_manager is not None:
                 self._kv_cache_manager.evict_blocks(blocks)
@@ -256,9 +256,9 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
     def get_block_ids_with_load_errors(self) -> set[int]:
         return set() if self._steps is None else self._steps.take_bad_blocks()
 
-    def build_connector_worker_meta(self) -> StepNews | None:
+    def build_connector_worker_meta(self) -> WorkerMetadata | None:
         report = None if self._steps is None else self._steps.take_report()
-        return None if report is None else StepNews(report)
+        return None if report is None else WorkerMetadata(report)
 
     def shutdown(self) -> None:
         if self._steps is not None:

@@ -9,10 +9,10 @@ from typing import Any
 
 from ...core import KVSpec, RopeSpec
 from ...errors import EngineError
-from ..serving.layer_loads import LayerLoads
-from ..serving.settings import VLLMSettings
-from ..serving.store_setup import Papers, is_lossy, open_store
-from ..serving.transfers import Transfers
+from ..serving.settings import ServingSettings
+from ..serving.worker.layer_loads import LayerLoads
+from ..serving.worker.store_setup import QualityRecords, is_lossy, open_store
+from ..serving.worker.transfers import Transfers
 from .fusion.fuser import Fuser
 from .fusion.passes import EnginePasses, running_model
 from .fusion.rope import rope_of
@@ -39,7 +39,7 @@ class Worker:
         return self.transfers.is_loading or (self.fuser is not None and self.fuser.is_fusing)
 
 
-def open_worker(settings: VLLMSettings, model_id: str, vllm_config: Any, kv_cache_config: Any) -> Worker:
+def open_worker(settings: ServingSettings, model_id: str, vllm_config: Any, kv_cache_config: Any) -> Worker:
     """The store of this rank, beside the caches that its runner has just allocated.
 
     Raises
@@ -58,7 +58,7 @@ def open_worker(settings: VLLMSettings, model_id: str, vllm_config: Any, kv_cach
     cache = PagedLayers(layers, int(group.kv_cache_spec.block_size))
     rank, size = _tensor_parallel_rank(), vllm_config.parallel_config.tensor_parallel_size
     model, rope = _fusable_model(vllm_config, layers, cache)
-    papers = Papers.of(settings)
+    papers = QualityRecords.of(settings)
     spec = KVSpec(
         model_id=model_id,
         num_layers=len(layers),
@@ -133,7 +133,7 @@ def _fusable_model(config: Any, layers: list[Any], cache: PagedLayers) -> tuple[
     return None, None
 
 
-def expect_servable(settings: VLLMSettings, vllm_config: Any, kv_cache_config: Any) -> int:
+def expect_servable(settings: ServingSettings, vllm_config: Any, kv_cache_config: Any) -> int:
     """Tokens of a block, of an engine whose whole KV is one row of blocks for each request."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 

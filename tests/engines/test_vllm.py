@@ -21,8 +21,8 @@ pytest.importorskip(
 from kvloom.kvstore.store import KVStore
 
 from ..support.faulty import eventually
-from . import vllm_engines
-from .vllm_engines import BLOCK, CHUNK, DECLINED, generate, make_model, prompts, tokens_of, usage
+from .support import engines
+from .support.engines import BLOCK, CHUNK, DECLINED, generate, make_model, prompts, tokens_of, usage
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -36,10 +36,10 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     model = make_model(folder / "model")
     disk = folder / "disk"
     victim = subprocess.run(
-        [sys.executable, vllm_engines.__file__, str(model), str(disk)], capture_output=True, text=True, check=False
+        [sys.executable, engines.__file__, str(model), str(disk)], capture_output=True, text=True, check=False
     )
     assert victim.returncode == -9, victim.stderr[-3000:]
-    engine = vllm_engines.start(
+    engine = engines.start(
         model,
         {"host_bytes": "256MiB", "disk_path": str(disk), "load_timeout_s": 2.0},
         num_gpu_blocks_override=BLOCKS,
@@ -218,7 +218,7 @@ def test_aborted_requests_leave_nothing(llm: Any, monkeypatch: pytest.MonkeyPatc
     engine = llm.llm_engine
     for steps in range(12):
         name = f"doomed-{steps}"
-        engine.add_request(name, {"prompt_token_ids": texts[steps % 2]}, vllm_engines.sampling(tokens=40))
+        engine.add_request(name, {"prompt_token_ids": texts[steps % 2]}, engines.sampling(tokens=40))
         if steps % 3 == 2:
             gate.set()
         for _ in range(steps):

@@ -16,7 +16,7 @@ pytest.importorskip(
 from safetensors.torch import save_file
 
 from ..support.faulty import eventually
-from .vllm_engines import DECLINED, make_model, prompts, sampling, start, tokens_of, usage
+from .support.engines import DECLINED, make_model, prompts, sampling, start, tokens_of, usage
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 

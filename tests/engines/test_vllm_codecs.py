@@ -19,8 +19,8 @@ pytest.importorskip(
 
 from transformers import AutoModelForCausalLM
 
-from . import vllm_engines
-from .vllm_engines import DECLINED, generate, make_model, prompts, tokens_of, usage
+from .support import engines
+from .support.engines import DECLINED, generate, make_model, prompts, tokens_of, usage
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vllm")
     make_model(folder / "model")
     soften(folder / "model" / "model.safetensors")
-    script = Path(__file__).with_name("vllm_papers.py")
+    script = Path(__file__).parent.joinpath("support", "quality_records.py")
     made = subprocess.run([sys.executable, script, folder], capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr[-3000:]
     return folder
@@ -59,7 +59,7 @@ def settings(folder: Path, *certificates: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def llm(folder: Path) -> Iterator[Any]:
-    engine = vllm_engines.start(folder / "model", settings(folder, "nuq4", "fusion"))
+    engine = engines.start(folder / "model", settings(folder, "nuq4", "fusion"))
     yield engine
     engine.llm_engine.engine_core.shutdown()
 
@@ -126,10 +126,10 @@ def test_fusions_compute_the_certified_share(llm: Any) -> None:
 
 
 def test_without_its_certificate_an_engine_does_not_start(folder: Path) -> None:
-    code = "import json, pathlib, sys, vllm_engines as e; e.start(pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]))"
+    code = "import json, pathlib, sys, engines as e; e.start(pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]))"
     refused = subprocess.run(
         [sys.executable, "-c", code, folder / "model", json.dumps(settings(folder, "fusion"))],
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parent / "support",
         capture_output=True,
         text=True,
         check=False,

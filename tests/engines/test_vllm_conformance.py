@@ -29,7 +29,7 @@ pytest.importorskip(
 from kvloom.core import KVSpec
 
 from ..vllm.simulated import UNIT, SimulatedWorker, documents, plain_answer, vllm_unit
-from .vllm_engines import make_model
+from .support.engines import make_model
 
 pytestmark = [
     pytest.mark.engine,
@@ -388,7 +388,7 @@ def test_half_a_fusion_is_left(
 ) -> None:
     """As after a preemption: it goes on as it was begun or, where nobody knows what was chosen, usage says so."""
     if not remembered:
-        monkeypatch.setattr("kvloom.connectors.serving.fusions._PLANS", 0)
+        monkeypatch.setattr("kvloom.connectors.serving.scheduler.fusions._PLANS", 0)
     worker = open_worker(make_scheduler(blocks=34), slice_tokens=30)
     store_documents(worker)
     tokens, spans = in_context(50)

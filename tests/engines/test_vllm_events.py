@@ -16,11 +16,12 @@ pytest.importorskip(
 import msgspec
 import zmq
 from prometheus_client import REGISTRY
+
 from vllm.config.kv_events import KVEventsConfig
 from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVEventBatch
 
-from . import vllm_engines
-from .vllm_engines import BLOCK, CHUNK, DECLINED, generate, make_model, prompts, tokens_of, usage
+from .support import engines
+from .support.engines import BLOCK, CHUNK, DECLINED, generate, make_model, prompts, tokens_of, usage
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -74,7 +75,7 @@ class Router:
 def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     folder = tmp_path_factory.mktemp("vllm")
     endpoint = f"ipc://{folder}/events"
-    engine = vllm_engines.start(
+    engine = engines.start(
         make_model(folder / "model"),
         {"host_bytes": HOST_CHUNKS * CHUNK_BYTES + 4096, "disk_path": str(folder / "disk"), "disk_codec": "lossless"},
         kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="zmq", endpoint=endpoint),

@@ -15,7 +15,7 @@ pytest.importorskip(
 from kvloom.kvstore.store import KVStore
 
 from ..support.faulty import eventually
-from .vllm_engines import DECLINED, generate, make_model, prompts, start, tokens_of, usage
+from .support.engines import DECLINED, generate, make_model, prompts, start, tokens_of, usage
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 

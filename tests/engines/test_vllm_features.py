@@ -14,7 +14,7 @@ pytest.importorskip(
 )
 
 from ..support.faulty import eventually
-from .vllm_engines import BLOCK, CHUNK, DECLINED, generate, make_model, prompts, start, tokens_of, usage
+from .support.engines import BLOCK, CHUNK, DECLINED, generate, make_model, prompts, start, tokens_of, usage
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 

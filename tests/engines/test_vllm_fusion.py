@@ -20,7 +20,7 @@ from kvloom.blend.selection import kv_deviation
 from kvloom.connectors.hf.model import TransformersModel
 
 from ..support.faulty import eventually
-from .vllm_engines import BLOCK, DECLINED, generate, make_model, prompts, sampling, start, tokens_of, usage
+from .support.engines import BLOCK, DECLINED, generate, make_model, prompts, sampling, start, tokens_of, usage
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 

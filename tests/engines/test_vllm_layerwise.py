@@ -10,8 +10,8 @@ pytest.importorskip(
     "vllm", reason="stock vLLM is not installed here; `make test-engines` runs this in its own environment"
 )
 
-from . import vllm_engines
-from .vllm_engines import CHUNK, DECLINED, generate, make_model, prompts, tokens_of, usage
+from .support import engines
+from .support.engines import CHUNK, DECLINED, generate, make_model, prompts, tokens_of, usage
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -22,7 +22,7 @@ LAYERS = 6
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     folder = tmp_path_factory.mktemp("vllm")
-    engine = vllm_engines.start(
+    engine = engines.start(
         make_model(folder / "model"),
         {"host_bytes": "256MiB", "load_mode": "layerwise", "load_timeout_s": 2.0, "fusion_slice_tokens": 100},
         num_gpu_blocks_override=BLOCKS,
@@ -180,7 +180,7 @@ def test_an_aborted_request_does_not_leave_what_did_not_come(llm: Any, monkeypat
     (text,), (plain,) = stored(llm, 41, (500,))
     Faults(monkeypatch, lambda chunk, layer: chunk >= 1)
     engine = llm.llm_engine
-    engine.add_request("doomed", {"prompt_token_ids": text}, vllm_engines.sampling(tokens=40))
+    engine.add_request("doomed", {"prompt_token_ids": text}, engines.sampling(tokens=40))
     engine.step()
     (request,) = scheduler_of(llm).requests.values()
     assert request.num_computed_tokens == CHUNK, "taken back"
@@ -195,7 +195,7 @@ def test_an_aborted_request_would_leave_it_without_us(llm: Any, monkeypatch: pyt
     Faults(monkeypatch, lambda chunk, layer: chunk >= 1)
     monkeypatch.setattr(scheduler_of(llm).connector._planner, "take_spoiled", set)
     engine = llm.llm_engine
-    engine.add_request("doomed", {"prompt_token_ids": text}, vllm_engines.sampling(tokens=40))
+    engine.add_request("doomed", {"prompt_token_ids": text}, engines.sampling(tokens=40))
     engine.step()
     engine.abort_request(["doomed"])
     assert tokens_of(generate(llm, [text], DECLINED)) != [plain]
@@ -213,7 +213,7 @@ def test_fusions_go_on_beside(llm: Any) -> None:
     assert llm.reset_prefix_cache()
     spans = {"documents": [[0, 203], [203, 373]], "ratio": 0.99999}
     inputs = [{"prompt_token_ids": row} for row in (context, *texts)]
-    params = [vllm_engines.sampling(spans), vllm_engines.sampling({}), vllm_engines.sampling({})]
+    params = [engines.sampling(spans), engines.sampling({}), engines.sampling({})]
     outputs = llm.generate(inputs, params, use_tqdm=False)
     assert tokens_of(outputs) == [expected, *plain]
     assert usage(outputs[0])["computed_tokens"] > 0

@@ -11,7 +11,7 @@ pytest.importorskip(
 )
 
 from ..support.faulty import eventually
-from .vllm_engines import BLOCK, DECLINED, generate, make_model, prompts, sampling, start, tokens_of, usage
+from .support.engines import BLOCK, DECLINED, generate, make_model, prompts, sampling, start, tokens_of, usage
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -134,7 +134,7 @@ def test_fused_requests_that_are_preempted(llm: Any) -> None:
 
 def test_preempted_and_forgotten(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nobody remembers what was chosen, the rest is computed behind what is left, and usage says so."""
-    monkeypatch.setattr("kvloom.connectors.serving.fusions._PLANS", 0)
+    monkeypatch.setattr("kvloom.connectors.serving.scheduler.fusions._PLANS", 0)
     tokens, _ = context((0, 1, 2), SYSTEM[:40])
     (whole,) = generate(llm, [tokens], {"save": False})
     assert usage(whole)["fused"] == "yes"

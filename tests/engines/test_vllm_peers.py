@@ -12,8 +12,8 @@ pytest.importorskip(
     "vllm", reason="stock vLLM is not installed here; `make test-engines` runs this in its own environment"
 )
 
-from .vllm_engines import CHUNK, make_model
-from .vllm_peer import TEXTS
+from .support.engines import CHUNK, make_model
+from .support.peer import TEXTS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -24,7 +24,7 @@ def test_two_engines_on_one_store(tmp_path: Path) -> None:
     peers = []
     for number in (0, 1):
         with (tmp_path / f"log.{number}").open("w") as log:
-            command = [sys.executable, "-m", "tests.engines.vllm_peer", str(tmp_path), str(number)]
+            command = [sys.executable, "-m", "tests.engines.support.peer", str(tmp_path), str(number)]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             peers.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=ROOT))
     try:

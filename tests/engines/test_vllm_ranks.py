@@ -14,8 +14,8 @@ pytest.importorskip(
 
 from vllm.config.kv_events import KVEventsConfig
 
+from .support.engines import DECLINED, generate, make_model, prompts, start, tokens_of, usage
 from .test_vllm_events import Router
-from .vllm_engines import DECLINED, generate, make_model, prompts, start, tokens_of, usage
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -21,8 +21,6 @@ pytest.importorskip(
     "vllm", reason="stock vLLM is not installed here; `make test-engines` runs this in its own environment"
 )
 
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder
-
 from kvloom.bench.vllm import retrieval as vllm_retrieval
 from kvloom.calibration.certificate import Certificate, Figure
 from kvloom.connectors.hf.retrieval.break_even import NEVER
@@ -36,9 +34,10 @@ from kvloom.connectors.vllm.retrieval.start import Retrieving
 from kvloom.core import KVSpec, RopeSpec
 from kvloom.errors import UncertifiedError
 from kvloom.retrieval.settings import Retrieval
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder
 
-from . import vllm_engines
-from .vllm_engines import BLOCK, DECLINED, generate, prompts, tokens_of, usage
+from .support import engines
+from .support.engines import BLOCK, DECLINED, generate, prompts, tokens_of, usage
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -51,7 +50,7 @@ LENGTHS = (900, 40, 700, 310, 299, 300, 620, 64, 850, 410, 556, 288)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return vllm_engines.make_model(tmp_path_factory.mktemp("model"))
+    return engines.make_model(tmp_path_factory.mktemp("model"))
 
 
 def asking(**settings: Any) -> dict[str, Any]:
@@ -62,7 +61,7 @@ def asking(**settings: Any) -> dict[str, Any]:
 def llm(model: Path) -> Iterator[Any]:
     """Few blocks, so that requests preempt one another; with kvloom's connector, which is asked for nothing."""
     vllm_plugin.register()
-    engine = vllm_engines.start(
+    engine = engines.start(
         model,
         {"host_bytes": "64MiB", "model_id": "tiny"},
         additional_config=asking(allow_uncertified=True),
@@ -150,7 +149,7 @@ def aborted(llm: Any) -> list[list[int]]:
     engine, found = llm.llm_engine, []
     for number, text in enumerate(prompts(9, (900, 700, 800, 640, 500, 850))):
         name = f"doomed-{number}"
-        engine.add_request(name, {"prompt_token_ids": text}, vllm_engines.sampling(DECLINED, tokens=60))
+        engine.add_request(name, {"prompt_token_ids": text}, engines.sampling(DECLINED, tokens=60))
         for _ in range(5 + 4 * number):
             engine.step()
         engine.abort_request([name])
@@ -253,7 +252,7 @@ def certificate_of(model: Path, retrieval: Retrieval) -> Certificate:
 def in_a_process_of_its_own(model: Path, **options: Any) -> dict[str, Any]:
     """What an engine with these options says to the first of the storm's prompts."""
     job = {"model": str(model), "seed": 3, "lengths": LENGTHS[:4], "options": options}
-    script = Path(__file__).with_name("vllm_retrieval_engine.py")
+    script = Path(__file__).parent.joinpath("support", "retrieval_engine.py")
     environment = {**os.environ, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}  # for a function of ours, asked of workers
     done = subprocess.run(
         [sys.executable, str(script), json.dumps(job)], capture_output=True, text=True, check=False, env=environment

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-import kvloom.connectors.serving.known_documents as module
-from kvloom.connectors.serving.known_documents import KnownDocuments
+import kvloom.connectors.serving.scheduler.known_documents as module
+from kvloom.connectors.serving.scheduler.known_documents import KnownDocuments
 from kvloom.core import ChunkKey, KVSpec
 from kvloom.kvstore.keys import content_key
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvloom.connectors.serving.arrivals import Arrival
-from kvloom.connectors.serving.layer_loads import LayerLoads
 from kvloom.connectors.serving.messages import Load, Loaded, Scheduled, StepReport
 from kvloom.connectors.serving.settings import RequestOptions
+from kvloom.connectors.serving.worker.arrivals import Arrival
+from kvloom.connectors.serving.worker.layer_loads import LayerLoads
 from kvloom.core import KVChunk, KVSpec
 from kvloom.kvstore.keys import prefix_keys
 from kvloom.kvstore.store import KVStore

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvloom.connectors.serving import fusions as vllm_fusion_plan
 from kvloom.connectors.serving.messages import Advance, Answer, Fusion, Loaded, LookUp, Scheduled, StepReport
-from kvloom.connectors.serving.planner import Planner
-from kvloom.connectors.serving.settings import RequestOptions, VLLMSettings
+from kvloom.connectors.serving.scheduler import fusions as vllm_fusion_plan
+from kvloom.connectors.serving.scheduler.planner import Planner
+from kvloom.connectors.serving.settings import RequestOptions, ServingSettings
 from kvloom.connectors.vllm.fusion.fuser import continued
 from kvloom.core import KVSpec
 from kvloom.kvstore.keys import content_key, prefix_keys
@@ -41,7 +41,7 @@ class Shelf:
 
 
 def planner(shelf: Shelf | None, specs: Sequence[KVSpec] = (SPEC,), **settings: object) -> Planner:
-    return Planner(VLLMSettings.of({"chunk_tokens": CHUNK, **settings}), specs, BLOCK, shelf)
+    return Planner(ServingSettings.of({"chunk_tokens": CHUNK, **settings}), specs, BLOCK, shelf)
 
 
 def blocks_for(tokens: int) -> tuple[int, ...]:
@@ -321,7 +321,7 @@ def test_requests_that_say_nothing_are_fused_as_certified() -> None:
         ({"fusion_ratio": 0.3}, 0.15, None, 0.3),
     ):
         plan = Planner(
-            VLLMSettings.of({"chunk_tokens": CHUNK, **settings}), (SPEC,), BLOCK, Shelf(), fusion_ratio=ratio
+            ServingSettings.of({"chunk_tokens": CHUNK, **settings}), (SPEC,), BLOCK, Shelf(), fusion_ratio=ratio
         )
         inexact = plan.open("r", tokens, b"", RequestOptions(documents=((8, 16), (16, 32)), ratio=asked))
         assert (inexact is None) is (expected == 1.0)

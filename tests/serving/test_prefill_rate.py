@@ -3,8 +3,8 @@
 import pytest
 
 from kvloom.connectors.serving.messages import Loaded, Scheduled, StepReport
-from kvloom.connectors.serving.planner import Planner
-from kvloom.connectors.serving.prefill_rate import Pace
+from kvloom.connectors.serving.scheduler.planner import Planner
+from kvloom.connectors.serving.scheduler.prefill_rate import PrefillRate
 from kvloom.connectors.serving.settings import RequestOptions
 
 from .test_planner import Shelf, blocks_for, planner
@@ -19,7 +19,7 @@ class Clock:
 
 def test_steps_of_prompts_are_timed() -> None:
     clock = Clock()
-    pace = Pace(clock)
+    pace = PrefillRate(clock)
     assert pace.begin({"writer": 1, "drafter": 5}) == 0
     assert pace.token_s() is None
     number = pace.begin({"r": 200, "writer": 1, "drafter": 49})
@@ -38,7 +38,7 @@ def test_steps_of_prompts_are_timed() -> None:
 
 def test_steps_planned_ahead_are_not_counted_twice() -> None:
     clock = Clock()
-    pace = Pace(clock)
+    pace = PrefillRate(clock)
     first, second = pace.begin({"a": 100}), pace.begin({"b": 100})
     clock.now_s += 2.0
     pace.end(first)
@@ -60,7 +60,7 @@ def step(plan: Planner, clock: Clock, name: str, computed: int, new: int, spent_
 
 def test_chunks_are_saved_with_what_they_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     plan, clock = planner(Shelf()), Clock()
-    monkeypatch.setattr(plan, "_pace", Pace(clock))
+    monkeypatch.setattr(plan, "_pace", PrefillRate(clock))
     plan.open("r", list(range(128)), b"", RequestOptions())
     assert set(step(plan, clock, "r", 64, 64, 0.64)) == {None}, "nothing was measured before"
     assert step(plan, clock, "r", 128, 64, 1.28) == [pytest.approx(8 * 0.01)] * 8
@@ -72,7 +72,7 @@ def test_chunks_are_saved_with_what_they_cost(monkeypatch: pytest.MonkeyPatch) -
 def test_seconds_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     """By what the chunks say, else by the engine's pace; less what loading took; unknown rather than guessed."""
     plan, clock = planner(Shelf()), Clock()
-    monkeypatch.setattr(plan, "_pace", Pace(clock))
+    monkeypatch.setattr(plan, "_pace", PrefillRate(clock))
 
     def told(*loads: Loaded) -> object:
         plan.open("r", list(range(40)), b"", RequestOptions())

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from kvloom.connectors.serving.settings import RequestOptions, VLLMSettings, documents_between, parse_bytes
+from kvloom.connectors.serving.settings import RequestOptions, ServingSettings, documents_between, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -32,10 +32,10 @@ def test_what_is_no_size(text: object) -> None:
 
 def test_settings_are_read_and_have_defaults() -> None:
     config = {"host_bytes": "2MiB", "disk_path": "cache", "disk_bytes": "1GiB", "chunk_tokens": 64, "lead_ids": [1, 2]}
-    settings = VLLMSettings.of(config)
+    settings = ServingSettings.of(config)
     assert (settings.host_bytes, settings.disk_path, settings.disk_bytes) == (2 << 20, "cache", 1 << 30)
     assert (settings.chunk_tokens, settings.lead_ids, settings.fusion_ratio) == (64, (1, 2), "certified")
-    assert VLLMSettings.of({}) == VLLMSettings()
+    assert ServingSettings.of({}) == ServingSettings()
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_settings_are_read_and_have_defaults() -> None:
 )
 def test_wrong_settings_are_named(config: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        VLLMSettings.of(config)
+        ServingSettings.of(config)
 
 
 def test_requests_without_a_word_get_the_defaults() -> None:

@@ -4,15 +4,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvloom.connectors.serving.messages import Loaded, Scheduled, StepPlan, StepReport
-from kvloom.connectors.serving.planner import Planner
+from kvloom.connectors.serving.scheduler.planner import Planner
+from kvloom.connectors.serving.scheduler.step_filter import StepFilter
 from kvloom.connectors.serving.settings import RequestOptions
-from kvloom.connectors.serving.step_filter import Due
 
 from .test_planner import CHUNK, PLAIN, Shelf, blocks_for, planner
 
 
 def test_what_is_due_comes_no_later_than_expected() -> None:
-    due = Due()
+    due = StepFilter()
     assert due.passes({"r": 1000})
     due.expect("r", 10)
     assert due.passes({"r": 9, "other": 50})

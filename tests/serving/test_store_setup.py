@@ -12,8 +12,8 @@ from kvloom.calibration.certificate import Certificate, Figure
 from kvloom.calibration.codec_form import parameters_of
 from kvloom.calibration.model_profile import Profile
 from kvloom.compress.registry import codec_by_name
-from kvloom.connectors.serving.settings import VLLMSettings
-from kvloom.connectors.serving.store_setup import Papers, open_store
+from kvloom.connectors.serving.settings import ServingSettings
+from kvloom.connectors.serving.worker.store_setup import QualityRecords, open_store
 from kvloom.core import KVChunk, KVSpec, RopeSpec
 from kvloom.errors import CodecError, SpecMismatchError, UncertifiedError, UncertifiedWarning
 from kvloom.kvstore.keys import prefix_keys
@@ -38,8 +38,8 @@ def write(folder: Path, name: str, spec: KVSpec, codec: str, parameters: object)
 
 def opened(spec: KVSpec, **settings: object) -> str:
     """The codec that a chunk has on disk, after a round through the store."""
-    wanted = VLLMSettings.of({"host_bytes": 1 << 20, **settings})
-    papers = Papers.of(wanted)
+    wanted = ServingSettings.of({"host_bytes": 1 << 20, **settings})
+    papers = QualityRecords.of(wanted)
     spec = papers.reconciled(spec)
     tokens = torch.arange(32)
     (key,) = prefix_keys(spec, tokens.tolist(), chunk_tokens=32)
@@ -106,9 +106,9 @@ def test_the_certified_ratio(tmp_path: Path) -> None:
     """The smallest, of this model, for whole models and their shards alike; without any, everything is computed."""
     files = [write(tmp_path, f"f{ratio}", SPEC, FUSION, parameters_of_fusion(ratio)) for ratio in (0.3, 0.15)]
     other = write(tmp_path, "other", replace(SPEC, model_id="another"), FUSION, parameters_of_fusion(0.01))
-    papers = Papers.of(VLLMSettings.of({"certificates": [*files, other]}))
+    papers = QualityRecords.of(ServingSettings.of({"certificates": [*files, other]}))
     assert papers.fusion_ratio(SPEC, check_layer=1) == 0.15
     assert papers.fusion_ratio(replace(SPEC, num_kv_heads=1, shard=(1, 2)), check_layer=1) == 0.15
     assert papers.fusion_ratio(SPEC, check_layer=2) == 1.0
     assert papers.fusion_ratio(replace(SPEC, head_dim=8), check_layer=1) == 1.0
-    assert Papers.of(VLLMSettings()).fusion_ratio(SPEC, check_layer=1) == 1.0
+    assert QualityRecords.of(ServingSettings()).fusion_ratio(SPEC, check_layer=1) == 1.0

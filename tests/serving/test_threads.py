@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from kvloom.connectors.serving.threads import compute_alone
+from kvloom.connectors.serving.worker.threads import compute_alone
 
 
 def test_a_thread_computes_alone_and_others_as_before() -> None:

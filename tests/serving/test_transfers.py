@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvloom.connectors.serving.arrivals import Arrival
 from kvloom.connectors.serving.messages import Document, Fusion, Load, LookUp, Save
-from kvloom.connectors.serving.transfers import Transfers
+from kvloom.connectors.serving.worker.arrivals import Arrival
+from kvloom.connectors.serving.worker.transfers import Transfers
 from kvloom.core import ChunkKey, KVSpec, RopeSpec
 from kvloom.errors import TierUnavailableError
 from kvloom.kvstore.keys import content_key, prefix_keys

@@ -236,13 +236,13 @@ class SimulatedWorker:
     def _tell(
         self, output: Any, sampled: dict[str, list[int]], report: StepReport, bad_blocks: set[int], arrived: set[str]
     ) -> None:
-        from kvloom.connectors.vllm.connector import StepNews
+        from kvloom.connectors.vllm.connector import WorkerMetadata
 
         runner_output = vllm_unit("utils").create_model_runner_output(
             [self.requests[name] for name in sampled],
             finished_recving=arrived,
             invalid_block_ids=bad_blocks,
-            kv_connector_worker_meta=StepNews(report),
+            kv_connector_worker_meta=WorkerMetadata(report),
         )
         runner_output.sampled_token_ids = [sampled[name] for name in runner_output.req_ids]
         for outputs in self.scheduler.update_from_output(output, runner_output).values():

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kvloom.blend.selection import deviation_of, kv_deviation, squares
-from kvloom.connectors.serving.arrivals import Fetched
 from kvloom.connectors.serving.messages import Advance, Document, Fusion
+from kvloom.connectors.serving.worker.arrivals import Fetched
 from kvloom.connectors.vllm.fusion.fuser import Fuser, stage
 from kvloom.connectors.vllm.fusion.passes import first_slice, running_model, runs_of
 from kvloom.connectors.vllm.fusion.rope import rope_of

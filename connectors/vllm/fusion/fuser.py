@@ -31,9 +31,9 @@ from torch import Tensor
 
 from ....blend.selection import CandidateTokens, Selector, by_deviation, deviation_of, squares
 from ....errors import EngineError
-from ...serving.arrivals import Arrival, Fetched
 from ...serving.messages import Advance, Fusion, Loaded
-from ...serving.transfers import Transfers
+from ...serving.worker.arrivals import Arrival, Fetched
+from ...serving.worker.transfers import Transfers
 from ..paged_layers import PagedLayers, write_layer
 from .passes import EnginePasses, first_slice
 

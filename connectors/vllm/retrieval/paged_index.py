@@ -1,7 +1,7 @@
 """Indexes over keys that lie in vLLM's blocks, for the decoding requests of one layer, and attention through them.
 
 The attention backend is told rows of blocks, never whose they are. An index therefore belongs to what it was made of:
-to a row of blocks, each as it was last written. `Writes` numbers every write that goes through the backend, which is
+to a row of blocks, each as it was last written. `RowWrites` numbers every write that goes through the backend, which is
 every one there is (the engine's, and those of kvloom's connector; others are refused at start). An index serves a row
 if the row begins with the very blocks that it was made of and none of them was written since. Blocks that went to
 another request were written by it; blocks that are shared through the prefix cache were not, and their keys are the
@@ -24,7 +24,7 @@ from ....retrieval.attention import Partial, attend, merge
 from ....retrieval.selector import LayerShape, LearnsFromQueries, Selection
 from ....retrieval.settings import Retrieval
 from ..paged_layers import GATHERS, Packing, unpacked
-from .rows import BlockKernel, DecodeRow, PromptPart, Writes, virtual_rows, window_grid
+from .rows import BlockKernel, DecodeRow, PromptPart, RowWrites, virtual_rows, window_grid
 
 _LOG = logging.getLogger("vllm.kvloom")
 _IDLE_STEPS = 64  # of the engine; then nobody decodes behind these blocks any more
@@ -96,7 +96,7 @@ class PagedRetrieval:
     break_even_tokens: int | None = None
     touched_limit: float = _TOUCHED_LIMIT
     on_choice: Callable[[Tensor], object] | None = None
-    writes: Writes = field(default_factory=Writes)
+    writes: RowWrites = field(default_factory=RowWrites)
     counts: RetrievalCounts = field(default_factory=RetrievalCounts)
     indexes: list[_RowIndex] = field(default_factory=list)
     _of_row: dict[int, _RowIndex] = field(default_factory=dict)

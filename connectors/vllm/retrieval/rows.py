@@ -56,7 +56,7 @@ class PromptPart:
     blocks: list[int]
 
 
-class Writes:
+class RowWrites:
     """When each block of one layer was last written, as a number that grows with every write; 0 for never."""
 
     def __init__(self) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from .messages import Loaded, both
-from .prefill_rate import Pace
+from ..messages import Loaded, both
+from .prefill_rate import PrefillRate
 
 
 @dataclass(slots=True)
@@ -16,8 +16,8 @@ class Usage:
     `seconds_saved`: what computing the tokens that kvloom provided would have taken, less the time that providing
     them took, from the beginning of a load or fusion to its end. What computing would have taken is for stored
     tokens what their chunks say that it took when they were computed; for others, and for the tokens between fused
-    documents, it is their number times the engine's seconds a token (`Pace`). Below 0 if computing would have been
-    faster; null if the engine has not computed a prompt yet by which to judge.
+    documents, it is their number times the engine's seconds a token (`PrefillRate`). Below 0 if computing would have
+    been faster; null if the engine has not computed a prompt yet by which to judge.
     """
 
     loaded: Loaded | None = None
@@ -51,7 +51,7 @@ class Usage:
         }
 
 
-def seconds_saved(loaded: Loaded, pace: Pace) -> float | None:
+def seconds_saved(loaded: Loaded, pace: PrefillRate) -> float | None:
     """By one load or fusion, see `Usage`."""
     token_s = pace.token_s() if loaded.unpriced_tokens else 0.0
     return None if token_s is None else loaded.recompute_s + loaded.unpriced_tokens * token_s - loaded.spent_s

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from ...core import ChunkKey, KVChunk, KVSpec
-from ...errors import KVLoomError
-from ...kvstore.placement.catalog import Move
-from ...kvstore.store import KVStore
-from .arrivals import Arrival, Fetched, Worth, fits
-from .messages import Answer, Fusion, Load, Loaded, LookUp, Save
+from ....core import ChunkKey, KVChunk, KVSpec
+from ....errors import KVLoomError
+from ....kvstore.placement.catalog import Move
+from ....kvstore.store import KVStore
+from ..messages import Answer, Fusion, Load, Loaded, LookUp, Save
+from .arrivals import Arrival, Fetched, RecomputeCost, fits
+from .pending_writes import PagedCache, PendingWrites
 from .threads import compute_alone
-from .writes import PagedCache, Writes
 
 _LOADERS = 4  # so that what lies on a slow disk is not in the way of what lies in memory
 _WRITERS = 2  # a chunk is written in less time than its neighbours take on another core
@@ -39,7 +39,7 @@ class Transfers:
     store : owned, closed by `close`.
     cache : the engine's.
     spec, rank : of this worker.
-    chunk_tokens, load_timeout_s, save_pending_bytes : see `VLLMSettings`.
+    chunk_tokens, load_timeout_s, save_pending_bytes : see `ServingSettings`.
     tells_moves : somebody calls `take_moves`.
     """
 
@@ -144,9 +144,9 @@ class Transfers:
     def _fetch(self, load: Load, begun_s: float) -> Arrival:
         """All chunks in order, up to the first that does not come."""
         tokens: Counter[str] = Counter()
-        worth = Worth()
+        worth = RecomputeCost()
         lost_from: int | None = None
-        with Writes(self._cache, self._writer) as writes:
+        with PendingWrites(self._cache, self._writer) as writes:
             for index, key in enumerate(load.keys[self._rank]):
                 first = load.first + index * self._chunk_tokens
                 start, stop = max(first, load.start), min(first + self._chunk_tokens, load.stop)
@@ -182,9 +182,9 @@ class Transfers:
 
     def _fetch_documents(self, fusion: Fusion, begun_s: float) -> Fetched:
         tokens: Counter[str] = Counter()
-        worth = Worth()
+        worth = RecomputeCost()
         found = []
-        with Writes(self._cache, self._writer) as writes:
+        with PendingWrites(self._cache, self._writer) as writes:
             for document in fusion.documents:
                 key, start = document.keys[self._rank], max(document.start, fusion.start)
                 stop = min(document.stop, fusion.stop)

@@ -21,7 +21,7 @@ class PagedCache(Protocol):
     def write(self, blocks: Sequence[int], start: int, keys: Tensor, values: Tensor) -> None: ...
 
 
-class Writes:
+class PendingWrites:
     """Chunks of one load on their way into its blocks, while the next ones are read. At the end all are there.
 
     Raises

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from blake3 import blake3
 
-from ...core import ChunkKey
-from .keys import Keys, PrefixKeys
+from ....core import ChunkKey
+from ..keys import Keys, PrefixKeys
+from ..messages import Document
+from ..settings import RequestOptions, ServingSettings, documents_between
 from .known_documents import KnownDocuments
-from .messages import Document
-from .settings import RequestOptions, VLLMSettings, documents_between
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,12 @@ class RequestReader:
     """
 
     def __init__(
-        self, settings: VLLMSettings, keys: Keys, known: KnownDocuments | None, block_tokens: int, fusion_ratio: float
+        self,
+        settings: ServingSettings,
+        keys: Keys,
+        known: KnownDocuments | None,
+        block_tokens: int,
+        fusion_ratio: float,
     ) -> None:
         self._settings = settings
         self._keys = keys

@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from .messages import Advance, Fusion, Loaded
+from ..messages import Advance, Fusion, Loaded
 from .requests import Request
 
 Fused: TypeAlias = Literal["no", "yes", "partly"]

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .vllm_engines import DECLINED, generate, prompts, start, tokens_of, usage
+from .engines import DECLINED, generate, prompts, start, tokens_of, usage
 
 TEXTS = prompts(31, tuple(70 + (53 * i) % 260 for i in range(24)))
 DOCUMENTS = prompts(32, (150, 90))

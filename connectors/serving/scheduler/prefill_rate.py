@@ -17,7 +17,7 @@ class _Step:
     prompts: tuple[str, ...]  # requests that it computes a piece of a prompt of
 
 
-class Pace:
+class PrefillRate:
     """Seconds a token of a prompt, as measured.
 
     A step of the engine lasts from when it was planned, or from the end of the step before it if that was later (an

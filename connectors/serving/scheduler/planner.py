@@ -18,15 +18,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...core import ChunkKey, KVSpec
+from ....core import ChunkKey, KVSpec
+from ..keys import Keys
+from ..messages import Answer, Load, Loaded, LookUp, Scheduled, StepPlan, StepReport
+from ..settings import RequestOptions, ServingSettings
 from .fusions import Fusions
-from .keys import Keys
 from .known_documents import KnownDocuments
-from .messages import Answer, Load, Loaded, LookUp, Scheduled, StepPlan, StepReport
-from .prefill_rate import Pace, says_much
+from .prefill_rate import PrefillRate, says_much
 from .requests import Request, RequestReader
 from .saves import Saves
-from .settings import RequestOptions, VLLMSettings
 from .usage import Usage, seconds_saved
 
 
@@ -57,7 +57,7 @@ class Planner:
 
     def __init__(
         self,
-        settings: VLLMSettings,
+        settings: ServingSettings,
         specs: Sequence[KVSpec],
         block_tokens: int,
         ask: Callable[[LookUp], Answer] | None = None,
@@ -72,7 +72,7 @@ class Planner:
         ratio = fusion_ratio if settings.fusion_ratio == "certified" else settings.fusion_ratio
         self._keys = Keys(settings, specs)
         self._reader = RequestReader(settings, self._keys, known, block_tokens, ratio)
-        self._pace = Pace()
+        self._pace = PrefillRate()
         self._saves = Saves(settings.chunk_tokens, block_tokens, known)
         self._fusions = Fusions(len(specs), block_tokens)
         self._tracked: dict[str, _Tracked] = {}

@@ -21,10 +21,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ...core import KVChunk, KVSpec
-from ...kvstore.store import KVStore
-from .arrivals import Arrival, Worth, fits
-from .messages import Load, Loaded
+from ....core import KVChunk, KVSpec
+from ....kvstore.store import KVStore
+from ..messages import Load, Loaded
+from .arrivals import Arrival, RecomputeCost, fits
 from .threads import compute_alone
 
 _LOADERS = 2
@@ -59,7 +59,7 @@ class LayerLoads:
     ----------
     store, cache : the store is not owned.
     spec, rank : of this worker.
-    chunk_tokens, load_timeout_s : see `VLLMSettings`.
+    chunk_tokens, load_timeout_s : see `ServingSettings`.
     count : adds to the worker's counts.
     """
 
@@ -168,7 +168,7 @@ class LayerLoads:
         if len(job.written) < self._spec.num_layers:
             job.lost_from = 0
         tokens: Counter[str] = Counter()
-        worth = Worth()
+        worth = RecomputeCost()
         for index in range(job.lost_from):
             first = load.first + index * self._chunk_tokens
             count = min(first + self._chunk_tokens, load.stop) - max(first, load.start)

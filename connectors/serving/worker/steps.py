@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..vllm.worker import Worker
-from .messages import StepPlan, StepReport
+from ...vllm.worker import Worker
+from ..messages import StepPlan, StepReport
 
 _IDLE_WAIT_S = 0.01
 

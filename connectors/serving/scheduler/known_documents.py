@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ...core import ChunkKey
+from ....core import ChunkKey
 
 _LOG = logging.getLogger("kvloom.documents")
 

@@ -8,29 +8,29 @@ from pathlib import Path
 
 import torch
 
-from ...blend.certified_ratio import certified_ratio
-from ...calibration.certificate import Certificate
-from ...calibration.model_profile import Profile
-from ...compress.registry import codec_by_name
-from ...core import Codec, KVSpec, RopeSpec, Tier
-from ...errors import UncertifiedError
-from ...kvstore.store import KVStore
-from ...kvstore.tiers.disk.tier import DiskTier
-from ...kvstore.tiers.host import HostTier
-from .settings import VLLMSettings
+from ....blend.certified_ratio import certified_ratio
+from ....calibration.certificate import Certificate
+from ....calibration.model_profile import Profile
+from ....compress.registry import codec_by_name
+from ....core import Codec, KVSpec, RopeSpec, Tier
+from ....errors import UncertifiedError
+from ....kvstore.store import KVStore
+from ....kvstore.tiers.disk.tier import DiskTier
+from ....kvstore.tiers.host import HostTier
+from ..settings import ServingSettings
 
 _ROPE_TOLERANCE = 1e-5  # relative, of a frequency: what two programs that compute the same table differ by
 
 
 @dataclass(frozen=True, slots=True)
-class Papers:
+class QualityRecords:
     """A profile and certificates, as they lie in files."""
 
     profile: Profile | None
     certificates: tuple[Certificate, ...]
 
     @classmethod
-    def of(cls, settings: VLLMSettings) -> Papers:
+    def of(cls, settings: ServingSettings) -> QualityRecords:
         """Those that the settings name.
 
         Raises
@@ -60,7 +60,7 @@ class Papers:
         return replace(spec, rope=next(ropes, spec.rope))
 
 
-def open_store(settings: VLLMSettings, spec: KVSpec, papers: Papers) -> KVStore:
+def open_store(settings: ServingSettings, spec: KVSpec, papers: QualityRecords) -> KVStore:
     """One rank's store.
 
     Raises
@@ -95,12 +95,12 @@ def open_store(settings: VLLMSettings, spec: KVSpec, papers: Papers) -> KVStore:
     return store
 
 
-def is_lossy(settings: VLLMSettings, papers: Papers) -> bool:
+def is_lossy(settings: ServingSettings, papers: QualityRecords) -> bool:
     """Whether some tier's codec loses something."""
     return not all(codec.is_lossless for codec in _codecs(settings, papers).values())
 
 
-def _codecs(settings: VLLMSettings, papers: Papers) -> Mapping[str, Codec]:
+def _codecs(settings: ServingSettings, papers: QualityRecords) -> Mapping[str, Codec]:
     names = {"host": settings.host_codec, "disk": settings.disk_codec}
     return {tier: codec_by_name(name, papers.profile) for tier, name in names.items() if name is not None}
 

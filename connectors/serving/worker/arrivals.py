@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ...core import KVChunk, KVSpec
-from .messages import Loaded
+from ....core import KVChunk, KVSpec
+from ..messages import Loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Arrival:
 
 
 @dataclass(slots=True)
-class Worth:
+class RecomputeCost:
     """What computing loaded tokens took, as far as their chunks say so, and how many tokens say nothing."""
 
     recompute_s: float = 0.0
@@ -39,7 +39,7 @@ class Fetched:
 
     found: tuple[bool, ...]
     tokens: Mapping[str, int]
-    worth: Worth = field(default_factory=Worth)
+    worth: RecomputeCost = field(default_factory=RecomputeCost)
 
 
 def fits(chunk: KVChunk, spec: KVSpec, count: int, first: int) -> bool:

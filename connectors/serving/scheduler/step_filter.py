@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 
-class Due:
+class StepFilter:
     """Tokens that requests may be scheduled for before somebody has to look at them again.
 
     A step of decoding takes milliseconds, and nearly all of them complete no chunk. What is expected errs on the early

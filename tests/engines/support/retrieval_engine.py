@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import vllm_engines
+import engines
 
 
 def rows_of(worker: Any) -> list[int]:
@@ -20,11 +20,11 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
 
     register()
     try:
-        llm = vllm_engines.start(Path(job["model"]), None, **job["options"])
+        llm = engines.start(Path(job["model"]), None, **job["options"])
     except Exception as exc:  # noqa: BLE001  of whatever kind: the test says which
         return {"error": type(exc).__name__, "text": str(exc)}
-    texts = vllm_engines.prompts(job["seed"], job["lengths"])
-    tokens = vllm_engines.tokens_of(vllm_engines.generate(llm, texts))
+    texts = engines.prompts(job["seed"], job["lengths"])
+    tokens = engines.tokens_of(engines.generate(llm, texts))
     return {"tokens": tokens, "rows": llm.collective_rpc(rows_of)}
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...core import ChunkKey
+from ....core import ChunkKey
+from ..messages import Document, Save, Scheduled
 from .known_documents import KnownDocuments
-from .messages import Document, Save, Scheduled
 from .requests import Request
-from .step_filter import Due
+from .step_filter import StepFilter
 
 _NEVER = 1 << 62  # tokens
 
@@ -40,7 +40,7 @@ class Saves:
         self._block_tokens = block_tokens
         self._known = known
         self._progress: dict[str, _Progress] = {}
-        self._due = Due()  # the next chunk or document of each
+        self._due = StepFilter()  # the next chunk or document of each
 
     def open(self, request_id: str, request: Request) -> None:
         if request.options.save:
@@ -70,7 +70,7 @@ class Saves:
             self._due.expect(request_id, 0)
 
     def passes(self, new_tokens: Mapping[str, int]) -> bool:
-        """As `Due.passes`."""
+        """As `StepFilter.passes`."""
         return self._due.passes(new_tokens)
 
     def plan(self, each: Scheduled, token_s: float | None) -> list[Save]:
