@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -14,6 +15,17 @@ from .encoding.tier_codecs import Forms
 from .history import Lookup
 from .placement.catalog import Books
 from .placement.tier_io import Clerk, Fetch
+
+
+class Found(NamedTuple):
+    """What `Reader.find` found in the tier at this place; `chunk` is None if it was not to be decoded."""
+
+    place: int
+    tier: str
+    blob: EncodedChunk
+    chunk: KVChunk | None
+    recompute_s: float | None
+    load_s: float
 
 
 class Reader:
@@ -29,8 +41,8 @@ class Reader:
 
     def find(
         self, key: ChunkKey, fetch: Fetch, positions: Tensor | None, *, is_use: bool = True, decoded: bool = True
-    ) -> tuple[int, EncodedChunk, KVChunk | None] | None:
-        """Index of the tier that had the chunk, what it held, and that decoded; None for a miss.
+    ) -> Found | None:
+        """The chunk as it lies in the fastest tier that can give it, and decoded; None for a miss.
 
         `is_use`: the policies of tiers are told. Unless `decoded`, the chunk is given back as it lies in the tier, by
         whatever codec, and no certificate is needed.
@@ -42,10 +54,11 @@ class Reader:
             if isinstance(found, str):
                 miss = found
                 return None
-            level, nbytes = self._books.levels[found[0]], found[1].nbytes
+            index, blob, chunk, recompute_s = found
+            level, nbytes = self._books.levels[index], blob.nbytes
             self._books.count_hit(level, nbytes)
             miss, tier = None, level.tier.name
-            return found
+            return Found(index, tier, blob, chunk, recompute_s, time.perf_counter() - began_s)
         finally:
             load_s = time.perf_counter() - began_s
             with self._lock:
@@ -61,16 +74,16 @@ class Reader:
 
     def _search(
         self, key: ChunkKey, fetch: Fetch, positions: Tensor | None, *, is_use: bool, decoded: bool
-    ) -> tuple[int, EncodedChunk, KVChunk | None] | str:
-        """As `find`, or why it is a miss."""
+    ) -> tuple[int, EncodedChunk, KVChunk | None, float | None] | str:
+        """Index of the tier, what it held, that decoded, and what computing it took; or why it is a miss."""
         reason = "absent"
         for index, level in enumerate(self._books.levels):
-            blob, fault = self._clerk.fetch(level, key, fetch, is_use=is_use)
+            blob, fault, recompute_s = self._clerk.fetch(level, key, fetch, is_use=is_use)
             reason = fault or reason
             if blob is None:
                 continue
             if not decoded:
-                return index, blob, None
+                return index, blob, None, recompute_s
             try:
                 codec = self._forms.codec_of(blob)
                 if not self._forms.permits.may_serve(codec, blob):  # left where it is: a certificate may come
@@ -81,5 +94,5 @@ class Reader:
                 reason = "undecodable"
                 self._clerk.discard(level, key, exc)
                 continue
-            return index, blob, chunk
+            return index, blob, chunk, recompute_s
         return reason

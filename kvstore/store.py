@@ -9,13 +9,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import MappingProxyType
-from typing import Literal, Self, TypeAlias, get_args
+from typing import Literal, NamedTuple, Self, TypeAlias, get_args
 
 from torch import Tensor
 
 from ..calibration.certificate import Certificate
 from ..compress.raw import RawCodec
-from ..core import NOTHING, ChunkInfo, ChunkKey, Codec, EncodedChunk, HoldsChunks, KVChunk, KVSpec, ReadsLayers, Tier
+from ..core import NOTHING, ChunkInfo, ChunkKey, Codec, EncodedChunk, KVChunk, KVSpec, Tier
 from ..errors import SpecMismatchError, TierError, TierUnavailableError
 from .encoding.certification import Permits
 from .encoding.tier_codecs import Forms
@@ -26,15 +26,34 @@ from .keys import check_key
 from .placement.catalog import Books, Move
 from .placement.prefetch import Prefetch, PrefetchQueue
 from .placement.quota import Quota, check_namespace, check_quotas
-from .placement.tier_io import Clerk, whole
+from .placement.tier_io import Clerk, some_layers, whole
 from .placement.tier_stack import TierStack
-from .reader import Reader
+from .reader import Found, Reader
 from .stats import StoreStats
 
 Promotion: TypeAlias = Literal["always", "second-hit", "never"]
 
 _NO_QUOTAS: Mapping[str, Quota] = MappingProxyType({})
 _NO_CODECS: Mapping[str, Codec] = MappingProxyType({})
+
+
+class Hit(NamedTuple):
+    """A chunk that was found.
+
+    Attributes
+    ----------
+    chunk : read-only; it may share memory with the store.
+    tier : name of the tier that answered.
+    recompute_s : seconds that computing the chunk took, if `put` was told.
+    nbytes : bytes that were read: of the encoded chunk, or of the layers asked for.
+    load_s : seconds from the call to the decoded chunk.
+    """
+
+    chunk: KVChunk
+    tier: str
+    recompute_s: float | None
+    nbytes: int
+    load_s: float
 
 
 class KVStore:
@@ -214,10 +233,8 @@ class KVStore:
         found = self._reader.find(key, whole(key), None, decoded=False)
         if found is None:
             return None
-        index, blob, _ = found
-        if index and self._is_to_be_promoted(index, key):
-            self._stack.promote(key, blob)
-        return blob
+        self._promote_found(key, found)
+        return found.blob
 
     def check_permits(self, spec: KVSpec) -> None:
         """Refuse at once what `put` would refuse of every chunk of this model.
@@ -228,60 +245,55 @@ class KVStore:
         """
         self._forms.expect_permits(spec)
 
-    def get(self, key: ChunkKey, positions: Tensor | None = None, *, timeout_s: float | None = None) -> KVChunk | None:
-        """The chunk, read-only, or None; a chunk found in a slower tier may be promoted to the first (`promote`).
+    def read(
+        self,
+        key: ChunkKey,
+        positions: Tensor | None = None,
+        *,
+        layers: tuple[int, int] | None = None,
+        timeout_s: float | None = None,
+    ) -> Hit | None:
+        """The chunk, where it came from and what it costs; None for a miss.
+
+        A chunk that was found in a slower tier may be copied to the first (`promote`).
 
         Parameters
         ----------
         positions : `[T]` int64, where to place the chunk; None where it was computed.
+        layers : (start, stop) to read these layers alone, which promotes nothing. A chunk that is read layer by layer
+            counts as used once, with its first layer. None for the whole chunk.
         timeout_s : how long this call waits for tiers in all, if less than the store's `timeout_s` for each.
 
         Raises
         ------
-        ValueError : `timeout_s` is negative.
+        ValueError : `layers` are no range, or the chunk has no such layers; `timeout_s` is negative.
         """
         if timeout_s is not None:
             with self._clerk.patience.within(timeout_s):
-                return self.get(key, positions)
+                return self.read(key, positions, layers=layers)
         self._expect_open()
-        found = self._reader.find(key, whole(key), positions)
-        if found is None:
+        if layers is None:
+            found = self._reader.find(key, whole(key), positions)
+        else:
+            start, stop = layers
+            found = self._reader.find(key, some_layers(key, start, stop), positions, is_use=start == 0)
+        if found is None or found.chunk is None:
             return None
-        index, blob, chunk = found
-        if index and self._is_to_be_promoted(index, key):
-            self._stack.promote(key, blob)
-        return chunk
+        if layers is None:
+            self._promote_found(key, found)
+        return Hit(found.chunk, found.tier, found.recompute_s, found.blob.nbytes, found.load_s)
 
-    def get_layers(
-        self, key: ChunkKey, start: int, stop: int, positions: Tensor | None = None, *, timeout_s: float | None = None
+    def get(
+        self,
+        key: ChunkKey,
+        positions: Tensor | None = None,
+        *,
+        layers: tuple[int, int] | None = None,
+        timeout_s: float | None = None,
     ) -> KVChunk | None:
-        """Layers `[start, stop)` of the chunk, read-only, or None; promotes nothing. `timeout_s` as for `get`.
-
-        A chunk read layer by layer counts as used once, with its first layer.
-
-        Raises
-        ------
-        ValueError : the range is empty, or the chunk has no such layers; `timeout_s` is negative.
-        """
-        if timeout_s is not None:
-            with self._clerk.patience.within(timeout_s):
-                return self.get_layers(key, start, stop, positions)
-        if not 0 <= start < stop:
-            raise ValueError(f"layers are [{start}, {stop}); expected 0 <= start < stop")
-
-        def fetch(tier: HoldsChunks) -> EncodedChunk | None:
-            if isinstance(tier, ReadsLayers):
-                blob = tier.get_layers(key, start, stop)
-            else:
-                blob = tier.get(key)
-                blob = None if blob is None else blob.layers(start, stop)
-            if blob is not None and any(len(blob.tensors[name]) != stop - start for name in blob.layered):
-                raise ValueError(f"layers are [{start}, {stop}); chunk {key.hex()} has fewer")
-            return blob
-
-        self._expect_open()
-        found = self._reader.find(key, fetch, positions, is_use=start == 0)
-        return None if found is None else found[2]
+        """The chunk alone, read-only, or None; otherwise as `read`."""
+        hit = self.read(key, positions, layers=layers, timeout_s=timeout_s)
+        return None if hit is None else hit.chunk
 
     def match(self, keys: Sequence[ChunkKey]) -> int:
         """How many leading keys are stored, unexpired, in tiers that answer.
@@ -299,6 +311,11 @@ class KVStore:
         self._expect_open()
         index = self._stack.locate(key)
         return None if index is None else self._books.levels[index].tier.name
+
+    def locate_prefix(self, keys: Sequence[ChunkKey]) -> tuple[str, ...]:
+        """For each leading key that is stored, unexpired, the fastest tier that answers and holds it; as `match`."""
+        self._expect_open()
+        return self._stack.locate_prefix(keys)
 
     def pinned(self, keys: Iterable[ChunkKey], *, deadline_s: float | None = None) -> AbstractContextManager[None]:
         """Within, no tier evicts these chunks; `delete`, expiry and corruption still remove them. Pins are counted.
@@ -415,10 +432,11 @@ class KVStore:
             self._puts[outcome] += 1
             self._writes += writes
 
-    def _is_to_be_promoted(self, index: int, key: ChunkKey) -> bool:
-        if self._promote == "second-hit":
-            return self._stack.reads(self._books.levels[index], key) > 1
-        return self._promote == "always"
+    def _promote_found(self, key: ChunkKey, found: Found) -> None:
+        if not found.place or self._promote == "never":
+            return
+        if self._promote == "always" or self._stack.reads(self._books.levels[found.place], key) > 1:
+            self._stack.promote(key, found.blob)
 
     def _expect_open(self) -> None:
         if self._closed:

@@ -50,11 +50,11 @@ class StoreSource:
                 keys[:, here] = moved if rope is None else rope.shift(moved, positions - chunk.positions)
                 values[:, here] = chunk.values[layer]
                 continue
-            part = self._store.get_layers(key, layer, layer + 1, positions)
-            if part is None:
+            hit = self._store.read(key, positions, layers=(layer, layer + 1))
+            if hit is None:
                 lost.add(key)
                 continue
-            keys[:, here] = part.keys[0]
-            values[:, here] = part.values[0]
+            keys[:, here] = hit.chunk.keys[0]
+            values[:, here] = hit.chunk.values[0]
         if lost:
             raise LostChunksError(lost)

@@ -87,6 +87,19 @@ class Books:
             found = [index for index, level in enumerate(self.levels) if level.has(key, now_s)]
         return next((index for index in found if self.levels[index].answers), None)
 
+    def locate_prefix(self, keys: Sequence[ChunkKey]) -> tuple[str, ...]:
+        """For each leading key, the fastest tier that answers and holds it, unexpired."""
+        found = []
+        answering = [level for level in self.levels if level.answers]
+        with self._lock:
+            now_s = self._clock()
+            for key in keys:
+                level = next((level for level in answering if level.has(key, now_s)), None)
+                if level is None:
+                    break
+                found.append(level.tier.name)
+        return tuple(found)
+
     def info(self, key: ChunkKey) -> ChunkInfo:
         """What the fastest tier that holds the chunk remembers of it; nothing if none does."""
         with self._lock:
@@ -96,17 +109,17 @@ class Books:
         with self._lock:
             return level.keys.get(key)
 
-    def read(self, level: Level, key: ChunkKey, *, is_use: bool) -> Literal["absent", "expired", "held"]:
-        """Whether a tier can be asked for the chunk; notes that it is, if `is_use`."""
+    def read(self, level: Level, key: ChunkKey, *, is_use: bool) -> Held | Literal["expired"] | None:
+        """What a tier can be asked for, None if it has no such chunk; notes that it is asked, if `is_use`."""
         with self._lock:
             held = level.keys.get(key)
             if held is None:
-                return "absent"
+                return None
             if held.expires_at_s <= self._clock():
                 return "expired"
             if is_use:
                 level.touch(key)
-            return "held"
+            return held
 
     @contextmanager
     def pinned(self, keys: Iterable[ChunkKey], deadline_s: float | None) -> Iterator[None]:

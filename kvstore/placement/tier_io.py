@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Protocol, TypeAlias, runtime_checkable
 
-from ...core import ChunkInfo, ChunkKey, EncodedChunk, Entry, HoldsChunks, MayStall, ReportsChanges, Tier
+from ...core import ChunkInfo, ChunkKey, EncodedChunk, Entry, HoldsChunks, MayStall, ReadsLayers, ReportsChanges, Tier
 from ...errors import ChunkCorruptError, CodecError, TierError, TierTimeoutError, TierUnavailableError
 from ..guard.deadline import Patience
 from ..guard.lane import Lane
@@ -79,21 +79,21 @@ class Clerk:
 
     def fetch(
         self, level: Level, key: ChunkKey, fetch: Fetch, *, is_use: bool = True
-    ) -> tuple[EncodedChunk | None, str | None]:
-        """What one tier holds, or why it cannot be read (`expired`, `corrupt`, `timeout`, `unavailable`).
+    ) -> tuple[EncodedChunk | None, str | None, float | None]:
+        """What one tier holds, why it cannot be read (`expired`, `corrupt`, `timeout`, `unavailable`), `recompute_s`.
 
-        (None, None) if it has nothing. `is_use`: the policy of the tier is told.
+        All None if it has nothing. `is_use`: the policy of the tier is told.
         """
-        state = self._books.read(level, key, is_use=is_use)
-        if state != "held" and level.shared is not None:  # others may have put it; what they removed, the tier says
-            self.catch_up(level)
-            state = self._books.read(level, key, is_use=is_use)
-        if state == "absent":
-            return None, None
+        held = self._books.read(level, key, is_use=is_use)
+        if (held is None or held == "expired") and level.shared is not None:
+            self.catch_up(level)  # others may have put it; what they removed, the tier says
+            held = self._books.read(level, key, is_use=is_use)
+        if held is None:
+            return None, None, None
         try:
-            if state == "expired":
+            if held == "expired":
                 self.remove(level, key, "expirations")
-                return None, "expired"
+                return None, "expired", None
             blob = level.call_at_once(fetch)
             if blob is None:
                 blob = level.call(fetch)
@@ -104,13 +104,13 @@ class Clerk:
                         self._books.strike(level, key, "departures")
         except ChunkCorruptError as exc:
             self.discard(level, key, exc)
-            return None, "corrupt"
+            return None, "corrupt", None
         except TierError as exc:
             self.faults.failed(level, exc)
-            if state == "expired":
-                return None, "expired"
-            return None, "timeout" if isinstance(exc, TierTimeoutError) else "unavailable"
-        return blob, None
+            if held == "expired":
+                return None, "expired", None
+            return None, "timeout" if isinstance(exc, TierTimeoutError) else "unavailable", None
+        return blob, None, held.info.recompute_s
 
     def remove(self, level: Level, key: ChunkKey, why: Removal) -> Held | None:
         """Deletes from one tier, unless `Books.strike` says that it may not go; what this call has deleted.
@@ -205,3 +205,26 @@ class Clerk:
 
 def whole(key: ChunkKey) -> Fetch:
     return lambda tier: tier.get(key)
+
+
+def some_layers(key: ChunkKey, start: int, stop: int) -> Fetch:
+    """Reads layers `[start, stop)` of a chunk.
+
+    Raises
+    ------
+    ValueError : the range is empty, or, when it reads, the chunk has no such layers.
+    """
+    if not 0 <= start < stop:
+        raise ValueError(f"layers are [{start}, {stop}); expected 0 <= start < stop")
+
+    def fetch(tier: HoldsChunks) -> EncodedChunk | None:
+        if isinstance(tier, ReadsLayers):
+            blob = tier.get_layers(key, start, stop)
+        else:
+            blob = tier.get(key)
+            blob = None if blob is None else blob.layers(start, stop)
+        if blob is not None and any(len(blob.tensors[name]) != stop - start for name in blob.layered):
+            raise ValueError(f"layers are [{start}, {stop}); chunk {key.hex()} has fewer")
+        return blob
+
+    return fetch

@@ -40,6 +40,11 @@ class TierStack:
         self._clerk.catch_up(*self.levels)
         return self._books.locate(key)
 
+    def locate_prefix(self, keys: Sequence[ChunkKey]) -> tuple[str, ...]:
+        """For each leading key, the fastest tier that answers and holds it, unexpired."""
+        self._clerk.catch_up(*self.levels)
+        return self._books.locate_prefix(keys)
+
     def count_in_first(self, keys: Iterable[ChunkKey]) -> int:
         """How many of the keys the first tier holds."""
         return sum(self._books.locate(key) == 0 for key in keys)
@@ -99,7 +104,7 @@ class TierStack:
         """Promotes a chunk from where it is, if it is stored; False if the first tier has no room, though it might."""
         found_at = self.locate(key)
         for level in self.levels[1:] if found_at else ():
-            blob, _ = self._clerk.fetch(level, key, whole(key))
+            blob, *_ = self._clerk.fetch(level, key, whole(key))
             if blob is not None:
                 return self.promote(key, blob)
         return True
@@ -115,7 +120,7 @@ class TierStack:
         if not slower or any(self._books.held(self.levels[i], key) for i in slower):
             return
         was_read = self.reads(self.levels[index], key) > 0
-        blob, _ = self._clerk.fetch(self.levels[index], key, whole(key), is_use=False)
+        blob, *_ = self._clerk.fetch(self.levels[index], key, whole(key), is_use=False)
         if blob is None:
             return
         for i in slower:

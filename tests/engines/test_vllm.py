@@ -148,16 +148,16 @@ def test_loads_continue_what_the_engine_has_itself(llm: Any) -> None:
 
 
 class Faults:
-    """Stands before a store's `get` and does harm to some calls."""
+    """Stands before a store's `read` and does harm to some calls."""
 
     def __init__(self, store: KVStore, harm: Callable[[int], bool]) -> None:
-        self.get, self.harm, self.calls = store.get, harm, 0
+        self.read, self.harm, self.calls = store.read, harm, 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if "timeout_s" not in kwargs:  # the store's own call within
-            return self.get(*args, **kwargs)
+            return self.read(*args, **kwargs)
         self.calls += 1
-        return None if self.harm(self.calls - 1) else self.get(*args, **kwargs)
+        return None if self.harm(self.calls - 1) else self.read(*args, **kwargs)
 
 
 def late(call: int) -> bool:
@@ -182,7 +182,7 @@ def test_lost_chunks_are_computed(
     store = store_of(llm)
     before = metric(llm, "kvloom_failed_loads")
     faults = Faults(store, harm)
-    monkeypatch.setattr(store, "get", faults)
+    monkeypatch.setattr(store, "read", faults)
     (output,) = generate(llm, [text])
     assert tokens_of([output]) == [plain]
     assert (usage(output)["failed"], sum(usage(output)["loaded_tokens"].values())) == (True, kept)
@@ -196,7 +196,7 @@ def test_lost_chunks_are_computed(
 
 def test_faults_hit_only_whom_they_concern(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     texts, plain = stored(llm, 41, (200, 310, 130, 420, 65, 64))
-    monkeypatch.setattr(store_of(llm), "get", Faults(store_of(llm), lambda call: call % 3 == 1))
+    monkeypatch.setattr(store_of(llm), "read", Faults(store_of(llm), lambda call: call % 3 == 1))
     outputs = generate(llm, texts)
     assert tokens_of(outputs) == plain
     failed = [usage(output)["failed"] for output in outputs]
@@ -208,13 +208,13 @@ def test_aborted_requests_leave_nothing(llm: Any, monkeypatch: pytest.MonkeyPatc
     """Aborted while it waits, loads, computes or generates; the next requests are answered as ever."""
     texts, plain = stored(llm, 51, (300, 200))
     store, gate = store_of(llm), threading.Event()
-    get = store.get
+    read = store.read
 
     def wait_for_gate(*args: Any, **kwargs: Any) -> Any:
         gate.wait(20)
-        return get(*args, **kwargs)
+        return read(*args, **kwargs)
 
-    monkeypatch.setattr(store, "get", wait_for_gate)
+    monkeypatch.setattr(store, "read", wait_for_gate)
     engine = llm.llm_engine
     for steps in range(12):
         name = f"doomed-{steps}"

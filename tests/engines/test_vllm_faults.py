@@ -104,45 +104,44 @@ def always(value: Any) -> Callable[..., Any]:
 
 
 def cut_short(call: Callable[..., Any]) -> Callable[..., Any]:
-    def get(*args: Any, **kwargs: Any) -> Any:
-        chunk = call(*args, **kwargs)
-        return chunk and replace(
-            chunk,
-            token_ids=chunk.token_ids[1:],
-            positions=chunk.positions[1:],
-            keys=chunk.keys[:, :, 1:],
-            values=chunk.values[:, :, 1:],
+    def read(*args: Any, **kwargs: Any) -> Any:
+        hit = call(*args, **kwargs)
+        if hit is None:
+            return None
+        shorter = replace(
+            hit.chunk,
+            token_ids=hit.chunk.token_ids[1:],
+            positions=hit.chunk.positions[1:],
+            keys=hit.chunk.keys[:, :, 1:],
+            values=hit.chunk.values[:, :, 1:],
         )
+        return hit._replace(chunk=shorter)
 
-    return get
+    return read
 
 
 def elsewhere(call: Callable[..., Any]) -> Callable[..., Any]:
     """Where it was not computed, and is not wanted."""
 
-    def get(key: Any, positions: Any = None, **kwargs: Any) -> Any:
-        chunk = call(key, positions, **kwargs)
-        return chunk and replace(chunk, positions=chunk.positions + 1)
+    def read(key: Any, positions: Any = None, **kwargs: Any) -> Any:
+        hit = call(key, positions, **kwargs)
+        return hit and hit._replace(chunk=replace(hit.chunk, positions=hit.chunk.positions + 1))
 
-    return get
+    return read
 
 
 FAULTS: dict[str, tuple[str, Callable[..., Any], bool]] = {  # call, harm, whether it is counted
-    "match raises": ("match", raising, True),
-    "match is late": ("match", delayed, False),
-    "match finds nothing": ("match", always(0), False),
-    "match lies": ("match", lambda call: lambda self, keys: len(keys), False),
-    "locate raises": ("locate", raising, True),
-    "locate is late": ("locate", delayed, False),
-    "locate finds nothing": ("locate", always(None), False),
-    "locate lies": ("locate", always("tape"), False),
-    "get raises": ("get", raising, True),
-    "get raises at times": ("get", every_other(raising), True),
-    "get is late": ("get", delayed, False),
-    "get finds nothing": ("get", always(None), True),
-    "get finds nothing at times": ("get", every_other(always(None)), True),
-    "get gives too little": ("get", cut_short, True),
-    "get gives it elsewhere": ("get", elsewhere, True),
+    "look-up raises": ("locate_prefix", raising, True),
+    "look-up is late": ("locate_prefix", delayed, False),
+    "look-up finds nothing": ("locate_prefix", always(()), False),
+    "look-up lies": ("locate_prefix", lambda call: lambda self, keys: ("tape",) * len(keys), False),
+    "read raises": ("read", raising, True),
+    "read raises at times": ("read", every_other(raising), True),
+    "read is late": ("read", delayed, False),
+    "read finds nothing": ("read", always(None), True),
+    "read finds nothing at times": ("read", every_other(always(None)), True),
+    "read gives too little": ("read", cut_short, True),
+    "read gives it elsewhere": ("read", elsewhere, True),
     "put raises": ("put", raising, True),
     "put is late": ("put", delayed, False),
     "put does nothing": ("put", always(None), False),

@@ -248,19 +248,19 @@ def test_batches_of_fused_and_plain_requests(llm: Any) -> None:
 def test_a_lost_document_is_computed(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case()
     store = connector_of(llm).worker.transfers.store
-    get = store.get
+    read = store.read
     lost = LENGTHS[0]
 
     def lossy(key: Any, positions: Tensor | None = None, **more: Any) -> Any:
-        chunk = get(key, positions, **more)
-        return None if chunk is not None and len(chunk) == lost else chunk
+        hit = read(key, positions, **more)
+        return None if hit is not None and len(hit.chunk) == lost else hit
 
-    monkeypatch.setattr(store, "get", lossy)
+    monkeypatch.setattr(store, "read", lossy)
     seen = computed_positions(llm, monkeypatch)
     (output,) = generate(llm, [case.tokens], case.options(0.0))
     assert seen == [*range(len(SYSTEM)), *range(*case.spans[1])]
     assert usage(output)["loaded_tokens"] == {"host": sum(LENGTHS) - lost - case.spans[-1][1] % BLOCK}
-    monkeypatch.setattr(store, "get", lambda *_, **__: None)
+    monkeypatch.setattr(store, "read", lambda *_, **__: None)
     assert llm.reset_prefix_cache()
     assert tokens_of(generate(llm, [case.tokens], case.options(0.1))) == [plain(llm, case.tokens)]
 
@@ -270,13 +270,15 @@ def test_keys_that_are_not_what_they_should_be_turn_it_off(llm: Any, monkeypatch
     case = Case()
     expected = plain(llm, case.tokens)
     store, fuser = connector_of(llm).worker.transfers.store, connector_of(llm).worker.fuser
-    get = store.get
+    read = store.read
 
     def unmoved(key: Any, positions: Any = None, **more: Any) -> Any:
-        chunk = get(key, None, **more)
-        return chunk if chunk is None or positions is None else replace(chunk, positions=positions)
+        hit = read(key, None, **more)
+        if hit is None or positions is None:
+            return hit
+        return hit._replace(chunk=replace(hit.chunk, positions=positions))
 
-    monkeypatch.setattr(store, "get", unmoved)
+    monkeypatch.setattr(store, "read", unmoved)
     monkeypatch.setattr(fuser, "is_trusted", True)
     assert tokens_of(generate(llm, [case.tokens], case.options(0.1))) == [expected]
     assert not fuser.is_trusted
@@ -287,13 +289,13 @@ def test_aborted_fusions_leave_nothing(llm: Any, monkeypatch: pytest.MonkeyPatch
     case = Case()
     fused = tokens_of(generate(llm, [case.tokens], case.options(0.2)))
     store, gate = connector_of(llm).worker.transfers.store, threading.Event()
-    get = store.get
+    read = store.read
 
     def wait_for_gate(*args: Any, **kwargs: Any) -> Any:
         gate.wait(20)
-        return get(*args, **kwargs)
+        return read(*args, **kwargs)
 
-    monkeypatch.setattr(store, "get", wait_for_gate)
+    monkeypatch.setattr(store, "read", wait_for_gate)
     engine = llm.llm_engine
     for steps in range(14):
         assert llm.reset_prefix_cache()

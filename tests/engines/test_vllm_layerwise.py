@@ -72,23 +72,23 @@ def metric(llm: Any, name: str) -> float:
 
 
 class Faults:
-    """Stands before a store's `get_layers` and does harm to some calls."""
+    """Stands before a store's `read` and does harm to some calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, harm: Callable[[Any, int], Any]) -> None:
         store = store_of()
-        self.get_layers, self.harm, self.calls = store.get_layers, harm, 0
+        self.read, self.harm, self.calls = store.read, harm, 0
         self.keys: list[bytes] = []
-        monkeypatch.setattr(store, "get_layers", self)
+        monkeypatch.setattr(store, "read", self)
 
-    def __call__(self, key: bytes, start: int, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, key: bytes, *args: Any, **kwargs: Any) -> Any:
         if "timeout_s" not in kwargs:  # the store's own call within
-            return self.get_layers(key, start, *args, **kwargs)
+            return self.read(key, *args, **kwargs)
         self.calls += 1
         if key not in self.keys:
             self.keys.append(key)
-        if self.harm(self.keys.index(key), start):
+        if self.harm(self.keys.index(key), kwargs["layers"][0]):
             return None
-        return self.get_layers(key, start, *args, **kwargs)
+        return self.read(key, *args, **kwargs)
 
 
 def test_tokens_are_identical_over_many_prompts(llm: Any) -> None:

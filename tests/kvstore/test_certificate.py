@@ -137,7 +137,7 @@ def test_get_without_a_certificate_is_a_miss_that_stays(tmp_path: Path) -> None:
     with KVStore([DiskTier(tmp_path)], codec=COARSE, certificates=good) as store:
         store.put(make_key(1), make_chunk(1))
     with KVStore([HostTier(None), DiskTier(tmp_path)], codecs=[COARSE]) as store:
-        assert store.get(make_key(1)) is None and store.get_layers(make_key(1), 0, 1) is None
+        assert store.get(make_key(1)) is None and store.get(make_key(1), layers=(0, 1)) is None
         stats = store.stats()
         assert stats.misses == {"uncertified": 2} and stats.hits == 0 and stats.tiers[1].chunks == 1
         assert_adds_up(stats)

@@ -71,7 +71,7 @@ def test_they_come_back_from_every_tier_in_every_form(codec: Codec, tier: str, t
             assert same_chunk(found, chunk)
         assert_extras(store.get(KEY, chunk.positions + 40), expected)
         for start, stop in ((0, 1), (1, 3)):
-            part = store.get_layers(KEY, start, stop)
+            part = store.get(KEY, layers=(start, stop))
             assert_extras(part, expected, slice(start, stop))
             assert part.first_layer == start
         assert store.check() == []
@@ -105,7 +105,7 @@ def test_a_flipped_byte_of_an_extra_is_a_miss(tmp_path: Path) -> None:
         store.put(KEY, chunk_with_extras())
     flip(tmp_path, KEY, -1)
     with opened(DiskTier(tmp_path)) as store:
-        assert_extras(store.get_layers(KEY, 0, 1), make_extras(3), slice(0, 1))  # layers are verified alone
+        assert_extras(store.get(KEY, layers=(0, 1)), make_extras(3), slice(0, 1))  # layers are verified alone
         assert store.get(KEY) is None
         assert store.stats().tiers[0].corruptions == 1
 

@@ -100,7 +100,7 @@ def test_device_errors(make_store: Callable[..., KVStore], disk: FaultyTier, cod
     for number in range(2):
         store.put(make_key(number), make_chunk(number))  # 0 is on the disk alone now
     disk.fail(code, "get")  # a read may need space, too: for the quarantine
-    assert store.get(make_key(0)) is None and store.get_layers(make_key(0), 0, 1) is None
+    assert store.get(make_key(0)) is None and store.get(make_key(0), layers=(0, 1)) is None
     assert store.stats().misses == {"unavailable": 2} and store.stats().tiers[1].errors == 2
     assert store.prefetch([make_key(0)]).result(LONG_S) == 0
     revive(store, disk)
@@ -169,7 +169,7 @@ def test_a_stalled_read_is_a_miss(make_store: Callable[..., KVStore], disk: Faul
     store._clerk.remove(store._stack.levels[0], make_key(0), "deletions")
     disk.gate.clear()
     begun_s = time.monotonic()
-    assert store.get(make_key(0)) is None and store.get_layers(make_key(0), 1, 2) is None
+    assert store.get(make_key(0)) is None and store.get(make_key(0), layers=(1, 2)) is None
     assert 0.2 <= time.monotonic() - begun_s < LONG_S / 2
     assert store.stats().misses == {"timeout": 2} and store.stats().tiers[1].timeouts == 2
     assert store.stats().tiers[1].errors == 0 and store.stats().lookups == 2
@@ -188,7 +188,7 @@ def test_time_of_one_call(make_store: Callable[..., KVStore], disk: FaultyTier) 
     disk.gate.clear()
     begun_s = time.monotonic()
     assert store.get(make_key(0), timeout_s=0.02) is None
-    assert store.get_layers(make_key(0), 0, 3, timeout_s=0.02) is None
+    assert store.get(make_key(0), layers=(0, 3), timeout_s=0.02) is None
     assert time.monotonic() - begun_s < LONG_S / 2 and store.stats().misses == {"timeout": 2}
     assert holds(store.get(make_key(1), timeout_s=0.0), 1)  # the host is not waited for
     disk.gate.set()
@@ -410,7 +410,7 @@ def test_the_real_disk_behind_a_lane(tmp_path: Path) -> None:
         for number in range(5):
             store.put(make_key(number), make_chunk(number))
         assert all(holds(store.get(make_key(n)), n) for n in range(5)) and in_order(store)
-        assert torch.equal(store.get_layers(make_key(0), 1, 2).values, make_chunk(0).values[1:2])
+        assert torch.equal(store.get(make_key(0), layers=(1, 2)).values, make_chunk(0).values[1:2])
     with KVStore([DiskTier(tmp_path)]) as store:
         assert store.match([make_key(n) for n in range(9)]) == 5 and in_order(store)
 
@@ -453,7 +453,7 @@ def test_threads_on_a_device_that_comes_and_goes(write_through: bool, steps: int
                     elif action < 0.55:
                         store.prefetch([key], deadline_s=dice.choice([None, 0.01])).cancel()
                     elif action < 0.65:
-                        part = store.get_layers(key, 1, 3)
+                        part = store.get(key, layers=(1, 3))
                         assert part is None or torch.equal(part.keys, make_chunk(number).keys[1:])
                     else:
                         with store.pinned([key]):

@@ -432,7 +432,7 @@ def test_layers_count_as_one_use_and_demotion_as_none() -> None:
     with KVStore([HostTier(CHUNK_BYTES), below], policy=make, write_through=False) as store:
         store.put(make_key(0), make_chunk(0))
         for layer in range(3):
-            store.get_layers(make_key(0), layer, layer + 1)
+            store.get(make_key(0), layers=(layer, layer + 1))
         store.match([make_key(0)])
         assert len(made) == 2 and made[0].touched == [make_key(0)]
         store.put(make_key(1), make_chunk(1))

@@ -102,7 +102,7 @@ def test_get_at_other_positions(store: KVStore) -> None:
     moved = store.get(make_key(1), positions)
     assert torch.equal(moved.positions, positions)
     assert torch.equal(moved.keys, SPEC.rope.shift(make_chunk(1).keys, 100))
-    part = store.get_layers(make_key(1), 1, 3, positions)
+    part = store.get(make_key(1), positions, layers=(1, 3))
     assert part.first_layer == 1 and torch.equal(part.keys, moved.keys[1:])
     assert holds(store.get(make_key(1)), 1)
 
@@ -113,6 +113,45 @@ def test_match_counts_leading_keys(store: KVStore) -> None:
     assert store.match([make_key(n) for n in range(5)]) == 2
     assert store.match([make_key(2)]) == 0 and store.match([]) == 0 and store.match([make_key(3)]) == 1
     assert store.stats().lookups == 0
+
+
+def test_read_says_where_a_chunk_came_from_and_what_it_costs(store: KVStore) -> None:
+    for number in range(4):
+        store.put(make_key(number), make_chunk(number), recompute_s=0.5 + number)
+    store.put(make_key(4), make_chunk(4))
+    positions = torch.arange(100, 105)
+    hit = store.read(make_key(1), positions)
+    assert hit is not None and (hit.tier, hit.recompute_s, hit.nbytes) == ("disk", 1.5, CHUNK_BYTES)
+    assert torch.equal(hit.chunk.positions, positions) and 0 < hit.load_s < 60
+    (known,) = store.explain([make_key(1)])
+    assert known.lookup is not None and known.lookup.tier == "disk" and known.lookup.load_s >= hit.load_s
+    hit = store.read(make_key(1))  # it was promoted
+    assert hit is not None and (hit.tier, hit.recompute_s) == ("host", 1.5) and holds(hit.chunk, 1)
+    hit = store.read(make_key(4), layers=(1, 3))
+    assert hit is not None and (hit.tier, hit.recompute_s) == ("host", None)
+    assert (hit.chunk.first_layer, hit.chunk.keys.shape[0]) == (1, 2) and 0 < hit.nbytes < CHUNK_BYTES
+    assert store.read(make_key(9)) is None and store.read(make_key(9), timeout_s=0) is None
+
+
+def test_the_tier_of_a_hit_is_the_one_that_answered(tmp_path: Path) -> None:
+    """Not the one that was to have it when it was asked."""
+    host = HostTier(None)
+    with KVStore([host, DiskTier(tmp_path / "kv")]) as store:
+        store.put(make_key(1), make_chunk(1), recompute_s=0.25)
+        host.delete(make_key(1))
+        assert store.locate(make_key(1)) == "host"
+        hit = store.read(make_key(1))
+        assert hit is not None and (hit.tier, hit.recompute_s) == ("disk", 0.25)
+        assert store.check() == []
+
+
+def test_locate_prefix_names_the_tiers_of_leading_chunks(store: KVStore) -> None:
+    for number in (0, 1, 2, 3, 5):
+        store.put(make_key(number), make_chunk(number))
+    keys = [make_key(number) for number in range(6)]
+    assert store.locate_prefix(keys) == ("disk", "disk", "host", "host") == tuple(map(store.locate, keys[:4]))
+    assert store.match(keys) == 4 and store.stats().lookups == 0
+    assert store.locate_prefix([]) == () == store.locate_prefix([make_key(4), make_key(5)])
 
 
 def test_eviction_takes_the_least_recently_used(store: KVStore) -> None:
@@ -133,7 +172,7 @@ def test_hit_below_is_promoted(store: KVStore) -> None:
     for number in range(5):
         store.put(make_key(number), make_chunk(number))
     assert store.locate(make_key(0)) == "disk"
-    part = store.get_layers(make_key(0), 1, 2)
+    part = store.get(make_key(0), layers=(1, 2))
     assert torch.equal(part.keys, make_chunk(0).keys[1:2]) and store.locate(make_key(0)) == "disk"
     assert holds(store.get(make_key(0)), 0) and store.locate(make_key(0)) == "host"
     host, disk = store.stats().tiers
@@ -322,7 +361,7 @@ def test_wrong_arguments(store: KVStore) -> None:
         store.get(make_key(1), torch.arange(4))
     for start, stop in ((2, 2), (-1, 1), (1, 4), (7, 9)):
         with pytest.raises(ValueError, match="layers are"):
-            store.get_layers(make_key(1), start, stop)
+            store.get(make_key(1), layers=(start, stop))
     for tiers in ([], [HostTier(None), HostTier(None)]):
         with pytest.raises(ValueError, match="at least one, with different names"):
             KVStore(tiers)
@@ -371,7 +410,7 @@ def test_threads(tmp_path: Path, write_through: bool) -> None:
                 elif action < 0.5:
                     store.prefetch([key])
                 elif action < 0.6:
-                    part = store.get_layers(key, 1, 3)
+                    part = store.get(key, layers=(1, 3))
                     assert part is None or torch.equal(part.keys, make_chunk(number).keys[1:])
                 else:
                     found = store.get(key)
@@ -466,7 +505,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(number=numbers, layer=st.integers(0, 2))
     def get_layers(self, number: int, layer: int) -> None:
         key = make_key(number)
-        stored, found = key in self.store, self.store.get_layers(key, layer, layer + 1)
+        stored, found = key in self.store, self.store.get(key, layers=(layer, layer + 1))
         assert torch.equal(found.values[0], self.model[key].values[layer]) if stored else found is None
 
     @rule(number=numbers)

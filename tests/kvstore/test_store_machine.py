@@ -134,7 +134,7 @@ class FullStoreMachine(RuleBasedStateMachine):
     def get_layers(self, number: int, layer: int) -> None:
         key = make_key(number)
         self.acting = self.namespace(key)
-        where, found = self.store.locate(key), self.store.get_layers(key, layer, layer + 1)
+        where, found = self.store.locate(key), self.store.get(key, layers=(layer, layer + 1))
         if found is not None:
             assert where is not None and torch.equal(found.values[0], self.model[key].chunk.values[layer])
         else:

@@ -45,7 +45,7 @@ def test_an_expired_chunk_is_a_miss_and_is_removed_when_found(clock: Clock) -> N
         clock.now_s += 0.001
         assert store.match([make_key(3), make_key(1)]) == 1 and stored(store, 1, 2, 3) == [3]
         assert store.locate(make_key(1)) is None and make_key(1) in tiers[0]
-        assert store.get(make_key(1)) is None and store.get_layers(make_key(2), 0, 1) is None
+        assert store.get(make_key(1)) is None and store.get(make_key(2), layers=(0, 1)) is None
         assert all(len(tier.entries()) == 1 for tier in tiers) and tiers[1].used_bytes == TAKEN_BYTES
         assert store.get(make_key(1)) is None
         stats = store.stats()
@@ -332,7 +332,7 @@ def test_lookups_that_raise_are_counted() -> None:
     with KVStore([HostTier(None)]) as store:
         put(store, 1)
         with pytest.raises(ValueError, match="has fewer"):
-            store.get_layers(make_key(1), 2, 9)
+            store.get(make_key(1), layers=(2, 9))
         stats = store.stats()
         assert stats.lookups == 1 and stats.misses == {"error": 1} and stats.hits == 0
 

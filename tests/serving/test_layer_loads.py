@@ -15,7 +15,7 @@ from kvloom.connectors.serving.worker.arrivals import Arrival
 from kvloom.connectors.serving.worker.layer_loads import LayerLoads
 from kvloom.core import KVChunk, KVSpec
 from kvloom.kvstore.keys import prefix_keys
-from kvloom.kvstore.store import KVStore
+from kvloom.kvstore.store import Hit, KVStore
 from kvloom.kvstore.tiers.host import HostTier
 
 from ..support.faulty import leaves_no_threads
@@ -123,12 +123,12 @@ def test_what_is_lost_in_one_layer_is_lost(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, chunk: int, layer: int
 ) -> None:
     """With all that follows it; what precedes it is right in every layer."""
-    get_layers = bench.store.get_layers
+    read = bench.store.read
 
-    def get(*args: Any, **kwargs: Any) -> KVChunk | None:
-        return None if args[:2] == (KEYS[chunk], layer) else get_layers(*args, **kwargs)
+    def harmed(*args: Any, **kwargs: Any) -> Hit | None:
+        return None if (args[0], kwargs["layers"][0]) == (KEYS[chunk], layer) else read(*args, **kwargs)
 
-    monkeypatch.setattr(bench.store, "get_layers", get)
+    monkeypatch.setattr(bench.store, "read", harmed)
     arrival = bench.run(4, 24)
     assert arrival.loaded.failed
     kept = max(chunk * CHUNK, 4)
@@ -146,7 +146,7 @@ def test_layers_that_the_model_left_out_are_a_failure(bench: Bench) -> None:
 
 def test_a_load_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     bench, gate = Bench(timeout_s=0.2), threading.Event()
-    monkeypatch.setattr(bench.store, "get_layers", lambda *_, **__: gate.wait(20) and None)
+    monkeypatch.setattr(bench.store, "read", lambda *_, **__: gate.wait(20) and None)
     arrival = bench.run(0, 24)
     gate.set()
     assert arrival.loaded.failed

@@ -174,7 +174,7 @@ def test_a_fault_of_our_own_costs_the_load_not_the_engine(monkeypatch: pytest.Mo
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(transfers.store, "get", broken)
+    monkeypatch.setattr(transfers.store, "read", broken)
     arrival = load(transfers, 4, 16)
     assert arrival.loaded.failed
     assert arrival.bad_blocks == {2, 7, 4}

@@ -128,7 +128,7 @@ def test_a_store_reads_what_is_cached_from_a_device_that_is_stuck(tmp_path: Path
         device.answers.clear()
         found = store.get(make_key(1))
         assert found is not None and same_chunk(found, make_chunk(1))
-        layer = store.get_layers(make_key(1), 1, 2)
+        layer = store.get(make_key(1), layers=(1, 2))
         assert layer is not None and layer.first_layer == 1
         device.refusal = errno.EAGAIN
         assert store.get(make_key(1)) is None

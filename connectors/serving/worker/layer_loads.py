@@ -21,8 +21,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ....core import KVChunk, KVSpec
-from ....kvstore.store import KVStore
+from ....core import KVSpec
+from ....kvstore.store import Hit, KVStore
 from ..messages import Load, Loaded
 from .arrivals import Arrival, RecomputeCost, fits
 from .threads import compute_alone
@@ -44,8 +44,7 @@ class LayerCache(Protocol):
 class _Job:
     load: Load
     begun_s: float
-    tiers: list[str]  # that the chunks were found in
-    layers: list[Future[list[KVChunk | None]]]
+    layers: list[Future[list[Hit | None]]]
     lost_from: int  # first chunk that has not come, in some layer; their number if all have
     written: set[int] = field(default_factory=set)  # layers
     waited_s: float = 0.0
@@ -87,8 +86,7 @@ class LayerLoads:
     def begin(self, load: Load) -> None:
         """To be called before the model runs; every call has its `finish` in the same step."""
         keys = load.keys[self._rank]
-        tiers = [self._store.locate(key) or "moved" for key in keys]
-        job = _Job(load, time.monotonic(), tiers, [Future() for _ in range(self._spec.num_layers)], len(keys))
+        job = _Job(load, time.monotonic(), [Future() for _ in range(self._spec.num_layers)], len(keys))
         self._jobs.append(job)
         self._loader.submit(self._read, job)
 
@@ -99,12 +97,13 @@ class LayerLoads:
                 continue
             begun_s = time.monotonic()
             job.written.add(layer)
-            chunks = self._layer(job, layer)
-            for index, chunk in enumerate(chunks[: job.lost_from]):
+            hits = self._layer(job, layer)
+            for index, hit in enumerate(hits[: job.lost_from]):
                 first = job.load.first + index * self._chunk_tokens
-                if chunk is None or not fits(chunk, self._spec, self._chunk_tokens, first):
+                if hit is None or not fits(hit.chunk, self._spec, self._chunk_tokens, first):
                     job.lost_from = index
                     break
+                chunk = hit.chunk
                 start, stop = max(first, job.load.start), min(first + self._chunk_tokens, job.load.stop)
                 here = slice(start - first, stop - first)
                 self._cache.write_layer(layer, job.load.blocks, start, chunk.keys[0][:, here], chunk.values[0][:, here])
@@ -127,23 +126,23 @@ class LayerLoads:
     def _read(self, job: _Job) -> None:
         keys = job.load.keys[self._rank]
         for layer, future in enumerate(job.layers):
-            chunks: list[KVChunk | None] = []
+            hits: list[Hit | None] = []
             try:
                 for key in keys:
                     left_s = job.begun_s + self._load_timeout_s - time.monotonic()
-                    chunk = None
+                    hit = None
                     if left_s > 0 and not job.is_over:
-                        chunk = self._store.get_layers(key, layer, layer + 1, timeout_s=left_s)
-                    chunks.append(chunk)
-                    if chunk is None:
+                        hit = self._store.read(key, layers=(layer, layer + 1), timeout_s=left_s)
+                    hits.append(hit)
+                    if hit is None:
                         break  # what follows it is of no use
             except BaseException as exc:
                 for waiting in job.layers[layer:]:
                     waiting.set_exception(exc)
                 raise
-            future.set_result(chunks)
+            future.set_result(hits)
 
-    def _layer(self, job: _Job, layer: int) -> list[KVChunk | None]:
+    def _layer(self, job: _Job, layer: int) -> list[Hit | None]:
         """Its chunks, up to the first that has not come; none of them if the time is over."""
         left_s = job.begun_s + self._load_timeout_s - time.monotonic()
         error = None
@@ -159,8 +158,8 @@ class LayerLoads:
             job.lost_from = 0
         if not job.lost_from:
             return []
-        chunks = job.layers[layer].result()
-        return chunks + [None] * (job.lost_from - len(chunks))
+        hits = job.layers[layer].result()
+        return hits + [None] * (job.lost_from - len(hits))
 
     def _finished(self, job: _Job) -> Arrival:
         job.is_over = True
@@ -169,12 +168,13 @@ class LayerLoads:
             job.lost_from = 0
         tokens: Counter[str] = Counter()
         worth = RecomputeCost()
-        for index in range(job.lost_from):
+        for index, hit in enumerate(job.layers[0].result()[: job.lost_from] if job.lost_from else ()):
+            if hit is None:
+                continue
             first = load.first + index * self._chunk_tokens
             count = min(first + self._chunk_tokens, load.stop) - max(first, load.start)
-            tokens[job.tiers[index]] += count
-            (known,) = self._store.explain(keys[index : index + 1])
-            worth.add(count, self._chunk_tokens, known.recompute_s)
+            tokens[hit.tier] += count
+            worth.add(count, self._chunk_tokens, hit.recompute_s)
         is_lost = job.lost_from < len(keys)
         loaded = Loaded(dict(tokens), is_lost, job.waited_s, 0, worth.recompute_s, worth.unpriced_tokens)
         counts = {f"loaded_tokens.{name}": count for name, count in tokens.items()}

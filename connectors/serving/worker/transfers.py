@@ -79,19 +79,14 @@ class Transfers:
     def look_up(self, lookup: LookUp) -> Answer:
         """Tiers of the leading chunks that are stored."""
         keys = lookup.keys[self._rank]
-        found: list[str] = []
+        found: tuple[str, ...] = ()
         try:
-            for key in keys[: self.store.match(keys)]:
-                tier = self.store.locate(key)
-                if tier is None:
-                    break
-                found.append(tier)
+            found = self.store.locate_prefix(keys)
         except Exception:  # noqa: BLE001 - the engine asks within its own step, which must not end with us
             _LOG.exception("looking up KV of request %s failed; it is computed", lookup.request_id)
-            found.clear()
             self.count({"errors": 1})
         self.count({"lookups": 1, "lookup_chunks": len(keys), "hit_chunks": len(found)})
-        return tuple(found)
+        return found
 
     # ------------------------------------------------------------------------------------------------- loading
 
@@ -150,18 +145,18 @@ class Transfers:
             for index, key in enumerate(load.keys[self._rank]):
                 first = load.first + index * self._chunk_tokens
                 start, stop = max(first, load.start), min(first + self._chunk_tokens, load.stop)
-                chunk, tier = None, self.store.locate(key)
+                hit = None
                 remaining_s = begun_s + self._load_timeout_s - time.monotonic()
                 if load.request_id not in self._cancelled and remaining_s > 0:
-                    chunk = self.store.get(key, timeout_s=remaining_s)
+                    hit = self.store.read(key, timeout_s=remaining_s)
                 self._tell_whereabouts(key)
-                if chunk is None or not fits(chunk, self._spec, self._chunk_tokens, first):
+                if hit is None or not fits(hit.chunk, self._spec, self._chunk_tokens, first):
                     lost_from = start
                     break
                 here = slice(start - first, stop - first)
-                writes.add(load.blocks, start, chunk.keys[:, :, here], chunk.values[:, :, here])
-                tokens[tier or "moved"] += stop - start
-                worth.add(stop - start, len(chunk), self._recompute_s(key))
+                writes.add(load.blocks, start, hit.chunk.keys[:, :, here], hit.chunk.values[:, :, here])
+                tokens[hit.tier] += stop - start
+                worth.add(stop - start, len(hit.chunk), hit.recompute_s)
         spent_s = time.monotonic() - begun_s
         self.count({"loads": 1, "load_seconds": spent_s} | {f"loaded_tokens.{name}": n for name, n in tokens.items()})
         is_lost = lost_from is not None
@@ -189,22 +184,18 @@ class Transfers:
                 key, start = document.keys[self._rank], max(document.start, fusion.start)
                 stop = min(document.stop, fusion.stop)
                 remaining_s = begun_s + self._load_timeout_s - time.monotonic()
-                chunk, tier = None, self.store.locate(key)
+                hit = None
                 if remaining_s > 0 and start < stop:
                     positions = torch.arange(document.start, document.stop)
-                    chunk = self.store.get(key, positions, timeout_s=remaining_s)
+                    hit = self.store.read(key, positions, timeout_s=remaining_s)
                 count = document.stop - document.start
-                found.append(chunk is not None and fits(chunk, self._spec, count, document.start))
-                if found[-1] and chunk is not None:
+                found.append(hit is not None and fits(hit.chunk, self._spec, count, document.start))
+                if found[-1] and hit is not None:
                     here = slice(start - document.start, stop - document.start)
-                    writes.add(fusion.blocks, start, chunk.keys[:, :, here], chunk.values[:, :, here])
-                    tokens[tier or "moved"] += stop - start
-                    worth.add(stop - start, len(chunk), self._recompute_s(key))
+                    writes.add(fusion.blocks, start, hit.chunk.keys[:, :, here], hit.chunk.values[:, :, here])
+                    tokens[hit.tier] += stop - start
+                    worth.add(stop - start, len(hit.chunk), hit.recompute_s)
         return Fetched(tuple(found), dict(tokens), worth)
-
-    def _recompute_s(self, key: ChunkKey) -> float | None:
-        (known,) = self.store.explain([key])
-        return known.recompute_s
 
     # -------------------------------------------------------------------------------------------------- saving
 
