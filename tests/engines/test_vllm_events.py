@@ -16,7 +16,6 @@ pytest.importorskip(
 import msgspec
 import zmq
 from prometheus_client import REGISTRY
-
 from vllm.config.kv_events import KVEventsConfig
 from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVEventBatch
 

@@ -21,6 +21,8 @@ pytest.importorskip(
     "vllm", reason="stock vLLM is not installed here; `make test-engines` runs this in its own environment"
 )
 
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder
+
 from kvloom.bench.vllm import retrieval as vllm_retrieval
 from kvloom.calibration.certificate import Certificate, Figure
 from kvloom.connectors.hf.retrieval.break_even import NEVER
@@ -34,7 +36,6 @@ from kvloom.connectors.vllm.retrieval.start import Retrieving
 from kvloom.core import KVSpec, RopeSpec
 from kvloom.errors import UncertifiedError
 from kvloom.retrieval.settings import Retrieval
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder
 
 from .support import engines
 from .support.engines import BLOCK, DECLINED, generate, prompts, tokens_of, usage

@@ -12,8 +12,9 @@ from kvloom.kvstore.placement.quota import Quota
 from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.disk.tier import DiskTier
 from kvloom.kvstore.tiers.host import HostTier
+from kvloom.testing.chunks import make_blob, make_chunk, make_key, same_blob, same_chunk
 
-from ..support.contracts import flip, make_blob, make_chunk, make_key, same_blob, same_chunk
+from ..support.damage import flip
 from ..support.fakes import assert_adds_up
 
 KEY = make_key(1)

@@ -67,9 +67,10 @@ def start(model: Path, connector: Mapping[str, Any] | None, **options: Any) -> A
     ranks = options.get("tensor_parallel_size", 1)
     cores = "|".join(map(str, range(ranks))) if ranks > 1 else "auto"
     os.environ.update(SETTINGS, VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND=cores)
-    from kvloom.bench.vllm.server import hide_fake_attributes
     from vllm import LLM
     from vllm.config import KVTransferConfig
+
+    from kvloom.bench.vllm.server import hide_fake_attributes
 
     hide_fake_attributes()  # of what earlier tests of this process have imported
     transfer = None
