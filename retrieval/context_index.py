@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core import KVChunk
 from ..errors import CodecError
-from .selector import KeepsState, LayerShape, LearnsFromQueries, MovesParts, Recodes, Selector, TravelsWithChunks
+from .selector import KeepsState, LayerShape, LearnsFromQueries, Selector, TravelsWithChunks
 from .settings import Retrieval
 
 Extras = dict[str, Tensor]
@@ -69,42 +69,6 @@ class ContextIndex:
             if selector is not None and self.start + len(selector) < stop:
                 selector.add(chunk.keys[layer][:, skip:], chunk.values[layer][:, skip:])
         return False
-
-    def place(
-        self, parts: Mapping[int, Mapping[str, Tensor]] | None, chunk: KVChunk, offset: int, changed: Tensor
-    ) -> int:
-        """Adds the next chunk, whose parts were made `offset` positions before, and some of whose keys have changed.
-
-        Parameters
-        ----------
-        parts : by layer; None if there are none.
-        changed : `[L, T]` bool.
-
-        Returns
-        -------
-        int : layers that took their parts; the others were computed anew.
-        """
-        took, first = 0, int(chunk.positions[0])
-        for layer, selector in enumerate(self.layers):
-            if selector is None:
-                continue
-            keys, fresh = chunk.keys[layer], changed[layer]
-            try:
-                if parts is None or not isinstance(selector, TravelsWithChunks):
-                    raise CodecError("there is nothing to take")
-                if isinstance(selector, MovesParts):
-                    placed = selector.recoded(selector.moved(parts[layer], offset), keys, fresh, first)
-                    selector.restore(placed, len(chunk))
-                elif isinstance(selector, Recodes):
-                    selector.restore(parts[layer], len(chunk))
-                    selector.recode(chunk.positions[fresh], keys[:, fresh])
-                else:
-                    raise CodecError(f"{selector.name} cannot be moved")
-                took += 1
-            except (CodecError, ValueError):
-                if self.start + len(selector) == first:
-                    selector.add(keys, chunk.values[layer])
-        return took
 
     def extras_of(self, first: int, stop: int) -> tuple[Extras, frozenset[str]]:
         """What belongs to the chunk of tokens `[first, stop)`, and the names of what is layered in it."""

@@ -149,39 +149,6 @@ class LandmarkIndex:
                 raise CodecError(f"{name} is not finite; index these tokens anew")
         self._take(parts[_MEANS], parts[_COSINES], parts[_TAIL], tokens)
 
-    def moved(self, parts: Mapping[str, Tensor], offset: int) -> dict[str, Tensor]:
-        """What `export` would have given of the same tokens `offset` positions further on.
-
-        The mean of rotated keys is rotated as they are, and cosines do not change; landmarks are rounded once more.
-        Raises `ValueError` if `offset` is no multiple of `chunk_tokens`: other tokens would share a run.
-        """
-        if offset % self.chunk_tokens:
-            raise ValueError(f"offset is {offset}; runs of {self.chunk_tokens} tokens move by multiples of that")
-        rope = self.shape.rope
-        if rope is None:
-            return dict(parts)
-        return dict(parts) | {name: rope.shift(parts[name], offset) for name in (_MEANS, _TAIL)}
-
-    def recoded(self, parts: Mapping[str, Tensor], keys: Tensor, changed: Tensor, first: int) -> dict[str, Tensor]:
-        """What `export` would give after some tokens were recomputed: their runs are summarised again.
-
-        Parameters
-        ----------
-        parts : of the tokens `[first, first + T)`.
-        keys : `[H, T, D]`, all of them as they are now.
-        changed : `[T]` bool.
-        """
-        self.shape.check_keys(keys)
-        c, (means, cosines) = self.chunk_tokens, (parts[_MEANS].clone(), parts[_COSINES].clone())
-        of_token = torch.arange(first, first + keys.shape[1]) // c - first // c
-        touched = torch.zeros(means.shape[1] + 1, dtype=torch.bool).index_fill_(0, of_token[changed], True)[:-1]
-        for run in touched.nonzero().flatten().tolist():
-            members = keys[:, of_token == run].unsqueeze(1)
-            mean, cosine = _summarise(members)
-            means[:, run], cosines[:, run] = mean[:, 0].to(means.dtype), cosine[:, 0]
-        tail = keys[:, of_token == means.shape[1]].float()
-        return {_MEANS: means, _COSINES: cosines, _TAIL: tail}
-
     @property
     def _end(self) -> int:
         return self.start + self._tokens

@@ -163,30 +163,6 @@ class KeepsState(Protocol):
         ...
 
 
-@runtime_checkable
-class MovesParts(Protocol):
-    """Optional capability of what travels with chunks: its parts hold positions, and can be placed elsewhere."""
-
-    def moved(self, parts: Mapping[str, Tensor], offset: int) -> Mapping[str, Tensor]:
-        """What `export` would give of the same tokens `offset` positions on. Raises `ValueError` where it cannot."""
-        ...
-
-    def recoded(self, parts: Mapping[str, Tensor], keys: Tensor, changed: Tensor, first: int) -> Mapping[str, Tensor]:
-        """What `export` would give of the tokens from `first` on, whose keys are `[H, T, D]`; those `changed`, `[T]`
-        bool, had other keys before.
-        """
-        ...
-
-
-@runtime_checkable
-class Recodes(Protocol):
-    """Optional capability of what travels with chunks: its parts hold no positions, and serve anywhere."""
-
-    def recode(self, positions: Tensor, keys: Tensor) -> None:
-        """Replaces the keys of covered tokens, `[H, N, D]` at `positions` `[N]`."""
-        ...
-
-
 def pooled(scores: Tensor, shape: LayerShape, pooling: Pooling = "max") -> Tensor:
     """One importance for each KV head: softmax for each query head, then the maximum or the sum over the group.
 

@@ -31,7 +31,6 @@ from ...kvstore.store import KVStore
 from ...retrieval.settings import Retrieval
 from .model import TransformersModel, lead_of
 from .retrieval.decoding import Decoding
-from .retrieval.fused import fused_chunks, with_index
 from .retrieval.session import Generated, Prompt, Session
 from .source import LostChunksError, StoreSource
 
@@ -164,7 +163,7 @@ class TransformersConnector:
         history : token ids said before, of each sequence, for instance `Session.token_ids` of another process. What
             the store has of them is not computed again; after `Session.save`, that is all.
         documents : texts that one sequence begins with, fused as by `assemble`; the first prompt follows them. Their
-            indexes come with them, see `precompute`.
+            index is built here.
         blender : how they are fused, if not as by the connector's.
 
         Raises
@@ -193,16 +192,10 @@ class TransformersConnector:
         if total >= self.layers.max_tokens:
             raise ValueError(f"documents have {total} tokens, the model's context {self.layers.max_tokens}; give fewer")
         context = self.fuse(documents, blender=blender)
-        plan = session.plan
-        keys = [self.key_of(ids) for ids in documents]
-        starts = list(accumulate(map(len, documents[:-1]), initial=len(self.lead_ids)))
-        stored = [self.store.get(key) for key in keys]
-        chunks, found = fused_chunks(
-            self.spec, context.token_ids, context.blended, starts, stored, plan.retrieval, plan.retrieving_shapes
-        )
         chosen = getattr(blender.select, "__qualname__", repr(blender.select))
         way = f"fused {blender.recompute_ratio} {blender.spread_ratio} {chosen}"
-        session.begin_with(chunks, f"{way} {[key.hex() for key in keys]}", found)
+        keys = [self.key_of(ids).hex() for ids in documents]
+        session.begin_with(context.token_ids, context.blended.keys, context.blended.values, f"{way} {keys}")
 
     def generate(
         self,
@@ -224,16 +217,13 @@ class TransformersConnector:
 
     # -------------------------------------------------------------------------------------------- precompute
 
-    def precompute(
-        self, documents: Sequence[str], *, progress: bool = False, retrieval: Retrieval | None = None
-    ) -> Precomputed:
+    def precompute(self, documents: Sequence[str], *, progress: bool = False) -> Precomputed:
         """Compute and store the KV of documents that are not stored yet, many in one forward.
 
         Parameters
         ----------
         documents : texts; equal ones are computed once.
         progress : show a progress bar.
-        retrieval : store each document's part of this method's index, too, also for documents already stored.
 
         Raises
         ------
@@ -247,21 +237,9 @@ class TransformersConnector:
         with Progress(disable=not progress, transient=True) as bar:
             task = bar.add_task("precomputing documents", total=sum(map(len, todo.values())))
             for key, chunk, spent_s in self._computed(todo):
-                indexed = chunk if retrieval is None else with_index(chunk, retrieval, self._decoding.shapes(retrieval))
-                self.store.put(key, indexed, recompute_s=spent_s)
+                self.store.put(key, chunk, recompute_s=spent_s)
                 bar.advance(task, len(chunk))
-        if retrieval is not None:
-            for key in by_key.keys() - todo.keys():
-                self._add_index(key, retrieval)
         return Precomputed(len(todo), len(by_key) - len(todo), sum(map(len, todo.values())))
-
-    def _add_index(self, key: ChunkKey, retrieval: Retrieval) -> None:
-        chunk = self.store.get(key)
-        if chunk is None:
-            return  # a miss by now; whoever needs it computes it
-        indexed = with_index(chunk, retrieval, self._decoding.shapes(retrieval))
-        if indexed is not chunk:
-            self.store.put(key, indexed)
 
     def _computed(self, documents: Mapping[ChunkKey, Sequence[int]]) -> Iterator[tuple[ChunkKey, KVChunk, float]]:
         """Key, KV and its share, by tokens, of the seconds that its pack took."""

@@ -76,32 +76,6 @@ class VqIndex:
         positions = torch.arange(self.start + self._tokens, self.start + self._tokens + keys.shape[1])
         self._append(self.codebook.codes(self._unrotated(keys, positions)))
 
-    def recode(self, positions: Tensor, keys: Tensor) -> None:
-        """Replaces the keys of tokens that were computed anew, as fusion does with some of a chunk's.
-
-        Parameters
-        ----------
-        positions : `[N]` int64, of tokens that are covered, each once.
-        keys : `[H, N, D]` after rotation to these positions.
-
-        Raises
-        ------
-        ValueError : a position is not covered, or comes twice; shapes or numbers are wrong.
-        """
-        self.shape.check_keys(keys)
-        rows = positions - self.start
-        if positions.shape != keys.shape[1:2] or len(rows.unique()) < len(rows):
-            raise ValueError(f"positions are {list(positions.shape)}; expected [{keys.shape[1]}] different ones")
-        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < self._tokens:
-            raise ValueError(
-                f"positions reach from {int(positions.min())} to {int(positions.max())}; expected tokens of "
-                f"[{self.start}, {self.start + self._tokens})"
-            )
-        codes, bits = self._codes(0, self._tokens), self.codebook.code_bits
-        new = self.codebook.codes(self._unrotated(keys, positions))
-        codes[:, rows] = new
-        self._packed[:, : packed_code_bytes(self._tokens, bits)] = pack_codes(codes, bits)
-
     def select(self, queries: Tensor, position: int, budget: int) -> Selection:
         self.shape.check_query(queries, budget)
         heads = self.shape.kv_heads

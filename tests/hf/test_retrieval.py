@@ -686,7 +686,7 @@ def test_what_cannot_be_asked_is_refused(rag: TransformersConnector) -> None:
     with pytest.raises(ValueError, match="max_new_tokens is 0"):
         rag.generate(prompts(3), retrieval=retrieval, max_new_tokens=0)
     for wrong, words in (
-        ({"method": "psychic"}, "no retrieval method 'psychic'; known: clusters, codes, exact"),
+        ({"method": "psychic"}, "no retrieval method 'psychic'; known: clusters, exact"),
         ({"budget_ratio": 1.5}, "budget_ratio is 1.5"),
         ({"budget_tokens": -1}, "budget_tokens is -1"),
         ({"window_tokens": 0}, "window_tokens is 0"),

@@ -10,7 +10,6 @@ from kvloom.retrieval.landmarks import LandmarkIndex
 from kvloom.retrieval.rows import Rows
 from kvloom.retrieval.selector import LayerShape, Selector
 from kvloom.testing import SHAPE, SelectorContract, make_context, recovered_mass
-from kvloom.testing.selector import ROPE
 
 
 class TestLandmarkIndex(SelectorContract):
@@ -151,52 +150,7 @@ def test_append_is_bulk(sizes: list[int], start: int, outliers: int) -> None:
     assert pieces.held_bytes == bulk.held_bytes
 
 
-class TestMovingAndTravelling:
-    def test_landmarks_move_as_keys_do(self) -> None:
-        keys, values, queries = make_context(301)
-        here, there = (LandmarkIndex(SHAPE, start=at, dtype=torch.float32) for at in (0, 64))
-        here.add(keys, values)
-        there.restore(here.moved(here.export(0, 301), 64), 301)
-        again = LandmarkIndex(SHAPE, start=64, dtype=torch.float32)
-        again.add(ROPE.shift(keys, 64), values)
-        moved, anew = there.export(64, 365), again.export(64, 365)
-        for name in moved:
-            torch.testing.assert_close(moved[name], anew[name], atol=1e-5, rtol=1e-5)
-        asked = ROPE.shift(queries[:, None], 64)[:, 0]
-        assert torch.equal(there.select(asked, 365, 40).ids, here.select(queries, 301, 40).ids + 64)
-
-    def test_half_precision_survives_it(self) -> None:
-        keys, values, _ = make_context(256)
-        index = LandmarkIndex(SHAPE)
-        index.add(keys, values)
-        parts = index.moved(index.export(0, 256), 1024)
-        assert parts["landmarks.means"].dtype == torch.float16
-        torch.testing.assert_close(
-            parts["landmarks.means"].float(), means_of(ROPE.shift(keys, 1024)), atol=4e-3, rtol=2e-3
-        )
-
-    def test_only_whole_runs_move(self) -> None:
-        with pytest.raises(ValueError, match="offset is 12; runs of 8 tokens"):
-            LandmarkIndex(SHAPE).moved({}, 12)
-
-    @pytest.mark.parametrize(("first", "tokens"), [(0, 64), (0, 61), (5, 60)])
-    def test_recomputed_tokens_are_summarised_again(self, first: int, tokens: int) -> None:
-        keys, values, _ = make_context(first + tokens)
-        keys, values = keys[:, first:], values[:, first:]
-        changed = torch.zeros(tokens, dtype=torch.bool)
-        changed[[0, 17, tokens - 1]] = True
-        fresh = torch.where(changed[:, None], torch.randn(keys.shape), keys)
-        old, new = LandmarkIndex(SHAPE, start=first), LandmarkIndex(SHAPE, start=first)
-        old.add(keys, values)
-        new.add(fresh, values)
-        stop = first + tokens
-        recoded = old.recoded(old.export(first, stop), fresh, changed, first)
-        expected = new.export(first, stop)
-        assert recoded.keys() == expected.keys()
-        for name, tensor in expected.items():
-            torch.testing.assert_close(recoded[name], tensor)
-        assert not torch.equal(expected["landmarks.means"], old.export(first, stop)["landmarks.means"])
-
+class TestTravelling:
     def test_outliers_are_ranked_over_what_came_together(self) -> None:
         keys = TestOutliers.with_one_that_disagrees(run=13)
         index, again = LandmarkIndex(SHAPE, outlier_chunks=1), LandmarkIndex(SHAPE, outlier_chunks=1)

@@ -250,23 +250,6 @@ class TestTravel:
         anew.add(moved[:, 100:], values[:, 100:])
         assert torch.equal(there.packed, anew.packed)
 
-    def test_recomputed_rows_are_coded_anew(self, codebook: Codebook) -> None:
-        keys, values, _ = make_context(101)
-        fresh, *_ = make_context(101, seed=8)
-        index, whole = VqIndex(SHAPE, codebook, start=3), VqIndex(SHAPE, codebook, start=3)
-        index.add(ROPE.shift(keys, 3), values)
-        rows = torch.tensor([100, 3, 40, 41])
-        index.recode(rows + 3, ROPE.shift(fresh, 3)[:, rows])
-        mixed = keys.clone()
-        mixed[:, rows] = fresh[:, rows]
-        whole.add(ROPE.shift(mixed, 3), values)
-        assert torch.equal(index.packed, whole.packed)
-        for positions in (torch.tensor([2]), torch.tensor([104])):
-            with pytest.raises(ValueError, match="expected tokens of"):
-                index.recode(positions, keys[:, :1])
-        with pytest.raises(ValueError, match=r"expected \[2\] different ones"):
-            index.recode(torch.tensor([5, 5]), keys[:, :2])
-
     def test_codes_of_another_codebook_are_refused(self, codebook: Codebook) -> None:
         keys, values, _ = make_context(64)
         index = VqIndex(SHAPE, codebook)

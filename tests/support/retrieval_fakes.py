@@ -52,50 +52,6 @@ class MeansSelector:
         self.restored += tokens
 
 
-class CodesSelector:
-    """Tokens by the signs of their unrotated keys, as numbers of 8 bits: no positions, so they serve anywhere."""
-
-    name = "codes"
-
-    def __init__(self, shape: LayerShape, *, start: int = 0) -> None:
-        self.shape, self.start, self.restored, self.recoded = shape, start, 0, 0
-        self._signs = torch.empty(shape.kv_heads, 0, shape.head_dim, dtype=torch.int8)
-
-    def __len__(self) -> int:
-        return self._signs.shape[1]
-
-    @property
-    def held_bytes(self) -> int:
-        return self._signs.nbytes
-
-    def _coded(self, keys: Tensor, positions: Tensor) -> Tensor:
-        return self.shape.rope.shift(keys.float(), -positions).sign().to(torch.int8)
-
-    def add(self, keys: Tensor, values: Tensor) -> None:
-        self.shape.check_keys(keys)
-        first = self.start + len(self)
-        self._signs = torch.cat((self._signs, self._coded(keys, torch.arange(first, first + keys.shape[1]))), 1)
-
-    def select(self, queries: Tensor, position: int, budget: int) -> Selection:
-        self.shape.check_query(queries, budget)
-        plain = self.shape.rope.shift(queries.float()[:, None], -position)
-        plain = plain.view(self.shape.kv_heads, self.shape.group, -1).sum(1, keepdim=True)
-        return Selection(top_ids((plain @ self._signs.float().mT)[:, 0], budget, self.start), self._signs.nbytes)
-
-    def export(self, first: int, stop: int) -> Mapping[str, Tensor]:
-        return {"signs": self._signs[:, first - self.start : stop - self.start].clone()}
-
-    def restore(self, parts: Mapping[str, Tensor], tokens: int) -> None:
-        if parts["signs"].shape != (self.shape.kv_heads, tokens, self.shape.head_dim):
-            raise CodecError("these are not signs of so many tokens")
-        self._signs = torch.cat((self._signs, parts["signs"]), 1)
-        self.restored += tokens
-
-    def recode(self, positions: Tensor, keys: Tensor) -> None:
-        self._signs[:, positions - self.start] = self._coded(keys, positions)
-        self.recoded += len(positions)
-
-
 class StatefulSelector(ExactSelector):
     """Exact, and stored with its sequence as a whole; `restored` tokens."""
 
@@ -143,7 +99,7 @@ def make_codebooks(spec: KVSpec, centroids: int = 32) -> Profile:
     return Profile(spec, tensors, {})
 
 
-FAKES = {"means": MeansSelector, "codes": CodesSelector, "stateful": StatefulSelector, "learning": LearningSelector}
+FAKES = {"means": MeansSelector, "stateful": StatefulSelector, "learning": LearningSelector}
 
 
 def maker(name: str) -> Callable[..., Selector]:

@@ -55,13 +55,6 @@ class Decoding:
             self._device,
         )
 
-    def shapes(self, retrieval: Retrieval) -> list[LayerShape | None]:
-        """Of every layer; None for those that attend to everything."""
-        return [
-            layer_shape(self._layers) if layer >= retrieval.dense_layers and window is None else None
-            for layer, window in enumerate(self._layers.window_tokens)
-        ]
-
     def _break_even(self, retrieval: Retrieval) -> int:
         """As the caller has it, as the certificate has it, or measured here, once."""
         spec = self._layers.spec

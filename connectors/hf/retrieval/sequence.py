@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from concurrent.futures import Executor, Future, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -309,17 +308,20 @@ class Context:
         self.switches = [switch for switch in switches if switch < self.length]
         return [Segment(a, b, (i + is_sparse) % 2 == 1) for i, (a, b) in enumerate(pairwise(bounds)) if a < b]
 
-    def adopt(self, chunks: Iterable[KVChunk], origin: str) -> None:
-        """Begins with tokens whose keys and values come from elsewhere, in chunks of `CHUNK_TOKENS`, the last shorter.
+    def adopt(self, token_ids: Tensor, keys: Tensor, values: Tensor, origin: str) -> None:
+        """Begins with tokens `[S]` whose keys `[L, H, S, D]` and values `[L, H, S, Dv]` were computed elsewhere.
 
-        `origin` names where from, as part of the keys under which they are stored.
+        `origin` says how, as part of the keys under which they are stored.
         """
         self.origin = origin
-        for chunk in chunks:
-            self.ids += chunk.token_ids.tolist()
+        for first in range(0, len(token_ids), CHUNK_TOKENS):
+            here = slice(first, first + CHUNK_TOKENS)
+            ids = token_ids[here]
+            chunk = KVChunk(
+                self.plan.spec, ids, torch.arange(first, first + len(ids)), keys[:, :, here], values[:, :, here]
+            )
+            self.ids += ids.tolist()
             self.dense_until = len(self.ids)
-            if len(chunk) == CHUNK_TOKENS:
-                self._held[self.length // CHUNK_TOKENS] = chunk, False
             self._take(chunk)
 
     def _load(self, until: int) -> None:

@@ -17,10 +17,9 @@ except ImportError as error:
         'kvloom.connectors.hf.retrieval.session needs transformers: pip install "kvloom[transformers]"'
     ) from error
 
-from ....core import ChunkKey, KVChunk
+from ....core import ChunkKey
 from ....errors import EngineError
 from .attention import RetrievalCache, retrieving
-from .fused import FusedIndex
 from .plan import Counts, Plan, Segment
 from .sequence import Context
 
@@ -71,10 +70,6 @@ class Session:
     decode : text of token ids.
     history : what was said before, in tokens, for each sequence: taken from the store as far as it is there, and
         otherwise computed again. `save` makes it whole.
-
-    Attributes
-    ----------
-    fused_index : where the index of fused documents came from; None without documents.
     """
 
     def __init__(
@@ -92,7 +87,6 @@ class Session:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="kvloom-index")
         self._contexts: list[Context] = []
         self._is_broken = False
-        self.fused_index: FusedIndex | None = None
         if history:
             self._take_up(history)
 
@@ -107,11 +101,10 @@ class Session:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def begin_with(self, chunks: Sequence[KVChunk], origin: str, index: FusedIndex) -> None:
+    def begin_with(self, token_ids: Tensor, keys: Tensor, values: Tensor, origin: str) -> None:
         """One sequence begins with tokens that were fused elsewhere; see `Context.adopt`."""
         self._open(1)
-        self._contexts[0].adopt(chunks, origin)
-        self.fused_index = index
+        self._contexts[0].adopt(token_ids, keys, values, origin)
 
     @property
     def token_ids(self) -> list[list[int]]:
