@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from ..core import KVSpec
 from ..errors import CodecError, SpecMismatchError
+from .output_file import write_output
 
 FORMAT_VERSION = 1
 
@@ -76,18 +75,9 @@ class Profile:
             )
 
     def save(self, path: Path) -> None:
-        """As a safetensors file; one that is there is replaced in one step."""
+        """As a safetensors file; see `write_output`."""
         meta = {"kvloom_profile": str(FORMAT_VERSION), "spec": self.spec.to_json(), **self.meta}
-        data = save({name: tensor.contiguous() for name, tensor in self.tensors.items()}, metadata=meta)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_output(path, save({name: tensor.contiguous() for name, tensor in self.tensors.items()}, metadata=meta))
 
     @classmethod
     def load(cls, path: Path) -> Profile:

@@ -30,9 +30,7 @@ def load_model(folder: Path | None, *, dtype: str | None = None) -> tuple[PreTra
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     folder = BUNDLED_MODEL if folder is None else folder
     if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"no model in {folder}: --model takes a local Hugging Face folder with config.json and weights"
-        )
+        raise ValueError(f"no model in {folder}; expected a local Hugging Face folder with config.json and weights")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     cuda = torch.cuda.is_available()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
+from ..calibration.output_file import write_output
 from .environment import commit, environment
 
 Floats = NDArray[np.float64]
@@ -96,16 +95,8 @@ class BenchResult:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file at `path` with `text` in one step; a reader sees the old file or the new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    """Write `text` as UTF-8, see `write_output`."""
+    write_output(path, text.encode("utf-8"))
 
 
 def _finite(value: object) -> object:

@@ -381,7 +381,7 @@ def test_command_says_what_is_wrong(
         ((folder,), "no text; name files or folders of it with --text"),
         ((folder, "--text", short), "tokens; expected at least 512: give more --text"),
         ((folder, "--text", empty), "holds no text"),
-        ((folder, "--text", tmp_path / "missing.txt"), "cannot read the text"),
+        ((folder, "--text", tmp_path / "missing.txt"), "there is no file or folder"),
         ((tmp_path / "missing", "--text", text), "no model in"),
         ((gpt, "--text", text), "model type 'gpt2' is not supported"),
         ((folder, "--text", text, "--dtype", "int3"), "dtype is 'int3'; expected one of auto, float32"),

@@ -199,7 +199,7 @@ def run(*args: object) -> int:
     return int(leave.value.code or 0)
 
 
-SMALL = ("--windows", 3, "--window-tokens", 200, "--trials", 3, "--context-tokens", 256, "--tasks", "needle")
+SMALL = ("--text-windows", 3, "--text-window-tokens", 200, "--trials", 3, "--context-tokens", 256, "--tasks", "needle")
 
 
 @pytest.mark.parametrize(("step", "passed"), [(1 / 8, True), (2.0, False)])
@@ -251,7 +251,7 @@ def test_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixtur
     for args, message in (
         (("--codec", "zip"), "unknown codec 'zip'; known: raw"),
         (("--codec", "raw", "--tasks", "needle,chess"), "tasks are chess; expected auto, none"),
-        (("--codec", "raw", "--profile", tmp_path / "missing"), "cannot be read as a profile"),
+        (("--codec", "raw", "--profile", short), "cannot be read as a profile"),
         (("--codec", "raw", "--text", short), "give more --text"),
     ):
         assert run("certify", "reference", *args, "--model-id", "m") == 2

@@ -100,14 +100,26 @@ def test_methods_that_learn_see_the_queries_of_the_prefix_alone(forced: ForcedMo
     assert all(one.seen == list(range(310)) and one.built == 256 - 16 < len(one) for one in seen[:4])
 
 
-SMALL = ("--windows", 2, "--window-tokens", 620, "--trials", 2, "--context-tokens", 560, "--tasks", "needle")
+SMALL = ("--text-windows", 2, "--text-window-tokens", 620, "--trials", 2, "--context-tokens", 560, "--tasks", "needle")
 LOOSE = ("--max-task-loss", 1.0, "--max-kl", 9.0, "--max-perplexity-increase", 9.0)
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(certify, "break_even", lambda *_: 768)
     out = tmp_path / "cert.json"
-    args = ("certify", "reference", "--retrieval", "exact", "--budget", 0.25, *SMALL, "--model-id", "tiny", "-o", out)
+    args = (
+        "certify",
+        "reference",
+        "--retrieval",
+        "exact",
+        "--budget-ratio",
+        0.25,
+        *SMALL,
+        "--model-id",
+        "tiny",
+        "-o",
+        out,
+    )
     assert run(*args, *LOOSE) == 0  # two trials prove nothing within the limits of old
     shown = capsys.readouterr().out
     assert "passed: retrieval exact may be used for this model" in shown and "needle loss" in shown
@@ -128,7 +140,7 @@ def test_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
         ((), "give one of --codec, --retrieval and --fusion"),
         (("--codec", "raw", "--retrieval", "exact"), "give one of --codec, --retrieval and --fusion"),
         (("--retrieval", "psychic"), "no retrieval method 'psychic'; known: "),
-        (("--retrieval", "exact", "--budget", "3"), "budget_ratio is 3.0"),
+        (("--retrieval", "exact", "--budget-ratio", "3"), "budget_ratio is 3.0"),
         (("--retrieval", "exact", "--pooling", "mean"), "pooling is 'mean'"),
         (("--retrieval", "random", "--parameter", "seed"), "parameter is 'seed'; expected NAME=VALUE"),
         (("--retrieval", "random", "--parameter", "luck=7", "--trials", "1"), "random does not take {'luck': 7}"),

@@ -9,6 +9,7 @@ import pytest
 
 from kvloom import __version__, cli
 from kvloom.errors import TierUnavailableError
+from kvloom.evaluation.report import BenchResult, Metric
 
 
 def run(*args: str) -> int:
@@ -49,28 +50,120 @@ def test_runs_as_a_module_from_anywhere(tmp_path: Path) -> None:
         check=False,
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "kvloom: unknown benchmark 'nothing'; known: blend, codecs, retrieval, tiers, vllm\n"
+    assert done.stderr == (
+        "kvloom: No such command 'nothing'; known: blend, codecs, retrieval, tiers, vllm; see kvloom bench --help\n"
+    )
 
 
-def test_unknown_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("bench", "nothing") == 2
-    line = one_line(capsys)
-    for name in cli.BENCHMARKS:
-        assert name in line
+@pytest.mark.parametrize("option", ["--dir", "--lmcache-python", "--report", "--sizes"])
+def test_options_of_another_benchmark_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("bench", "blend", option, "here") == 2
+    assert one_line(capsys) == f"kvloom: No such option: {option}; see kvloom bench blend --help"
+
+
+@pytest.mark.parametrize("command", [[], ["bench"]])
+def test_no_command_shows_the_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*command) == 2
+    captured = capsys.readouterr()
+    assert ("Usage: kvloom" in captured.out and "tiers" in captured.out) or "doctor" in captured.out
+    assert captured.err == ""
+
+
+WRONG = {
+    "bench tiers --quick --dir {file}": "Invalid value for '--dir': {file} is not a folder",
+    "bench tiers --lmcache-python {missing}": "there is no file {missing}",
+    "bench codecs --dir {missing}": "Invalid value for '--dir': {missing} is not a folder",
+    "bench codecs --report {folder}/x.pdf": "{folder}/x.pdf ends in .pdf; expected .html",
+    "bench retrieval --sizes 12,,13": "--sizes is '12,,13'; expected items with one comma between two",
+    "bench retrieval --sizes 4k": "--sizes has '4k'; expected a number of tokens such as 4096",
+    "bench retrieval --sizes -5": "--sizes has '-5'; expected a number of tokens such as 4096",
+    "bench retrieval --sizes 20": "sizes are 20; expected 256 to",
+    "bench vllm --json {folder}": "cannot write {folder}: it is a folder",
+    "calibrate reference -o {folder}/x": "no text; name files or folders of it with --text",
+    "calibrate reference --text {file}": "Missing option '-o' / '--out'",
+    "calibrate reference -o {folder}/x --text {missing}": "there is no file or folder {missing}",
+    "calibrate reference -o {folder}/x --text {file} --tokens 3": "Invalid value for '--tokens'",
+    "calibrate {missing} -o {folder}/x --text {file}": "no model in {missing}",
+    "calibrate reference -o {folder}/x --text {file}": "the text has",
+    "certify": "Missing argument 'MODEL'",
+    "certify reference": "give one of --codec, --retrieval and --fusion",
+    "certify reference --codec nuq4 --fusion": "give one of --codec, --retrieval and --fusion",
+    "certify reference --codec zip": "unknown codec 'zip'; known: raw",
+    "certify reference --codec nuq4": "kvloom calibrate",
+    "certify reference --codec raw --profile {missing}": "there is no file {missing}",
+    "certify reference --codec raw --profile {file}": "cannot be read as a profile",
+    "certify reference --codec raw --text-windows 0": "Invalid value for '--text-windows'",
+    "certify reference --codec raw --tasks chess": "tasks are chess; expected auto, none",
+    "certify reference --codec raw --dtype int3": "dtype is 'int3'; expected one of auto",
+    "certify reference --codec raw --max-kl nan": "limit is nan",
+    "certify reference --retrieval magic": "magic",
+    "certify reference --retrieval exact --budget-ratio 2": "budget_ratio is 2.0",
+    "certify reference --retrieval exact --window-tokens -1": "window_tokens is -1",
+    "certify reference --retrieval exact --parameter rank": "--parameter is 'rank'; expected NAME=VALUE",
+    "certify reference --fusion --ratios a": "--ratios has 'a'; expected a number",
+    "certify reference --fusion --ratios 2": "ratios are [2.0]; expected shares above 0 and below 1",
+    "certify reference --fusion --tasks chess": "chess",
+    "demo --model {missing}": "{missing} is not a folder",
+    "demo --model {folder}": "no model in {folder}",
+    "demo --docs {file}": "{file} is not a folder",
+    "demo --docs {folder}": "no documents in {folder}",
+    "demo --store {file}": "{file}",
+    "demo --report {file}/x": "cannot write {file}/x: Not a directory",
+    "demo --question": "requires an argument",
+    "doctor --dir ~nobody-at-all": "~nobody-at-all: there is no such home folder",
+    "doctor extra": "unexpected extra argument",
+    "simulate {missing}": "there is no file {missing}",
+    "simulate {folder}": "{folder} is a folder; expected a file",
+    "simulate {file}": "line 1 is not JSON",
+    "simulate {file} --capacity 5": "--capacity has '5'; expected a percentage such as 5%",
+    "simulate {file} --capacity 0%": "capacity is 0%",
+    "simulate {file} --codec-ratio 0.5": "codec ratio is 0.5",
+    "simulate {file} --policy lru,mru": "policy is 'mru'; expected some of",
+    "simulate {file} --report {folder}/x.png": "ends in .png; expected .html or .svg",
+}
+
+
+@pytest.mark.parametrize("command", WRONG)
+def test_wrong_arguments(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = {"folder": tmp_path / "folder", "file": tmp_path / "file.txt", "missing": tmp_path / "missing"}
+    names["folder"].mkdir()
+    names["file"].write_text("Too short.")
+    assert run(*(word.format(**names) for word in command.split())) == 2
+    assert WRONG[command].format(**names) in one_line(capsys)
+    assert list(names["folder"].iterdir()) == []
+    assert names["file"].read_text() == "Too short."
 
 
 @pytest.mark.parametrize(
-    ("option", "takers"),
+    ("arguments", "name"),
     [
-        ("--dir", "codecs, tiers and vllm"),
-        ("--lmcache-python", "tiers and vllm"),
-        ("--report", "codecs, retrieval and vllm"),
-        ("--sizes", "retrieval"),
+        (["doctor", "--json", ""], "--json"),
+        (["doctor", "--dir="], "--dir"),
+        (["demo", "--store", "", "--quick"], "--store"),
+        (["certify", ""], "an argument"),
     ],
 )
-def test_options_of_another_benchmark_are_refused(option: str, takers: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("bench", "blend", option, "here") == 2
-    assert one_line(capsys) == f"kvloom: {option} belongs to {takers}, not to blend"
+def test_nothing_may_be_empty(arguments: list[str], name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*arguments) == 2
+    assert one_line(capsys) == f"kvloom: {name} is empty; give it a value, or leave it out"
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "00", "99999999999999", "-3", "wide"])
+def test_absurd_widths_print(columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert run("doctor", "--help") == 0
+    assert "Folder whose disk is measured" in capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr("kvloom.bench.doctor.diagnose", lambda _: BenchResult("doctor", {"speed": Metric(1.5, 1, 2)}))
+    assert run("doctor") == 0
+    assert "1.50" in capsys.readouterr().out
+
+
+def test_a_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("kvloom.bench.doctor.diagnose", lambda _: BenchResult("doctor", {}))
+    assert run("doctor", "--json=~/out.json") == 0
+    assert json.loads((tmp_path / "out.json").read_text())["bench"] == "doctor"
 
 
 @pytest.mark.parametrize("option", ["--json", "--report"])
@@ -81,7 +174,7 @@ def test_output_is_refused_before_the_work(
     for place in (tmp_path / "missing" / "out", tmp_path, Path("/proc/out")):
         assert run("demo", option, str(place)) == 2
         line = one_line(capsys)
-        assert line.startswith(f"kvloom: cannot write {place}: ")
+        assert line.startswith(f"kvloom: Invalid value for '{option}': cannot write {place}: ")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,5 @@
+"""`python -m kvloom.cli`."""
+
+from .app import main
+
+main()

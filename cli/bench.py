@@ -1,0 +1,157 @@
+"""Commands that measure: `demo`, `bench`, `simulate`, `doctor`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .options import (
+    DiskFolder,
+    JsonFile,
+    Quick,
+    ReportFile,
+    any_path,
+    drawing_path,
+    file_path,
+    folder_path,
+    read_list,
+    read_numbers,
+    read_percentages,
+    read_token_counts,
+)
+
+if TYPE_CHECKING:
+    from ..evaluation.report import BenchResult
+
+app = typer.Typer(name="bench", help="Run one benchmark and print its figures.", no_args_is_help=True)
+
+LMCachePython = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PATH", callback=file_path, help="Python that has LMCache; default: .venv-lmcache/bin/python, if there."
+    ),
+]
+
+
+@app.command()
+def blend(json: JsonFile = None, quick: Quick = False) -> None:
+    """Fused documents beside full prefill: answers and time to first token, by ratio and length."""
+    from ..bench.blend.run import run
+
+    _write(run(quick=quick), json)
+
+
+@app.command()
+def codecs(json: JsonFile = None, report: ReportFile = None, quick: Quick = False, folder: DiskFolder = Path()) -> None:
+    """Bytes, quality and speed of every codec."""
+    from ..bench.codecs.run import run
+
+    _write(run(quick=quick, folder=folder, report=report), json)
+
+
+@app.command()
+def retrieval(
+    json: JsonFile = None,
+    report: ReportFile = None,
+    quick: Quick = False,
+    sizes: Annotated[
+        str | None, typer.Option(metavar="TOKENS", help="Contexts on the bundled model, e.g. 4096,8192.")
+    ] = None,
+) -> None:
+    """What choosing tokens loses and saves."""
+    tokens = None if sizes is None else read_token_counts(sizes, "--sizes")
+    from ..bench.retrieval.run import run
+
+    _write(run(quick=quick, sizes=tokens, report=report), json)
+
+
+@app.command()
+def tiers(
+    json: JsonFile = None, quick: Quick = False, folder: DiskFolder = Path(), lmcache_python: LMCachePython = None
+) -> None:
+    """The store beside the machine's limits, and beside files, LMDB, SQLite and LMCache."""
+    from ..bench.tiers.run import run
+
+    _write(run(quick=quick, folder=folder, lmcache_python=lmcache_python), json)
+
+
+@app.command()
+def vllm(
+    json: JsonFile = None,
+    report: ReportFile = None,
+    quick: Quick = False,
+    folder: DiskFolder = Path(),
+    lmcache_python: LMCachePython = None,
+) -> None:
+    """Kvloom in stock vLLM beside vLLM's own caches and LMCache; runs in vLLM's environment."""
+    from ..bench.vllm.run import run
+
+    _write(run(quick=quick, folder=folder, lmcache_python=lmcache_python, report=report), json)
+
+
+def _write(result: BenchResult, json: Path | None) -> None:
+    if json is not None:
+        result.write(json)
+
+
+def demo(
+    model: Annotated[
+        Path | None, typer.Option(metavar="DIR", callback=folder_path, help="Model folder; default: the bundled one.")
+    ] = None,
+    docs: Annotated[
+        Path | None, typer.Option(metavar="DIR", callback=folder_path, help="Folder of texts; default: bundled ones.")
+    ] = None,
+    question: Annotated[str | None, typer.Option(metavar="TEXT", help="Question about the documents.")] = None,
+    store: Annotated[
+        Path | None, typer.Option(metavar="DIR", callback=any_path, help="Keep the cache here; default: removed.")
+    ] = None,
+    report: ReportFile = None,
+    json: JsonFile = None,
+    quick: Quick = False,
+) -> None:
+    """Answer questions over cached documents, by every method, cold and after a restart."""
+    from ..bench.demo.run import DemoOptions, run_demo
+
+    options = DemoOptions(model=model, docs=docs, question=question, json=json, report=report, store=store, quick=quick)
+    run_demo(options)
+
+
+def simulate(
+    trace: Annotated[
+        Path,
+        typer.Argument(metavar="TRACE.jsonl", callback=file_path, help="Requests as JSON lines, in Mooncake's format."),
+    ],
+    capacity: Annotated[
+        str, typer.Option(metavar="SHARES", help="Capacities, in % of the bytes of all different blocks.")
+    ] = "2%,5%,10%,25%",
+    codec_ratio: Annotated[
+        str, typer.Option(metavar="RATIOS", help="How many times smaller a codec makes a block.")
+    ] = "1",
+    policy: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Only these beside lru and default; default: all.")
+    ] = None,
+    json: JsonFile = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", callback=drawing_path, help="Draw hit ratios (.svg, or .html with tables)."),
+    ] = None,
+) -> None:
+    """Replay a recorded trace: hit ratios by eviction policy, capacity and codec ratio."""
+    capacities, codec_ratios = read_percentages(capacity, "--capacity"), read_numbers(codec_ratio, "--codec-ratio")
+    policies = None if policy is None else read_list(policy, "--policy")
+    from ..bench.eviction.run import SimulateOptions
+    from ..bench.eviction.run import simulate as replay
+
+    more = {} if policies is None else {"policies": policies}
+    replay(SimulateOptions(trace, capacities, codec_ratios, json=json, report=report, **more))
+
+
+def doctor(folder: DiskFolder = Path(), json: JsonFile = None) -> None:
+    """Show versions, devices, copy and disk speed, and which extras are usable."""
+    from ..bench.doctor import diagnose, show
+
+    result = diagnose(folder)
+    show(result)
+    _write(result, json)
