@@ -1,20 +1,21 @@
-"""One context from independently computed chunks: CacheBlend (arXiv 2405.16444), with the flaws of its code mended.
+"""One context from independently computed chunks: CacheBlend (arXiv 2405.16444), without the errors of its code.
 
-The way of one layer, for the tokens that still have a hidden state ("active"):
+Steps of one layer, for the tokens that still have a hidden state ("active"):
 
-    load cached K, V of the layer      (a thread has been loading it since the layer before)
+    load cached K, V of the layer      (a thread began to load it during the layer before)
     compute q, k, v of active tokens   -> deviation from the cached rows -> overwrite all of these rows
-    keep the most deviating ones       -> they alone attend, by position, over the mixed K, V, and go on
+    keep the most deviating ones       -> only they attend, by position, over the mixed K, V, and go on
 
-Tokens drop out and never come back, so the sets nest. Layer 0 differs by rounding only, since its K and V depend on the
-token alone; one full layer is needed before anything can be chosen. The last layer's K and V need no attention of that
-layer.
+A token that drops out has no hidden state any more and cannot come back, so the sets nest. In layer 0, K and V depend
+on the token alone and differ by rounding only; one full layer must be computed before tokens can be chosen. The last
+layer needs its K and V, but no attention.
 """
 
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from numbers import Real
 from typing import Protocol
 
 import torch
@@ -22,16 +23,18 @@ from torch import Tensor
 
 from ..core import LayerwiseModel
 from .attention import causal_attention
-from .selection import CandidateTokens, Selector, by_deviation, kv_deviation
+from .choosers import CHOOSERS, CandidateTokens, Chooser, by_deviation, kv_deviation
 
 
 class LayerSource(Protocol):
-    """Where the cached KV of a context comes from, one layer at a time."""
+    """Delivers the cached KV of a context, one layer at a time."""
 
     def load(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Fill `keys [H, N, D]` and `values [H, N, Dv]`: the first N tokens of one layer, placed.
+        """Fill `keys [H, N, D]` and `values [H, N, Dv]` with the first N tokens of one layer, keys rotated to their
+        positions in the context.
 
-        Called layer by layer, from one other thread. N is all tokens, or the exact ones if the others are all computed.
+        Called layer by layer, from another thread, one call at a time. N is the number of all tokens, or of the exact
+        ones if all others are computed.
         """
         ...
 
@@ -44,9 +47,9 @@ class BlendedContext:
     ----------
     keys : `[L, H, S, D]`, after rotary embedding at positions 0 to S - 1.
     values : `[L, H, S, Dv]`.
-    attended_tokens : per layer, how many tokens ran through its attention and feed-forward.
+    attended_tokens : per layer, number of tokens that ran through its attention and feed-forward.
     fresh : per layer, positions whose K and V were computed here.
-    candidates : tokens that could have been recomputed: all but the exact ones.
+    candidates : number of tokens that could have been recomputed: all but the exact ones.
     """
 
     keys: Tensor
@@ -57,7 +60,7 @@ class BlendedContext:
 
     @property
     def computed_tokens(self) -> float:
-        """Tokens computed rather than loaded, mean over the layers, the full first layer included."""
+        """Number of tokens computed rather than loaded, mean over the layers, the full first layer included."""
         return sum(self.attended_tokens) / len(self.attended_tokens)
 
 
@@ -69,23 +72,30 @@ class Blender:
     ----------
     recompute_ratio : mean share of the candidate tokens recomputed in the layers after the choice, 0 to 1; 1 equals
         full prefill, 0 is naive reuse.
-    select : how they are chosen, see `selection`.
+    chooser : which tokens those are, see `choosers`.
     spread_ratio : the share falls linearly over the layers, from `(1 + spread_ratio)` to `(1 - spread_ratio)` times
         `recompute_ratio` (the paper's gradual filter); less where that would exceed all tokens.
     """
 
     recompute_ratio: float = 0.15
-    select: Selector = by_deviation
+    chooser: Chooser = by_deviation
     spread_ratio: float = 0.3
 
     def __post_init__(self) -> None:
         for name in ("recompute_ratio", "spread_ratio"):
             value = getattr(self, name)
-            if not 0.0 <= value <= 1.0:
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise TypeError(f"{name} is {value!r}; expected a number between 0 and 1")
+            if not 0.0 <= float(value) <= 1.0:
                 raise ValueError(f"{name} is {value}; expected a share between 0 and 1")
+        if not callable(self.chooser):
+            known = ", ".join(CHOOSERS)
+            raise TypeError(
+                f"chooser is {self.chooser!r}; expected a function, such as blend.choosers.CHOOSERS has: {known}"
+            )
 
     def layer_ratio(self, layer: int, num_layers: int) -> float:
-        """Share of the candidates that goes through `layer`: falls over layers 1 to L - 2, mean `recompute_ratio`."""
+        """Share of the candidates that is computed in `layer`: falls over layers 1 to L - 2, mean `recompute_ratio`."""
         ratio = self.recompute_ratio
         spread = min(self.spread_ratio, (1.0 - ratio) / ratio if ratio else 0.0)
         steps = max(1, num_layers - 3)
@@ -111,13 +121,17 @@ class Blender:
         model : the engine's layers.
         token_ids : `[S]` int64, the whole context.
         chunk_starts : first position of every chunk, ascending from 0; all tokens are cached.
-        source : delivers the cached KV, already placed.
+        source : delivers the cached KV, keys rotated to their positions in this context.
         exact_tokens : leading tokens whose cached KV is that of this very context (a prefix hit); never recomputed.
 
         Raises
         ------
-        ValueError : `chunk_starts` or `exact_tokens` do not fit `token_ids`.
+        ValueError : `chunk_starts` or `exact_tokens` do not fit `token_ids`, or the chooser returns something else than
+            ascending indices of its tokens.
+        TypeError : `token_ids` is no one-dimensional tensor of integers.
         """
+        if not isinstance(token_ids, Tensor) or token_ids.ndim != 1 or token_ids.is_floating_point():
+            raise TypeError(f"token_ids is {_described(token_ids)}; expected a tensor [S] of integers")
         spec, total = model.spec, len(token_ids)
         starts = torch.tensor(list(chunk_starts), dtype=torch.int64)
         if not len(starts) or int(starts[0]) != 0 or bool((starts.diff() <= 0).any()) or int(starts[-1]) >= total:
@@ -173,5 +187,21 @@ class Blender:
         if self.recompute_ratio >= 1.0:
             return everything
         count = min(len(tokens), math.ceil(self.layer_ratio(layer, num_layers) * candidates))
-        kept = self.select(tokens, count) if count else everything[:0]
-        return everything if kept is None else kept
+        kept = self.chooser(tokens, count) if count else everything[:0]
+        if kept is None:
+            return everything
+        # Attention relies on ascending positions: anything else would give wrong keys without an error.
+        is_sound = isinstance(kept, Tensor) and kept.dtype == torch.int64 and kept.ndim == 1
+        if not is_sound or (
+            len(kept) and not (int(kept[0]) >= 0 and int(kept[-1]) < len(tokens) and bool((kept.diff() > 0).all()))
+        ):
+            raise ValueError(
+                f"the chooser returned {_described(kept)} for layer {layer}; expected ascending int64 indices below "
+                f"{len(tokens)}, or None"
+            )
+        return kept
+
+
+def _described(found: object) -> str:
+    """A tensor's dtype and shape, or the type of anything else."""
+    return f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__

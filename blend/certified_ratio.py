@@ -1,4 +1,4 @@
-"""What share of its tokens a fusion has to compute: what certificates of fusions say, see `kvloom certify --fusion`."""
+"""The share of tokens that a fusion must recompute, as certificates of fusions state it (`kvloom certify --fusion`)."""
 
 from __future__ import annotations
 
@@ -7,26 +7,28 @@ from typing import Any
 
 from ..calibration.certificate import Certificate
 from .blender import Blender
-from .selection import by_deviation
+from .choosers import by_deviation
 
 FUSION = "fusion"
-"""What these certificates bear in the place of a codec's name."""
+"""Stands in these certificates in place of a codec's name."""
 
 
 def choosing_once(ratio: float) -> Blender:
-    """Fuses as engines do that cannot drop tokens on their way: tokens are chosen once, behind the first layer, and the
-    same ones go through all that follow. What certificates are measured with.
+    """A blender that chooses tokens once, after the first layer, and computes these tokens in all further layers.
+
+    Serving engines fuse like this, because a token cannot leave their batch between two layers. Certificates are
+    measured with this blender.
     """
     return Blender(ratio, by_deviation, spread_ratio=0.0)
 
 
 def parameters_of_fusion(ratio: float) -> Mapping[str, Any]:
-    """What a certificate is bound to beside the model."""
+    """The parameters that a certificate of fusion states, beside the model."""
     return {"ratio": ratio, "select": "deviation", "check_layer": 1}
 
 
 def certified_ratio(certificate: Certificate, check_layer: int) -> float | None:
-    """The share that it permits where tokens are chosen at that layer; None if it permits none."""
+    """The recompute ratio that a certificate permits if tokens are chosen at `check_layer`; None if it permits none."""
     parameters = certificate.parameters
     if certificate.codec != FUSION or not certificate.passed:
         return None

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..blend.blender import Blender
-from ..blend.selection import SELECTORS
+from ..blend.choosers import CHOOSERS
 from ..connectors.hf.connector import TransformersConnector
 from .report import spread
 from .workload import Case
@@ -41,10 +41,10 @@ PREFIX = Method("prefix caching", blender=Blender(1.0))
 NAIVE = Method("naive reuse", blender=Blender(0.0))
 
 
-def blend(ratio: float, selector: str = "deviation") -> Method:
-    """CacheBlend at this recompute ratio, or another selector in its place."""
-    name = "CacheBlend" if selector == "deviation" else {"first": "first tokens"}.get(selector, selector)
-    return Method(f"{name} {ratio:.0%}", blender=Blender(ratio, SELECTORS[selector]))
+def blend(ratio: float, chooser: str = "deviation") -> Method:
+    """CacheBlend at this recompute ratio, or another chooser of tokens in its place."""
+    name = "CacheBlend" if chooser == "deviation" else {"first": "first tokens"}.get(chooser, chooser)
+    return Method(f"{name} {ratio:.0%}", blender=Blender(ratio, CHOOSERS[chooser]))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

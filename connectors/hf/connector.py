@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ except ImportError as error:
 
 from ...blend.attention import causal_attention
 from ...blend.blender import BlendedContext, Blender
+from ...blend.choosers import CHOOSERS
 from ...calibration.certificate import Certificate
 from ...core import ChunkKey, KVChunk
 from ...errors import TierError
@@ -192,8 +194,9 @@ class TransformersConnector:
         if total >= self.layers.max_tokens:
             raise ValueError(f"documents have {total} tokens, the model's context {self.layers.max_tokens}; give fewer")
         context = self.fuse(documents, blender=blender)
-        chosen = getattr(blender.select, "__qualname__", repr(blender.select))
-        way = f"fused {blender.recompute_ratio} {blender.spread_ratio} {chosen}"
+        # Two choosers of the user's own may bear one name: what they chose must not lie under one key.
+        chooser = next((name for name, known in CHOOSERS.items() if known is blender.chooser), uuid4().hex)
+        way = f"fused {blender.recompute_ratio} {blender.spread_ratio} {chooser}"
         keys = [self.key_of(ids).hex() for ids in documents]
         session.begin_with(context.token_ids, context.blended.keys, context.blended.values, f"{way} {keys}")
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from kvloom.blend.attention import causal_attention
 from kvloom.blend.blender import BlendedContext, Blender
-from kvloom.blend.selection import SELECTORS, by_deviation, first_tokens, no_tokens, random_tokens
+from kvloom.blend.choosers import CHOOSERS, by_deviation, first_tokens, no_tokens, random_tokens
 from kvloom.connectors.hf.model import TransformersModel
 
 from ..support.models import CONFIGS, ROPES, VARIANTS, WINDOW_TOKENS, Prefill, make_model, make_variant, prefill
@@ -121,9 +121,9 @@ def test_a_window_that_the_attention_does_not_read_is_none() -> None:
     assert_full(case.blend(Blender(recompute_ratio=1.0)), case.full)
 
 
-@pytest.mark.parametrize("name", SELECTORS)
-def test_ratio_one_asks_no_selector(case: Case, name: str) -> None:
-    assert_full(case.blend(Blender(recompute_ratio=1.0, select=SELECTORS[name])), case.full)
+@pytest.mark.parametrize("name", CHOOSERS)
+def test_ratio_one_asks_no_chooser(case: Case, name: str) -> None:
+    assert_full(case.blend(Blender(recompute_ratio=1.0, chooser=CHOOSERS[name])), case.full)
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
@@ -144,7 +144,7 @@ def test_layerwise_model_is_the_models_forward(architecture: str) -> None:
 # ------------------------------------------------------------------------------------------------------- reuse
 
 
-@pytest.mark.parametrize("blender", [Blender(recompute_ratio=0.0), Blender(select=no_tokens)], ids=["zero", "none"])
+@pytest.mark.parametrize("blender", [Blender(recompute_ratio=0.0), Blender(chooser=no_tokens)], ids=["zero", "none"])
 def test_naive_reuse_places_the_chunks(case: Case, blender: Blender) -> None:
     context = case.blend(blender)
     assert torch.equal(context.keys, case.naive.keys) and torch.equal(context.values, case.naive.values)
@@ -161,10 +161,10 @@ def test_one_chunk_at_the_start_is_exact_and_free(ratio: float) -> None:
     assert torch.equal(context.keys, case.naive.keys)
 
 
-@pytest.mark.parametrize("name", [name for name in SELECTORS if name != "none"])
+@pytest.mark.parametrize("name", [name for name in CHOOSERS if name != "none"])
 @pytest.mark.parametrize("ratio", [0.05, 0.5, 1.0])
 def test_the_first_chunk_is_never_recomputed(case: Case, ratio: float, name: str) -> None:
-    context = case.blend(Blender(recompute_ratio=ratio, select=SELECTORS[name]))
+    context = case.blend(Blender(recompute_ratio=ratio, chooser=CHOOSERS[name]))
     exact = case.exact_tokens
     assert torch.equal(context.keys[:, :, :exact], case.naive.keys[:, :, :exact])
     assert torch.equal(context.values[:, :, :exact], case.naive.values[:, :, :exact])
@@ -204,11 +204,11 @@ def test_layer_ratios_reach_the_spread() -> None:
 @pytest.mark.parametrize("ratio", [0.1, 0.37, 0.8])
 def test_sets_nest_and_follow_the_ratios(name: str, ratio: float) -> None:
     case = make_case(make_model("llama", num_hidden_layers=7))
-    blender = Blender(recompute_ratio=ratio, select=SELECTORS[name])
+    blender = Blender(recompute_ratio=ratio, chooser=CHOOSERS[name])
     context = case.blend(blender)
     everything, layers = context.candidates, 7
     gradual = [math.ceil(blender.layer_ratio(layer, layers) * everything) for layer in range(1, layers - 1)]
-    first = gradual[0] if name == "first" else everything  # a selector without deviations chooses before layer 0
+    first = gradual[0] if name == "first" else everything  # a chooser without deviations chooses before layer 0
     assert context.attended_tokens == (first, *gradual, 0)
     assert abs(sum(gradual) / len(gradual) / everything - ratio) <= 1 / everything
     sets = [set(fresh.tolist()) for fresh in context.fresh]
@@ -218,7 +218,7 @@ def test_sets_nest_and_follow_the_ratios(name: str, ratio: float) -> None:
 
 @pytest.mark.parametrize("name", ["deviation", "first"])
 def test_fresh_rows_are_new_and_the_others_are_not_touched(case: Case, name: str) -> None:
-    context = case.blend(Blender(recompute_ratio=0.3, select=SELECTORS[name]))
+    context = case.blend(Blender(recompute_ratio=0.3, chooser=CHOOSERS[name]))
     for layer, fresh in enumerate(context.fresh):
         kept = torch.ones(len(case.token_ids), dtype=torch.bool)
         kept[fresh] = False
@@ -285,8 +285,8 @@ def test_deviation_mends_what_is_planted_and_random_does_not(seed: int) -> None:
     context = case.blend(share)
     assert context.fresh[-1].tolist() == planted.sort().values.tolist()
     assert_full(context, case.full)
-    for select in (random_tokens, first_tokens):
-        blind = case.blend(Blender(recompute_ratio=4 / candidates, spread_ratio=0.0, select=select))
+    for chooser in (random_tokens, first_tokens):
+        blind = case.blend(Blender(recompute_ratio=4 / candidates, spread_ratio=0.0, chooser=chooser))
         assert case.error(blind) > 0.3
 
 
@@ -402,4 +402,41 @@ def test_refuses_shares_outside_one(name: str, value: float) -> None:
 
 
 def test_default_is_the_papers() -> None:
-    assert Blender() == Blender(recompute_ratio=0.15, select=by_deviation)
+    assert Blender() == Blender(recompute_ratio=0.15, chooser=by_deviation)
+
+
+@pytest.mark.parametrize("name", ["recompute_ratio", "spread_ratio"])
+@pytest.mark.parametrize("value", ["0.15", None, True, torch.tensor(0.1)])
+def test_refuses_what_is_no_share(name: str, value: object) -> None:
+    with pytest.raises(TypeError, match=f"{name} is .*; expected a number between 0 and 1"):
+        Blender(**{name: value})
+
+
+def test_refuses_a_chooser_by_name() -> None:
+    with pytest.raises(TypeError, match=r"chooser is 'deviation'; expected a function, such as .* deviation, first"):
+        Blender(chooser="deviation")
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        torch.tensor([3, 1]),
+        torch.tensor([1, 1]),
+        torch.tensor([-1, 2]),
+        torch.tensor([0, 10_000]),
+        torch.tensor([0.0, 1.0]),
+        torch.ones(4, dtype=torch.bool),
+        [0, 1],
+    ],
+    ids=["descending", "twice", "below", "beyond", "floats", "mask", "list"],
+)
+def test_refuses_what_a_chooser_must_not_return(case: Case, chosen: object) -> None:
+    """Tokens out of order would attend to the wrong keys, without an error."""
+    with pytest.raises(ValueError, match=r"the chooser returned .*; expected ascending int64 indices below"):
+        case.blend(Blender(recompute_ratio=0.3, chooser=lambda tokens, count: chosen))
+
+
+@pytest.mark.parametrize("token_ids", [[1, 2, 3], None, torch.zeros(1, 3, dtype=torch.int64), torch.zeros(3)])
+def test_refuses_what_are_no_token_ids(case: Case, token_ids: object) -> None:
+    with pytest.raises(TypeError, match=r"token_ids is .*; expected a tensor \[S\] of integers"):
+        Blender().blend(case.model, token_ids, [0], case.naive)

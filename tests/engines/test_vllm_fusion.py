@@ -16,7 +16,7 @@ pytest.importorskip(
 
 from transformers import AutoModelForCausalLM
 
-from kvloom.blend.selection import kv_deviation
+from kvloom.blend.choosers import kv_deviation
 from kvloom.connectors.hf.model import TransformersModel
 
 from ..support.faulty import eventually

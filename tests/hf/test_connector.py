@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from kvloom.blend.blender import Blender
-from kvloom.blend.selection import no_tokens
+from kvloom.blend.choosers import no_tokens
 from kvloom.connectors.hf.connector import Precomputed, TransformersConnector
 from kvloom.connectors.hf.model import weights_id
 from kvloom.core import ChunkKey, EncodedChunk, KVChunk, Tier
@@ -435,7 +435,7 @@ def test_a_request_does_not_evict_what_it_reads(model: PreTrainedModel) -> None:
 def test_tenants_do_not_meet(model: PreTrainedModel) -> None:
     """A chunk planted under one tenant's key moves that tenant's context and no other's."""
     store = KVStore([HostTier(None)])
-    naive = Blender(recompute_ratio=0.0, select=no_tokens)
+    naive = Blender(recompute_ratio=0.0, chooser=no_tokens)
     ours, theirs, again = (
         TransformersConnector(model, make_tokenizer(bos=True), store, blender=naive, model_id="m", salt=salt)
         for salt in (b"us", b"them", b"us")

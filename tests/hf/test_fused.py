@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvloom.blend.blender import Blender
+from kvloom.blend.choosers import Chooser
 from kvloom.connectors.hf.connector import TransformersConnector
 from kvloom.kvstore.keys import prefix_keys
 from kvloom.kvstore.store import KVStore
@@ -107,3 +108,16 @@ def test_documents_and_history_exclude_each_other(model: PreTrainedModel) -> Non
         rag.session(Retrieval("exact", **SOME), history=[[1, 2]], documents=LONG)
     with pytest.raises(ValueError, match="the model's context 4096; give fewer"):
         rag.session(Retrieval("exact", **SOME), documents=LONG * 9)
+
+
+def test_choosers_of_one_name_do_not_share_keys(model: PreTrainedModel) -> None:
+    """Fused KV depends on which tokens were recomputed."""
+
+    def take(count: int) -> Chooser:
+        return lambda tokens, _: torch.arange(count, device=tokens.positions.device)
+
+    rag, keys = connect(model, 0.3), []
+    for chooser in (take(0), take(40)):
+        with rag.session(Retrieval("means", **SOME), documents=LONG, blender=Blender(0.3, chooser=chooser)) as session:
+            keys.append(session._contexts[0].key_of(0))
+    assert keys[0] != keys[1]

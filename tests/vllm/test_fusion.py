@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kvloom.blend.selection import deviation_of, kv_deviation, squares
+from kvloom.blend.choosers import deviation_of, kv_deviation, squares
 from kvloom.connectors.serving.messages import Advance, Document, Fusion
 from kvloom.connectors.serving.worker.arrivals import Fetched
 from kvloom.connectors.vllm.fusion.fuser import Fuser, stage

@@ -7,7 +7,7 @@
 
 Choosing and computing go in slices, one in each step of the engine, in the order of positions, so that a long context
 does not keep others waiting; the result is the same as in one piece. Deviation and choice are those of
-`blend.selection`. Deviations from the paper: tokens are chosen once, not again in every layer, since the engine's
+`blend.choosers`. Deviations from the paper: tokens are chosen once, not again in every layer, since the engine's
 forward pass cannot drop tokens on its way; and the layers up to `check_layer` are fresh for every token, as they had to
 be computed to choose.
 
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ....blend.selection import CandidateTokens, Selector, by_deviation, deviation_of, squares
+from ....blend.choosers import CandidateTokens, Chooser, by_deviation, deviation_of, squares
 from ....errors import EngineError
 from ...serving.messages import Advance, Fusion, Loaded
 from ...serving.worker.arrivals import Arrival, Fetched
@@ -79,7 +79,7 @@ class Fuser:
         check_layer: int,
         size: int,
         is_lossy: bool = False,
-        select: Selector = by_deviation,
+        select: Chooser = by_deviation,
     ) -> None:
         layers = len(cache.layers)
         self._transfers = transfers

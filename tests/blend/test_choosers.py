@@ -1,4 +1,4 @@
-"""Selectors and the deviation that one of them goes by."""
+"""Choosers of tokens to recompute, and the deviation that one of them goes by."""
 
 from functools import partial
 
@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvloom.blend.selection import (
-    SELECTORS,
+from kvloom.blend.choosers import (
+    CHOOSERS,
     CandidateTokens,
     by_deviation,
     deviation_and_first,
@@ -33,26 +33,26 @@ def pick(tokens: CandidateTokens, chosen: Tensor) -> CandidateTokens:
 
 
 def test_table_names_all() -> None:
-    assert set(SELECTORS.values()) == {by_deviation, first_tokens, random_tokens, no_tokens, deviation_and_first}
+    assert set(CHOOSERS.values()) == {by_deviation, first_tokens, random_tokens, no_tokens, deviation_and_first}
 
 
-@pytest.mark.parametrize("name", [name for name in SELECTORS if name != "none"])
+@pytest.mark.parametrize("name", [name for name in CHOOSERS if name != "none"])
 @given(count=st.integers(1, 60), seed=st.integers(0, 1000), data=st.data())
 def test_right_size_sorted_distinct_and_nested(name: str, count: int, seed: int, data: st.DataObject) -> None:
     """As a blender calls them: each call chooses among what the call before has left."""
     tokens = make_tokens(count, seed=seed)
     while len(tokens) > 1:
         keep = data.draw(st.integers(1, len(tokens)))
-        chosen = SELECTORS[name](tokens, keep)
+        chosen = CHOOSERS[name](tokens, keep)
         assert chosen.dtype == torch.int64 and len(chosen) == keep
         assert bool((chosen.diff() > 0).all()) and int(chosen[0]) >= 0 and int(chosen[-1]) < len(tokens)
         tokens = pick(tokens, chosen[: max(1, keep - 1)])
 
 
-@pytest.mark.parametrize("select", [by_deviation, random_tokens, deviation_and_first])
-def test_waits_for_deviations(select: object) -> None:
+@pytest.mark.parametrize("chooser", [by_deviation, random_tokens, deviation_and_first])
+def test_waits_for_deviations(chooser: object) -> None:
     tokens = make_tokens(20)
-    assert select(CandidateTokens(tokens.positions, tokens.offsets, None), 5) is None
+    assert chooser(CandidateTokens(tokens.positions, tokens.offsets, None), 5) is None
 
 
 def test_by_deviation_finds_the_planted() -> None:

@@ -1,8 +1,8 @@
-"""Which tokens of a fused context are recomputed: selectors, plain functions of one signature.
+"""Which tokens of a fused context are recomputed: choosers, plain functions of one signature.
 
-A selector takes the tokens that still may be chosen and how many to keep, and returns indices into them, or None as
-long as it cannot choose yet. It is asked before every layer; from layer 1 on the deviations are known. To add one,
-write a function of this signature, name its source, and enter it in `SELECTORS`.
+A chooser takes the tokens that may still be chosen and the number to keep, and returns indices into them, or None as
+long as it cannot choose yet. The blender calls it before every layer; from layer 1 on the deviations are known. To add
+one, write a function of this signature, name its source, and enter it in `CHOOSERS`.
 """
 
 from collections.abc import Callable
@@ -31,11 +31,11 @@ class CandidateTokens:
         return len(self.positions)
 
 
-Selector = Callable[[CandidateTokens, int], Tensor | None]
+Chooser = Callable[[CandidateTokens, int], Tensor | None]
 
 
 def kv_deviation(fresh_keys: Tensor, cached_keys: Tensor, fresh_values: Tensor, cached_values: Tensor) -> Tensor:
-    """How far cached KV is from fresh KV, a token.
+    """Distance between the cached and the fresh KV of each token.
 
     `sqrt(|dK|^2 / mean |K|^2 + |dV|^2 / mean |V|^2)`, norms over all heads, means over the tokens of this layer, so
     that neither keys nor values outweigh the other. CacheBlend (arXiv 2405.16444, section 4.3) defines the deviation
@@ -56,8 +56,8 @@ def kv_deviation(fresh_keys: Tensor, cached_keys: Tensor, fresh_values: Tensor, 
 def squares(fresh_keys: Tensor, cached_keys: Tensor, fresh_values: Tensor, cached_values: Tensor) -> Tensor:
     """What `deviation_of` needs of each token: `|dK|^2`, `|K|^2`, `|dV|^2`, `|V|^2`, as `[4, N]` float32.
 
-    Sums over heads, so that ranks that hold different heads may add theirs up; of each token by itself, so that a
-    context may be taken in slices. Arguments as for `kv_deviation`.
+    Each is a sum over heads, so that tensor-parallel ranks can add their rows. A row depends on its own token only, so
+    that a context can be processed in slices. Arguments as for `kv_deviation`.
     """
     rows = []
     for fresh, cached in ((fresh_keys, cached_keys), (fresh_values, cached_values)):
@@ -84,16 +84,16 @@ def by_deviation(tokens: CandidateTokens, count: int) -> Tensor | None:
 def first_tokens(tokens: CandidateTokens, count: int) -> Tensor | None:
     """The first tokens of every chunk, equally many: EPIC's LegoLink (arXiv 2410.15332). Needs no deviations.
 
-    The paper fixes up to 32 a chunk; here the number follows from `count`, so that selectors compare at equal cost.
+    The paper takes up to 32 a chunk; here the number follows from `count`, so that choosers compare at equal cost.
     """
     by_offset = tokens.offsets.argsort(stable=True)
     return by_offset[:count].sort().values
 
 
 def random_tokens(tokens: CandidateTokens, count: int, *, seed: int = 0) -> Tensor | None:
-    """`count` random tokens: the control that every other selector must beat.
+    """`count` random tokens: the control that every other chooser must beat.
 
-    Chosen where `by_deviation` chooses, after one full layer, so that the two differ in the choice alone.
+    It chooses where `by_deviation` does, after one full layer, so that the two differ in the choice alone.
     """
     if tokens.deviation is None:
         return None
@@ -103,7 +103,7 @@ def random_tokens(tokens: CandidateTokens, count: int, *, seed: int = 0) -> Tens
 
 
 def no_tokens(tokens: CandidateTokens, count: int) -> Tensor | None:
-    """Nothing: naive reuse."""
+    """No tokens: naive reuse."""
     return tokens.positions[:0]
 
 
@@ -116,7 +116,7 @@ def deviation_and_first(tokens: CandidateTokens, count: int, *, first: int = 2) 
     return ranked.topk(count).indices.sort().values
 
 
-SELECTORS: dict[str, Selector] = {
+CHOOSERS: dict[str, Chooser] = {
     "deviation": by_deviation,
     "first": first_tokens,
     "random": random_tokens,
