@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from typing import NewType, Protocol, TypeAlias, runtime_checkable
+from typing import NewType, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -286,22 +286,6 @@ class Codec(Protocol):
         ...
 
 
-Memory: TypeAlias = Callable[[int], Tensor]
-"""Gives `[nbytes]` uint8 on the cpu, of any content, at a multiple of 64 bytes."""
-
-
-@runtime_checkable
-class DecodesInto(Protocol):
-    """Optional capability of a codec: memory for what it decodes is asked for, and may have been used before.
-
-    The first touch of fresh memory can take longer than all decoding.
-    """
-
-    def decode_into(self, blob: EncodedChunk, positions: Tensor | None, memory: Memory) -> KVChunk:
-        """As `Codec.decode`."""
-        ...
-
-
 @runtime_checkable
 class Tier(Protocol):
     """Holds bytes, knows no policy: it never evicts on its own. Every method may be called from any thread."""
@@ -330,64 +314,6 @@ class Tier(Protocol):
         ...
 
     def close(self) -> None: ...
-
-
-@runtime_checkable
-class ReadsLayers(Protocol):
-    """Optional capability of a tier: layer-wise loading."""
-
-    def get_layers(self, key: ChunkKey, start: int, stop: int) -> EncodedChunk | None:
-        """Layers `[start, stop)` of a chunk, verified; errors as `Tier.get`."""
-        ...
-
-
-@runtime_checkable
-class MayStall(Protocol):
-    """Optional capability of a tier: its methods wait for a device or a network, which may never answer.
-
-    The store calls them from threads on which it can give up (`kvstore/lane.py`). The tier's properties are answered
-    from memory all the same.
-    """
-
-    @property
-    def may_stall(self) -> bool:
-        """True; a class attribute will do."""
-        ...
-
-
-class HoldsChunks(Protocol):
-    """The reading part of a tier."""
-
-    def get(self, key: ChunkKey) -> EncodedChunk | None: ...
-
-
-class AnswersAtOnce(HoldsChunks, Protocol):
-    """What a tier can say without waiting for a device, for another thread's I/O or for another process.
-
-    It reads like the tier, by the same methods, but raises `BlockingIOError` rather than wait, and wherever the tier
-    itself has more to do than to read.
-    """
-
-    def has_news(self) -> bool:
-        """Whether `ReportsChanges.changes` may have something to tell."""
-        ...
-
-
-@runtime_checkable
-class ReadsCached(Protocol):
-    """Optional capability of a tier that may stall: what it has in memory can be read without waiting."""
-
-    @property
-    def cached(self) -> AnswersAtOnce: ...
-
-
-@runtime_checkable
-class ReportsChanges(Protocol):
-    """Optional capability of a tier: other processes write to it, too."""
-
-    def changes(self) -> list[Entry | ChunkKey]:
-        """What others put (an entry) or removed (its key) since the last call, in order; microseconds if nothing."""
-        ...
 
 
 @runtime_checkable

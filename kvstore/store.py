@@ -23,7 +23,7 @@ from .eviction.admission import AdmissionPolicy, admission_factory
 from .eviction.policy import EvictionPolicy, policy_factory
 from .history import Explanation
 from .keys import check_key
-from .placement.catalog import Books, Move
+from .placement.catalog import Books, PlacementChange
 from .placement.prefetch import Prefetch, PrefetchQueue
 from .placement.quota import Quota, check_namespace, check_quotas
 from .placement.tier_io import Clerk, some_layers, whole
@@ -236,7 +236,7 @@ class KVStore:
         self._promote_found(key, found)
         return found.blob
 
-    def check_permits(self, spec: KVSpec) -> None:
+    def check_certificates(self, spec: KVSpec) -> None:
         """Refuse at once what `put` would refuse of every chunk of this model.
 
         Raises
@@ -392,14 +392,14 @@ class KVStore:
         self._expect_open()
         return [self._books.explain(key) for key in keys]
 
-    def take_moves(self) -> list[Move]:
+    def take_placement_changes(self) -> list[PlacementChange]:
         """Chunks that entered or left a tier since the last call, in order, by any process that is followed.
 
-        The first call gives nothing: moves are noted from then on. Whoever makes it goes on calling; what is noted is
+        The first call gives nothing: changes are noted from then on. Whoever makes it goes on calling; what is noted is
         kept until then.
         """
         self._expect_open()
-        return self._books.take_moves()
+        return self._books.take_placement_changes()
 
     def check(self) -> list[str]:
         """What is inconsistent, in words; empty if all is well. For a moment when no other thread uses the store."""

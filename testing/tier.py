@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from ..core import ChunkInfo, ChunkKey, ReadsLayers, Tier
+from ..core import ChunkInfo, ChunkKey, Tier
 from ..errors import TierFullError, TierUnavailableError
+from ..kvstore.capabilities import ReadsLayers
 from .chunks import make_blob, make_key, same_blob
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...compress.raw import RawCodec
 from ...core import ChunkKey, EncodedChunk, KVChunk, KVSpec
-from ...kvstore.encoding.buffer_pool import Spares
+from ...kvstore.encoding.buffer_pool import BufferPool
 
 Found = TypeVar("Found")
 
@@ -46,7 +46,7 @@ def sample_chunks(size_bytes: int, total_bytes: int) -> dict[ChunkKey, KVChunk]:
 
 def encoded(chunks: Mapping[ChunkKey, KVChunk]) -> dict[ChunkKey, EncodedChunk]:
     """The same as tiers hold them, in memory of their own."""
-    codec, memory = RawCodec(), Spares()
+    codec, memory = RawCodec(), BufferPool()
     return {key: memory.copy(codec.encode(chunk)) for key, chunk in chunks.items()}
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...core import Memory, RopeSpec
+from ...core import RopeSpec
 from ...errors import CodecError
+from ..capabilities import Allocator
 from ..kernels.ops import unpack_bits
 from .slots import unpack_channels
 
@@ -88,7 +89,7 @@ def fresh(nbytes: int) -> Tensor:
 
 
 def dequantise(
-    grid: Grid, codes: Codes, rotation: Rotation | None, dtype: torch.dtype, memory: Memory = fresh
+    grid: Grid, codes: Codes, rotation: Rotation | None, dtype: torch.dtype, allocate: Allocator = fresh
 ) -> Tensor:
     """The tensor that `codes` stand for, rotated, rounded once to `dtype`: `[L, H, T, D]`.
 
@@ -101,7 +102,7 @@ def dequantise(
     kernel = _kernel()
     if kernel is None:
         return dequantise_slowly(grid, codes, rotation, dtype)
-    return kernel(grid, codes, rotation, dtype, memory)
+    return kernel(grid, codes, rotation, dtype, allocate)
 
 
 def dequantise_slowly(grid: Grid, codes: Codes, rotation: Rotation | None, dtype: torch.dtype) -> Tensor:
@@ -131,7 +132,7 @@ def beyond(channels: int) -> CodecError:
 
 
 @lru_cache(maxsize=1)
-def _kernel() -> Callable[[Grid, Codes, Rotation | None, torch.dtype, Memory], Tensor] | None:
+def _kernel() -> Callable[[Grid, Codes, Rotation | None, torch.dtype, Allocator], Tensor] | None:
     # numba takes a second to import, and only who decodes needs it.
     try:
         from .dequantise_numba import dequantise_compiled

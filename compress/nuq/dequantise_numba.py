@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...core import Memory
+from ..capabilities import Allocator
 from ..kernels.lanes import LANES, load, look_up, part, settle, spread, store, stream, widen
 from ..kernels.machine_code import compiled
 from .dequantise import Codes, Grid, Rotation, beyond, fresh
@@ -33,7 +33,7 @@ _STORED_AS = {torch.float16: np.uint16, torch.bfloat16: np.int16, torch.float32:
 
 
 def dequantise_compiled(
-    grid: Grid, codes: Codes, rotation: Rotation | None, dtype: torch.dtype, memory: Memory = fresh
+    grid: Grid, codes: Codes, rotation: Rotation | None, dtype: torch.dtype, allocate: Allocator = fresh
 ) -> Tensor:
     """As `dequantise`; any other dtype than 16 and 32 bits is rounded from float32. Uses as many threads as torch."""
     if dtype not in _STORED_AS:
@@ -41,7 +41,7 @@ def dequantise_compiled(
     (L, H, T, _), D = codes.packed.shape, grid.scale.shape[-1]
     if 0 in (L, H, T, D):
         return torch.empty(L, H, T, D, dtype=dtype)
-    out = _room((L, H, T, D), dtype, memory)
+    out = _room((L, H, T, D), dtype, allocate)
     ranges = torch.tensor([1.0, 0.0]).expand(L, T, 2) if codes.ranges is None else codes.ranges
     half = torch.zeros(0, dtype=torch.float32)
     arrays = (
@@ -78,9 +78,9 @@ def dequantise_compiled(
     return out
 
 
-def _room(shape: tuple[int, ...], dtype: torch.dtype, memory: Memory) -> Tensor:
+def _room(shape: tuple[int, ...], dtype: torch.dtype, allocate: Allocator) -> Tensor:
     """At the start of a cache line: a store across two lines counts twice, and `stream` does not take it."""
-    found = memory(math.prod(shape) * dtype.itemsize)
+    found = allocate(math.prod(shape) * dtype.itemsize)
     if found.data_ptr() % _LINE_BYTES:
         raise ValueError(f"memory at {found.data_ptr():#x}; expected it at a multiple of {_LINE_BYTES} bytes")
     return found.view(dtype).view(shape)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ...calibration.model_profile import Profile
-from ...core import EncodedChunk, KVChunk, KVSpec, Memory
+from ...core import EncodedChunk, KVChunk, KVSpec
 from ...errors import CodecError, SpecMismatchError
+from ..capabilities import Allocator
 from ..envelope import cpu_copy, expect_tensor, open_envelope, seal
 from ..exact import put_exact
 from ..kernels.ops import pack_bits, packed_bytes
@@ -115,13 +116,13 @@ class NuqCodec:
         """
         return self.decode_into(blob, positions, fresh)
 
-    def decode_into(self, blob: EncodedChunk, positions: Tensor | None, memory: Memory) -> KVChunk:
+    def decode_into(self, blob: EncodedChunk, positions: Tensor | None, allocate: Allocator) -> KVChunk:
         """See `DecodesInto`."""
         envelope = open_envelope(blob, self.name, _KEY_NAMES | _VALUE_NAMES)
         spec, placed = envelope.spec, envelope.placed(positions)
         layers, turn = (envelope.first_layer, envelope.num_layers), Turn.to(placed, envelope)
-        keys = self._decode_half("keys", spec, blob, layers, envelope.tokens, envelope.parameters, turn, memory)
-        values = self._decode_half("values", spec, blob, layers, envelope.tokens, envelope.parameters, None, memory)
+        keys = self._decode_half("keys", spec, blob, layers, envelope.tokens, envelope.parameters, turn, allocate)
+        values = self._decode_half("values", spec, blob, layers, envelope.tokens, envelope.parameters, None, allocate)
         return KVChunk(spec, envelope.token_ids, placed, keys, values, envelope.first_layer)
 
     def decode_values(
@@ -207,7 +208,7 @@ class NuqCodec:
         tokens: int,
         parameters: Mapping[str, Any],
         turn: Turn | None,
-        memory: Memory,
+        allocate: Allocator,
     ) -> Tensor:
         bits, outlier_ratio, q_norm = self._parameters(parameters)
         try:
@@ -236,7 +237,7 @@ class NuqCodec:
             raise CodecError(f"nuq chunk: exact tokens of {half} differ between layers, or are none of its {T}")
         rotation = None if turn is None else Rotation.to(turn.coded, turn.rope)
         grid = self._grid(half, first_layer, L, H, bits, q_norm)
-        found = dequantise(grid, Codes(codes, ranges, channels, outliers.float()), rotation, spec.dtype, memory)
+        found = dequantise(grid, Codes(codes, ranges, channels, outliers.float()), rotation, spec.dtype, allocate)
         put_exact(found, at, exact, turn)
         return found
 

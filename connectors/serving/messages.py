@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core import ChunkKey
-from ...kvstore.placement.catalog import Move
+from ...kvstore.placement.catalog import PlacementChange
 
 RankKeys: TypeAlias = "tuple[tuple[ChunkKey, ...], ...]"
 """Keys of the same chunks for every rank: `keys[rank][chunk]`."""
@@ -153,7 +153,7 @@ class StepReport:
     answers: dict[str, Answer] = field(default_factory=dict)
     loaded: dict[str, Loaded] = field(default_factory=dict)
     found: dict[str, tuple[tuple[bool, ...], ...]] = field(default_factory=dict)
-    moves: list[Move] = field(default_factory=list)
+    moves: list[PlacementChange] = field(default_factory=list)
     number: int = 0
 
     @property

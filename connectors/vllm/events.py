@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...core import ChunkKey
-from ...kvstore.placement.catalog import Move
+from ...kvstore.placement.catalog import PlacementChange
 from ..serving.messages import StepPlan
 
 
@@ -57,7 +57,7 @@ class Residences:
         if keys[0] not in self._chunks:
             self._chunks.update(dict.fromkeys(keys, _Chunk(keys, blocks)))
 
-    def hear(self, moves: Iterable[Move]) -> None:
+    def hear(self, moves: Iterable[PlacementChange]) -> None:
         """Chunks that entered or left a tier. One that left without having been there was not stored after all."""
         for move in moves:
             chunk = self._chunks.get(move.key)

@@ -42,7 +42,7 @@ class _Loan:
         return torch.from_numpy(np.asarray(self))
 
 
-class Spares:
+class BufferPool:
     """Lends host memory, and again when the last view of what was lent is gone. Every method from any thread.
 
     Parameters

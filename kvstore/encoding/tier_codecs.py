@@ -11,7 +11,7 @@ from ...compress.envelope import form_of_blob, is_exact
 from ...core import Codec, EncodedChunk, KVChunk, KVSpec
 from ...errors import CodecError
 from . import extras
-from .buffer_pool import Spares
+from .buffer_pool import BufferPool
 from .certification import Permits
 from .copies import on_cpu
 
@@ -31,7 +31,7 @@ class Forms:
 
     def __init__(self, tier_codecs: Sequence[Codec], known: Iterable[Codec], permits: Permits) -> None:
         self.permits = permits
-        self._spares = Spares()
+        self._spares = BufferPool()
         self._tier_codecs = [(form_of(codec), codec) for codec in tier_codecs]
         known = [*known, *tier_codecs]
         self._by_name = {codec.name: codec for codec in known}

@@ -23,7 +23,7 @@ Removal: TypeAlias = Literal[
 _ABSENT_S = float("-inf")
 
 
-class Move(NamedTuple):
+class PlacementChange(NamedTuple):
     """A chunk is in a tier from now on, or no longer."""
 
     key: ChunkKey
@@ -60,7 +60,7 @@ class Books:
         self._clock = clock
         self._lock = threading.Lock()
         self._pins = Pins()
-        self._moves: list[Move] | None = None
+        self._changes: list[PlacementChange] | None = None
         self._until: dict[ChunkKey, float] = {}  # of every key in some tier: when the last copy expires, or infinity
         for level in self.levels:
             for entry in level.tier.entries():
@@ -73,7 +73,7 @@ class Books:
         if len(answering) < len(self.levels):
             return self._match_in(answering, keys)
         # Without the lock: each look-up is one step of the interpreter, and the answer may be outdated when it is
-        # returned in any case. A key that stays stored is never missing from `_until`, not even while it moves.
+        # returned in any case. A key that stays stored is never missing from `_until`, not even while it changes.
         now_s = self._clock()
         for count, until_s in enumerate(map(self._until.get, keys)):
             if until_s is None or until_s <= now_s:
@@ -205,8 +205,8 @@ class Books:
             if why == "expirations" and held.expires_at_s > now_s:
                 return None
             level.drop(key, evicted=why == "evictions")
-            if self._moves is not None:
-                self._moves.append(Move(key, level.tier.name, is_there=False))
+            if self._changes is not None:
+                self._changes.append(PlacementChange(key, level.tier.name, is_there=False))
             level.counts.update({why: 1, "removed_bytes": held.nbytes})
             self._note(key)
             self.history.departed(key, level.tier.name, why)
@@ -247,11 +247,11 @@ class Books:
             level.counts["hits"] += 1
             level.counts["bytes_read"] += nbytes
 
-    def take_moves(self) -> list[Move]:
+    def take_placement_changes(self) -> list[PlacementChange]:
         """Since the last call, in order. They are noted from the first call on."""
         with self._lock:
-            moves, self._moves = self._moves, []
-        return moves or []
+            changes, self._changes = self._changes, []
+        return changes or []
 
     def stats(self) -> tuple[TierStats, ...]:
         with self._lock:
@@ -279,8 +279,8 @@ class Books:
     def _enter(self, level: Level, key: ChunkKey, nbytes: int, info: ChunkInfo) -> None:
         old = level.add(key, nbytes, info)
         level.counts["added_bytes"] += nbytes
-        if self._moves is not None and old is None:
-            self._moves.append(Move(key, level.tier.name, is_there=True))
+        if self._changes is not None and old is None:
+            self._changes.append(PlacementChange(key, level.tier.name, is_there=True))
         if old is not None:
             level.counts.update(replaced=1, removed_bytes=old.nbytes)
         self._note(key)

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import TypeAlias
 
-from ...core import ChunkInfo, ChunkKey, EncodedChunk, Entry, HoldsChunks, MayStall, ReadsLayers, ReportsChanges, Tier
+from ...core import ChunkInfo, ChunkKey, EncodedChunk, Entry, Tier
 from ...errors import ChunkCorruptError, CodecError, TierError, TierTimeoutError, TierUnavailableError
+from ..capabilities import ChecksItself, HoldsChunks, MayStall, ReadsLayers, ReportsChanges
 from ..guard.deadline import Patience
 from ..guard.lane import Lane
 from .catalog import Books, Removal
@@ -22,13 +23,6 @@ from .tier_state import Held, Level
 Fetch: TypeAlias = Callable[[HoldsChunks], EncodedChunk | None]
 
 _NEWS_S = 1.0  # how long a call waits for what other processes did; what comes later is heeded when it comes
-
-
-@runtime_checkable
-class ChecksItself(Protocol):
-    """Optional capability of a tier: finding its own inconsistencies."""
-
-    def check(self) -> list[str]: ...
 
 
 class Clerk:
@@ -151,7 +145,7 @@ class Clerk:
         Who finds another thread at it goes on with the books as they are, rather than wait behind a slow tier.
         """
         for level in levels:
-            if level.shared is None or level.collecting.locked() or not level.answers or not level.has_news:
+            if level.shared is None or level.collecting.locked() or not level.answers or not level.has_changes:
                 continue
             try:
                 with self.patience.within(within_s):

@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ...core import ChunkInfo, ChunkKey, Entry, HoldsChunks, ReadsCached, ReportsChanges, Tier
+from ...core import ChunkInfo, ChunkKey, Entry, Tier
+from ..capabilities import HoldsChunks, ReadsCached, ReportsChanges
 from ..eviction.admission import AdmissionPolicy
 from ..eviction.policy import EvictionPolicy
 from ..guard.lane import Lane
@@ -127,9 +128,9 @@ class Level:
             return None
 
     @property
-    def has_news(self) -> bool:
+    def has_changes(self) -> bool:
         """Whether other processes may have changed what the tier holds."""
-        return bool(self.news) or self._cached is None or self._cached.has_news()
+        return bool(self.news) or self._cached is None or self._cached.has_changes()
 
     def stripe(self, key: ChunkKey) -> AbstractContextManager[object]:
         """A lock that 1/64 of all keys share; see `Clerk`."""

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvloom.core import EncodedChunk
-from kvloom.kvstore.encoding.buffer_pool import Spares, _rounded
+from kvloom.kvstore.encoding.buffer_pool import BufferPool, _rounded
 from kvloom.testing import make_blob, same_blob
 
 
 def test_lends_the_same_memory_again() -> None:
-    spares = Spares()
+    spares = BufferPool()
     first = spares.empty(100_000)
     address = first.data_ptr()
     del first
@@ -23,7 +23,7 @@ def test_lends_the_same_memory_again() -> None:
 
 
 def test_a_view_keeps_the_memory() -> None:
-    spares = Spares()
+    spares = BufferPool()
     data = spares.empty(1 << 20)
     view = data[8:4096].view(torch.float32)[3:]
     view.fill_(7.0)
@@ -39,7 +39,7 @@ def test_a_view_keeps_the_memory() -> None:
 
 
 def test_keeps_no_more_than_it_may() -> None:
-    spares = Spares(capacity_bytes=1 << 20)
+    spares = BufferPool(capacity_bytes=1 << 20)
     lent = [spares.empty(1 << 19) for _ in range(7)]
     for _ in range(2):
         del lent[0]
@@ -60,7 +60,7 @@ def test_wastes_at_most_a_sixteenth(nbytes: int) -> None:
 def test_copies_chunks() -> None:
     blob = make_blob(3, numbers=20_000)
     lent = EncodedChunk(blob.codec, blob.tensors, blob.meta, blob.layered, leased=True)
-    copy = Spares().copy(lent)
+    copy = BufferPool().copy(lent)
     assert same_blob(copy, blob) and not copy.leased
     for name, tensor in blob.tensors.items():
         assert copy.tensors[name].data_ptr() != tensor.data_ptr() and copy.tensors[name].data_ptr() % 64 == 0
@@ -69,11 +69,11 @@ def test_copies_chunks() -> None:
 
 @pytest.mark.parametrize("nbytes", [0, 1, 100, 1 << 15])
 def test_any_size(nbytes: int) -> None:
-    assert Spares().empty(nbytes).shape == (nbytes,)
+    assert BufferPool().empty(nbytes).shape == (nbytes,)
 
 
 def test_threads_never_share_memory() -> None:
-    spares, wrong = Spares(), []
+    spares, wrong = BufferPool(), []
 
     def use(number: int) -> None:
         for turn in range(200):

@@ -11,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from kvloom.core import MayStall, Tier
+from kvloom.core import Tier
 from kvloom.errors import ChunkCorruptError, TierFullError, TierTimeoutError, TierUnavailableError
+from kvloom.kvstore.capabilities import MayStall
 from kvloom.kvstore.guard import lane as lanes
 from kvloom.kvstore.guard import worker_pool as pools
 from kvloom.kvstore.guard.circuit_breaker import Breaker

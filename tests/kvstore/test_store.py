@@ -576,7 +576,7 @@ def test_moves_add_up_to_what_is_where(tmp_path: Path) -> None:
     """Puts, evictions, demotions, promotions and deletions, noted from the first call on."""
     with KVStore([HostTier(3 * CHUNK_BYTES), DiskTier(tmp_path / "kv", 5 * FILE_BYTES)], write_through=False) as store:
         store.put(make_key(0), make_chunk(0))
-        assert store.take_moves() == []
+        assert store.take_placement_changes() == []
         where: dict[str, set[ChunkKey]] = {"host": {make_key(0)}, "disk": set()}
         rng = random.Random(3)
         for _ in range(60):
@@ -588,10 +588,10 @@ def test_moves_add_up_to_what_is_where(tmp_path: Path) -> None:
                 store.get(make_key(number))
             else:
                 store.delete(make_key(number))
-            for key, tier, is_there in store.take_moves():
+            for key, tier, is_there in store.take_placement_changes():
                 assert (key in where[tier]) is not is_there, "each is told once"
                 (where[tier].add if is_there else where[tier].discard)(key)
             for index, tier in enumerate(("host", "disk")):
                 assert where[tier] == set(store._books.levels[index].keys)
         assert where["host"] and where["disk"]
-        assert store.take_moves() == []
+        assert store.take_placement_changes() == []

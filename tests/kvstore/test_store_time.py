@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from kvloom.compress.raw import RawCodec
-from kvloom.core import ChunkInfo, ChunkKey, Entry, ReportsChanges
+from kvloom.core import ChunkInfo, ChunkKey, Entry
 from kvloom.errors import TierFullError
+from kvloom.kvstore.capabilities import ReportsChanges
 from kvloom.kvstore.eviction.admission import ADMISSIONS, AdmissionPolicy, SecondUse, admission_factory
 from kvloom.kvstore.eviction.policy import POLICIES
 from kvloom.kvstore.store import KVStore

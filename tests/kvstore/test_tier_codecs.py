@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from torch import Tensor
 
+from kvloom.compress.capabilities import Allocator
 from kvloom.compress.raw import RawCodec
-from kvloom.core import Codec, EncodedChunk, KVChunk, Memory
+from kvloom.core import Codec, EncodedChunk, KVChunk
 from kvloom.errors import CodecError, TierFullError
 from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.disk.tier import DiskTier
@@ -48,9 +49,9 @@ class CountingCodec(CoarseCodec):
 class RoomyCodec(CoarseCodec):
     """Decodes into memory that it is given, a good deal of it."""
 
-    def decode_into(self, blob: EncodedChunk, positions: Tensor | None, memory: Memory) -> KVChunk:
+    def decode_into(self, blob: EncodedChunk, positions: Tensor | None, allocate: Allocator) -> KVChunk:
         chunk = self.decode(blob, positions)
-        keys = memory(1 << 20)[: chunk.keys.nbytes].view(chunk.keys.dtype).view(chunk.keys.shape)
+        keys = allocate(1 << 20)[: chunk.keys.nbytes].view(chunk.keys.dtype).view(chunk.keys.shape)
         return replace(chunk, keys=keys.copy_(chunk.keys))
 
 

@@ -100,14 +100,14 @@ def test_a_kernel_that_cannot_say_is_asked_once(tier: DiskTier, device: Device) 
 
 
 def test_news_of_others(tier: DiskTier) -> None:
-    assert not tier.cached.has_news()
+    assert not tier.cached.has_changes()
     other = DiskTier(tier.path)
     other.put(make_key(2), make_blob(2))
-    assert tier.cached.has_news()
+    assert tier.cached.has_changes()
     with pytest.raises(BlockingIOError):
         tier.cached.get(make_key(1))  # until this process has read what the other wrote
     assert [change.key for change in tier.changes()] == [make_key(2)]
-    assert not tier.cached.has_news() and tier.cached.get(make_key(1)) is not None
+    assert not tier.cached.has_changes() and tier.cached.get(make_key(1)) is not None
     other.delete(make_key(1))
     with pytest.raises(BlockingIOError):
         tier.cached.get(make_key(1))

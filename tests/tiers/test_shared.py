@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kvloom.core import ReportsChanges
 from kvloom.errors import TierError, TierUnavailableError
+from kvloom.kvstore.capabilities import ReportsChanges
 from kvloom.kvstore.tiers import shared
 from kvloom.kvstore.tiers.disk.tier import DiskTier
 from kvloom.kvstore.tiers.shared import SharedTier

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from kvloom.core import ReportsChanges
 from kvloom.kvstore import format as container
+from kvloom.kvstore.capabilities import ReportsChanges
 from kvloom.kvstore.tiers.disk.tier import DiskTier
 from kvloom.kvstore.tiers.host import HostTier
 from kvloom.testing import TierContract, make_blob, make_key

@@ -6,7 +6,7 @@ import pytest
 
 from kvloom.connectors.serving.messages import Load, StepPlan
 from kvloom.connectors.vllm.events import KVEvents, Residence, Residences, StoredBlocks
-from kvloom.kvstore.placement.catalog import Move
+from kvloom.kvstore.placement.catalog import PlacementChange as Move
 
 BLOCKS = StoredBlocks((b"b1", b"b2"), b"b0", (1, 2, 3, 4), (None, None))
 KEYS = (b"k0", b"k1")

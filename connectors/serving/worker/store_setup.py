@@ -84,7 +84,7 @@ def open_store(settings: ServingSettings, spec: KVSpec, papers: QualityRecords) 
         timeout_s=settings.load_timeout_s,
     )
     try:
-        store.check_permits(spec)
+        store.check_certificates(spec)
     except UncertifiedError as exc:
         store.close()
         others = sorted({each.model_id for each in papers.certificates} - {spec.model_id})

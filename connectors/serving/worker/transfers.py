@@ -14,7 +14,7 @@ import torch
 
 from ....core import ChunkKey, KVChunk, KVSpec
 from ....errors import KVLoomError
-from ....kvstore.placement.catalog import Move
+from ....kvstore.placement.catalog import PlacementChange
 from ....kvstore.store import KVStore
 from ..messages import Answer, Fusion, Load, Loaded, LookUp, Save
 from .arrivals import Arrival, Fetched, RecomputeCost, fits
@@ -74,7 +74,7 @@ class Transfers:
         self.tells_moves = tells_moves
         self._whereabouts: set[ChunkKey] = set()  # chunks to be told of, beside those that moved
         if tells_moves:
-            store.take_moves()  # which begins to note them
+            store.take_placement_changes()  # which begins to note them
 
     def look_up(self, lookup: LookUp) -> Answer:
         """Tiers of the leading chunks that are stored."""
@@ -275,15 +275,15 @@ class Transfers:
             counts, self._counts = self._counts, Counter()
         return dict(counts)
 
-    def take_moves(self) -> list[Move]:
+    def take_moves(self) -> list[PlacementChange]:
         """Chunks that entered or left a tier since the last call, and where those are that a request had to do with."""
         if not self.tells_moves:
             return []
         with self._lock:
             keys, self._whereabouts = self._whereabouts, set()
-        moves = self.store.take_moves()
+        moves = self.store.take_placement_changes()
         tiers = ((key, self.store.locate(key)) for key in keys)  # asked now: what moves after this is told next time
-        return moves + [Move(key, tier or "", is_there=tier is not None) for key, tier in tiers]
+        return moves + [PlacementChange(key, tier or "", is_there=tier is not None) for key, tier in tiers]
 
     def _tell_whereabouts(self, key: ChunkKey) -> None:
         """Of a chunk that may have been stored before moves were noted, or may not be stored at all."""

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from ....core import ChunkKey, EncodedChunk
 from ....errors import ChunkCorruptError
-from ...encoding.buffer_pool import Spares
+from ...encoding.buffer_pool import BufferPool
 from ...format import Header, ReadAt, read_container, read_header, read_layers
 from .files import NOT_SUPPORTED, Files, read_exactly
 from .index import Place
@@ -26,7 +26,7 @@ class Containers:
     """How a chunk is read from its place, into memory that was used before. Every method from any thread."""
 
     def __init__(self) -> None:
-        self._spares = Spares()
+        self._spares = BufferPool()
         self._lock = threading.Lock()
         self._headers: OrderedDict[tuple[int, int], Header] = OrderedDict()
 
@@ -82,8 +82,8 @@ class CachedReads:
     def get_layers(self, key: ChunkKey, start: int, stop: int) -> EncodedChunk:
         return self._read(key, self._containers.layers(key, start, stop))
 
-    def has_news(self) -> bool:
-        return self._journal.has_news_at_once()
+    def has_changes(self) -> bool:
+        return self._journal.has_changes_at_once()
 
     def _read(self, key: ChunkKey, read: Read) -> EncodedChunk:
         if not self._is_supported or not self._is_open():

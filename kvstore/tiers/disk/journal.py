@@ -87,7 +87,7 @@ class Journal:
         finally:
             self._lock.release()
 
-    def has_news_at_once(self) -> bool:
+    def has_changes_at_once(self) -> bool:
         """Whether `changes` may have something to tell, as far as can be said without waiting."""
         if not self._lock.acquire(blocking=False):
             return True
