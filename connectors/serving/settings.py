@@ -1,120 +1,170 @@
-"""What users may say of kvloom in vLLM: in `kv_connector_extra_config`, and in `kv_transfer_params` of a request."""
+"""What users may set of kvloom in an engine: the connector's settings, and the options of one request."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from types import MappingProxyType
-from typing import Any, Literal, TypeAlias, get_args
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    Strict,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
 
 LoadMode: TypeAlias = Literal["async", "layerwise"]
-
-_UNITS = MappingProxyType({"": 1, "B": 1} | {f"{p}iB": 1 << 10 * (i + 1) for i, p in enumerate("KMGT")})
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]iB|B|)\s*")
+T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+def _no_switch(value: object) -> object:
+    """JSON's `true` is no number."""
+    if isinstance(value, bool):
+        raise ValueError(f"expected a size, not {value}")
+    return value
+
+
+def _absolute(value: object) -> object:
+    """A path as it was meant where it was given: `~` expanded, relative to the folder of now, never empty."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("expected a path")
+    return str(Path(value).expanduser().resolve())
+
+
+def _existing(path: str) -> str:
+    """What is missing is missed before the engine loads its weights."""
+    if not Path(path).is_file():
+        raise ValueError("expected a file")
+    return path
+
+
+# The description of a type is what an error says to be expected.
+Size: TypeAlias = Annotated[
+    ByteSize, BeforeValidator(_no_switch), Field(ge=1, description="bytes from 1, or text like '32GiB'")
+]
+FilePath: TypeAlias = Annotated[
+    str, BeforeValidator(_absolute), AfterValidator(_existing), Field(description="the path of a file that exists")
+]
+FolderPath: TypeAlias = Annotated[str, BeforeValidator(_absolute), Field(description="the path of a folder")]
+FilePaths: TypeAlias = Annotated[tuple[FilePath, ...], Field(description="a list of paths of files that exist")]
+Text: TypeAlias = Annotated[str, Strict(), Field(description="text")]
+Name: TypeAlias = Annotated[str, Strict(), Field(min_length=1, description="text, not empty")]
+Switch: TypeAlias = Annotated[bool, Strict(), Field(description="true or false")]
+Count: TypeAlias = Annotated[int, Strict(), Field(ge=1, description="an integer from 1")]
+NonNegative: TypeAlias = Annotated[int, Strict(), Field(ge=0, description="an integer from 0")]
+Seconds: TypeAlias = Annotated[
+    float, Strict(), Field(gt=0, allow_inf_nan=False, description="a number of seconds above 0")
+]
+Ratio: TypeAlias = Annotated[float, Strict(), Field(ge=0, le=1, description="a number from 0 to 1")]
+_TokenId: TypeAlias = Annotated[int, Strict(), Field(ge=0)]
+TokenIds: TypeAlias = Annotated[tuple[_TokenId, ...], Field(description="a list of token ids")]
+_Bound: TypeAlias = Annotated[int, Strict()]
+Spans: TypeAlias = Annotated[
+    tuple[tuple[_Bound, _Bound], ...], Field(description="[start, stop) pairs of integers, ascending")
+]
+
+_CHECKED = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_CHECKED)
 class ServingSettings:
-    """`kv_connector_extra_config`. Sizes may be given as text, `"32GiB"`.
+    """`kv_connector_extra_config` of an engine. Sizes may be given as text (`"32GiB"`), paths with `~`.
 
     Attributes
     ----------
-    host_bytes : of chunks in the memory of the machine, all workers of this engine together.
+    host_bytes : size of the host tier, for all workers of this engine together.
     disk_path : folder of a `DiskTier`, shared by all engines that name it; None for none.
-    disk_bytes : of chunks in that folder; None for no limit.
-    host_codec, disk_codec : what chunks are encoded with in that tier, a name of `compress.catalog`; None for as they
+    disk_bytes : most bytes of chunks in that folder; None for no limit.
+    host_codec, disk_codec : codec of the chunks in that tier, a name of `compress.registry`; None stores them as they
         are.
     profile : file of the model's `Profile`, for codecs that need one.
-    certificates : files; what makes lossy codecs usable, and says what share a fusion computes. Certificates speak for
-        one `model_id`: `kvloom certify --model-id` takes the engine's.
-    allow_uncertified : use lossy codecs without a certificate all the same; warns.
-    chunk_tokens : tokens a chunk; what is shorter is not stored.
-    model_id : names the weights; None hashes the model's files. Two models of one name would be given each other's KV.
+    certificates : files. They permit lossy codecs, and give the share that fusions recompute. A certificate holds for
+        one `model_id`.
+    allow_uncertified : use lossy codecs without a certificate; warns.
+    chunk_tokens : tokens of a stored chunk. A shorter prefix is not stored.
+    model_id : name of the weights; None hashes the model's files. Two models of one name get each other's KV.
     salt : the tenant's secret, part of every key.
-    load_mode : `async`: a request waits aside while its KV is loaded, and others go on. `layerwise`: it computes at
-        once, and every layer waits for its own KV, as does all else that is computed in that step.
-    load_timeout_s : how long the loads of one request may take; what has not come by then is computed.
-    save_pending_bytes : of KV that waits to be stored, a worker. What would come on top is not stored.
-    fusion_ratio : share of the tokens of documents that a fused request recomputes unless it says itself; 1 is exact.
-        `"certified"`: the smallest that a certificate of fusions permits for this model, and 1 without one. A number is
-        the user's own choice.
+    load_mode : `async`: a request waits while its KV is loaded, and other requests go on. `layerwise`: a request
+        computes at once, and each layer of its step waits for the KV of that layer.
+    load_timeout_s : longest time that the load of a request may take; chunks that are later are computed.
+    save_pending_bytes : most bytes of KV that wait to be stored, for each worker. Further chunks are not stored.
+    fusion_ratio : share of the tokens of documents that a fused request recomputes, unless the request sets it; 1 is
+        exact. `"certified"` takes the smallest share that a certificate permits for this model, and 1 without one.
     fusion_slice_tokens : tokens that one step of the engine computes of a fusion, beside its other work.
-    check_layer : the layer whose keys and values choose the tokens of a fusion.
-    lead_ids : tokens that stand before everything (a BOS). A document is stored when it follows them at the start of a
+    check_layer : layer whose keys and values choose the tokens that a fusion recomputes.
+    lead_ids : tokens that begin every prompt (a BOS). A document is stored when it follows them at the start of a
         prompt, and is found in any context.
-    separator_ids : tokens that stand between documents: what lies between two of these rows is a document, in requests
-        that give no documents themselves. Empty for none.
-    match_tokens : stored documents of at least so many tokens are recognised in prompts that give none, by what they
-        say, wherever they stand. 0 for never. As such prompts are fused, this takes a `fusion_ratio` below 1.
+    separator_ids : tokens between documents. In a request without `documents`, the text between two separators is a
+        document. Empty for none.
+    match_tokens : documents of at least so many tokens are recognised by their text, anywhere in a prompt that names
+        no documents. 0 turns this off. Only requests with a ratio below 1 are searched.
     """
 
-    host_bytes: int = 4 << 30
-    disk_path: str | None = None
-    disk_bytes: int | None = None
-    host_codec: str | None = None
-    disk_codec: str | None = None
-    profile: str | None = None
-    certificates: tuple[str, ...] = ()
-    allow_uncertified: bool = False
-    chunk_tokens: int = 256
-    model_id: str | None = None
-    salt: str = ""
-    load_mode: LoadMode = "async"
-    load_timeout_s: float = 10.0
-    save_pending_bytes: int = 1 << 30
-    fusion_ratio: float | Literal["certified"] = "certified"
-    fusion_slice_tokens: int = 512
-    check_layer: int = 1
-    lead_ids: tuple[int, ...] = ()
-    separator_ids: tuple[int, ...] = ()
-    match_tokens: int = 0
+    host_bytes: Size = ByteSize(4 << 30)
+    disk_path: FolderPath | None = None
+    disk_bytes: Size | None = None
+    host_codec: Name | None = None
+    disk_codec: Name | None = None
+    profile: FilePath | None = None
+    certificates: FilePaths = ()
+    allow_uncertified: Switch = False
+    chunk_tokens: Count = 256
+    model_id: Name | None = None
+    salt: Text = ""
+    load_mode: Annotated[LoadMode, Field(description="one of async, layerwise")] = "async"
+    load_timeout_s: Seconds = 10.0
+    save_pending_bytes: Size = ByteSize(1 << 30)
+    fusion_ratio: Annotated[Ratio | Literal["certified"], Field(description="a number from 0 to 1, or 'certified'")] = (
+        "certified"
+    )
+    fusion_slice_tokens: Count = 512
+    check_layer: Count = 1
+    lead_ids: TokenIds = ()
+    separator_ids: TokenIds = ()
+    match_tokens: NonNegative = 0
+
+    @model_validator(mode="after")
+    def _expect_consistent(self) -> Self:
+        for name in ("disk_codec", "disk_bytes"):
+            if getattr(self, name) is not None and self.disk_path is None:
+                raise ValueError(f"{name} is given without disk_path; name the folder that it is for")
+        return self
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> ServingSettings:
-        """From JSON.
+        """Settings from JSON.
 
         Raises
         ------
-        ValueError : a name is not known, or a value is not of its kind or out of its range.
+        ValueError : a name is unknown, a value is of the wrong kind or out of range, or two settings contradict each
+            other. The message is one line.
         """
-        known = [field.name for field in fields(cls)]
-        _expect_known(config, known, "kv_connector_extra_config")
-        values = dict(config)
-        for name in ("host_bytes", "disk_bytes", "save_pending_bytes"):
-            if values.get(name) is not None:
-                values[name] = parse_bytes(values[name], name)
-        for name in ("disk_path", "host_codec", "disk_codec", "profile", "model_id", "salt"):
-            value = values.get(name)
-            if name in values and not (isinstance(value, str) or (value is None and name != "salt")):
-                raise ValueError(f"{name} is {value!r}; expected text")
-        paths = values.get("certificates", ())
-        if not isinstance(paths, Sequence) or isinstance(paths, str) or not all(isinstance(p, str) for p in paths):
-            raise ValueError(f"certificates is {paths!r}; expected a list of files")
-        values["certificates"] = tuple(paths)
-        if not isinstance(values.get("allow_uncertified", False), bool):
-            raise ValueError(f"allow_uncertified is {values['allow_uncertified']!r}; expected true or false")
-        for name in ("lead_ids", "separator_ids"):
-            ids = values.get(name, ())
-            if not isinstance(ids, Sequence) or not all(type(token) is int and token >= 0 for token in ids):
-                raise ValueError(f"{name} is {ids!r}; expected a list of token ids")
-            values[name] = tuple(ids)
-        settings = cls(**values)
-        if settings.disk_codec is not None and settings.disk_path is None:
-            raise ValueError("disk_codec is given without disk_path; name the folder that it is for")
-        if settings.load_mode not in get_args(LoadMode):
-            raise ValueError(f"load_mode is {settings.load_mode!r}; expected one of {', '.join(get_args(LoadMode))}")
-        for name in ("host_bytes", "chunk_tokens", "save_pending_bytes", "fusion_slice_tokens"):
-            _expect_number(getattr(settings, name), name, 1, whole=True)
-        _expect_number(settings.match_tokens, "match_tokens", 0, whole=True)
-        _expect_number(settings.check_layer, "check_layer", 1, whole=True)
-        _expect_number(settings.load_timeout_s, "load_timeout_s", 0.0)
-        if settings.fusion_ratio != "certified":
-            _expect_number(settings.fusion_ratio, "fusion_ratio", 0.0, 1.0)
-        return settings
+        return checked(cls, config, "kv_connector_extra_config")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+USAGE_KEYS = frozenset(
+    {
+        "prompt_tokens",
+        "loaded_tokens",
+        "computed_tokens",
+        "load_s",
+        "seconds_saved",
+        "failed",
+        "fused",
+        "saved_chunks",
+    }
+)
+"""What kvloom returns with a request. Proxies send it back as input, where it means nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_CHECKED)
 class RequestOptions:
     """`kv_transfer_params["kvloom"]` of one request.
 
@@ -122,41 +172,44 @@ class RequestOptions:
     ----------
     load : look for stored KV of this prompt.
     save : store the KV of this request.
-    documents : `(start, stop)` spans of the prompt, in tokens, ascending and without overlap, whose KV may have been
-        computed anywhere. Given, the request is fused.
-    ratio : share of the tokens of the documents that is recomputed; None for the settings' `fusion_ratio`.
+    documents : `[start, stop)` spans of the prompt in tokens, ascending and disjoint. Their KV may have been computed
+        in any context; the request is fused.
+    ratio : share of the tokens of the documents that is recomputed; None takes `ServingSettings.fusion_ratio`.
     """
 
-    load: bool = True
-    save: bool = True
-    documents: tuple[tuple[int, int], ...] = ()
-    ratio: float | None = None
+    load: Switch = True
+    save: Switch = True
+    documents: Spans = ()
+    ratio: Ratio | None = None
 
     @classmethod
     def of(cls, params: Mapping[str, Any] | None, prompt_tokens: int) -> RequestOptions:
-        """From JSON; without the word `kvloom` in it, the defaults.
+        """Options from JSON; the defaults without an entry `kvloom`. Ignores what kvloom itself returns (`USAGE_KEYS`).
 
         Raises
         ------
-        ValueError : as for `ServingSettings.of`, or a document is not within the prompt of `prompt_tokens`.
+        ValueError : as `ServingSettings.of`, or a document is not within the prompt of `prompt_tokens`.
         """
-        options = (params or {}).get("kvloom")
-        if options is None:
+        given = (params or {}).get("kvloom")
+        if given is None:
             return cls()
-        if not isinstance(options, Mapping):
-            raise ValueError(f"kv_transfer_params['kvloom'] is {options!r}; expected an object")
-        _expect_known(options, [field.name for field in fields(cls)], "kv_transfer_params['kvloom']")
-        for name in ("load", "save"):
-            if not isinstance(options.get(name, True), bool):
-                raise ValueError(f"{name} is {options[name]!r}; expected true or false")
-        if options.get("ratio") is not None:
-            _expect_number(options["ratio"], "ratio", 0.0, 1.0)
-        documents = _spans(options.get("documents", ()), prompt_tokens)
-        return cls(**{**options, "documents": documents})
+        if not isinstance(given, Mapping):
+            raise ValueError(f"kv_transfer_params['kvloom'] is {given!r}; expected an object")
+        given = {name: value for name, value in given.items() if name not in USAGE_KEYS}
+        options = checked(cls, given, "kv_transfer_params['kvloom']")
+        end = 0
+        for start, stop in options.documents:
+            if not end <= start < stop <= prompt_tokens:
+                raise ValueError(
+                    f"documents has {[start, stop]}; expected [start, stop) pairs of integers, ascending, within the "
+                    f"prompt of {prompt_tokens} tokens"
+                )
+            end = stop
+        return options
 
 
 def documents_between(token_ids: Sequence[int], separator_ids: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """`[start, stop)` of what lies between two neighbouring separators and is not empty; separators do not overlap."""
+    """Spans `[start, stop)` between two neighbouring separators, without empty ones; separators do not overlap."""
     length = len(separator_ids)
     row, wanted = list(token_ids), list(separator_ids)
     spans, begin, at = [], None, 0
@@ -171,42 +224,30 @@ def documents_between(token_ids: Sequence[int], separator_ids: Sequence[int]) ->
     return tuple(spans)
 
 
-def parse_bytes(value: object, name: str) -> int:
-    """A size: an integer, or text with a unit (`"512MiB"`, `"1.5GiB"`).
+def checked(kind: type[T], given: Mapping[str, Any], where: str) -> T:
+    """An object of a pydantic dataclass, made of JSON.
 
     Raises
     ------
-    ValueError : it is none.
+    ValueError : one line that names the wrong entry, its value and what is expected; for unknown entries, `where` they
+        stand and which are known.
     """
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
-    if match is None:
-        raise ValueError(f"{name} is {value!r}; expected bytes, or text like '32GiB' (B, KiB, MiB, GiB, TiB)")
-    return int(float(match[1]) * _UNITS[match[2]])
-
-
-def _expect_known(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(set(given) - set(known)):
         raise ValueError(f"{where} has {', '.join(map(repr, unknown))}; known are {', '.join(known)}")
+    try:
+        return kind(**given)
+    except ValidationError as exc:
+        (error, *_) = exc.errors()
+        if not error["loc"]:  # two entries that contradict each other
+            raise ValueError(str(error["ctx"]["error"])) from None
+        name = str(error["loc"][0])
+        schema = TypeAdapter(kind).json_schema()["properties"][name]
+        raise ValueError(f"{name} is {given[name]!r}; expected {_expectation(schema)}") from None
 
 
-def _expect_number(value: object, name: str, low: float, high: float = float("inf"), *, whole: bool = False) -> None:
-    is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high:  # type: ignore[operator]
-        kind = "an integer" if whole else "a number"
-        raise ValueError(f"{name} is {value!r}; expected {kind} from {low:g}" + (f" to {high:g}" if high < 1e9 else ""))
-
-
-def _spans(given: object, prompt_tokens: int) -> tuple[tuple[int, int], ...]:
-    expected = f"expected [start, stop) pairs of integers, ascending, within the prompt of {prompt_tokens} tokens"
-    if not isinstance(given, Sequence) or isinstance(given, str):
-        raise ValueError(f"documents is {given!r}; {expected}")
-    spans, end = [], 0
-    for pair in given:
-        is_pair = isinstance(pair, Sequence) and len(pair) == 2 and all(type(bound) is int for bound in pair)
-        if not is_pair or not end <= pair[0] < pair[1] <= prompt_tokens:
-            raise ValueError(f"documents has {pair!r}; {expected}")
-        spans.append((pair[0], pair[1]))
-        end = pair[1]
-    return tuple(spans)
+def _expectation(schema: Mapping[str, Any]) -> str:
+    """The description of a type, or of the alternative to null."""
+    if "description" in schema:
+        return str(schema["description"])
+    return next(str(each["description"]) for each in schema["anyOf"] if "description" in each) + ", or null"

@@ -15,7 +15,7 @@ from kvloom.compress.registry import codec_by_name
 from kvloom.connectors.serving.settings import ServingSettings
 from kvloom.connectors.serving.worker.store_setup import QualityRecords, open_store
 from kvloom.core import KVChunk, KVSpec, RopeSpec
-from kvloom.errors import CodecError, SpecMismatchError, UncertifiedError, UncertifiedWarning
+from kvloom.errors import SpecMismatchError, UncertifiedError, UncertifiedWarning
 from kvloom.kvstore.keys import prefix_keys
 
 from ..support.faulty import leaves_no_threads
@@ -96,7 +96,7 @@ def test_profiles_are_of_the_model(tmp_path: Path) -> None:
     Profile(replace(SPEC, model_id="another"), {}).save(tmp_path / "profile")
     with pytest.raises(SpecMismatchError):
         opened(SPEC, host_codec="lossless", profile=str(tmp_path / "profile"))
-    with pytest.raises(CodecError, match="cannot be read"):
+    with pytest.raises(ValueError, match="expected the path of a file that exists"):
         opened(SPEC, profile=str(tmp_path / "missing"))
     with pytest.raises(ValueError, match="needs a profile"):
         opened(SPEC, host_codec="nuq4")
