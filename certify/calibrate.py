@@ -23,12 +23,7 @@ from .calibrate_model import calibrate, stage_units
 from .method_fits import LAYER_FITS, LEFT_OUT
 from .windows import SEQUENCE_TOKENS, SEQUENCES, STRINGS_RATIO, string_windows, token_windows
 
-_STAGES = {
-    "forward": "hidden states",
-    "backward": "keys, values, gradients",
-    "fit": "fitting layers",
-    "chunks": "fitting chunks",
-}
+_STAGES = {"forward": "hidden states", "backward": "keys, values, gradients", "fit": "fitting layers"}
 
 
 @dataclass(frozen=True, slots=True)

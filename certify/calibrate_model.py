@@ -6,7 +6,6 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
@@ -27,12 +26,10 @@ from ..calibration.layer_sample import LayerSample
 from ..calibration.model_profile import Profile
 from ..compress.rotation import unrotated
 from ..connectors.hf.model import TransformersModel
-from ..core import KVChunk
 from ..errors import EngineError
-from .method_fits import CHUNK_FITS, LAYER_FITS, ChunkFit, LayerFit
+from .method_fits import LAYER_FITS, LayerFit
 
 _HEAD_TOKENS = 256  # whose logits are computed at once: a vocabulary of 128,000 makes each of them half a megabyte
-_CHUNK_TOKENS = 256
 _MEMORY_BYTES = 2 << 30
 
 
@@ -42,7 +39,6 @@ def calibrate(
     *,
     model_id: str | None = None,
     layer_fits: Mapping[str, LayerFit] = LAYER_FITS,
-    chunk_fits: Mapping[str, ChunkFit] = CHUNK_FITS,
     strings: Sequence[Sequence[int]] = (),
     skip_tokens: int = 1,
     memory_bytes: int = _MEMORY_BYTES,
@@ -60,14 +56,14 @@ def calibrate(
     ----------
     windows : token sequences, see `hf_windows.token_windows`; all of them fit the model's context.
     model_id : names the weights; None computes `weights_id`.
-    layer_fits, chunk_fits : by method, what is to be learned.
+    layer_fits : by method, what is to be learned.
     strings : further token sequences, see `hf_windows.string_windows`: only their keys and queries count, and only for
         methods that want them.
     skip_tokens : first tokens of every sequence that are no samples: attention sinks are unlike all others.
     memory_bytes : hidden states that take more than this are kept in a temporary file.
     meta : goes into the profile with what this function adds: sequences, tokens, loss, date.
     advance : told of every stage and by how much it has advanced: `forward`, `backward` and `fit` by tokens times
-        layers, `chunks` by methods. `stage_units` says how much there will be.
+        layers. `stage_units` says how much there will be.
 
     Raises
     ------
@@ -118,24 +114,15 @@ def calibrate(
         "loss": f"{loss:.4f}",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    profile = Profile(spec, tensors, about)
-    for chunk_fit in chunk_fits.values():
-        more = chunk_fit(profile, _Chunks(layers, windows, skip_tokens, model.device))
-        profile = Profile(spec, {**profile.tensors, **more}, about)
-        advance("chunks", 1)
-    return profile
+    return Profile(spec, tensors, about)
 
 
 def stage_units(
-    layers: int,
-    windows: Sequence[Sequence[int]],
-    chunk_fits: Mapping[str, ChunkFit] = CHUNK_FITS,
-    *,
-    strings: Sequence[Sequence[int]] = (),
+    layers: int, windows: Sequence[Sequence[int]], *, strings: Sequence[Sequence[int]] = ()
 ) -> dict[str, int]:
     """What `advance` is told in all, by stage."""
     tokens, further = (layers * sum(map(len, sequences)) for sequences in (windows, strings))
-    return {"forward": tokens + further, "backward": tokens, "fit": tokens, "chunks": len(chunk_fits)}
+    return {"forward": tokens + further, "backward": tokens, "fit": tokens}
 
 
 @contextmanager
@@ -250,37 +237,6 @@ def _loss_gradient(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> tuple
             (gradient[start:stop],) = torch.autograd.grad(loss, rows)
         total += loss.item()
     return gradient.cpu(), total
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Chunks:
-    """The same text as chunks of `_CHUNK_TOKENS` tokens, computed anew each time that they are gone through."""
-
-    layers: TransformersModel
-    windows: Sequence[Sequence[int]]
-    skip_tokens: int
-    device: torch.device
-
-    def __iter__(self) -> Iterator[KVChunk]:
-        for window in self.windows:
-            whole = self._compute(torch.tensor(list(window)))
-            for start in range(self.skip_tokens, len(whole), _CHUNK_TOKENS):
-                here = slice(start, start + _CHUNK_TOKENS)
-                ids, positions = whole.token_ids[here], whole.positions[here]
-                yield KVChunk(whole.spec, ids, positions, whole.keys[:, :, here], whole.values[:, :, here])
-
-    @torch.no_grad()
-    def _compute(self, ids: Tensor) -> KVChunk:
-        layers = self.layers
-        positions = torch.arange(len(ids), device=self.device)
-        hidden, both = layers.embed(ids.to(self.device)), []
-        for layer in range(layers.spec.num_layers):
-            queries, keys, values = layers.qkv(layer, hidden, positions)
-            both.append((keys.cpu(), values.cpu()))
-            if layer + 1 < layers.spec.num_layers:
-                hidden = layers.finish(layer, hidden, _attend(layers, layer, queries, keys, values, positions))
-        keys, values = (torch.stack(parts) for parts in zip(*both, strict=True))
-        return KVChunk(layers.spec, ids, positions.cpu(), keys, values)
 
 
 def _attend(

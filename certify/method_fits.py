@@ -10,20 +10,9 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from ..calibration.layer_sample import LayerSample
-from ..calibration.model_profile import Profile
-from ..core import KVChunk
-
-_ENTROPY_BITS = (4, 3, 2)  # of `nuq`, whose codes get tables
-
 
 LayerFit: TypeAlias = Callable[[LayerSample], Mapping[str, Tensor]]
 """From a layer's sample to tensors of a profile, without the layer dimension."""
-
-ChunkFit: TypeAlias = Callable[[Profile, Iterable[KVChunk]], Mapping[str, Tensor]]
-"""From what the layers' fits have found, and chunks of the same text, to further tensors, layers stacked.
-
-The chunks are computed while they are gone through, and may be gone through again.
-"""
 
 
 def _nuq(sample: LayerSample) -> Mapping[str, Tensor]:
@@ -48,11 +37,6 @@ def _vq(sample: LayerSample) -> Mapping[str, Tensor]:
     return found
 
 
-def _entropy(profile: Profile, chunks: Iterable[KVChunk]) -> Mapping[str, Tensor]:
-    fit, nuq = _function("compress.entropy", "fit_entropy"), _function("compress.nuq.nuq", "NuqCodec")
-    return {name: t for bits in _ENTROPY_BITS for name, t in fit(nuq(profile, bits=bits), chunks).items()}
-
-
 def _function(module: str, name: str) -> Any:
     return getattr(import_module(f"..{module}", __package__), name)
 
@@ -66,7 +50,6 @@ _NEEDS: Mapping[str, tuple[str, ...]] = {
     "kv4": ("..compress.kv4",),
     "lowrank": ("..compress.gram", "..compress.lowrank"),
     "vq": ("..retrieval.vq.vq_fit", "faiss"),
-    "entropy": ("..compress.nuq.nuq", "..compress.entropy", "numba"),
 }
 LEFT_OUT: Mapping[str, list[str]] = {method: missing for method, needs in _NEEDS.items() if (missing := _absent(needs))}
 """Methods that learn nothing here, and the modules that they lack."""
@@ -76,4 +59,3 @@ LAYER_FITS: Mapping[str, LayerFit] = {
     for method, fit in (("nuq", _nuq), ("kv4", _kv4), ("lowrank", _lowrank), ("vq", _vq))
     if method not in LEFT_OUT
 }
-CHUNK_FITS: Mapping[str, ChunkFit] = {method: fit for method, fit in (("entropy", _entropy),) if method not in LEFT_OUT}

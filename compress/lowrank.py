@@ -117,15 +117,6 @@ class LowRankCodec:
         )
         return KVChunk(spec, envelope.token_ids, placed, keys, values, envelope.first_layer)
 
-    def packed_codes(self, blob: EncodedChunk) -> dict[str, tuple[int, int]]:
-        """See `entropy.PacksCodes`: the factor's columns, and the values' codes if their codec has some."""
-        of_values = getattr(self.values, "packed_codes", None)
-        found = dict(of_values(blob)) if of_values else {}
-        found = {name: codes for name, codes in found.items() if name in self.values.value_names}
-        if self.factor_bits is not None:
-            found["keys.factor"] = (self.factor_bits, blob.tensors["keys.scale"].shape[-1])
-        return found
-
     def _own(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         layers, tokens, channels = keys.shape
         pairs = [factorize(layer, rank=self.rank, energy=self.energy) for layer in keys]

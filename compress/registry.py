@@ -19,7 +19,7 @@ def codec_by_name(name: str, profile: Profile | None = None) -> Codec:
     Parameters
     ----------
     name : one of `CODECS`. A sum is a composition, the outer codec first: `lossless+nuq4` packs the bytes of `nuq4`,
-        `entropy+nuq4` its codes, and `lowrank4+nuq4` joins low-rank keys (their factor in 4 bits) with its values.
+        and `lowrank4+nuq4` joins low-rank keys (their factor in 4 bits) with its values.
     profile : of the model, for the codecs that need one.
 
     Raises
@@ -73,10 +73,6 @@ def _lossless(inner: Make) -> Make:
     return lambda profile: _class("lossless", "LosslessCodec")(inner(profile))
 
 
-def _entropy(name: str, inner: Make) -> Make:
-    return lambda profile: _class("entropy", "EntropyCodec")(inner(_wanted(profile, name)), _wanted(profile, name))
-
-
 _NUQ: dict[str, Make] = {f"nuq{bits}": _nuq(bits) for bits in (4, 3, 2)}
 
 CODECS: Mapping[str, Make] = {
@@ -88,7 +84,6 @@ CODECS: Mapping[str, Make] = {
     **_NUQ,
     "lowrank": _lowrank("lowrank", None, lambda _: RawCodec()),
     **{f"lowrank4+{name}": _lowrank(f"lowrank4+{name}", 4, make) for name, make in _NUQ.items()},
-    **{f"entropy+{name}": _entropy(f"entropy+{name}", make) for name, make in _NUQ.items()},
     **{f"lossless+{name}": _lossless(make) for name, make in _NUQ.items()},
 }
 """Every codec that has a name, and what makes it."""

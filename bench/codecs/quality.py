@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...calibration.layer_sample import LayerSample
 from ...calibration.model_profile import Profile
 from ...certify.calibrate_model import calibrate
-from ...certify.method_fits import CHUNK_FITS, LAYER_FITS, LayerFit
+from ...certify.method_fits import LAYER_FITS, LayerFit
 from ...certify.windows import token_windows
 from ...compress.gram import Gram
 from ...compress.grouped import GroupedCodec
@@ -27,7 +27,6 @@ from ...core import Codec, EncodedChunk, KVChunk, RopeSpec
 from ...evaluation.forcing import CHUNK_TOKENS, ForcedModel, split, through_codec
 from ...evaluation.passages import load_heldout, load_questions
 from ...evaluation.quality import KINDS, Limits, Measurement, measure, task_trials
-from ...evaluation.report import Metric
 from ...kvstore.format import to_buffers
 from ...kvstore.keys import content_key
 
@@ -118,7 +117,7 @@ def learn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, scope: Sco
     ]
     of_codecs = {method: fit for method, fit in LAYER_FITS.items() if method != "vq"}  # codebooks are for retrieval
     fits = of_codecs | {name: _renamed(name, options) for name, options in FITS.items()}
-    profile = calibrate(model, windows, layer_fits=fits, chunk_fits=CHUNK_FITS)
+    profile = calibrate(model, windows, layer_fits=fits)
     own = {name: tensor for name, tensor in profile.tensors.items() if "/" not in name}
     variants = {
         variant: Profile(
@@ -209,16 +208,6 @@ def heldout_windows(tokenizer: PreTrainedTokenizerBase, scope: Scope) -> list[li
     prose = load_heldout()
     text = "\n".join(prose[len(prose) // 2 :])
     return token_windows(tokenizer, [text], sequences=scope.windows, tokens=scope.window_tokens, least_tokens=64)
-
-
-def entropy_gain(model: PreTrainedModel, windows: Sequence[Sequence[int]], learned: Learned) -> Metric:
-    """How many times smaller entropy coding makes `nuq4` chunks on disk, in float16."""
-    plain, coded = (codec_by_name(name, learned.whole) for name in ("nuq4", "entropy+nuq4"))
-    forced = ForcedModel(model)
-    contexts = (_half(forced.prefill(torch.tensor(list(window)))[0]) for window in windows)
-    chunks = (chunk for context in contexts for chunk in split(context, CHUNK_TOKENS))
-    gains = [stored_bytes(plain, chunk) / stored_bytes(coded, chunk) for chunk in chunks]
-    return Metric.of_samples(gains, unit="times", baseline="nuq4")
 
 
 def bits_of(codec: Codec, context: KVChunk) -> float:

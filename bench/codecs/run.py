@@ -37,7 +37,6 @@ from .quality import (
     Scope,
     ablations,
     all_codecs,
-    entropy_gain,
     heldout_windows,
     key_energy,
     learn,
@@ -71,7 +70,6 @@ TARGETS = (
     Target("bytes_ratio_nuq3_8b", ">=", 4.8),
     Target("bytes_ratio_nuq2_8b", ">=", 6.9),
     Target("bytes_ratio_lowrank4_keys_8b", ">=", 20.0),
-    Target("entropy_gain_nuq4", ">=", 1.15),
     Target("ppl_increase_nuq4", "<=", 0.005),
     Target("ppl_increase_nuq3", "<=", 0.025),
     Target("ppl_increase_nuq2", "<=", 0.15),
@@ -128,7 +126,6 @@ def run(*, quick: bool = False, folder: Path | None = None, report: Path | None 
         )
         windows = heldout_windows(tokenizer, sizes.scope)
         energy = key_energy(model, windows)
-        gain = entropy_gain(model, windows, learned)
         bar.advance(whole)
         stressed_model = inject_outliers(copy.deepcopy(model))  # type: ignore[arg-type]  # the bundled model is a Llama
         stressed = losses(
@@ -138,7 +135,7 @@ def run(*, quick: bool = False, folder: Path | None = None, report: Path | None 
             sizes.ablated,
             _steps(bar, "model with outlier channels", sizes.ablated),
         )
-    metrics = _metrics(ratios, quality, stressed, gain, speeds) | {
+    metrics = _metrics(ratios, quality, stressed, speeds) | {
         "factor_time_vs_attention": Metric(factor_s / attention_s, unit="share", baseline=attention_s)
     }
     tables = [
@@ -204,12 +201,10 @@ def _metrics(
     ratios: Mapping[str, float],
     quality: Sequence[Loss],
     stressed: Sequence[Loss],
-    gain: Metric,
     speeds: Sequence[Comparison],
 ) -> dict[str, Metric]:
     metrics = {f"bytes_ratio_nuq{bits}_8b": Metric(ratios[f"nuq{bits}"], unit="times") for bits in WIDTHS}
     metrics["bytes_ratio_lowrank4_keys_8b"] = Metric(ratios["lowrank4, keys"], unit="times")
-    metrics["entropy_gain_nuq4"] = gain
     for suffix, losses_found in (("", quality), ("_stressed", stressed)):
         by_name = {loss.name: loss.figures for loss in losses_found}
         for bits in WIDTHS:

@@ -40,7 +40,7 @@ def learn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, sequenc
     strings = string_windows(tokenizer, sequences=round(STRINGS_RATIO * sequences), tokens=tokens)
     bands = distance_bands(model.config.max_position_embeddings)
     fits = {VQ: partial(fit_layer, centroids=CENTROIDS, bands=bands)}
-    return calibrate(model, windows, model_id="measured", layer_fits=fits, chunk_fits={}, strings=strings)
+    return calibrate(model, windows, model_id="measured", layer_fits=fits, strings=strings)
 
 
 def learning_texts() -> list[str]:

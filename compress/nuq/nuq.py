@@ -138,12 +138,6 @@ class NuqCodec:
             "values", spec, EncodedChunk(self.name, tensors, {}), layers, tokens, parameters, None, fresh
         )
 
-    def packed_codes(self, blob: EncodedChunk) -> dict[str, tuple[int, int]]:
-        """See `entropy.PacksCodes`; also of a chunk that has only its values from this codec."""
-        spec = KVSpec.from_json(blob.meta["spec"])
-        dims = {"keys.codes": spec.head_dim, "values.codes": spec.value_dim}
-        return {name: (self.bits, dim) for name, dim in dims.items() if name in blob.tensors}
-
     def clipped_ratio(self, chunk: KVChunk) -> Tensor:
         """Share of each token's keys outside the profile's thresholds, over the layers given: `[T]` float32.
 

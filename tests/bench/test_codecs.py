@@ -19,7 +19,6 @@ from kvloom.kvstore.keys import content_key
 FIGURES = {
     *(f"bytes_ratio_nuq{bits}_8b" for bits in (4, 3, 2)),
     "bytes_ratio_lowrank4_keys_8b",
-    "entropy_gain_nuq4",
     *(f"ppl_increase_nuq{bits}" for bits in (4, 3, 2)),
     *(f"{kind}_delta_nuq{bits}" for kind in ("needle", "record") for bits in (4, 3, 2)),
     "cold_hit_time_nuq4_vs_raw",

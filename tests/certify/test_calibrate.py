@@ -1,7 +1,7 @@
 """Calibration: the layer-by-layer gradients are those of a plain backward pass, and profiles come out whole."""
 
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from kvloom import cli
 from kvloom.calibration.layer_sample import LayerSample
 from kvloom.calibration.model_profile import Profile
 from kvloom.certify.calibrate_model import calibrate, stage_units
-from kvloom.certify.method_fits import CHUNK_FITS, LAYER_FITS
+from kvloom.certify.method_fits import LAYER_FITS
 from kvloom.certify.windows import string_windows, token_windows
 from kvloom.compress.registry import CODECS, codec_by_name
 from kvloom.connectors.hf.model import TransformersModel
@@ -95,7 +95,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_a_plain_backward_pass(name: str) -> None:
     model, samples = MODELS[name](), Samples()
-    profile = calibrate(model, WINDOWS, model_id="m", chunk_fits={}, layer_fits={"mean": samples}, skip_tokens=1)
+    profile = calibrate(model, WINDOWS, model_id="m", layer_fits={"mean": samples}, skip_tokens=1)
     scaling = profile.spec.rope.attention_scaling  # codecs keep keys with it: a rotation takes no amplitude off
     assert (scaling == 1.0) == (name != "yarn")
     true = [plain_backward(model, ids) for ids in WINDOWS]
@@ -115,9 +115,7 @@ def test_equals_a_plain_backward_pass(name: str) -> None:
 def test_moments_of_queries_are_those_before_rotation(name: str) -> None:
     model, samples, seen = MODELS[name](), Samples(), []
     strings = [[3, 1, 4, 1, 5, 9], [2, 6, 5, 3]]
-    profile = calibrate(
-        model, WINDOWS, model_id="m", chunk_fits={}, layer_fits={"mean": samples}, strings=strings, skip_tokens=1
-    )
+    profile = calibrate(model, WINDOWS, model_id="m", layer_fits={"mean": samples}, strings=strings, skip_tokens=1)
     for layer in model.model.layers:
         attention = layer.self_attn
         queries = attention.q_norm if hasattr(attention, "q_norm") else attention.q_proj
@@ -136,7 +134,7 @@ def test_strings_count_for_nothing_but_their_keys_and_queries() -> None:
     model, strings = make_model("llama"), [[3, 1, 4, 1, 5, 9], [2, 6, 5, 3]]
     plain, more = Samples(), Samples()
     profiles = [
-        calibrate(model, WINDOWS, model_id="m", chunk_fits={}, layer_fits={"mean": samples}, strings=of_strings)
+        calibrate(model, WINDOWS, model_id="m", layer_fits={"mean": samples}, strings=of_strings)
         for samples, of_strings in ((plain, ()), (more, strings))
     ]
     assert profiles[0].fingerprint == profiles[1].fingerprint
@@ -153,7 +151,7 @@ def test_strings_count_for_nothing_but_their_keys_and_queries() -> None:
 def test_the_hidden_states_may_lie_in_a_file() -> None:
     model = make_model("llama")
     both = [
-        calibrate(model, WINDOWS, model_id="m", chunk_fits={}, layer_fits={"mean": Samples()}, memory_bytes=nbytes)
+        calibrate(model, WINDOWS, model_id="m", layer_fits={"mean": Samples()}, memory_bytes=nbytes)
         for nbytes in (1 << 30, 0)
     ]
     assert both[0].fingerprint == both[1].fingerprint
@@ -163,7 +161,7 @@ def test_other_tokens_make_another_profile() -> None:
     model = make_model("llama")
     fits = {"mean": Samples()}
     a, b, c = (
-        calibrate(model, windows, model_id="m", chunk_fits={}, layer_fits=fits, skip_tokens=skip_tokens)
+        calibrate(model, windows, model_id="m", layer_fits=fits, skip_tokens=skip_tokens)
         for windows, skip_tokens in ((WINDOWS, 1), (WINDOWS[:2], 1), (WINDOWS, 2))
     )
     assert len({a.fingerprint, b.fingerprint, c.fingerprint}) == 3
@@ -174,40 +172,21 @@ def test_the_model_stays_as_it_was() -> None:
     model = make_model("llama")
     before = {name: (p.clone(), p.requires_grad) for name, p in model.named_parameters()}
     with torch.no_grad():  # callers may be within it
-        calibrate(model, WINDOWS, model_id="m", chunk_fits={}, layer_fits={"mean": Samples()})
+        calibrate(model, WINDOWS, model_id="m", layer_fits={"mean": Samples()})
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name][0]) and parameter.requires_grad == before[name][1]
         assert parameter.grad is None
 
 
 def test_progress_adds_up() -> None:
-    done = {"forward": 0, "backward": 0, "fit": 0, "chunks": 0}
+    done = {"forward": 0, "backward": 0, "fit": 0}
 
     def advance(stage: str, tokens: int) -> None:
         done[stage] += tokens
 
-    late, strings = {"late": lambda profile, chunks: {}}, [[5, 6, 7, 8]]
-    fits = {"layer_fits": {"mean": Samples()}, "chunk_fits": late}
-    calibrate(make_model("llama"), WINDOWS, model_id="m", advance=advance, strings=strings, **fits)
-    assert done == stage_units(4, WINDOWS, late, strings=strings) and done["chunks"] == 1
-
-
-def test_later_fits_see_the_profile_and_the_chunks() -> None:
-    model = make_model("llama")
-    seen: list[KVChunk] = []
-
-    def fit(profile: Profile, chunks: Iterable[KVChunk]) -> Mapping[str, Tensor]:
-        seen.extend(chunks)
-        assert len(list(chunks)) == len(seen)  # once more
-        return {"late.mean": profile["mean.keys"] * 2}
-
-    profile = calibrate(model, WINDOWS, model_id="m", layer_fits={"mean": Samples()}, chunk_fits={"late": fit})
-    assert torch.equal(profile["late.mean"], 2 * profile["mean.keys"])
-    for chunk, ids in zip(seen, WINDOWS, strict=True):
-        true = prefill(model, ids)
-        assert chunk.token_ids.tolist() == ids[1:] and chunk.positions.tolist() == list(range(1, len(ids)))
-        torch.testing.assert_close(chunk.keys, true.keys[:, :, 1:], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(chunk.values, true.values[:, :, 1:], rtol=1e-4, atol=1e-5)
+    strings, fits = [[5, 6, 7, 8]], {"mean": Samples()}
+    calibrate(make_model("llama"), WINDOWS, model_id="m", advance=advance, strings=strings, layer_fits=fits)
+    assert done == stage_units(4, WINDOWS, strings=strings) and done["backward"] == 4 * 78
 
 
 def test_every_codec_works_with_the_profile_of_every_method() -> None:
@@ -233,7 +212,7 @@ def test_an_index_works_with_the_codebooks_of_the_profile() -> None:
     model, random = make_model("llama"), torch.Generator().manual_seed(0)
     windows = [torch.randint(1, 500, (400,), generator=random).tolist() for _ in range(4)]
     fits = {"vq": partial(fit_layer, centroids=512, bands=distance_bands(256, per_doubling=1))}
-    profile = calibrate(model, windows[1:], model_id="m", layer_fits=fits, chunk_fits={})
+    profile = calibrate(model, windows[1:], model_id="m", layer_fits=fits)
     assert {name: list(t.shape) for name, t in profile.tensors.items()} == {
         "vq.centroids": [4, 2, 128, 8],  # 1197 keys, at least 8 of them for each
         "vq.factor": [4, 2, 8, 8],
@@ -266,7 +245,7 @@ def test_refuses_a_model_that_has_lost_its_mind() -> None:
     model = make_model("llama")
     model.model.norm.weight.data[0] = torch.nan
     with pytest.raises(EngineError, match="loss over the text is nan"):
-        calibrate(model, WINDOWS, model_id="m", chunk_fits={}, layer_fits={"mean": Samples()})
+        calibrate(model, WINDOWS, model_id="m", layer_fits={"mean": Samples()})
 
 
 # ------------------------------------------------------------------------------------------------------- windows
@@ -336,9 +315,8 @@ def run(*args: object) -> int:
 def test_command(
     folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for fits in (LAYER_FITS, CHUNK_FITS):
-        for method in list(fits):
-            monkeypatch.delitem(fits, method)
+    for method in list(LAYER_FITS):
+        monkeypatch.delitem(LAYER_FITS, method)
     monkeypatch.setitem(LAYER_FITS, "mean", Samples())
     out = tmp_path / "profile.safetensors"
     out.write_text("what was there before")
@@ -355,9 +333,8 @@ def test_command(
 
 def test_command_fits_codebooks(folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("faiss")
-    for fits in (LAYER_FITS, CHUNK_FITS):
-        for method in set(fits) - {"vq"}:
-            monkeypatch.delitem(fits, method)
+    for method in set(LAYER_FITS) - {"vq"}:
+        monkeypatch.delitem(LAYER_FITS, method)
     out = tmp_path / "profile.safetensors"
     args = ("calibrate", folder, "--text", text, "-o", out, "--sequences", 4, "--tokens", 128, "--centroids", 32)
     assert run(*args) == 0

@@ -51,7 +51,7 @@ def test_unknown_names_are_answered_with_the_known() -> None:
         assert all(known in str(error.value) for known in CODECS)
 
 
-@pytest.mark.parametrize("name", ["nuq4", "nuq3", "nuq2", "lowrank", "lowrank4+nuq4", "entropy+nuq4", "lossless+nuq2"])
+@pytest.mark.parametrize("name", ["nuq4", "nuq3", "nuq2", "lowrank", "lowrank4+nuq4", "lossless+nuq2"])
 def test_a_missing_profile_is_asked_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalog, "_class", lambda module, what: lambda *args, **options: None)
     with pytest.raises(ValueError, match="kvloom calibrate MODEL"):
