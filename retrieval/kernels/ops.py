@@ -51,37 +51,6 @@ def landmark_scores(queries: Tensor, landmarks: Tensor, *, scale: float) -> Tens
     return (grouped @ landmarks.float().mT).flatten(0, 1) * scale
 
 
-def gather_scores(queries: Tensor, rows: Tensor, ids: Tensor, *, scale: float) -> Tensor:
-    """`landmark_scores` of chosen rows only: what a finer index says of the candidates of a coarser one.
-
-    Parameters
-    ----------
-    queries : `[Hq, D]` floating.
-    rows : `[H, S, D]` of 16 or 32 bits, contiguous each: keys, or keys in fewer dimensions.
-    ids : `[H, K]` int64; -1 for none.
-
-    Returns
-    -------
-    `[Hq, K]` float32; -inf for -1.
-    """
-    _check_rows(queries, rows, "rows")
-    check_ids(ids, rows.shape[0], rows.shape[1])
-    if not ids.numel():
-        return torch.empty(queries.shape[0], 0, device=queries.device)
-    if queries.is_cuda:
-        from . import ops_triton
-
-        with torch.cuda.device(queries.device):
-            return ops_triton.gather_scores(queries, rows, ids, scale)
-    kernel = compiled_for_cpu()
-    if kernel is not None:
-        scores: Tensor = kernel.gather_scores(queries, rows, ids, scale)
-        return scores
-    chosen = rows.gather(1, ids.clamp(min=0)[..., None].expand(-1, -1, rows.shape[2]))
-    found = landmark_scores(queries, chosen, scale=scale).view(rows.shape[0], -1, ids.shape[1])
-    return found.masked_fill_((ids < 0)[:, None], -torch.inf).flatten(0, 1)
-
-
 TILE_TOKENS = 16  # as many as the compiled kernel has lanes
 
 
@@ -131,6 +100,11 @@ def tile_scores(queries: Tensor, tiles: Tensor, firsts: Tensor, counts: Tensor, 
         return scores
     offsets = (firsts - ends + counts).flatten().repeat_interleave(counts.flatten(), output_size=H * count)
     ids = offsets.view(H, count) + torch.arange(count, device=offsets.device)
+    if queries.is_cuda and count:
+        from . import ops_triton
+
+        with torch.cuda.device(queries.device):
+            return ops_triton.tile_scores(queries, tiles, ids, scale)
     heads = torch.arange(H, device=ids.device)[:, None]
     rows = tiles[heads, ids // TILE_TOKENS, :, ids % TILE_TOKENS]
     return ((queries.float() * scale).view(H, -1, queries.shape[1]) @ rows.float().mT).flatten(0, 1)

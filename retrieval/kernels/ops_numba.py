@@ -67,18 +67,6 @@ def landmark_scores(queries: Tensor, landmarks: Tensor, scale: float) -> Tensor:
     return scores
 
 
-def gather_scores(queries: Tensor, rows: Tensor, ids: Tensor, scale: float) -> Tensor:
-    """See ops.py; all ids lie in the rows."""
-    (Hq, _), (H, K) = queries.shape, ids.shape
-    scores = torch.empty(Hq, K)
-    blocks = max(1, -(-K // 1024))
-    run(
-        _score_ids, _grouped(queries, H, scale), queries.shape[1], *places(rows), KINDS[rows.dtype], blocks,
-        ids.contiguous().numpy(), scores.numpy().reshape(H, Hq // H, K),
-    )  # fmt: skip
-    return scores
-
-
 def tile_scores(queries: Tensor, tiles: Tensor, firsts: Tensor, ends: Tensor, count: int, scale: float) -> Tensor:
     """See ops.py; all runs lie in the tiles. `ends` `[H, R]`: how many tokens there are up to the end of each run."""
     Hq, (H, N, r, lanes) = queries.shape[0], tiles.shape
@@ -252,39 +240,6 @@ def _score(
         _score_block(
             queries[h], dim, _u(address) + _u(h) * _u(head_step), _u(step), kind, C * block // blocks,
             C * (block + 1) // blocks, scores[h],
-        )  # fmt: skip
-
-
-@compiled()
-def _score_ids_block(
-    queries: Any, dim: Any, address: Any, step: Any, kind: Any, ids: Any, start: Any, stop: Any, scores: Any
-) -> None:
-    D, ahead, found = _u(dim), 2 * _AHEAD, np.empty(_ROWS * _ROWS, np.float32)
-    padded, row_bytes = (D + _u(LANES - 1)) // _u(LANES) * _u(LANES), D * _u(4 if kind == 0 else 2)
-    rows = np.zeros(_u(_ROWS) * padded, np.float32)
-    for n in range(start, stop, _ROWS):
-        some = min(_ROWS, stop - n)
-        for i in range(some):
-            if n + i + ahead < stop and ids[n + i + ahead] >= 0:
-                _touch(address + _u(ids[n + i + ahead]) * step, row_bytes)
-            if ids[n + i] >= 0:
-                widen(address + _u(ids[n + i]) * step, kind, D, rows, _u(i) * padded)
-        _dots(queries, padded, rows, padded, found, scores, _u(n), _u(some))
-        for i in range(some):
-            if ids[n + i] < 0:
-                scores[:, n + i] = -np.inf
-
-
-@compiled(parallel=True)
-def _score_ids(
-    queries: Any, dim: Any, address: Any, head_step: Any, step: Any, kind: Any, blocks: Any, ids: Any, scores: Any
-) -> None:
-    K = scores.shape[2]
-    for part in prange(len(queries) * blocks):
-        h, block = part // blocks, part % blocks
-        _score_ids_block(
-            queries[h], dim, _u(address) + _u(h) * _u(head_step), _u(step), kind, ids[h], K * block // blocks,
-            K * (block + 1) // blocks, scores[h],
         )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ except ImportError as exc:
 from ..attention import Partial, merge
 
 _BLOCK_LANDMARKS = 64
+_BLOCK_TILED = 128
 _BLOCK_TOP = 1024
 _BLOCK_TOKENS = 32
 _SPLIT_TOKENS = 256  # so that few heads and a budget of some thousand tokens still fill a device
@@ -26,21 +27,24 @@ _LEAST = torch.iinfo(torch.int64).min
 
 def landmark_scores(queries: Tensor, landmarks: Tensor, scale: float) -> Tensor:
     """See ops.py."""
-    return _scored(queries, landmarks, None, landmarks.shape[1], scale)
+    (Hq, D), (H, C, _) = queries.shape, landmarks.shape
+    scores = torch.empty(Hq, C, device=queries.device)
+    _landmark_scores[(H, triton.cdiv(C, _BLOCK_LANDMARKS))](
+        queries.contiguous(), landmarks, scores, *landmarks.stride()[:2], C, D, Hq // H, scale,
+        IS_ONE_DTYPE=queries.dtype == landmarks.dtype, BLOCK=_BLOCK_LANDMARKS, BLOCK_GROUP=_power(Hq // H),
+        BLOCK_DIM=32,
+    )  # fmt: skip
+    return scores
 
 
-def gather_scores(queries: Tensor, rows: Tensor, ids: Tensor, scale: float) -> Tensor:
-    """See ops.py."""
-    return _scored(queries, rows, ids.contiguous(), ids.shape[1], scale)
-
-
-def _scored(queries: Tensor, rows: Tensor, ids: Tensor | None, count: int, scale: float) -> Tensor:
-    (Hq, D), H = queries.shape, rows.shape[0]
-    scores = torch.empty(Hq, count, device=queries.device)
-    _scores[(H, triton.cdiv(count, _BLOCK_LANDMARKS))](
-        queries.contiguous(), rows, _or(ids, scores), scores, *rows.stride()[:2], count, D, Hq // H, scale,
-        GATHERS=ids is not None, IS_ONE_DTYPE=queries.dtype == rows.dtype, BLOCK=_BLOCK_LANDMARKS,
-        BLOCK_GROUP=_power(Hq // H), BLOCK_DIM=32,
+def tile_scores(queries: Tensor, tiles: Tensor, ids: Tensor, scale: float) -> Tensor:
+    """See ops.py; `ids` `[H, K]` int64 are the tokens of all runs, in their order."""
+    (Hq, r), (H, K) = queries.shape, ids.shape
+    scores = torch.empty(Hq, K, device=queries.device)
+    _tile_scores[(H, triton.cdiv(K, _BLOCK_TILED))](
+        queries.contiguous(), tiles, ids.contiguous(), scores, K, tiles.shape[1], r, Hq // H, scale,
+        IS_ONE_DTYPE=queries.dtype == tiles.dtype, TILE=tiles.shape[3], BLOCK=_BLOCK_TILED,
+        BLOCK_GROUP=_power(Hq // H), BLOCK_RANK=32,
     )  # fmt: skip
     return scores
 
@@ -106,10 +110,9 @@ def _or(table: Tensor | None, other: Tensor) -> Tensor:
 
 
 @triton.jit
-def _scores(
+def _landmark_scores(
     queries,
     rows,
-    ids,
     scores,
     head_step,
     step,
@@ -117,7 +120,6 @@ def _scores(
     D,
     group,
     scale,
-    GATHERS: tl.constexpr,
     IS_ONE_DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
@@ -125,20 +127,19 @@ def _scores(
 ):
     """For each block of rows of a KV head: over runs of channels, add `rows @ queries` of the group; scale.
 
-    Grid: (H, ceil(count / BLOCK)). Rows, query heads and channels past the end are masked to 0; ids of -1 score -inf.
-    Sums are float32; operands of different dtypes are widened, and float32 is not rounded to TF32. A row is read once
-    for its group and gives 4 bytes for each query head.
+    Grid: (H, ceil(count / BLOCK)). Rows, query heads and channels past the end are masked to 0. Sums are float32;
+    operands of different dtypes are widened, and float32 is not rounded to TF32. A row is read once for its group and
+    gives 4 bytes for each query head.
     """
     head = tl.program_id(0).to(tl.int64)
     n = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    row = tl.load(ids + head * count + n, mask=n < count, other=-1) if GATHERS else tl.where(n < count, n, -1)
     g = tl.arange(0, BLOCK_GROUP)
     total = tl.zeros((BLOCK, BLOCK_GROUP), dtype=tl.float32)
     for start in range(0, D, BLOCK_DIM):
         d = start + tl.arange(0, BLOCK_DIM)
         of_rows = tl.load(
-            rows + head * head_step + row[:, None] * step + d[None, :],
-            mask=(row[:, None] >= 0) & (d[None, :] < D),
+            rows + head * head_step + n[:, None] * step + d[None, :],
+            mask=(n[:, None] < count) & (d[None, :] < D),
             other=0.0,
         )
         of_group = tl.load(
@@ -149,9 +150,53 @@ def _scores(
         if not IS_ONE_DTYPE:
             of_rows, of_group = of_rows.to(tl.float32), of_group.to(tl.float32)
         total = tl.dot(of_rows, of_group, total, input_precision="ieee")
-    total = tl.where(row[:, None] >= 0, total * scale, -float("inf"))
     target = scores + (head * group + g[None, :]) * count + n[:, None]
-    tl.store(target, total, mask=(n[:, None] < count) & (g[None, :] < group))
+    tl.store(target, total * scale, mask=(n[:, None] < count) & (g[None, :] < group))
+
+
+@triton.jit
+def _tile_scores(
+    queries,
+    tiles,
+    ids,
+    scores,
+    K,
+    N,
+    R,
+    group,
+    scale,
+    IS_ONE_DTYPE: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+):
+    """For each block of chosen tokens of a KV head: over runs of dimensions, add `rows @ queries` of the group; scale.
+
+    Grid: (H, ceil(K / BLOCK)). Tokens, query heads and dimensions past the end are masked to 0. Sums are float32;
+    operands of different dtypes are widened, and float32 is not rounded to TF32. A tile `[R, TILE]` holds one dimension
+    of TILE tokens side by side, so tokens of one run are read in whole lines. A token reads 8 bytes of its id and 2 a
+    dimension, once for its group, and gives 4 bytes for each query head.
+    """
+    head = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.load(ids + head * K + n, mask=n < K, other=0)
+    first = tiles + (head * N + token // TILE) * R * TILE + token % TILE
+    g = tl.arange(0, BLOCK_GROUP)
+    total = tl.zeros((BLOCK, BLOCK_GROUP), dtype=tl.float32)
+    for start in range(0, R, BLOCK_RANK):
+        r = start + tl.arange(0, BLOCK_RANK)
+        of_rows = tl.load(first[:, None] + r[None, :] * TILE, mask=(n[:, None] < K) & (r[None, :] < R), other=0.0)
+        of_group = tl.load(
+            queries + (head * group + g[None, :]) * R + r[:, None],
+            mask=(g[None, :] < group) & (r[:, None] < R),
+            other=0.0,
+        )
+        if not IS_ONE_DTYPE:
+            of_rows, of_group = of_rows.to(tl.float32), of_group.to(tl.float32)
+        total = tl.dot(of_rows, of_group, total, input_precision="ieee")
+    target = scores + (head * group + g[None, :]) * K + n[:, None]
+    tl.store(target, total * scale, mask=(n[:, None] < K) & (g[None, :] < group))
 
 
 @triton.jit

@@ -195,25 +195,11 @@ def test_landmark_scores(heads, dim, count, dtype, strides, seed) -> None:
     torch.testing.assert_close(found, true.float(), rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=40)
-@given(
-    heads=heads,
-    dim=st.sampled_from([1, 16, 40]),
-    count=st.integers(0, 40),
-    dtype=st.sampled_from(FLOATS),
-    strides=st.booleans(),
-    seed=st.integers(0, 999),
-)
-def test_gather_scores(heads, dim, count, dtype, strides, seed) -> None:
-    H, G = heads
-    queries, rows = numbers(H * G, dim, seed=seed), numbers(H, 45, dim, seed=seed + 1, dtype=dtype)
-    ids = some_ids(H, 45, count, seed)
-    found = ops.gather_scores(queries, apart(rows) if strides else rows, ids, scale=0.25)
-    assert found.shape == (H * G, count)
-    whole = torch.einsum("hgd,hcd->hgc", queries.double().view(H, G, dim), rows.double()).flatten(0, 1) * 0.25
-    of_heads = ids.repeat_interleave(G, 0)
-    true = whole.gather(1, of_heads.clamp(min=0)).masked_fill(of_heads < 0, -math.inf)
-    torch.testing.assert_close(found, true.float(), rtol=1e-5, atol=1e-5)
+def scores_at(queries: Tensor, rows: Tensor, ids: Tensor, scale: float) -> Tensor:
+    """Scores of the rows `ids` `[H, K]`, summed in float64."""
+    grouped = queries.double().view(len(rows), -1, queries.shape[1])
+    whole = torch.einsum("hgd,hcd->hgc", grouped, rows.double()).flatten(0, 1) * scale
+    return whole.gather(1, ids.repeat_interleave(len(queries) // len(rows), 0)).float()
 
 
 @settings(max_examples=40)
@@ -243,7 +229,7 @@ def test_tile_scores(heads, dim, count, runs, seed) -> None:
         .long()
         .view(H, count)
     )
-    torch.testing.assert_close(found, ops.gather_scores(queries, rows, ids, scale=0.25), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, scores_at(queries, rows, ids, 0.25), rtol=1e-5, atol=1e-5)
 
 
 def test_tile_scores_of_many() -> None:
@@ -253,7 +239,7 @@ def test_tile_scores_of_many() -> None:
     firsts = torch.stack((torch.arange(150) * 100, torch.arange(150).flip(0) * 100))
     found = ops.tile_scores(queries, ops.tiled(rows), firsts, counts, scale=1.0)
     ids = torch.stack([torch.cat([f + torch.arange(n) for f, n in zip(of, range(150), strict=True)]) for of in firsts])
-    torch.testing.assert_close(found, ops.gather_scores(queries, rows, ids, scale=1.0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, scores_at(queries, rows, ids, 1.0), rtol=1e-4, atol=1e-4)
 
 
 def test_landmark_scores_of_many() -> None:
@@ -353,8 +339,6 @@ def runs(firsts: list[list[int]], counts: list[list[int]]) -> Tensor:
         ("reach from -2 to 0", lambda: attend_with(ids=torch.tensor([[0], [-2]]))),
         ("ids are", lambda: attend_with(ids=torch.zeros(2, 1, dtype=torch.int32))),
         ("queries are", lambda: attend_with(queries=torch.ones(8))),
-        ("rows are", lambda: ops.gather_scores(torch.ones(4, 8), torch.ones(2, 5, 7), some_ids(2, 5, 2, 0), scale=1)),
-        ("ids reach", lambda: ops.gather_scores(torch.ones(2, 8), torch.ones(1, 5, 8), torch.tensor([[5]]), scale=1)),
         ("runs are", lambda: runs([[0]], [[1, 1]])),
         ("runs reach", lambda: runs([[14]], [[3]])),
         ("runs reach", lambda: runs([[-1]], [[1]])),

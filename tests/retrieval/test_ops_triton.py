@@ -16,7 +16,7 @@ from kvloom.retrieval.attention import attend_at
 from kvloom.retrieval.kernels import code_ops, ops
 from kvloom.retrieval.selector import LayerShape, pooled
 
-from .test_ops import apart, factor_of, numbers, some_ids
+from .test_ops import apart, factor_of, numbers, scores_at, some_ids
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'kvloom[triton]'")
 
@@ -46,16 +46,37 @@ def on(tensor: Tensor | None) -> Tensor | None:
     strides=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_scores(heads, dim, count, dtypes, strides, seed) -> None:
+def test_landmark_scores(heads, dim, count, dtypes, strides, seed) -> None:
     (H, G), (query_dtype, dtype) = heads, dtypes
     queries, landmarks = numbers(H * G, dim, seed=seed, dtype=query_dtype), numbers(H, count, dim, seed=1, dtype=dtype)
     true = ops.landmark_scores(queries, landmarks, scale=0.3)
     found = ops_triton.landmark_scores(on(queries), on(apart(landmarks) if strides else landmarks), 0.3)
     torch.testing.assert_close(found.cpu(), true, rtol=1e-5, atol=1e-5)
-    ids = some_ids(H, count, min(count, 70), seed)
-    true = ops.gather_scores(queries, landmarks, ids, scale=0.3)
-    found = ops_triton.gather_scores(on(queries), on(landmarks), on(ids), 0.3)
-    torch.testing.assert_close(found.cpu(), true, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=25)
+@given(
+    heads=st.tuples(st.integers(1, 2), st.sampled_from([1, 3, 4, 20])),
+    rank=st.sampled_from([5, 32, 40]),
+    lengths=st.lists(st.integers(0, 60), min_size=1, max_size=6),
+    query_dtype=st.sampled_from([torch.float32, torch.float16]),
+    seed=st.integers(0, 99),
+)
+def test_tile_scores(heads, rank, lengths, query_dtype, seed) -> None:
+    """Runs of tokens that begin and end within tiles, some empty, some overlapping."""
+    (H, G), tokens = heads, 77
+    queries = numbers(H * G, rank, seed=seed, dtype=query_dtype)
+    rows = numbers(H, tokens, rank, seed=1, dtype=torch.float16)
+    counts = torch.tensor(lengths).expand(H, -1)
+    firsts = (torch.rand(counts.shape, generator=torch.Generator().manual_seed(seed)) * (tokens - counts + 1)).long()
+    ids = torch.stack([torch.cat([f + torch.arange(n) for f, n in zip(of, lengths, strict=True)]) for of in firsts])
+    if not ids.numel():
+        return
+    tiles, true = ops.tiled(rows), scores_at(queries, rows, ids, 0.3)
+    found = ops_triton.tile_scores(on(queries), on(tiles), on(ids), 0.3)
+    torch.testing.assert_close(found.cpu(), true, rtol=1e-4, atol=1e-4)
+    dispatched = ops.tile_scores(on(queries), on(tiles), on(firsts), on(counts), scale=0.3)
+    torch.testing.assert_close(dispatched.cpu(), true, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("pooling", ["max", "sum"])
@@ -180,8 +201,10 @@ def build(kernel, types, **constants):
 u8, i8, f16, f32, i64 = "*u8", "*i8", "*fp16", "*fp32", "*i64"
 for of_queries in (f16, f32):
     one = of_queries == f16
-    build(k._scores, dict(queries=of_queries, rows=f16, ids=i64, scores=f32, scale="fp32"), GATHERS=one,
+    build(k._landmark_scores, dict(queries=of_queries, rows=f16, scores=f32, scale="fp32"),
           IS_ONE_DTYPE=one, BLOCK=64, BLOCK_GROUP=16, BLOCK_DIM=32)
+    build(k._tile_scores, dict(queries=of_queries, tiles=f16, ids=i64, scores=f32, scale="fp32"),
+          IS_ONE_DTYPE=one, TILE=16, BLOCK=128, BLOCK_GROUP=16, BLOCK_RANK=32)
     build(k._gather_attend, dict(queries=of_queries, keys=f16, values=f16, ids=i64, out=f32, lse=f32, scale="fp32"),
           IS_ONE_DTYPE=one, SPLIT=256, BLOCK=32, BLOCK_GROUP=16, BLOCK_DIM=128, BLOCK_V_DIM=128)
 build(k._top, dict(scores=f32, lse=f32, best=i64, least="i64"), ADDS=True, BLOCK=1024)
