@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...retrieval.exact import FlatIndex
 from ...retrieval.per_head import Found
+from .flat_index import FlatIndex
 
 try:
     import faiss

@@ -11,7 +11,6 @@ import torch
 from rich.progress import Progress
 
 from ...evaluation.report import Metric
-from ...retrieval.factor.factor import KeyBytes, key_bytes
 from ...retrieval.factor.key_factor import KeyFactor
 from ...retrieval.landmarks import LandmarkIndex
 from ...retrieval.selector import LayerShape
@@ -19,6 +18,7 @@ from ..codecs.samples import RANK, SPEC_8B, chunk_8b
 from ..codecs.speed import QUERY_HEADS
 from .decode_speed import DecodeSpeed, decode_speed
 from .graph_speed import planted_figures
+from .key_bytes import KeyBytes, key_bytes
 from .methods import named
 from .planted import planted
 

@@ -1,4 +1,4 @@
-"""Codes of 1 to 8 bits as bytes and back, and keys from codes or factors: the reference in torch, and the dispatcher.
+"""Codes of 1 to 8 bits as bytes and back, and numbers from codes, rotated: the reference in torch, and the dispatcher.
 
 Tensors on a CUDA device go to the kernels of the same names and signatures in ops_triton.py.
 """
@@ -138,40 +138,6 @@ def dequantize_rotate(
         out[rows] = x if cos is None or sin is None else rotate_pairs(x, cos, sin, interleaved)
 
 
-def rebuild_rotate(
-    factor: Tensor,
-    basis: Tensor,
-    out: Tensor,
-    *,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    interleaved: bool = False,
-) -> None:
-    """Writes keys from low-rank factors, rotated: `factor @ basis` for each head in float32, rotate, round once.
-
-    Parameters
-    ----------
-    factor : `[T, r]`; basis : `[r, H, D]`, of one floating dtype.
-    out : `[H, T, D]` of a floating dtype; its rows are contiguous, but may lie apart.
-    cos, sin, interleaved : as for `dequantize_rotate`.
-
-    Raises
-    ------
-    ValueError : a shape or dtype is another.
-    """
-    _check_rebuild(factor, basis, out, cos, sin)
-    if out.numel() == 0:
-        return
-    if factor.is_cuda:
-        from . import ops_triton
-
-        with torch.cuda.device(factor.device):
-            ops_triton.rebuild_rotate(factor, basis, out, cos=cos, sin=sin, interleaved=interleaved)
-        return
-    x = factor.float() @ basis.float().transpose(0, 1)
-    out.copy_(x if cos is None or sin is None else rotate_pairs(x, cos, sin, interleaved))
-
-
 def _plane_widths(bits: int) -> list[int]:
     return [width for width in (8, 4, 2, 1) if bits & width]
 
@@ -208,17 +174,6 @@ def _check_dequantize(
         raise ValueError(f"levels are {levels.dtype} {list(levels.shape)}; expected torch.float32 [{N}, {1 << bits}]")
     if smooth is not None and (smooth.dtype != torch.float32 or smooth.shape != (N, D)):
         raise ValueError(f"smooth is {smooth.dtype} {list(smooth.shape)}; expected torch.float32 [{N}, {D}]")
-    _check_turn(T, D, *turn)
-
-
-def _check_rebuild(factor: Tensor, basis: Tensor, out: Tensor, *turn: Tensor | None) -> None:
-    _check_out(out)
-    H, T, D = out.shape
-    if factor.ndim != 2 or len(factor) != T or basis.shape != (factor.shape[1], H, D) or factor.dtype != basis.dtype:
-        raise ValueError(
-            f"factor is {factor.dtype} {list(factor.shape)}, basis {basis.dtype} {list(basis.shape)}; expected "
-            f"[{T}, r] and [r, {H}, {D}] of one dtype"
-        )
     _check_turn(T, D, *turn)
 
 

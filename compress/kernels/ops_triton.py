@@ -81,36 +81,6 @@ def dequantize_rotate(
     )
 
 
-def rebuild_rotate(
-    factor: Tensor,
-    basis: Tensor,
-    out: Tensor,
-    *,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    interleaved: bool = False,
-) -> None:
-    """See ops.py."""
-    H, T, D = out.shape
-    _rebuild_rotate[(H, triton.cdiv(T, _BLOCK_TOKENS))](
-        factor.contiguous(),
-        basis.contiguous(),
-        _or(cos, out),
-        _or(sin, out),
-        out,
-        *out.stride()[:2],
-        T,
-        factor.shape[1],
-        H,
-        D,
-        TURNS=cos is not None,
-        INTERLEAVED=interleaved,
-        BLOCK_TOKENS=_BLOCK_TOKENS,
-        BLOCK_RANK=32,
-        BLOCK_PAIRS=max(16, triton.next_power_of_2(-(-D // 2))),
-    )
-
-
 def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1]).contiguous()
 
@@ -299,49 +269,3 @@ def _store_pairs(
         a, b = a * c - b * s, b * c + a * s
     tl.store(out + first, a.to(out.dtype.element_ty), mask=mask_a)
     tl.store(out + second, b.to(out.dtype.element_ty), mask=mask_b)
-
-
-@triton.jit
-def _rebuild_rotate(
-    factor,
-    basis,
-    cos,
-    sin,
-    out,
-    out_head,
-    out_token,
-    T,
-    R,
-    H,
-    D,
-    TURNS: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_RANK: tl.constexpr,
-    BLOCK_PAIRS: tl.constexpr,
-):
-    """For each block of tokens of a head: over runs of ranks, add `factor @ basis` for both channels of pairs; turn.
-
-    Grid: (H, ceil(T / BLOCK_TOKENS)). The two products share the factor's tile; sums are float32, and float32 operands
-    are not rounded to TF32. Tokens, ranks and channels past the end are masked to 0. A program reads its rows of the
-    factor and all of its head's basis, and writes D numbers a token.
-    """
-    head = tl.program_id(0).to(tl.int64)
-    token = tl.program_id(1) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[:, None]
-    pair = tl.arange(0, BLOCK_PAIRS)[None, :]
-    half = (D + 1) // 2
-    first = 2 * pair if INTERLEAVED else pair
-    second = first + 1 if INTERLEAVED else pair + half
-    has_a, has_b = (pair < half) & (first < D), (pair < half) & (second < D)
-    a = tl.zeros((BLOCK_TOKENS, BLOCK_PAIRS), dtype=tl.float32)
-    b = tl.zeros((BLOCK_TOKENS, BLOCK_PAIRS), dtype=tl.float32)
-    for start in range(0, R, BLOCK_RANK):
-        rank = start + tl.arange(0, BLOCK_RANK)
-        rows = tl.load(factor + token * R + rank[None, :], mask=(token < T) & (rank[None, :] < R), other=0.0)
-        base = basis + (rank[:, None] * H + head) * D
-        in_rank = rank[:, None] < R
-        a = tl.dot(rows, tl.load(base + first, mask=in_rank & has_a, other=0.0), a, input_precision="ieee")
-        b = tl.dot(rows, tl.load(base + second, mask=in_rank & has_b, other=0.0), b, input_precision="ieee")
-    mask_a, mask_b = (token < T) & has_a, (token < T) & has_b
-    target = out + head * out_head + token * out_token
-    _store_pairs(a, b, cos, sin, target, token, pair, half, first, second, mask_a, mask_b, TURNS)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvloom.compress.kernels.ops import dequantize_rotate, pack_bits, packed_bytes, rebuild_rotate, unpack_bits
+from kvloom.compress.kernels.ops import dequantize_rotate, pack_bits, packed_bytes, unpack_bits
 
 
 @given(bits=st.integers(1, 8), count=st.integers(0, 67), rows=st.integers(0, 3), seed=st.integers(0, 99))
@@ -53,15 +53,6 @@ def test_dequantize_and_rotate_by_hand() -> None:
     levels, smooth = torch.tensor([[-1.0, 0.0, 0.25, 4.0]]), torch.tensor([[1.0, 100.0]])
     dequantize_rotate(packed, 2, scale, zero, out, levels=levels, smooth=smooth)
     assert out.tolist() == [[[0.5, 150.0], [8.5, -1100.0]]]
-
-
-def test_rebuild_and_rotate_by_hand() -> None:
-    factor, basis = torch.tensor([[1.0, 2.0], [0.0, 3.0]]), torch.tensor([[[1.0, 0.0]], [[0.5, 2.0]]])
-    cos, sin, out = torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [1.0]]), torch.empty(1, 2, 2)
-    rebuild_rotate(factor, basis, out)
-    assert out.tolist() == [[[2.0, 4.0], [1.5, 6.0]]]
-    rebuild_rotate(factor, basis, out, cos=cos, sin=sin)
-    assert out.tolist() == [[[2.0, 4.0], [-6.0, 1.5]]]
 
 
 @pytest.mark.parametrize(

@@ -112,28 +112,6 @@ def test_dequantize_of_other_widths(dim: int) -> None:
     assert torch.allclose(found.cpu(), true, atol=1e-6)
 
 
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("turns", [False, True])
-@pytest.mark.parametrize(("tokens", "rank", "dim"), [(1, 1, 2), (40, 33, 8), (37, 64, 80)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_rebuild_rotate(interleaved: bool, turns: bool, tokens: int, rank: int, dim: int, dtype: torch.dtype) -> None:
-    random = torch.Generator().manual_seed(tokens)
-    factor = torch.randn(tokens, rank, generator=random).to(dtype)
-    basis = (torch.randn(rank, 2, dim, generator=random) / rank**0.5).to(dtype)
-    cos, sin = angles(tokens, dim) if turns else (None, None)
-    true, found = torch.zeros(2, tokens, dim), on(torch.zeros(2, tokens, dim))
-    ops.rebuild_rotate(factor, basis, true, cos=cos, sin=sin, interleaved=interleaved)
-    ops_triton.rebuild_rotate(
-        on(factor),
-        on(basis),
-        found,
-        cos=None if cos is None else on(cos),
-        sin=None if sin is None else on(sin),
-        interleaved=interleaved,
-    )
-    assert true.abs().max() > 0.1 and torch.allclose(found.cpu(), true, rtol=1e-5, atol=1e-5)
-
-
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
@@ -158,9 +136,6 @@ for has, bits in ((False, 4), (True, 3)):
     tables = dict(packed=u8, scale=f16, zero=f16, levels=f32, smooth=f32, out_row="i32", G="i32", C="i32")
     build(k._dequantize_rotate, tables | turn | sizes, BITS=bits, HAS_LEVELS=has, HAS_SMOOTH=has, TURNS=has,
           INTERLEAVED=has, BLOCK_TOKENS=32, BLOCK_PAIRS=64)
-    tables = dict(factor=f16, basis=f16, out_head="i32", R="i32", H="i32")
-    build(k._rebuild_rotate, tables | turn | sizes, TURNS=has, INTERLEAVED=has, BLOCK_TOKENS=32, BLOCK_RANK=32,
-          BLOCK_PAIRS=64)
 print("compiled")
 """
 

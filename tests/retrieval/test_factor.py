@@ -5,11 +5,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvloom.bench.retrieval.key_bytes import key_bytes
 from kvloom.compress.gram import Gram
 from kvloom.core import RopeSpec
 from kvloom.errors import CodecError
 from kvloom.retrieval.cascade import KeySource
-from kvloom.retrieval.factor.factor import FactorIndex, key_bytes
+from kvloom.retrieval.factor.factor import FactorIndex
 from kvloom.retrieval.factor.key_factor import KeyFactor
 from kvloom.retrieval.kernels.ops import rebuild_keys
 from kvloom.retrieval.selector import LayerShape, LearnsFromQueries, Selector

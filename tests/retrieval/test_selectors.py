@@ -5,9 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvloom.bench.retrieval.flat_index import FlatIndex
 from kvloom.core import GrowableIndex
 from kvloom.retrieval.attention import attend, attend_at, merge, nothing
-from kvloom.retrieval.exact import ExactSelector, FlatIndex, RandomSelector
+from kvloom.retrieval.exact import ExactSelector, RandomSelector
 from kvloom.retrieval.per_head import PerHeadSelector, counted
 from kvloom.retrieval.selector import LayerShape, Selector, pooled, top_ids
 from kvloom.testing import SHAPE, SelectorContract, make_context
