@@ -14,7 +14,7 @@ from .. import __version__
 from ..calibration.certificate import Certificate, Figure
 from ..calibration.model_profile import Profile
 from ..compress.registry import codec_by_name
-from ..connectors.hf.retrieval.break_even import break_even
+from ..connectors.break_even import break_even
 from ..connectors.hf.retrieval.decoding import layer_shape
 from ..connectors.vllm.identity import weight_files_id
 from ..core import Codec

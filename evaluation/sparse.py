@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ..connectors.hf.model import TransformersModel
 from ..connectors.hf.retrieval.decoding import layer_shape
 from ..core import KVChunk
-from ..retrieval.attention import attend, attend_selected
+from ..retrieval.attention import attend, attend_at, attend_selected
 from ..retrieval.selector import LearnsFromQueries
 from ..retrieval.settings import CHUNK_TOKENS, Retrieval
 from .forcing import QUERIES, QUERY_POSITIONS, Way, as_it_is
@@ -46,7 +48,7 @@ def through_retrieval(retrieval: Retrieval, layers: TransformersModel) -> Way:
             part = attend(query, *_near(keys, values, start, stop, position), scale=shape.scale)
             if budget := retrieval.budget(len(selector)):
                 chosen = selector.select(query, position, budget)
-                part = attend_selected(query, part, keys, values, chosen, scale=shape.scale)
+                part = attend_selected(part, chosen, partial(attend_at, query, keys, values, scale=shape.scale))
             out[:, place] = part[0].to(out.dtype)
         return out
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -46,18 +46,21 @@ def attend_at(queries: Tensor, keys: Tensor, values: Tensor, ids: Tensor, *, sca
     return attend(queries, chosen_keys, chosen_values, scale=scale, visible=ids >= 0)
 
 
-def attend_selected(
-    queries: Tensor, near: Partial, keys: Tensor, values: Tensor, selection: Selection, *, scale: float
-) -> Partial:
-    """Attention over `near` (sinks, window), what a selector chose of a context `[H, S, D]`, `[H, S, Dv]`, and its
-    estimate of the rest if it made one: the three share no token.
+def attend_selected(near: Partial, selection: Selection, attend_ids: Callable[[Tensor], Partial]) -> Partial:
+    """Attention over sinks and window (`near`), the tokens that a selector chose, and its estimate of the rest, if any.
+
+    The three share no token. The result is on the device of `near`.
+
+    Parameters
+    ----------
+    attend_ids : attention of the same queries over the tokens `ids` `[H, K]`: `attend_at` or `Pages.attend` with their
+        other arguments bound.
     """
-    parts = [near]
-    if selection.ids.shape[1]:
-        parts.append(attend_at(queries, keys, values, selection.ids, scale=scale))
+    parts = [] if not selection.ids.shape[1] else [attend_ids(selection.ids)]
     if selection.rest is not None:
         parts.append(selection.rest)
-    return merge(parts)
+    device = near[0].device
+    return merge([near, *((out.to(device), lse.to(device)) for out, lse in parts)])
 
 
 def merge(parts: Sequence[Partial]) -> Partial:

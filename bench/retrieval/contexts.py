@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ...blend.attention import causal_attention
 from ...connectors.hf.model import TransformersModel
-from ...retrieval.attention import attend, attend_selected
+from ...retrieval.attention import attend, attend_at, attend_selected
 from ...retrieval.selector import LayerShape, LearnsFromQueries, Selection, Selector
 
 SINK_TOKENS, WINDOW_TOKENS = 4, 32  # attended to exactly, and charged; scaled to contexts of some thousand tokens
@@ -51,7 +52,8 @@ class Context:
         estimate of the rest if there is one.
         """
         near = attend(query, pinned[0][:, :visible], pinned[1][:, :visible], scale=scale)
-        return attend_selected(query, near, self.keys[layer], self.values[layer], selection, scale=scale)[0]
+        attend_ids = partial(attend_at, query, self.keys[layer], self.values[layer], scale=scale)
+        return attend_selected(near, selection, attend_ids)[0]
 
 
 @dataclass(frozen=True, slots=True)

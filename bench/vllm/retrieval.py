@@ -193,7 +193,7 @@ def _serve(job: RetrievalJob) -> dict[int, dict[str, Any]]:
 def _of_length(llm: Any, job: RetrievalJob, prompts: Sequence[tuple[Sequence[int], str, Sequence[int]]]) -> Any:
     from vllm import SamplingParams
 
-    from ...connectors.hf.retrieval.break_even import NEVER
+    from ...connectors.break_even import NEVER
 
     def decode(ids: Sequence[int], count: int) -> tuple[list[int], float]:
         sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)

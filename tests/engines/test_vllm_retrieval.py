@@ -25,7 +25,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAtte
 
 from kvloom.bench.vllm import retrieval as vllm_retrieval
 from kvloom.calibration.certificate import Certificate, Figure
-from kvloom.connectors.hf.retrieval.break_even import NEVER
+from kvloom.connectors.break_even import NEVER
 from kvloom.connectors.vllm import plugin as vllm_plugin
 from kvloom.connectors.vllm.identity import weight_files_id
 from kvloom.connectors.vllm.retrieval import backend_cpu as vllm_backend_cpu

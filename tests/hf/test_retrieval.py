@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from kvloom.calibration.certificate import Certificate, Figure
+from kvloom.connectors.break_even import NEVER, crossing
 from kvloom.connectors.hf.connector import TransformersConnector
 from kvloom.connectors.hf.retrieval import session as hf_session
 from kvloom.connectors.hf.retrieval.attention import IMPLEMENTATION, retrieving
-from kvloom.connectors.hf.retrieval.break_even import NEVER, crossing
 from kvloom.connectors.hf.retrieval.session import Session
 from kvloom.core import Tier
 from kvloom.errors import EngineError, SpecMismatchError, UncertifiedError, UncertifiedWarning

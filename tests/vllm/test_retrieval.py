@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvloom.calibration.certificate import Certificate, Figure
-from kvloom.connectors.hf.retrieval.break_even import NEVER
+from kvloom.connectors.break_even import NEVER
 from kvloom.connectors.vllm.identity import weight_files_id
 from kvloom.connectors.vllm.retrieval import start as vllm_retrieval_start
 from kvloom.connectors.vllm.retrieval.paged_index import PagedRetrieval

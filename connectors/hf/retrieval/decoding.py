@@ -11,8 +11,8 @@ from ....calibration.codec_form import Form
 from ....kvstore.store import KVStore
 from ....retrieval.selector import LayerShape
 from ....retrieval.settings import Retrieval, covering, expect_certified
+from ...break_even import break_even
 from ..model import TransformersModel
-from .break_even import break_even
 from .plan import Plan
 
 

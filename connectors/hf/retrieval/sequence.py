@@ -6,6 +6,7 @@ from collections import deque
 from concurrent.futures import Executor, Future, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -16,9 +17,10 @@ from ....blend.attention import causal_attention
 from ....core import ChunkKey, KVChunk
 from ....errors import TierError
 from ....kvstore.keys import content_key, derived_key, prefix_keys
-from ....retrieval.attention import attend, merge
+from ....retrieval.attention import attend, attend_selected
 from ....retrieval.context_index import ContextIndex
 from ....retrieval.pages import Pages
+from ....retrieval.selector import Selection
 from ....retrieval.settings import CHUNK_TOKENS
 from .near import NearTokens
 from .plan import Counts, Plan, Segment
@@ -133,7 +135,7 @@ class Context:
     def _attend_to_chosen(self, layer: int, queries: Tensor) -> Tensor:
         self._collect()
         selector, near, shape = self.index.layers[layer], self._near[layer], self.plan.shapes[layer]
-        parts = [attend(queries, near.keys, near.values, scale=shape.scale)]
+        attended = attend(queries, near.keys, near.values, scale=shape.scale)
         covered = 0 if selector is None else len(selector)
         budget = self.plan.retrieval.budget(covered)
         if selector is not None and budget:
@@ -142,15 +144,15 @@ class Context:
                 self._asked[layer].append(asked)
             if budget >= covered:
                 ids = torch.arange(selector.start, selector.start + covered).expand(shape.kv_heads, -1)
-                rest = None
+                selection = Selection(ids, 0)
             else:
                 selection = selector.select(asked, self.length, budget)
-                ids, rest = selection.ids, selection.rest
-                self.counts.read_bytes += selection.read_bytes
-            self.counts.chosen_tokens += int((ids >= 0).sum())
-            found = [self._pages[layer].attend(asked, ids, scale=shape.scale), *([] if rest is None else [rest])]
-            parts += [(out.to(queries.device), lse.to(queries.device)) for out, lse in found]
-        return merge(parts)[0].to(queries.dtype)
+            self.counts.read_bytes += selection.read_bytes
+            self.counts.chosen_tokens += int((selection.ids >= 0).sum())
+            attended = attend_selected(
+                attended, selection, partial(self._pages[layer].attend, asked, scale=shape.scale)
+            )
+        return attended[0].to(queries.dtype)
 
     # -------------------------------------------------------------------------------------------------- chunks
 

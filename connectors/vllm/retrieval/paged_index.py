@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ....errors import KVLoomError
-from ....retrieval.attention import Partial, attend, merge
+from ....retrieval.attention import Partial, attend, attend_selected
 from ....retrieval.selector import LayerShape, LearnsFromQueries, Selection
 from ....retrieval.settings import Retrieval
 from ..paged_layers import GATHERS, Packing, unpacked
@@ -287,12 +288,9 @@ class PagedRetrieval:
 
     def _attend_to(self, row: DecodeRow, choice: _Choice, queries: Tensor, cache: Tensor) -> Tensor:
         """Of exactly the tokens that were chosen: `[Hq, Dv]`."""
-        parts = [self._attend_near(row, choice.stop, queries, cache)]
-        if choice.chosen.ids.numel():
-            parts.append(self._attend_at(row, choice.chosen.ids.to(cache.device), queries, cache))
-        if (rest := choice.chosen.rest) is not None:
-            parts.append((rest[0].to(cache.device), rest[1].to(cache.device)))
-        return merge(parts)[0].to(queries.dtype)
+        near = self._attend_near(row, choice.stop, queries, cache)
+        found = attend_selected(near, choice.chosen, partial(self._attend_at, row, queries, cache))
+        return found[0].to(queries.dtype)
 
     def _sinks(self, stop: int) -> int:
         return self.retrieval.sink_tokens if stop else 0
@@ -310,7 +308,8 @@ class PagedRetrieval:
             visible[:, sinks : first * N] = False
         return attend(queries, keys[:, :last], values[:, :last], scale=self.shape.scale, visible=visible)
 
-    def _attend_at(self, row: DecodeRow, ids: Tensor, queries: Tensor, cache: Tensor) -> Partial:
+    def _attend_at(self, row: DecodeRow, queries: Tensor, cache: Tensor, ids: Tensor) -> Partial:
+        ids = ids.to(cache.device)
         rows = ids.clamp(min=0)
         numbers = row.blocks.to(cache.device)[rows // self.block_tokens]
         keys, values = GATHERS[self.packing](cache, self.shape.head_dim, numbers, rows % self.block_tokens)

@@ -14,7 +14,7 @@ from ....core import KVSpec, RopeSpec
 from ....errors import EngineError
 from ....retrieval.selector import LayerShape, LearnsFromQueries
 from ....retrieval.settings import Retrieval, expect_certified
-from ...hf.retrieval.break_even import NEVER, crossing, median_s
+from ...break_even import NEVER, crossing, median_s
 from ..fusion.passes import running_model
 from ..fusion.rope import rope_of
 from ..identity import weight_files_id

@@ -1,4 +1,4 @@
-"""From which length on retrieval pays: both kinds of attention timed here, on one layer, and the lines they make."""
+"""The context length from which a decode step with retrieval beats dense attention, measured on this machine."""
 
 from __future__ import annotations
 
@@ -6,40 +6,41 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ....blend.attention import causal_attention
-from ....retrieval.attention import attend, merge
-from ....retrieval.pages import Pages
-from ....retrieval.selector import LayerShape, LearnsFromQueries
-from ....retrieval.settings import CHUNK_TOKENS, Retrieval
+from ..blend.attention import causal_attention
+from ..retrieval.attention import attend, attend_selected
+from ..retrieval.pages import Pages
+from ..retrieval.selector import LayerShape, LearnsFromQueries
+from ..retrieval.settings import CHUNK_TOKENS, Retrieval
 
-NEVER = 1 << 40
+NEVER = 1 << 40  # tokens: longer than any context
 _SIZES = (2048, 8192, 32768)  # tokens
 _ROUNDS = 9
 _QUERIES = 256  # what an index learns from
 
 
 def break_even(retrieval: Retrieval, shape: LayerShape, value_dim: int, dtype: torch.dtype) -> int:
-    """Tokens of the shortest context of which a decoding step is faster with retrieval, on this machine; `NEVER`.
+    """Tokens of the shortest context for which a decode step with retrieval is faster; `NEVER` if there is none.
 
-    Times one layer's step at growing lengths, on random keys, until retrieval wins; between two lengths, and beyond the
-    last, both kinds of attention are taken for lines.
+    It times one layer's step at growing lengths, on random keys, until retrieval wins. Between two lengths, and beyond
+    the last, it assumes that the times of both kinds of attention grow linearly.
     """
     dense, sparse = [], []
     for tokens in _SIZES:
-        of_dense, of_sparse = _steps(retrieval, shape, value_dim, dtype, tokens)
-        dense.append(median_s(of_dense))
-        sparse.append(median_s(of_sparse))
+        dense_step, sparse_step = _steps(retrieval, shape, value_dim, dtype, tokens)
+        dense.append(median_s(dense_step))
+        sparse.append(median_s(sparse_step))
         if sparse[-1] <= dense[-1]:
             break
     return crossing(dense, sparse)
 
 
 def crossing(dense_s: Sequence[float], sparse_s: Sequence[float]) -> int:
-    """Where dense attention becomes the slower one, by its times at the first of `_SIZES` and those of the other."""
+    """Length in tokens from which dense attention is slower, given both kinds' times at the first sizes of `_SIZES`."""
     if len(dense_s) == 1:
         return _SIZES[0]
     first, second = len(dense_s) - 2, len(dense_s) - 1
@@ -67,8 +68,8 @@ def _steps(
     if isinstance(selector, LearnsFromQueries):
         selector.observe(queries, torch.arange(tokens - _QUERIES, tokens))
         selector.build()
-    near = slice(-retrieval.sink_tokens - retrieval.window_tokens - CHUNK_TOKENS // 2, None)
-    near_keys, near_values = keys[:, near].contiguous(), values[:, near].contiguous()
+    ends = slice(-retrieval.sink_tokens - retrieval.window_tokens - CHUNK_TOKENS // 2, None)
+    near_keys, near_values = keys[:, ends].contiguous(), values[:, ends].contiguous()
     query, position = queries[:, 0], torch.tensor([tokens - 1])
     budget = retrieval.budget(len(selector))
 
@@ -77,15 +78,14 @@ def _steps(
 
     def sparse() -> Tensor:
         chosen = selector.select(query, tokens, budget)
-        parts = [attend(query, near_keys, near_values, scale=shape.scale)]
-        parts.append(pages.attend(query, chosen.ids, scale=shape.scale))
-        return merge(parts if chosen.rest is None else [*parts, chosen.rest])[0]
+        near = attend(query, near_keys, near_values, scale=shape.scale)
+        return attend_selected(near, chosen, partial(pages.attend, query, scale=shape.scale))[0]
 
     return dense, sparse
 
 
 def median_s(step: Callable[[], object]) -> float:
-    """Seconds of a call, when the first two are over: an index may be built in them."""
+    """Median seconds of a call, without the first two, in which an index may be built."""
     step()
     step()
     taken = []
