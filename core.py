@@ -131,7 +131,7 @@ class KVSpec:
 
     def fingerprint(self) -> bytes:
         """32 bytes that stand for every field."""
-        return hashlib.blake2b(b"kvloom KVSpec 1\0" + self.to_json().encode(), digest_size=32).digest()
+        return hashlib.blake2b(b"kvloom KVSpec 2\0" + self.to_json().encode(), digest_size=32).digest()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

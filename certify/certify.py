@@ -16,10 +16,9 @@ from ..calibration.model_profile import Profile
 from ..compress.registry import codec_by_name
 from ..connectors.break_even import break_even
 from ..connectors.hf.retrieval.decoding import layer_shape
-from ..connectors.vllm.identity import weight_files_id
 from ..core import Codec
 from ..evaluation.forcing import CHUNK_TOKENS, ForcedModel, Way, through_codec
-from ..evaluation.models import BUNDLED_MODEL, load_model
+from ..evaluation.models import load_model
 from ..evaluation.passages import load_heldout
 from ..evaluation.quality import KINDS, KNOWN_RATIO, Limits, Measurement, measure, task_trials
 from ..evaluation.report import output, write_text
@@ -117,7 +116,6 @@ def certify(options: CertifyOptions) -> Certificate:
             "trials": {kind: len(pairs) for kind, pairs in found.right.items()},
             "context_tokens": context_tokens,
             "chunk_tokens": CHUNK_TOKENS,
-            "weight_files": weight_files_id(options.model or BUNDLED_MODEL),
             **conditions,
             "exact_match": {kind: sum(a for a, _ in pairs) / len(pairs) for kind, pairs in found.right.items()},
             "skipped": found.skipped,

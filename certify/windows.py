@@ -12,7 +12,7 @@ try:
 except ImportError as error:
     raise ImportError('kvloom.certify.windows needs transformers: pip install "kvloom[transformers]"') from error
 
-from ..connectors.hf.model import lead_of
+from ..connectors.identity.requests import lead_of
 
 SEQUENCES, SEQUENCE_TOKENS = 16, 2048  # KVQuant, section 4
 LEAST_TOKENS = 512  # of a text; from less nothing is learned that holds for another

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..calibration.certificate import Figure
-from ..connectors.hf.model import lead_of
+from ..connectors.identity.requests import lead_of
 from .forcing import ForcedModel, Way, split
 from .models import token_counter
 from .report import Floats, paired_bootstrap, paired_share_difference

@@ -21,7 +21,7 @@ from ..core import ChunkKey, KVSpec
 TokenIds: TypeAlias = "Tensor | NDArray[np.integer] | Sequence[int]"
 
 KEY_BYTES = 32
-_CONTEXT = "kvloom chunk keys, version 1"
+_CONTEXT = "kvloom chunk keys, version 2"
 
 
 def prefix_keys(

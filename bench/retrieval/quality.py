@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import nll_loss
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...connectors.hf.model import lead_of
+from ...connectors.identity.requests import lead_of
 from ...evaluation.models import token_counter
 from ...evaluation.passages import load_heldout, load_questions, sentences
 from ...evaluation.quality import KNOWN_RATIO

@@ -6,17 +6,16 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate, chain, pairwise
 from typing import Any
 from uuid import uuid4
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 try:
     from rich.progress import Progress
-    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import DynamicCache, PreTrainedTokenizerBase
 except ImportError as error:
     raise ImportError(
         'kvloom.connectors.hf.connector needs transformers: pip install "kvloom[transformers]"'
@@ -26,12 +25,14 @@ from ...blend.attention import causal_attention
 from ...blend.blender import BlendedContext, Blender
 from ...blend.choosers import CHOOSERS
 from ...calibration.certificate import Certificate
-from ...core import ChunkKey, KVChunk
+from ...core import ChunkKey, KVChunk, KVSpec
 from ...errors import TierError
 from ...kvstore.keys import content_key
 from ...kvstore.store import KVStore
 from ...retrieval.settings import Retrieval
-from .model import TransformersModel, lead_of
+from ..identity.requests import chunk_salt, lead_of
+from .identity import unwrapped
+from .model import TransformersModel
 from .retrieval.decoding import Decoding
 from .retrieval.session import Generated, Prompt, Session
 from .source import LostChunksError, StoreSource
@@ -62,10 +63,13 @@ class TransformersConnector:
 
     Parameters
     ----------
-    model, tokenizer : a Hugging Face causal language model (Llama, Mistral, Qwen2 or Qwen3) and its tokenizer.
+    model, tokenizer : a Hugging Face causal language model (Llama, Mistral, Qwen2 or Qwen3) and its tokenizer. The
+        model may change, and adapters may come and go: every method looks which KV it would compute now, see
+        `ModelIdentity`.
     store : where chunks live.
     blender : how they are fused; None for `Blender()`.
-    model_id : names weights revision and adapter; None hashes the weights.
+    model_id : names the weights as they are now; None for the name of the model's folder if it holds them, and
+        otherwise one made of their values.
     lead_ids : tokens in front of every context; None for the BOS if the tokenizer puts one in front of a text.
     salt : the tenant's secret, part of every key.
     separator : ends every document that does not end with it.
@@ -80,7 +84,7 @@ class TransformersConnector:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         store: KVStore,
         blender: Blender | None = None,
@@ -95,22 +99,27 @@ class TransformersConnector:
     ) -> None:
         if pack_tokens < 1:
             raise ValueError(f"pack_tokens is {pack_tokens}; expected at least 1")
-        self.model = model.eval()
+        self.model = unwrapped(model).eval()
         self.tokenizer = tokenizer
         self.store = store
         self.blender = blender or Blender()
-        self.layers = TransformersModel(model, model_id=model_id)
-        self.spec = self.layers.spec
-        self._salt = salt
+        self.layers = TransformersModel(self.model, model_id=model_id)
+        self._salt = chunk_salt(tenant=salt)
         self._separator = separator
         self._pack_tokens = pack_tokens
         self._decoding = Decoding(
-            self.layers, store, model.device, salt, certificates, allow_uncertified=allow_uncertified
+            self.layers, store, self.layers.device, self._salt, certificates, allow_uncertified=allow_uncertified
         )
         self.lead_ids = lead_of(tokenizer) if lead_ids is None else tuple(lead_ids)
         # A separator with special tokens is put behind a document as tokens; plain text may merge with the document's.
         end_ids = self.encode_question(separator)
         self._special_end = [] if set(end_ids).isdisjoint(tokenizer.all_special_ids) else end_ids
+        self._leads: dict[KVSpec, KVChunk] = {}
+
+    @property
+    def spec(self) -> KVSpec:
+        """Of the KV that the model computed in the last call."""
+        return self.layers.spec
 
     # ------------------------------------------------------------------------------------------------ tokens
 
@@ -146,6 +155,10 @@ class TransformersConnector:
 
     def key_of(self, token_ids: Sequence[int]) -> ChunkKey:
         """Key under which the store holds a document of these tokens."""
+        self.layers.refresh()
+        return self._key_of(token_ids)
+
+    def _key_of(self, token_ids: Sequence[int]) -> ChunkKey:
         return content_key(self.spec, token_ids, lead_ids=self.lead_ids, salt=self._salt)
 
     # ---------------------------------------------------------------------------------------------- retrieve
@@ -177,6 +190,7 @@ class TransformersConnector:
         """
         if history and documents:
             raise ValueError("there are both history and documents; expected one of them")
+        self.layers.refresh()
         session = Session(
             self.model,
             self._decoding.plan(retrieval),
@@ -197,7 +211,7 @@ class TransformersConnector:
         # Two choosers of the user's own may bear one name: what they chose must not lie under one key.
         chooser = next((name for name, known in CHOOSERS.items() if known is blender.chooser), uuid4().hex)
         way = f"fused {blender.recompute_ratio} {blender.spread_ratio} {chooser}"
-        keys = [self.key_of(ids).hex() for ids in documents]
+        keys = [self._key_of(ids).hex() for ids in documents]
         session.begin_with(context.token_ids, context.blended.keys, context.blended.values, f"{way} {keys}")
 
     def generate(
@@ -235,7 +249,8 @@ class TransformersConnector:
         """
         if not documents:
             raise ValueError("documents is empty; give at least one text")
-        by_key = {self.key_of(ids): ids for ids in map(self.encode_document, documents)}
+        self.layers.refresh()
+        by_key = {self._key_of(ids): ids for ids in map(self.encode_document, documents)}
         todo = {key: ids for key, ids in by_key.items() if key not in self.store}
         with Progress(disable=not progress, transient=True) as bar:
             task = bar.add_task("precomputing documents", total=sum(map(len, todo.values())))
@@ -248,7 +263,7 @@ class TransformersConnector:
         """Key, KV and its share, by tokens, of the seconds that its pack took."""
         for pack in self._packs(documents):
             began_s = time.perf_counter()
-            chunks = self.compute(list(pack.values()))
+            chunks = self._compute(list(pack.values()))
             token_s = (time.perf_counter() - began_s) / sum(map(len, chunks))
             for key, chunk in zip(pack, chunks, strict=True):
                 yield key, chunk, token_s * len(chunk)
@@ -267,6 +282,10 @@ class TransformersConnector:
 
     def compute(self, documents: Sequence[Sequence[int]]) -> list[KVChunk]:
         """KV of token sequences, each alone behind the lead tokens (whose KV is left out), in one packed forward."""
+        self.layers.refresh()
+        return self._compute(documents)
+
+    def _compute(self, documents: Sequence[Sequence[int]]) -> list[KVChunk]:
         return self._prefill([(*self.lead_ids, *ids) for ids in documents], skip=len(self.lead_ids))
 
     @torch.no_grad()
@@ -275,7 +294,7 @@ class TransformersConnector:
 
         Every sequence attends to itself alone: a block-diagonal mask, without computing the blocks that it masks out.
         """
-        spec, layers, device = self.spec, self.layers, self.model.device
+        spec, layers, device = self.spec, self.layers, self.layers.device
         bounds = list(pairwise(accumulate(map(len, sequences), initial=0)))
         positions = torch.cat([torch.arange(b - a, device=device) for a, b in bounds])
         hidden = layers.embed(torch.tensor(list(chain.from_iterable(sequences)), device=device))
@@ -317,10 +336,11 @@ class TransformersConnector:
         Chunks that turn out corrupt, gone or too slow while they are read are computed again and the fusion starts
         over, so that a damaged store costs time, never the answer.
         """
+        self.layers.refresh()
         blender = blender or self.blender
-        by_key = {self.key_of(ids): ids for ids in documents}
+        by_key = {self._key_of(ids): ids for ids in documents}
         held: dict[ChunkKey, KVChunk] = {}
-        keys, chunks = [self.key_of(ids) for ids in documents], list(documents)
+        keys, chunks = [self._key_of(ids) for ids in documents], list(documents)
         if self.lead_ids:
             keys.insert(0, content_key(self.spec, self.lead_ids, salt=self._salt))
             chunks.insert(0, self.lead_ids)
@@ -337,7 +357,7 @@ class TransformersConnector:
                         starts,
                         StoreSource(self.store, keys, starts, len(token_ids), held),
                         exact_tokens=len(self.lead_ids) + len(documents[0]),
-                        device=self.model.device,
+                        device=self.layers.device,
                     )
                 except LostChunksError as lost:
                     self._compute_missing({key: by_key[key] for key in lost.keys}, held)
@@ -351,10 +371,12 @@ class TransformersConnector:
             with suppress(TierError):  # held, so the answer is safe; the store has counted the fault
                 self.store.put(key, chunk, recompute_s=spent_s)
 
-    @cached_property
+    @property
     def _lead(self) -> KVChunk:
         """KV of the lead tokens themselves: the same in front of everything, so it never needs the store."""
-        return self._prefill([self.lead_ids], skip=0)[0]
+        if self.spec not in self._leads:
+            self._leads = {self.spec: self._prefill([self.lead_ids], skip=0)[0]}
+        return self._leads[self.spec]
 
     def assemble(self, documents: Sequence[str], question: str) -> tuple[dict[str, Tensor], DynamicCache]:
         """Inputs and a fused cache for the stock `model.generate(**inputs, past_key_values=cache)`.
@@ -393,7 +415,7 @@ class TransformersConnector:
         blended = context.blended
         pairs = [(k[None], v[None]) for k, v in zip(blended.keys, blended.values, strict=True)]
         cache = DynamicCache(pairs, config=self.model.config)
-        input_ids = torch.cat((context.token_ids, torch.tensor(question_ids)))[None].to(self.model.device)
+        input_ids = torch.cat((context.token_ids, torch.tensor(question_ids)))[None].to(self.layers.device)
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}, cache
 
     def answer(self, documents: Sequence[str], question: str, *, max_new_tokens: int = 64) -> str:

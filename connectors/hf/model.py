@@ -2,48 +2,22 @@
 
 from __future__ import annotations
 
-import json
-
-import blake3
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 try:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 except ImportError as error:
     raise ImportError('kvloom.connectors.hf.model needs transformers: pip install "kvloom[transformers]"') from error
 
 from ...core import KVSpec, RopeSpec
 from ...errors import EngineError
+from ..identity.rope import settled_rope
+from ..identity.weights import windows_of, with_state
+from .identity import ModelIdentity, unwrapped
 
 _MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-_INCIDENTAL_FIELDS = ("_name_or_path", "transformers_version", "dtype")  # where from, read by what, and into what
-_WIDENED = (torch.float16, torch.bfloat16)  # into float32, which holds all their numbers
-
-
-def weights_id(model: PreTrainedModel) -> str:
-    """Names the weights, wherever they lie: BLAKE3 over configuration, parameter names, shapes and values.
-
-    Equal numbers give equal names in whatever precision they are held, so that a profile or a certificate that was made
-    in float32 serves the same weights in bfloat16; a chunk's key tells precisions apart by the spec's dtype. Weights
-    that were rounded are other weights. Some seconds for 10 GB.
-    """
-    config = {name: value for name, value in model.config.to_dict().items() if name not in _INCIDENTAL_FIELDS}
-    digest = blake3.blake3(json.dumps(config, sort_keys=True).encode(), max_threads=blake3.blake3.AUTO)
-    for name, tensor in sorted(model.state_dict().items()):
-        values = tensor.detach().cpu().contiguous()
-        if values.dtype in _WIDENED:
-            values = values.float()
-        digest.update(f"{name} {values.dtype} {list(values.shape)}".encode())
-        digest.update(values.view(-1).view(torch.uint8).numpy().data)
-    return f"{model.config.model_type}-{digest.hexdigest(32)}"
-
-
-def lead_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens in front of every context: the BOS if the tokenizer puts one in front of a text, otherwise none."""
-    first = tokenizer("").input_ids[:1]
-    return tuple(first) if first == [tokenizer.bos_token_id] else ()
 
 
 def check_supported(model: PreTrainedModel) -> None:
@@ -78,33 +52,56 @@ class TransformersModel:
 
     Parameters
     ----------
-    model : a causal language model of one of these types, in evaluation mode.
-    model_id : names the weights; None computes `weights_id`.
+    model : a causal language model of one of these types, in evaluation mode; PEFT's and torch.compile's wrappers
+        around one are taken off.
+    model_id : names the weights as they are now; None reads them, see `ModelIdentity`.
+
+    Attributes
+    ----------
+    model : the model without wrappers.
+    spec : of the KV that it would have computed when `refresh` was called last.
+    device : where its inputs belong.
 
     Raises
     ------
-    EngineError : see `check_supported`.
+    EngineError : see `unwrapped`, `check_supported` and `ModelIdentity`.
     """
 
-    def __init__(self, model: PreTrainedModel, *, model_id: str | None = None) -> None:
-        check_supported(model)
-        config = model.config
-        self.decoder = model.model
-        rotary = self.decoder.rotary_emb
-        attention = self.decoder.layers[0].self_attn
-        self.spec = KVSpec(
-            model_id=model_id or weights_id(model),
-            num_layers=config.num_hidden_layers,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=attention.head_dim,
-            dtype=model.dtype,
-            rope=RopeSpec(tuple(rotary.inv_freq.tolist()), float(rotary.attention_scaling)),
-        )
+    spec: KVSpec
+
+    def __init__(self, model: nn.Module, *, model_id: str | None = None) -> None:
+        self.model = unwrapped(model)
+        check_supported(self.model)
+        self.decoder = self.model.model
+        config, attention = self.model.config, self.decoder.layers[0].self_attn
         self.scale = float(attention.scaling)
         # Mistral's attention looks its window up in the configuration; Llama's ignores one that stands there.
         shared = config.sliding_window if config.model_type == "mistral" else None
         self.window_tokens = tuple(getattr(layer.self_attn, "sliding_window", shared) for layer in self.decoder.layers)
         self.max_tokens: int = config.max_position_embeddings
+        self.device = input_device(self.decoder.embed_tokens)
+        self._identity = ModelIdentity(self.model, model_id)
+        self.refresh()
+
+    def refresh(self) -> bool:
+        """Look whether the model still computes KV as `spec` says, and make it say so; whether it had to be changed.
+
+        Raises
+        ------
+        EngineError : see `ModelIdentity.name`.
+        """
+        config, attention = self.model.config, self.decoder.layers[0].self_attn
+        rotary, before = self.decoder.rotary_emb, getattr(self, "spec", None)
+        actual = RopeSpec(tuple(rotary.inv_freq.tolist()), float(rotary.attention_scaling))
+        self.spec = KVSpec(
+            model_id=with_state(self._identity.name(), windows=windows_of(self.window_tokens)),
+            num_layers=config.num_hidden_layers,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=attention.head_dim,
+            dtype=self.model.dtype,
+            rope=settled_rope(actual, config.rope_parameters),
+        )
+        return before is not None and before != self.spec
 
     def embed(self, token_ids: Tensor) -> Tensor:
         embedded: Tensor = self.decoder.embed_tokens(token_ids)
@@ -126,6 +123,15 @@ class TransformersModel:
         hidden = hidden + block.self_attn.o_proj(attn_out.transpose(0, 1).reshape(len(hidden), -1))
         output: Tensor = hidden + block.mlp(block.post_attention_layernorm(hidden))
         return output
+
+
+def input_device(module: nn.Module) -> torch.device:
+    """Where a module computes: where its weights lie, unless accelerate fetches them for every call."""
+    hook = getattr(module, "_hf_hook", None)
+    for each in getattr(hook, "hooks", (hook,)):
+        if (device := getattr(each, "execution_device", None)) is not None:
+            return torch.device(device)
+    return next(module.parameters()).device
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

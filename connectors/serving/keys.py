@@ -9,6 +9,7 @@ import numpy as np
 
 from ...core import ChunkKey, KVSpec
 from ...kvstore.keys import TokenIds, content_key, prefix_keys
+from ..identity.requests import chunk_salt
 from .messages import RankKeys
 from .settings import ServingSettings
 
@@ -26,18 +27,19 @@ class Keys:
         self._settings = settings
         self._specs = tuple(specs)
         self._epoch = b""
+        self.lead_ids = settings.lead_ids or ()
 
     def renew(self) -> None:
         """From now on nothing is found that was stored before, and no other process finds what this one stores."""
         self._epoch = secrets.token_bytes(16)
 
     def salt(self, identity: bytes) -> bytes:
-        """Of a request, for the keys of everything in it; `identity` is as in `Planner.open`."""
-        return b"".join(_framed(part) for part in (self._epoch, self._settings.salt.encode(), identity))
+        """For the keys of everything in a request; `identity` is the request's own part of a `chunk_salt`."""
+        return chunk_salt(tenant=self._settings.salt.encode(), epoch=self._epoch) + identity
 
     def content(self, token_ids: TokenIds, salt: bytes, rank: int = 0) -> ChunkKey:
         """Of a document, on one rank."""
-        return content_key(self._specs[rank], token_ids, lead_ids=self._settings.lead_ids, salt=salt)
+        return content_key(self._specs[rank], token_ids, lead_ids=self.lead_ids, salt=salt)
 
     def contents(self, token_ids: TokenIds, salt: bytes) -> tuple[ChunkKey, ...]:
         """Of a document, for each rank."""
@@ -79,7 +81,3 @@ class PrefixKeys:
     def between(self, first: int, last: int | None = None) -> RankKeys:
         """Of chunks `[first, last)`; None for `last`: to the end of what is known."""
         return tuple(tuple(keys[first:last]) for keys in self._rows)
-
-
-def _framed(part: bytes) -> bytes:
-    return len(part).to_bytes(8, "little") + part

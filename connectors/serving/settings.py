@@ -99,7 +99,7 @@ class ServingSettings:
         exact. `"certified"` takes the smallest share that a certificate permits for this model, and 1 without one.
     fusion_slice_tokens : tokens that one step of the engine computes of a fusion, beside its other work.
     check_layer : layer whose keys and values choose the tokens that a fusion recomputes.
-    lead_ids : tokens that begin every prompt (a BOS). A document is stored when it follows them at the start of a
+    lead_ids : tokens that begin every prompt; None for the BOS if the tokenizer puts one in front of a text. A document is stored when it follows them at the start of a
         prompt, and is found in any context.
     separator_ids : tokens between documents. In a request without `documents`, the text between two separators is a
         document. Empty for none.
@@ -126,7 +126,7 @@ class ServingSettings:
     )
     fusion_slice_tokens: Count = 512
     check_layer: Count = 1
-    lead_ids: TokenIds = ()
+    lead_ids: TokenIds | None = None
     separator_ids: TokenIds = ()
     match_tokens: NonNegative = 0
 

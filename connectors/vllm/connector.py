@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 try:
@@ -36,15 +36,16 @@ except ImportError as error:
 from blake3 import blake3
 
 from ...core import KVSpec
+from ..identity.adapters import AdapterNames
 from ..serving.messages import Scheduled, StepPlan, StepReport
 from ..serving.scheduler.planner import Planner
 from ..serving.settings import RequestOptions, ServingSettings
 from ..serving.worker.steps import Steps
 from .events import KVEvents
-from .identity import request_identity
+from .identity import engine_lead, request_identity
 from .retrieval.settings import decoding_identity
 from .stats import FAULTS, KVLoomPromMetrics, KVLoomStats
-from .worker import Worker, agreed_model_id, expect_servable, open_worker, publishes_events
+from .worker import Worker, expect_servable, open_worker, publishes_events
 
 _LOG = logging.getLogger("vllm.kvloom")
 _SOURCES = {"host": CacheHitSource.HOST, "disk": CacheHitSource.DISK}
@@ -99,10 +100,9 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         self.worker: Worker | None = None
         self._steps: Steps | None = None
         self._refused = 0
-        self._model_id = ""
         self._decoding = decoding_identity(vllm_config.additional_config)
+        self._adapters = AdapterNames()
         if role == KVConnectorRole.WORKER:
-            self._model_id = self.settings.model_id or agreed_model_id(vllm_config.model_config)
             return
         if publishes_events(vllm_config) and self.settings.chunk_tokens % self._block_tokens == 0:
             self._events = KVEvents(self._block_tokens, self.settings.chunk_tokens)
@@ -132,13 +132,15 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         ask = None if worker is None or worker.worker is None else worker.worker.transfers.look_up
         self._may_fuse = all(told.may_fuse for told in metadata.values())
         ratio = max(told.fusion_ratio for told in metadata.values())
-        self._planner = Planner(self.settings, specs, self._block_tokens, ask, fusion_ratio=ratio)
+        settings = self.settings
+        if settings.lead_ids is None:
+            settings = replace(settings, lead_ids=engine_lead(self._vllm_config.model_config))
+        self._planner = Planner(settings, specs, self._block_tokens, ask, fusion_ratio=ratio)
 
     def on_new_request(self, request: Any) -> None:
-        identity = request_identity(request)
+        identity = request_identity(request, self._adapters, self._decoding)
         if self._planner is None or identity is None:
             return
-        identity += self._decoding
         try:
             options = RequestOptions.of(request.kv_transfer_params, request.num_prompt_tokens)
         except ValueError as exc:
@@ -220,7 +222,7 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
     # ============================================================================================= in a worker
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
-        self.worker = open_worker(self.settings, self._model_id, self._vllm_config, self._kv_cache_config)
+        self.worker = open_worker(self.settings, self._vllm_config, self._kv_cache_config)
         self._steps = Steps(self.worker)
 
     def get_handshake_metadata(self) -> WorkerSpec | None:

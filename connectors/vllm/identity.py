@@ -1,114 +1,237 @@
-"""Names for what shapes the KV of a vLLM engine: its weights, and what a request brings beside its tokens."""
+"""What names the KV of a vLLM engine: weights as it has loaded them, its choices at run time, and its requests."""
 
 from __future__ import annotations
 
 import json
-from functools import lru_cache
+import logging
+import secrets
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from blake3 import blake3
+import torch
+from safetensors import safe_open
 
+from ...core import RopeSpec
 from ...errors import EngineError
+from ..identity.adapters import AdapterNames
+from ..identity.requests import chunk_salt, lead_of
+from ..identity.rope import settled_rope
+from ..identity.weights import canonical_config, folder_name, model_folder, weight_files, windows_of, with_state
+from .fusion.passes import running_model
+from .fusion.rope import rope_of
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-_INCIDENTAL_FIELDS = ("_name_or_path", "transformers_version", "dtype")  # where from, read by what, and into what
+_LOG = logging.getLogger("kvloom.identity")
+
+# That read the model's own weight files and nothing else; any other may bring weights from elsewhere.
+_LOAD_FORMATS = frozenset(
+    {"auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", "mistral"}
+)
+
+# Their code in vLLM was read: what they compute does not depend on `max_model_len`, given the rope table.
+_ANY_LENGTH = frozenset(
+    {"llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "granite", "olmo2", "gemma", "glm4"}
+)
+_CLOCKS_S = 2.0  # by which a file system's clock may be behind the machine's
 
 
-def model_id_of(model_config: Any) -> str:
-    """Names weights and configuration of a vLLM `ModelConfig`, wherever they lie: BLAKE3 over both.
+def agreed_name(vllm_config: Any, layers: Sequence[Any], model_id: str | None) -> str:
+    """The name of an engine's weights, the same on every rank of its tensor-parallel group.
 
-    Overrides and quantisation count, the precision does not: the spec of a cache has that itself. Some seconds for
-    16 GB in the page cache.
+    Parameters
+    ----------
+    layers : the attention modules of the model.
+    model_id : the user's name for the weights; None reads them.
 
     Raises
     ------
-    EngineError : the weights are not to be found as files.
+    EngineError : they are not to be found as files.
     """
-    files = _weight_files(model_config)
-    config = model_config.hf_config.to_dict()
-    fields = {name: value for name, value in config.items() if name not in _INCIDENTAL_FIELDS}
-    fields["kvloom quantization"] = model_config.quantization
-    digest = blake3(json.dumps(fields, sort_keys=True, default=str).encode())
-    for path in files:
-        digest.update(file_digest(path))
-    return f"{config.get('model_type', 'model')}-{digest.hexdigest(32)}"
+    from vllm.distributed import get_tp_group
+
+    if model_id is not None:
+        return model_id
+    group = get_tp_group()
+    found: tuple[str, str | None] | None = None
+    if group.rank_in_group == 0:
+        try:
+            found = (_weights_name(vllm_config, layers), None)
+        except EngineError as exc:
+            found = ("", str(exc))
+    name, refusal = group.broadcast_object(found, src=0)
+    if refusal is not None:
+        raise EngineError(refusal)
+    return str(name)
 
 
-def weight_files_id(model: Any) -> str:
-    """Names the weights of a folder or of a vLLM `ModelConfig` by their files alone: BLAKE3 over all of them.
+def engine_name(name: str, vllm_config: Any, layers: Sequence[Any], rope: RopeSpec | None, dtype: torch.dtype) -> str:
+    """The name of weights together with what the engine has decided beside their config, as far as it shapes KV.
+
+    Parameters
+    ----------
+    name : see `agreed_name`.
+    rope : see `engine_rope`; None if that raises.
+    dtype : of the cache.
+    """
+    model = vllm_config.model_config
+    length = None if rope is not None and model.hf_text_config.model_type in _ANY_LENGTH else model.max_model_len
+    return with_state(
+        name,
+        computes=None if model.dtype == dtype else str(model.dtype),
+        max_model_len=length,
+        overrides=_overrides(model),
+        quantization=_quantization(model),
+        windows=windows_of([layer.sliding_window for layer in layers]),
+    )
+
+
+def engine_rope(vllm_config: Any, layers: Sequence[Any], head_dim: int) -> RopeSpec:
+    """How the engine rotates keys, by the table that all engines share if it is that one.
 
     Raises
     ------
-    EngineError : there are none.
+    EngineError : see `rope_of`.
     """
-    files = _files_in(model) if isinstance(model, Path) else _weight_files(model)
-    digest = blake3()
-    for path in files:
-        digest.update(file_digest(path))
-    return digest.hexdigest()
+    actual = rope_of(running_model(layers), layers, head_dim)
+    return settled_rope(actual, getattr(vllm_config.model_config.hf_text_config, "rope_parameters", None))
 
 
-def request_identity(request: Any) -> bytes | None:
-    """What shapes the KV of a vLLM `Request` beside model and tokens, and whose it is; None if kvloom cannot tell.
+def engine_lead(model_config: Any) -> tuple[int, ...]:
+    """The lead tokens of an engine whose user names none: as the transformers connector has them.
+
+    None, and a line in the log, for a tokenizer that is not to be had.
+    """
+    from vllm.tokenizers import get_tokenizer
+
+    try:
+        tokenizer = get_tokenizer(
+            model_config.tokenizer,
+            tokenizer_mode=model_config.tokenizer_mode,
+            revision=model_config.tokenizer_revision,
+            trust_remote_code=model_config.trust_remote_code,
+        )
+        return lead_of(tokenizer)
+    except Exception as exc:  # noqa: BLE001  whatever a foreign tokenizer raises: there is none, then
+        _LOG.warning(
+            "the tokenizer of %s cannot be asked for a BOS (%s): documents are taken to stand at the very start of a "
+            "prompt; name the tokens in front of them in lead_ids",
+            model_config.tokenizer,
+            str(exc).splitlines()[0] if str(exc) else type(exc).__name__,
+        )
+        return ()
+
+
+def request_identity(request: Any, adapters: AdapterNames, decoding: bytes = b"") -> bytes | None:
+    """The part of a `chunk_salt` that a vLLM `Request` brings; None if kvloom cannot tell what shapes its KV.
 
     None for pictures and sounds, whose tokens are placeholders, for prompts given as embeddings, for sessions whose
-    tokens change, for pooling, and for adapters that are not files here.
+    tokens change, for pooling, and for adapters that are uncertain or no files here.
+
+    Parameters
+    ----------
+    adapters : of this engine.
+    decoding : see `chunk_salt`.
     """
     is_plain = request.prompt_token_ids is not None and request.prompt_embeds is None
     if not is_plain or request.mm_features or request.resumable or request.sampling_params is None:
         return None
-    parts: dict[str, str] = {}
-    if request.cache_salt:
-        parts["cache_salt"] = request.cache_salt
-    if request.lora_request is not None:
-        folder = Path(request.lora_request.lora_path)
-        files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
-        if not any(path.suffix in _WEIGHTS for path in files):
-            return None
-        known = ((path, path.stat()) for path in files if path.suffix in (*_WEIGHTS, ".json"))
-        parts["adapter"] = _adapter_digest(tuple((str(path), s.st_size, s.st_mtime_ns) for path, s in known))
-    return json.dumps(parts, sort_keys=True).encode()
+    adapter = adapter_digest(request, adapters)
+    if adapter is None:
+        return None
+    return chunk_salt(cache_salt=(request.cache_salt or "").encode(), adapter=adapter, decoding=decoding)
 
 
-def file_digest(path: Path) -> bytes:
-    """BLAKE3 of a file's bytes."""
-    return blake3(max_threads=blake3.AUTO).update_mmap(path).digest()
+def adapter_digest(request: Any, adapters: AdapterNames) -> bytes | None:
+    """Of the adapter of a request, as far as it is certain by now; empty without one."""
+    lora = request.lora_request
+    if lora is None:
+        return b""
+    return adapters.digest(lora.lora_int_id, lora.lora_path, reloads=bool(getattr(lora, "load_inplace", False)))
 
 
-@lru_cache(maxsize=256)
-def _adapter_digest(files: tuple[tuple[str, int, int], ...]) -> str:
-    """Of files that are what they were as long as size and time of change are."""
-    digest = blake3()
-    for path, _, _ in files:
-        digest.update(file_digest(Path(path)))
-    return digest.hexdigest()
+# --------------------------------------------------------------------------------------------------------- weights
 
 
-def _weight_files(model_config: Any) -> list[Path]:
-    folder = Path(model_config.model)
-    return _files_in(folder if folder.exists() else _hub_folder(model_config))
-
-
-def _files_in(folder: Path) -> list[Path]:
-    files = [folder] if folder.is_file() else sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS)
-    if not files:
+def _weights_name(vllm_config: Any, layers: Sequence[Any]) -> str:
+    model, load_format = vllm_config.model_config, str(vllm_config.load_config.load_format)
+    if load_format not in _LOAD_FORMATS:
+        return _private(f"load_format {load_format!r} may bring weights from elsewhere than the model's folder")
+    folder = model_folder(model.model, model.revision)
+    if folder is None:
         raise EngineError(
-            f"no weights ({', '.join(_WEIGHTS)}) in {folder}, so that kvloom cannot name the model; give a name of "
-            'your own as "model_id" in kv_connector_extra_config, another one whenever the weights change'
-        )
-    return files
-
-
-def _hub_folder(model_config: Any) -> Path:
-    """Where the hub's client keeps the revision that vLLM has loaded."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model_config.model, revision=model_config.revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as exc:
-        raise EngineError(
-            f"model {model_config.model!r} is neither a folder nor in the hub's cache, so that kvloom cannot name its "
+            f"model {model.model!r} is neither a folder nor in the hub's cache, so that kvloom cannot name its "
             'weights; give "model_id" in kv_connector_extra_config'
-        ) from exc
+        )
+    # vLLM prefers Mistral's own files where both are; transformers reads the others.
+    has_both = load_format == "auto" and folder.is_dir() and any(folder.glob("consolidated*.safetensors"))
+    consolidated = load_format == "mistral" or has_both
+    name = folder_name(folder, consolidated=consolidated)
+    files = weight_files(folder, consolidated=consolidated)
+    if _newest_s(folder, files) > _process_start_s() - _CLOCKS_S and not _holds(layers, files):
+        return _private(f"files in {folder} have changed since this process began, and may not be what it has loaded")
+    return with_state(name, load_format="mistral" if consolidated else None)
+
+
+def _private(why: str) -> str:
+    _LOG.warning(
+        '%s: kvloom shares nothing with other engines and earlier runs; name the weights as "model_id" in '
+        "kv_connector_extra_config to share",
+        why,
+    )
+    return f"private-{secrets.token_hex(16)}"
+
+
+def _newest_s(folder: Path, files: Sequence[Path]) -> float:
+    """When the last of them was written, replaced or renamed."""
+    stats = [path.stat() for path in (*files, folder / "config.json") if path.exists()]
+    return max(max(stat.st_mtime, stat.st_ctime) for stat in stats)
+
+
+def _process_start_s() -> float:
+    return float(import_module("psutil").Process().create_time())  # vLLM needs it
+
+
+def _holds(layers: Sequence[Any], files: Sequence[Path]) -> bool:
+    """Whether what the engine has in memory is what the files hold, as far as both have it in one form.
+
+    That are embeddings and norms: other weights are divided, joined, or rearranged for a processor.
+    """
+    try:
+        named = running_model(layers).named_parameters()
+        weights = {name.replace(".base_layer", ""): weight for name, weight in named}  # as with adapters
+        matrices = 0
+        for path in files:
+            if path.suffix != ".safetensors":
+                return False
+            with safe_open(path, framework="pt") as file:
+                for name in sorted(set(file.keys()) & weights.keys()):
+                    mine, theirs = weights[name], file.get_tensor(name)
+                    if mine.dtype.itemsize < 2 or mine.shape[1:] != theirs.shape[1:] or len(mine) < len(theirs):
+                        continue
+                    if not torch.equal(mine[: len(theirs)].detach().cpu(), theirs.to(mine.dtype)):
+                        return False
+                    matrices += theirs.ndim == 2
+        return matrices > 0
+    except (EngineError, OSError, ValueError, RuntimeError, TypeError):
+        return False
+
+
+def _overrides(model: Any) -> str | None:
+    """The config in use, where it is not the one that lies beside the weights."""
+    is_own = (
+        not model.hf_overrides and model.hf_config_path is None and model.config_format in ("auto", "hf", "mistral")
+    )
+    return None if is_own else canonical_config(model.hf_config.to_dict())
+
+
+def _quantization(model: Any) -> dict[str, str] | None:
+    """Quantisation that the engine was asked for, beside what the checkpoint itself says."""
+    folder = model_folder(model.model, model.revision)
+    path = None if folder is None else folder / "config.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else {}
+    asked = getattr(model, "quantization_config", None)
+    is_own = "quantization_config" in known or "compression_config" in known
+    if model.quantization is None or (is_own and not asked):
+        return None
+    return {"method": str(model.quantization), "config": str(asked)}

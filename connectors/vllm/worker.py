@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...core import KVSpec, RopeSpec
+from ...core import KVSpec
 from ...errors import EngineError
 from ..serving.settings import ServingSettings
 from ..serving.worker.layer_loads import LayerLoads
@@ -15,8 +15,7 @@ from ..serving.worker.store_setup import QualityRecords, is_lossy, open_store
 from ..serving.worker.transfers import Transfers
 from .fusion.fuser import Fuser
 from .fusion.passes import EnginePasses, running_model
-from .fusion.rope import rope_of
-from .identity import model_id_of
+from .identity import agreed_name, engine_name, engine_rope
 from .paged_layers import PagedLayers
 
 _LOG = logging.getLogger("vllm.kvloom")
@@ -39,7 +38,7 @@ class Worker:
         return self.transfers.is_loading or (self.fuser is not None and self.fuser.is_fusing)
 
 
-def open_worker(settings: ServingSettings, model_id: str, vllm_config: Any, kv_cache_config: Any) -> Worker:
+def open_worker(settings: ServingSettings, vllm_config: Any, kv_cache_config: Any) -> Worker:
     """The store of this rank, beside the caches that its runner has just allocated.
 
     Raises
@@ -57,10 +56,17 @@ def open_worker(settings: ServingSettings, model_id: str, vllm_config: Any, kv_c
     layers = [layer for layer in layers if getattr(layer, "kv_sharing_target_layer_name", None) is None]
     cache = PagedLayers(layers, int(group.kv_cache_spec.block_size))
     rank, size = _tensor_parallel_rank(), vllm_config.parallel_config.tensor_parallel_size
-    model, rope = _fusable_model(vllm_config, layers, cache)
+    rope, why_not = None, None
+    try:
+        rope = engine_rope(vllm_config, layers, cache.head_dim)
+    except EngineError as exc:
+        why_not = str(exc)
+    model = _fusable_model(vllm_config, layers, why_not)
     papers = QualityRecords.of(settings)
     spec = KVSpec(
-        model_id=model_id,
+        model_id=engine_name(
+            agreed_name(vllm_config, layers, settings.model_id), vllm_config, layers, rope, cache.dtype
+        ),
         num_layers=len(layers),
         num_kv_heads=cache.num_kv_heads,
         head_dim=cache.head_dim,
@@ -69,7 +75,6 @@ def open_worker(settings: ServingSettings, model_id: str, vllm_config: Any, kv_c
         v_head_dim=None if cache.v_head_dim == cache.head_dim else cache.v_head_dim,
         shard=(rank, size),
     )
-    spec = papers.reconciled(spec)
     ratio = papers.fusion_ratio(spec, check_layer=settings.check_layer)
     transfers = Transfers(
         open_store(settings, spec, papers),
@@ -112,9 +117,8 @@ def publishes_events(vllm_config: Any) -> bool:
     return config is not None and bool(config.enable_kv_cache_events)
 
 
-def _fusable_model(config: Any, layers: list[Any], cache: PagedLayers) -> tuple[Any, RopeSpec | None]:
-    """The model and its rotation, or None for both if this engine cannot fuse; says why, once."""
-    why = None
+def _fusable_model(config: Any, layers: list[Any], why: str | None) -> Any:
+    """The model, or None if this engine cannot fuse; says why, once."""
     if config.lora_config is not None:
         why = "it may have adapters, which its runner prepares for its own batches only"
     elif config.parallel_config.data_parallel_size > 1:
@@ -125,12 +129,11 @@ def _fusable_model(config: Any, layers: list[Any], cache: PagedLayers) -> tuple[
         why = "its model is not a plain language model of several layers"
     try:
         if why is None:
-            model = running_model(layers)
-            return model, rope_of(model, layers, cache.head_dim)
+            return running_model(layers)
     except EngineError as exc:
         why = str(exc)
     _LOG.warning("kvloom does not fuse documents in this engine, and serves prefixes as ever: %s", why)
-    return None, None
+    return None
 
 
 def expect_servable(settings: ServingSettings, vllm_config: Any, kv_cache_config: Any) -> int:
@@ -161,23 +164,6 @@ def expect_servable(settings: ServingSettings, vllm_config: Any, kv_cache_config
     if why is not None:
         raise EngineError(f"kvloom cannot serve this engine exactly: {why}; leave the connector out")
     return int(groups[0].kv_cache_spec.block_size)
-
-
-def agreed_model_id(model_config: Any) -> str:
-    """One rank reads the files; all take its word, or its refusal."""
-    from vllm.distributed import get_tp_group
-
-    group = get_tp_group()
-    found: tuple[str, str | None] | None = None
-    if group.rank_in_group == 0:
-        try:
-            found = (model_id_of(model_config), None)
-        except EngineError as exc:
-            found = ("", str(exc))
-    model_id, refusal = group.broadcast_object(found, src=0)
-    if refusal is not None:
-        raise EngineError(refusal)
-    return str(model_id)
 
 
 def _tensor_parallel_rank() -> int:

@@ -21,19 +21,19 @@ pytest.importorskip(
     "vllm", reason="stock vLLM is not installed here; `make test-engines` runs this in its own environment"
 )
 
+from transformers import AutoModelForCausalLM
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder
 
 from kvloom.bench.vllm import retrieval as vllm_retrieval
 from kvloom.calibration.certificate import Certificate, Figure
 from kvloom.connectors.break_even import NEVER
+from kvloom.connectors.hf.model import TransformersModel
 from kvloom.connectors.vllm import plugin as vllm_plugin
-from kvloom.connectors.vllm.identity import weight_files_id
 from kvloom.connectors.vllm.retrieval import backend_cpu as vllm_backend_cpu
 from kvloom.connectors.vllm.retrieval import settings as vllm_retrieval_settings
 from kvloom.connectors.vllm.retrieval import start as vllm_retrieval_start
 from kvloom.connectors.vllm.retrieval.paged_index import PagedRetrieval, RetrievalCounts
 from kvloom.connectors.vllm.retrieval.start import Retrieving
-from kvloom.core import KVSpec, RopeSpec
 from kvloom.errors import UncertifiedError
 from kvloom.retrieval.settings import Retrieval
 
@@ -236,18 +236,10 @@ def test_engines_that_do_not_ask_get_the_backends_own_classes(monkeypatch: pytes
 
 
 def certificate_of(model: Path, retrieval: Retrieval) -> Certificate:
-    config = json.loads((model / "config.json").read_text())
-    theta = config.get("rope_theta") or config["rope_parameters"]["rope_theta"]
-    spec = KVSpec(
-        "measured by transformers",
-        config["num_hidden_layers"],
-        config["num_key_value_heads"],
-        config["head_dim"],
-        torch.float32,
-        RopeSpec(tuple(theta ** (-2 * i / config["head_dim"]) for i in range(config["head_dim"] // 2))),
-    )
+    """As `kvloom certify` makes it, by the same model in transformers."""
+    spec = TransformersModel(AutoModelForCausalLM.from_pretrained(model).eval()).spec
     figures = {"answers": Figure(0.0, 0.0, 0.01, limit=0.05)}
-    return Certificate(spec, retrieval.form[0], retrieval.fields, figures, {"weight_files": weight_files_id(model)})
+    return Certificate(spec, retrieval.form[0], retrieval.fields, figures)
 
 
 def in_a_process_of_its_own(model: Path, **options: Any) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig,
 from kvloom.blend.blender import Blender
 from kvloom.blend.choosers import no_tokens
 from kvloom.connectors.hf.connector import Precomputed, TransformersConnector
-from kvloom.connectors.hf.model import weights_id
 from kvloom.core import ChunkKey, EncodedChunk, KVChunk, Tier
 from kvloom.errors import EngineError, KVLoomError, TierFullError
 from kvloom.kvstore.store import KVStore
@@ -277,13 +276,13 @@ def test_packs_are_as_long_as_asked_for(model: PreTrainedModel, monkeypatch: pyt
     rag = connect(model, pack_tokens=60)
     lengths = [len(rag.encode_document(document)) for document in DOCUMENTS]
     packs: list[int] = []
-    compute = rag.compute
+    compute = rag._compute
 
     def watched(documents: Sequence[Sequence[int]]) -> list[KVChunk]:
         packs.append(sum(map(len, documents)))
         return compute(documents)
 
-    monkeypatch.setattr(rag, "compute", watched)
+    monkeypatch.setattr(rag, "_compute", watched)
     rag.precompute(DOCUMENTS)
     assert sum(packs) == sum(lengths) and 1 < len(packs) < len(lengths)
     assert all(pack <= 60 or pack in lengths for pack in packs)
@@ -534,31 +533,3 @@ def test_refuses_models_that_cannot_be_fused(refused: object, words: str) -> Non
     with pytest.raises(EngineError, match=words) as caught:
         connect(refused())
     assert_one_line(caught.value)
-
-
-# ----------------------------------------------------------------------------------------------------- identity
-
-
-def test_weights_id_names_the_weights(tmp_path: Path) -> None:
-    model = make_model("llama")
-    name = weights_id(model)
-    assert name.startswith("llama-") and name == weights_id(make_model("llama"))
-    assert len({name, weights_id(make_model("llama", seed=1)), weights_id(make_model("mistral"))}) == 3
-    assert weights_id(make_model("llama", rope="linear")) != name  # no weight, but another function
-    rounded = weights_id(make_model("llama").to(torch.bfloat16))
-    assert rounded != name and rounded == weights_id(make_model("llama").to(torch.bfloat16).float())
-    model.model.layers[2].mlp.up_proj.weight.data.view(-1)[7] += 1e-3
-    assert weights_id(model) != name
-    for folder in ("a", "b"):
-        make_model("llama").save_pretrained(tmp_path / folder)
-    copies = {weights_id(LlamaForCausalLM.from_pretrained(tmp_path / folder)) for folder in ("a", "b")}
-    assert len(copies) == 1
-    make_model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "c")
-    loaded = {dtype: LlamaForCausalLM.from_pretrained(tmp_path / "c", dtype=dtype) for dtype in ("auto", "float32")}
-    assert loaded["auto"].dtype == torch.bfloat16 and loaded["float32"].dtype == torch.float32
-    assert len({weights_id(model) for model in loaded.values()}) == 1
-
-
-def test_weights_id_is_the_default_model_id(model: PreTrainedModel) -> None:
-    rag = TransformersConnector(model, make_tokenizer(bos=True), KVStore([HostTier(None)]))
-    assert rag.spec.model_id == weights_id(model) and rag.blender == Blender()

@@ -169,7 +169,7 @@ def test_time_saved_counts_what_the_model_waited_for() -> None:
 
 def opened(tokens: int = 24) -> tuple[Any, list[int]]:
     row, shelf = list(range(tokens)), Shelf()
-    keys = prefix_keys(PLAN_SPEC, row, chunk_tokens=PLAN_CHUNK, salt=bytes(24))
+    keys = prefix_keys(PLAN_SPEC, row, chunk_tokens=PLAN_CHUNK)
     shelf.tiers = dict.fromkeys(keys, "host")
     plan = planner(shelf, load_mode="layerwise")
     plan.open("r", row, b"", RequestOptions())

@@ -59,7 +59,7 @@ def run_prompt(plan: Planner, name: str, tokens: list[int], **options: object) -
 @given(st.integers(0, 40), st.integers(0, 5), st.integers(0, 10))
 def test_offers_reach_from_the_local_hit_to_the_last_stored_chunk(total: int, stored: int, local: int) -> None:
     tokens = list(range(total))
-    keys = prefix_keys(SPEC, tokens, chunk_tokens=CHUNK, salt=_salt())
+    keys = prefix_keys(SPEC, tokens, chunk_tokens=CHUNK)
     shelf = Shelf()
     shelf.tiers = dict.fromkeys(keys[:stored], "host")
     plan = planner(shelf)
@@ -80,11 +80,6 @@ def test_offers_reach_from_the_local_hit_to_the_last_stored_chunk(total: int, st
         assert plan.plan_step([]).loads == []
 
 
-def _salt() -> bytes:
-    """Of a request without identity: three empty parts, each behind its length."""
-    return bytes(24)
-
-
 def test_every_chunk_is_saved_once_when_it_is_whole() -> None:
     """Whatever the steps, also across a preemption; the last chunk only when its tokens are known."""
     plan = planner(Shelf())
@@ -101,7 +96,7 @@ def test_every_chunk_is_saved_once_when_it_is_whole() -> None:
         (s.keys[0], s.after[0], s.token_ids.tolist(), s.start)
         for s in plan.plan_step([Scheduled("r", 25, tuple(range(10)))]).saves
     ]  # type: ignore[index]
-    keys = prefix_keys(SPEC, tokens, chunk_tokens=CHUNK, salt=_salt())
+    keys = prefix_keys(SPEC, tokens, chunk_tokens=CHUNK)
     assert seen == [
         (keys[0], None, tokens[:8], 0),
         (keys[1], keys[0], tokens[8:16], 8),
@@ -112,7 +107,7 @@ def test_every_chunk_is_saved_once_when_it_is_whole() -> None:
 def test_loaded_chunks_are_not_saved_again_and_lost_ones_are() -> None:
     shelf = Shelf()
     tokens = list(range(24))
-    keys = prefix_keys(SPEC, tokens, chunk_tokens=CHUNK, salt=_salt())
+    keys = prefix_keys(SPEC, tokens, chunk_tokens=CHUNK)
     shelf.tiers = dict.fromkeys(keys[:2], "disk")
     plan = planner(shelf)
     for name in ("good", "bad"):
@@ -131,7 +126,7 @@ def test_after_a_failure_nothing_is_asked_again() -> None:
     """vLLM asks anew when nothing of a failed load is left; the same answer would make it fail for ever."""
     shelf = Shelf()
     tokens = list(range(16))
-    shelf.tiers = dict.fromkeys(prefix_keys(SPEC, tokens, chunk_tokens=CHUNK, salt=_salt()), "host")
+    shelf.tiers = dict.fromkeys(prefix_keys(SPEC, tokens, chunk_tokens=CHUNK), "host")
     plan = planner(shelf)
     plan.open("r", tokens, b"", PLAIN)
     assert plan.matched_tokens("r", 0) == 16
@@ -183,7 +178,7 @@ def test_requests_may_decline(options: dict[str, bool]) -> None:
     shelf = Shelf()
     tokens = list(range(16))
     plan = planner(shelf)
-    shelf.tiers = dict.fromkeys(prefix_keys(SPEC, tokens, chunk_tokens=CHUNK, salt=_salt()), "host")
+    shelf.tiers = dict.fromkeys(prefix_keys(SPEC, tokens, chunk_tokens=CHUNK), "host")
     plan.open("r", tokens, b"", replace(PLAIN, **options))
     assert plan.matched_tokens("r", 0) == (16 if options.get("load", True) else 0)
     saves = plan.plan_step([Scheduled("r", 16, blocks_for(16))]).saves
@@ -213,7 +208,7 @@ def test_what_is_approximate_is_never_saved_as_exact() -> None:
     plan = planner(Shelf())
     exact = run_prompt(plan, "plain", tokens)
     fused = run_prompt(plan, "fused", tokens, documents=((18, 30), (30, 36)), ratio=0.2)
-    assert fused == set(prefix_keys(SPEC, tokens[:16], chunk_tokens=CHUNK, salt=_salt()))
+    assert fused == set(prefix_keys(SPEC, tokens[:16], chunk_tokens=CHUNK))
     assert fused < exact
     assert run_prompt(plan, "all", tokens, documents=((18, 30), (30, 36)), ratio=1.0) == exact, "ratio 1 computes all"
 
@@ -223,10 +218,10 @@ def test_documents_are_stored_where_they_stand_alone(lead_ids: list[int]) -> Non
     tokens = list(range(30))
     plan = planner(Shelf(), lead_ids=lead_ids)
     start = len(lead_ids)
-    key = content_key(SPEC, tokens[start:13], lead_ids=lead_ids, salt=_salt())
+    key = content_key(SPEC, tokens[start:13], lead_ids=lead_ids)
     whole = run_prompt(plan, "r", tokens, documents=((start, 13), (13, 20)), ratio=0.2)
     assert key in whole
-    assert whole - {key} == set(prefix_keys(SPEC, tokens[:8], chunk_tokens=CHUNK, salt=_salt()))
+    assert whole - {key} == set(prefix_keys(SPEC, tokens[:8], chunk_tokens=CHUNK))
     assert key not in run_prompt(plan, "s", tokens, documents=((start + 1, 13),), ratio=0.2)
 
 
@@ -241,7 +236,7 @@ def test_a_fusion_takes_all_up_to_the_last_document() -> None:
     assert (fusion.start, fusion.stop, fusion.ratio) == (8, 36, 0.2)
     assert np.array_equal(fusion.token_ids, tokens[:36])
     assert [(d.start, d.stop) for d in fusion.documents] == [(10, 20), (24, 36)]
-    assert fusion.documents[1].keys == (content_key(SPEC, tokens[24:36], salt=_salt()),)
+    assert fusion.documents[1].keys == (content_key(SPEC, tokens[24:36]),)
     assert plan.matched_tokens("r", 12) == 0, "fused tokens of an earlier request are not chosen among again"
     assert shelf.asked == []
 
@@ -368,7 +363,7 @@ def test_workers_elsewhere_are_trusted_to_tell_later() -> None:
     assert plan.open("r", tokens, b"", PLAIN) == 3
     plan.allocated("r", plan.matched_tokens("r", 0) or 0, blocks_for(len(tokens)))
     (fusion,) = plan.plan_step([]).fusions
-    assert fusion.documents[0].keys == tuple(content_key(spec, document, salt=_salt()) for spec in specs)
+    assert fusion.documents[0].keys == tuple(content_key(spec, document) for spec in specs)
 
 
 def test_a_later_process_and_one_beside_it_recognise_them(tmp_path: Path) -> None:

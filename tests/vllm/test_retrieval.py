@@ -10,17 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvloom.calibration.certificate import Certificate, Figure
 from kvloom.connectors.break_even import NEVER
-from kvloom.connectors.vllm.identity import weight_files_id
 from kvloom.connectors.vllm.retrieval import start as vllm_retrieval_start
 from kvloom.connectors.vllm.retrieval.paged_index import PagedRetrieval
 from kvloom.connectors.vllm.retrieval.settings import RetrievalSettings, decoding_identity
-from kvloom.connectors.vllm.retrieval.start import _expect_usable, spoken_for, why_dense, why_refused
+from kvloom.connectors.vllm.retrieval.start import _expect_usable, why_dense, why_refused
 from kvloom.connectors.vllm.retrieval.step_rows import RetrievingImpl, Split, batch_of, sorted_rows
-from kvloom.core import KVSpec, RopeSpec
 from kvloom.errors import EngineError, UncertifiedError
-from kvloom.retrieval.settings import Retrieval, covering
+from kvloom.retrieval.settings import Retrieval
 
 from .test_paged_index import D, G, H, N, paged_of
 
@@ -330,52 +327,6 @@ def test_where_retrieval_becomes_faster(
     config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=longest))
     paged: Any = None
     assert vllm_retrieval_start._measured(lambda: None, paged, None, None, config, None) == found
-
-
-ROPE = RopeSpec((1.0, 0.1, 0.01, 0.001))
-SPEC = KVSpec("measured", 2, H, D, torch.float32, ROPE)
-
-
-def certificate(**conditions: Any) -> Certificate:
-    retrieval = Retrieval("landmarks")
-    figures = {"answers": Figure(0.0, 0.0, 0.01, limit=0.05)}
-    return Certificate(SPEC, retrieval.form[0], retrieval.fields, figures, conditions)
-
-
-@pytest.mark.parametrize(
-    ("conditions", "changes", "files", "covers"),
-    [
-        ({}, {}, None, True),
-        ({}, {"dtype": torch.bfloat16}, None, True),
-        ({}, {"rope": RopeSpec((1.0, 0.1 * (1 + 1e-7), 0.01, 0.001))}, None, True),
-        ({}, {"rope": RopeSpec((1.0, 0.11, 0.01, 0.001))}, None, False),
-        ({}, {"model_id": "another"}, None, False),
-        ({"weight_files": "f"}, {"model_id": "/models/m"}, "f", True),
-        ({"weight_files": "f"}, {"model_id": "/models/m"}, "g", False),
-        ({}, {"model_id": "/models/m"}, None, False),
-        ({"weight_files": "f"}, {"num_kv_heads": 4}, "f", False),
-        ({"weight_files": "f"}, {"num_layers": 3}, "f", False),
-    ],
-)
-def test_a_certificate_speaks_for_the_same_weights_only(
-    conditions: dict[str, Any], changes: dict[str, Any], files: str | None, covers: bool
-) -> None:
-    spec = replace(SPEC, **changes)
-    found = covering(Retrieval("landmarks"), spec, [spoken_for(certificate(**conditions), spec, files)])
-    assert (found is not None) == covers
-
-
-def test_files_name_weights(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
-    (tmp_path / "config.json").write_text("{}")
-    first = weight_files_id(tmp_path)
-    (tmp_path / "config.json").write_text('{"a": 1}')
-    assert weight_files_id(tmp_path) == first
-    assert weight_files_id(SimpleNamespace(model=str(tmp_path))) == first
-    (tmp_path / "model.safetensors").write_bytes(b"weightS")
-    assert weight_files_id(tmp_path) != first
-    with pytest.raises(EngineError, match="no weights"):
-        weight_files_id(tmp_path / "..")
 
 
 def test_certificates_that_are_none(tmp_path: Path) -> None:

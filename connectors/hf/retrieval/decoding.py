@@ -8,6 +8,7 @@ import torch
 
 from ....calibration.certificate import Certificate
 from ....calibration.codec_form import Form
+from ....core import KVSpec
 from ....kvstore.store import KVStore
 from ....retrieval.selector import LayerShape
 from ....retrieval.settings import Retrieval, covering, expect_certified
@@ -53,7 +54,12 @@ class Decoding:
             self._store,
             self._salt,
             self._device,
+            self._current_spec,
         )
+
+    def _current_spec(self) -> KVSpec:
+        self._layers.refresh()
+        return self._layers.spec
 
     def _break_even(self, retrieval: Retrieval) -> int:
         """As the caller has it, as the certificate has it, or measured here, once."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ....core import KVSpec
+from ....errors import EngineError
 from ....kvstore.store import KVStore
 from ....retrieval.selector import LayerShape
 from ....retrieval.settings import Retrieval
@@ -22,6 +23,7 @@ class Plan:
     shapes : the attention of every layer.
     window_tokens : per layer, how many tokens back the model's own attention reaches; None for all.
     break_even_tokens : shorter contexts are attended to densely.
+    current_spec : of the KV that the model would compute now.
     """
 
     spec: KVSpec
@@ -32,6 +34,14 @@ class Plan:
     store: KVStore
     salt: bytes
     device: torch.device
+    current_spec: Callable[[], KVSpec]
+
+    def expect_unchanged(self) -> None:
+        """Raises `EngineError` if the model would compute other KV by now than the session holds."""
+        if self.current_spec() != self.spec:
+            raise EngineError(
+                "the model or its adapters have changed since this session began; begin another, with its `token_ids`"
+            )
 
     @property
     def retrieving_shapes(self) -> list[LayerShape | None]:

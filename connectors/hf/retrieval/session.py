@@ -125,10 +125,11 @@ class Session:
         ------
         ValueError : another number of prompts than last time, an empty one, or more tokens than the model's context;
             keys or queries that are not finite.
-        EngineError : the session has failed before, or something else changed the model's attention meanwhile.
+        EngineError : the session has failed before, or something else changed the model meanwhile, or its attention.
         """
         if self._is_broken:
             raise EngineError("this session failed in the middle of a turn; begin another, with its `token_ids`")
+        self.plan.expect_unchanged()
         rows = self._rows(prompts)
         if not self._contexts:
             self._open(len(rows))
@@ -215,7 +216,7 @@ class Session:
                     self._compute(context, start, min(start + step, segment.stop))
 
     def _compute(self, context: Context, start: int, stop: int) -> None:
-        device = self._model.device
+        device = self.plan.device
         cache = RetrievalCache([context], self.plan.spec.num_layers)
         self._model.model(
             input_ids=torch.tensor([context.ids[start:stop]], device=device),
@@ -242,8 +243,8 @@ class Session:
         cache = RetrievalCache(self._contexts, self.plan.spec.num_layers)
         with retrieving(self._model):
             self._model.generate(  # type: ignore[operator]
-                input_ids=input_ids.to(self._model.device),
-                attention_mask=mask.to(self._model.device),
+                input_ids=input_ids.to(self.plan.device),
+                attention_mask=mask.to(self.plan.device),
                 past_key_values=cache,
                 max_new_tokens=max_new_tokens,
                 stopping_criteria=criteria,

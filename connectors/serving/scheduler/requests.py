@@ -81,7 +81,7 @@ class RequestReader:
         documents = tuple(
             Document(start, stop, self._keys.contents(token_ids[start:stop], salt)) for start, stop in spans
         )
-        lead_ids = settings.lead_ids
+        lead_ids = self._keys.lead_ids
         is_led = tuple(token_ids[: len(lead_ids)]) == lead_ids
         alone = tuple(document for document in documents[:1] if is_led and document.start == len(lead_ids))
         # What stands right behind the lead tokens has its KV from there: exact. A fusion that computes all is, too.
@@ -106,7 +106,7 @@ class RequestReader:
 
     def _digest(self, token_ids: Sequence[int], documents: Sequence[Document], ratio: float) -> bytes:
         spans = [(document.start, document.stop) for document in documents]
-        plan = ("kvloom fusion", ratio, self._settings.check_layer, self._settings.lead_ids, spans)
+        plan = ("kvloom fusion", ratio, self._settings.check_layer, self._keys.lead_ids, spans)
         fused_ids = np.asarray(token_ids[: spans[-1][1]], dtype="<i8")
         return blake3(repr(plan).encode() + fused_ids.tobytes()).digest()
 

@@ -6,20 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from ....blend.certified_ratio import certified_ratio
 from ....calibration.certificate import Certificate
-from ....calibration.model_profile import Profile
+from ....calibration.model_profile import Profile, model_identity
 from ....compress.registry import codec_by_name
-from ....core import Codec, KVSpec, RopeSpec, Tier
+from ....core import Codec, KVSpec, Tier
 from ....errors import UncertifiedError
 from ....kvstore.store import KVStore
 from ....kvstore.tiers.disk.tier import DiskTier
 from ....kvstore.tiers.host import HostTier
 from ..settings import ServingSettings
-
-_ROPE_TOLERANCE = 1e-5  # relative, of a frequency: what two programs that compute the same table differ by
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +42,8 @@ class QualityRecords:
         A certificate of the whole model speaks for every rank: ranks choose tokens together, as one would.
         """
         whole = replace(spec, num_kv_heads=spec.num_kv_heads * spec.shard[1], shard=(0, 1))
-        ours = [each for each in self.certificates if _is_one_model(each.spec, whole)]
+        ours = [each for each in self.certificates if model_identity(each.spec) == model_identity(whole)]
         return min((ratio for each in ours if (ratio := certified_ratio(each, check_layer)) is not None), default=1.0)
-
-    def reconciled(self, spec: KVSpec) -> KVSpec:
-        """The engine's spec, in the papers' own numbers if they are of the same model.
-
-        Profiles and certificates are made with transformers. Two programs may disagree about the last digits of a
-        table of frequencies, and papers are bound to all digits.
-        """
-        known = ([] if self.profile is None else [self.profile.spec]) + [each.spec for each in self.certificates]
-        ropes = (each.rope for each in known if _is_one_model(each, spec))
-        return replace(spec, rope=next(ropes, spec.rope))
 
 
 def open_store(settings: ServingSettings, spec: KVSpec, papers: QualityRecords) -> KVStore:
@@ -103,18 +89,3 @@ def is_lossy(settings: ServingSettings, papers: QualityRecords) -> bool:
 def _codecs(settings: ServingSettings, papers: QualityRecords) -> Mapping[str, Codec]:
     names = {"host": settings.host_codec, "disk": settings.disk_codec}
     return {tier: codec_by_name(name, papers.profile) for tier, name in names.items() if name is not None}
-
-
-def _is_one_model(known: KVSpec, spec: KVSpec) -> bool:
-    plain = replace(known, dtype=spec.dtype, rope=None) == replace(spec, rope=None)
-    if not plain or known.rope is None or spec.rope is None:
-        return False
-    return _rotate_alike(known.rope, spec.rope)
-
-
-def _rotate_alike(one: RopeSpec, other: RopeSpec) -> bool:
-    same_kind = one.interleaved == other.interleaved and len(one.inv_freq) == len(other.inv_freq)
-    mine, theirs = [
-        torch.tensor((*each.inv_freq, each.attention_scaling), dtype=torch.float64) for each in (one, other)
-    ]
-    return same_kind and torch.allclose(mine, theirs, rtol=_ROPE_TOLERANCE, atol=0.0)

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ....calibration.certificate import Certificate
 from ....core import KVSpec, RopeSpec
 from ....errors import EngineError
 from ....retrieval.selector import LayerShape, LearnsFromQueries
 from ....retrieval.settings import Retrieval, expect_certified
 from ...break_even import NEVER, crossing, median_s
-from ..fusion.passes import running_model
-from ..fusion.rope import rope_of
-from ..identity import weight_files_id
+from ..identity import agreed_name, engine_name, engine_rope
 from ..paged_layers import Packing, find_packing
 from .paged_index import PagedRetrieval
 from .rows import DecodeRow, PromptPart
@@ -26,7 +23,6 @@ from .settings import RetrievalSettings
 _LOG = logging.getLogger("vllm.kvloom")
 _SIZES = (2048, 8192, 32768)  # tokens, as `crossing` has them
 _QUERIES = 64  # what an index learns from when it is timed
-_FREQUENCY_TOLERANCE = 1e-5  # relative: two libraries compute the same table
 
 BuildMetadata = Callable[..., Any]
 
@@ -66,8 +62,9 @@ def open_layers(build: BuildMetadata, spec: Any, names: Sequence[str], config: A
         raise EngineError(f"no layer of this model can retrieve ({'; '.join(reasons)}); leave the settings out")
     retrieval, chosen = settings.retrieval, list(able.values())
     _expect_usable(retrieval)
-    rope = rope_of(running_model(chosen), chosen, int(chosen[0].head_size))
-    _expect_permitted(settings, config, chosen[0], rope)
+    rope = engine_rope(config, chosen, int(chosen[0].head_size))
+    if any(layer.impl.retrieving is None for layer in chosen):  # not asked before
+        _expect_permitted(settings, config, layers, rope)
     opened, timed = [], None
     for layer in chosen:
         number = _number_of(layer.layer_name)
@@ -163,48 +160,33 @@ def _expect_usable(retrieval: Retrieval) -> None:
         ) from exc
 
 
-def _expect_permitted(settings: RetrievalSettings, config: Any, layer: Any, rope: RopeSpec) -> None:
+def _expect_permitted(settings: RetrievalSettings, config: Any, layers: Sequence[Any], rope: RopeSpec) -> None:
     """Raises `UncertifiedError` unless a certificate covers model and settings, or the user insists."""
     model = config.model_config
     certificates = settings.load_certificates()
-    files = weight_files_id(model) if certificates and settings.model_id is None else None
+    name = settings.model_id or _connector_model_id(config)
+    if certificates:
+        name = engine_name(agreed_name(config, layers, name), config, layers, rope, model.dtype)
     spec = KVSpec(
-        model_id=settings.model_id or model.model,
+        model_id=name or model.model,
         num_layers=int(model.hf_text_config.num_hidden_layers),
         num_kv_heads=int(model.get_total_num_kv_heads()),
-        head_dim=int(layer.head_size),
+        head_dim=int(layers[0].head_size),
         dtype=model.dtype,
         rope=rope,
     )
     expect_certified(
         settings.retrieval,
         spec,
-        [spoken_for(one, spec, files) for one in certificates],
+        certificates,
         allow_uncertified=settings.allow_uncertified,
     )
 
 
-def spoken_for(certificate: Certificate, spec: KVSpec, files: str | None) -> Certificate:
-    """The certificate as one of `spec`, if it was measured on the same model; otherwise as it is.
-
-    Its frequencies were computed by another library, and it may know the model by its files instead of a name.
-    """
-    measured = certificate.spec
-    is_same_model = measured.model_id == spec.model_id or (
-        files is not None and certificate.conditions.get("weight_files") == files
-    )
-    if not is_same_model or not _same_rotation(measured.rope, spec.rope):
-        return certificate
-    return replace(certificate, spec=replace(measured, model_id=spec.model_id, rope=spec.rope))
-
-
-def _same_rotation(a: RopeSpec | None, b: RopeSpec | None) -> bool:
-    if a is None or b is None or len(a.inv_freq) != len(b.inv_freq) or a.interleaved != b.interleaved:
-        return a == b
-    numbers = [(x, y) for x, y in zip(a.inv_freq, b.inv_freq, strict=True)] + [
-        (a.attention_scaling, b.attention_scaling)
-    ]
-    return all(abs(x - y) <= _FREQUENCY_TOLERANCE * abs(x) for x, y in numbers)
+def _connector_model_id(config: Any) -> str | None:
+    """The user's name for the weights, if kvloom's connector is told one: an engine has one name."""
+    transfer = config.kv_transfer_config
+    return None if transfer is None else (transfer.kv_connector_extra_config or {}).get("model_id")
 
 
 # ------------------------------------------------------------------------------------------------------- the cache
