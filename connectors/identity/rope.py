@@ -14,9 +14,7 @@ from ...core import RopeSpec
 _Row: TypeAlias = NDArray[np.float64]
 
 _TOLERANCE = 1e-5  # relative, of a frequency: what two programs that compute the same table differ by
-_SCALING_Row: TypeAlias = NDArray[np.float64]
-
-_TOLERANCE = 2.0**-8  # relative, of the amplitude: engines read it from tables in bfloat16
+_SCALING_TOLERANCE = 2.0**-8  # relative, of the amplitude: engines read it from tables in bfloat16
 
 
 def settled_rope(actual: RopeSpec, parameters: Mapping[str, Any] | None) -> RopeSpec:
