@@ -99,8 +99,8 @@ class ServingSettings:
         exact. `"certified"` takes the smallest share that a certificate permits for this model, and 1 without one.
     fusion_slice_tokens : tokens that one step of the engine computes of a fusion, beside its other work.
     check_layer : layer whose keys and values choose the tokens that a fusion recomputes.
-    lead_ids : tokens that begin every prompt; None for the BOS if the tokenizer puts one in front of a text. A document is stored when it follows them at the start of a
-        prompt, and is found in any context.
+    lead_ids : tokens that begin every prompt; None for the BOS if the tokenizer puts one in front of a text. A document
+        is stored when it follows them at the start of a prompt, and is found in any context.
     separator_ids : tokens between documents. In a request without `documents`, the text between two separators is a
         document. Empty for none.
     match_tokens : documents of at least so many tokens are recognised by their text, anywhere in a prompt that names
