@@ -11,7 +11,7 @@ from ..connectors.hf.model import TransformersModel
 from ..connectors.hf.retrieval.decoding import layer_shape
 from ..core import KVChunk
 from ..retrieval.attention import attend, attend_at, attend_selected
-from ..retrieval.selector import LearnsFromQueries
+from ..retrieval.selector import LearnsFromQueries, choose
 from ..retrieval.settings import CHUNK_TOKENS, Retrieval
 from .forcing import QUERIES, QUERY_POSITIONS, Way, as_it_is
 
@@ -46,9 +46,9 @@ def through_retrieval(retrieval: Retrieval, layers: TransformersModel) -> Way:
                     is_built = True
             query = queries[:, place]
             part = attend(query, *_near(keys, values, start, stop, position), scale=shape.scale)
-            if budget := retrieval.budget(len(selector)):
-                chosen = selector.select(query, position, budget)
-                part = attend_selected(part, chosen, partial(attend_at, query, keys, values, scale=shape.scale))
+            selection = choose(selector, query, position, retrieval.budget(len(selector)))
+            attend_ids = partial(attend_at, query, keys, values, scale=shape.scale)
+            part = attend_selected(part, selection, attend_ids)
             out[:, place] = part[0].to(out.dtype)
         return out
 

@@ -94,6 +94,8 @@ class Selector(Protocol):
     @property
     def name(self) -> str: ...
     @property
+    def shape(self) -> LayerShape: ...
+    @property
     def start(self) -> int: ...
     def __len__(self) -> int: ...
     def add(self, keys: Tensor, values: Tensor) -> None:
@@ -161,6 +163,21 @@ class KeepsState(Protocol):
     def restore_state(self, parts: Mapping[str, Tensor]) -> None:
         """Makes of the same tokens, added anew, what gave this `state`. Raises `CodecError` for tensors not its own."""
         ...
+
+
+def choose(selector: Selector, queries: Tensor, position: int, budget: int) -> Selection:
+    """What a selector chooses; one that covers no more tokens than `budget` is not asked.
+
+    Parameters
+    ----------
+    queries : `[Hq, D]` after rotary embedding at `position`.
+    budget : tokens for each KV head.
+    """
+    covered = len(selector)
+    if 0 < budget < covered:
+        return selector.select(queries, position, budget)
+    ids = torch.arange(selector.start, selector.start + min(budget, covered))
+    return Selection(ids.expand(selector.shape.kv_heads, -1), 0)
 
 
 def pooled(scores: Tensor, shape: LayerShape, pooling: Pooling = "max") -> Tensor:

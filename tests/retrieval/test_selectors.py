@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -7,10 +8,10 @@ from hypothesis import strategies as st
 
 from kvloom.bench.retrieval.flat_index import FlatIndex
 from kvloom.core import GrowableIndex
-from kvloom.retrieval.attention import attend, attend_at, merge, nothing
+from kvloom.retrieval.attention import attend, attend_at, attend_selected, merge, nothing
 from kvloom.retrieval.exact import ExactSelector, RandomSelector
 from kvloom.retrieval.per_head import PerHeadSelector, counted
-from kvloom.retrieval.selector import LayerShape, Selector, pooled, top_ids
+from kvloom.retrieval.selector import LayerShape, Selection, Selector, choose, pooled, top_ids
 from kvloom.testing import SHAPE, SelectorContract, make_context
 
 
@@ -120,10 +121,35 @@ class TestAttention:
             )
             torch.testing.assert_close((out[2 * head : 2 * head + 2], lse[2 * head : 2 * head + 2]), alone)
 
+    def test_near_selected_and_rest_make_the_whole(self) -> None:
+        keys, values, queries = make_context(40)
+        near = attend(queries, keys[:, :10], values[:, :10], scale=0.2)
+        rest = attend(queries, keys[:, 30:], values[:, 30:], scale=0.2)
+        attend_ids = partial(attend_at, queries, keys, values, scale=0.2)
+        ids = torch.arange(10, 30).expand(2, -1)
+        whole = attend(queries, keys, values, scale=0.2)
+        torch.testing.assert_close(attend_selected(near, Selection(ids, 0, rest=rest), attend_ids), whole)
+        without = attend(queries, keys[:, :30], values[:, :30], scale=0.2)
+        torch.testing.assert_close(attend_selected(near, Selection(ids, 0), attend_ids), without)
+        nothing_chosen = attend_selected(near, Selection(ids[:, :0], 0), attend_ids)
+        torch.testing.assert_close(nothing_chosen, near)
+
     def test_heads_that_do_not_divide_are_refused(self) -> None:
         keys, values, _ = make_context(4)
         with pytest.raises(ValueError, match="3 query heads"):
             attend(torch.zeros(3, 32), keys, values, scale=1.0)
+
+
+class TestChoosing:
+    def test_a_selector_is_not_asked_where_the_budget_leaves_no_choice(self) -> None:
+        keys, values, queries = make_context(46)
+        selector = ExactSelector(SHAPE, start=6)
+        selector.add(keys[:, 6:], values[:, 6:])
+        for budget, expected in ((0, []), (40, list(range(6, 46))), (99, list(range(6, 46)))):
+            selection = choose(selector, queries, 46, budget)
+            assert selection.ids.tolist() == [expected] * 2
+            assert (selection.read_bytes, selection.rest) == (0, None)
+        assert torch.equal(choose(selector, queries, 46, 9).ids, selector.select(queries, 46, 9).ids)
 
 
 class TestPooling:

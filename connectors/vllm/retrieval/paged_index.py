@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ....errors import KVLoomError
 from ....retrieval.attention import Partial, attend, attend_selected
-from ....retrieval.selector import LayerShape, LearnsFromQueries, Selection
+from ....retrieval.selector import LayerShape, LearnsFromQueries, Selection, choose
 from ....retrieval.settings import Retrieval
 from ..paged_layers import GATHERS, Packing, unpacked
 from .rows import BlockKernel, DecodeRow, PromptPart, RowWrites, virtual_rows, window_grid
@@ -253,18 +253,11 @@ class PagedRetrieval:
         return _Choice(0, _NOTHING)
 
     def _choose(self, index: _RowIndex, row: DecodeRow, queries: Tensor) -> Selection:
-        covered, selector = len(index.selector), index.selector
-        budget = self.retrieval.budget(covered)
         asked = queries.detach().to("cpu", torch.float32)
         if self.learns:
             index.asked.append(asked)
-        if not budget:
-            return _NOTHING
-        if budget >= covered:
-            ids = torch.arange(selector.start, selector.start + covered).expand(self.shape.kv_heads, -1)
-            chosen = Selection(ids, 0)
-        else:
-            chosen = selector.select(asked, row.position, budget)
+        budget = self.retrieval.budget(len(index.selector))
+        chosen = choose(index.selector, asked, row.position, budget)
         self.counts.chosen_tokens += int(np.count_nonzero(chosen.ids.numpy() >= 0))
         self.counts.read_bytes += chosen.read_bytes
         if self.on_choice is not None:
@@ -289,8 +282,8 @@ class PagedRetrieval:
     def _attend_to(self, row: DecodeRow, choice: _Choice, queries: Tensor, cache: Tensor) -> Tensor:
         """Of exactly the tokens that were chosen: `[Hq, Dv]`."""
         near = self._attend_near(row, choice.stop, queries, cache)
-        found = attend_selected(near, choice.chosen, partial(self._attend_at, row, queries, cache))
-        return found[0].to(queries.dtype)
+        attend_ids = partial(self._attend_at, row, queries, cache)
+        return attend_selected(near, choice.chosen, attend_ids)[0].to(queries.dtype)
 
     def _sinks(self, stop: int) -> int:
         return self.retrieval.sink_tokens if stop else 0
