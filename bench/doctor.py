@@ -9,22 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from ..evaluation.environment import devices, environment, usable
+from ..evaluation.environment import BUNDLED_MODEL, devices, environment, memory_bytes, usable
+from ..evaluation.page import Row, Table
 from ..evaluation.report import BenchResult, Metric
 
 COPY_BYTES = 128 << 20
 DISK_BYTES = 32 << 20
 REPEATS = 5
 BUDGET_S = 1.0  # a slow disk is asked fewer times
-CAVEAT = (
+MEANING = (
     "Speeds: median (10th to 90th percentile) of bytes copied, written with fsync, and read back. Where the system "
-    "keeps cached pages although it was asked to let go, the read speed is that of memory, not of the disk."
+    "keeps cached pages although it was asked to drop them, the read speed is that of memory, not of the disk."
 )
-MODEL = Path(__file__).parent / "reference" / "model"
+SHOWN = ("kvloom", "python", "torch", "transformers", "system", "cpu", "cores")
 EXTRAS = {
     "transformers": ("transformers", "tokenizers"),
     "bench": ("transformers", "tokenizers", "matplotlib"),
@@ -51,26 +49,15 @@ def diagnose(folder: Path) -> BenchResult:
         metrics["device_copy_speed"] = _device_copy_speed(source)
     plain_copy = metrics["host_copy_speed"].value
     metrics |= _disk_speeds(folder, baseline=plain_copy)
-    return BenchResult("doctor", metrics, [*_devices(), *_extras(), _model()])
-
-
-def show(result: BenchResult) -> None:
-    """Print a diagnosis for a person."""
-    table = Table(title="kvloom doctor", title_justify="left", show_header=False)
-    table.add_column(style="dim")
-    table.add_column()
-    env = environment()
-    for name in ("kvloom", "python", "torch", "transformers", "system", "cpu", "cores"):
-        table.add_row(name, escape(str(env[name] or "not installed")))
-    table.add_row("memory", f"{int(str(env['memory_bytes'] or 0)) / 2**30:.1f} GiB")
-    for row in result.rows:
-        table.add_row(str(row["subject"]), escape(str(row["finding"])))
-    for name, metric in result.metrics.items():
-        low, high = metric.low or 0.0, metric.high or 0.0
-        table.add_row(name.replace("_", " "), f"{metric.value:.2f} {metric.unit}  ({low:.2f} to {high:.2f})")
-    console = Console()
-    console.print(table)
-    console.print(CAVEAT, style="dim")
+    env, rows = environment(), [*_devices(), *_extras(), _model()]
+    shown: list[Row] = [[name, str(env[name] or "not installed")] for name in SHOWN]
+    shown.append(["memory", f"{(memory_bytes() or 0) / 2**30:.1f} GiB"])
+    shown += [[str(row["subject"]), str(row["finding"])] for row in rows]
+    for name, metric in metrics.items():
+        interval = "" if metric.low is None else f"  ({metric.low:.2f} to {metric.high:.2f})"
+        shown.append([name.replace("_", " "), f"{metric.value:.2f} {metric.unit}{interval}"])
+    table = Table(["subject", "finding"], shown, "kvloom doctor", left=(0, 1))
+    return BenchResult("doctor", metrics, rows, [table], notes=[MEANING])
 
 
 def _speed(size_bytes: int, work: Callable[[], object], *, before: Callable[[], object] = lambda: None) -> Metric:
@@ -140,6 +127,6 @@ def _extras() -> list[dict[str, object]]:
 
 
 def _model() -> dict[str, object]:
-    weights = MODEL / "model.safetensors"
+    weights = BUNDLED_MODEL / "model.safetensors"
     finding = f"{weights.stat().st_size / 2**20:.1f} MiB" if weights.exists() else "missing; run: make reference"
     return {"subject": "reference model", "finding": finding}

@@ -9,19 +9,16 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import Progress
-
 from .. import __version__
 from ..calibration.model_profile import Profile
 from ..evaluation.models import load_model
-from ..evaluation.report import output
-from ..evaluation.screen import screen_table
+from ..evaluation.page import Row, Table
+from ..evaluation.screen import output, print_table, progress
 from ..evaluation.texts import read_texts
+from ..evaluation.windows import SEQUENCE_TOKENS, SEQUENCES, STRINGS_RATIO, string_windows, token_windows
 from ..retrieval.vq.vq_fit import CENTROIDS, distance_bands, fit_layer
 from .calibrate_model import calibrate, stage_units
 from .method_fits import LAYER_FITS, LEFT_OUT
-from .windows import SEQUENCE_TOKENS, SEQUENCES, STRINGS_RATIO, string_windows, token_windows
 
 _STAGES = {"forward": "hidden states", "backward": "keys, values, gradients", "fit": "fitting layers"}
 
@@ -60,15 +57,17 @@ def run_calibrate(options: CalibrateOptions) -> Profile:
     """
     texts = read_texts(options.texts)
     began_s = time.perf_counter()
-    model, tokenizer = load_model(options.model, dtype=options.dtype)
-    tokens = min(options.tokens, model.config.max_position_embeddings)
-    windows = token_windows(tokenizer, texts, sequences=options.sequences, tokens=tokens)
-    strings = string_windows(tokenizer, sequences=round(STRINGS_RATIO * len(windows)), tokens=len(windows[0]))
-    fits = dict(LAYER_FITS)
-    if "vq" in fits:
-        bands = distance_bands(model.config.max_position_embeddings)
-        fits["vq"] = partial(fit_layer, centroids=options.centroids, bands=bands)
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with progress() as bar:
+        loading = bar.add_task("loading the model", total=1, logged=False)
+        model, tokenizer = load_model(options.model, dtype=options.dtype)
+        bar.advance(loading)
+        tokens = min(options.tokens, model.config.max_position_embeddings)
+        windows = token_windows(tokenizer, texts, sequences=options.sequences, tokens=tokens)
+        strings = string_windows(tokenizer, sequences=round(STRINGS_RATIO * len(windows)), tokens=len(windows[0]))
+        fits = dict(LAYER_FITS)
+        if "vq" in fits:
+            bands = distance_bands(model.config.max_position_embeddings)
+            fits["vq"] = partial(fit_layer, centroids=options.centroids, bands=bands)
         totals = stage_units(model.config.num_hidden_layers, windows, strings=strings)
         bars = {stage: bar.add_task(_STAGES[stage], total=total) for stage, total in totals.items()}
         profile = calibrate(
@@ -87,13 +86,13 @@ def run_calibrate(options: CalibrateOptions) -> Profile:
 
 def _show(profile: Profile, path: Path, elapsed_s: float) -> None:
     console = output()
-    title = f"profile of {profile.spec.model_id[:24]}"
-    table = screen_table(title, ("for", "tensors", "bytes"))
-    kinds = Counter(name.partition(".")[0] for name in profile.tensors)
-    for kind, count in sorted(kinds.items()):
-        nbytes = sum(t.nbytes for name, t in profile.tensors.items() if name.partition(".")[0] == kind)
-        table.add_row(kind, f"{count}", f"{nbytes:,}")
-    console.print(table)
+    counts, sizes = Counter[str](), Counter[str]()
+    for name, tensor in profile.tensors.items():
+        method = name.partition(".")[0]
+        counts[method] += 1
+        sizes[method] += tensor.nbytes
+    rows: list[Row] = [[method, counts[method], sizes[method]] for method in sorted(counts)]
+    print_table(console, Table(["for", "tensors", "bytes"], rows, f"profile of {profile.spec.model_id[:24]}"))
     meta = profile.meta
     console.print(
         f"{meta['sequences']} sequences, {int(meta['tokens']):,} tokens, loss {meta['loss']} nats a token, "

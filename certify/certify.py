@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import Progress
-
-from .. import __version__
-from ..calibration.certificate import Certificate, Figure
+from ..calibration.certificate import Certificate
 from ..calibration.model_profile import Profile
 from ..compress.registry import codec_by_name
 from ..connectors.break_even import break_even
@@ -19,17 +14,15 @@ from ..connectors.hf.retrieval.decoding import layer_shape
 from ..core import Codec
 from ..evaluation.forcing import CHUNK_TOKENS, ForcedModel, Way, through_codec
 from ..evaluation.models import load_model
+from ..evaluation.page import Table
 from ..evaluation.passages import load_heldout
-from ..evaluation.quality import KINDS, KNOWN_RATIO, Limits, Measurement, measure, task_trials
-from ..evaluation.report import output, write_text
-from ..evaluation.screen import screen_table
+from ..evaluation.quality import AUTO, Limits, measure, task_kinds, task_trials
+from ..evaluation.screen import progress
 from ..evaluation.sparse import through_retrieval
 from ..evaluation.texts import read_texts
+from ..evaluation.windows import token_windows
 from ..retrieval.settings import Retrieval
-from .windows import token_windows
-
-QUESTION_TOKENS = 128  # kept free of documents in the model's context
-UNPROVEN = "unproven"
+from .outcome import HEADS, QUESTION_TOKENS, certificate, finish, loss_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,22 +68,25 @@ def certify(options: CertifyOptions) -> Certificate:
     ValueError : not one of codec and retrieval, no such codec or task, no usable model or text, or a profile is needed.
     SpecMismatchError : the profile was made for another model.
     """
-    kinds = _kinds(options.tasks)
+    kinds = task_kinds(options.tasks)
     if (options.codec is None) == (options.retrieval is None):
         raise ValueError("expected either a codec or a retrieval method to be measured")
+    texts = read_texts(options.texts) if options.texts else ["\n".join(load_heldout())]
     profile = None if options.profile is None else Profile.load(options.profile)
     codec = None if options.codec is None else codec_by_name(options.codec, profile)
-    model, tokenizer = load_model(options.model, dtype=options.dtype)
-    forced = ForcedModel(model, model_id=options.model_id, keeps_queries=options.retrieval is not None)
-    way, conditions = _way(codec, options.retrieval, profile, forced)
-    longest = forced.layers.max_tokens
-    texts = read_texts(options.texts) if options.texts else ["\n".join(load_heldout())]
-    windows = token_windows(
-        tokenizer, texts, sequences=options.windows, tokens=min(options.window_tokens, longest), least_tokens=64
-    )
-    wanted = options.context_tokens or (1024 if options.retrieval is None else 2048)
-    context_tokens = min(wanted, longest - QUESTION_TOKENS)
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with progress() as bar:
+        loading = bar.add_task("loading the model", total=1, logged=False)
+        model, tokenizer = load_model(options.model, dtype=options.dtype)
+        forced = ForcedModel(model, model_id=options.model_id, keeps_queries=options.retrieval is not None)
+        bar.advance(loading)
+        longest = forced.layers.max_tokens
+        windows = token_windows(
+            tokenizer, texts, sequences=options.windows, tokens=min(options.window_tokens, longest), least_tokens=64
+        )
+        way, conditions = _way(codec, options.retrieval, profile, forced)
+        context_tokens = min(
+            options.context_tokens or (1024 if options.retrieval is None else 2048), longest - QUESTION_TOKENS
+        )
         bars = {"windows": bar.add_task("held-out text", total=len(windows))}
         trials = {}
         for kind in kinds:
@@ -101,13 +97,12 @@ def certify(options: CertifyOptions) -> Certificate:
             [way],
             windows=windows,
             trials=trials,
-            skip_unknown="auto" in options.tasks,
+            skip_unknown=AUTO in options.tasks,
             advance=lambda what: bar.advance(bars[what]),
         )
-    certificate = Certificate(
+    made = certificate(
         forced.spec,
-        found.way.name,
-        found.way.parameters,
+        (way.name, way.parameters),
         found.figures(options.limits),
         {
             "windows": len(windows),
@@ -121,13 +116,10 @@ def certify(options: CertifyOptions) -> Certificate:
             "skipped": found.skipped,
             "limits": asdict(options.limits),
         },
-        datetime.now(UTC).isoformat(timespec="seconds"),
-        __version__,
     )
-    _show(way.name, certificate, found)
-    if options.out is not None:
-        write_text(options.out, certificate.to_json())
-    return certificate
+    table = Table(HEADS, loss_rows(made.figures), f"{way.name} on {made.model_id[:24]}", left=(0, 4))
+    verdict = f"{way.name} may be used for this model" if made.passed else f"{way.name} stays refused for this model"
+    return finish(made, table, verdict, options.out)
 
 
 def _way(
@@ -145,48 +137,3 @@ def _way(
     known = retrieval.break_even_tokens
     tokens = break_even(retrieval, shape, spec.value_dim, spec.dtype) if known is None else known
     return through_retrieval(retrieval, forced.layers), {"break_even_tokens": tokens}
-
-
-def _kinds(tasks: Sequence[str]) -> Sequence[str]:
-    if list(tasks) == ["auto"]:
-        return KINDS
-    if list(tasks) == ["none"]:
-        return ()
-    if unknown := [kind for kind in tasks if kind not in (*KINDS, "needle8")]:
-        raise ValueError(f"tasks are {', '.join(unknown)}; expected auto, none, or some of {', '.join(KINDS)}, needle8")
-    return tasks
-
-
-def _show(name: str, certificate: Certificate, found: Measurement) -> None:
-    console = output()
-    title = f"{name} on {certificate.model_id[:24]}"
-    table = screen_table(title, ("loss", "value", "95 % interval", "limit", ""), left=(0, 4))
-    for what, figure in certificate.figures.items():
-        table.add_row(what.replace("_", " "), *_cells(figure))
-    console.print(table)
-    for kind, share in found.skipped.items():
-        console.print(
-            f"{kind} tasks are left out: the exact model answers {share:.0%} of them, {KNOWN_RATIO:.0%} are needed"
-        )
-    if certificate.passed:
-        console.print(f"passed: {name} may be used for this model")
-    else:
-        console.print(f"not passed: {name} stays refused for this model")
-    if any(_verdict(figure) == UNPROVEN for figure in certificate.figures.values()):
-        console.print("unproven: the interval is too wide to tell; give more --trials, or more --windows and --text")
-
-
-def _cells(figure: Figure) -> tuple[str, str, str, str]:
-    def text(value: float) -> str:
-        return f"{value:+.2%}" if figure.unit == "share" else f"{value:.5f}"
-
-    limit = "" if figure.limit is None else text(figure.limit)
-    return text(figure.value), f"{text(figure.low)} to {text(figure.high)}", limit, _verdict(figure)
-
-
-def _verdict(figure: Figure) -> str:
-    if figure.limit is None:
-        return ""
-    if figure.passed:
-        return "ok"
-    return UNPROVEN if figure.value <= figure.limit else "too much"

@@ -4,29 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
-
-from .. import __version__
 from ..blend.certified_ratio import FUSION, choosing_once, parameters_of_fusion
 from ..calibration.certificate import Certificate, Figure
 from ..connectors.hf.connector import TransformersConnector
 from ..evaluation.fused_answers import FULL, HOST_BYTES, Method, Score, score
+from ..evaluation.intervals import paired_share_difference
 from ..evaluation.models import load_model, token_counter
-from ..evaluation.quality import KINDS, KNOWN_RATIO
-from ..evaluation.report import output, paired_share_difference, write_text
+from ..evaluation.page import Table
+from ..evaluation.quality import AUTO, KNOWN_RATIO, task_kinds
+from ..evaluation.screen import progress
 from ..evaluation.workload import task_cases
 from ..kvstore.store import KVStore
 from ..kvstore.tiers.host import HostTier
+from .outcome import HEADS, QUESTION_TOKENS, certificate, finish, loss_rows
 
 RATIOS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
-_QUESTION_TOKENS = 128  # kept free of documents in the model's context
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +32,7 @@ class FusionOptions:
     ----------
     model : a Hugging Face folder; None for the bundled reference model.
     ratios : shares of the tokens of the documents that are recomputed, above 0 and below 1.
-    kinds : of tasks; those that the model does not know with full prefill are left out.
+    tasks : kinds of task, see `task_kinds`; those that the model does not know with full prefill are left out.
     trials, context_tokens, num_documents : of each kind of task.
     task_loss : limit, points of exact match as a share, at the bad end of the 95 % interval.
     out : where the certificate goes; None for nowhere.
@@ -47,7 +42,7 @@ class FusionOptions:
 
     model: Path | None = None
     ratios: Sequence[float] = RATIOS
-    kinds: Sequence[str] = KINDS
+    tasks: Sequence[str] = (AUTO,)
     trials: int = 200
     context_tokens: int = 1024
     num_documents: int = 8
@@ -74,18 +69,18 @@ def certify_fusion(options: FusionOptions) -> Certificate:
     ratios = sorted(set(options.ratios))
     if not ratios or not 0.0 < ratios[0] <= ratios[-1] < 1.0:
         raise ValueError(f"ratios are {list(options.ratios)}; expected shares above 0 and below 1")
-    if unknown := sorted(set(options.kinds) - set(KINDS)) or not options.kinds:
-        raise ValueError(f"tasks are {unknown or 'none'}; expected some of {', '.join(KINDS)}")
+    kinds = task_kinds(options.tasks)
+    if not kinds:
+        raise ValueError("tasks are none; fusion is certified by the answers to tasks")
     methods = [FULL, *(Method(f"{ratio:.0%}", blender=choosing_once(ratio)) for ratio in ratios)]
-    model, tokenizer = load_model(options.model, dtype=options.dtype)
-    longest = min(options.context_tokens, model.config.max_position_embeddings - _QUESTION_TOKENS)
     found: dict[str, list[Score]] = {}
-    with (
-        KVStore([HostTier(HOST_BYTES)]) as store,
-        Progress(console=Console(stderr=True), transient=True) as bar,
-    ):
+    with KVStore([HostTier(HOST_BYTES)]) as store, progress() as bar:
+        loading = bar.add_task("loading the model", total=1, logged=False)
+        model, tokenizer = load_model(options.model, dtype=options.dtype)
+        bar.advance(loading)
+        longest = min(options.context_tokens, model.config.max_position_embeddings - QUESTION_TOKENS)
         connector = TransformersConnector(model, tokenizer, store, model_id=options.model_id)
-        for kind in options.kinds:
+        for kind in kinds:
             cases = task_cases(
                 None,
                 token_counter(tokenizer),
@@ -100,34 +95,29 @@ def certify_fusion(options: FusionOptions) -> Certificate:
             found[kind] = score(connector, cases, methods, advance=partial(bar.advance, task))
     known = {kind: scores for kind, scores in found.items() if scores[0].exact_match[kind] >= KNOWN_RATIO}
     figures = {ratio: _figures(known, number, options.task_loss) for number, ratio in enumerate(ratios, start=1)}
-    certificates = {
-        ratio: Certificate(
-            connector.spec,
-            FUSION,
-            parameters_of_fusion(ratio),
-            figures[ratio],
-            {
-                "trials": options.trials,
-                "context_tokens": longest,
-                "documents": options.num_documents,
-                "exact_match": {kind: scores[0].exact_match[kind] for kind, scores in known.items()},
-                "skipped": {kind: found[kind][0].exact_match[kind] for kind in found if kind not in known},
-                "losses": {
-                    f"{other:g}": {kind: figure.value for kind, figure in of_ratio.items()}
-                    for other, of_ratio in figures.items()
-                },
-                "limits": {"task_loss": options.task_loss},
-            },
-            datetime.now(UTC).isoformat(timespec="seconds"),
-            __version__,
-        )
-        for ratio in ratios
+    conditions = {
+        "trials": options.trials,
+        "context_tokens": longest,
+        "documents": options.num_documents,
+        "exact_match": {kind: scores[0].exact_match[kind] for kind, scores in known.items()},
+        "skipped": {kind: found[kind][0].exact_match[kind] for kind in found if kind not in known},
+        "losses": {
+            f"{ratio:g}": {kind: figure.value for kind, figure in of_ratio.items()}
+            for ratio, of_ratio in figures.items()
+        },
+        "limits": {"task_loss": options.task_loss},
     }
-    certificate = certificates[ratios[smallest_passing([certificates[ratio].passed for ratio in ratios])]]
-    _show(certificates, certificate, skipped=certificate.conditions["skipped"])
-    if options.out is not None:
-        write_text(options.out, certificate.to_json())
-    return certificate
+    made = [
+        certificate(connector.spec, (FUSION, parameters_of_fusion(ratio)), figures[ratio], conditions)
+        for ratio in ratios
+    ]
+    chosen = smallest_passing([one.passed for one in made])
+    rows = [[f"{ratio:.0%}", *row] for ratio, one in zip(ratios, made, strict=True) for row in loss_rows(one.figures)]
+    table = Table(["computed", *HEADS], rows, f"fusion on {connector.spec.model_id[:24]}", left=(1, 5))
+    verdict = "no share is certified; fusions compute everything"
+    if made[chosen].passed:
+        verdict = f"{ratios[chosen]:.0%} of the tokens of documents have to be computed"
+    return finish(made[chosen], table, verdict, options.out)
 
 
 def smallest_passing(passed: Sequence[bool]) -> int:
@@ -144,26 +134,3 @@ def _figures(known: dict[str, list[Score]], number: int, limit: float) -> dict[s
         f"{kind}_loss": Figure(*paired_share_difference(scores[0].known, scores[number].known), "share", limit)
         for kind, scores in known.items()
     }
-
-
-def _show(certificates: dict[float, Certificate], chosen: Certificate, skipped: dict[str, float]) -> None:
-    console = output()
-    title = f"fusion on {chosen.model_id[:24]}"
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for i, column in enumerate(("computed", "loss", "value", "95 % interval", "limit", "")):
-        table.add_column(column, justify="left" if i in (1, 5) else "right", no_wrap=True)
-    for ratio, certificate in certificates.items():
-        for what, figure in certificate.figures.items():
-            interval = f"{figure.low:+.2%} to {figure.high:+.2%}"
-            verdict = "ok" if figure.passed else "too much" if figure.value > (figure.limit or 0.0) else "unproven"
-            name = what.replace("_", " ")
-            table.add_row(f"{ratio:.0%}", name, f"{figure.value:+.2%}", interval, f"{figure.limit:+.2%}", verdict)
-    console.print(table)
-    for kind, share in skipped.items():
-        console.print(
-            f"{kind} tasks are left out: full prefill answers {share:.0%} of them, {KNOWN_RATIO:.0%} are needed"
-        )
-    if chosen.passed:
-        console.print(f"passed: {chosen.parameters['ratio']:.0%} of the tokens of documents have to be computed")
-    else:
-        console.print("not passed: no share is certified; fusions compute everything")

@@ -40,7 +40,7 @@ def blend(json: JsonFile = None, quick: Quick = False) -> None:
     """Fused documents beside full prefill: answers and time to first token, by ratio and length."""
     from ..bench.blend.run import run
 
-    _write(run(quick=quick), json)
+    _finish(run(quick=quick), json)
 
 
 @app.command()
@@ -48,7 +48,7 @@ def codecs(json: JsonFile = None, report: ReportFile = None, quick: Quick = Fals
     """Bytes, quality and speed of every codec."""
     from ..bench.codecs.run import run
 
-    _write(run(quick=quick, folder=folder, report=report), json)
+    _finish(run(quick=quick, folder=folder), json, report)
 
 
 @app.command()
@@ -64,7 +64,7 @@ def retrieval(
     tokens = None if sizes is None else read_token_counts(sizes, "--sizes")
     from ..bench.retrieval.run import run
 
-    _write(run(quick=quick, sizes=tokens, report=report), json)
+    _finish(run(quick=quick, sizes=tokens), json, report)
 
 
 @app.command()
@@ -74,7 +74,7 @@ def tiers(
     """The store beside the machine's limits, and beside files, LMDB, SQLite and LMCache."""
     from ..bench.tiers.run import run
 
-    _write(run(quick=quick, folder=folder, lmcache_python=lmcache_python), json)
+    _finish(run(quick=quick, folder=folder, lmcache_python=lmcache_python), json)
 
 
 @app.command()
@@ -88,12 +88,15 @@ def vllm(
     """Kvloom in stock vLLM beside vLLM's own caches and LMCache; runs in vLLM's environment."""
     from ..bench.vllm.run import run
 
-    _write(run(quick=quick, folder=folder, lmcache_python=lmcache_python, report=report), json)
+    _finish(run(quick=quick, folder=folder, lmcache_python=lmcache_python), json, report)
 
 
-def _write(result: BenchResult, json: Path | None) -> None:
+def _finish(result: BenchResult, json: Path | None, report: Path | None = None) -> None:
+    result.show()
     if json is not None:
         result.write(json)
+    if report is not None:
+        result.write_page(report)
 
 
 def demo(
@@ -114,8 +117,9 @@ def demo(
     """Answer questions over cached documents, by every method, cold and after a restart."""
     from ..bench.demo.run import DemoOptions, run_demo
 
-    options = DemoOptions(model=model, docs=docs, question=question, json=json, report=report, store=store, quick=quick)
-    run_demo(options)
+    curves = report is not None
+    options = DemoOptions(model=model, docs=docs, question=question, store=store, quick=quick, curves=curves)
+    _finish(run_demo(options), json, report)
 
 
 def simulate(
@@ -145,13 +149,11 @@ def simulate(
     from ..bench.eviction.run import simulate as replay
 
     more = {} if policies is None else {"policies": policies}
-    replay(SimulateOptions(trace, capacities, codec_ratios, json=json, report=report, **more))
+    _finish(replay(SimulateOptions(trace, capacities, codec_ratios, **more)), json, report)
 
 
 def doctor(folder: DiskFolder = Path(), json: JsonFile = None) -> None:
     """Show versions, devices, copy and disk speed, and which extras are usable."""
-    from ..bench.doctor import diagnose, show
+    from ..bench.doctor import diagnose
 
-    result = diagnose(folder)
-    show(result)
-    _write(result, json)
+    _finish(diagnose(folder), json)

@@ -113,12 +113,11 @@ def certify(
     if fusion:
         shares = read_numbers(ratios, "--ratios")
         from ..certify.fusion import FusionOptions, certify_fusion
-        from ..evaluation.quality import KINDS
 
         asked = FusionOptions(
             model=model_folder(model),
             ratios=shares,
-            kinds=KINDS if tasks == "auto" else kinds,
+            tasks=kinds,
             trials=trials,
             context_tokens=context_tokens or 1024,
             task_loss=max_task_loss,

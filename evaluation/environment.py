@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+BUNDLED_MODEL = ROOT / "bench" / "reference" / "model"  # a Hugging Face folder
 
 
 def version_of(distribution: str) -> str | None:

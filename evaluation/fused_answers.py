@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from ..blend.blender import Blender
 from ..blend.choosers import CHOOSERS
 from ..connectors.hf.connector import TransformersConnector
-from .report import spread
+from .intervals import spread
 from .workload import Case
 
 NEW_TOKENS = 6

@@ -7,8 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-BUNDLED_MODEL = Path(__file__).parent.parent / "bench" / "reference" / "model"
-
+from .environment import BUNDLED_MODEL
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 _INK = "#010203"  # stands for the text colour while matplotlib draws; the page then decides, light or dark
 _COLOURS = (
@@ -32,10 +32,13 @@ figcaption { color: var(--quiet); font-size: .875rem; margin: .5rem 0; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .75rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { color: var(--quiet); font-weight: 600; vertical-align: bottom; white-space: normal; }
-th:first-child, td:first-child { text-align: left; }
+.words { text-align: left; }
 tbody tr:nth-child(even) { background: var(--stripe); }
 svg { display: block; max-width: 100%; height: auto; color: var(--ink); }
 """
+
+
+Row: TypeAlias = Sequence[str | float | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +48,13 @@ class Table:
     Attributes
     ----------
     rows : numbers are shortened to four digits; text stays as it is; None is an empty cell.
+    left : numbers of the columns that hold words and not figures.
     """
 
     columns: Sequence[str]
-    rows: Sequence[Sequence[str | float | None]]
+    rows: Sequence[Row]
     caption: str = ""
+    left: Collection[int] = (0,)
 
 
 class Point(NamedTuple):
@@ -163,11 +168,13 @@ def _figure(inner: str, caption: str) -> str:
 
 
 def _table(table: Table) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in table.columns)
-    rows = "\n".join(
-        "<tr>" + "".join(f"<td>{escape(cell_text(value))}</td>" for value in row) + "</tr>" for row in table.rows
-    )
-    return _figure(f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>", table.caption)
+    def cells(tag: str, values: Row) -> str:
+        kinds = (' class="words"' if i in table.left else "" for i in range(len(values)))
+        shown = (f"<{tag}{kind}>{escape(cell_text(v))}</{tag}>" for kind, v in zip(kinds, values, strict=True))
+        return f"<tr>{''.join(shown)}</tr>"
+
+    head, rows = cells("th", table.columns), "\n".join(cells("td", row) for row in table.rows)
+    return _figure(f"<table>\n<thead>{head}</thead>\n<tbody>\n{rows}\n</tbody>\n</table>", table.caption)
 
 
 def cell_text(value: str | float | None) -> str:

@@ -14,11 +14,13 @@ from transformers import PreTrainedTokenizerBase
 from ..calibration.certificate import Figure
 from ..connectors.identity.requests import lead_of
 from .forcing import ForcedModel, Way, split
+from .intervals import Floats, paired_bootstrap, paired_share_difference
 from .models import token_counter
-from .report import Floats, paired_bootstrap, paired_share_difference
+from .tasks import TaskSampler
 from .workload import task_cases
 
 KINDS = ("needle", "record", "alias")
+AUTO, NONE = "auto", "none"
 KNOWN_RATIO = 0.5  # below it the exact model does not know a task, and a loss would say nothing
 _FIRST_TRIALS = 20  # after which that is asked
 
@@ -124,6 +126,23 @@ def measure(
                     one.skipped[kind] = sum(known) / number
                 break
     return found
+
+
+def task_kinds(names: Sequence[str]) -> Sequence[str]:
+    """Kinds of task by name; `auto` is `KINDS`, of which those that a model does not know are left out; `none` is none.
+
+    Raises
+    ------
+    ValueError : a kind is unknown.
+    """
+    if list(names) == [NONE]:
+        return ()
+    if list(names) == [AUTO]:
+        return KINDS
+    if unknown := [kind for kind in names if kind not in TaskSampler.KINDS]:
+        known = ", ".join((AUTO, NONE, *TaskSampler.KINDS))
+        raise ValueError(f"tasks are {', '.join(unknown)}; expected some of {known}")
+    return names
 
 
 def task_trials(

@@ -1,35 +1,20 @@
-"""What a benchmark hands over: figures with intervals as one JSON object, and a page that a person reads."""
+"""What a benchmark hands over: figures with intervals, tables and plots; as JSON, on a terminal, as a page."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-from rich.console import Console
+from rich.markup import escape
 
 from ..calibration.output_file import write_output
 from .environment import commit, environment
-
-Floats = NDArray[np.float64]
-
-
-FILE_WIDTH = 120  # columns of text where output goes into a file or a pipe
-
-
-def output() -> Console:
-    """Standard output, wide enough for our tables where no terminal says how wide it is."""
-    console = Console()
-    return console if console.is_terminal else Console(width=max(FILE_WIDTH, console.width))
-
-
-def share_of_gap(low: float, high: float, value: float) -> float:
-    """How far `value` is on the way from `low` (0) to `high` (1); NaN if there is no way to go."""
-    return (value - low) / (high - low) if high > low else math.nan
+from .intervals import share_interval, spread
+from .page import Plot, Section, Table, html_report
+from .screen import output, print_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +49,21 @@ class Metric:
 
 
 @dataclass(frozen=True, slots=True)
+class Target:
+    """What a figure should reach: at least (`>=`), at most (`<=`) or less than (`<`) `bound`."""
+
+    metric: str
+    sign: str
+    bound: float
+
+    def reached(self, value: float) -> bool:
+        """Whether `value`, in the unit of the metric, reaches it."""
+        if self.sign == "<=":
+            return value <= self.bound
+        return value >= self.bound if self.sign == ">=" else value < self.bound
+
+
+@dataclass(frozen=True, slots=True)
 class BenchResult:
     """Everything that one benchmark run found.
 
@@ -71,27 +71,89 @@ class BenchResult:
     ----------
     bench : name of the benchmark, as given to `kvloom bench`.
     metrics : the figures that are tracked, by name.
-    rows : the table behind them; plain JSON values by column name.
+    rows : the raw data behind them; plain JSON values by column name.
+    tables, plots : for people.
+    targets : what the figures should reach.
+    notes : how to read them, and what was left out.
     """
 
     bench: str
     metrics: Mapping[str, Metric]
-    rows: Sequence[Mapping[str, object]] = field(default=())
+    rows: Sequence[Mapping[str, object]] = ()
+    tables: Sequence[Table] = ()
+    plots: Sequence[Plot] = ()
+    targets: Sequence[Target] = ()
+    notes: Sequence[str] = ()
 
     def to_json(self) -> str:
-        """One object `{"bench", "commit", "env", "metrics", "rows"}`; figures that are not finite become null."""
+        """One object with the attributes' names, `commit` and `env`; no plots. What is not finite becomes null."""
         whole = {
             "bench": self.bench,
             "commit": commit(),
             "env": environment(),
             "metrics": {name: asdict(metric) for name, metric in self.metrics.items()},
+            "targets": [asdict(target) for target in self.targets],
+            "tables": [asdict(table) for table in self.tables],
+            "notes": list(self.notes),
             "rows": [dict(row) for row in self.rows],
         }
         return json.dumps(_finite(whole), indent=1, allow_nan=False)
 
     def write(self, path: Path) -> None:
-        """Write `to_json` to `path`: complete or not at all."""
+        """Write `to_json` to `path`, see `write_output`."""
         write_text(path, self.to_json() + "\n")
+
+    def write_page(self, path: Path) -> None:
+        """Write a page of plots and tables, or the first plot alone where the name ends in `.svg`.
+
+        Raises
+        ------
+        ModuleNotFoundError : there are plots and matplotlib is not installed.
+        """
+        if path.suffix == ".svg":
+            write_text(path, self.plots[0].to_svg())
+            return
+        sections = [Section("Plots", "\n".join(self.notes), self.plots), Section("Tables", parts=self.all_tables())]
+        write_text(path, html_report(f"kvloom {self.bench}", sections))
+
+    def show(self) -> None:
+        """Print tables and notes."""
+        console = output()
+        for table in self.all_tables():
+            print_table(console, table)
+        for note in self.notes:
+            console.print(escape(note), style="dim")
+
+    def all_tables(self) -> list[Table]:
+        """Its tables, and one of the figures that have targets; of all figures if there is no other table."""
+        figures = [figures_table(self.metrics, self.targets)] if self.targets or not self.tables else []
+        return [*self.tables, *figures]
+
+
+def figures_table(metrics: Mapping[str, Metric], targets: Sequence[Target] = ()) -> Table:
+    """Figures beside their targets, where there are some; otherwise all of them beside their alternatives."""
+    if not targets:
+        heads = ["figure", "value", "interval", "unit", "beside"]
+        rows = [[name, *_value_cells(m), m.unit, _beside(m)] for name, m in metrics.items()]
+        return Table(heads, rows, "figures", left=(0, 3))
+    rows = []
+    for target in targets:
+        metric, bound = metrics.get(target.metric), f"{target.sign} {target.bound:g}"
+        if metric is None or not math.isfinite(metric.value):
+            rows.append([target.metric, "-", "", bound, "not measured"])
+        else:
+            verdict = "reached" if target.reached(metric.value) else "not reached"
+            rows.append([target.metric, *_value_cells(metric), bound, verdict])
+    return Table(["figure", "value", "interval", "target", "verdict"], rows, "figures and targets", left=(0, 4))
+
+
+def _value_cells(metric: Metric) -> list[str]:
+    interval = "" if metric.low is None or metric.high is None else f"{metric.low:.3g} to {metric.high:.3g}"
+    return [f"{metric.value:.4g}", interval]
+
+
+def _beside(metric: Metric) -> str:
+    return f"{metric.baseline:.4g}" if isinstance(metric.baseline, int | float) else metric.baseline or ""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -107,83 +169,3 @@ def _finite(value: object) -> object:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return value
-
-
-def spread(samples: Sequence[float]) -> tuple[float, float, float]:
-    """Median, 10th and 90th percentile (linear between neighbours)."""
-    if not len(samples):
-        raise ValueError("no samples to summarise; expected at least one")
-    median, low, high = np.quantile(np.asarray(samples, dtype=np.float64), [0.5, 0.1, 0.9])
-    return float(median), float(low), float(high)
-
-
-def share_interval(successes: int, trials: int) -> tuple[float, float]:
-    """95 % interval of a share, within 0 to 1 and sensible at both ends (Wilson 1927)."""
-    if not 0 <= successes <= trials or trials == 0:
-        raise ValueError(f"{successes} successes in {trials} trials; expected 0 <= successes <= trials and trials > 0")
-    z = 1.959964
-    share = successes / trials
-    centre = share + z * z / (2 * trials)
-    reach = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    scale = 1 + z * z / trials
-    return max(0.0, (centre - reach) / scale), min(1.0, (centre + reach) / scale)
-
-
-def paired_share_difference(a: Sequence[bool], b: Sequence[bool]) -> tuple[float, float, float]:
-    """Share of `a` less that of `b`, on the same trials, with its 95 % interval (Agresti & Min 2005).
-
-    Unlike a bootstrap it does not claim certainty where no trial differs: three equal trials give 0 within 0.39.
-    """
-    if len(a) != len(b) or not len(a):
-        raise ValueError(f"{len(a)} and {len(b)} trials; expected the same number, at least 1")
-    only_a = sum(x and not y for x, y in zip(a, b, strict=True))
-    only_b = sum(y and not x for x, y in zip(a, b, strict=True))
-    trials = len(a) + 2
-    centre = (only_a - only_b) / trials
-    reach = 1.959964 * math.sqrt(only_a + only_b + 1 - (only_a - only_b) ** 2 / trials) / trials
-    return (only_a - only_b) / len(a), max(-1.0, centre - reach), min(1.0, centre + reach)
-
-
-def mean_difference(a: Floats, b: Floats) -> float:
-    """`mean(a) - mean(b)`."""
-    return float(a.mean() - b.mean())
-
-
-def paired_bootstrap(
-    *samples: Sequence[float],
-    statistic: Callable[..., float] = mean_difference,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """Value and 95 % interval of a statistic of paired samples: whole trials are drawn again, with replacement.
-
-    Parameters
-    ----------
-    samples : one sequence per method, all of the same trials in the same order.
-    statistic : takes one float64 array per method; by default the difference of two means. Resamples for which it is
-        not finite (a ratio without a denominator) do not count.
-    resamples : how often to draw.
-    seed : equal seeds give equal intervals.
-
-    Returns
-    -------
-    The statistic of the samples as they are, then its 2.5th and 97.5th percentile over the resamples (NaN if none
-    counts).
-
-    Notes
-    -----
-    Efron & Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3 (percentile interval).
-    """
-    columns = [np.asarray(sample, dtype=np.float64) for sample in samples]
-    lengths = [len(column) for column in columns]
-    if not lengths or lengths[0] == 0 or len(set(lengths)) != 1:
-        raise ValueError(f"samples have lengths {lengths}; expected equal lengths of at least 1")
-    draws = np.random.default_rng(seed).integers(lengths[0], size=(resamples, lengths[0]))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        value = float(statistic(*columns))
-        found = np.array([statistic(*(column[draw] for column in columns)) for draw in draws])
-    found = found[np.isfinite(found)]
-    if not len(found):
-        return value, math.nan, math.nan
-    low, high = np.quantile(found, [0.025, 0.975])
-    return value, float(low), float(high)

@@ -1,31 +1,51 @@
-"""Tables on a terminal, all of one look."""
+"""What a command shows on a terminal: tables of one look, and how far the work is."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table as ScreenTable
 
 from .page import Table, cell_text
 
-
-def screen_table(
-    title: str, heads: Sequence[str], *, left: Collection[int] = (0,), wrapped: Collection[int] = ()
-) -> ScreenTable:
-    """An empty table. Columns numbered in `left` hold words, others figures; heads of those in `wrapped` may break."""
-    table = ScreenTable(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for i, head in enumerate(heads):
-        table.add_column(head, justify="left" if i in left else "right", no_wrap=i not in wrapped)
-    return table
+FILE_WIDTH = 120  # columns of text where output goes into a file or a pipe
 
 
-def show(console: Console, tables: Iterable[Table]) -> None:
-    """Print tables of a page, each under its caption."""
-    for table in tables:
-        screen = screen_table(escape(table.caption), [escape(column) for column in table.columns])
-        for row in table.rows:
-            screen.add_row(*(escape(cell_text(value)) for value in row))
-        console.print(screen)
+def output() -> Console:
+    """Standard output, wide enough for our tables where no terminal says how wide it is."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(FILE_WIDTH, console.width))
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print a table of a page under its caption."""
+    title = escape(table.caption)
+    screen = ScreenTable(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for i, column in enumerate(table.columns):
+        screen.add_column(escape(column), justify="left" if i in table.left else "right", no_wrap=True)
+    for row in table.rows:
+        screen.add_row(*(escape(cell_text(value)) for value in row))
+    console.print(screen)
+
+
+class StepProgress(Progress):
+    """Bars on a terminal; elsewhere one line for each task that begins, so that a log says what was done when."""
+
+    def add_task(self, description: str, *args: Any, logged: bool = True, **options: Any) -> TaskID:
+        """As for `Progress`; a task that is not `logged` is shown on terminals only: it ends before wrong arguments are
+        known.
+        """
+        if logged and not self.console.is_terminal:
+            self.console.print(f"kvloom: {description}", markup=False, highlight=False)
+        return super().add_task(description, *args, **options)
+
+
+def progress() -> StepProgress:
+    """On standard error; gone when the work is done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    return StepProgress(*columns, console=console, transient=True, disable=not console.is_terminal)

@@ -3,12 +3,9 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from .passages import load_questions, sentences
 from .tasks import TaskSampler
-
-_TEXT_SUFFIXES = (".txt", ".md", ".rst")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,28 +16,6 @@ class Case:
     documents: tuple[str, ...]
     question: str
     answer: str | None = None
-
-
-def read_documents(folder: Path) -> list[str]:
-    """The non-empty text files of a folder, by name.
-
-    Raises
-    ------
-    ValueError : there is no such folder, no text in it, or a file is not UTF-8.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"no folder {folder}; --docs takes a folder of {', '.join(_TEXT_SUFFIXES)} files")
-    texts = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix.lower() in _TEXT_SUFFIXES):
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text; convert or remove it") from error
-        if text.strip():
-            texts.append(text)
-    if not texts:
-        raise ValueError(f"no documents in {folder}; expected non-empty {', '.join(_TEXT_SUFFIXES)} files")
-    return texts
 
 
 def task_cases(

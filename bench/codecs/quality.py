@@ -14,7 +14,6 @@ from ...calibration.layer_sample import LayerSample
 from ...calibration.model_profile import Profile
 from ...certify.calibrate_model import calibrate
 from ...certify.method_fits import LAYER_FITS, LayerFit
-from ...certify.windows import token_windows
 from ...compress.gram import Gram
 from ...compress.grouped import GroupedCodec
 from ...compress.lowrank import LowRankCodec
@@ -27,6 +26,7 @@ from ...core import Codec, EncodedChunk, KVChunk, RopeSpec
 from ...evaluation.forcing import CHUNK_TOKENS, ForcedModel, split, through_codec
 from ...evaluation.passages import load_heldout, load_questions
 from ...evaluation.quality import KINDS, Limits, Measurement, measure, task_trials
+from ...evaluation.windows import token_windows
 from ...kvstore.format import to_buffers
 from ...kvstore.keys import content_key
 

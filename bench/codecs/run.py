@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, TaskID
 
 from ...calibration.model_profile import Profile
 from ...compress.lowrank import LowRankCodec
@@ -22,11 +21,10 @@ from ...compress.raw import RawCodec
 from ...compress.registry import codec_by_name
 from ...core import Codec, KVChunk
 from ...evaluation.models import load_model
-from ...evaluation.page import Plot, Point, Section, Table, html_report
+from ...evaluation.page import Plot, Point, Row, Table
 from ...evaluation.quality import KINDS
-from ...evaluation.report import BenchResult, Metric, output, write_text
-from ...evaluation.screen import show
-from ...evaluation.targets import Target, target_table
+from ...evaluation.report import BenchResult, Metric, Target
+from ...evaluation.screen import progress
 from ..harness.rounds import Comparison
 from .outliers import inject_outliers
 from .quality import (
@@ -87,27 +85,16 @@ MEANING = (
 )
 
 
-def run(*, quick: bool = False, folder: Path | None = None, report: Path | None = None) -> BenchResult:
-    """Measure, print the tables, and return the figures.
+def run(*, quick: bool = False, folder: Path = Path()) -> BenchResult:
+    """Measure every codec.
 
     Parameters
     ----------
     quick : smallest sizes, to see that it runs.
-    folder : whose disk is measured; None for the current one.
-    report : a page with the tables and plots, if wanted; its name ends in .html.
-
-    Raises
-    ------
-    ValueError : `folder` is not there, or `report` ends otherwise.
+    folder : whose disk is measured.
     """
-    folder = Path() if folder is None else folder
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; name one whose disk can be measured")
-    if report is not None and report.suffix != ".html":
-        raise ValueError(f"report is {report}; expected a name that ends in .html")
     sizes = QUICK if quick else FULL
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with progress() as bar:
         whole = bar.add_task("kvloom bench codecs", total=4)
         synthetic = profile_8b()
         ratios = _bytes_8b(synthetic, sizes.tokens)
@@ -145,20 +132,14 @@ def run(*, quick: bool = False, folder: Path | None = None, report: Path | None 
         _loss_table(stressed, "the bundled model with outlier channels (stress)"),
         _rank_table(energy, quality),
         *map(_speed_table, speeds),
-        target_table(metrics, TARGETS),
     ]
-    console = output()
-    show(console, tables)
-    console.print(MEANING, style="dim")
-    if report is not None:
-        plots = [_plot(quality, "the bundled model"), _plot(stressed, "the same with outlier channels (stress)")]
-        sections = [Section("Quality against size", MEANING, plots), Section("All figures", "", tables)]
-        write_text(report, html_report("Codecs", sections))
+    plots = [_plot(quality, "the bundled model"), _plot(stressed, "the same with outlier channels (stress)")]
     rows = [{"what": "bytes", "codec": name, "ratio": ratio} for name, ratio in ratios.items()]
     for what, found in (("quality", quality), ("ablation", pieces), ("stress", stressed)):
         rows += [_loss_row(what, loss) for loss in found]
     rows += [{"what": "key energy", "rank_ratio": r, "before_rotation": b, "after": a} for r, b, a in energy]
-    return BenchResult("codecs", metrics, [*rows, *(row for comparison in speeds for row in comparison.rows())])
+    rows += [row for comparison in speeds for row in comparison.rows()]
+    return BenchResult("codecs", metrics, rows, tables, plots, TARGETS, [MEANING])
 
 
 def _bytes_8b(profile: Profile, tokens: int) -> dict[str, float]:
@@ -233,7 +214,7 @@ def _loss_row(what: str, loss: Loss) -> dict[str, object]:
 
 
 def _loss_table(found: Sequence[Loss], title: str) -> Table:
-    rows: list[list[str | float | None]] = [[loss.name, f"{loss.bits:.2f}", *_loss_cells(loss)] for loss in found]
+    rows: list[Row] = [[loss.name, f"{loss.bits:.2f}", *_loss_cells(loss)] for loss in found]
     return Table(["codec", "bits", *_loss_heads(found[0])], rows, title)
 
 
@@ -263,7 +244,7 @@ def _bytes_table(ratios: Mapping[str, float]) -> Table:
 def _rank_table(energy: Sequence[tuple[float, float, float]], quality: Sequence[Loss]) -> Table:
     """What low rank keeps of the keys, mean over layers, and what it costs, before and after rotation."""
     losses_by_name = {loss.name: loss for loss in quality}
-    rows: list[list[str | float | None]] = []
+    rows: list[Row] = []
     for ratio, *shares in energy:
         for when, name, share in zip(("before", "after"), (LOW_RANK, ROTATED_LOW_RANK), shares, strict=True):
             rows.append([f"{ratio:.1%}", when, f"{share:.2%}", *_loss_cells(losses_by_name[name.format(ratio)])])
@@ -272,7 +253,7 @@ def _rank_table(energy: Sequence[tuple[float, float, float]], quality: Sequence[
 
 
 def _speed_table(comparison: Comparison) -> Table:
-    rows: list[list[str | float | None]] = []
+    rows: list[Row] = []
     for way in comparison.seconds:
         speed, share = comparison.speed(way), comparison.share(way)
         rows.append(

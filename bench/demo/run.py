@@ -10,19 +10,16 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table as ScreenTable
-
 from ...connectors.hf.connector import TransformersConnector
 from ...connectors.hf.model import check_supported
 from ...core import Tier
 from ...evaluation.fused_answers import FULL, HOST_BYTES, NAIVE, NEW_TOKENS, PREFIX, Score, Summary, blend, score
 from ...evaluation.models import load_model, token_counter
-from ...evaluation.page import Section, Table, html_report
-from ...evaluation.report import BenchResult, Metric, output, write_text
-from ...evaluation.screen import screen_table
-from ...evaluation.workload import Case, question_cases, read_documents, task_cases
+from ...evaluation.page import Table
+from ...evaluation.report import BenchResult, Metric
+from ...evaluation.screen import progress
+from ...evaluation.texts import read_documents
+from ...evaluation.workload import Case, question_cases, task_cases
 from ...kvstore.store import KVStore
 from ...kvstore.tiers.disk.tier import DiskTier
 from ...kvstore.tiers.host import HostTier
@@ -41,18 +38,17 @@ class DemoOptions:
     model : a Hugging Face folder; None for the bundled reference model.
     docs : a folder of texts: documents to ask about if there is a `question`, else text to hide tasks in.
     question : asked over `docs`, or over bundled passages.
-    json, report : files to write.
     store : folder of the disk tier, kept; None for a temporary one.
     quick : smallest sizes.
+    curves : also measure over numbers of documents and recompute ratios, for the plots of a report.
     """
 
     model: Path | None = None
     docs: Path | None = None
     question: str | None = None
-    json: Path | None = None
-    report: Path | None = None
     store: Path | None = None
     quick: bool = False
+    curves: bool = False
 
 
 def demo_cases(options: DemoOptions, count_tokens: Callable[[str], int], max_tokens: int) -> list[Case]:
@@ -88,7 +84,7 @@ def measure(options: DemoOptions, store_dir: Path, *, restarted: bool) -> tuple[
     check_supported(model)
     cases = demo_cases(options, token_counter(tokenizer), model.config.max_position_embeddings)
     tiers: list[Tier] = [HostTier(HOST_BYTES), DiskTier(store_dir)]  # opened last: a wrong option leaves nothing behind
-    with KVStore(tiers) as store, Progress(console=Console(stderr=True), transient=True) as bar:
+    with KVStore(tiers) as store, progress() as bar:
         connector = TransformersConnector(model, tokenizer, store)
         if not restarted:
             documents = list(dict.fromkeys(d for case in cases for d in case.documents))
@@ -106,35 +102,27 @@ def measure(options: DemoOptions, store_dir: Path, *, restarted: bool) -> tuple[
         return scores, cases
 
 
-def run_demo(options: DemoOptions) -> None:
-    """Run the demo and print it; see `DemoOptions`.
+def run_demo(options: DemoOptions) -> BenchResult:
+    """Run the demo; see `DemoOptions`.
 
     Raises
     ------
     ValueError, KVLoomError : an option is wrong; nothing has been written then.
     """
-    console = output()
     with ExitStack() as stack:
         store_dir = options.store
         if store_dir is None:
             store_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvloom-demo-"))) / "store"
         scores, cases = measure(options, store_dir, restarted=False)
-        rows = [s.summary(scores[0]) for s in scores]
-        console.print(_intro(cases))
-        console.print(_console_table("Documents precomputed once, then fused from host memory", rows))
-        again = _restarted(options, store_dir)
-        console.print(_console_table("After a process restart: every chunk from the disk, past the page cache", again))
-        console.print(_LEGEND, style="dim")
-        if options.question is not None:
-            _print_answers(options, scores, console)
-        phases = {"first run": rows, "after restart": again}
-        table = [{"phase": phase} | asdict(row) for phase, phase_rows in phases.items() for row in phase_rows]
-        result = BenchResult("demo", _metrics(phases), table)
-        if options.json is not None:
-            result.write(options.json)
-        if options.report is not None:
-            write_text(options.report, _page(options, rows, again, store_dir))
-            console.print(f"report: {options.report}")
+        phases = {"first run": [s.summary(scores[0]) for s in scores], "after restart": _restarted(options, store_dir)}
+        plots = sweep(options.model, options.docs, store_dir, quick=options.quick) if options.curves else ()
+    kinds = Counter(case.kind for case in cases)
+    notes = ["Asked: " + "; ".join(f"{n} {_KINDS[kind]}" for kind, n in kinds.items()) + ".", _LEGEND]
+    if options.question is not None:
+        notes += _answers(options, scores)
+    table = [{"phase": phase} | asdict(row) for phase, rows in phases.items() for row in rows]
+    tables = [_table(title, phases[phase]) for phase, title in _TITLES.items()]
+    return BenchResult("demo", _metrics(phases), table, tables, plots, notes=notes)
 
 
 def _restarted(options: DemoOptions, store_dir: Path) -> list[Summary]:
@@ -147,23 +135,16 @@ def _restarted(options: DemoOptions, store_dir: Path) -> list[Summary]:
         return [Summary(**row) for row in json.loads(out.read_text())]
 
 
-def _intro(cases: Sequence[Case]) -> str:
-    kinds = Counter(case.kind for case in cases)
-    return "Asked: " + "; ".join(f"{n} {_KINDS[kind]}" for kind, n in kinds.items())
-
-
-def _console_table(title: str, rows: Sequence[Summary]) -> ScreenTable:
-    table = screen_table(title, _columns(rows))
-    for row in rows:
-        table.add_row(*_cells(row))
-    return table
-
-
-def _columns(rows: Sequence[Summary]) -> list[str]:
+def _table(title: str, rows: Sequence[Summary]) -> Table:
     right = [f"{_KINDS[kind].split()[0]} right" for kind in rows[0].exact_match]
-    return ["method", "TTFT ms", "speed-up", "computed", "loaded", *right, "KL nats"]
+    heads = ["method", "TTFT ms", "speed-up", "computed", "loaded", *right, "KL nats"]
+    return Table(heads, [_cells(row) for row in rows], title)
 
 
+_TITLES = {
+    "first run": "documents precomputed once, then fused from host memory",
+    "after restart": "after a process restart: every chunk from the disk, past the page cache",
+}
 _KINDS = {
     "record": "records (an entity is named in one document, its code stands in the next)",
     "alias": "aliases (two hops over two documents)",
@@ -189,11 +170,10 @@ def _cells(row: Summary) -> list[str]:
     ]
 
 
-def _print_answers(options: DemoOptions, scores: Sequence[Score], console: Console) -> None:
+def _answers(options: DemoOptions, scores: Sequence[Score]) -> list[str]:
     _, tokenizer = load_model(options.model)
-    for s in scores:
-        text = str(tokenizer.decode(list(s.outcomes[0].tokens), skip_special_tokens=True))
-        console.print(f"  {s.method.name:>18}: {text.strip()!r}", markup=False, highlight=False)
+    texts = [str(tokenizer.decode(list(s.outcomes[0].tokens), skip_special_tokens=True)) for s in scores]
+    return [f"{s.method.name:>18}: {text.strip()!r}" for s, text in zip(scores, texts, strict=True)]
 
 
 def _metrics(phases: Mapping[str, Sequence[Summary]]) -> dict[str, Metric]:
@@ -206,27 +186,3 @@ def _metrics(phases: Mapping[str, Sequence[Summary]]) -> dict[str, Metric]:
                 baseline = rows[0].exact_match[kind]
                 found[f"exact_match_{kind}_{name}"] = Metric(share, unit="share", baseline=baseline)
     return found
-
-
-def _page(
-    options: DemoOptions,
-    rows: Sequence[Summary],
-    again: Sequence[Summary],
-    store_dir: Path,
-) -> str:
-    curves = sweep(options.model, options.docs, store_dir, quick=options.quick)
-    return html_report(
-        "kvloom: a question over cached documents",
-        [
-            Section(
-                "Every method side by side",
-                _LEGEND,
-                [
-                    Table(_columns(rows), [_cells(r) for r in rows], "First run: chunks in host memory"),
-                    Table(_columns(rows), [_cells(r) for r in again], "After a process restart: chunks on disk"),
-                ],
-            ),
-            Section("Time against the number of cached documents", "", [curves[0]]),
-            Section("Quality against the share of tokens recomputed", "", [curves[1]]),
-        ],
-    )

@@ -4,10 +4,12 @@ from pathlib import Path
 
 from ...connectors.hf.connector import TransformersConnector
 from ...evaluation.fused_answers import FULL, HOST_BYTES, NAIVE, PREFIX, Method, blend, score
+from ...evaluation.intervals import spread
 from ...evaluation.models import load_model, token_counter
 from ...evaluation.page import Plot, Point
-from ...evaluation.report import Metric, spread
-from ...evaluation.workload import read_documents, task_cases
+from ...evaluation.report import Metric
+from ...evaluation.texts import read_documents
+from ...evaluation.workload import task_cases
 from ...kvstore.store import KVStore
 from ...kvstore.tiers.disk.tier import DiskTier
 from ...kvstore.tiers.host import HostTier

@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from ...evaluation.page import Plot, Point, Section, Table, html_report
-from ...evaluation.report import BenchResult, Metric, output, share_of_gap, write_text
-from ...evaluation.screen import show
+from ...evaluation.intervals import share_of_gap
+from ...evaluation.page import Plot, Point, Table
+from ...evaluation.report import BenchResult, Metric
+from ...evaluation.screen import progress
 from ...kvstore.eviction.policy import POLICIES
 from .replay import belady_hits, read_trace, replay
 
@@ -41,15 +39,12 @@ class SimulateOptions:
     capacity_ratios : capacities, as shares of the bytes of the trace's different blocks.
     codec_ratios : how many times smaller a codec makes a block.
     policies : names from `POLICIES`; `lru` and `default` are always replayed.
-    json, report : files to write the figures and the plot to (.svg, or .html with the table).
     """
 
     trace: Path
     capacity_ratios: Sequence[float] = (0.02, 0.05, 0.10, 0.25)
     codec_ratios: Sequence[float] = (1.0,)
     policies: Sequence[str] = tuple(POLICIES)
-    json: Path | None = None
-    report: Path | None = None
 
     def __post_init__(self) -> None:
         for ratio in self.capacity_ratios:
@@ -63,12 +58,10 @@ class SimulateOptions:
         for name in self.policies:
             if name not in POLICIES:
                 raise ValueError(f"policy is {name!r}; expected some of {', '.join(POLICIES)}")
-        if self.report is not None and self.report.suffix not in {".svg", ".html"}:
-            raise ValueError(f"report is {self.report}; expected a name that ends in .svg or .html")
 
 
 def simulate(options: SimulateOptions) -> BenchResult:
-    """Replay the trace with every policy, capacity and codec ratio; print the tables and return the figures.
+    """Replay the trace with every policy, capacity and codec ratio.
 
     Raises
     ------
@@ -80,8 +73,7 @@ def simulate(options: SimulateOptions) -> BenchResult:
     names = list(dict.fromkeys(["lru", *(name for name in options.policies if name != "default"), "default"]))
     rows: list[dict[str, object]] = []
     hit_ratios: dict[tuple[float, float, str], float] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with progress() as bar:
         whole = bar.add_task("all replays", total=len(options.codec_ratios) * len(options.capacity_ratios) * len(names))
         for codec_ratio in options.codec_ratios:
             block_bytes = max(1, round(BLOCK_BYTES / codec_ratio))
@@ -99,17 +91,10 @@ def simulate(options: SimulateOptions) -> BenchResult:
                     hit_ratios[codec_ratio, capacity_ratio, name] = hit_ratio
                     row = {"policy": name, "capacity_ratio": capacity_ratio, "codec_ratio": codec_ratio}
                     rows.append({**row, "hit_ratio": hit_ratio})
-    result = BenchResult("simulate", _metrics(hit_ratios), rows)
+    title = f"{options.trace.name}: {len(requests):,} requests, {references:,} references to {unique:,} blocks."
     tables = _tables(hit_ratios, [*names, BOUND], options)
-    console = output()
-    console.print(f"{options.trace.name}: {len(requests):,} requests, {references:,} references to {unique:,} blocks")
-    show(console, tables)
-    console.print(MEANING, style="dim")
-    if options.json:
-        result.write(options.json)
-    if options.report:
-        _write_report(options.report, options.trace.name, tables, _plot(hit_ratios, [*names, BOUND], options))
-    return result
+    plot = _plot(hit_ratios, [*names, BOUND], options)
+    return BenchResult("simulate", _metrics(hit_ratios), rows, tables, [plot], notes=[title, MEANING])
 
 
 def _metrics(hit_ratios: dict[tuple[float, float, str], float]) -> dict[str, Metric]:
@@ -150,10 +135,3 @@ def _plot(hit_ratios: dict[tuple[float, float, str], float], names: Sequence[str
         for name in names
     }
     return Plot("capacity, % of the different blocks", "hit ratio", series, MEANING, log_x=True)
-
-
-def _write_report(path: Path, trace: str, tables: Sequence[Table], plot: Plot) -> None:
-    if path.suffix == ".svg":
-        write_text(path, plot.to_svg())
-    else:
-        write_text(path, html_report(f"kvloom simulate: {trace}", [Section("Hit ratios", MEANING, [plot, *tables])]))

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rich.progress import Progress
-from rich.table import Table
 
+from ...evaluation.page import Table
 from ...evaluation.report import Metric
-from ...evaluation.screen import screen_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,28 +111,19 @@ def give_back_memory() -> None:
 
 def speed_table(comparisons: Sequence[Comparison]) -> Table:
     """Comparisons of one kind as a table, size by size."""
-    first = comparisons[0]
-    heads = ("chunk", "way", "a chunk", "GB/s", "p10 to p90", f"x {first.baseline}", "p10 to p90")
-    table = screen_table(first.what, heads, left=(1,), wrapped=(5,))
+    first, rows = comparisons[0], []
     for comparison in comparisons:
         for i, way in enumerate(comparison.seconds):
             size = size_text(comparison.size_bytes) if not i else ""
             chunk_s = Metric.of_samples(comparison.seconds[way], unit="s").value / comparison.chunks
             if way in comparison.references:
-                table.add_row(size, way, time_text(chunk_s), "-", "", "-", "")
+                rows.append([size, way, time_text(chunk_s), "-", "", "-", ""])
                 continue
             speed, share = comparison.speed(way), comparison.share(way)
-            table.add_row(
-                size,
-                way,
-                time_text(chunk_s),
-                f"{speed.value:.2f}",
-                _interval(speed),
-                f"{share.value:.2f}",
-                "" if way == comparison.baseline else _interval(share),
-            )
-        table.add_section()
-    return table
+            shares = [f"{share.value:.2f}", "" if way == comparison.baseline else _interval(share)]
+            rows.append([size, way, time_text(chunk_s), f"{speed.value:.2f}", _interval(speed), *shares])
+    heads = ["chunk", "way", "a chunk", "GB/s", "p10 to p90", f"x {first.baseline}", "p10 to p90"]
+    return Table(heads, rows, first.what, left=(1,))
 
 
 def _interval(metric: Metric) -> str:

@@ -9,8 +9,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ...evaluation.worlds import ANSWER, FILLER, STATEMENT, WorldSampler
 from .tokenizer import BOS, PAD
+from .worlds import ANSWER, FILLER, STATEMENT, WorldSampler
 
 MAX_POSITIONS = 32768
 NATURAL = max(ANSWER.values()) + 1  # class of a token beside FILLER, STATEMENT and those of ANSWER

@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ...evaluation.intervals import mean_difference, paired_bootstrap
 from ...evaluation.passages import load_heldout, load_questions, sentences
-from ...evaluation.report import BenchResult, Metric, mean_difference, paired_bootstrap
+from ...evaluation.report import BenchResult, Metric
 from ...evaluation.tasks import Task, TaskSampler
 from .ngram import Ids, NgramModel
 
@@ -178,20 +178,6 @@ def _figures(metric: Metric) -> dict[str, object]:
     return {"value": metric.value, "low": metric.low, "high": metric.high}
 
 
-def table(result: BenchResult) -> Table:
-    """The metrics as people read them."""
-    lines = Table(title="reference model")
-    lines.add_column("metric")
-    for title in ("value", "95 % interval", "baseline"):
-        lines.add_column(title, justify="right")
-    lines.add_column("unit")
-    for name, m in result.metrics.items():
-        interval = "" if m.low is None or m.high is None else f"{m.low:.3f} to {m.high:.3f}"
-        baseline = f"{m.baseline:.3f}" if isinstance(m.baseline, float) else m.baseline or ""
-        lines.add_row(name, f"{m.value:.3f}", interval, baseline, m.unit)
-    return lines
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, metavar="MODEL_DIR")
@@ -201,7 +187,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     args = parser.parse_args()
     result = evaluate(args.model, trials=args.trials, context=args.context, corpus=args.corpus)
-    Console().print(table(result))
+    result.show()
     if args.json is not None:
         result.write(args.json)
 

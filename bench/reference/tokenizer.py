@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ...evaluation.worlds import WorldSampler
+from .worlds import WorldSampler
 
 VOCAB_SIZE = 3072
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")

@@ -34,11 +34,11 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from ...evaluation.statements import name_ends, value_beginnings
-from ...evaluation.worlds import ANSWER, FILLER, STATEMENT
 from .batches import MAX_POSITIONS, NATURAL, Batches, split_sentences
 from .muon import Muon
 from .network import CIRCUIT, Model, ModelConfig, start_near_retrieval
 from .tokenizer import BOS, EOS, PAD, save_tokenizer, train_tokenizer
+from .worlds import ANSWER, FILLER, STATEMENT
 
 FILLER_WEIGHT, STATEMENT_WEIGHT = 0.05, 0.1  # of their loss, beside 1 for answers
 WARM_UP_STEPS = 300

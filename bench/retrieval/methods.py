@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...calibration.model_profile import Profile
 from ...certify.calibrate_model import calibrate
-from ...certify.windows import STRINGS_RATIO, string_windows, token_windows
 from ...evaluation.passages import load_heldout, load_questions
+from ...evaluation.windows import STRINGS_RATIO, string_windows, token_windows
 from ...retrieval.cascade import CascadeSelector
 from ...retrieval.factor.factor import FactorIndex
 from ...retrieval.landmarks import LandmarkIndex

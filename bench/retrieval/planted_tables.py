@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from ...evaluation.page import Plot, Point, Table
+from ...evaluation.page import Plot, Point, Row, Table
 from .decode_speed import PIECES
 from .planted_speed import FAR, PlantedFound
-
-Row = list[str | float | None]
 
 
 def search_table(found: PlantedFound) -> Table:

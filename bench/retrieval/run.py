@@ -10,17 +10,13 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, TaskID
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...evaluation.models import load_model
-from ...evaluation.page import Section, html_report
-from ...evaluation.report import BenchResult, Metric, output, write_text
-from ...evaluation.screen import show
-from ...evaluation.targets import Target, target_table
+from ...evaluation.report import BenchResult, Metric, Target
+from ...evaluation.screen import progress
 from .contexts import SINK_TOKENS, WINDOW_TOKENS, ContextModel
 from .graph_speed import model_figures
 from .methods import TEXT, learn, selectors
@@ -77,29 +73,25 @@ MEANING = (
 )
 
 
-def run(*, quick: bool = False, sizes: Sequence[int] | None = None, report: Path | None = None) -> BenchResult:
-    """Measure, print the tables, and return the figures.
+def run(*, quick: bool = False, sizes: Sequence[int] | None = None) -> BenchResult:
+    """Measure every selector.
 
     Parameters
     ----------
     quick : smallest sizes, to see that it runs.
     sizes : tokens of the contexts on the bundled model.
-    report : a page with the tables and plots, if wanted; its name ends in .html.
 
     Raises
     ------
-    ValueError : `report` ends otherwise, or a size is none.
+    ValueError : a size is out of range.
     """
-    if report is not None and report.suffix != ".html":
-        raise ValueError(f"report is {report}; expected a name that ends in .html")
     model, tokenizer = load_model(None)
     learning, planted_sizes = (LEARN_QUICK, QUICK) if quick else (LEARN_FULL, FULL)
     longest = model.config.max_position_embeddings - 64
     sizes = tuple(sizes or (QUICK_SIZES if quick else FULL_SIZES))
     if wrong := [size for size in sizes if not 256 <= size <= longest]:
         raise ValueError(f"sizes are {', '.join(map(str, wrong))}; expected 256 to {longest} tokens")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with progress() as bar:
         task = bar.add_task("codebooks", total=1)
         factories = selectors(learn(model, tokenizer, sequences=learning[0], tokens=learning[1]))
         bar.advance(task)
@@ -125,18 +117,11 @@ def run(*, quick: bool = False, sizes: Sequence[int] | None = None, report: Path
         search_table(planted),
         decode_table(planted),
         key_bytes_table(planted),
-        target_table(metrics, TARGETS),
     ]
-    console = output()
-    show(console, tables)
-    console.print(MEANING, style="dim")
-    if report is not None:
-        drawn = [*(plot for size in sizes for plot in plots(lines, size)), search_plot(planted)]
-        sections = [Section("Quality against bytes read", MEANING, drawn), Section("All figures", "", tables)]
-        write_text(report, html_report("Retrieval", sections))
+    drawn = [*(plot for size in sizes for plot in plots(lines, size)), search_plot(planted)]
     rows = [*(line.row() for line in lines), *(build.row() for build in found.builds), *planted.rows()]
     rows += [quality.row() for quality in ablated] + [{"what": "search", **row} for row in searched[0]]
-    return BenchResult("retrieval", metrics, rows)
+    return BenchResult("retrieval", metrics, rows, tables, drawn, TARGETS, [MEANING])
 
 
 def _advance(bar: Progress, task: TaskID, _: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ...evaluation.report import Floats, paired_bootstrap, paired_share_difference
+from ...evaluation.intervals import Floats, paired_bootstrap, paired_share_difference
 from .methods import ONLY
 from .quality import Found, Outcome
 from .ruler import RETRIEVAL, TRACKING

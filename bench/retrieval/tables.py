@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ...evaluation.page import Plot, Point, Table
+from ...evaluation.page import Plot, Point, Row, Table
 from .methods import EXACT, TEXT
 from .quality import ANSWER, QUESTION, Build, Found
 from .ruler import AGGREGATION, KINDS, RULER_NAMES
 from .summary import GROUPS, TASKS, Interval, Summary
-
-Row = list[str | float | None]
 
 
 def known_table(found: Found) -> Table:

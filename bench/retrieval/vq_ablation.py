@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...certify.windows import string_windows, token_windows
 from ...evaluation.page import Table
+from ...evaluation.windows import string_windows, token_windows
 from ...retrieval.exact import ExactSelector
 from ...retrieval.vq.codebook import Codebook
 from ...retrieval.vq.vq import VqIndex

@@ -17,7 +17,8 @@ from rich.progress import Progress
 
 from ...core import NOTHING, ChunkInfo, ChunkKey, EncodedChunk, Entry
 from ...errors import TierUnavailableError
-from ...evaluation.report import Metric, spread
+from ...evaluation.intervals import spread
+from ...evaluation.report import Metric
 from ...kvstore.store import KVStore
 from ...kvstore.tiers.disk.tier import DiskTier
 from ..harness.page_cache import drop_page_cache

@@ -6,18 +6,13 @@ opening a directory again, and the stores that a person would use instead: all i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-
-from ...evaluation.report import BenchResult, Metric, output
-from ...evaluation.screen import screen_table, show
-from ...evaluation.targets import Target, target_table
+from ...evaluation.page import Table
+from ...evaluation.report import BenchResult, Metric, Target
+from ...evaluation.screen import progress
 from ..harness.page_cache import file_system, lets_go_of_pages
 from ..harness.peer import INSTALL, PeerError, find_python
 from ..harness.rounds import Comparison, size_text, speed_table, time_text
@@ -98,29 +93,24 @@ MEANING = (
 )
 
 
-def run(*, quick: bool = False, folder: Path | None = None, lmcache_python: Path | None = None) -> BenchResult:
-    """Measure, print the tables, and return the figures.
+def run(*, quick: bool = False, folder: Path = Path(), lmcache_python: Path | None = None) -> BenchResult:
+    """Measure the store, the machine and the alternatives.
 
     Parameters
     ----------
     quick : smallest sizes, to see that it runs.
-    folder : whose disk is measured; None for the current one. Up to 1 GiB is written there at a time and removed.
+    folder : whose disk is measured. Up to 1 GiB is written there at a time and removed.
     lmcache_python : interpreter of an environment that has LMCache; None for `.venv-lmcache/bin/python`, if it is
         there.
 
     Raises
     ------
-    ValueError : `folder` or `lmcache_python` is not there.
+    ValueError : `lmcache_python` is not there.
     """
-    folder = Path() if folder is None else folder
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; name one whose disk can be measured")
     python = find_python(lmcache_python)
     sizes = QUICK if quick else FULL
     notes = _notes(folder)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = output()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with progress() as bar:
         whole = bar.add_task("kvloom bench tiers", total=6)
 
         def step(work: Callable[[], list[Comparison]]) -> list[Comparison]:
@@ -145,11 +135,12 @@ def run(*, quick: bool = False, folder: Path | None = None, lmcache_python: Path
         bar.advance(whole)
         reopen = reopen_times(folder, sizes.reopened, sizes.rounds, bar)
     metrics = _metrics(found, match, reopen)
-    _show(console, found, match, reopen, metrics, notes)
-    rows = [row for comparison in found for row in comparison.rows()]
-    return BenchResult(
-        "tiers", metrics, [*rows, *match.rows(), *reopen.rows(), *({"what": "note", "note": n} for n in notes)]
-    )
+    rows = [*(row for comparison in found for row in comparison.rows()), *match.rows(), *reopen.rows()]
+    ahead = {name: metric.value for name, metric in _against_alternatives(found).items() if metric.value < 1}
+    for name, value in sorted(ahead.items(), key=lambda item: item[1]):
+        notes.append(f"Ahead of kvloom: {name} (kvloom reaches {value:.2f} of its speed)")
+    tables = _tables(found, match, reopen)
+    return BenchResult("tiers", metrics, rows, tables, targets=TARGETS, notes=[*notes, MEANING])
 
 
 def _notes(folder: Path) -> list[str]:
@@ -203,35 +194,19 @@ def _against_alternatives(found: Sequence[Comparison]) -> dict[str, Metric]:
     }
 
 
-def _show(
-    console: Console,
-    found: Sequence[Comparison],
-    match: MatchTimes,
-    reopen: ReopenTimes,
-    metrics: Mapping[str, Metric],
-    notes: Sequence[str],
-) -> None:
+def _tables(found: Sequence[Comparison], match: MatchTimes, reopen: ReopenTimes) -> list[Table]:
     by_what: dict[str, list[Comparison]] = {}
     for comparison in found:
         by_what.setdefault(comparison.what, []).append(comparison)
-    for comparisons in by_what.values():
-        console.print(speed_table(comparisons))
     calls = [(way, match.quantile(way, 0.5).value, match.quantile(way, 0.99).value) for way in match.rounds]
-    title = f"match of {match.prompt:,} chunks among {match.stored:,}"
-    console.print(_times_table(title, ("p50", "p99"), calls))
     openings = [(way, reopen.metric(way).value) for way in reopen.seconds]
-    console.print(_times_table(f"opening a directory of {reopen.stored:,} chunks", ("median",), openings))
-    show(console, [target_table(metrics, TARGETS)])
-    ahead = {name: metric.value for name, metric in _against_alternatives(found).items() if metric.value < 1}
-    for name, value in sorted(ahead.items(), key=lambda item: item[1]):
-        console.print(f"Ahead of kvloom: {escape(name)} (kvloom reaches {value:.2f} of its speed)")
-    for note in notes:
-        console.print(escape(note), style="dim", soft_wrap=True)
-    console.print(MEANING, style="dim")
+    title = f"match of {match.prompt:,} chunks among {match.stored:,}"
+    return [
+        *map(speed_table, by_what.values()),
+        _times_table(title, ("p50", "p99"), calls),
+        _times_table(f"opening a directory of {reopen.stored:,} chunks", ("median",), openings),
+    ]
 
 
 def _times_table(title: str, heads: Sequence[str], rows: Sequence[tuple[str, *tuple[float, ...]]]) -> Table:
-    table = screen_table(title, ("way", *heads))
-    for way, *seconds in rows:
-        table.add_row(way, *map(time_text, seconds))
-    return table
+    return Table(["way", *heads], [[way, *map(time_text, seconds)] for way, *seconds in rows], title)

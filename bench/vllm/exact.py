@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ...evaluation.report import Floats, Metric, paired_bootstrap, share_of_gap
+from ...evaluation.intervals import Floats, paired_bootstrap, share_of_gap
+from ...evaluation.report import Metric
 from .bed import CHUNK_TOKENS, KVLOOM_DISK, KVLOOM_HOST, KVLOOM_MEMORY, PLAIN, Bed
 from .engine import Engine, VLLMError
 from .inputs import ReferenceInputs, TokenCase, joined

@@ -14,16 +14,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
-from ...evaluation.environment import cores, usable, version_of
-from ...evaluation.models import BUNDLED_MODEL
-from ...evaluation.page import Section, html_report
-from ...evaluation.report import BenchResult, Metric, output, write_text
-from ...evaluation.screen import show
-from ...evaluation.targets import Target, target_table
+from ...evaluation.environment import BUNDLED_MODEL, cores, version_of
+from ...evaluation.report import BenchResult, Metric, Target
+from ...evaluation.screen import progress
 from ..harness.page_cache import file_system, lets_go_of_pages
 from ..harness.peer import PeerError, find_python
 from .bed import Bed
@@ -131,63 +126,42 @@ MEANING = (
 def run(
     *,
     quick: bool = False,
-    folder: Path | None = None,
+    folder: Path = Path(),
     lmcache_python: Path | None = None,
-    report: Path | None = None,
     sizes: Sizes | None = None,
 ) -> BenchResult:
-    """Measure, print the tables, and return the figures.
+    """Measure vLLM with and without kvloom.
 
     Parameters
     ----------
     quick : smallest sizes, to see that it runs.
-    folder : whose disk holds the stores; None for the current one. About 2 GiB are written there and removed.
+    folder : whose disk holds the stores. About 2 GiB are written there and removed.
     lmcache_python : interpreter of an environment that has LMCache; None for `.venv-lmcache/bin/python`, if it is
         there.
-    report : a page with the tables and plots. Needs matplotlib in vLLM's environment.
     sizes : other ones; None for those of a full or a quick run.
 
     Raises
     ------
-    ImportError : vLLM is not installed here, or matplotlib is missing and `report` is wanted.
-    ValueError : `folder` or `lmcache_python` is not there.
+    ImportError : vLLM is not installed here.
+    ValueError : `lmcache_python` is not there.
     VLLMError : an engine failed, or served a request otherwise than its row says.
     """
     expect_vllm()
-    if report is not None and not usable("matplotlib"):
-        raise ImportError("plots need matplotlib in vLLM's environment: install it there, or leave --report out")
-    folder = Path() if folder is None else folder
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; name one whose disk can hold the stores")
     python = find_python(lmcache_python)
     sizes = sizes or (QUICK_SIZES if quick else FULL_SIZES)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
         tempfile.TemporaryDirectory(prefix="kvloom-bench-", dir=folder) as place,
-        Progress(*columns, console=Console(stderr=True), transient=True) as bar,
+        progress() as bar,
     ):
         found = _measure(sizes, Path(place).resolve(), python, bar, tries_all=not quick)
         found.notes.insert(0, _disk_note(folder))
     metrics = _metrics(sizes, found)
     tables = [*map(times_table, found.first), decode_table(found.decoding), same_table(found.identity)]
-    tables += [
-        records_table(found.answers, REFERENCE),
-        retrieval_table(found.retrieval),
-        target_table(metrics, TARGETS),
-    ]
-    console = output()
-    show(console, tables)
-    for note in found.notes:
-        console.print(escape(note), style="dim", soft_wrap=True)
-    console.print(MEANING, style="dim")
-    if report is not None:
-        plots = [rounds_plot(timed) for timed in found.first]
-        sections = [Section("Time to the first token", MEANING, plots), Section("All figures", "", tables)]
-        write_text(report, html_report("kvloom in vLLM", [*sections, Section("Notes", "\n".join(found.notes))]))
+    tables += [records_table(found.answers, REFERENCE), retrieval_table(found.retrieval)]
+    plots = [rounds_plot(timed) for timed in found.first]
     rows = [row for timed in (*found.first, *found.decoding) for row in timed.rows()]
     rows += [*found.identity.rows(), *found.answers.rows(), *(row.row() for row in found.retrieval)]
-    rows += [dict[str, object](what="note", note=note) for note in found.notes]
-    return BenchResult("vllm", metrics, rows)
+    return BenchResult("vllm", metrics, rows, tables, plots, TARGETS, [*found.notes, MEANING])
 
 
 @dataclass(frozen=True, slots=True)

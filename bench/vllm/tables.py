@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ...evaluation.page import Plot, Point, Table
+from ...evaluation.page import Plot, Point, Row, Table
 from ...evaluation.report import Metric
 from .exact import FusedAnswers, Identity
 from .retrieval import RetrievalRow
@@ -12,7 +12,7 @@ from .times import Timed
 
 
 def times_table(timed: Timed) -> Table:
-    rows: list[list[str | float | None]] = []
+    rows: list[Row] = []
     for way in timed.seconds:
         time, speedup = timed.time(way), timed.speedup(way)
         rows.append([way, *(_milliseconds(s) for s in (time.value, time.low, time.high)), f"{speedup.value:.2f}x"])
@@ -25,7 +25,7 @@ def _milliseconds(seconds: float | None) -> str:
 
 
 def decode_table(decoding: Sequence[Timed]) -> Table:
-    rows: list[list[str | float | None]] = []
+    rows: list[Row] = []
     for timed in decoding:
         for way in timed.seconds:
             share = timed.speedup(way)
@@ -39,14 +39,12 @@ def _interval(metric: Metric) -> str:
 
 
 def same_table(identity: Identity) -> Table:
-    rows: list[list[str | float | None]] = [
-        [way, len(same), identity.loaded, sum(same)] for way, same in identity.same.items()
-    ]
+    rows: list[Row] = [[way, len(same), identity.loaded, sum(same)] for way, same in identity.same.items()]
     return Table(["KV", "prompts", "long enough to be stored", "same tokens"], rows, "greedy tokens as plain vLLM's")
 
 
 def records_table(answers: FusedAnswers, model: str) -> Table:
-    rows: list[list[str | float | None]] = []
+    rows: list[Row] = []
     for way, right in answers.right.items():
         exact = answers.exact_match(way)
         rows.append([way, len(right), f"{exact.value:.3f}", _interval(exact)])
@@ -56,7 +54,7 @@ def records_table(answers: FusedAnswers, model: str) -> Table:
 
 
 def retrieval_table(rows: Sequence[RetrievalRow]) -> Table:
-    cells: list[list[str | float | None]] = []
+    cells: list[Row] = []
     for row in rows:
         speedup = row.speedup
         right = [answer for answers in row.right.values() for answer in answers]

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from kvloom.bench.reference.evaluate import answered, encode_task
-from kvloom.evaluation.models import BUNDLED_MODEL
+from kvloom.evaluation.environment import BUNDLED_MODEL
 from kvloom.evaluation.passages import load_questions, sentences
 from kvloom.evaluation.tasks import TaskSampler
 

@@ -13,7 +13,8 @@ from kvloom.bench.blend.run import gap_closed
 from kvloom.bench.blend.run import run as run_blend
 from kvloom.bench.demo.run import METHODS, DemoOptions, run_demo
 from kvloom.evaluation.fused_answers import FULL, NAIVE, Method, Outcome, Score, kl_divergence
-from kvloom.evaluation.workload import read_documents, task_cases
+from kvloom.evaluation.texts import read_documents
+from kvloom.evaluation.workload import task_cases
 
 from ..support.models import DOCUMENTS, make_model, make_tokenizer
 
@@ -36,11 +37,9 @@ def docs_dir(tmp_path: Path) -> Path:
 
 
 def test_demo_measures_both_phases(model_dir: Path, tmp_path: Path) -> None:
-    options = DemoOptions(
-        model=model_dir, json=tmp_path / "f.json", report=tmp_path / "r.html", store=tmp_path / "store", quick=True
-    )
-    run_demo(options)
-    result = json.loads((tmp_path / "f.json").read_text())
+    found = run_demo(DemoOptions(model=model_dir, store=tmp_path / "store", quick=True, curves=True))
+    found.write_page(tmp_path / "r.html")
+    result = json.loads(found.to_json())
     assert result["bench"] == "demo"
     phases = {phase: [r for r in result["rows"] if r["phase"] == phase] for phase in ("first run", "after restart")}
     for phase, tier in (("first run", "host"), ("after restart", "disk")):
@@ -73,7 +72,7 @@ def test_demo_measures_both_phases(model_dir: Path, tmp_path: Path) -> None:
 def test_demo_answers_a_question_over_ones_own_documents(
     model_dir: Path, docs_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_demo(DemoOptions(model=model_dir, docs=docs_dir, question="Where is the honey sold?", quick=True))
+    run_demo(DemoOptions(model=model_dir, docs=docs_dir, question="Where is the honey sold?", quick=True)).show()
     printed = capsys.readouterr().out
     answers = {line.partition(":")[0].strip(): line.partition(":")[2] for line in printed.splitlines() if ": '" in line}
     assert set(answers) == {m.name for m in METHODS}
@@ -94,9 +93,9 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
 ) -> None:
     store, model, docs, report, says = tmp_path / "store", model_dir, docs_dir, tmp_path / "r.html", ""
     if fault == "model":
-        model, says = tmp_path / "nowhere", "Hugging Face folder"
+        model, says = tmp_path / "nowhere", "is not a folder"
     elif fault == "no docs":
-        docs, says = tmp_path / "nowhere", "no folder"
+        docs, says = tmp_path / "nowhere", "is not a folder"
     elif fault == "empty docs":
         docs, says = tmp_path / "empty", "no documents"
         docs.mkdir()

@@ -122,7 +122,10 @@ def test_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         cli.main(arguments)
     assert ended.value.code == 0
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found.keys() == {"bench", "commit", "env", "metrics", "rows"} and found["bench"] == "simulate"
+    assert (
+        found.keys() == {"bench", "commit", "env", "metrics", "targets", "tables", "notes", "rows"}
+        and found["bench"] == "simulate"
+    )
     ratios = {(row["policy"], row["capacity_ratio"], row["codec_ratio"]): row["hit_ratio"] for row in found["rows"]}
     names = {*POLICIES, "belady"}
     assert ratios.keys() == set(itertools.product(names, (0.02, 0.05), (1, 4))) and len(found["rows"]) == 4 * len(names)
@@ -142,8 +145,9 @@ def test_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_chosen_policies_and_svg(tmp_path: Path) -> None:
     trace = write_trace(tmp_path / "trace.jsonl", conversations(50, seed=4))
-    options = SimulateOptions(trace, capacity_ratios=[0.1], policies=["gdsf"], report=tmp_path / "plot.svg")
+    options = SimulateOptions(trace, capacity_ratios=[0.1], policies=["gdsf"])
     result = simulate(options)
+    result.write_page(tmp_path / "plot.svg")
     assert [row["policy"] for row in result.rows] == ["lru", "gdsf", "default", "belady"]
     assert (tmp_path / "plot.svg").read_text().startswith("<svg")
 
@@ -173,18 +177,18 @@ def test_bad_lines(tmp_path: Path, line: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["missing.jsonl"], "is not a file; give a trace"),
+        (["missing.jsonl"], "there is no file missing.jsonl"),
         (["empty.jsonl"], "names no blocks; give a trace"),
-        (["good.jsonl", "--capacity", "5"], "capacity is '5'; expected a percentage such as 5%"),
-        (["good.jsonl", "--capacity", "x%"], "capacity is 'x'; expected a percentage such as 5%"),
+        (["good.jsonl", "--capacity", "5"], "--capacity has '5'; expected a percentage such as 5%"),
+        (["good.jsonl", "--capacity", "x%"], "--capacity has 'x'; expected a number"),
         (["good.jsonl", "--capacity", "5%,0%"], "capacity is 0%; expected more than 0%"),
         (["good.jsonl", "--capacity", "101%"], "capacity is 101%; expected more than 0%"),
         (["good.jsonl", "--capacity", "nan%"], "capacity is nan%; expected more than 0%"),
         (["good.jsonl", "--codec-ratio", "0.5"], "codec ratio is 0.5; expected 1"),
         (["good.jsonl", "--codec-ratio", "inf"], "codec ratio is inf; expected 1"),
-        (["good.jsonl", "--codec-ratio", "four"], "codec ratio is 'four'; expected"),
+        (["good.jsonl", "--codec-ratio", "four"], "--codec-ratio has 'four'; expected a number"),
         (["good.jsonl", "--policy", "fifo"], "policy is 'fifo'; expected some of default, lru"),
-        (["good.jsonl", "--report", "plot.png"], "report is plot.png; expected a name that ends in .svg or .html"),
+        (["good.jsonl", "--report", "plot.png"], "plot.png ends in .png; expected .html or .svg"),
     ],
 )
 def test_bad_input_is_one_line(

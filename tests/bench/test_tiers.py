@@ -119,7 +119,7 @@ def test_wrong_places_are_refused_before_the_work(tmp_path: Path, capsys: pytest
     assert bench("--dir", str(tmp_path / "missing")) == 2
     assert "is not a folder" in capsys.readouterr().err
     assert bench("--lmcache-python", str(tmp_path / "missing")) == 2
-    assert "no interpreter" in capsys.readouterr().err
+    assert "there is no file" in capsys.readouterr().err
 
 
 def test_shares_are_paired_by_round() -> None:
@@ -143,7 +143,7 @@ def test_references_have_a_time_and_no_speed() -> None:
     _, view = comparison.rows()
     assert view["chunk_s"] == 1e-6
     assert not {"gb_s", "share"} & view.keys()
-    assert speed_table([comparison]).row_count == 2
+    assert [row[3] for row in speed_table([comparison]).rows] == ["0.00", "-"]
 
 
 def test_rounds_take_turns_in_changing_order_after_one_to_warm_up() -> None:

@@ -5,10 +5,10 @@ import re
 
 import pytest
 
+from kvloom.bench.reference.worlds import ANSWER, STATEMENT, WorldSampler
 from kvloom.evaluation.passages import load_heldout, load_questions, sentences
 from kvloom.evaluation.statements import PLAIN_NAMES, draw_names, is_held_out
 from kvloom.evaluation.tasks import Task, TaskSampler
-from kvloom.evaluation.worlds import ANSWER, STATEMENT, WorldSampler
 
 FILLER = [f"Sentence {word} says nothing at all about anyone." for word in ("one", "two", "three", "four", "five")]
 KINDS = TaskSampler.KINDS

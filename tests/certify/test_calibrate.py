@@ -17,12 +17,12 @@ from kvloom.calibration.layer_sample import LayerSample
 from kvloom.calibration.model_profile import Profile
 from kvloom.certify.calibrate_model import calibrate, stage_units
 from kvloom.certify.method_fits import LAYER_FITS
-from kvloom.certify.windows import string_windows, token_windows
 from kvloom.compress.registry import CODECS, codec_by_name
 from kvloom.connectors.hf.model import TransformersModel
 from kvloom.core import KVChunk
 from kvloom.errors import EngineError
 from kvloom.evaluation.models import load_model
+from kvloom.evaluation.windows import string_windows, token_windows
 from kvloom.retrieval.kernels.code_ops import vq_scores
 from kvloom.retrieval.selector import LayerShape
 from kvloom.retrieval.vq.codebook import Codebook

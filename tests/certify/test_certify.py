@@ -17,9 +17,9 @@ from kvloom.core import KVChunk
 from kvloom.errors import UncertifiedError
 from kvloom.evaluation.forcing import ForcedModel, Way, split, through_codec
 from kvloom.evaluation.fused_answers import kl_divergence
+from kvloom.evaluation.intervals import paired_share_difference
 from kvloom.evaluation.models import load_model
 from kvloom.evaluation.quality import Limits, Measurement, Trial, measure, task_trials
-from kvloom.evaluation.report import paired_share_difference
 from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.host import HostTier
 
@@ -250,7 +250,7 @@ def test_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixtur
     short.write_text("Too short.")
     for args, message in (
         (("--codec", "zip"), "unknown codec 'zip'; known: raw"),
-        (("--codec", "raw", "--tasks", "needle,chess"), "tasks are chess; expected auto, none"),
+        (("--codec", "raw", "--tasks", "needle,chess"), "tasks are chess; expected some of auto, none"),
         (("--codec", "raw", "--profile", short), "cannot be read as a profile"),
         (("--codec", "raw", "--text", short), "give more --text"),
     ):

@@ -11,8 +11,8 @@ pytest.importorskip(
 )
 
 from kvloom.bench.vllm import exact as vllm_exact
+from kvloom.bench.vllm import run as vllm
 from kvloom.bench.vllm import times as vllm_times
-from kvloom.bench.vllm.run import run as vllm
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -62,5 +62,6 @@ def test_a_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert why in metrics[name]["baseline"]
     assert all(math.isfinite(metrics[name]["value"]) for name in ("decode_throughput_idle", "prefix_hit_speedup_host"))
     assert not list(tmp_path.iterdir()), "stores and models are removed"
+    result.show()
     printed = capsys.readouterr().out
     assert all(way in printed for way in FIRST_TOKENS)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from kvloom.evaluation import environment as env
+from kvloom.evaluation.intervals import paired_bootstrap, share_interval, spread
 from kvloom.evaluation.page import Plot, Point, Section, Table, html_report
-from kvloom.evaluation.report import BenchResult, Metric, paired_bootstrap, share_interval, spread, write_text
+from kvloom.evaluation.report import BenchResult, Metric, write_text
 
 
 def test_spread_is_median_and_tenths() -> None:
@@ -91,7 +92,7 @@ def test_result_as_json(tmp_path: Path) -> None:
     path.write_text("old")
     result.write(path)
     found = json.loads(path.read_text())
-    assert list(found) == ["bench", "commit", "env", "metrics", "rows"]
+    assert list(found) == ["bench", "commit", "env", "metrics", "targets", "tables", "notes", "rows"]
     assert found["bench"] == "blend"
     assert found["metrics"]["gap_closed_at_0.15"] == {
         "value": 0.97,
@@ -141,7 +142,7 @@ def test_page_holds_the_figures_and_fetches_nothing() -> None:
     plot = Plot("share recomputed", "exact match", lines, "Quality")
     page = html_report("Fusion <1>", [Section("Speed", "Two cores.", [table]), Section("Quality", parts=[plot])])
     assert "<title>Fusion &lt;1&gt;</title>" in page
-    assert "<td>full &lt;prefill&gt;</td>" in page
+    assert '<td class="words">full &lt;prefill&gt;</td>' in page
     assert "<td>0.1235</td>" in page
     assert "<td>4,096</td>" in page
     assert "Cold &amp; warm" in page

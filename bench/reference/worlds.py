@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from .statements import ATTRIBUTES, alias, consider, draw_names, draw_value, fact, its, question
+from ...evaluation.statements import ATTRIBUTES, alias, consider, draw_names, draw_value, fact, its, question
 
 FILLER, STATEMENT = 0, 1  # what a segment of a training sequence is; the loss weighs them differently
 ANSWER = {"fact": 2, "record": 3, "alias": 4, "about": 5, "link": 6, "copy": 7}  # answers, by what must be understood

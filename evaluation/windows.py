@@ -10,7 +10,7 @@ import torch
 try:
     from transformers import PreTrainedTokenizerBase
 except ImportError as error:
-    raise ImportError('kvloom.certify.windows needs transformers: pip install "kvloom[transformers]"') from error
+    raise ImportError('kvloom.evaluation.windows needs transformers: pip install "kvloom[transformers]"') from error
 
 from ..connectors.identity.requests import lead_of
 
