@@ -100,7 +100,8 @@ class Retrieval:
     def index_name(self) -> str:
         """Of the index itself, whatever it is asked for: indexes of one name can be read as one another."""
         learned = {name: self.fields[name] for name in ("parameters", "profile")}
-        return f"{self.method}:{blake3(canonical_json(learned).encode()).hexdigest(8)}"
+        method = self.method.replace("+", ".")  # extras of chunks have no "+" in their names
+        return f"{method}:{blake3(canonical_json(learned).encode()).hexdigest(8)}"
 
     def selector(self, shape: LayerShape, layer: int, *, start: int | None = None) -> Selector:
         """An empty index of one layer, from `start` on or behind the sinks."""

@@ -124,7 +124,7 @@ def test_a_budget_of_everything_is_stock_generate(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4], ids=["one group", "no groups"])
-@pytest.mark.parametrize("method", ["random", "landmarks", "factor"])
+@pytest.mark.parametrize("method", ["random", "landmarks", "factor", "landmarks+factor"])
 def test_other_heads_and_methods(kv_heads: int, method: str) -> None:
     assert_as_stock(connect(make(num_key_value_heads=kv_heads)), prompts(700, 350), Retrieval(method, **ALL))
 
@@ -413,14 +413,16 @@ def third_answers(session: Session) -> list[list[int]]:
     return [list(ids) for ids in session.generate(prompts(10, 12, seed=2), max_new_tokens=12).token_ids]
 
 
-@pytest.mark.parametrize("method", ["means", "landmarks", "factor", "graph", "sketch", "vq", "clusters"])
+@pytest.mark.parametrize(
+    "method", ["means", "landmarks", "factor", "landmarks+factor", "graph", "sketch", "vq", "clusters"]
+)
 def test_resuming_is_going_on(model: PreTrainedModel, tell: Callable[[str], Told], tmp_path: Path, method: str) -> None:
     told = tell(method)
     rag = resumed(model, told, tmp_path)
     with rag.session(told.retrieval, history=told.said) as session:
         counts = [context.counts for context in session._contexts]
         assert [(c.computed_tokens, c.rebuilt_chunks, c.lost_chunks) for c in counts] == [(0, 0, 0)] * 2
-        assert [c.has_index_state for c in counts] == [method in ("factor", "graph", "sketch")] * 2
+        assert [c.has_index_state for c in counts] == [method in ("factor", "landmarks+factor", "graph", "sketch")] * 2
         if method == "graph":
             assert session._contexts[0].index.layers[0].graphs[0].built > 0
         assert third_answers(session) == told.answers
