@@ -13,7 +13,7 @@ import xxhash
 from torch import Tensor
 
 from ..core import ChunkKey, EncodedChunk
-from ..kvstore.encoding.buffer_pool import Spares
+from ..kvstore.encoding.buffer_pool import BufferPool
 from ..kvstore.format import read_container, to_buffers
 
 MEDIA_TYPE = "application/vnd.kvloom.chunk"
@@ -48,7 +48,7 @@ class IncomingContainer:
     total_bytes : of the whole container.
     """
 
-    def __init__(self, pool: Spares, total_bytes: int) -> None:
+    def __init__(self, pool: BufferPool, total_bytes: int) -> None:
         self._data: Tensor = pool.empty(total_bytes)
         self.view: memoryview = self._data.numpy().data
         self.filled_bytes = 0

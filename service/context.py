@@ -12,7 +12,7 @@ from fastapi import Depends, Request
 from pydantic import BaseModel
 
 from ..core import ChunkKey
-from ..kvstore.encoding.buffer_pool import Spares
+from ..kvstore.encoding.buffer_pool import BufferPool
 from .audit import AuditLog
 from .chunk_index import ChunkIndex
 from .containers import ContainerCache
@@ -50,7 +50,7 @@ class ServiceContext:
     transfers: TransferTurns
     uploads: UploadBudget
     namespaces: NamespaceFile
-    buffers: Spares = field(default_factory=Spares)
+    buffers: BufferPool = field(default_factory=BufferPool)
     containers: ContainerCache = field(default_factory=ContainerCache)
     idempotency: Idempotency = field(default_factory=Idempotency)
     is_draining: bool = False

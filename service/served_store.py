@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from ..core import NOTHING, ChunkInfo, ChunkKey, EncodedChunk, Entry, Tier
-from ..kvstore.placement.catalog import Move
+from ..kvstore.placement.catalog import PlacementChange
 from ..kvstore.placement.quota import Quota
 from ..kvstore.stats import StoreStats, TierStats
 from ..kvstore.store import KVStore
@@ -134,10 +134,10 @@ class ServedStore:
                 self._hand_over(tier)
                 tier.close()
 
-    def take_changes(self) -> list[Move]:
+    def take_changes(self) -> list[PlacementChange]:
         """What entered or left tiers since the last call, in order."""
         with self.use() as store:
-            return store.take_moves()
+            return store.take_placement_changes()
 
     def stats(self) -> StoreStats:
         """Counts since the service started, over all its stores."""
@@ -155,7 +155,7 @@ class ServedStore:
 
     def _open(self) -> KVStore:
         store = KVStore([kept_open(tier) for tier in self._tiers], quotas=self._quotas, timeout_s=self._timeout_s)
-        store.take_moves()  # they are noted from the first call on
+        store.take_placement_changes()  # they are noted from the first call on
         return store
 
     def _hand_over(self, tier: Tier) -> None:

@@ -109,9 +109,8 @@ async def match(body: Keys, context: Context, caller: Reader) -> Match:
 
     def look_up() -> Match:
         with context.store.use() as store:
-            matched = store.match(keys)
-            tiers = [each.tiers[0] if each.tiers else "" for each in store.explain(keys[:matched])]
-        return Match(matched=matched, tiers=tiers)
+            tiers = store.locate_prefix(keys)
+        return Match(matched=len(tiers), tiers=list(tiers))
 
     return await context.run(look_up)
 

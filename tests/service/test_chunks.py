@@ -12,8 +12,8 @@ import pytest
 from kvloom.core import ChunkInfo
 from kvloom.kvstore.format import from_bytes, to_bytes
 from kvloom.kvstore.tiers.host import HostTier
+from kvloom.testing.chunks import make_blob, make_key, same_blob
 
-from ..support.contracts import make_blob, make_key, same_blob
 from .serving import Service, service_in_thread
 
 KEY = make_key(7)

@@ -16,8 +16,9 @@ from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.host import HostTier
 from kvloom.kvstore.tiers.remote.client import AsyncKVLoomClient, KVLoomClient, ServiceError
 from kvloom.kvstore.tiers.remote.tier import RemoteTier
+from kvloom.testing.chunks import make_blob, make_chunk, make_key, same_blob, same_chunk
+from kvloom.testing.tier import TierContract
 
-from ..support.contracts import TierContract, make_blob, make_chunk, make_key, same_blob, same_chunk
 from .serving import Service, service_in_thread
 
 

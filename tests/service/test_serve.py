@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ..support.contracts import make_blob, make_key, same_blob
+from kvloom.testing.chunks import make_blob, make_key, same_blob
+
 from .serving import service_process
 
 KVLOOM = [sys.executable, "-c", "from kvloom.cli import main; main()"]

@@ -11,8 +11,8 @@ import pytest
 from kvloom.kvstore.format import to_bytes
 from kvloom.kvstore.tiers.disk.tier import DiskTier
 from kvloom.kvstore.tiers.host import HostTier
+from kvloom.testing.chunks import make_blob, make_key, same_blob
 
-from ..support.contracts import make_blob, make_key, same_blob
 from .serving import Service, service_in_thread
 
 NBYTES = make_blob(0).nbytes

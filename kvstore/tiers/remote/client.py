@@ -26,7 +26,7 @@ from ....errors import (
     TierTimeoutError,
     TierUnavailableError,
 )
-from ...encoding.buffer_pool import Spares
+from ...encoding.buffer_pool import BufferPool
 from ...format import read_container, to_buffers
 from .http import Answer, BodyBuffer, HttpPool
 
@@ -91,7 +91,7 @@ class _Token:
 class _Pooled(BodyBuffer):
     """Takes a body in memory that was used before."""
 
-    def __init__(self, buffers: Spares, most_bytes: int) -> None:
+    def __init__(self, buffers: BufferPool, most_bytes: int) -> None:
         self._buffers = buffers
         self._most_bytes = most_bytes
         self.data: Tensor | None = None
@@ -147,7 +147,7 @@ class KVLoomClient:
         self._max_chunk_bytes = max_chunk_bytes
         self._token = _Token(token, None if token_file is None else Path(token_file))
         self._http = HttpPool(url, tls=tls)
-        self._buffers = Spares()
+        self._buffers = BufferPool()
 
     # ------------------------------------------------------------------------------------------------ chunks
 

@@ -51,7 +51,7 @@ class RemoteTier:
         self.client = KVLoomClient(
             url, token=token, token_file=token_file, timeout_s=timeout_s, retries=retries, tls=tls
         )
-        self.cached = _NewsOnly(poll_interval_s)
+        self.cached = _ChangesOnly(poll_interval_s)
         self._lock = threading.Lock()  # of what follows
         self._nbytes: dict[ChunkKey, int] = {}
         self._used_bytes = 0
@@ -160,7 +160,7 @@ class RemoteTier:
             raise TierUnavailableError(f"tier {self.name!r}: {exc}") from exc
 
 
-class _NewsOnly:
+class _ChangesOnly:
     """What the tier can say without asking the service: whether it is time to ask. Reads nothing."""
 
     def __init__(self, interval_s: float) -> None:
@@ -170,7 +170,7 @@ class _NewsOnly:
     def asked(self) -> None:
         self._asked_at_s = time.monotonic()
 
-    def has_news(self) -> bool:
+    def has_changes(self) -> bool:
         return time.monotonic() - self._asked_at_s >= self._interval_s
 
     def get(self, key: ChunkKey) -> EncodedChunk | None:
