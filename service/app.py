@@ -17,22 +17,22 @@ from ..core import Tier
 from ..kvstore.tiers.disk.tier import DiskTier
 from ..kvstore.tiers.host import HostTier
 from . import problems
-from .audit import AuditLog
+from .access.audit import AuditLog
+from .access.credentials import TokenFile
+from .access.guard import PUBLIC, Guard
+from .access.json_file import JsonFile
+from .access.limits import RequestLimits, TransferTurns, UploadBudget
+from .access.namespaces import NamespaceFile, quotas_of
+from .access.tenants import TenantFile
 from .chunk_index import ChunkIndex
 from .context import ServiceContext
-from .credentials import TokenFile
-from .guard import PUBLIC, Guard
 from .jobs import Jobs
-from .json_file import JsonFile
 from .latencies import Latencies
-from .limits import RequestLimits, TransferTurns, UploadBudget
-from .namespaces import NamespaceFile, quotas_of
 from .pins import Pins
 from .routes import administration, chunks, health, lookups, pins
 from .self_check import problems_of
 from .served_store import ServedStore
 from .settings import ServiceSettings
-from .tenants import TenantFile
 
 _LOG = logging.getLogger("kvloom.service")
 _UPKEEP_INTERVAL_S = 0.5

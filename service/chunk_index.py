@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..core import ChunkInfo, ChunkKey
+from .access.tenants import client_namespace
 from .served_store import ServedStore
-from .tenants import client_namespace
 
 SIZE_STEP_BYTES = 4096
 _LOGGED_CHANGES = 1 << 16

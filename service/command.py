@@ -74,7 +74,7 @@ def revoke_token(
 
 
 def _tokens(config: Path | None, directory: Path | None):  # type: ignore[no-untyped-def]
-    from .credentials import TokenFile
+    from .access.credentials import TokenFile
     from .settings import load_settings
 
     settings = load_settings(config, {"directory": directory}).settings

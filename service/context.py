@@ -13,20 +13,20 @@ from pydantic import BaseModel
 
 from ..core import ChunkKey
 from ..kvstore.encoding.buffer_pool import BufferPool
-from .audit import AuditLog
+from .access.audit import AuditLog
+from .access.credentials import Credential, TokenFile
+from .access.limits import RequestLimits, TransferTurns, UploadBudget
+from .access.namespaces import NamespaceFile
+from .access.tenants import KeySpace, Tenant, TenantFile
 from .chunk_index import ChunkIndex
 from .containers import ContainerCache
-from .credentials import Credential, TokenFile
 from .idempotency import Idempotency
 from .jobs import Jobs
 from .latencies import Latencies
-from .limits import RequestLimits, TransferTurns, UploadBudget
-from .namespaces import NamespaceFile
 from .pins import Pins
 from .problems import ProblemError
 from .served_store import ServedStore
 from .settings import ServiceSettings
-from .tenants import KeySpace, Tenant, TenantFile
 
 T = TypeVar("T")
 

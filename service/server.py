@@ -16,8 +16,8 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from .access.credentials import TokenFile
 from .app import create_app
-from .credentials import TokenFile
 from .protocol import limited_protocol
 from .self_check import check_settings
 from .settings import ServiceSettings

@@ -11,11 +11,11 @@ from starlette.responses import Response
 from ...core import Tier
 from ...kvstore.tiers.disk.tier import DiskTier
 from ...kvstore.tiers.host import HostTier
+from ..access.namespaces import NamespaceRules, quotas_of
+from ..access.tenants import client_namespace, store_namespace
 from ..context import Admin, Caller, Context, Reader, ServiceContext, Writer
-from ..namespaces import NamespaceRules, quotas_of
 from ..problems import ProblemError, not_found
 from ..settings import Bytes
-from ..tenants import client_namespace, store_namespace
 from .lookups import TierSummary, tier_summary
 
 router = APIRouter(tags=["administration"])

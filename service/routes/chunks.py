@@ -14,11 +14,11 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ...core import ChunkInfo, ChunkKey
+from ..access.tenants import client_namespace, store_namespace
 from ..chunk_index import ListedChunk, listed_bytes
 from ..containers import MEDIA_TYPE, Container, IncomingContainer, layers_container, num_layers
 from ..context import Caller, Context, Reader, ServiceContext, Writer, parse_key
 from ..problems import ProblemError, not_found
-from ..tenants import client_namespace, store_namespace
 
 router = APIRouter(tags=["chunks"])
 

@@ -8,10 +8,10 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
 from ...kvstore.stats import StoreStats, TierStats
+from ..access.tenants import client_namespace
 from ..context import Caller, Context, Reader, ServiceContext, parse_key
 from ..problems import ProblemError
 from ..served_store import COUNTERS
-from ..tenants import client_namespace
 
 router = APIRouter(tags=["look-ups"])
 

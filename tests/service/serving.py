@@ -18,8 +18,8 @@ import uvicorn
 
 from kvloom.core import Tier
 from kvloom.kvstore.tiers.remote.client import KVLoomClient
+from kvloom.service.access.credentials import TokenFile
 from kvloom.service.app import create_app
-from kvloom.service.credentials import TokenFile
 from kvloom.service.server import listen, server_config
 from kvloom.service.settings import ServiceSettings
 

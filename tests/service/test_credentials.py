@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvloom.service.credentials import TokenFile
-from kvloom.service.tenants import KeySpace, TenantFile, client_namespace, store_namespace
+from kvloom.service.access.credentials import TokenFile
+from kvloom.service.access.tenants import KeySpace, TenantFile, client_namespace, store_namespace
 
 
 def test_tokens_are_hashed_at_rest_and_expire(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_tokens_are_hashed_at_rest_and_expire(tmp_path: Path) -> None:
 def test_what_another_process_writes_counts_and_a_broken_file_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvloom.service.credentials._CHECK_INTERVAL_S", 0.0)
+    monkeypatch.setattr("kvloom.service.access.credentials._CHECK_INTERVAL_S", 0.0)
     ours, theirs = TokenFile(tmp_path / "tokens.json"), TokenFile(tmp_path / "tokens.json")
     first = theirs.create("a", ["read"])
     assert ours.verify(first) is not None

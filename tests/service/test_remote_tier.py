@@ -49,7 +49,7 @@ def test_what_one_engine_puts_another_finds(service: Service) -> None:
         assert other.match([make_key(1)]) == 1
         found = other.get(make_key(1))
         assert found is not None and same_chunk(found, make_chunk(1))
-        part = other.get_layers(make_key(1), 1, 2)
+        part = other.get(make_key(1), layers=(1, 2))
         assert part is not None and part.first_layer == 1
         one.delete(make_key(1))
         other.delete(make_key(1))

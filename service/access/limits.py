@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
-from .problems import ProblemError
+from ..problems import ProblemError
 
 _BURST_S = 10.0
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..kvstore.placement.quota import Quota, check_quotas
+from ...kvstore.placement.quota import Quota, check_quotas
+from ..settings import ServiceSettings
 from .json_file import JsonFile
-from .settings import ServiceSettings
 from .tenants import TenantFile
 
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .context import ServiceContext
+from ..context import ServiceContext
+from ..problems import ProblemError
 from .credentials import Credential
-from .problems import ProblemError
 
 _LOG = logging.getLogger("kvloom.service")
 _ACCESS = logging.getLogger("kvloom.service.access")

@@ -18,8 +18,8 @@ from typing import Any
 
 from blake3 import blake3
 
-from ..core import ChunkKey
-from ..kvstore.keys import KEY_BYTES
+from ...core import ChunkKey
+from ...kvstore.keys import KEY_BYTES
 from .credentials import check_tenant
 from .json_file import JsonFile
 
