@@ -506,7 +506,7 @@ def test_what_is_approximate_needs_a_certificate(model: PreTrainedModel) -> None
     retrieval = Retrieval("means", **SOME)
     rag = connect(model, allow_uncertified=False)
     (ids,) = prompts(600)
-    with pytest.raises(UncertifiedError, match="kvloom certify MODEL --retrieval NAME"):
+    with pytest.raises(UncertifiedError, match="kvloom certify MODEL --retrieval means"):
         rag.generate(ids, retrieval=retrieval)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

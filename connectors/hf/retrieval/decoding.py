@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from ....calibration.certificate import Certificate
+from ....calibration.certificate_gate import CertificateGate
 from ....calibration.codec_form import Form
 from ....core import KVSpec
 from ....kvstore.store import KVStore
 from ....retrieval.selector import LayerShape
-from ....retrieval.settings import Retrieval, covering, expect_certified
+from ....retrieval.settings import Retrieval, require_certificate
 from ...break_even import break_even
 from ..model import TransformersModel
 from .plan import Plan
@@ -36,7 +37,7 @@ class Decoding:
         allow_uncertified: bool,
     ) -> None:
         self._layers, self._store, self._device, self._salt = layers, store, device, salt
-        self._certificates, self._allow_uncertified = tuple(certificates), allow_uncertified
+        self._gate = CertificateGate(certificates, allow_uncertified=allow_uncertified)
         self._break_evens: dict[Form, int] = {}  # measured here
 
     def plan(self, retrieval: Retrieval) -> Plan:
@@ -44,13 +45,13 @@ class Decoding:
         spec = self._layers.spec
         if retrieval.profile is not None:
             retrieval.profile.check_serves(spec)
-        expect_certified(retrieval, spec, self._certificates, allow_uncertified=self._allow_uncertified)
+        certificate = require_certificate(self._gate, retrieval, spec)
         return Plan(
             spec,
             [layer_shape(self._layers)] * spec.num_layers,
             self._layers.window_tokens,
             retrieval,
-            self._break_even(retrieval),
+            self._break_even(retrieval, certificate),
             self._store,
             self._salt,
             self._device,
@@ -61,12 +62,11 @@ class Decoding:
         self._layers.refresh()
         return self._layers.spec
 
-    def _break_even(self, retrieval: Retrieval) -> int:
+    def _break_even(self, retrieval: Retrieval, certificate: Certificate | None) -> int:
         """As the caller has it, as the certificate has it, or measured here, once."""
         spec = self._layers.spec
         if retrieval.break_even_tokens is not None:
             return retrieval.break_even_tokens
-        certificate = covering(retrieval, spec, self._certificates)
         known = None if certificate is None else certificate.conditions.get("break_even_tokens")
         if isinstance(known, int):
             return known
