@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..identity.adapters import AdapterNames
+from ..identity.weights import WEIGHTS
 
 _STEPS_AHEAD = 2  # of the scheduler before a worker's step: what was scheduled so many steps ago is computed
 
@@ -33,12 +34,18 @@ class LoadedAdapters:
         return None if self._manager is None else self._manager.list_adapters().get(number)
 
     def holds(self, adapter: object, folder: Path) -> bool | None:
-        """Casts the files' tensors and multiplies the second factors by their scaling, as vLLM does."""
+        """Casts the files' tensors and multiplies the second factors by their scaling, as vLLM does.
+
+        Tensors that are views of the file itself (on a processor, where nothing is cast) prove nothing: they change
+        with it, while what computes does not.
+        """
         try:
             config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
             rank = config["r"]
             scaling = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
             mine = list(_tensors(adapter))
+            if _lie_in_files(mine):
+                return None
             with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
                 theirs = [file.get_tensor(name).to(mine[0].dtype) for name in file.keys()]  # noqa: SIM118
             if len(mine) != len(theirs) or config.get("rank_pattern") or config.get("alpha_pattern"):
@@ -53,6 +60,17 @@ def _tensors(adapter: Any) -> Iterator[Tensor]:
     for lora in adapter.loras.values():
         for held in (lora.lora_a, lora.lora_b):
             yield from (tensor for tensor in (held if isinstance(held, list) else [held]) if tensor is not None)
+
+
+def _lie_in_files(tensors: Sequence[Tensor]) -> bool:
+    """Whether some are mapped weight files."""
+    bounds = []
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and fields[5].removesuffix(" (deleted)").endswith(WEIGHTS):
+            first, last = fields[0].split("-")
+            bounds.append((int(first, 16), int(last, 16)))
+    return any(first <= tensor.data_ptr() < last for tensor in tensors for first, last in bounds)
 
 
 def _digest(tensor: Tensor) -> bytes:

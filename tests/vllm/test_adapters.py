@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -69,6 +70,20 @@ def test_memory_is_compared_with_files(tmp_path: Path) -> None:
     assert memory.holds(SimpleNamespace(loras={}), one) is None
     assert memory.holds(in_memory(1), tmp_path / "none") is None
     assert LoadedAdapters(nn.Identity()).adapter(1) is None
+
+
+def test_views_of_the_file_prove_nothing(tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "one", 1, lora_alpha=4)
+    a, b = list(weights(1).values())[:2]
+    save_file({"a": a, "b": b}, folder / "adapter_model.safetensors")
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        a, b = file.get_tensor("a"), file.get_tensor("b")
+    mapped, copied = (
+        Model({"q_proj": SimpleNamespace(lora_a=a, lora_b=b)}) for a, b in ((a, b), (a.clone(), b.clone()))
+    )
+    memory = LoadedAdapters(nn.Identity())
+    assert memory.holds(mapped, folder) is None
+    assert memory.holds(copied, folder) is True
 
 
 def lora(folder: Path, number: int = 1, *, load_inplace: bool = False) -> SimpleNamespace:
