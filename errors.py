@@ -52,11 +52,11 @@ class TierTimeoutError(TierUnavailableError):
 
 
 class UncertifiedError(KVLoomError):
-    """A lossy method was asked for by force, without a certificate for this model."""
+    """An approximation may not be used for a model: no certificate covers it, and `allow_uncertified` is False."""
 
 
 class UncertifiedWarning(UserWarning):
-    """A lossy method is used without a certificate for this model, because `allow_uncertified` says so."""
+    """An approximation is used for a model without a certificate, because `allow_uncertified` is True."""
 
 
 class EngineError(KVLoomError):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from ..calibration.certificate import Certificate
+from ..calibration.certificate_gate import CertificateGate
+from ..calibration.codec_form import canonical_json
+from ..core import KVSpec
 from .blender import Blender
 from .choosers import by_deviation
 
@@ -27,13 +30,17 @@ def parameters_of_fusion(ratio: float) -> Mapping[str, Any]:
     return {"ratio": ratio, "select": "deviation", "check_layer": 1}
 
 
-def certified_ratio(certificate: Certificate, check_layer: int) -> float | None:
-    """The recompute ratio that a certificate permits if tokens are chosen at `check_layer`; None if it permits none."""
-    parameters = certificate.parameters
-    if certificate.codec != FUSION or not certificate.passed:
-        return None
-    ratio = parameters.get("ratio")
-    if not isinstance(ratio, float | int) or not 0.0 <= ratio <= 1.0:
-        return None
-    is_ours = dict(parameters) == {**parameters_of_fusion(ratio), "check_layer": check_layer}
-    return float(ratio) if is_ours else None
+def certified_ratio(gate: CertificateGate, spec: KVSpec, *, check_layer: int) -> float:
+    """The smallest recompute ratio that a certificate covers for a model, 1 if none does.
+
+    A certificate of the whole model covers each rank of tensor parallelism: ranks choose tokens together.
+
+    Parameters
+    ----------
+    check_layer : layer at which tokens are chosen.
+    """
+    whole = replace(spec, num_kv_heads=spec.num_kv_heads * spec.shard[1], shard=(0, 1))
+    ratios = [one.parameters.get("ratio") for one in gate.certificates if one.codec == FUSION]
+    usable = [ratio for ratio in ratios if isinstance(ratio, float | int) and 0.0 <= ratio <= 1.0]
+    forms = [(ratio, canonical_json({**parameters_of_fusion(ratio), "check_layer": check_layer})) for ratio in usable]
+    return min((float(ratio) for ratio, text in forms if gate.covering((FUSION, text), whole)), default=1.0)

@@ -11,6 +11,7 @@ import typer
 
 from .. import __version__
 from ..errors import KVLoomError
+from ..service import command as service
 from . import bench, certify
 
 COLUMNS = (40, 1000)  # what a terminal may say of its width; anything else is as good as nothing said
@@ -35,6 +36,9 @@ app.command()(certify.calibrate)
 app.command()(certify.certify)
 app.command()(bench.simulate)
 app.command()(bench.doctor)
+app.command()(service.serve)
+app.add_typer(service.config_app)
+app.add_typer(service.token_app)
 
 # Typer brings its own click, or uses the one that is installed: its refusals are known by their common base.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]

@@ -75,6 +75,7 @@ class BenchResult:
     tables, plots : for people.
     targets : what the figures should reach.
     notes : how to read them, and what was left out.
+    title : the question that the benchmark answers.
     """
 
     bench: str
@@ -84,11 +85,13 @@ class BenchResult:
     plots: Sequence[Plot] = ()
     targets: Sequence[Target] = ()
     notes: Sequence[str] = ()
+    title: str = ""
 
     def to_json(self) -> str:
         """One object with the attributes' names, `commit` and `env`; no plots. What is not finite becomes null."""
         whole = {
             "bench": self.bench,
+            "title": self.title,
             "commit": commit(),
             "env": environment(),
             "metrics": {name: asdict(metric) for name, metric in self.metrics.items()},
@@ -114,7 +117,7 @@ class BenchResult:
             write_text(path, self.plots[0].to_svg())
             return
         sections = [Section("Plots", "\n".join(self.notes), self.plots), Section("Tables", parts=self.all_tables())]
-        write_text(path, html_report(f"kvloom {self.bench}", sections))
+        write_text(path, html_report(self.title or f"kvloom {self.bench}", sections))
 
     def show(self) -> None:
         """Print tables and notes."""

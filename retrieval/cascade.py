@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from .rows import Rows
-from .selector import LayerShape, LearnsFromQueries, Pooling, Selection, Selector, pooled
+from .selector import KeepsState, LayerShape, LearnsFromQueries, Pooling, Selection, Selector, pooled
 
 
 @runtime_checkable
@@ -112,6 +113,22 @@ class CascadeSelector:
         for stage in self._stages():
             if isinstance(stage, LearnsFromQueries):
                 stage.build()
+
+    def state(self) -> Mapping[str, Tensor]:
+        """See `KeepsState`: what those stages that keep a state give, each under the stage's number."""
+        return {
+            f"{number}.{name}": tensor
+            for number, stage in enumerate(self._stages())
+            if isinstance(stage, KeepsState)
+            for name, tensor in stage.state().items()
+        }
+
+    def restore_state(self, parts: Mapping[str, Tensor]) -> None:
+        """See `KeepsState`."""
+        for number, stage in enumerate(self._stages()):
+            if isinstance(stage, KeepsState):
+                prefix = f"{number}."
+                stage.restore_state({n.removeprefix(prefix): t for n, t in parts.items() if n.startswith(prefix)})
 
     def select(self, queries: Tensor, position: int, budget: int) -> Selection:
         self.shape.check_query(queries, budget)

@@ -8,7 +8,10 @@ from importlib import import_module
 from typing import Any, TypeAlias
 
 from ..calibration.model_profile import Profile
+from .cascade import CascadeSelector
 from .exact import ExactSelector, RandomSelector
+from .factor.factor import FactorIndex
+from .landmarks import LandmarkIndex
 from .selector import LayerShape, Pooling, Selector
 
 MakeSelector: TypeAlias = Callable[..., Selector]
@@ -25,8 +28,8 @@ def _random(
     return RandomSelector(shape, start=start, seed=seed + layer)
 
 
-def _of_class(module: str, name: str) -> MakeSelector:
-    """Of a class whose constructor takes a method's parameters as they are; loaded when it is first asked for."""
+def _from_class(module: str, name: str) -> MakeSelector:
+    """Makes selectors of a class whose constructor takes the method's parameters; the class is loaded on first use."""
 
     def make(
         shape: LayerShape, _layer: int, *, start: int, pooling: Pooling, profile: Profile | None, **parameters: Any
@@ -77,14 +80,34 @@ def _codebook(profile: Profile, layer: int) -> Any:
     return import_module(".vq.codebook", __package__).Codebook.of_layer(profile, layer)
 
 
+def _landmarks_factor(
+    shape: LayerShape,
+    _layer: int,
+    *,
+    start: int,
+    pooling: Pooling,
+    profile: Profile | None,
+    candidate_ratio: float = 0.25,
+    rank: int | None = None,
+    row_bits: int = 4,
+    max_residual: float = 0.5,
+    **landmarks: Any,
+) -> Selector:
+    """Landmarks name candidates, keys from a low-rank factor decide among them."""
+    coarse = LandmarkIndex(shape, start=start, pooling=pooling, **landmarks)
+    fine = FactorIndex(shape, start=start, rank=rank, row_bits=row_bits, max_residual=max_residual)
+    return CascadeSelector(shape, coarse, fine, candidate_ratio=candidate_ratio, pooling=pooling)
+
+
 METHODS: dict[str, MakeSelector] = {
     "exact": _exact,
     "random": _random,
-    "landmarks": _of_class(".landmarks", "LandmarkIndex"),
-    "factor": _of_class(".factor.factor", "FactorIndex"),
-    "clusters": _of_class(".clusters", "ClusterIndex"),
+    "landmarks": _from_class(".landmarks", "LandmarkIndex"),
+    "factor": _from_class(".factor.factor", "FactorIndex"),
+    "landmarks+factor": _landmarks_factor,
+    "clusters": _from_class(".clusters", "ClusterIndex"),
     "graph": _graph,
-    "sketch": _of_class(".sketch.sketch", "SketchIndex"),
+    "sketch": _from_class(".sketch.sketch", "SketchIndex"),
     "vq": _vq,
 }
 """Every way of choosing tokens, by the name that `Retrieval` and the command line take."""

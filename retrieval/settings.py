@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from blake3 import blake3
 
 from ..calibration.certificate import Certificate
+from ..calibration.certificate_gate import CertificateGate
 from ..calibration.codec_form import Form, canonical_json
 from ..calibration.model_profile import Profile
 from ..core import KVSpec
-from ..errors import UncertifiedError, UncertifiedWarning
 from .registry import METHODS, selector_by_name
 from .selector import LayerShape, Pooling, Selector
 
@@ -100,7 +99,8 @@ class Retrieval:
     def index_name(self) -> str:
         """Of the index itself, whatever it is asked for: indexes of one name can be read as one another."""
         learned = {name: self.fields[name] for name in ("parameters", "profile")}
-        return f"{self.method}:{blake3(canonical_json(learned).encode()).hexdigest(8)}"
+        method = self.method.replace("+", ".")  # extras of chunks have no "+" in their names
+        return f"{method}:{blake3(canonical_json(learned).encode()).hexdigest(8)}"
 
     def selector(self, shape: LayerShape, layer: int, *, start: int | None = None) -> Selector:
         """An empty index of one layer, from `start` on or behind the sinks."""
@@ -119,31 +119,14 @@ class Retrieval:
         return min(covered, max(self.budget_tokens, math.ceil(self.budget_ratio * covered)))
 
 
-def covering(retrieval: Retrieval, spec: KVSpec, certificates: Sequence[Certificate]) -> Certificate | None:
-    """The certificate that lets it be used for a model."""
-    return next((one for one in certificates if one.covers_form(retrieval.form, spec)), None)
-
-
-def expect_certified(
-    retrieval: Retrieval, spec: KVSpec, certificates: Sequence[Certificate], *, allow_uncertified: bool
-) -> None:
-    """To be asked before anything is approximated.
+def require_certificate(gate: CertificateGate, retrieval: Retrieval, spec: KVSpec) -> Certificate | None:
+    """The certificate that covers a retrieval for a model; None if it needs none, or the gate permits it without.
 
     Raises
     ------
-    UncertifiedError : it approximates, no certificate that passed covers it, and nobody insists.
+    UncertifiedError : the retrieval approximates, and may not be used for the model.
     """
-    if retrieval.is_exact or covering(retrieval, spec, certificates) is not None:
-        return
-    if not allow_uncertified:
-        raise UncertifiedError(
-            f"retrieval {retrieval.method!r} at a budget of {retrieval.budget_ratio:.1%} is approximate, and no "
-            f"certificate that passed covers it, with these parameters, for {spec.model_id}: measure it with `kvloom "
-            "certify MODEL --retrieval NAME` and give the result as `certificates`, or insist with "
-            "allow_uncertified=True"
-        )
-    warnings.warn(
-        f"retrieval {retrieval.method!r} is used for {spec.model_id} without a certificate",
-        UncertifiedWarning,
-        stacklevel=4,
-    )
+    if not retrieval.is_exact:
+        what = f"retrieval {retrieval.method!r} at a budget of {retrieval.budget_ratio:.1%}"
+        gate.require(retrieval.form, spec, what, f"--retrieval {retrieval.method}")
+    return gate.covering(retrieval.form, spec)

@@ -77,6 +77,7 @@ TARGETS = (
     Target("cold_hit_time_nuq3_vs_raw", "<=", 0.40),
     Target("factor_time_vs_attention", "<", 0.15),
 )  # fmt: skip
+TITLE = "How small do codecs make chunks, what do they cost a model, and how fast are they?"
 MEANING = (
     "Bits and bytes count everything that is stored: headers, checksums, token ids, scales, outliers; level tables and "
     "bases are the model's, shared by all chunks. Perplexity: every key and value replaced before it is attended to, "
@@ -139,7 +140,7 @@ def run(*, quick: bool = False, folder: Path = Path()) -> BenchResult:
         rows += [_loss_row(what, loss) for loss in found]
     rows += [{"what": "key energy", "rank_ratio": r, "before_rotation": b, "after": a} for r, b, a in energy]
     rows += [row for comparison in speeds for row in comparison.rows()]
-    return BenchResult("codecs", metrics, rows, tables, plots, TARGETS, [MEANING])
+    return BenchResult("codecs", metrics, rows, tables, plots, TARGETS, [MEANING], title=TITLE)
 
 
 def _bytes_8b(profile: Profile, tokens: int) -> dict[str, float]:

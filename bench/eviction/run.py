@@ -22,6 +22,7 @@ from .replay import belady_hits, read_trace, replay
 
 BLOCK_BYTES = 1 << 20  # what a block counts for without a codec; any figure gives the same hits
 BOUND = "belady"
+TITLE = "What would a cache of this size have saved?"
 MEANING = (
     "Share of block references that are hits: the block and its whole prefix are stored when its request arrives. "
     "Capacity is a share of the bytes of all different blocks. 'belady' knows the future: after each request it keeps "
@@ -94,7 +95,7 @@ def simulate(options: SimulateOptions) -> BenchResult:
     title = f"{options.trace.name}: {len(requests):,} requests, {references:,} references to {unique:,} blocks."
     tables = _tables(hit_ratios, [*names, BOUND], options)
     plot = _plot(hit_ratios, [*names, BOUND], options)
-    return BenchResult("simulate", _metrics(hit_ratios), rows, tables, [plot], notes=[title, MEANING])
+    return BenchResult("simulate", _metrics(hit_ratios), rows, tables, [plot], notes=[title, MEANING], title=TITLE)
 
 
 def _metrics(hit_ratios: dict[tuple[float, float, str], float]) -> dict[str, Metric]:

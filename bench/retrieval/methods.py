@@ -12,9 +12,6 @@ from ...calibration.model_profile import Profile
 from ...certify.calibrate_model import calibrate
 from ...evaluation.passages import load_heldout, load_questions
 from ...evaluation.windows import STRINGS_RATIO, string_windows, token_windows
-from ...retrieval.cascade import CascadeSelector
-from ...retrieval.factor.factor import FactorIndex
-from ...retrieval.landmarks import LandmarkIndex
 from ...retrieval.per_head import PerHeadSelector
 from ...retrieval.registry import selector_by_name
 from ...retrieval.selector import LayerShape, Selector
@@ -25,7 +22,6 @@ from .ruler import AGGREGATION
 EXACT, RANDOM, VQ = "exact", "random", "vq"
 TEXT = "text"  # a kind of context beside RULER's: held-out prose, continued
 CENTROIDS = 512  # A2ATS's 4,096 serve 128K tokens; as many would be half of the bytes of a context of 8K here
-CANDIDATE_RATIO = 0.25  # of a cascade; more than its default, since budgets reach 12 %
 
 Factory: TypeAlias = Callable[[int, LayerShape, int], Selector]
 """An empty selector of a layer, by its number, its shape and the first token that it covers."""
@@ -80,17 +76,12 @@ def named(name: str, profile: Profile | None = None, **parameters: Any) -> Facto
     return make
 
 
-def _cascade(_layer: int, shape: LayerShape, start: int) -> Selector:
-    coarse, fine = LandmarkIndex(shape, start=start), FactorIndex(shape, start=start, row_bits=4)
-    return CascadeSelector(shape, coarse, fine, candidate_ratio=CANDIDATE_RATIO)
-
-
 METHODS: Mapping[str, Factory] = {
     EXACT: named(EXACT),
     RANDOM: named(RANDOM),
     "landmarks": named("landmarks"),
     "factor": named("factor"),
-    "landmarks+factor": _cascade,
+    "landmarks+factor": named("landmarks+factor"),
     VQ: named(VQ),
     "graph": named("graph"),
     "sketch": named("sketch"),

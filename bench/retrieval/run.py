@@ -60,6 +60,7 @@ TARGETS = (
     Target("decode_speedup_512k", ">=", 20.0),
     Target("build_time_vs_prefill", "<=", 0.5),
 )
+TITLE = "What does attending to few tokens lose, and what does it save?"
 MEANING = (
     "A context is prefilled densely once; behind it every token attends, in every layer, to 4 sinks, the last 32 "
     "tokens of the context, everything after it, and what a selector chooses, one set for each KV head. Attended: all "
@@ -121,7 +122,7 @@ def run(*, quick: bool = False, sizes: Sequence[int] | None = None) -> BenchResu
     drawn = [*(plot for size in sizes for plot in plots(lines, size)), search_plot(planted)]
     rows = [*(line.row() for line in lines), *(build.row() for build in found.builds), *planted.rows()]
     rows += [quality.row() for quality in ablated] + [{"what": "search", **row} for row in searched[0]]
-    return BenchResult("retrieval", metrics, rows, tables, drawn, TARGETS, [MEANING])
+    return BenchResult("retrieval", metrics, rows, tables, drawn, TARGETS, [MEANING], title=TITLE)
 
 
 def _advance(bar: Progress, task: TaskID, _: str) -> None:

@@ -84,6 +84,7 @@ TARGETS = (
     Target("get_vs_lmcache_disk", ">=", 2.0),
     Target("get_vs_lmcache_host", ">=", 2.0),
 )
+TITLE = "Is the store as fast as the machine, and faster than what else there is?"
 MEANING = (
     "Medians over the rounds, in which the ways take turns; a share is the median of the ratios within each round. Of "
     "several sizes from 1 MiB on the worst counts. Put is compared with a copy into fresh memory, get with one into "
@@ -140,7 +141,7 @@ def run(*, quick: bool = False, folder: Path = Path(), lmcache_python: Path | No
     for name, value in sorted(ahead.items(), key=lambda item: item[1]):
         notes.append(f"Ahead of kvloom: {name} (kvloom reaches {value:.2f} of its speed)")
     tables = _tables(found, match, reopen)
-    return BenchResult("tiers", metrics, rows, tables, targets=TARGETS, notes=[*notes, MEANING])
+    return BenchResult("tiers", metrics, rows, tables, targets=TARGETS, notes=[*notes, MEANING], title=TITLE)
 
 
 def _notes(folder: Path) -> list[str]:

@@ -112,6 +112,7 @@ TARGETS = (
     Target("fusion_gap_closed_at_0.15", ">=", 0.9),
     Target("tokens_identical_lossless", ">=", 1.0),
 )
+TITLE = "What does kvloom do for stock vLLM, beside what else there is for it?"
 MEANING = (
     "Medians over the rounds, between 10th and 90th percentile; ratios are medians of the ratios within each round. "
     "All engines of a model are held open, each a process of its own, and asked in turn, in another order every round; "
@@ -161,7 +162,7 @@ def run(
     plots = [rounds_plot(timed) for timed in found.first]
     rows = [row for timed in (*found.first, *found.decoding) for row in timed.rows()]
     rows += [*found.identity.rows(), *found.answers.rows(), *(row.row() for row in found.retrieval)]
-    return BenchResult("vllm", metrics, rows, tables, plots, TARGETS, [*found.notes, MEANING])
+    return BenchResult("vllm", metrics, rows, tables, plots, TARGETS, [*found.notes, MEANING], title=TITLE)
 
 
 @dataclass(frozen=True, slots=True)

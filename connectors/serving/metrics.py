@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields
 from types import MappingProxyType
+from typing import Protocol
 
 try:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -20,7 +21,6 @@ except ImportError as exc:
     raise ImportError("metrics need prometheus_client: pip install 'kvloom[metrics]'") from exc
 
 from ...kvstore.stats import StoreStats, TierStats
-from ...kvstore.store import KVStore
 
 _TIER_GAUGES = MappingProxyType(
     {
@@ -39,6 +39,12 @@ _STORE_COUNTERS = tuple(
 )
 
 
+class HasStats(Protocol):
+    """A store, or what stands for one."""
+
+    def stats(self) -> StoreStats: ...
+
+
 class StoreCollector(Collector):
     """Gives `stats()` of a store at every scrape.
 
@@ -52,7 +58,7 @@ class StoreCollector(Collector):
     prefix : of all names.
     """
 
-    def __init__(self, store: KVStore, *, prefix: str = "kvloom") -> None:
+    def __init__(self, store: HasStats, *, prefix: str = "kvloom") -> None:
         self._store = store
         self._prefix = prefix
 

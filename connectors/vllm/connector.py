@@ -41,6 +41,7 @@ from ..serving.messages import Scheduled, StepPlan, StepReport
 from ..serving.scheduler.planner import Planner
 from ..serving.settings import RequestOptions, ServingSettings
 from ..serving.worker.steps import Steps
+from .adapters import OpenAdapters
 from .events import KVEvents
 from .identity import engine_lead, request_identity
 from .retrieval.settings import decoding_identity
@@ -101,7 +102,7 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         self._steps: Steps | None = None
         self._refused = 0
         self._decoding = decoding_identity(vllm_config.additional_config)
-        self._adapters = AdapterNames()
+        self._adapters = OpenAdapters(AdapterNames())
         if role == KVConnectorRole.WORKER:
             return
         if publishes_events(vllm_config) and self.settings.chunk_tokens % self._block_tokens == 0:
@@ -135,6 +136,8 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         settings = self.settings
         if settings.lead_ids is None:
             settings = replace(settings, lead_ids=engine_lead(self._vllm_config.model_config))
+        memory = None if worker is None or worker.worker is None else worker.worker.adapters
+        self._adapters = OpenAdapters(AdapterNames(memory))
         self._planner = Planner(settings, specs, self._block_tokens, ask, fusion_ratio=ratio)
 
     def on_new_request(self, request: Any) -> None:
@@ -158,6 +161,7 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         if self._planner is None:
             return 0, False
+        self._leave_if_changed(request.request_id)
         if self._planner.has_to_wait(request.all_token_ids, num_computed_tokens):
             return None, False
         tokens = self._planner.matched_tokens(request.request_id, num_computed_tokens)
@@ -183,7 +187,10 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         is_idle = scheduler_output.total_num_scheduled_tokens == 0
         if not is_idle and self._planner.is_quiet(scheduler_output.num_scheduled_tokens):
             return self._quiet
-        plan = self._planner.plan_step(_scheduled(scheduler_output), is_idle=is_idle)
+        for request_id in scheduler_output.num_scheduled_tokens:
+            self._leave_if_changed(request_id)
+        unread = self._adapters.begin_step(scheduler_output.num_scheduled_tokens.keys())
+        plan = self._planner.plan_step(_scheduled(scheduler_output), is_idle=is_idle, unsaved=unread)
         if self._events is not None:
             self._events.describe(plan)
         return StepMetadata(plan)
@@ -201,6 +208,7 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         return () if self._events is None else self._events.take()
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        self._adapters.close(request.request_id)
         usage = None if self._planner is None else self._planner.close(request.request_id)
         if self._events is not None:
             self._events.close(request.request_id)
@@ -218,6 +226,14 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         if self._events is not None:
             self._events.residences.clear()
         return True
+
+    def _leave_if_changed(self, request_id: str) -> None:
+        """A request goes on without kvloom once it is uncertain which version of its adapter computes it."""
+        if self._planner is not None and self._adapters.has_changed(request_id):
+            self._adapters.close(request_id)
+            self._planner.close(request_id)
+            if self._events is not None:
+                self._events.close(request_id)
 
     # ============================================================================================= in a worker
 

@@ -15,10 +15,10 @@ from safetensors import safe_open
 
 from ...core import RopeSpec
 from ...errors import EngineError
-from ..identity.adapters import AdapterNames
 from ..identity.requests import chunk_salt, lead_of
 from ..identity.rope import settled_rope
 from ..identity.weights import canonical_config, folder_name, model_folder, weight_files, windows_of, with_state
+from .adapters import OpenAdapters
 from .fusion.passes import running_model
 from .fusion.rope import rope_of
 
@@ -122,7 +122,7 @@ def engine_lead(model_config: Any) -> tuple[int, ...]:
         return ()
 
 
-def request_identity(request: Any, adapters: AdapterNames, decoding: bytes = b"") -> bytes | None:
+def request_identity(request: Any, adapters: OpenAdapters, decoding: bytes = b"") -> bytes | None:
     """The part of a `chunk_salt` that a vLLM `Request` brings; None if kvloom cannot tell what shapes its KV.
 
     None for pictures and sounds, whose tokens are placeholders, for prompts given as embeddings, for sessions whose
@@ -130,24 +130,16 @@ def request_identity(request: Any, adapters: AdapterNames, decoding: bytes = b""
 
     Parameters
     ----------
-    adapters : of this engine.
+    adapters : those of the engine's open requests, which the request joins.
     decoding : see `chunk_salt`.
     """
     is_plain = request.prompt_token_ids is not None and request.prompt_embeds is None
     if not is_plain or request.mm_features or request.resumable or request.sampling_params is None:
         return None
-    adapter = adapter_digest(request, adapters)
+    adapter = adapters.open(request.request_id, request.lora_request)
     if adapter is None:
         return None
     return chunk_salt(cache_salt=(request.cache_salt or "").encode(), adapter=adapter, decoding=decoding)
-
-
-def adapter_digest(request: Any, adapters: AdapterNames) -> bytes | None:
-    """Of the adapter of a request, as far as it is certain by now; empty without one."""
-    lora = request.lora_request
-    if lora is None:
-        return b""
-    return adapters.digest(lora.lora_int_id, lora.lora_path, reloads=bool(getattr(lora, "load_inplace", False)))
 
 
 # --------------------------------------------------------------------------------------------------------- weights

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..serving.settings import ServingSettings
 from ..serving.worker.layer_loads import LayerLoads
 from ..serving.worker.store_setup import QualityRecords, is_lossy, open_store
 from ..serving.worker.transfers import Transfers
+from .adapters import LoadedAdapters
 from .fusion.fuser import Fuser
 from .fusion.passes import EnginePasses, running_model
 from .identity import agreed_name, engine_name, engine_rope
@@ -23,7 +25,9 @@ _LOG = logging.getLogger("vllm.kvloom")
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """`fuser` is None where the engine cannot fuse. `fusion_ratio`: what certificates permit; 1 without any."""
+    """`fuser` is None where the engine cannot fuse, `adapters` where it has none. `fusion_ratio`: what certificates
+    permit; 1 without any.
+    """
 
     spec: KVSpec
     fusion_ratio: float
@@ -31,6 +35,7 @@ class Worker:
     layer_loads: LayerLoads
     layer_numbers: Mapping[str, int]
     fuser: Fuser | None
+    adapters: LoadedAdapters | None
 
     @property
     def has_work(self) -> bool:
@@ -86,6 +91,10 @@ def open_worker(settings: ServingSettings, vllm_config: Any, kv_cache_config: An
         save_pending_bytes=settings.save_pending_bytes,
         tells_moves=publishes_events(vllm_config),
     )
+    adapters = None
+    if vllm_config.lora_config is not None:
+        with suppress(EngineError):
+            adapters = LoadedAdapters(running_model(layers))
     fuser = None
     if model is not None:
         fuser = Fuser(
@@ -108,7 +117,9 @@ def open_worker(settings: ServingSettings, vllm_config: Any, kv_cache_config: An
         load_timeout_s=settings.load_timeout_s,
         count=transfers.count,
     )
-    return Worker(spec, ratio, transfers, layer_loads, {layer.layer_name: i for i, layer in enumerate(layers)}, fuser)
+    return Worker(
+        spec, ratio, transfers, layer_loads, {layer.layer_name: i for i, layer in enumerate(layers)}, fuser, adapters
+    )
 
 
 def publishes_events(vllm_config: Any) -> bool:

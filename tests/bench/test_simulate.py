@@ -122,10 +122,7 @@ def test_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         cli.main(arguments)
     assert ended.value.code == 0
     found = json.loads((tmp_path / "found.json").read_text())
-    assert (
-        found.keys() == {"bench", "commit", "env", "metrics", "targets", "tables", "notes", "rows"}
-        and found["bench"] == "simulate"
-    )
+    assert found["bench"] == "simulate" and len(found["tables"]) == 2
     ratios = {(row["policy"], row["capacity_ratio"], row["codec_ratio"]): row["hit_ratio"] for row in found["rows"]}
     names = {*POLICIES, "belady"}
     assert ratios.keys() == set(itertools.product(names, (0.02, 0.05), (1, 4))) and len(found["rows"]) == 4 * len(names)

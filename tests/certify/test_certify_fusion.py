@@ -9,6 +9,7 @@ import torch
 
 from kvloom.blend.certified_ratio import FUSION, certified_ratio, choosing_once, parameters_of_fusion
 from kvloom.calibration.certificate import Certificate, Figure
+from kvloom.calibration.certificate_gate import CertificateGate
 from kvloom.certify.fusion import smallest_passing
 from kvloom.core import KVSpec, RopeSpec
 
@@ -27,15 +28,27 @@ def test_ratios_are_judged_from_the_largest_down(passed: str, index: int) -> Non
     assert smallest_passing([letter == "y" for letter in passed]) == index
 
 
+def permitted(*certificates: Certificate, spec: KVSpec = SPEC, check_layer: int = 1) -> float:
+    return certified_ratio(CertificateGate(certificates), spec, check_layer=check_layer)
+
+
 def test_what_a_certificate_permits() -> None:
     good = Certificate(SPEC, FUSION, parameters_of_fusion(0.15), {"alias_loss": PASSED})
-    assert certified_ratio(good, 1) == 0.15
-    assert certified_ratio(Certificate.from_json(good.to_json()), 1) == 0.15
-    assert certified_ratio(good, 2) is None, "tokens chosen elsewhere are other tokens"
-    assert certified_ratio(replace(good, figures={"alias_loss": FAILED}), 1) is None
-    assert certified_ratio(replace(good, figures={}), 1) is None
-    assert certified_ratio(replace(good, codec="nuq4"), 1) is None
-    assert certified_ratio(replace(good, parameters={**good.parameters, "select": "random"}), 1) is None
+    assert permitted() == 1.0
+    assert permitted(good) == permitted(Certificate.from_json(good.to_json())) == 0.15
+    assert permitted(good, check_layer=2) == 1.0, "tokens chosen elsewhere are other tokens"
+    assert permitted(good, spec=replace(SPEC, num_kv_heads=SPEC.num_kv_heads // 2, shard=(1, 2))) == 0.15
+    assert permitted(good, spec=replace(SPEC, model_id="another")) == 1.0
+    for other in (
+        {"figures": {"alias_loss": FAILED}},
+        {"figures": {}},
+        {"codec": "nuq4"},
+        {"parameters": {**good.parameters, "select": "random"}},
+        {"parameters": {**good.parameters, "ratio": [0.15]}},
+        {"parameters": {**good.parameters, "ratio": 1.5}},
+    ):
+        assert permitted(replace(good, **other)) == 1.0
+        assert permitted(replace(good, **other), good, replace(good, parameters=parameters_of_fusion(0.3))) == 0.15
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -46,7 +59,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert not Certificate.load(out).passed
     assert run("certify", "reference", "--fusion", *small, "-o", out, "--max-task-loss", 1.0) == 0
     certificate = Certificate.load(out)
-    assert certified_ratio(certificate, 1) == 0.2
+    assert permitted(certificate, spec=certificate.spec) == 0.2
     assert certificate.model_id == "tiny"
     assert set(json.loads(out.read_text())["conditions"]["losses"]) == {"0.2", "0.6"}
     assert run("certify", "reference", "--fusion", "--codec", "raw") == 2

@@ -25,7 +25,7 @@ TEXTS = prompts(41, (200, 130, 70))
 LOADED = [192, 128, 64]
 
 
-def make_adapter(folder: Path, seed: int) -> Path:
+def make_adapter(folder: Path, seed: int, dtype: torch.dtype = torch.float32) -> Path:
     """A random adapter of the projections of attention, as PEFT writes them."""
     folder.mkdir()
     config = {
@@ -44,6 +44,7 @@ def make_adapter(folder: Path, seed: int) -> Path:
             module = f"base_model.model.model.layers.{layer}.self_attn.{name}"
             weights[f"{module}.lora_A.weight"] = torch.randn(RANK, WIDTH, generator=generator) / WIDTH**0.5
             weights[f"{module}.lora_B.weight"] = torch.randn(width, RANK, generator=generator) / RANK**0.5
+    weights = {name: weight.to(dtype) for name, weight in weights.items()}
     save_file(weights, folder / "adapter_model.safetensors")
     return folder
 
@@ -137,3 +138,87 @@ def test_with_adapters_nothing_is_fused(llm: Any, adapters: dict[str, Any]) -> N
         (output,) = ask(llm, adapters[name], {"documents": [[20, 90], [90, 180]], "ratio": 0.1, "save": False}, text)
         assert tokens_of([output]) == plain
         assert (usage(output)["fused"], usage(output)["computed_tokens"]) == ("no", 0)
+
+
+def live(folder: Path, name: str, source: Path) -> Path:
+    return Path(shutil.copytree(source, folder / name))
+
+
+def replace(path: Path, source: Path) -> None:
+    """In one step: what is overwritten in place changes in the engine's memory, too, which maps the file."""
+    new = path / "adapter_model.new"
+    shutil.copy(source / "adapter_model.safetensors", new)
+    new.replace(path / "adapter_model.safetensors")
+
+
+def test_files_that_change_while_the_old_ones_are_in_memory(llm: Any, adapters: dict[str, Any], folder: Path) -> None:
+    """A trainer writes a new version: the engine goes on with the old one, and loads the new one as a new number."""
+    from vllm.lora.request import LoRARequest
+
+    plain = {name: tokens_of(ask(llm, adapters[name], DECLINED)) for name in ("one", "two")}
+    path = live(folder, "live", folder / "one")
+    texts = prompts(43, (200, 130))
+    wanted = {name: tokens_of(ask(llm, adapters[name], DECLINED, texts)) for name in ("one", "two")}
+    policy = LoRARequest("policy", 11, str(path))
+    assert tokens_of(ask(llm, policy)) == plain["one"]
+    settle()
+    replace(path, folder / "two")
+    outputs = ask(llm, policy, None, texts)
+    assert tokens_of(outputs) == wanted["one"], "it still is"
+    assert all(output.kv_transfer_params is None for output in outputs), "served without kvloom"
+    outputs = ask(llm, LoRARequest("policy-2", 12, str(path)), None, texts)
+    assert tokens_of(outputs) == wanted["two"]
+    assert loaded(outputs) == [0, 0], "nobody has stored anything of the new version"
+    settle()
+    assert loaded(ask(llm, LoRARequest("policy-3", 13, str(path)), None, texts)) == [192, 128]
+
+
+def test_files_that_change_between_a_load_and_the_first_request(
+    llm: Any, adapters: dict[str, Any], folder: Path
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    texts = prompts(44, (200, 130))
+    plain = {name: tokens_of(ask(llm, adapters[name], DECLINED, texts)) for name in ("one", "two")}
+    path = live(folder, "early", folder / "one")
+    request = LoRARequest("early", 21, str(path))
+    assert llm.llm_engine.add_lora(request)
+    replace(path, folder / "two")
+    assert tokens_of(ask(llm, request, None, texts)) == plain["one"]
+    settle()
+    outputs = ask(llm, adapters["two"], None, texts)
+    assert tokens_of(outputs) == plain["two"] and loaded(outputs) == [0, 0]
+
+
+def test_a_number_is_loaded_again_in_place(llm: Any, adapters: dict[str, Any], folder: Path) -> None:
+    from vllm.lora.request import LoRARequest
+
+    texts = prompts(45, (200, 130))
+    one, two = (make_adapter(folder / f"{name}, cast", seed, torch.float16) for name, seed in (("one", 1), ("two", 2)))
+    plain = {}
+    for number, path in enumerate((one, two), start=51):
+        plain[path] = tokens_of(ask(llm, LoRARequest(path.name, number, str(path)), DECLINED, texts))
+    path = live(folder, "in place", one)
+    request = LoRARequest("in place", 31, str(path))
+    assert tokens_of(ask(llm, request, None, texts)) == plain[one]
+    settle()
+    replace(path, two)
+    assert llm.llm_engine.add_lora(LoRARequest("in place", 31, str(path), load_inplace=True))
+    for expected in ([0, 0], [192, 128]):
+        outputs = ask(llm, request, None, texts)
+        assert tokens_of(outputs) == plain[two] and loaded(outputs) == expected
+        settle()
+
+
+def test_a_number_that_stands_for_two_folders(llm: Any, adapters: dict[str, Any], folder: Path) -> None:
+    """The engine goes on with the first, whatever folder a request names."""
+    from vllm.lora.request import LoRARequest
+
+    texts = prompts(46, (200, 130))
+    plain = {name: tokens_of(ask(llm, adapters[name], DECLINED, texts)) for name in ("one", "two")}
+    assert tokens_of(ask(llm, LoRARequest("first", 41, str(folder / "one")), None, texts)) == plain["one"]
+    outputs = ask(llm, LoRARequest("second", 41, str(folder / "two")), None, texts)
+    assert tokens_of(outputs) == plain["one"]
+    settle()
+    outputs = ask(llm, LoRARequest("third", 42, str(folder / "two")), None, texts)
+    assert tokens_of(outputs) == plain["two"] and loaded(outputs) == [0, 0]

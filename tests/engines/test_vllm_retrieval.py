@@ -166,7 +166,7 @@ def test_aborted_requests_leave_no_index_behind(llm: Any, monkeypatch: pytest.Mo
     assert aborted(llm) == lasting
 
 
-@pytest.mark.parametrize("method", ["landmarks", "factor", "sketch"])
+@pytest.mark.parametrize("method", ["landmarks", "factor", "landmarks+factor", "sketch"])
 def test_methods(llm: Any, plain: list[list[int]], method: str) -> None:
     if method == "sketch":
         pytest.importorskip("faiss", reason="sketches need it: pip install faiss-cpu")

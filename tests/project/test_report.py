@@ -92,7 +92,7 @@ def test_result_as_json(tmp_path: Path) -> None:
     path.write_text("old")
     result.write(path)
     found = json.loads(path.read_text())
-    assert list(found) == ["bench", "commit", "env", "metrics", "targets", "tables", "notes", "rows"]
+    assert list(found) == ["bench", "title", "commit", "env", "metrics", "targets", "tables", "notes", "rows"]
     assert found["bench"] == "blend"
     assert found["metrics"]["gap_closed_at_0.15"] == {
         "value": 0.97,

@@ -2,12 +2,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvloom.errors import CodecError
 from kvloom.retrieval.attention import nothing
 from kvloom.retrieval.cascade import CascadeSelector, ExactKeys, KeySource
 from kvloom.retrieval.exact import ExactSelector, RandomSelector
 from kvloom.retrieval.factor.factor import FactorIndex
 from kvloom.retrieval.landmarks import LandmarkIndex
-from kvloom.retrieval.selector import LayerShape, Selection, Selector
+from kvloom.retrieval.registry import selector_by_name
+from kvloom.retrieval.selector import KeepsState, LayerShape, Selection, Selector
+from kvloom.retrieval.settings import Retrieval
 from kvloom.testing import SHAPE, SelectorContract, make_context, recovered_mass
 
 
@@ -33,6 +36,46 @@ class TestFactorThenItsKeys(SelectorContract):
     def ready(self, selector: Selector) -> Selector:
         selector.build()
         return selector
+
+
+class TestByName(SelectorContract):
+    mass = 0.8
+
+    def make_selector(self, shape: LayerShape, start: int = 0) -> Selector:
+        return selector_by_name("landmarks+factor", shape, 0, start=start, parameters={"rank": 40})
+
+    def ready(self, selector: Selector) -> Selector:
+        selector.build()
+        return selector
+
+    @pytest.mark.parametrize("pooling", ["max", "sum"])
+    def test_each_parameter_reaches_its_stage(self, pooling: str) -> None:
+        parameters = {"candidate_ratio": 0.5, "rank": 9, "row_bits": 8, "chunk_tokens": 4, "outlier_chunks": 0}
+        selector = Retrieval("landmarks+factor", pooling=pooling, parameters=parameters).selector(SHAPE, 0)
+        coarse = LandmarkIndex(SHAPE, start=16, chunk_tokens=4, outlier_chunks=0, pooling=pooling)
+        fine = FactorIndex(SHAPE, start=16, rank=9, row_bits=8)
+        expected = CascadeSelector(SHAPE, coarse, fine, candidate_ratio=0.5, pooling=pooling)
+        keys, values, queries = make_context(500)
+        for each in (selector, expected):
+            each.add(keys[:, 16:], values[:, 16:])
+            each.build()
+        assert selector.name == "landmarks+factor"
+        assert torch.equal(selector.select(queries, 500, 40).ids, expected.select(queries, 500, 40).ids)
+
+    def test_an_unknown_parameter_is_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"landmarks\+factor does not take .*'beam'"):
+            selector_by_name("landmarks+factor", SHAPE, 0, parameters={"beam": 3})
+
+    def test_its_state_is_that_of_the_factor(self) -> None:
+        selector, keys, values, queries = self.filled(300)
+        again = self.make_selector(SHAPE)
+        again.add(keys, values)
+        assert isinstance(again, KeepsState)
+        again.restore_state({name: t.clone() for name, t in selector.state().items()})
+        assert again.fine.factor is not None
+        assert torch.equal(again.select(queries, 300, 20).ids, selector.select(queries, 300, 20).ids)
+        with pytest.raises(CodecError):
+            again.restore_state({"1.factor.basis": torch.zeros(3)})
 
 
 class TestCascade:

@@ -14,6 +14,7 @@ from torch import nn
 from kvloom.connectors.identity.adapters import AdapterNames
 from kvloom.connectors.identity.weights import folder_name
 from kvloom.connectors.vllm import identity as vllm_identity
+from kvloom.connectors.vllm.adapters import OpenAdapters
 from kvloom.connectors.vllm.identity import engine_name, request_identity
 from kvloom.core import RopeSpec
 from kvloom.errors import EngineError
@@ -158,6 +159,7 @@ def test_choices_at_run_time_count(tmp_path: Path) -> None:
 
 def request(**more: Any) -> SimpleNamespace:
     fields = {
+        "request_id": "r",
         "prompt_token_ids": [1, 2],
         "prompt_embeds": None,
         "mm_features": [],
@@ -167,6 +169,11 @@ def request(**more: Any) -> SimpleNamespace:
         "lora_request": None,
     }
     return SimpleNamespace(**{**fields, **more})
+
+
+def adapters_of() -> OpenAdapters:
+    """Of an engine that starts after all that a test writes."""
+    return OpenAdapters(AdapterNames(clock=lambda: time.time() + 60))
 
 
 def lora(folder: Path | str, number: int = 1) -> SimpleNamespace:
@@ -186,13 +193,13 @@ def lora(folder: Path | str, number: int = 1) -> SimpleNamespace:
     ids=lambda more: next(iter(more)),
 )
 def test_requests_that_kvloom_cannot_tell_apart_are_left_alone(more: dict[str, Any]) -> None:
-    assert request_identity(request(**more), AdapterNames()) is None
+    assert request_identity(request(**more), adapters_of()) is None
 
 
 def test_tenants_adapters_and_ways_of_decoding_have_identities(tmp_path: Path) -> None:
     """An adapter is what its files hold, not where they lie or what it is called."""
     folders = [write(tmp_path / str(i), seed) for i, seed in enumerate((1, 1, 2))]
-    names = AdapterNames()
+    names = adapters_of()
     found = [
         request_identity(request(), names),
         request_identity(request(cache_salt="a"), names),

@@ -14,7 +14,7 @@ What a request consists of is found by `vllm_request`, under keys of `vllm_keys`
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -268,12 +268,20 @@ class Planner:
         has_passed = self._saves.passes(new_tokens)
         return has_passed and not self._fusions.is_fusing and not says_much(new_tokens) and self._plan.is_empty
 
-    def plan_step(self, scheduled: Iterable[Scheduled], *, is_idle: bool = False) -> StepPlan:
-        """The plan of the step, saves of every chunk that it completes included. One fusion advances at a time."""
+    def plan_step(
+        self, scheduled: Iterable[Scheduled], *, is_idle: bool = False, unsaved: Collection[str] = ()
+    ) -> StepPlan:
+        """The plan of the step, saves of every chunk that it completes included. One fusion advances at a time.
+
+        Parameters
+        ----------
+        unsaved : requests whose chunks are saved by a later step.
+        """
         new_tokens = {}
         for each in scheduled:
             new_tokens[each.request_id] = each.new_tokens
-            self._plan.saves += self._saves.plan(each, self._pace.token_s(each.request_id))
+            if each.request_id not in unsaved:
+                self._plan.saves += self._saves.plan(each, self._pace.token_s(each.request_id))
         if (advance := self._fusions.advance()) is not None:
             self._plan.advances.append(advance)
         plan, self._plan = self._plan, StepPlan()

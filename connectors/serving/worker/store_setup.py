@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from ....blend.certified_ratio import certified_ratio
 from ....calibration.certificate import Certificate
-from ....calibration.model_profile import Profile, model_identity
+from ....calibration.certificate_gate import CertificateGate
+from ....calibration.model_profile import Profile
 from ....compress.registry import codec_by_name
 from ....core import Codec, KVSpec, Tier
 from ....errors import UncertifiedError
@@ -37,13 +38,8 @@ class QualityRecords:
         return cls(profile, tuple(Certificate.load(Path(path)) for path in settings.certificates))
 
     def fusion_ratio(self, spec: KVSpec, *, check_layer: int) -> float:
-        """The smallest share that a certificate lets fusions compute; 1 without one for this model and check layer.
-
-        A certificate of the whole model speaks for every rank: ranks choose tokens together, as one would.
-        """
-        whole = replace(spec, num_kv_heads=spec.num_kv_heads * spec.shard[1], shard=(0, 1))
-        ours = [each for each in self.certificates if model_identity(each.spec) == model_identity(whole)]
-        return min((ratio for each in ours if (ratio := certified_ratio(each, check_layer)) is not None), default=1.0)
+        """See `certified_ratio`."""
+        return certified_ratio(CertificateGate(self.certificates), spec, check_layer=check_layer)
 
 
 def open_store(settings: ServingSettings, spec: KVSpec, papers: QualityRecords) -> KVStore:

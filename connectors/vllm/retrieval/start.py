@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from ....calibration.certificate_gate import CertificateGate
 from ....core import KVSpec, RopeSpec
 from ....errors import EngineError
 from ....retrieval.selector import LayerShape, LearnsFromQueries
-from ....retrieval.settings import Retrieval, expect_certified
+from ....retrieval.settings import Retrieval, require_certificate
 from ...break_even import NEVER, crossing, median_s
 from ..identity import agreed_name, engine_name, engine_rope
 from ..paged_layers import Packing, find_packing
@@ -175,12 +176,8 @@ def _expect_permitted(settings: RetrievalSettings, config: Any, layers: Sequence
         dtype=model.dtype,
         rope=rope,
     )
-    expect_certified(
-        settings.retrieval,
-        spec,
-        certificates,
-        allow_uncertified=settings.allow_uncertified,
-    )
+    gate = CertificateGate(certificates, allow_uncertified=settings.allow_uncertified)
+    require_certificate(gate, settings.retrieval, spec)
 
 
 def _connector_model_id(config: Any) -> str | None:

@@ -1,0 +1,97 @@
+"""Whether an approximation may be used for a model: one answer for codecs, retrieval and fusion."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Sequence
+
+from ..core import KVSpec
+from ..errors import UncertifiedError, UncertifiedWarning
+from .certificate import Certificate
+from .codec_form import Form
+
+_KNOWN = 256  # answers that are remembered; a process sees few models and forms
+
+
+class CertificateGate:
+    """Permits what a certificate covers, or everything if its owner says so. Every method may be called by any thread.
+
+    Parameters
+    ----------
+    allow_uncertified : what no certificate covers is permitted, too; its uses are counted, and the first one warns.
+    """
+
+    def __init__(self, certificates: Sequence[Certificate] = (), *, allow_uncertified: bool = False) -> None:
+        self.certificates = tuple(certificates)
+        self.allow_uncertified = allow_uncertified
+        self._lock = threading.Lock()  # of what follows
+        self._answers: dict[tuple[Form, KVSpec], Certificate | None] = {}
+        self._uses = 0
+
+    @property
+    def uncertified_uses(self) -> int:
+        """How often something without a certificate was permitted."""
+        with self._lock:
+            return self._uses
+
+    def covering(self, form: Form, spec: KVSpec) -> Certificate | None:
+        """The first certificate that covers this form for this model; None if none does."""
+        with self._lock:
+            if (form, spec) in self._answers:
+                return self._answers[form, spec]
+        found = next((certificate for certificate in self.certificates if certificate.covers_form(form, spec)), None)
+        with self._lock:
+            if len(self._answers) >= _KNOWN:
+                self._answers.clear()
+            self._answers[form, spec] = found
+        return found
+
+    def permits(self, form: Form, spec: KVSpec) -> bool:
+        """Whether the form may be used for the model; asking is no use of it."""
+        return self.allow_uncertified or self.covering(form, spec) is not None
+
+    def use(self, form: Form, spec: KVSpec | None, what: str) -> bool:
+        """Whether the form may be used for the model, which is then counted as a use.
+
+        Parameters
+        ----------
+        spec : of the model; None if it is unknown, which no certificate covers.
+        what : names the approximation in the warning.
+        """
+        if spec is not None and self.covering(form, spec) is not None:
+            return True
+        if self.allow_uncertified:
+            self._count_use(what, "an unknown model" if spec is None else spec.model_id)
+        return self.allow_uncertified
+
+    def require(self, form: Form, spec: KVSpec, what: str, option: str) -> None:
+        """Call this before an approximation is used.
+
+        Parameters
+        ----------
+        what : names the approximation in messages, for instance `the lossy codec 'nuq'`.
+        option : of `kvloom certify`, which measures it.
+
+        Raises
+        ------
+        UncertifiedError : the form may not be used for the model.
+        """
+        if not self.use(form, spec, what):
+            raise UncertifiedError(
+                f"{what} may not be used for {spec.model_id}: no certificate that passed covers it, with these "
+                f"parameters; measure it with `kvloom certify MODEL {option}` and give the result as certificates=..., "
+                "or allow it with allow_uncertified=True"
+            )
+
+    def _count_use(self, what: str, model: str) -> None:
+        with self._lock:
+            self._uses += 1
+            is_first = self._uses == 1
+        if is_first:
+            warnings.warn(
+                f"{what} is used for {model} without a certificate (allow_uncertified=True): answers may differ from "
+                "the exact model's by an unknown amount; measure it with `kvloom certify`",
+                UncertifiedWarning,
+                stacklevel=6,
+            )

@@ -1,0 +1,179 @@
+"""The FastAPI application: its parts, its routes, its life."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from .. import __version__
+from ..core import Tier
+from ..kvstore.tiers.disk.tier import DiskTier
+from ..kvstore.tiers.host import HostTier
+from . import problems
+from .access.audit import AuditLog
+from .access.credentials import TokenFile
+from .access.guard import PUBLIC, Guard
+from .access.json_file import JsonFile
+from .access.limits import RequestLimits, TransferTurns, UploadBudget
+from .access.namespaces import NamespaceFile, quotas_of
+from .access.tenants import TenantFile
+from .chunk_index import ChunkIndex
+from .context import ServiceContext
+from .jobs import Jobs
+from .latencies import Latencies
+from .pins import Pins
+from .routes import administration, chunks, health, lookups, pins
+from .self_check import problems_of
+from .served_store import ServedStore
+from .settings import ServiceSettings
+
+_LOG = logging.getLogger("kvloom.service")
+_UPKEEP_INTERVAL_S = 0.5
+
+_DESCRIPTION = (
+    "Keeps the KV caches of long contexts in tiers, for engines and for people without one. Every answer that is not a "
+    "success is an application/problem+json document."
+)
+
+
+def open_tiers(settings: ServiceSettings) -> list[Tier]:
+    """The tiers that the settings ask for, fastest first.
+
+    Raises
+    ------
+    ValueError : neither memory nor disk.
+    TierError : the folder on disk cannot be used.
+    """
+    tiers: list[Tier] = []
+    if settings.host_bytes:
+        tiers.append(HostTier(settings.host_bytes, pinned=False))
+    if settings.disk_bytes:
+        folder = settings.directory / "chunks"
+        tiers.append(DiskTier(folder, settings.disk_bytes, durability=settings.durability))
+    if not tiers:
+        raise ValueError("host_bytes and disk_bytes are 0; give room in memory or on disk")
+    return tiers
+
+
+def create_app(settings: ServiceSettings, tiers: Sequence[Tier] | None = None) -> FastAPI:
+    """The service as an ASGI application, which owns its tiers.
+
+    Parameters
+    ----------
+    tiers : fastest first; None for those that the settings ask for.
+
+    Raises
+    ------
+    ValueError, TierError : see `open_tiers`; or the reserves are more than everything.
+    """
+    directory = settings.directory
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    tenants = TenantFile(directory / "tenants.json")
+    namespaces = NamespaceFile(JsonFile(directory / "namespaces.json"))
+    store = ServedStore(
+        open_tiers(settings) if tiers is None else tiers,
+        quotas=quotas_of(settings, tenants, namespaces.all()),
+        timeout_s=settings.tier_timeout_s,
+    )
+    context = ServiceContext(
+        settings=settings,
+        store=store,
+        index=ChunkIndex(store),
+        tokens=TokenFile(directory / "tokens.json"),
+        tenants=tenants,
+        namespaces=namespaces,
+        limits=RequestLimits(settings.max_requests, settings.max_tenant_requests),
+        latencies=Latencies(),
+        audit=AuditLog(directory / "audit.jsonl" if settings.audit else None),
+        pins=Pins(store, settings.max_pinned_keys),
+        jobs=Jobs(),
+        threads=ThreadPoolExecutor(16, "kvloom-service"),
+        followers=ThreadPoolExecutor(64, "kvloom-jobs"),
+        transfers=TransferTurns(settings.max_transfers),
+        uploads=UploadBudget(settings.max_upload_bytes),
+    )
+    app = FastAPI(
+        title="kvloom",
+        version=__version__,
+        description=_DESCRIPTION,
+        docs_url=None,  # FastAPI's pages load scripts from elsewhere
+        redoc_url=None,
+        lifespan=_life,
+        redirect_slashes=False,
+    )
+    app.state.context = context
+    for each in (chunks, lookups, pins, administration, health):
+        app.include_router(each.router)
+    problems.install(app)
+    app.add_middleware(Guard, context=context)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+@asynccontextmanager
+async def _life(app: FastAPI) -> AsyncIterator[None]:
+    context: ServiceContext = app.state.context
+    context.problems += await context.run(lambda: problems_of(context.settings, context.store))
+    for problem in context.problems:
+        _LOG.error("self-check: %s", problem)
+    upkeep = asyncio.create_task(_upkeep(context))
+    try:
+        yield
+    finally:
+        context.is_draining = True
+        upkeep.cancel()
+        with suppress(asyncio.CancelledError):
+            await upkeep
+        await asyncio.get_running_loop().run_in_executor(None, close, context)
+
+
+async def _upkeep(context: ServiceContext) -> None:
+    """What must happen also if nobody asks: pins that end, changes that are noted."""
+    while True:
+        await asyncio.sleep(_UPKEEP_INTERVAL_S)
+        try:
+            await context.run(context.pins.follow)
+            await context.run(context.index.catch_up)
+        except Exception:  # noqa: BLE001  the next round may do better
+            _LOG.exception("upkeep failed")
+
+
+def close(context: ServiceContext) -> None:
+    """Ends all work and closes the store: what was acknowledged is on disk afterwards, by its durability."""
+    context.jobs.cancel_all()
+    context.pins.close()
+    context.threads.shutdown(wait=True, cancel_futures=True)
+    context.store.close()
+    context.followers.shutdown(wait=False, cancel_futures=True)
+    context.audit.close()
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """OpenAPI 3.1, with the problems and the token that every route has in common."""
+    if app.openapi_schema:
+        return app.openapi_schema
+    schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+    components = schema.setdefault("components", {})
+    components.setdefault("schemas", {})["Problem"] = problems.PROBLEM_SCHEMA
+    components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+    for unused in ("HTTPValidationError", "ValidationError"):
+        components["schemas"].pop(unused, None)
+    problem = {
+        "description": "A problem.",
+        "content": {problems.MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+    }
+    for path, operations in schema["paths"].items():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+            operation["responses"]["default"] = problem
+            if path not in PUBLIC:
+                operation["security"] = [{"token": []}]
+    app.openapi_schema = schema
+    return schema

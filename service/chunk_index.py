@@ -1,0 +1,177 @@
+"""Which chunks the service holds, in order of writing, and what has changed: for lists and for followers."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from ..core import ChunkInfo, ChunkKey
+from .access.tenants import client_namespace
+from .served_store import ServedStore
+
+SIZE_STEP_BYTES = 4096
+_LOGGED_CHANGES = 1 << 16
+_RESCAN_INTERVAL_S = 1.0
+
+
+def listed_bytes(container_bytes: int) -> int:
+    """What a chunk counts for in lists, whatever tier it is in: its container, in steps of 4 KiB."""
+    return -(-container_bytes // SIZE_STEP_BYTES) * SIZE_STEP_BYTES
+
+
+@dataclass(slots=True)
+class ListedChunk:
+    """A chunk of the service. `sequence` orders writes; `etag` is None until it was put or read here."""
+
+    key: ChunkKey
+    nbytes: int
+    info: ChunkInfo
+    sequence: int
+    tiers: set[str] = field(default_factory=set)
+    etag: str | None = None
+    reads: int = 0
+
+    @property
+    def pool(self) -> str:
+        return client_namespace(self.info.namespace)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A chunk of a pool is there from now on (or written anew), or is gone (`chunk` None)."""
+
+    sequence: int
+    pool: str
+    key: ChunkKey
+    chunk: ListedChunk | None
+
+
+class ChunkIndex:
+    """Follows a `ServedStore`. Every method may be called from any thread.
+
+    Attributes
+    ----------
+    epoch : names this run of the service; sequences of another run mean nothing.
+    """
+
+    def __init__(self, store: ServedStore) -> None:
+        self.epoch = secrets.token_hex(4)
+        self._store = store
+        self._lock = threading.Lock()
+        self._chunks: OrderedDict[ChunkKey, ListedChunk] = OrderedDict()
+        self._log: deque[Change] = deque(maxlen=_LOGGED_CHANGES)
+        self._sequence = 0
+        self._generation = store.generation
+        self._rescanned_at_s = float("-inf")
+        with self._lock:
+            self._rescan()
+
+    @property
+    def sequence(self) -> int:
+        return self._sequence
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def get(self, key: ChunkKey) -> ListedChunk | None:
+        return self._chunks.get(key)
+
+    def written(self, key: ChunkKey, nbytes: int, info: ChunkInfo, etag: str) -> None:
+        """A put of this chunk has succeeded."""
+        with self._lock:
+            chunk = self._chunks.get(key)
+            self._sequence += 1
+            tiers = set() if chunk is None else chunk.tiers
+            reads = 0 if chunk is None else chunk.reads
+            self._chunks[key] = found = ListedChunk(key, nbytes, info, self._sequence, tiers, etag, reads)
+            self._chunks.move_to_end(key)
+            self._log.append(Change(self._sequence, found.pool, key, found))
+            self._catch_up()
+
+    def catch_up(self) -> None:
+        """Follows what the store has done since the last call."""
+        with self._lock:
+            self._catch_up()
+
+    def chunks(self, pool: str, *, after: int = 0, limit: int = 1000) -> list[ListedChunk]:
+        """Chunks of a pool, least recently written first, of higher sequence than `after`."""
+        self.catch_up()
+        with self._lock:
+            found: list[ListedChunk] = []
+            for chunk in self._chunks.values():
+                if chunk.sequence > after and chunk.tiers and chunk.pool == pool:
+                    found.append(chunk)
+                    if len(found) == limit:
+                        break
+            return found
+
+    def count(self, pool: str) -> int:
+        """Chunks of a pool."""
+        self.catch_up()
+        with self._lock:
+            return sum(chunk.pool == pool for chunk in self._chunks.values())
+
+    def changes(self, pool: str, after: int, *, limit: int = 1000) -> tuple[list[Change], int] | None:
+        """Changes of a pool since `after`, and the sequence up to which these are all; None if they are forgotten."""
+        self.catch_up()
+        with self._lock:
+            if after < self._sequence and (not self._log or self._log[0].sequence > after + 1):
+                return None
+            found: list[Change] = []
+            for change in self._log if after < self._sequence else ():
+                if change.sequence > after and change.pool == pool:
+                    found.append(change)
+                    if len(found) == limit:
+                        return found, change.sequence
+            return found, self._sequence
+
+    def keys_in(self, namespace: str) -> list[ChunkKey]:
+        """Store keys of a namespace as the store names it."""
+        self.catch_up()
+        with self._lock:
+            return [chunk.key for chunk in self._chunks.values() if chunk.info.namespace == namespace]
+
+    def _catch_up(self) -> None:
+        if self._generation != self._store.generation:
+            self._generation = self._store.generation
+            self._rescan()
+        unknown = False
+        for move in self._store.take_changes():
+            chunk = self._chunks.get(move.key)
+            if chunk is None:
+                unknown |= move.is_there
+            elif move.is_there:
+                chunk.tiers.add(move.tier)
+            else:
+                chunk.tiers.discard(move.tier)
+                if not chunk.tiers:
+                    self._gone((move.key,))
+        if unknown and time.monotonic() - self._rescanned_at_s > _RESCAN_INTERVAL_S:
+            self._rescan()  # chunks of other processes
+
+    def _gone(self, keys: Iterable[ChunkKey]) -> None:
+        for key in keys:
+            chunk = self._chunks.pop(key)
+            self._sequence += 1
+            self._log.append(Change(self._sequence, chunk.pool, key, None))
+
+    def _rescan(self) -> None:
+        """Compares with what the tiers list: at the start, after tiers changed, and for chunks of other workers."""
+        self._rescanned_at_s = time.monotonic()
+        found: dict[ChunkKey, set[str]] = {}
+        for tier in reversed(self._store.tiers):  # the slowest holds nearly all, in order of writing
+            for entry in tier.entries():
+                if entry.key not in self._chunks:
+                    self._sequence += 1
+                    nbytes = listed_bytes(entry.nbytes)
+                    chunk = ListedChunk(entry.key, nbytes, entry.info, self._sequence)
+                    self._chunks[entry.key] = chunk
+                    self._log.append(Change(self._sequence, chunk.pool, entry.key, chunk))
+                found.setdefault(entry.key, set()).add(tier.name)
+        for key, chunk in self._chunks.items():
+            chunk.tiers = found.get(key, set())
+        self._gone([key for key, chunk in self._chunks.items() if not chunk.tiers])

@@ -1,0 +1,114 @@
+"""What the routes of one application share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Annotated, TypeVar
+
+from fastapi import Depends, Request
+from pydantic import BaseModel
+
+from ..core import ChunkKey
+from ..kvstore.encoding.buffer_pool import BufferPool
+from .access.audit import AuditLog
+from .access.credentials import Credential, TokenFile
+from .access.limits import RequestLimits, TransferTurns, UploadBudget
+from .access.namespaces import NamespaceFile
+from .access.tenants import KeySpace, Tenant, TenantFile
+from .chunk_index import ChunkIndex
+from .containers import ContainerCache
+from .idempotency import Idempotency
+from .jobs import Jobs
+from .latencies import Latencies
+from .pins import Pins
+from .problems import ProblemError
+from .served_store import ServedStore
+from .settings import ServiceSettings
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class ServiceContext:
+    """The parts of a running service. `is_draining`: it has been asked to stop, and takes no new work."""
+
+    settings: ServiceSettings
+    store: ServedStore
+    index: ChunkIndex
+    tokens: TokenFile
+    tenants: TenantFile
+    limits: RequestLimits
+    latencies: Latencies
+    audit: AuditLog
+    pins: Pins
+    jobs: Jobs
+    threads: ThreadPoolExecutor
+    followers: ThreadPoolExecutor
+    transfers: TransferTurns
+    uploads: UploadBudget
+    namespaces: NamespaceFile
+    buffers: BufferPool = field(default_factory=BufferPool)
+    containers: ContainerCache = field(default_factory=ContainerCache)
+    idempotency: Idempotency = field(default_factory=Idempotency)
+    is_draining: bool = False
+    problems: list[str] = field(default_factory=list)
+
+    async def once(self, caller: Caller, route: str, key: str | None, body: BaseModel, function: Callable[[], T]) -> T:
+        """As `run`, but an `Idempotency-Key` that comes again is given the first answer again."""
+        if key is None:
+            return await self.run(function)
+        pool, text = caller.tenant.pool, body.model_dump_json()
+        return await self.idempotency.once(pool, route, key, text, lambda: self.run(function))
+
+    async def run(self, function: Callable[[], T]) -> T:
+        """What a function returns that may wait for a tier, run beside the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self.threads, function)
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks, and in which key space."""
+
+    credential: Credential
+    tenant: Tenant
+    keys: KeySpace
+
+
+def context_of(request: Request) -> ServiceContext:
+    context: ServiceContext = request.app.state.context
+    return context
+
+
+def _needs(scope: str) -> Callable[[Request], Caller]:
+    def caller(request: Request) -> Caller:
+        credential: Credential | None = request.scope.get("credential")
+        if credential is None:
+            raise ProblemError(401, "unauthorized", "a valid bearer token is needed")
+        if scope not in credential.scopes:
+            raise ProblemError(403, "forbidden", f"the token does not have the scope {scope!r}")
+        tenant: Tenant = request.scope["tenant"]
+        return Caller(credential, tenant, context_of(request).tenants.key_space(tenant.pool))
+
+    caller.__name__ = f"needs_{scope}"
+    return caller
+
+
+Context = Annotated[ServiceContext, Depends(context_of)]
+Reader = Annotated[Caller, Depends(_needs("read"))]
+Writer = Annotated[Caller, Depends(_needs("write"))]
+Admin = Annotated[Caller, Depends(_needs("admin"))]
+
+
+def parse_key(text: str, name: str = "key") -> ChunkKey:
+    """A key as clients write it: 64 lower-case hexadecimal digits."""
+    if len(text) != 64 or text.lower() != text:
+        raise ProblemError(422, "invalid", f"{name} is {text[:80]!r}; expected 64 lower-case hexadecimal digits")
+    try:
+        return ChunkKey(bytes.fromhex(text))
+    except ValueError as exc:
+        raise ProblemError(
+            422, "invalid", f"{name} is {text[:80]!r}; expected 64 lower-case hexadecimal digits"
+        ) from exc

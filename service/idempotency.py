@@ -1,0 +1,51 @@
+"""Answers that are given again for a repeated `Idempotency-Key` (draft-ietf-httpapi-idempotency-key-header)."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from typing import TypeVar, cast
+
+from .problems import ProblemError
+
+T = TypeVar("T")
+
+_REMEMBERED = 4096
+_REMEMBERED_S = 24 * 3600.0
+
+
+class Idempotency:
+    """The answers of late. For the event loop's thread alone."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[tuple[str, str, str], tuple[bytes, float, asyncio.Future[object]]] = OrderedDict()
+
+    async def once(self, tenant: str, route: str, key: str, body: str, work: Callable[[], Awaitable[T]]) -> T:
+        """What `work` returns, or returned for the same key and body before.
+
+        Raises
+        ------
+        ProblemError : the key was used for another body.
+        """
+        digest, now_s = hashlib.sha256(body.encode()).digest(), time.monotonic()
+        known = self._known.get((tenant, route, key))
+        if known is not None and now_s - known[1] < _REMEMBERED_S:
+            if known[0] != digest:
+                raise ProblemError(422, "idempotency", "this Idempotency-Key was used for another request")
+            return cast("T", await asyncio.shield(known[2]))
+        answer: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+        self._known[tenant, route, key] = digest, now_s, answer
+        while len(self._known) > _REMEMBERED:
+            self._known.popitem(last=False)
+        try:
+            result = await work()
+        except BaseException as exc:
+            self._known.pop((tenant, route, key), None)  # what failed may be tried again
+            answer.set_exception(exc if isinstance(exc, Exception) else ProblemError(503, "unavailable", "try again"))
+            answer.exception()  # taken note of, for those who wait for nothing
+            raise
+        answer.set_result(result)
+        return result

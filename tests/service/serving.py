@@ -1,0 +1,158 @@
+"""A service for tests: in a thread of this process, or in a process of its own; and bare requests to it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from kvloom.core import Tier
+from kvloom.kvstore.tiers.remote.client import KVLoomClient
+from kvloom.service.access.credentials import TokenFile
+from kvloom.service.app import create_app
+from kvloom.service.server import listen, server_config
+from kvloom.service.settings import ServiceSettings
+
+MIB = 1 << 20
+
+
+class Reply:
+    def __init__(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        self.status, self.headers, self.body = status, headers, body
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Service:
+    """A service that runs; `token` has all scopes for the tenant `default`."""
+
+    def __init__(self, port: int, directory: Path, token: str) -> None:
+        self.port, self.directory, self.token = port, directory, token
+        self.url = f"http://127.0.0.1:{port}"
+        self.context: Any = None
+
+    def new_token(self, tenant: str = "default", scopes: Sequence[str] = ("read", "write")) -> str:
+        return TokenFile(self.directory / "tokens.json").create(tenant, scopes)
+
+    def client(self, token: str | None = None, **options: Any) -> KVLoomClient:
+        return KVLoomClient(self.url, token=token or self.token, **options)
+
+    def ask(
+        self,
+        method: str,
+        path: str,
+        body: bytes | dict[str, Any] | None = None,
+        *,
+        token: str | None = "",
+        headers: Mapping[str, str] = {},
+    ) -> Reply:
+        """One request; `token` None for none, empty for the service's own."""
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=30)
+        sent = dict(headers)
+        if token is not None:
+            sent["Authorization"] = f"Bearer {token or self.token}"
+        if isinstance(body, dict):
+            body = json.dumps(body).encode()
+            sent.setdefault("Content-Type", "application/json")
+        try:
+            connection.request(method, path, body, sent)
+            answer = connection.getresponse()
+            data = answer.read()
+            return Reply(answer.status, {name.lower(): value for name, value in answer.getheaders()}, data)
+        finally:
+            connection.close()
+
+
+def small_settings(directory: Path, **changes: Any) -> ServiceSettings:
+    return ServiceSettings(
+        **{"directory": directory, "port": 0, "host_bytes": 64 * MIB, "disk_bytes": 256 * MIB, **changes}
+    )
+
+
+@contextmanager
+def service_in_thread(directory: Path, tiers: Sequence[Tier] | None = None, **changes: Any) -> Iterator[Service]:
+    settings = small_settings(directory, **changes)
+    app = create_app(settings, tiers)
+    token = TokenFile(directory / "tokens.json").create("default", ("read", "write", "admin"))
+    sock = listen("127.0.0.1", 0)
+    server = uvicorn.Server(server_config(settings, app))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
+    thread.start()
+    service = Service(sock.getsockname()[1], directory, token)
+    service.context = app.state.context
+    try:
+        until_s = time.monotonic() + 30
+        while not server.started:
+            assert thread.is_alive() and time.monotonic() < until_s, "the service did not start"
+            time.sleep(0.01)
+        yield service
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+class ServiceProcess(Service):
+    """`kvloom serve` as a user runs it."""
+
+    def __init__(self, directory: Path, *options: str, env: Mapping[str, str] = {}) -> None:
+        probe = socket.create_server(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        command = [sys.executable, "-c", "from kvloom.cli import main; main()", "serve", "--directory", str(directory)]
+        self.process = subprocess.Popen(
+            [*command, "--port", str(port), *options],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **env},
+        )
+        self.lines: list[str] = []
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip("\n"))
+            if "serves http" in line:
+                break
+        token = TokenFile(directory / "tokens.json").create("default", ("read", "write", "admin"))
+        super().__init__(port, directory, token)
+        self.wait_until_ready()
+
+    def wait_until_ready(self, timeout_s: float = 60.0) -> None:
+        until_s = time.monotonic() + timeout_s
+        while True:
+            assert self.process.poll() is None, f"the service ended: {self.lines}"
+            try:
+                if self.ask("GET", "/readyz", token=None).status == 200:
+                    return
+            except OSError:
+                pass
+            assert time.monotonic() < until_s, "the service was not ready in time"
+            time.sleep(0.05)
+
+    def stop(self, sign: int = signal.SIGTERM, timeout_s: float = 60.0) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(sign)
+        code = self.process.wait(timeout_s)
+        if self.process.stdout is not None and not self.process.stdout.closed:
+            self.lines += self.process.stdout.read().splitlines()
+            self.process.stdout.close()
+        return code
+
+
+@contextmanager
+def service_process(directory: Path, *options: str, env: Mapping[str, str] = {}) -> Iterator[ServiceProcess]:
+    service = ServiceProcess(directory, *options, env=env)
+    try:
+        yield service
+    finally:
+        service.stop(signal.SIGKILL)

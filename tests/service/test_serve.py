@@ -1,0 +1,49 @@
+"""`kvloom serve` as a process: first start, refusals, restart, an orderly end."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvloom.testing.chunks import make_blob, make_key, same_blob
+
+from .serving import service_process
+
+KVLOOM = [sys.executable, "-c", "from kvloom.cli import main; main()"]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*KVLOOM, *arguments], capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.slow
+def test_first_start_shows_a_token_once_and_the_next_does_not(tmp_path: Path) -> None:
+    with service_process(tmp_path / "kv") as service:
+        assert re.fullmatch(r"kvloom serves http://127\.0\.0\.1:\d+, .*", service.lines[0])
+        service.client().put(make_key(1), make_blob(1))
+        other = run("serve", "--directory", str(tmp_path / "kv"), "--port", "0")
+        assert other.returncode == 2 and "another service uses" in other.stderr
+        assert service.stop() == 0
+        shown = [line for line in service.lines if "token, shown only now" in line]
+        assert len(shown) == 1
+        token = shown[0].split()[-1]
+    with service_process(tmp_path / "kv") as service:
+        found = service.client(token).get(make_key(1))
+        assert found is not None and same_blob(found, make_blob(1))
+        assert service.stop() == 0
+        assert not any("shown only now" in line for line in service.lines)
+    listed = run("token", "list", "--directory", str(tmp_path / "kv")).stdout.splitlines()
+    assert len(listed) == 3 and token.split("_")[2] not in "".join(listed)
+    assert run("token", "revoke", token.split("_")[1], "--directory", str(tmp_path / "kv")).returncode == 0
+    assert run("token", "revoke", "nothing", "--directory", str(tmp_path / "kv")).returncode == 2
+
+
+def test_an_address_that_others_reach_needs_tls_and_tokens(tmp_path: Path) -> None:
+    for host in ("0.0.0.0", "::", "192.0.2.1"):
+        refused = run("serve", "--directory", str(tmp_path / "kv"), "--host", host, "--port", "0")
+        assert refused.returncode == 2 and "tls_certificate" in refused.stderr, refused.stderr
+    options = ["--set", f"tls_certificate={tmp_path}/a.pem", "--set", f"tls_key={tmp_path}/b.pem"]
+    refused = run("serve", "--directory", str(tmp_path / "kv"), "--host", "0.0.0.0", "--port", "0", *options)
+    assert refused.returncode == 2 and "kvloom token create" in refused.stderr
