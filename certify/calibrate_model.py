@@ -54,10 +54,10 @@ def calibrate(
 
     Parameters
     ----------
-    windows : token sequences, see `hf_windows.token_windows`; all of them fit the model's context.
+    windows : token sequences, see `token_windows`; all of them fit the model's context.
     model_id : names the weights; None computes `weights_id`.
     layer_fits : by method, what is to be learned.
-    strings : further token sequences, see `hf_windows.string_windows`: only their keys and queries count, and only for
+    strings : further token sequences, see `string_windows`: only their keys and queries count, and only for
         methods that want them.
     skip_tokens : first tokens of every sequence that are no samples: attention sinks are unlike all others.
     memory_bytes : hidden states that take more than this are kept in a temporary file.

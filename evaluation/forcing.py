@@ -95,12 +95,10 @@ class ForcedModel:
         self.spec = self.layers.spec
         self._model = model
 
-    @torch.no_grad()
     def prefill(self, ids: Tensor) -> tuple[KVChunk, Tensor]:
         """Exact KV of a context `[T]`, and the output `[T, E]` of its last layer."""
-        return self._run(ids, None, None)
+        return self.run(ids)
 
-    @torch.no_grad()
     def forced(self, ids: Tensor, way: Way) -> Tensor:
         """The output `[T, E]` of the last layer if every key and value is replaced before it is attended to.
 
@@ -114,16 +112,17 @@ class ForcedModel:
         """
         if not way.is_layerwise:
             raise ValueError(f"{way.name} cannot be applied layer by layer; measure it behind a prefix")
-        return self._run(ids, None, way)[1]
+        return self.run(ids, way=way)[1]
 
-    @torch.no_grad()
     def continued(self, prefix: KVChunk, ids: Tensor, attend: Attend | None = None) -> Tensor:
         """The output `[T, E]` of the last layer for tokens behind `prefix`, which they see exactly, or by `attend`."""
-        return self._run(ids, prefix, None, attend)[1]
+        return self.run(ids, prefix, attend=attend)[1]
 
-    def _run(
-        self, ids: Tensor, prefix: KVChunk | None, way: Way | None, attend: Attend | None = None
+    @torch.no_grad()
+    def run(
+        self, ids: Tensor, prefix: KVChunk | None = None, *, way: Way | None = None, attend: Attend | None = None
     ) -> tuple[KVChunk, Tensor]:
+        """KV of tokens `[T]` behind `prefix`, and the output `[T, E]` of the last layer; see the methods above."""
         spec, layers, device = self.spec, self.layers, self._model.device
         start = 0 if prefix is None else len(prefix)
         positions = torch.arange(start, start + len(ids))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...retrieval.attention import attend
 from ...retrieval.selector import Selection, Selector
-from .contexts import SINK_TOKENS, WINDOW_TOKENS, Context, ContextModel, pinned_rows
+from .contexts import SINK_TOKENS, WINDOW_TOKENS, Context, ContextModel, attend_pinned, pinned_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,6 @@ class _Step:
     query: Tensor  # [Hq, D]
     position: int
     pinned: tuple[Tensor, Tensor]
-    visible: int  # of the pinned rows
     weights: Tensor  # [H, G, C], the softmax over everything, on the context
     covered_mass: Tensor  # [H, G], of it on what selectors cover
     out: Tensor  # [Hq, Dv]
@@ -65,16 +64,17 @@ class AttentionProbe:
 
     def _step(self, behind: Context | None, own: Context, layer: int, t: int) -> _Step:
         context, shape = self._context, self._model.shape
-        pinned = pinned_rows(context, behind, layer, own.keys[layer, :, : t + 1], own.values[layer, :, : t + 1])
-        tail = SINK_TOKENS + WINDOW_TOKENS
-        keys = torch.cat((context.keys[layer], pinned[0][:, tail:]), dim=1)
-        values = torch.cat((context.values[layer], pinned[1][:, tail:]), dim=1)
+        before = [part for part in (context, behind) if part is not None]
+        keys, values = (
+            torch.cat([*(getattr(part, name)[layer] for part in before), getattr(own, name)[layer, :, : t + 1]], dim=1)
+            for name in ("keys", "values")
+        )
         query = own.queries[layer, :, t]
         out, lse = attend(query, keys, values, scale=shape.scale)
         scores = query.view(shape.kv_heads, shape.group, -1) @ context.keys[layer].mT * shape.scale
         weights = torch.exp(scores - lse.view(shape.kv_heads, shape.group, 1))
         covered = weights[..., SINK_TOKENS : len(context) - WINDOW_TOKENS].sum(-1)
-        return _Step(layer, query, own.first + t, pinned, pinned[0].shape[1], weights, covered, out)
+        return _Step(layer, query, own.first + t, pinned_rows(keys, values, len(context)), weights, covered, out)
 
     def measure(self, selectors: Sequence[Selector], budget: int) -> AttentionQuality:
         """Of the choices of these selectors, one for each layer."""
@@ -94,9 +94,8 @@ class AttentionProbe:
         lost = step.covered_mass - (step.weights * chosen[:, None]).sum(-1)
         wanted = _marked(exact, len(self._context))
         recall = float((chosen & wanted).sum() / wanted.sum()) if bool(wanted.any()) else math.nan
-        out = self._context.attend(
-            step.query, step.layer, step.pinned, step.visible, selection, self._model.shape.scale
-        )
+        keys, values = self._context.keys[step.layer], self._context.values[step.layer]
+        out = attend_pinned(step.query, step.pinned, keys, values, selection, self._model.shape.scale)
         error = (out - step.out).norm(dim=-1) / step.out.norm(dim=-1)
         compared = selection.compared_keys / max(1, covered * self._model.shape.kv_heads)
         return float(1 - lost.mean()), recall, float(error.mean()), compared

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...blend.attention import causal_attention
-from ...connectors.hf.model import TransformersModel
+from ...core import KVChunk
+from ...evaluation.forcing import QUERIES, ForcedModel
 from ...retrieval.attention import attend, attend_at, attend_selected
 from ...retrieval.selector import LayerShape, LearnsFromQueries, Selection, Selector
 
@@ -22,38 +22,39 @@ _OBSERVED = 1024  # queries that are handed to a selector at once
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Context:
-    """What all layers know of some tokens: `[L, heads, T, D]` each, after rotary embedding.
+    """What all layers know of some tokens.
 
     Attributes
     ----------
-    first : position of its first token.
+    chunk : their keys and values.
     hidden : `[T, E]`, the output of the last layer.
     """
 
-    first: int
-    queries: Tensor
-    keys: Tensor
-    values: Tensor
+    chunk: KVChunk
     hidden: Tensor
 
     def __len__(self) -> int:
-        return self.keys.shape[2]
+        return len(self.chunk)
 
-    def attend(
-        self,
-        query: Tensor,
-        layer: int,
-        pinned: tuple[Tensor, Tensor],
-        visible: int,
-        selection: Selection,
-        scale: float,
-    ) -> Tensor:
-        """Attention's output for one token `[Hq, D]` over the first `visible` pinned rows, what was chosen, and the
-        estimate of the rest if there is one.
-        """
-        near = attend(query, pinned[0][:, :visible], pinned[1][:, :visible], scale=scale)
-        attend_ids = partial(attend_at, query, self.keys[layer], self.values[layer], scale=scale)
-        return attend_selected(near, selection, attend_ids)[0]
+    @property
+    def first(self) -> int:
+        """Position of the first token."""
+        return int(self.chunk.positions[0])
+
+    @property
+    def queries(self) -> Tensor:
+        """`[L, Hq, T, D]` after rotary embedding."""
+        return self.chunk.extras[QUERIES]
+
+    @property
+    def keys(self) -> Tensor:
+        """`[L, H, T, D]` after rotary embedding."""
+        return self.chunk.keys
+
+    @property
+    def values(self) -> Tensor:
+        """`[L, H, T, Dv]`."""
+        return self.chunk.values
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,41 +69,19 @@ class Reads:
 
 
 class ContextModel:
-    """A transformers model that continues prefilled contexts.
-
-    Dense and sparse passes go through the same operations, so that two differ by the attention alone.
-    """
+    """A transformers model that continues prefilled contexts; dense and sparse passes differ by the attention alone."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.layers = TransformersModel(model, model_id="measured")
-        self._model = model
+        self._forced = ForcedModel(model, model_id="measured", keeps_queries=True)
+        self.layers, self.logits = self._forced.layers, self._forced.logits
         spec = self.layers.spec
         group = model.config.num_attention_heads // spec.num_kv_heads
         self.shape = LayerShape(spec.num_kv_heads, group, spec.head_dim, self.layers.scale, spec.rope)
 
-    @torch.no_grad()
     def dense(self, ids: Tensor, context: Context | None = None, behind: Context | None = None) -> Context:
         """Exact attention of tokens `[T]` over `context`, then `behind` it, then themselves."""
-        before = [part for part in (context, behind) if part is not None]
-        first = sum(map(len, before))
-        positions = torch.arange(first, first + len(ids))
-        hidden = self.layers.embed(ids)
-        kept: list[tuple[Tensor, Tensor, Tensor]] = []
-        for layer in range(self.layers.spec.num_layers):
-            queries, keys, values = self.layers.qkv(layer, hidden, positions)
-            kept.append((queries, keys, values))
-            attended = causal_attention(
-                queries,
-                torch.cat([*(part.keys[layer] for part in before), keys], dim=1),
-                torch.cat([*(part.values[layer] for part in before), values], dim=1),
-                positions,
-                scale=self.layers.scale,
-            )
-            hidden = self.layers.finish(layer, hidden, attended)
-        queries, keys, values = (torch.stack(parts) for parts in zip(*kept, strict=True))
-        return Context(first, queries, keys, values, hidden)
+        return Context(*self._forced.run(ids, _joined(context, behind)))
 
-    @torch.no_grad()
     def sparse(
         self, ids: Tensor, context: Context, behind: Context | None, selectors: Sequence[Selector], budget: int
     ) -> tuple[Tensor, list[Reads]]:
@@ -111,22 +90,20 @@ class ContextModel:
 
         The tokens are given, as under teacher forcing: computing them layer by layer is decoding them one by one.
         """
-        tail = len(behind) if behind is not None else 0
-        first = len(context) + tail
-        positions = torch.arange(first, first + len(ids))
-        hidden = self.layers.embed(ids)
         reads = [Reads() for _ in ids]
-        for layer, selector in enumerate(selectors):
-            queries, keys, values = self.layers.qkv(layer, hidden, positions)
-            pinned = pinned_rows(context, behind, layer, keys, values)
+
+        def attend_chosen(layer: int, _: KVChunk, queries: Tensor, keys: Tensor, values: Tensor, first: int) -> Tensor:
+            pinned = pinned_rows(keys, values, len(context))
             outs = []
-            for t, position in enumerate(positions.tolist()):
+            for t in range(len(ids)):
                 visible = pinned[0].shape[1] - len(ids) + t + 1
-                selection = selector.select(queries[:, t], position, budget)
-                outs.append(context.attend(queries[:, t], layer, pinned, visible, selection, self.shape.scale))
+                selection = selectors[layer].select(queries[:, t], first + t, budget)
+                near = [rows[:, :visible] for rows in pinned]
+                outs.append(attend_pinned(queries[:, t], near, keys, values, selection, self.shape.scale))
                 reads[t] += self.reads(selection, visible, values.shape[-1])
-            hidden = self.layers.finish(layer, hidden, torch.stack(outs, dim=1).to(hidden.dtype))
-        return hidden, reads
+            return torch.stack(outs, dim=1).to(queries.dtype)
+
+        return self._forced.run(ids, _joined(context, behind), attend=attend_chosen)[1], reads
 
     def reads(self, selection: Selection, pinned_tokens: int, v_dim: int) -> Reads:
         """Of one token in one layer."""
@@ -138,25 +115,33 @@ class ContextModel:
         spec = self.layers.spec
         return spec.num_layers * spec.num_kv_heads * tokens * 2 * spec.head_dim * _KV_BYTES
 
-    @torch.no_grad()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """`[T, E]` -> `[T, V]` float32."""
-        logits: Tensor = self._model.lm_head(self._model.model.norm(hidden)).float()
-        return logits
+
+def attend_pinned(
+    query: Tensor, pinned: Sequence[Tensor], keys: Tensor, values: Tensor, selection: Selection, scale: float
+) -> Tensor:
+    """Attention's output for one token `[Hq, D]` over pinned keys and values, what was chosen among `keys` and
+    `values`, and the estimate of the rest if there is one.
+    """
+    near = attend(query, *pinned, scale=scale)
+    return attend_selected(near, selection, partial(attend_at, query, keys, values, scale=scale))[0]
 
 
-def pinned_rows(
-    context: Context, behind: Context | None, layer: int, keys: Tensor, values: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Keys and values of one layer that every step attends to: sinks, the context's end, and all that follows it."""
-    both = []
-    for whole, tail, own in (
-        (context.keys, None if behind is None else behind.keys, keys),
-        (context.values, None if behind is None else behind.values, values),
-    ):
-        ends = [whole[layer, :, :SINK_TOKENS], whole[layer, :, len(context) - WINDOW_TOKENS :]]
-        both.append(torch.cat([*ends, *([] if tail is None else [tail[layer]]), own], dim=1))
-    return both[0], both[1]
+def pinned_rows(keys: Tensor, values: Tensor, context_tokens: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of one layer, `[H, S, D]`, that every step attends to: sinks, the end of the first
+    `context_tokens`, and all that follows them.
+    """
+    end = context_tokens - WINDOW_TOKENS
+    both = (torch.cat((rows[:, :SINK_TOKENS], rows[:, end:]), dim=1) for rows in (keys, values))
+    return next(both), next(both)
+
+
+def _joined(context: Context | None, behind: Context | None) -> KVChunk | None:
+    parts = [part.chunk for part in (context, behind) if part is not None]
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    ids, positions = (torch.cat([getattr(part, name) for part in parts]) for name in ("token_ids", "positions"))
+    keys, values = (torch.cat([getattr(part, name) for part in parts], dim=2) for name in ("keys", "values"))
+    return KVChunk(parts[0].spec, ids, positions, keys, values)
 
 
 def fill(selector: Selector, context: Context, layer: int) -> Selector:
