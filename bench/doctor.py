@@ -1,4 +1,4 @@
-"""What this machine can do for kvloom: versions, devices, copy and disk speed, extras. Takes a few seconds."""
+"""Shows what this machine can do for kvloom: versions, devices, copy and disk speed, extras. Takes a few seconds."""
 
 from __future__ import annotations
 

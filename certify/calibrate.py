@@ -25,7 +25,7 @@ _STAGES = {"forward": "hidden states", "backward": "keys, values, gradients", "f
 
 @dataclass(frozen=True, slots=True)
 class CalibrateOptions:
-    """What is read, and where the profile goes.
+    """Options of a calibration.
 
     Attributes
     ----------

@@ -62,7 +62,7 @@ def calibrate(
     skip_tokens : first tokens of every sequence that are no samples: attention sinks are unlike all others.
     memory_bytes : hidden states that take more than this are kept in a temporary file.
     meta : goes into the profile with what this function adds: sequences, tokens, loss, date.
-    advance : told of every stage and by how much it has advanced: `forward`, `backward` and `fit` by tokens times
+    advance : called with a stage and by how much it has advanced: `forward`, `backward` and `fit` by tokens times
         layers. `stage_units` says how much there will be.
 
     Raises
@@ -120,7 +120,7 @@ def calibrate(
 def stage_units(
     layers: int, windows: Sequence[Sequence[int]], *, strings: Sequence[Sequence[int]] = ()
 ) -> dict[str, int]:
-    """What `advance` is told in all, by stage."""
+    """Sum of what `advance` is called with, by stage."""
     tokens, further = (layers * sum(map(len, sequences)) for sequences in (windows, strings))
     return {"forward": tokens + further, "backward": tokens, "fit": tokens}
 

@@ -12,7 +12,7 @@ from ..compress.registry import codec_by_name
 from ..connectors.break_even import break_even
 from ..connectors.hf.retrieval.decoding import layer_shape
 from ..core import Codec
-from ..evaluation.forcing import CHUNK_TOKENS, ForcedModel, Way, through_codec
+from ..evaluation.forcing import CHUNK_TOKENS, Approximation, ForcedModel, through_codec
 from ..evaluation.models import load_model
 from ..evaluation.page import Table
 from ..evaluation.passages import load_heldout
@@ -27,7 +27,7 @@ from .outcome import HEADS, QUESTION_TOKENS, certificate, finish, loss_rows
 
 @dataclass(frozen=True, slots=True)
 class CertifyOptions:
-    """What is measured, and how much of it.
+    """Options of the certification of a codec or of retrieval.
 
     Attributes
     ----------
@@ -83,7 +83,7 @@ def certify(options: CertifyOptions) -> Certificate:
         windows = token_windows(
             tokenizer, texts, sequences=options.windows, tokens=min(options.window_tokens, longest), least_tokens=64
         )
-        way, conditions = _way(codec, options.retrieval, profile, forced)
+        approximation, conditions = _approximation(codec, options.retrieval, profile, forced)
         context_tokens = min(
             options.context_tokens or (1024 if options.retrieval is None else 2048), longest - QUESTION_TOKENS
         )
@@ -94,7 +94,7 @@ def certify(options: CertifyOptions) -> Certificate:
             bars[kind] = bar.add_task(f"{kind} tasks", total=options.trials)
         (found,) = measure(
             forced,
-            [way],
+            [approximation],
             windows=windows,
             trials=trials,
             skip_unknown=AUTO in options.tasks,
@@ -102,7 +102,7 @@ def certify(options: CertifyOptions) -> Certificate:
         )
     made = certificate(
         forced.spec,
-        (way.name, way.parameters),
+        (approximation.name, approximation.parameters),
         found.figures(options.limits),
         {
             "windows": len(windows),
@@ -117,15 +117,15 @@ def certify(options: CertifyOptions) -> Certificate:
             "limits": asdict(options.limits),
         },
     )
-    table = Table(HEADS, loss_rows(made.figures), f"{way.name} on {made.model_id[:24]}", left=(0, 4))
-    verdict = f"{way.name} may be used for this model" if made.passed else f"{way.name} stays refused for this model"
+    table = Table(HEADS, loss_rows(made.figures), f"{approximation.name} on {made.model_id[:24]}", left=(0, 4))
+    verdict = f"{approximation.name} {'may be used' if made.passed else 'stays refused'} for this model"
     return finish(made, table, verdict, options.out)
 
 
-def _way(
+def _approximation(
     codec: Codec | None, retrieval: Retrieval | None, profile: Profile | None, forced: ForcedModel
-) -> tuple[Way, dict[str, object]]:
-    """What is measured, and what the certificate says of this machine."""
+) -> tuple[Approximation, dict[str, object]]:
+    """Returns the approximation, and conditions of the certificate that hold for this machine."""
     if codec is not None:
         return through_codec(codec), {}
     if retrieval is None:

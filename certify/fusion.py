@@ -26,7 +26,7 @@ RATIOS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 
 @dataclass(frozen=True, slots=True)
 class FusionOptions:
-    """What is measured, and how much of it.
+    """Options of the certification of fusion.
 
     Attributes
     ----------
@@ -129,7 +129,7 @@ def smallest_passing(passed: Sequence[bool]) -> int:
 
 
 def _figures(known: dict[str, list[Score]], number: int, limit: float) -> dict[str, Figure]:
-    """Of one method, each task's loss with its interval (Agresti & Min)."""
+    """Loss of one method on each task, with its interval (Agresti & Min)."""
     return {
         f"{kind}_loss": Figure(*paired_share_difference(scores[0].known, scores[number].known), "share", limit)
         for kind, scores in known.items()

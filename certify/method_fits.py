@@ -1,4 +1,4 @@
-"""What every method learns from a model's keys and values: one table, one line a method."""
+"""Functions by which methods learn from a model's keys and values: one table, one line a method."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a measurement says: the table of its losses, the verdict, and the certificate in a file."""
+"""The outcome of a certification: a table of losses, a verdict, and the certificate in a file."""
 
 from __future__ import annotations
 

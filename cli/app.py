@@ -82,7 +82,7 @@ def _refuse_empty(args: Sequence[str]) -> None:
 
 
 def _usage_message(error: Exception) -> str:
-    """What typer has to say of wrong arguments, and where to read on; empty if it printed the help already."""
+    """Typer's message about wrong arguments, and where to read on; empty if it has printed the help."""
     if type(error).__name__ == "NoArgsIsHelpError":
         return ""
     message = getattr(error, "format_message", error.__str__)().rstrip(".")

@@ -1,4 +1,4 @@
-"""What a measurement was made on: versions, processor, devices, commit. Never a host name, a user or a path."""
+"""Describes the machine of a measurement: versions, processor, devices, commit. Never a host name, user or path."""
 
 from __future__ import annotations
 

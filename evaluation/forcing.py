@@ -28,8 +28,8 @@ tokens from position `first` on, keys and values being those of the prefix and t
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    """A way of making KV: what becomes of the exact keys and values of a context before anything attends to them.
+class Approximation:
+    """Approximate KV: a change of the exact keys and values of a context before anything attends to them.
 
     Attributes
     ----------
@@ -48,11 +48,11 @@ class Way:
 
 
 def as_it_is(chunk: KVChunk) -> KVChunk:
-    """Of a way that changes no keys and values."""
+    """Changes no keys and values."""
     return chunk
 
 
-def through_codec(codec: Codec, *, chunk_tokens: int = CHUNK_TOKENS) -> Way:
+def through_codec(codec: Codec, *, chunk_tokens: int = CHUNK_TOKENS) -> Approximation:
     """Encoded and decoded, chunk by chunk of so many tokens, as a store holds a context."""
 
     def approximate(chunk: KVChunk) -> KVChunk:
@@ -61,7 +61,7 @@ def through_codec(codec: Codec, *, chunk_tokens: int = CHUNK_TOKENS) -> Way:
         values = torch.cat([piece.values for piece in pieces], dim=2).to(chunk.keys.device)
         return KVChunk(chunk.spec, chunk.token_ids, chunk.positions, keys, values, chunk.first_layer)
 
-    return Way(codec.name, parameters_of(codec), approximate)
+    return Approximation(codec.name, parameters_of(codec), approximate)
 
 
 def split(chunk: KVChunk, tokens: int) -> list[KVChunk]:
@@ -99,7 +99,7 @@ class ForcedModel:
         """Exact KV of a context `[T]`, and the output `[T, E]` of its last layer."""
         return self.run(ids)
 
-    def forced(self, ids: Tensor, way: Way) -> Tensor:
+    def forced(self, ids: Tensor, approximation: Approximation) -> Tensor:
         """The output `[T, E]` of the last layer if every key and value is replaced before it is attended to.
 
         Layer by layer: what one layer loses changes the keys and values that the next one computes. This is how KVQuant
@@ -108,11 +108,11 @@ class ForcedModel:
 
         Raises
         ------
-        ValueError : `way` cannot be applied layer by layer.
+        ValueError : `approximation` cannot be applied layer by layer.
         """
-        if not way.is_layerwise:
-            raise ValueError(f"{way.name} cannot be applied layer by layer; measure it behind a prefix")
-        return self.run(ids, way=way)[1]
+        if not approximation.is_layerwise:
+            raise ValueError(f"{approximation.name} cannot be applied layer by layer; measure it behind a prefix")
+        return self.run(ids, approximation=approximation)[1]
 
     def continued(self, prefix: KVChunk, ids: Tensor, attend: Attend | None = None) -> Tensor:
         """The output `[T, E]` of the last layer for tokens behind `prefix`, which they see exactly, or by `attend`."""
@@ -120,7 +120,12 @@ class ForcedModel:
 
     @torch.no_grad()
     def run(
-        self, ids: Tensor, prefix: KVChunk | None = None, *, way: Way | None = None, attend: Attend | None = None
+        self,
+        ids: Tensor,
+        prefix: KVChunk | None = None,
+        *,
+        approximation: Approximation | None = None,
+        attend: Attend | None = None,
     ) -> tuple[KVChunk, Tensor]:
         """KV of tokens `[T]` behind `prefix`, and the output `[T, E]` of the last layer; see the methods above."""
         spec, layers, device = self.spec, self.layers, self._model.device
@@ -130,8 +135,8 @@ class ForcedModel:
         all_keys, all_values, asked = [], [], []
         for layer in range(spec.num_layers):
             queries, keys, values = layers.qkv(layer, hidden, placed)
-            if way is not None:
-                changed = way.approximate(KVChunk(spec, ids, positions, keys[None], values[None], layer))
+            if approximation is not None:
+                changed = approximation.approximate(KVChunk(spec, ids, positions, keys[None], values[None], layer))
                 keys, values = changed.keys[0], changed.values[0]
             all_keys.append(keys)
             all_values.append(values)
@@ -160,7 +165,7 @@ class ForcedModel:
 
     @torch.no_grad()
     def compare(self, exact: Tensor, other: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of two outputs `[T, E]` of the last layer: losses of the targets `[T]`, and KL of the second to the first.
+        """Losses of the targets `[T]` by two outputs `[T, E]` of the last layer, and KL of the second to the first.
 
         Each `[T]` float64, cpu, in nats a token: exact losses, other losses, KL.
         """

@@ -49,7 +49,7 @@ def blend(ratio: float, chooser: str = "deviation") -> Method:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outcome:
-    """What one method did with one case.
+    """Outcome of one method on one case.
 
     Attributes
     ----------

@@ -178,7 +178,7 @@ def _table(table: Table) -> str:
 
 
 def cell_text(value: str | float | None) -> str:
-    """What a cell of a `Table` says, not yet escaped."""
+    """Text of a cell of a `Table`, not yet escaped."""
     if value is None:
         return ""
     if isinstance(value, int) or (isinstance(value, float) and value.is_integer() and abs(value) < 1e15):

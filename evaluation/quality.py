@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..calibration.certificate import Figure
 from ..connectors.identity.requests import lead_of
-from .forcing import ForcedModel, Way, split
+from .forcing import Approximation, ForcedModel, split
 from .intervals import Floats, paired_bootstrap, paired_share_difference
 from .models import token_counter
 from .tasks import TaskSampler
@@ -27,7 +27,7 @@ _FIRST_TRIALS = 20  # after which that is asked
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an approximation may lose at most, each at the bad end of its 95 % interval; None: anything.
+    """Largest permitted losses, each at the bad end of its 95 % interval; None: no limit.
 
     One set for all codecs: 5 % of perplexity is about what 3 bits cost a small model and 2 bits a large one (KVQuant,
     table 1), and 5 points of exact match are what 200 trials can tell from none.
@@ -59,18 +59,18 @@ class Trial:
 
 @dataclass(slots=True, eq=False)
 class Measurement:
-    """One way of making KV beside the exact one, on the same windows and trials, in their order.
+    """One approximation beside the exact model, on the same windows and trials, in their order.
 
     Attributes
     ----------
     forced, prefix : mean losses of a window, exact and approximate, and its mean KL, in nats a token: with every key
-        and value approximate (`ForcedModel.forced`; empty if `way` is not layerwise), and of the second half of a
-        window over an approximate first half.
+        and value approximate (`ForcedModel.forced`; empty if `approximation` is not layerwise), and of the second half
+        of a window over an approximate first half.
     right : by kind of task, whether the exact and the approximate model answered, trial by trial.
     skipped : kinds that the exact model does not know, and how often it answered.
     """
 
-    way: Way
+    approximation: Approximation
     forced: list[tuple[float, float, float]] = field(default_factory=list)
     prefix: list[tuple[float, float, float]] = field(default_factory=list)
     right: dict[str, list[tuple[bool, bool]]] = field(default_factory=dict)
@@ -94,23 +94,23 @@ class Measurement:
 
 def measure(
     model: ForcedModel,
-    ways: Sequence[Way],
+    approximations: Sequence[Approximation],
     *,
     windows: Sequence[Sequence[int]] = (),
     trials: Mapping[str, Sequence[Trial]] | None = None,
     skip_unknown: bool = False,
     advance: Callable[[str], object] = lambda _: None,
 ) -> list[Measurement]:
-    """Every way on every window and trial, beside the exact model.
+    """Every approximation on every window and trial, beside the exact model.
 
     Parameters
     ----------
     windows : token sequences, see `token_windows`; at least 4 tokens each.
     trials : by kind of task, see `task_trials`.
     skip_unknown : leave out tasks of which the exact model answers fewer than `KNOWN_RATIO`; noticed early.
-    advance : told of `windows` or the kind after each.
+    advance : called with `windows` or the kind after each.
     """
-    found = [Measurement(way) for way in ways]
+    found = [Measurement(approximation) for approximation in approximations]
     for window in windows:
         _language(model, torch.tensor(list(window)), found)
         advance("windows")
@@ -174,9 +174,9 @@ def _language(model: ForcedModel, ids: Tensor, found: Sequence[Measurement]) -> 
     first = replace(split(whole, half)[0], extras=whole.extras)
     behind = model.continued(first, inputs[half:])  # the same operations as below, not those of the whole window
     for one in found:
-        if one.way.is_layerwise:
-            one.forced.append(_means(model, exact, model.forced(inputs, one.way), targets))
-        over = model.continued(one.way.approximate(first), inputs[half:], one.way.attend)
+        if one.approximation.is_layerwise:
+            one.forced.append(_means(model, exact, model.forced(inputs, one.approximation), targets))
+        over = model.continued(one.approximation.approximate(first), inputs[half:], one.approximation.attend)
         one.prefix.append(_means(model, behind, over, targets[half:]))
 
 
@@ -186,7 +186,7 @@ def _means(model: ForcedModel, exact: Tensor, other: Tensor, targets: Tensor) ->
 
 
 def _answer(model: ForcedModel, kind: str, trial: Trial, found: Sequence[Measurement]) -> bool:
-    """Notes who answered; whether the exact model did.
+    """Record which models answered; returns whether the exact one did.
 
     The answer's own tokens are given: greedy decoding gives the answer if and only if each of its tokens is the most
     likely one behind those before it.
@@ -195,7 +195,7 @@ def _answer(model: ForcedModel, kind: str, trial: Trial, found: Sequence[Measure
     rest = torch.cat((trial.question, trial.answer[:-1]))
     exact = model.answers(model.continued(context, rest)[-len(trial.answer) :], trial.answer)
     for one in found:
-        over = model.continued(one.way.approximate(context), rest, one.way.attend)
+        over = model.continued(one.approximation.approximate(context), rest, one.approximation.attend)
         right = model.answers(over[-len(trial.answer) :], trial.answer)
         one.right.setdefault(kind, []).append((exact, right))
     return exact

@@ -1,4 +1,4 @@
-"""What a benchmark hands over: figures with intervals, tables and plots; as JSON, on a terminal, as a page."""
+"""Results of benchmarks: figures with intervals, tables and plots; as JSON, on a terminal, as a page."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Metric:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a figure should reach: at least (`>=`), at most (`<=`) or less than (`<`) `bound`."""
+    """A bound that a figure should reach: at least (`>=`), at most (`<=`) or less than (`<`) `bound`."""
 
     metric: str
     sign: str

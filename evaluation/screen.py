@@ -1,4 +1,4 @@
-"""What a command shows on a terminal: tables of one look, and how far the work is."""
+"""Tables and progress on a terminal."""
 
 from __future__ import annotations
 

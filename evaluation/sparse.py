@@ -1,4 +1,4 @@
-"""A way of attending: behind a prefix, through retrieval, as a session decodes; to be measured like a codec."""
+"""Attention behind a prefix through retrieval, as a session decodes, measured like a codec."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..core import KVChunk
 from ..retrieval.attention import attend, attend_at, attend_selected
 from ..retrieval.selector import LearnsFromQueries, choose
 from ..retrieval.settings import CHUNK_TOKENS, Retrieval
-from .forcing import QUERIES, QUERY_POSITIONS, Way, as_it_is
+from .forcing import QUERIES, QUERY_POSITIONS, Approximation, as_it_is
 
 
-def through_retrieval(retrieval: Retrieval, layers: TransformersModel) -> Way:
+def through_retrieval(retrieval: Retrieval, layers: TransformersModel) -> Approximation:
     """Every token behind the prefix attends to sinks, window and what is chosen for it.
 
     Harsher than a session, where a prompt is computed densely and only the answer's tokens retrieve: here the question,
@@ -53,7 +53,7 @@ def through_retrieval(retrieval: Retrieval, layers: TransformersModel) -> Way:
         return out
 
     name, parameters = retrieval.form[0], retrieval.fields
-    return Way(name, parameters, as_it_is, is_layerwise=False, attend=attend_behind)
+    return Approximation(name, parameters, as_it_is, is_layerwise=False, attend=attend_behind)
 
 
 def _near(keys: Tensor, values: Tensor, start: int, stop: int, position: int) -> tuple[Tensor, Tensor]:

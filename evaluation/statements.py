@@ -1,4 +1,4 @@
-"""What the reference model's worlds are made of: names, attributes, values, and the sentences that state them.
+"""Building blocks of the reference model's tasks: names, attributes, values, and the sentences that state them.
 
 Three kinds of statement, each with a question whose answer is known:
 
@@ -97,7 +97,7 @@ def name_ends() -> tuple[str, ...]:
 
 
 def value_beginnings() -> tuple[str, ...]:
-    """What values begin with: two digits, or a word."""
+    """First parts of values: two digits, or a word."""
     return (*map(str, range(10, 100)), *(word for words in WORD_ATTRIBUTES.values() for word in words))
 
 

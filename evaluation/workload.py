@@ -1,4 +1,4 @@
-"""What the demo and the fusion benchmark ask: cases of documents, a question and, where it is known, the answer."""
+"""Cases for the demo and the fusion benchmark: documents, a question and, where it is known, the answer."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from .tasks import TaskSampler
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One question over documents; `answer` is the exact text that must follow, None if nobody knows it."""
+    """One question over documents; `answer` is the exact text that must follow, None if it is not known."""
 
     kind: str
     documents: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""What codecs cost a model: the way from its profile to losses beside the bits that a number takes."""
+"""Measures what codecs cost a model: profiles, losses, and the bits that a number takes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FITS: Mapping[str, FitOptions] = {
     "F instead of F s^2": FitOptions(scale_weights=False),
     "no Fisher weights": FitOptions(fisher=False),
 }
-"""What is left out of the fit of level tables, one piece at a time."""
+"""Variants of the fit of level tables, each without one piece."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ def learn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, scope: Sco
 
 
 def all_codecs(learned: Learned) -> dict[str, Codec]:
-    """What is compared: named codecs, the plain integers that they must beat, and low rank, by the name to show."""
+    """The codecs that are compared, by the name to show: named codecs, plain integers, and low rank."""
     found = {name: codec_by_name(name, learned.whole) for name in NAMED}
     for bits in WIDTHS:
         found[f"KIVI {bits} bits"] = kivi(bits)
@@ -181,7 +181,7 @@ def losses(
 ) -> list[Loss]:
     """Every codec beside the exact model, on the second half of the bundled prose and on tasks.
 
-    `advance` is told of `windows` or the kind of task after each.
+    `advance` is called with `windows` or the kind of task after each.
     """
     forced = ForcedModel(model)
     windows = heldout_windows(tokenizer, scope)
@@ -218,7 +218,7 @@ def bits_of(codec: Codec, context: KVChunk) -> float:
 
 
 def stored_bytes(codec: Codec, chunk: KVChunk) -> int:
-    """Of the container that a tier writes: header, checksums, token ids and positions included."""
+    """Bytes of the container that a tier writes: header, checksums, token ids and positions included."""
     key = content_key(chunk.spec, [0], salt=b"bench")
     return sum(map(len, to_buffers(key, codec.encode(chunk))))
 
@@ -240,7 +240,7 @@ def key_energy(model: PreTrainedModel, windows: Sequence[Sequence[int]]) -> list
 
 
 def _key_grams(forced: ForcedModel, windows: Sequence[Sequence[int]], *, rotated: bool) -> list[Gram]:
-    """Of every layer's keys after or before rotation; without each window's first token, the attention sink."""
+    """Gram matrices of every layer's keys, after or before rotation; without each window's first token, the sink."""
     grams: list[Gram] = []
     for window in windows:
         chunk, _ = forced.prefill(torch.tensor(list(window)))

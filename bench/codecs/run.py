@@ -243,7 +243,7 @@ def _bytes_table(ratios: Mapping[str, float]) -> Table:
 
 
 def _rank_table(energy: Sequence[tuple[float, float, float]], quality: Sequence[Loss]) -> Table:
-    """What low rank keeps of the keys, mean over layers, and what it costs, before and after rotation."""
+    """Energy that low rank keeps of the keys, mean over layers, and its losses, before and after rotation."""
     losses_by_name = {loss.name: loss for loss in quality}
     rows: list[Row] = []
     for ratio, *shares in energy:

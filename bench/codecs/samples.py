@@ -38,7 +38,7 @@ def chunk_8b(seed: int, *, tokens: int = CHUNK_TOKENS, start: int = CHUNK_TOKENS
 
 
 def profile_8b(spec: KVSpec = SPEC_8B) -> Profile:
-    """What calibration would find, from one layer: all layers of `chunk_8b` are alike."""
+    """The profile that calibration would make, from one layer: all layers of `chunk_8b` are alike."""
     random = torch.Generator().manual_seed(1 << 20)
     keys = _keys(replace(spec, num_layers=1), 512, random)[0]
     values = torch.randn(512, spec.num_kv_heads * spec.value_dim, generator=random)

@@ -31,7 +31,7 @@ METHODS = (FULL, PREFIX, NAIVE, blend(0.15, "first"), blend(0.05), blend(0.15), 
 
 @dataclass(frozen=True, slots=True)
 class DemoOptions:
-    """What the command line says; every field may be left out.
+    """Options of the demo.
 
     Attributes
     ----------
@@ -52,7 +52,7 @@ class DemoOptions:
 
 
 def demo_cases(options: DemoOptions, count_tokens: Callable[[str], int], max_tokens: int) -> list[Case]:
-    """What the demo asks, see `DemoOptions`.
+    """The cases that the demo asks, see `DemoOptions`.
 
     Raises
     ------
@@ -126,7 +126,7 @@ def run_demo(options: DemoOptions) -> BenchResult:
 
 
 def _restarted(options: DemoOptions, store_dir: Path) -> list[Summary]:
-    """The same measurement in a fresh process over the same store."""
+    """Repeat the measurement in a fresh process over the same store."""
     asked = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
     with tempfile.TemporaryDirectory(prefix="kvloom-demo-") as folder:
         out = Path(folder) / "rows.json"

@@ -1,4 +1,4 @@
-"""A recorded trace, replayed through the store, or by who knows the future."""
+"""Replays a recorded trace through the store, or through a cache that knows the future."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ MEANING = (
 
 @dataclass(frozen=True, slots=True)
 class SimulateOptions:
-    """What to replay.
+    """The trace, and what it is replayed with.
 
     Attributes
     ----------

@@ -21,7 +21,7 @@ def drop_page_cache(folder: Path) -> None:
                 os.close(handle)
 
 
-def lets_go_of_pages(folder: Path) -> bool:
+def can_drop_page_cache(folder: Path) -> bool:
     """Whether `drop_page_cache` works in this folder; on a file system in memory it cannot."""
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
         file.write(bytes(_PROBE_BYTES))

@@ -47,7 +47,7 @@ class Comparison:
         return Metric.of_samples([other / own for other, own in pairs], unit="times", baseline=of)
 
     def rows(self) -> list[dict[str, object]]:
-        """One plain row for each way."""
+        """Returns one row of plain values for each way."""
         return [self._row(way) for way in self.seconds]
 
     def _row(self, way: str) -> dict[str, object]:
@@ -88,7 +88,7 @@ def interleave(
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds that `work` takes. Its result is let go of afterwards, so that freeing memory does not count."""
+    """Seconds that `work` takes. Its result is freed after the clock has stopped."""
     start = time.perf_counter()
     result = work()
     spent = time.perf_counter() - start
@@ -97,13 +97,13 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def exhaust(items: Iterable[object]) -> None:
-    """Takes one after the other and keeps none."""
+    """Consume an iterable and keep nothing of it."""
     for _ in items:
         pass
 
 
-def give_back_memory() -> None:
-    """Hands free memory of the C library back to the system: who allocates next meets fresh pages, whoever it is."""
+def return_free_memory() -> None:
+    """Return free memory of the C library to the system, so that the next allocation gets fresh pages in every way."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, others keep little
     if trim is not None:
         trim(0)
@@ -136,7 +136,7 @@ def size_text(nbytes: int) -> str:
 
 
 def time_text(seconds: float) -> str:
-    """Three digits in the unit that suits."""
+    """Formats a duration with three digits: `"1.23 ms"`."""
     for unit, factor in (("s", 1.0), ("ms", 1e3)):
         if seconds * factor >= 1:
             return f"{seconds * factor:.3g} {unit}"

@@ -45,7 +45,7 @@ def sample_chunks(size_bytes: int, total_bytes: int) -> dict[ChunkKey, KVChunk]:
 
 
 def encoded(chunks: Mapping[ChunkKey, KVChunk]) -> dict[ChunkKey, EncodedChunk]:
-    """The same as tiers hold them, in memory of their own."""
+    """Returns encoded chunks in memory of their own, as tiers hold them."""
     codec, memory = RawCodec(), BufferPool()
     return {key: memory.copy(codec.encode(chunk)) for key, chunk in chunks.items()}
 
@@ -56,7 +56,7 @@ def sample_key(*names: object) -> ChunkKey:
 
 
 def tensors_of(chunk: KVChunk) -> dict[str, Tensor]:
-    """What a raw chunk is made of, by name."""
+    """Returns the tensors of a raw chunk by name."""
     return {
         "keys": chunk.keys,
         "values": chunk.values,
@@ -77,7 +77,7 @@ def touched_like(chunks: Iterable[KVChunk]) -> list[dict[str, Tensor]]:
 
 
 def present(found: Found | None) -> Found:
-    """What was found.
+    """Returns what was found.
 
     Raises
     ------

@@ -95,7 +95,7 @@ def language_losses(model: LlamaForCausalLM, rows: Ids) -> list[float]:
 
 
 def ngram_losses(tokenizer: PreTrainedTokenizerFast, corpus: Path, rows: Ids) -> list[float]:
-    """The same of a 5-gram model of `corpus/train.txt`; it also sees the end of the row before."""
+    """Mean loss of each row by a 5-gram model of `corpus/train.txt`; it also sees the end of the row before."""
     lines = [line for line in (corpus / "train.txt").read_text().splitlines(keepends=True) if line.strip()]
     encodings = tokenizer.backend_tokenizer.encode_batch(lines, add_special_tokens=False)
     text = np.concatenate([np.asarray(e.ids, dtype=np.int64) for e in encodings])

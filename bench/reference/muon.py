@@ -21,7 +21,7 @@ def _orthogonalise(matrix: Tensor) -> Tensor:
 
 
 def _orthogonalise_shared(stack: Tensor) -> Tensor:
-    """The same of every matrix of a stack `[n, rows, columns]`, a share of them in each process."""
+    """Orthogonalise every matrix of a stack `[n, rows, columns]`, a share of them in each process."""
     if not dist.is_initialized():
         return _orthogonalise(stack)
     processes = dist.get_world_size()

@@ -77,7 +77,7 @@ class AttentionProbe:
         return _Step(layer, query, own.first + t, pinned_rows(keys, values, len(context)), weights, covered, out)
 
     def measure(self, selectors: Sequence[Selector], budget: int) -> AttentionQuality:
-        """Of the choices of these selectors, one for each layer."""
+        """Measure the choices of these selectors, one for each layer."""
         if budget not in self._found:
             self._found[budget] = [self._select(self._exact, step, budget).ids for step in self._steps]
         found = [

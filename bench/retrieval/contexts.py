@@ -22,7 +22,7 @@ _OBSERVED = 1024  # queries that are handed to a selector at once
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Context:
-    """What all layers know of some tokens.
+    """Keys, values, queries and last hidden states of some tokens.
 
     Attributes
     ----------
@@ -106,12 +106,12 @@ class ContextModel:
         return self._forced.run(ids, _joined(context, behind), attend=attend_chosen)[1], reads
 
     def reads(self, selection: Selection, pinned_tokens: int, v_dim: int) -> Reads:
-        """Of one token in one layer."""
+        """Bytes that one token reads in one layer."""
         rows = int((selection.ids >= 0).sum()) + pinned_tokens * self.shape.kv_heads
         return Reads(selection.read_bytes, rows * (self.shape.head_dim + v_dim) * _KV_BYTES)
 
     def dense_bytes(self, tokens: int) -> int:
-        """What dense attention of one step reads in all layers, over so many tokens."""
+        """Bytes that one step of dense attention over so many tokens reads in all layers."""
         spec = self.layers.spec
         return spec.num_layers * spec.num_kv_heads * tokens * 2 * spec.head_dim * _KV_BYTES
 

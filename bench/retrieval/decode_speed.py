@@ -54,7 +54,7 @@ class Context(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """What is attended to anyway: the first `sink_tokens` and the last `window_tokens` of the context."""
+    """Tokens that are always attended to: the first `sink_tokens` and the last `window_tokens` of the context."""
 
     sink_tokens: int = 16
     window_tokens: int = 256
@@ -93,7 +93,7 @@ class DecodeSpeed:
 
     @property
     def step_s(self) -> list[float]:
-        """Of all pieces together, by step."""
+        """Seconds of each step, all pieces together."""
         return [sum(pieces) for pieces in zip(*(self.seconds[name] for name in PIECES), strict=True)]
 
     @property

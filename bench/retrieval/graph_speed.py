@@ -151,7 +151,7 @@ def model_figures(
     settings: GraphSettings | None = None,
     heads: int | None = None,
 ) -> list[dict[str, object]]:
-    """The same for real queries `[Hq, S, D]` and keys `[H, S, D]` of a model's layers, one row a layer and KV head.
+    """Search for real queries `[Hq, S, D]` and keys `[H, S, D]` of a model's layers, one row a layer and KV head.
 
     The last `queries` of a layer are asked; all before them are the prompt. What its sinks and its window hold is
     attended to anyway, and in no index.

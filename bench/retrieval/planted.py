@@ -164,7 +164,7 @@ def mahalanobis_gap(context: PlantedContext, head: int = 0) -> tuple[float, floa
 
 
 class _Text:
-    """What the tokens are: a topic that lasts for a run of them, a type, and what is their own."""
+    """Draws for each token a topic that lasts for a run of tokens, a type, and a part of its own."""
 
     def __init__(self, tokens: int, recipe: Recipe, random: torch.Generator) -> None:
         topics = max(8, tokens // 512)
@@ -189,7 +189,7 @@ class _Text:
         return x, c / (recipe.theme**2 + recipe.kind**2 + recipe.own**2) ** 0.5
 
     def content(self, ids: Tensor) -> Tensor:
-        """What can be asked for of tokens, less what is their own: `[T, 32]`."""
+        """Directions `[T, 32]` in which queries look for tokens, without each token's own part."""
         wanted: Tensor = (
             self._recipe.theme * self._themes[self._theme[ids]] + self._recipe.kind * self._kinds[self._type[ids]]
         )

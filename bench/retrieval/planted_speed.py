@@ -65,7 +65,7 @@ class PlantedFound:
     keys: Mapping[tuple[int, str], KeyBytes] = field(default_factory=dict)
 
     def search(self, tokens: int, asking: str = FAR) -> Mapping[str, Any]:
-        """Of a size."""
+        """The search over a context of this many tokens."""
         return next(s for s in self.searches if (s["tokens"], s["asking"]) == (tokens, asking))
 
     def metrics(self) -> dict[str, Metric]:
@@ -99,7 +99,7 @@ class PlantedFound:
         return rows
 
     def _fastest(self, tokens: int) -> DecodeSpeed:
-        """Of those that recover enough mass; if none does, the one that recovers most."""
+        """The fastest decode step that recovers enough mass; if none does, the one that recovers most."""
         of_size = [step for step in self.steps if step.tokens == tokens]
         enough = [step for step in of_size if step.mass >= LEAST_MASS]
         return max(enough, key=lambda s: s.speedup.value) if enough else max(of_size, key=lambda s: s.mass)

@@ -34,7 +34,7 @@ def search_table(found: PlantedFound) -> Table:
 
 
 def real_search_table(rows: Sequence[Mapping[str, Any]], tokens: int) -> Table:
-    """The same for the queries and keys of the bundled model."""
+    """Keys that searches compare, for the queries and keys of the bundled model."""
     shown: list[Row] = []
     for way in ("graph", "ivf", "hnsw"):
         scans = [row[f"{way}_scan"] for row in rows]

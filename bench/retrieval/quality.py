@@ -1,4 +1,4 @@
-"""What choosing tokens costs a model: attention, distributions and answers beside the bytes that a step reads."""
+"""Measures what choosing tokens costs a model: attention, distributions, answers; beside the bytes of a step."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def measure(
     Parameters
     ----------
     factories : by the name to show; holds the exact one.
-    advance : told of the kind after each context.
+    advance : called with the kind after each context.
     """
     layers, tasks = ContextModel(model), TaskTokens(tokenizer)
     if EXACT not in factories:

@@ -1,4 +1,4 @@
-"""What many trials say together: shares of answers lost, divergences and masses with their intervals."""
+"""Sums up trials: shares of answers lost, divergences and masses with their intervals."""
 
 from __future__ import annotations
 
@@ -63,8 +63,9 @@ class Summary:
 
 
 def summaries(found: Found) -> list[Summary]:
-    """Of every kind by itself, then of `GROUPS`. In no group are kinds that dense attention does not know and selectors
-    that were measured on some kinds alone.
+    """Summaries of every kind of task by itself, then of `GROUPS`.
+
+    Groups leave out kinds that dense attention does not know, and selectors that were measured on some kinds only.
     """
     kinds = dict.fromkeys(o.kind for o in found.outcomes)
     lines = [line for kind in kinds for line in _of(found.outcomes, kind, (kind,))]

@@ -1,4 +1,4 @@
-"""The same chunks in a disk tier and in a plain file: written, synced, and read in one order, cached or not."""
+"""Chunks in a disk tier and in a plain file: written, synced, and read in one order, cached or not."""
 
 from __future__ import annotations
 

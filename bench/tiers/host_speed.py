@@ -17,7 +17,7 @@ from torch import Tensor
 from ...core import ChunkKey, KVChunk
 from ...kvstore.store import KVStore
 from ...kvstore.tiers.host import HostTier
-from ..harness.rounds import Comparison, exhaust, give_back_memory, interleave, size_text, timed
+from ..harness.rounds import Comparison, exhaust, interleave, return_free_memory, size_text, timed
 from ..harness.samples import (
     copy_into,
     encoded,
@@ -54,12 +54,12 @@ def _put_speed(
     nbytes = next(iter(blobs.values())).nbytes
 
     def put_in_store() -> float:
-        give_back_memory()
+        return_free_memory()
         with KVStore([HostTier(None)]) as store:
             return timed(lambda: exhaust(map(store.put, chunks.keys(), chunks.values())))
 
     def put_in_full_store() -> float:
-        give_back_memory()
+        return_free_memory()
         with KVStore([HostTier(nbytes * len(chunks))]) as store:
             for i, chunk in enumerate(chunks.values()):
                 store.put(sample_key("old", i), chunk)
@@ -113,7 +113,7 @@ def _get_speed(
 
 
 def _copy_to_fresh(chunks: Iterable[KVChunk]) -> float:
-    give_back_memory()
+    return_free_memory()
     return timed(lambda: [[t.clone() for t in tensors_of(chunk).values()] for chunk in chunks])
 
 

@@ -156,7 +156,7 @@ def main() -> None:
         question = json.loads(line)
         try:
             answer: dict[str, object] = {"seconds": verbs[question.pop("do")](**question)}
-        except Exception as exc:  # noqa: BLE001  # whatever it is, who asked must hear of it
+        except Exception as exc:  # noqa: BLE001  # every failure goes back to the caller
             answer = {"error": f"{type(exc).__name__}: {exc}"}
         print(json.dumps(answer), file=answers, flush=True)
     peer.close()

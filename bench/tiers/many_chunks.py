@@ -103,7 +103,7 @@ class MatchTimes:
 def match_times(stored: int, prompt: int, calls: int, rounds: int, bar: Progress) -> MatchTimes:
     """Time `KVStore.match` for prompts of `prompt` chunks in a store of `stored`, beside bare lookups in a dict.
 
-    Every call gets keys made anew, as a caller does who has just hashed a prompt: Python keeps the hash of a key that
+    Every call gets new key objects, like a caller that has just hashed a prompt: Python keeps the hash of a key that
     it has looked up before.
     """
     prompts = max(1, stored // prompt)

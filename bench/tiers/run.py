@@ -13,7 +13,7 @@ from pathlib import Path
 from ...evaluation.page import Table
 from ...evaluation.report import BenchResult, Metric, Target
 from ...evaluation.screen import progress
-from ..harness.page_cache import file_system, lets_go_of_pages
+from ..harness.page_cache import can_drop_page_cache, file_system
 from ..harness.peer import INSTALL, PeerError, find_python
 from ..harness.rounds import Comparison, size_text, speed_table, time_text
 from . import disk_speed, host_speed, many_chunks, peer_speed
@@ -146,10 +146,10 @@ def run(*, quick: bool = False, folder: Path = Path(), lmcache_python: Path | No
 
 def _notes(folder: Path) -> list[str]:
     kind = file_system(folder)
-    if lets_go_of_pages(folder):
+    if can_drop_page_cache(folder):
         notes = [f"Disk: {kind}; its page cache was emptied before every cold read."]
     else:
-        notes = [f"Disk: {kind}, which keeps its pages in memory although asked to let go: no read was cold."]
+        notes = [f"Disk: {kind}, which keeps its pages in memory although asked to drop them: no read was cold."]
     if LMDB not in installed_stores():
         notes.append('LMDB is not installed and left out; run: pip install "kvloom[bench-peers]"')
     return notes

@@ -1,4 +1,4 @@
-"""What verifying every read costs: reads with checksums, and reads whose checksums are a constant, in turn.
+"""Measures what verification costs: reads with checksums, and reads whose checksums are a constant, in turn.
 
 A share of the whole read, measured rather than reckoned from the speed of the checksum, which counts bytes that are in
 no cache and knows nothing of what runs beside it; that speed is shown as well.

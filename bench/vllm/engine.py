@@ -46,7 +46,7 @@ class Engine:
         self._process.start()
         theirs.close()
         try:
-            self._hear(START_S)
+            self._receive(START_S)
         except BaseException:
             self.close()
             raise
@@ -70,7 +70,7 @@ class Engine:
         """
         every = [options] * len(prompts) if options is None or isinstance(options, Mapping) else list(options)
         self._pipe.send(Ask(prompts, new_tokens, every))
-        served = self._hear(ANSWER_S)
+        served = self._receive(ANSWER_S)
         if not isinstance(served, Served):
             raise VLLMError(f"{self.name} answered {served!r}; expected what it served")
         return served
@@ -79,12 +79,12 @@ class Engine:
         """Forget vLLM's own prefix cache, so that a hit is one of another cache."""
         if self._has_prefixes:
             self._pipe.send(Reset())
-            self._hear(ANSWER_S)
+            self._receive(ANSWER_S)
 
     def settle(self) -> None:
         """Wait until kvloom has stored what it was to store."""
         self._pipe.send(Settle())
-        self._hear(ANSWER_S)
+        self._receive(ANSWER_S)
 
     def close(self) -> None:
         """End the process."""
@@ -100,7 +100,7 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _hear(self, timeout_s: float) -> Served | None:
+    def _receive(self, timeout_s: float) -> Served | None:
         try:
             if not self._pipe.poll(timeout_s):
                 raise VLLMError(f"{self.name} said nothing for {timeout_s:g} s")

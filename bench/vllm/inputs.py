@@ -1,4 +1,4 @@
-"""What the engines of `kvloom bench vllm` are asked: a random model worth caching for, prompts, and cases in tokens."""
+"""Inputs of `kvloom bench vllm`: a random model worth caching for, prompts, and cases in tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RESERVED_IDS = 8  # the first ones, which are special in most vocabularies
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Of a random Llama."""
+    """Shape of a random Llama."""
 
     layers: int = 8
     hidden: int = 768

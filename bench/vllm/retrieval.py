@@ -34,7 +34,7 @@ _BLOCK_TOKENS = 32  # the smallest that the processor's kernels take: the fewest
 
 @dataclass(frozen=True, slots=True)
 class RetrievalJob:
-    """What one engine is asked.
+    """The work of one engine.
 
     Attributes
     ----------

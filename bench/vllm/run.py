@@ -19,7 +19,7 @@ from rich.progress import Progress
 from ...evaluation.environment import BUNDLED_MODEL, cores, version_of
 from ...evaluation.report import BenchResult, Metric, Target
 from ...evaluation.screen import progress
-from ..harness.page_cache import file_system, lets_go_of_pages
+from ..harness.page_cache import can_drop_page_cache, file_system
 from ..harness.peer import PeerError, find_python
 from .bed import Bed
 from .engine import expect_vllm
@@ -115,12 +115,13 @@ TARGETS = (
 TITLE = "What does kvloom do for stock vLLM, beside what else there is for it?"
 MEANING = (
     "Medians over the rounds, between 10th and 90th percentile; ratios are medians of the ratios within each round. "
-    "All engines of a model are held open, each a process of its own, and asked in turn, in another order every round; "
-    "who is not asked computes nothing. vLLM's own prefix cache is on everywhere and emptied before every request, but "
-    "for the row about it, and off under LMCache, which holds blocks after a request. Same weights, prompts, blocks, "
-    "slices of prefill and threads for all; float32 on a processor. Every answer was checked to have been served as "
-    "its row says, by vLLM's own count of cached tokens and by what kvloom reports of the request. A figure about "
-    "prefixes and fusion is that of the random model, whose prefill is worth saving; of decoding, the worse one counts."
+    "All engines of a model are held open, each a process of its own, and asked in turn, in another order every "
+    "round; an engine that is not asked computes nothing. vLLM's own prefix cache is on everywhere and emptied before "
+    "every request, but for the row about it, and off under LMCache, which holds blocks after a request. Same "
+    "weights, prompts, blocks, slices of prefill and threads for all; float32 on a processor. Every answer was "
+    "checked to have been served as its row says, by vLLM's own count of cached tokens and by what kvloom reports of "
+    "the request. A figure about prefixes and fusion is that of the random model, whose prefill is worth saving; of "
+    "decoding, the worse one counts."
 )
 
 
@@ -261,9 +262,9 @@ def _compare(bed: Bed, inputs: ReferenceInputs, bar: Progress) -> tuple[Identity
 
 def _disk_note(folder: Path) -> str:
     kind = file_system(folder)
-    if lets_go_of_pages(folder):
+    if can_drop_page_cache(folder):
         return f"Disk: {kind}; its page cache was emptied before every read."
-    return f"Disk: {kind}, which keeps its pages in memory although asked to let go: no read was cold."
+    return f"Disk: {kind}, which keeps its pages in memory although asked to drop them: no read was cold."
 
 
 def _metrics(sizes: Sizes, found: _Found) -> dict[str, Metric]:

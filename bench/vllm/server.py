@@ -1,6 +1,6 @@
 """An engine of stock vLLM in a process of its own, driven by `vllm_engine.Engine` through a pipe.
 
-Engine, scheduler and worker are this one process: it computes nothing while nobody asks.
+Engine, scheduler and worker are this one process: it computes nothing between requests.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What an engine is started with.
+    """Settings of an engine.
 
     Attributes
     ----------
@@ -49,7 +49,7 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What became of requests that were made at once.
+    """Outcome of requests that were made at once.
 
     Attributes
     ----------
@@ -88,7 +88,7 @@ class Settle:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What went wrong, in a line."""
+    """One line that says what went wrong."""
 
     text: str
 

@@ -128,7 +128,7 @@ class FirstTokens:
         return missing
 
     def _fill(self, engine: Engine) -> None:
-        """Until the prompt is found: who stores it says not when it is done."""
+        """Wait until the prompt is found: the connector does not say when it has stored it."""
         for _ in range(_FILL_TRIES):
             engine.reset()
             (found,) = engine.generate([self.prompt]).cached_tokens

@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from kvloom import cli
 from kvloom.bench.harness import peer
-from kvloom.bench.harness.page_cache import drop_page_cache, file_system, lets_go_of_pages
+from kvloom.bench.harness.page_cache import can_drop_page_cache, drop_page_cache, file_system
 from kvloom.bench.harness.peer import Peer, PeerError, find_python
 from kvloom.bench.harness.rounds import Comparison, interleave, size_text, speed_table, time_text, timed
 from kvloom.bench.harness.samples import expect_same, sample_chunk, sample_key, tensors_of, touched_like
@@ -302,7 +302,7 @@ def test_reading_order_is_a_shuffle_that_stays() -> None:
 
 
 def test_cold_is_cold(tmp_path: Path) -> None:
-    if not lets_go_of_pages(tmp_path):
+    if not can_drop_page_cache(tmp_path):
         pytest.skip("the file system of the temporary folder keeps its pages")
     path = tmp_path / "a" / "file"
     path.parent.mkdir()
@@ -318,7 +318,7 @@ def test_a_file_system_in_memory_is_never_cold() -> None:
     shm = Path("/dev/shm")
     if file_system(shm) != "tmpfs":
         pytest.skip("no tmpfs to try")
-    assert not lets_go_of_pages(shm)
+    assert not can_drop_page_cache(shm)
     assert file_system(Path("/proc")) == "proc"
 
 

@@ -15,7 +15,7 @@ from kvloom.compress.raw import RawCodec
 from kvloom.compress.registry import CODECS
 from kvloom.core import KVChunk
 from kvloom.errors import UncertifiedError
-from kvloom.evaluation.forcing import ForcedModel, Way, split, through_codec
+from kvloom.evaluation.forcing import Approximation, ForcedModel, split, through_codec
 from kvloom.evaluation.fused_answers import kl_divergence
 from kvloom.evaluation.intervals import paired_share_difference
 from kvloom.evaluation.models import load_model
@@ -45,7 +45,7 @@ def zeroed(chunk: KVChunk) -> KVChunk:
     return KVChunk(chunk.spec, chunk.token_ids, chunk.positions, chunk.keys * 0, chunk.values * 0, chunk.first_layer)
 
 
-ZEROS = Way("zeros", {}, zeroed)
+ZEROS = Approximation("zeros", {}, zeroed)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "window"])
@@ -122,11 +122,11 @@ def test_what_loses_more_measures_more(measured: Sequence[Measurement]) -> None:
 
 def test_a_way_that_is_not_layerwise_is_measured_behind_a_prefix() -> None:
     forced = ForcedModel(make_model("llama"), model_id="m")
-    way = Way("blend", {}, zeroed, is_layerwise=False)
-    (found,) = measure(forced, [way], windows=windows(2))
+    approximation = Approximation("blend", {}, zeroed, is_layerwise=False)
+    (found,) = measure(forced, [approximation], windows=windows(2))
     assert set(found.figures()) == {"prefix_perplexity_increase", "prefix_kl"} and found.figures()["prefix_kl"].low > 0
     with pytest.raises(ValueError, match="blend cannot be applied layer by layer"):
-        forced.forced(IDS, way)
+        forced.forced(IDS, approximation)
 
 
 # --------------------------------------------------------------------------------------------------------- tasks

@@ -47,8 +47,8 @@ def test_what_is_measured_is_what_a_session_does(options: dict[str, object]) -> 
     ).token_ids[0]
     forced = ForcedModel(rag.model, model_id="m")
     prefix, _ = forced.prefill(torch.tensor(ids))
-    way = through_retrieval(retrieval, forced.layers)
-    found = forced.logits(forced.continued(prefix, torch.tensor(answer[:-1]), way.attend))
+    approximation = through_retrieval(retrieval, forced.layers)
+    found = forced.logits(forced.continued(prefix, torch.tensor(answer[:-1]), approximation.attend))
     torch.testing.assert_close(found, torch.cat(logits.seen[1:]), rtol=1e-4, atol=1e-4)
     exact = forced.logits(forced.continued(prefix, torch.tensor(answer[:-1])))
     assert float((found - exact).abs().max()) > 0.01
@@ -80,8 +80,8 @@ def test_models_with_windows_of_their_own_keep_them() -> None:
     forced = ForcedModel(make_variant("window"), model_id="m")
     prefix, _ = forced.prefill(torch.tensor(prompts(300)[0]))
     ids = torch.tensor(prompts(60, seed=1)[0])
-    way = through_retrieval(Retrieval("random", budget_ratio=0.0, window_tokens=1), forced.layers)
-    assert torch.equal(forced.continued(prefix, ids, way.attend), forced.continued(prefix, ids))
+    approximation = through_retrieval(Retrieval("random", budget_ratio=0.0, window_tokens=1), forced.layers)
+    assert torch.equal(forced.continued(prefix, ids, approximation.attend), forced.continued(prefix, ids))
 
 
 def test_methods_that_learn_see_the_queries_of_the_prefix_alone(forced: ForcedModel) -> None:
