@@ -54,6 +54,7 @@ _ALIGNMENT_BYTES = 64
 _FIRST_READ_BYTES = 1 << 14  # holds the whole header of a chunk of 32 layers
 _PIECE_BYTES = 1 << 19  # half of a second-level cache
 _MAX_DIMS = 16
+_CACHED_LAYOUT_BYTES = 1 << 13  # what a forged header makes the cache hold is bounded, too
 _METADATA = b'{"__metadata__":'
 
 _DTYPES = {
@@ -322,8 +323,12 @@ def _layout_text(tensors: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]) 
     return b"," + text[1:] if fields else text[1:]
 
 
-@lru_cache(maxsize=256)
 def _layout(text: bytes) -> tuple[tuple[StoredTensor, ...], tuple[str, ...], int]:
+    """As `_read_layout`; layouts that many chunks have in common are read once, and are short."""
+    return _cached_layout(text) if len(text) <= _CACHED_LAYOUT_BYTES else _read_layout(text)
+
+
+def _read_layout(text: bytes) -> tuple[tuple[StoredTensor, ...], tuple[str, ...], int]:
     """Tensors of a container whose header and layers are not known yet, their names, and the bytes of all.
 
     Chunks of one geometry have this text in common, and reading it takes as long as copying a hundred kilobytes.
@@ -339,6 +344,9 @@ def _layout(text: bytes) -> tuple[tuple[StoredTensor, ...], tuple[str, ...], int
         tensors.append(StoredTensor(dtype, shape, False, begin, ()))
         end, width = stop, dtype.itemsize
     return tuple(tensors), tuple(fields), end
+
+
+_cached_layout = lru_cache(maxsize=256)(_read_layout)
 
 
 def _raw_bytes(name: str, tensor: Tensor) -> memoryview:

@@ -13,11 +13,13 @@ import xxhash
 from torch import Tensor
 
 from ..core import ChunkKey, EncodedChunk
+from ..errors import ChunkCorruptError
 from ..kvstore.encoding.buffer_pool import BufferPool
 from ..kvstore.format import read_container, to_buffers
 
 MEDIA_TYPE = "application/vnd.kvloom.chunk"
 PIECE_BYTES = 1 << 18
+MAX_HEADER_BYTES = 1 << 20  # 64 times that of a chunk of 32 layers: what parsing a forged one costs is bounded
 _CACHED_HEADERS = 4096
 
 
@@ -72,8 +74,11 @@ class IncomingContainer:
         def in_place(_: memoryview, offset: int) -> None:
             """The bytes are there already."""
 
+        header_bytes = int.from_bytes(self.view[12:16], "little")
+        if header_bytes > MAX_HEADER_BYTES:
+            raise ChunkCorruptError(f"a header of {header_bytes} bytes; at most {MAX_HEADER_BYTES} are taken")
         blob = read_container(in_place, self.filled_bytes, key, lambda _: self._data)
-        return blob, self.view[: int.from_bytes(self.view[12:16], "little")]
+        return blob, self.view[:header_bytes]
 
 
 def etag_of(header: memoryview) -> str:

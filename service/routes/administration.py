@@ -94,7 +94,7 @@ async def set_namespace(name: NamespaceName, body: Rules, context: Context, call
         await context.run(lambda: apply_quotas(context))
     except ValueError as exc:
         context.namespaces.set(stored, before)
-        raise ProblemError(422, "quota", str(exc)) from exc
+        raise ProblemError(409, "quota", str(exc)) from exc
     return Response(status_code=204)
 
 
@@ -145,7 +145,7 @@ async def set_tenant(name: TenantName, body: TenantRules, context: Context, call
     except ValueError as exc:
         undo = {field: getattr(old, field) for field in ("pool", *rules)}
         context.tenants.update(name, **undo)
-        raise ProblemError(422, "quota", str(exc)) from exc
+        raise ProblemError(409, "quota", str(exc)) from exc
     return Response(status_code=204)
 
 

@@ -24,6 +24,8 @@ router = APIRouter(tags=["chunks"])
 
 _KEY = "^[0-9a-f]{64}$"
 Key = Annotated[str, Path(pattern=_KEY, description="64 lower-case hexadecimal digits.")]
+_CURSOR = r"^[0-9a-f]{8}\.[0-9]{1,15}$"
+_CURSOR_OR_NONE = r"^([0-9a-f]{8}\.[0-9]{1,15})?$"
 _RANGE = re.compile(r"(bytes|layers)=(\d*)-(\d*)")
 _DIGEST = re.compile(r"(sha-256|sha-512)=:([A-Za-z0-9+/=]+):")
 _BODY: dict[str, Any] = {"content": {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}}
@@ -196,7 +198,7 @@ async def delete_chunk(key: Key, context: Context, caller: Writer) -> Response:
 async def list_chunks(
     context: Context,
     caller: Reader,
-    cursor: Annotated[str, Query(max_length=64)] = "",
+    cursor: Annotated[str, Query(pattern=_CURSOR_OR_NONE)] = "",
     limit: Annotated[int, Query(ge=1, le=10000)] = 1000,
 ) -> ChunkList:
     """The tenant's chunks, in pages. The cursor of the last page is where `/v1/changes` goes on."""
@@ -218,7 +220,7 @@ async def list_chunks(
 async def list_changes(
     context: Context,
     caller: Reader,
-    cursor: Annotated[str, Query(max_length=64)],
+    cursor: Annotated[str, Query(pattern=_CURSOR)],
     limit: Annotated[int, Query(ge=1, le=10000)] = 1000,
 ) -> ChangeList:
     """In order. 410 if the cursor is too old: list the chunks anew then."""
@@ -311,8 +313,6 @@ def _entry(caller: Caller, chunk: ListedChunk) -> ChunkEntry:
 
 def _cursor(text: str) -> tuple[str, int]:
     epoch, _, number = text.partition(".")
-    if text and not number.isdigit():
-        raise ProblemError(422, "invalid", f"cursor is {text!r}; expected one that this service gave")
     return epoch, int(number or 0)
 
 

@@ -11,7 +11,6 @@ from starlette.responses import Response
 from ...kvstore.placement.prefetch import Prefetch
 from ..context import Caller, Context, Reader, ServiceContext, Writer
 from ..jobs import Job
-from ..problems import ProblemError
 from .lookups import KeyText, stored_keys
 
 router = APIRouter(tags=["pins and prefetches"])
@@ -58,13 +57,12 @@ class JobInfo(BaseModel):
 async def add_pin(
     body: PinRequest, context: Context, caller: Writer, response: Response, idempotency_key: IdempotencyKey = None
 ) -> PinInfo:
-    """No tier evicts them before the deadline. `DELETE`, expiry and damage still remove them."""
-    if body.deadline_s > context.settings.max_pin_s:
-        raise ProblemError(422, "invalid", f"deadline_s is {body.deadline_s:g}; at most {context.settings.max_pin_s:g}")
+    """No tier evicts them before the deadline, or the longest that the service allows; `expires_at_s` says which."""
+    deadline_s = min(body.deadline_s, context.settings.max_pin_s)
     keys = stored_keys(context, caller, body.keys)
 
     def pin() -> PinInfo:
-        made = context.pins.add(caller.tenant.pool, keys, body.deadline_s)
+        made = context.pins.add(caller.tenant.pool, keys, deadline_s)
         with context.store.use() as store:
             return PinInfo(id=made.id, keys=len(keys), expires_at_s=made.expires_at_s, matched=store.match(keys))
 
