@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing of the container parser: `python tests/service/fuzz_container.py -runs=1000000`.
 
-Whatever bytes come, the parser raises `ChunkCorruptError` or gives a chunk of that many bytes, and allocates no more than
+Whatever bytes come, the parser raises `ChunkCorruptError` or gives a chunk of that many bytes, and allocates at most
 a small multiple of what came. Checksums would stop a fuzzer at the first byte, so in most runs they are made right.
 """
 
