@@ -10,7 +10,7 @@ from ..calibration.certificate import Certificate
 from ..calibration.model_profile import Profile
 from ..compress.registry import codec_by_name
 from ..connectors.break_even import break_even
-from ..connectors.hf.retrieval.decoding import layer_shape
+from ..connectors.hf.retrieval.plan import layer_shape
 from ..core import Codec
 from ..evaluation.forcing import CHUNK_TOKENS, Approximation, ForcedModel, through_codec
 from ..evaluation.models import load_model

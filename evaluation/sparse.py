@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..connectors.hf.model import TransformersModel
-from ..connectors.hf.retrieval.decoding import layer_shape
+from ..connectors.hf.retrieval.plan import layer_shape
 from ..core import KVChunk
 from ..retrieval.attention import attend, attend_at, attend_selected
 from ..retrieval.selector import LearnsFromQueries, choose

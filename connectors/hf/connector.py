@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain
 from typing import Any
 from uuid import uuid4
 
@@ -21,7 +20,6 @@ except ImportError as error:
         'kvloom.connectors.hf.connector needs transformers: pip install "kvloom[transformers]"'
     ) from error
 
-from ...blend.attention import causal_attention
 from ...blend.blender import BlendedContext, Blender
 from ...blend.choosers import CHOOSERS
 from ...calibration.certificate import Certificate
@@ -31,11 +29,16 @@ from ...kvstore.keys import content_key
 from ...kvstore.store import KVStore
 from ...retrieval.settings import Retrieval
 from ..identity.requests import chunk_salt, lead_of
+from .documents import Document, document_text, document_texts, valid_text
+from .generation import cache_argument, generation_call
 from .identity import unwrapped
 from .model import TransformersModel
-from .retrieval.decoding import Decoding
-from .retrieval.session import Generated, Prompt, Session
+from .prefill import Prefill
+from .prompts import Prompts, TokenIds, positive_count, token_ids
+from .retrieval.plan import RetrievalPlanner
+from .retrieval.session import Generated, Session
 from .source import LostChunksError, StoreSource
+from .tokenization import Tokenization
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +62,16 @@ class TransformersConnector:
     """kvloom inside a RAG pipeline built on transformers.
 
     Every document is one content chunk, computed alone behind the lead tokens (a BOS, whose KV is dropped again) and
-    placed anywhere later. The question is always computed in full, by the model itself, over the fused cache.
+    placed anywhere later. The question is always computed in full, by the model itself, over the fused cache. All
+    methods may be called from several threads.
+
+    Documents are texts, or objects of a RAG framework that have one, see `document_texts`.
 
     Parameters
     ----------
     model, tokenizer : a Hugging Face causal language model (Llama, Mistral, Qwen2 or Qwen3) and its tokenizer. The
         model may change, and adapters may come and go: every method looks which KV it would compute now, see
-        `ModelIdentity`.
+        `ModelIdentity`. The tokenizer is copied.
     store : where chunks live.
     blender : how they are fused; None for `Blender()`.
     model_id : names the weights as they are now; None for the name of the model's folder if it holds them, and
@@ -73,13 +79,14 @@ class TransformersConnector:
     lead_ids : tokens in front of every context; None for the BOS if the tokenizer puts one in front of a text.
     salt : the tenant's secret, part of every key.
     separator : ends every document that does not end with it.
-    pack_tokens : documents are packed into forwards of about this many tokens.
-    certificates : what makes approximate retrieval usable, see `kvloom certify --retrieval`.
+    pack_tokens : documents are packed into forward passes of about this many tokens.
+    certificates : permit approximate retrieval, see `kvloom certify --retrieval`.
     allow_uncertified : use it without a certificate all the same; warns every time.
 
     Raises
     ------
     EngineError : the model is of a kind that cannot be fused.
+    TypeError, ValueError : an argument of the wrong type or value; the message names it. So do all methods.
     """
 
     def __init__(
@@ -90,30 +97,40 @@ class TransformersConnector:
         blender: Blender | None = None,
         *,
         model_id: str | None = None,
-        lead_ids: Sequence[int] | None = None,
+        lead_ids: TokenIds | None = None,
         salt: bytes = b"",
         separator: str = "\n",
         pack_tokens: int = 4096,
         certificates: Sequence[Certificate] = (),
         allow_uncertified: bool = False,
     ) -> None:
-        if pack_tokens < 1:
-            raise ValueError(f"pack_tokens is {pack_tokens}; expected at least 1")
+        _expect("tokenizer", tokenizer, PreTrainedTokenizerBase)
+        _expect("store", store, KVStore)
+        _expect("salt", salt, bytes)
+        if blender is not None:
+            _expect("blender", blender, Blender)
+        if model_id is not None:
+            _expect("model_id", model_id, str)
+        for i, certificate in enumerate(certificates if isinstance(certificates, Iterable) else [certificates]):
+            _expect(f"certificates[{i}]", certificate, Certificate)
         self.model = unwrapped(model).eval()
         self.tokenizer = tokenizer
         self.store = store
         self.blender = blender or Blender()
         self.layers = TransformersModel(self.model, model_id=model_id)
         self._salt = chunk_salt(tenant=salt)
-        self._separator = separator
-        self._pack_tokens = pack_tokens
-        self._decoding = Decoding(
-            self.layers, store, self.layers.device, self._salt, certificates, allow_uncertified=allow_uncertified
+        self._tokenization = Tokenization(tokenizer, valid_text(separator, "separator"))
+        self._vocabulary: int = self.model.config.vocab_size
+        if lead_ids is None:
+            self.lead_ids = lead_of(self._tokenization.tokenizer)
+        else:
+            self.lead_ids = tuple(token_ids(lead_ids, "lead_ids", vocabulary=self._vocabulary))
+        self._prefill = Prefill(
+            self.layers, lead_ids=self.lead_ids, pack_tokens=positive_count(pack_tokens, "pack_tokens")
         )
-        self.lead_ids = lead_of(tokenizer) if lead_ids is None else tuple(lead_ids)
-        # A separator with special tokens is put behind a document as tokens; plain text may merge with the document's.
-        end_ids = self.encode_question(separator)
-        self._special_end = [] if set(end_ids).isdisjoint(tokenizer.all_special_ids) else end_ids
+        self._planner = RetrievalPlanner(
+            self.layers, store, self._salt, tuple(certificates), allow_uncertified=allow_uncertified
+        )
         self._leads: dict[KVSpec, KVChunk] = {}
 
     @property
@@ -123,123 +140,58 @@ class TransformersConnector:
 
     # ------------------------------------------------------------------------------------------------ tokens
 
-    def encode_document(self, document: str) -> list[int]:
+    def encode_document(self, document: Document) -> list[int]:
         """Token ids of one document, ended by the separator, without BOS.
 
         A document is data: what looks like a special token in it is plain text (in the separator and the question,
-        which are the application's own, it is not).
+        which are the application's own, it is special).
 
         Raises
         ------
-        ValueError : the document is empty, or longer than the model's context.
+        ValueError : the document is empty, longer than the model's context, or no valid Unicode.
         """
-        if not document.strip():
-            raise ValueError("a document is empty; leave it out")
-        if not self._special_end and not document.endswith(self._separator):
-            document += self._separator
-        ids: list[int] = self.tokenizer(
-            document, add_special_tokens=False, split_special_tokens=True, verbose=False
-        ).input_ids
-        ids += self._special_end
+        return self._encode(document_text(document), "document")
+
+    def _encode(self, text: str, name: str) -> list[int]:
+        ids = self._tokenization.encode_document(text, name)
         if len(ids) + len(self.lead_ids) >= self.layers.max_tokens:
             raise ValueError(
-                f"a document has {len(ids)} tokens, the model's context {self.layers.max_tokens}; split it: "
-                f"{document.strip()[:40]!r}..."
+                f"{name} has {len(ids)} tokens, the model's context {self.layers.max_tokens}; split it: "
+                f"{text.strip()[:40]!r}..."
             )
         return ids
 
+    def _encode_all(self, documents: object) -> list[list[int]]:
+        return [self._encode(text, f"documents[{i}]") for i, text in enumerate(document_texts(documents))]
+
     def encode_question(self, text: str) -> list[int]:
         """Token ids of what follows the documents, without BOS."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        return ids
+        return self._tokenization.encode_text(valid_text(text, "question"))
 
-    def key_of(self, token_ids: Sequence[int]) -> ChunkKey:
+    def _checked(self, documents: Sequence[TokenIds]) -> list[list[int]]:
+        """Token ids of documents, each with at least one."""
+        rows = [token_ids(ids, f"documents[{i}]", vocabulary=self._vocabulary) for i, ids in enumerate(documents)]
+        if not rows or not all(rows):
+            empty = f"documents[{rows.index([])}]" if rows else "documents"
+            raise ValueError(f"{empty} is empty; give at least one token")
+        return rows
+
+    def key_of(self, token_ids: TokenIds) -> ChunkKey:
         """Key under which the store holds a document of these tokens."""
         self.layers.refresh()
-        return self._key_of(token_ids)
+        return self._key_of(*self._checked([token_ids]))
 
-    def _key_of(self, token_ids: Sequence[int]) -> ChunkKey:
-        return content_key(self.spec, token_ids, lead_ids=self.lead_ids, salt=self._salt)
-
-    # ---------------------------------------------------------------------------------------------- retrieve
-
-    def session(
-        self,
-        retrieval: Retrieval,
-        *,
-        history: Sequence[Sequence[int]] = (),
-        documents: Sequence[str] = (),
-        blender: Blender | None = None,
-    ) -> Session:
-        """A conversation decoded with retrieval, over one sequence or several; to be closed.
-
-        Parameters
-        ----------
-        history : token ids said before, of each sequence, for instance `Session.token_ids` of another process. What
-            the store has of them is not computed again; after `Session.save`, that is all.
-        documents : texts that one sequence begins with, fused as by `assemble`; the first prompt follows them. Their
-            index is built here.
-        blender : how they are fused, if not as by the connector's.
-
-        Raises
-        ------
-        UncertifiedError : `retrieval` is approximate and has no certificate for this model.
-        SpecMismatchError : its profile was made for another model.
-        ValueError : a method's parameters do not fit, a sequence is longer than the model's context, or there are both
-            history and documents.
-        """
-        if history and documents:
-            raise ValueError("there are both history and documents; expected one of them")
-        self.layers.refresh()
-        session = Session(
-            self.model,
-            self._decoding.plan(retrieval),
-            encode=lambda text, is_first: [*(self.lead_ids if is_first else ()), *self.encode_question(text)],
-            decode=lambda ids: str(self.tokenizer.decode(list(ids), skip_special_tokens=True)),
-            max_tokens=self.layers.max_tokens,
-            history=history,
-        )
-        if documents:
-            self._begin_with(session, [self.encode_document(text) for text in documents], blender or self.blender)
-        return session
-
-    def _begin_with(self, session: Session, documents: Sequence[Sequence[int]], blender: Blender) -> None:
-        total = len(self.lead_ids) + sum(map(len, documents))
-        if total >= self.layers.max_tokens:
-            raise ValueError(f"documents have {total} tokens, the model's context {self.layers.max_tokens}; give fewer")
-        context = self.fuse(documents, blender=blender)
-        # Two choosers of the user's own may bear one name: what they chose must not lie under one key.
-        chooser = next((name for name, known in CHOOSERS.items() if known is blender.chooser), uuid4().hex)
-        way = f"fused {blender.recompute_ratio} {blender.spread_ratio} {chooser}"
-        keys = [self._key_of(ids).hex() for ids in documents]
-        session.begin_with(context.token_ids, context.blended.keys, context.blended.values, f"{way} {keys}")
-
-    def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        *,
-        retrieval: Retrieval,
-        max_new_tokens: int = 64,
-        **options: Any,
-    ) -> Generated:
-        """One turn of a `session`: prompts are computed densely, answers decoded with retrieval; greedy by default.
-
-        Parameters
-        ----------
-        prompts : one, or one for each sequence: a text, behind the lead tokens, or token ids as they are.
-        options : for `model.generate`.
-        """
-        with self.session(retrieval) as session:
-            return session.generate(prompts, max_new_tokens=max_new_tokens, **options)
+    def _key_of(self, ids: Sequence[int]) -> ChunkKey:
+        return content_key(self.spec, ids, lead_ids=self.lead_ids, salt=self._salt)
 
     # -------------------------------------------------------------------------------------------- precompute
 
-    def precompute(self, documents: Sequence[str], *, progress: bool = False) -> Precomputed:
-        """Compute and store the KV of documents that are not stored yet, many in one forward.
+    def precompute(self, documents: Iterable[Document], *, progress: bool = False) -> Precomputed:
+        """Compute and store the KV of documents that are not stored yet, many in one forward pass.
 
         Parameters
         ----------
-        documents : texts; equal ones are computed once.
+        documents : equal ones are computed once.
         progress : show a progress bar.
 
         Raises
@@ -247,105 +199,40 @@ class TransformersConnector:
         ValueError : no documents, an empty one, or one longer than the model's context.
         TierError : no tier can hold a chunk.
         """
-        if not documents:
-            raise ValueError("documents is empty; give at least one text")
+        encoded = self._encode_all(documents)
         self.layers.refresh()
-        by_key = {self._key_of(ids): ids for ids in map(self.encode_document, documents)}
+        by_key = {self._key_of(ids): ids for ids in encoded}
         todo = {key: ids for key, ids in by_key.items() if key not in self.store}
         with Progress(disable=not progress, transient=True) as bar:
             task = bar.add_task("precomputing documents", total=sum(map(len, todo.values())))
-            for key, chunk, spent_s in self._computed(todo):
+            for key, chunk, spent_s in self._prefill.documents(todo):
                 self.store.put(key, chunk, recompute_s=spent_s)
                 bar.advance(task, len(chunk))
         return Precomputed(len(todo), len(by_key) - len(todo), sum(map(len, todo.values())))
 
-    def _computed(self, documents: Mapping[ChunkKey, Sequence[int]]) -> Iterator[tuple[ChunkKey, KVChunk, float]]:
-        """Key, KV and its share, by tokens, of the seconds that its pack took."""
-        for pack in self._packs(documents):
-            began_s = time.perf_counter()
-            chunks = self._compute(list(pack.values()))
-            token_s = (time.perf_counter() - began_s) / sum(map(len, chunks))
-            for key, chunk in zip(pack, chunks, strict=True):
-                yield key, chunk, token_s * len(chunk)
-
-    def _packs(self, documents: Mapping[ChunkKey, Sequence[int]]) -> Iterator[dict[ChunkKey, Sequence[int]]]:
-        pack: dict[ChunkKey, Sequence[int]] = {}
-        tokens = 0
-        for key, ids in documents.items():
-            if pack and tokens + len(ids) > self._pack_tokens:
-                yield pack
-                pack, tokens = {}, 0
-            pack[key] = ids
-            tokens += len(ids) + len(self.lead_ids)
-        if pack:
-            yield pack
-
-    def compute(self, documents: Sequence[Sequence[int]]) -> list[KVChunk]:
-        """KV of token sequences, each alone behind the lead tokens (whose KV is left out), in one packed forward."""
+    def compute(self, documents: Sequence[TokenIds]) -> list[KVChunk]:
+        """KV of documents (token ids), each alone behind the lead tokens (whose KV is left out), in one forward."""
         self.layers.refresh()
-        return self._compute(documents)
-
-    def _compute(self, documents: Sequence[Sequence[int]]) -> list[KVChunk]:
-        return self._prefill([(*self.lead_ids, *ids) for ids in documents], skip=len(self.lead_ids))
-
-    @torch.no_grad()
-    def _prefill(self, sequences: Sequence[Sequence[int]], *, skip: int) -> list[KVChunk]:
-        """KV of packed sequences without their first `skip` tokens.
-
-        Every sequence attends to itself alone: a block-diagonal mask, without computing the blocks that it masks out.
-        """
-        spec, layers, device = self.spec, self.layers, self.layers.device
-        bounds = list(pairwise(accumulate(map(len, sequences), initial=0)))
-        positions = torch.cat([torch.arange(b - a, device=device) for a, b in bounds])
-        hidden = layers.embed(torch.tensor(list(chain.from_iterable(sequences)), device=device))
-        keys, values = [], []
-        for layer in range(spec.num_layers):
-            q, k, v = layers.qkv(layer, hidden, positions)
-            keys.append(k.cpu())
-            values.append(v.cpu())
-            if layer + 1 < spec.num_layers:
-                alone = [
-                    causal_attention(
-                        q[:, a:b],
-                        k[:, a:b],
-                        v[:, a:b],
-                        positions[a:b],
-                        scale=layers.scale,
-                        window_tokens=layers.window_tokens[layer],
-                    )
-                    for a, b in bounds
-                ]
-                hidden = layers.finish(layer, hidden, torch.cat(alone, dim=1))
-        all_keys, all_values = torch.stack(keys), torch.stack(values)
-        return [
-            KVChunk(
-                spec,
-                torch.tensor(ids[skip:], dtype=torch.int64),
-                torch.arange(skip, b - a),
-                all_keys[:, :, a + skip : b],
-                all_values[:, :, a + skip : b],
-            )
-            for ids, (a, b) in zip(sequences, bounds, strict=True)
-        ]
+        return self._prefill.behind_lead(self._checked(documents))
 
     # -------------------------------------------------------------------------------------------------- fuse
 
-    def fuse(self, documents: Sequence[Sequence[int]], *, blender: Blender | None = None) -> FusedContext:
+    def fuse(self, documents: Sequence[TokenIds], *, blender: Blender | None = None) -> FusedContext:
         """KV of documents (token ids) in this order, behind the lead tokens; what is not stored is computed and stored.
 
         Chunks that turn out corrupt, gone or too slow while they are read are computed again and the fusion starts
         over, so that a damaged store costs time, never the answer.
         """
+        rows, blender = self._checked(documents), blender or self.blender
         self.layers.refresh()
-        blender = blender or self.blender
-        by_key = {self._key_of(ids): ids for ids in documents}
+        by_key = {self._key_of(ids): ids for ids in rows}
         held: dict[ChunkKey, KVChunk] = {}
-        keys, chunks = [self._key_of(ids) for ids in documents], list(documents)
+        keys, chunks = [self._key_of(ids) for ids in rows], [list(ids) for ids in rows]
         if self.lead_ids:
             keys.insert(0, content_key(self.spec, self.lead_ids, salt=self._salt))
-            chunks.insert(0, self.lead_ids)
+            chunks.insert(0, list(self.lead_ids))
             held[keys[0]] = self._lead
-        token_ids = torch.tensor(list(chain.from_iterable(chunks)))
+        context = torch.tensor(list(chain.from_iterable(chunks)))
         starts = list(accumulate(map(len, chunks[:-1]), initial=0))
         with self.store.pinned(list(by_key)):
             self._compute_missing({key: ids for key, ids in by_key.items() if key not in self.store}, held)
@@ -353,39 +240,40 @@ class TransformersConnector:
                 try:
                     blended = blender.blend(
                         self.layers,
-                        token_ids,
+                        context,
                         starts,
-                        StoreSource(self.store, keys, starts, len(token_ids), held),
-                        exact_tokens=len(self.lead_ids) + len(documents[0]),
+                        StoreSource(self.store, keys, starts, len(context), held),
+                        exact_tokens=len(self.lead_ids) + len(rows[0]),
                         device=self.layers.device,
                     )
                 except LostChunksError as lost:
                     self._compute_missing({key: by_key[key] for key in lost.keys}, held)
                 else:
-                    return FusedContext(token_ids, blended)
+                    return FusedContext(context, blended)
 
     def _compute_missing(self, missing: Mapping[ChunkKey, Sequence[int]], held: dict[ChunkKey, KVChunk]) -> None:
         """Compute, hold for this request, and store where the store has room."""
-        for key, chunk, spent_s in self._computed(missing):
+        for key, chunk, spent_s in self._prefill.documents(missing):
             held[key] = chunk
             with suppress(TierError):  # held, so the answer is safe; the store has counted the fault
                 self.store.put(key, chunk, recompute_s=spent_s)
 
     @property
     def _lead(self) -> KVChunk:
-        """KV of the lead tokens themselves: the same in front of everything, so it never needs the store."""
+        """KV of the lead tokens: the same in front of everything, so it never needs the store."""
         if self.spec not in self._leads:
-            self._leads = {self.spec: self._prefill([self.lead_ids], skip=0)[0]}
+            self._leads = {self.spec: self._prefill.lead()}
         return self._leads[self.spec]
 
-    def assemble(self, documents: Sequence[str], question: str) -> tuple[dict[str, Tensor], DynamicCache]:
-        """Inputs and a fused cache for the stock `model.generate(**inputs, past_key_values=cache)`.
+    def assemble(self, documents: Iterable[Document], question: str) -> tuple[dict[str, Tensor], DynamicCache]:
+        """Inputs and a fused cache for the stock `generate`: `model.generate(**inputs, past_key_values=cache)`, from
+        transformers 5.24 on also `cache=cache`.
 
         The cache holds the documents; `generate` computes the question, in full, and the answer.
 
         Parameters
         ----------
-        documents : texts in the order in which the model shall read them; those not stored yet are computed.
+        documents : in the order in which the model shall read them; those not stored yet are computed.
         question : what follows the documents, prompt template included.
 
         Returns
@@ -396,12 +284,9 @@ class TransformersConnector:
         ------
         ValueError : no documents, an empty one, no question, or more tokens than the model's context.
         """
-        if not documents:
-            raise ValueError("documents is empty; give at least one text")
-        question_ids = self.encode_question(question)
+        encoded, question_ids = self._encode_all(documents), self.encode_question(question)
         if not question_ids:
             raise ValueError("question is empty; at least one token must follow the documents")
-        encoded = [self.encode_document(document) for document in documents]
         total = len(self.lead_ids) + sum(map(len, encoded)) + len(question_ids)
         if total > self.layers.max_tokens:
             raise ValueError(
@@ -410,16 +295,118 @@ class TransformersConnector:
             )
         return self.as_inputs(self.fuse(encoded), question_ids)
 
-    def as_inputs(self, context: FusedContext, question_ids: Sequence[int]) -> tuple[dict[str, Tensor], DynamicCache]:
+    def as_inputs(self, context: FusedContext, question_ids: TokenIds) -> tuple[dict[str, Tensor], DynamicCache]:
         """What `generate` takes, from a fused context and the tokens that follow it."""
-        blended = context.blended
-        pairs = [(k[None], v[None]) for k, v in zip(blended.keys, blended.values, strict=True)]
-        cache = DynamicCache(pairs, config=self.model.config)
-        input_ids = torch.cat((context.token_ids, torch.tensor(question_ids)))[None].to(self.layers.device)
+        ids = token_ids(question_ids, "question_ids", vocabulary=self._vocabulary)
+        # Layer by layer as the attention modules work: a `DynamicCache` made from the configuration would keep a window
+        # only, if the configuration names one that the model ignores.
+        blended, windows = context.blended, self.layers.window_tokens
+        cache = DynamicCache(
+            [
+                (k[None], v[None]) if window is None else (k[None], v[None], torch.tensor(window))
+                for k, v, window in zip(blended.keys, blended.values, windows, strict=True)
+            ]
+        )
+        input_ids = torch.cat((context.token_ids, torch.tensor(ids)))[None].to(self.layers.device)
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}, cache
 
-    def answer(self, documents: Sequence[str], question: str, *, max_new_tokens: int = 64) -> str:
-        """Greedy answer to `question` over `documents`; see `assemble` for errors."""
+    def answer(self, documents: Iterable[Document], question: str, *, max_new_tokens: int = 64) -> str:
+        """Greedy answer to `question` over `documents`, whatever the model's `generation_config` says about sampling,
+        beams and caches; see `assemble` for errors, and `KEPT` for what it does decide.
+        """
+        max_new_tokens = positive_count(max_new_tokens, "max_new_tokens")
         inputs, cache = self.assemble(documents, question)
-        output = self.model.generate(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, do_sample=False)
-        return str(self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+        tokens = inputs["input_ids"].shape[1]
+        call = generation_call(
+            self.model, self._tokenization.tokenizer, {}, prompt_tokens=tokens, max_new_tokens=max_new_tokens
+        )
+        output: Tensor = self.model.generate(
+            **inputs, **call.arguments, **{cache_argument(): cache}, stopping_criteria=call.criteria
+        )
+        return self._tokenization.decode(output[0, tokens:].tolist())
+
+    # ---------------------------------------------------------------------------------------------- retrieve
+
+    def session(
+        self,
+        retrieval: Retrieval,
+        *,
+        history: Sequence[TokenIds] | None = None,
+        documents: Iterable[Document] | None = None,
+        blender: Blender | None = None,
+    ) -> Session:
+        """A conversation decoded with retrieval, over one sequence or several; to be closed.
+
+        Parameters
+        ----------
+        history : token ids said before, of each sequence, for instance `Session.token_ids` of another process. What
+            the store has of them is not computed again; after `Session.save`, that is all.
+        documents : what one sequence begins with, fused as by `assemble`; the first prompt follows them. Their index is
+            built here.
+        blender : how they are fused, if not as by the connector's.
+
+        Raises
+        ------
+        UncertifiedError : `retrieval` is approximate and has no certificate for this model.
+        SpecMismatchError : its profile was made for another model.
+        ValueError : a method's parameters do not fit, a sequence is longer than the model's context, or there are both
+            history and documents.
+        """
+        has_history, has_documents = (
+            given is not None and not (isinstance(given, list | tuple) and not given) for given in (history, documents)
+        )
+        if has_history and has_documents:
+            raise ValueError("there are both history and documents; expected one of them")
+        encoded = self._encode_all(documents) if has_documents else []
+        total = len(self.lead_ids) + sum(map(len, encoded))
+        if total >= self.layers.max_tokens:
+            raise ValueError(f"documents have {total} tokens, the model's context {self.layers.max_tokens}; give fewer")
+        self.layers.refresh()
+        session = Session(
+            self.model,
+            self._planner.plan(retrieval),
+            self._tokenization,
+            lead_ids=self.lead_ids,
+            max_tokens=self.layers.max_tokens,
+            vocabulary=self._vocabulary,
+        )
+        try:
+            if has_history and history is not None:
+                session.resume(history)
+            if encoded:
+                self._start_with(session, encoded, blender or self.blender)
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+    def _start_with(self, session: Session, documents: Sequence[Sequence[int]], blender: Blender) -> None:
+        context = self.fuse(documents, blender=blender)
+        # Two choosers of the user's own may bear one name: what they chose must not lie under one key.
+        chooser = next((name for name, known in CHOOSERS.items() if known is blender.chooser), uuid4().hex)
+        way = f"fused {blender.recompute_ratio} {blender.spread_ratio} {chooser}"
+        keys = [self._key_of(ids).hex() for ids in documents]
+        session.start_with(context.token_ids, context.blended.keys, context.blended.values, f"{way} {keys}")
+
+    def generate(
+        self,
+        prompts: Prompts,
+        *,
+        retrieval: Retrieval,
+        max_new_tokens: int = 64,
+        **options: Any,
+    ) -> Generated:
+        """One turn of a `session`: prompts are computed densely, answers decoded with retrieval; greedy by default.
+
+        Parameters
+        ----------
+        prompts : one, or one for each sequence: a text, behind the lead tokens, or token ids as they are.
+        options : for `model.generate`, see `Session.generate`.
+        """
+        with self.session(retrieval) as session:
+            return session.generate(prompts, max_new_tokens=max_new_tokens, **options)
+
+
+def _expect(name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is of type {type(value).__name__}; expected {kind.__name__}")

@@ -13,6 +13,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig,
 from kvloom.blend.blender import Blender
 from kvloom.blend.choosers import no_tokens
 from kvloom.connectors.hf.connector import Precomputed, TransformersConnector
+from kvloom.connectors.hf.prefill import Prefill
 from kvloom.core import ChunkKey, EncodedChunk, KVChunk, Tier
 from kvloom.errors import EngineError, KVLoomError, TierFullError
 from kvloom.kvstore.store import KVStore
@@ -273,17 +274,18 @@ def test_packs_hold_what_the_model_computes_for_each_alone(variant: str, bos: bo
 
 
 def test_packs_are_as_long_as_asked_for(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    rag = connect(model, pack_tokens=60)
-    lengths = [len(rag.encode_document(document)) for document in DOCUMENTS]
+    rag = connect(model)
+    encoded = [rag.encode_document(document) for document in DOCUMENTS]
+    lengths = list(map(len, encoded))
     packs: list[int] = []
-    compute = rag._compute
+    behind_lead = Prefill.behind_lead
 
-    def watched(documents: Sequence[Sequence[int]]) -> list[KVChunk]:
+    def watched(self: Prefill, documents: Sequence[Sequence[int]]) -> list[KVChunk]:
         packs.append(sum(map(len, documents)))
-        return compute(documents)
+        return behind_lead(self, documents)
 
-    monkeypatch.setattr(rag, "_compute", watched)
-    rag.precompute(DOCUMENTS)
+    monkeypatch.setattr(Prefill, "behind_lead", watched)
+    connect(model, pack_tokens=60).precompute(DOCUMENTS)
     assert sum(packs) == sum(lengths) and 1 < len(packs) < len(lengths)
     assert all(pack <= 60 or pack in lengths for pack in packs)
 
@@ -388,7 +390,7 @@ def test_a_miss_in_the_middle_of_documents(
         # while the tier stalls it takes no chunks either: what is computed again is held for the request
         assert same(fused(rag), expected)
         assert len(blends) == 3 and store.stats().lookups > asked
-        assert sum(store.stats().misses.values()) >= count and not store._books._pins
+        assert sum(store.stats().misses.values()) >= count and not store.stats().pinned
         disk.lost = frozenset()
         disk.heal()
         assert same(fused(rag), expected)
@@ -475,8 +477,8 @@ LONG = "the same words again and again " * 200
     ("documents", "question", "words"),
     [
         ([], QUESTION, "documents is empty"),
-        (["", DOCUMENTS[0]], QUESTION, "a document is empty"),
-        ([DOCUMENTS[0], " \n "], QUESTION, "a document is empty"),
+        (["", DOCUMENTS[0]], QUESTION, r"documents\[0\] is empty"),
+        ([DOCUMENTS[0], " \n "], QUESTION, r"documents\[1\] is empty"),
         (DOCUMENTS, "", "question is empty"),
         ([DOCUMENTS[0], LONG], QUESTION, "context 512; split it"),
         (DOCUMENTS * 5, QUESTION, "context 512; give fewer"),

@@ -67,7 +67,7 @@ def test_the_index_is_that_of_the_fused_keys(model: PreTrainedModel, ratio: floa
         with rag.session(retrieval, documents=documents) as session:
             context = rag.fuse([rag.encode_document(document) for document in documents])
             answers.append(session.generate(QUESTION, max_new_tokens=12).token_ids[0])
-            fused = session._contexts[0]
+            fused = session.sequences[0]
             again = MeansSelector(fused.plan.shapes[0], start=16)
             again.add(context.blended.keys[2][:, 16 : fused.stop], context.blended.values[2][:, 16 : fused.stop])
             indexed = fused.index.layers[2]
@@ -95,11 +95,11 @@ def test_a_fused_context_is_not_stored_as_its_text(model: PreTrainedModel) -> No
     with rag.session(Retrieval("means", **SOME), documents=LONG) as session:
         session.generate(QUESTION, max_new_tokens=2)
         (ids,) = session.token_ids
-        keys = [session._contexts[0].key_of(i) for i in range(2)]
+        keys = [session.sequences[0].key_of(i) for i in range(2)]
     assert all(key in rag.store for key in keys)
     assert not any(key in rag.store for key in prefix_keys(rag.spec, ids, chunk_tokens=256))
     with rag.session(Retrieval("means", **SOME), documents=LONG[::-1]) as session:
-        assert session._contexts[0].key_of(0) not in keys
+        assert session.sequences[0].key_of(0) not in keys
 
 
 def test_documents_and_history_exclude_each_other(model: PreTrainedModel) -> None:
@@ -119,5 +119,5 @@ def test_choosers_of_one_name_do_not_share_keys(model: PreTrainedModel) -> None:
     rag, keys = connect(model, 0.3), []
     for chooser in (take(0), take(40)):
         with rag.session(Retrieval("means", **SOME), documents=LONG, blender=Blender(0.3, chooser=chooser)) as session:
-            keys.append(session._contexts[0].key_of(0))
+            keys.append(session.sequences[0].key_of(0))
     assert keys[0] != keys[1]

@@ -1,11 +1,10 @@
-"""How transformers asks: a cache that keeps only what is near, and an attention function that looks further."""
+"""Retrieval inside transformers: a cache that gives the model its new tokens only, and its attention function."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,18 +21,19 @@ except ImportError as error:
     ) from error
 
 from ....errors import EngineError
-from .sequence import Context
+from .sequence import DecodedSequence
 
 IMPLEMENTATION = "kvloom"
-_LAYER = "kvloom_layer"  # by this attribute of the keys that the cache gives, attention knows whose they are
-_switching: WeakKeyDictionary[PreTrainedModel, threading.Lock] = WeakKeyDictionary()
+_LAYER = "kvloom_layer"  # an attribute of the keys that the cache gives: the layer that attends for them
+_SWITCHING: WeakKeyDictionary[PreTrainedModel, threading.Lock] = WeakKeyDictionary()
+_Result = TypeVar("_Result")
 
 
 class RetrievalLayer(CacheLayerMixin):
-    """One layer of a batch: takes new tokens, gives the model nothing but them, and attends where they belong.
+    """One layer of a batch. It gives the model only the new tokens, and attends to all others on the model's behalf.
 
-    Rows of a batch are sequences of their own, of different lengths and without padding. Finished ones stay as they
-    are, and their attention is zero.
+    The rows of a batch are sequences of their own, of different lengths and without padding. A sequence that is done
+    takes no tokens, and its attention is zero.
     """
 
     is_sliding = False
@@ -47,29 +47,28 @@ class RetrievalLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         self._cache.expect_turn(self._index)
-        if len(key_states) != len(self._cache.contexts):
+        if len(key_states) != len(self._cache.sequences):
             raise EngineError(
-                f"{len(key_states)} sequences where there are {len(self._cache.contexts)}; use num_beams=1 and "
-                "num_return_sequences=1"
+                f"the model decodes {len(key_states)} sequences; the cache has {len(self._cache.sequences)}"
             )
-        for context, keys, values in zip(self._cache.contexts, key_states, value_states, strict=True):
-            if not context.is_done:
-                context.append(self._index, keys, values)
+        for sequence, keys, values in zip(self._cache.sequences, key_states, value_states, strict=True):
+            if not sequence.is_done:
+                sequence.append(self._index, keys, values)
         setattr(key_states, _LAYER, self)
         return key_states, value_states
 
     def attend(self, queries: Tensor, value_dim: int) -> Tensor:
-        """`[B, Hq, T, D]` -> `[B, T, Hq, Dv]`."""
+        """Attention of the new tokens: `[B, Hq, T, D]` -> `[B, T, Hq, Dv]`."""
         batch, heads, count, _ = queries.shape
         out = queries.new_zeros(batch, count, heads, value_dim)
-        for row, context in enumerate(self._cache.contexts):
-            if not context.is_done:
-                out[row] = context.attend(self._index, queries[row]).transpose(0, 1)
-        self._cache.attended(self._index, count)
+        for row, sequence in enumerate(self._cache.sequences):
+            if not sequence.is_done:
+                out[row] = sequence.attend(self._index, queries[row]).transpose(0, 1)
+        self._cache.end_layer(self._index, count)
         return out
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The new tokens alone: what is behind them is masked where it lies."""
+        """Length and offset of the mask: of the new tokens alone, since `attend` masks the others."""
         return query_length, self.get_seq_length()
 
     def get_seq_length(self) -> int:
@@ -79,26 +78,26 @@ class RetrievalLayer(CacheLayerMixin):
         return -1
 
     def reorder_cache(self, *_: Any) -> None:
-        raise EngineError("sequences cannot be exchanged while they are decoded with retrieval; use num_beams=1")
+        raise EngineError("sequences cannot be reordered while they are decoded with retrieval; use num_beams=1")
 
 
 class RetrievalCache(Cache):
-    """The cache of a batch of contexts, for the length of one call.
+    """The cache of a batch of sequences, for one call of the model or of `generate`.
 
     Attributes
     ----------
-    seen_tokens : of the longest row, padding included, as `generate` counts.
+    seen_tokens : tokens of the longest row, padding included, as `generate` counts.
     """
 
-    def __init__(self, contexts: Sequence[Context], num_layers: int) -> None:
-        self.contexts = contexts
-        self.seen_tokens = max(context.length for context in contexts)
+    def __init__(self, sequences: Sequence[DecodedSequence], num_layers: int) -> None:
+        self.sequences = sequences
+        self.seen_tokens = max(sequence.length for sequence in sequences)
         self._next = 0
         self._is_attending = False
         super().__init__(layers=[RetrievalLayer(index, self) for index in range(num_layers)])
 
     def expect_turn(self, layer: int) -> None:
-        """Raises `EngineError` unless the layer before has attended here, which only our attention does."""
+        """Begin a layer; raises `EngineError` unless the layer before has attended, which only our function does."""
         if layer != self._next or self._is_attending:
             raise EngineError(
                 f"layer {layer} takes tokens, but layer {self._next} is due: the model's attention implementation "
@@ -107,28 +106,28 @@ class RetrievalCache(Cache):
         self._is_attending = True
 
     def expect_end(self) -> None:
-        """Raises `EngineError` unless the last layer, too, has attended here."""
+        """Raises `EngineError` unless the last layer, too, has attended."""
         if self._next or self._is_attending:
             raise EngineError(
                 f"layer {self._next} has not attended: the model's attention implementation was changed while it was "
                 "decoding with retrieval"
             )
 
-    def attended(self, layer: int, count: int) -> None:
-        """The layer is through; after the last one the contexts go on."""
+    def end_layer(self, layer: int, count: int) -> None:
+        """End a layer, which attended for `count` tokens; after the last one the sequences advance."""
         self._is_attending, self._next = False, layer + 1
         if self._next == len(self.layers):
             self._next = 0
             self.seen_tokens += count
-            for context in self.contexts:
-                if not context.is_done:
-                    context.advance(count)
+            for sequence in self.sequences:
+                if not sequence.is_done:
+                    sequence.advance(count)
 
 
 def attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function: ours for keys from a `RetrievalCache`, what `sdpa` does for any others."""
+    """The attention function: it retrieves for keys from a `RetrievalCache`, and does what `sdpa` does for others."""
     layer = getattr(key, _LAYER, None)
     if layer is None:
         found: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
@@ -138,22 +137,33 @@ def attention(
     return layer.attend(query, value.shape[-1]), None
 
 
-@contextmanager
-def retrieving(model: PreTrainedModel) -> Iterator[None]:
-    """Within, the model attends through `attention`. One caller at a time: it is the model's own setting.
+def with_retrieval(model: PreTrainedModel, call: Callable[[], _Result]) -> _Result:
+    """The result of `call`, during which the model attends through `attention`.
+
+    One caller at a time, since the attention function is a setting of the model; calls by others that go on meanwhile
+    get what `sdpa` gives.
 
     Raises
     ------
     EngineError : the model does not let its attention be chosen.
     """
-    with _switching.setdefault(model, threading.Lock()):
+    with _SWITCHING.setdefault(model, threading.Lock()):
         AttentionInterface.register(IMPLEMENTATION, attention)
         AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
-        before = model.config._attn_implementation  # noqa: SLF001  the only way to ask
-        model.set_attn_implementation(IMPLEMENTATION)
+        before = _implementation(model)
         try:
-            if model.config._attn_implementation != IMPLEMENTATION:  # noqa: SLF001
-                raise EngineError(f"{type(model).__name__} does not let its attention be chosen")
-            yield
+            try:
+                model.set_attn_implementation(IMPLEMENTATION)
+                if _implementation(model) != IMPLEMENTATION:
+                    raise EngineError(f"{type(model).__name__} does not let its attention be chosen")
+                return call()
+            finally:
+                model.set_attn_implementation(before)
         finally:
-            model.set_attn_implementation(before)
+            if _implementation(model) != before:  # a Ctrl-C came in the line above
+                model.set_attn_implementation(before)
+
+
+def _implementation(model: PreTrainedModel) -> str:
+    name: str = model.config._attn_implementation  # noqa: SLF001  the only way to ask
+    return name

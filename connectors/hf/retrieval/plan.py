@@ -1,4 +1,4 @@
-"""What the sequences of a session have in common, what is still to be computed of one, and what became of it."""
+"""How the sequences of a session are decoded: with which method, in which layers, from which length on."""
 
 from __future__ import annotations
 
@@ -7,23 +7,30 @@ from dataclasses import dataclass
 
 import torch
 
+from ....calibration.certificate import Certificate
+from ....calibration.certificate_gate import CertificateGate
+from ....calibration.codec_form import Form
 from ....core import KVSpec
 from ....errors import EngineError
 from ....kvstore.store import KVStore
 from ....retrieval.selector import LayerShape
-from ....retrieval.settings import Retrieval
+from ....retrieval.settings import Retrieval, require_certificate
+from ...break_even import break_even
+from ..model import TransformersModel
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Plan:
-    """What the sequences of a session have in common.
+class RetrievalPlan:
+    """What all sequences of a session have in common.
 
     Attributes
     ----------
     shapes : the attention of every layer.
     window_tokens : per layer, how many tokens back the model's own attention reaches; None for all.
     break_even_tokens : shorter contexts are attended to densely.
-    current_spec : of the KV that the model would compute now.
+    salt : part of every key.
+    device : of the model.
+    current_spec : gives the spec of the KV that the model would compute now.
     """
 
     spec: KVSpec
@@ -37,7 +44,7 @@ class Plan:
     current_spec: Callable[[], KVSpec]
 
     def expect_unchanged(self) -> None:
-        """Raises `EngineError` if the model would compute other KV by now than the session holds."""
+        """Raises `EngineError` if the model would compute other KV now than the session holds."""
         if self.current_spec() != self.spec:
             raise EngineError(
                 "the model or its adapters have changed since this session began; begin another, with its `token_ids`"
@@ -45,44 +52,84 @@ class Plan:
 
     @property
     def retrieving_shapes(self) -> list[LayerShape | None]:
-        """None for layers that attend to everything."""
+        """The attention of every layer that retrieves; None for layers that attend to everything."""
         return [shape if self.retrieves(layer) else None for layer, shape in enumerate(self.shapes)]
 
     def retrieves(self, layer: int) -> bool:
         return layer >= self.retrieval.dense_layers and self.window_tokens[layer] is None
 
 
-@dataclass(slots=True)
-class Counts:
-    """What became of one sequence, in tokens, chunks and steps.
+class RetrievalPlanner:
+    """Makes the plans of sessions, for one model and one store.
 
-    Attributes
+    Parameters
     ----------
-    reused_tokens, computed_tokens : of prompts; replayed tokens count as computed.
-    lost_chunks : that the store should have had, and had not: their tokens were computed again.
-    unstored_chunks : that the store did not take; they stay in memory of the session's own.
-    rebuilt_chunks : stored chunks whose part of the index was missing or foreign.
-    has_index_state : the index of the sequence as a whole was read, and not built again.
-    sparse_steps : tokens decoded with retrieval; dense_steps : without.
-    chosen_tokens, read_bytes : by selectors, over all layers and KV heads.
+    certificates, allow_uncertified : as for `TransformersConnector`.
     """
 
-    reused_tokens: int = 0
-    computed_tokens: int = 0
-    lost_chunks: int = 0
-    unstored_chunks: int = 0
-    rebuilt_chunks: int = 0
-    has_index_state: bool = False
-    sparse_steps: int = 0
-    dense_steps: int = 0
-    chosen_tokens: int = 0
-    read_bytes: int = 0
+    def __init__(
+        self,
+        layers: TransformersModel,
+        store: KVStore,
+        salt: bytes,
+        certificates: Sequence[Certificate],
+        *,
+        allow_uncertified: bool,
+    ) -> None:
+        self._layers, self._store, self._salt = layers, store, salt
+        self._gate = CertificateGate(certificates, allow_uncertified=allow_uncertified)
+        self._measured: dict[Form, int] = {}  # break-evens
+
+    def plan(self, retrieval: Retrieval) -> RetrievalPlan:
+        """The plan of a session.
+
+        Raises
+        ------
+        TypeError : `retrieval` is no `Retrieval`.
+        UncertifiedError : it is approximate and has no certificate for this model.
+        SpecMismatchError : its profile was made for another model.
+        """
+        if not isinstance(retrieval, Retrieval):
+            raise TypeError(
+                f"retrieval is of type {type(retrieval).__name__}; expected a Retrieval, for instance "
+                "Retrieval('landmarks', budget_ratio=0.12)"
+            )
+        spec = self._layers.spec
+        if retrieval.profile is not None:
+            retrieval.profile.check_serves(spec)
+        certificate = require_certificate(self._gate, retrieval, spec)
+        return RetrievalPlan(
+            spec,
+            [layer_shape(self._layers)] * spec.num_layers,
+            self._layers.window_tokens,
+            retrieval,
+            self._break_even(retrieval, certificate),
+            self._store,
+            self._salt,
+            self._layers.device,
+            self._current_spec,
+        )
+
+    def _current_spec(self) -> KVSpec:
+        self._layers.refresh()
+        return self._layers.spec
+
+    def _break_even(self, retrieval: Retrieval, certificate: Certificate | None) -> int:
+        """What the caller gave, else what the certificate says, else what is measured here, once for each method."""
+        spec = self._layers.spec
+        if retrieval.break_even_tokens is not None:
+            return retrieval.break_even_tokens
+        known = None if certificate is None else certificate.conditions.get("break_even_tokens")
+        if isinstance(known, int):
+            return known
+        if retrieval.form not in self._measured:
+            shape = layer_shape(self._layers)
+            self._measured[retrieval.form] = break_even(retrieval, shape, spec.value_dim, spec.dtype)
+        return self._measured[retrieval.form]
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Tokens `[start, stop)` to be computed: densely, or one after the other with retrieval."""
-
-    start: int
-    stop: int
-    is_sparse: bool
+def layer_shape(layers: TransformersModel) -> LayerShape:
+    """The attention of a model's layers, which are all alike."""
+    spec = layers.spec
+    group = layers.decoder.config.num_attention_heads // spec.num_kv_heads
+    return LayerShape(spec.num_kv_heads, group, spec.head_dim, layers.scale, spec.rope)

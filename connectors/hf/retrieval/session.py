@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import weakref
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Self, TypeAlias
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -19,18 +20,20 @@ except ImportError as error:
 
 from ....core import ChunkKey
 from ....errors import EngineError
-from .attention import RetrievalCache, retrieving
-from .plan import Counts, Plan, Segment
-from .sequence import Context
-
-Prompt: TypeAlias = "str | Sequence[int]"
+from ..generation import GenerationCall, cache_argument, generation_call
+from ..prompts import Prompts, TokenIds, positive_count, prompt_rows, token_ids
+from ..tokenization import Tokenization
+from .attention import RetrievalCache, with_retrieval
+from .chunks import SequenceCounts
+from .plan import RetrievalPlan
+from .sequence import DecodedSequence, TokenSpan
 
 SLICE_TOKENS = 1024  # of a prompt, computed at once
 
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """What a turn gave.
+    """The answers of a turn.
 
     Attributes
     ----------
@@ -43,133 +46,157 @@ class Generated:
     token_ids: tuple[tuple[int, ...], ...]
     texts: tuple[str, ...]
     explanations: tuple[str, ...]
-    counts: tuple[Counts, ...]
+    counts: tuple[SequenceCounts, ...]
 
 
-class _Follow(StoppingCriteria):
-    """Tells contexts what was decoded, and which of them are through. Stops nothing itself."""
+class _TokenRecorder(StoppingCriteria):
+    """Appends decoded tokens to their sequences, and marks sequences that have ended by any criterion."""
 
-    def __init__(self, contexts: Sequence[Context], end_ids: Sequence[int]) -> None:
-        self._contexts, self._end_ids = contexts, end_ids
+    def __init__(self, sequences: Sequence[DecodedSequence], call: GenerationCall) -> None:
+        self._sequences, self._call = sequences, call
 
-    def __call__(self, input_ids: Tensor, *_: Any, **__: Any) -> Tensor:
-        for context, token in zip(self._contexts, input_ids[:, -1].tolist(), strict=True):
-            if not context.is_done:
-                context.ids.append(token)
-                context.is_done = token in self._end_ids
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    def __call__(self, input_ids: Tensor, scores: Tensor, **options: Any) -> Tensor:
+        tokens = input_ids[:, -1]
+        ended = torch.isin(tokens, torch.tensor(self._call.end_ids, dtype=tokens.dtype, device=tokens.device))
+        for criterion in self._call.criteria:
+            ended = ended | criterion(input_ids, scores, **options)
+        for sequence, token, has_ended in zip(self._sequences, tokens.tolist(), ended.tolist(), strict=True):
+            if not sequence.is_done:
+                sequence.ids.append(token)
+                sequence.is_done = has_ended
+        return ended
 
 
 class Session:
     """A conversation, or several side by side. Not to be used from two threads at once; `close` it.
 
+    A turn that fails or is interrupted in the middle ends the session: further turns raise `EngineError`, and its
+    `token_ids` can begin another one.
+
     Parameters
     ----------
     plan : how its sequences are decoded.
-    encode : token ids of a prompt; the flag says whether it is the first.
-    decode : text of token ids.
-    history : what was said before, in tokens, for each sequence: taken from the store as far as it is there, and
-        otherwise computed again. `save` makes it whole.
+    tokenization, lead_ids : make token ids of a text; the lead tokens precede the first one.
+    max_tokens, vocabulary : of the model: longest context, number of token ids.
+
+    Attributes
+    ----------
+    sequences : of this session, in the order of their prompts.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        plan: Plan,
+        plan: RetrievalPlan,
+        tokenization: Tokenization,
         *,
-        encode: Callable[[str, bool], Sequence[int]],
-        decode: Callable[[Sequence[int]], str],
+        lead_ids: Sequence[int],
         max_tokens: int,
-        history: Sequence[Sequence[int]] = (),
+        vocabulary: int,
     ) -> None:
         self._model, self.plan = model, plan
-        self._encode, self._decode, self._max_tokens = encode, decode, max_tokens
+        self._tokenization, self._lead_ids = tokenization, list(lead_ids)
+        self._max_tokens, self._vocabulary = max_tokens, vocabulary
+        self.sequences: list[DecodedSequence] = []
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="kvloom-index")
-        self._contexts: list[Context] = []
-        self._is_broken = False
-        if history:
-            self._take_up(history)
+        self._is_released = self._is_broken = False
+        # A session that nobody closes, since an interrupt came before `with`, unpins when it is garbage-collected.
+        self._finalizer = weakref.finalize(self, _release, self._worker, self.sequences)
+        self._finalizer.atexit = False
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _take_up(self, history: Sequence[Sequence[int]]) -> None:
-        for ids in history:
-            self._expect_room(len(ids))
-        self._open(len(history))
-        for context, ids in zip(self._contexts, history, strict=True):
-            self._extend(context, list(ids))
+    def resume(self, history: Iterable[TokenIds]) -> None:
+        """Begin with what was said before: token ids of each sequence.
+
+        The store's part of them is not computed again; after `save`, that is all.
+        """
+        rows = [token_ids(ids, f"history[{i}]", vocabulary=self._vocabulary) for i, ids in enumerate(history)]
+        for i, ids in enumerate(rows):
+            self._expect_room(len(ids), f"history[{i}]")
+        self._open(len(rows))
+        for sequence, ids in zip(self.sequences, rows, strict=True):
+            self._extend(sequence, ids)
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def begin_with(self, token_ids: Tensor, keys: Tensor, values: Tensor, origin: str) -> None:
-        """One sequence begins with tokens that were fused elsewhere; see `Context.adopt`."""
+    def start_with(self, token_ids: Tensor, keys: Tensor, values: Tensor, origin: str) -> None:
+        """Begin one sequence with tokens that were computed elsewhere, see `DecodedSequence.start_with`."""
         self._open(1)
-        self._contexts[0].adopt(token_ids, keys, values, origin)
+        self.sequences[0].start_with(token_ids, keys, values, origin)
 
     @property
     def token_ids(self) -> list[list[int]]:
         """Everything said so far, of each sequence."""
-        return [list(context.ids) for context in self._contexts]
+        return [list(sequence.ids) for sequence in self.sequences]
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def generate(self, prompts: Prompt | Sequence[Prompt], *, max_new_tokens: int = 64, **options: Any) -> Generated:
+    def generate(self, prompts: Prompts, *, max_new_tokens: int = 64, **options: Any) -> Generated:
         """The next turn: prompts are computed densely, in slices, then answers are decoded.
 
         Parameters
         ----------
-        prompts : for each sequence a text or token ids; one alone for one sequence.
-        options : for `model.generate`; greedy unless they say otherwise. Beams are not supported.
+        prompts : for each sequence a text or token ids; one alone for one sequence. See `prompt_rows`.
+        options : for `model.generate`, see `generation_call`; greedy unless they ask for something else.
 
         Raises
         ------
-        ValueError : another number of prompts than last time, an empty one, or more tokens than the model's context;
-            keys or queries that are not finite.
-        EngineError : the session has failed before, or something else changed the model meanwhile, or its attention.
+        TypeError : prompts or an option of the wrong type.
+        ValueError : another number of prompts than last time, an empty one, or more tokens than the model's context; an
+            option that does not work here; keys or queries that are not finite.
+        EngineError : the session is closed or failed before, or something else changed the model or its attention
+            meanwhile.
         """
-        if self._is_broken:
-            raise EngineError("this session failed in the middle of a turn; begin another, with its `token_ids`")
+        self._expect_usable()
         self.plan.expect_unchanged()
-        rows = self._rows(prompts)
-        if not self._contexts:
+        max_new_tokens = positive_count(max_new_tokens, "max_new_tokens")
+        rows = prompt_rows(prompts, vocabulary=self._vocabulary)
+        known = self.token_ids or [[] for _ in rows]
+        if len(rows) != len(known):
+            raise ValueError(f"{len(rows)} prompts for {len(known)} sequences; expected one for each")
+        new = [self._ids(row, before, i) for i, (row, before) in enumerate(zip(rows, known, strict=True))]
+        longest = max(len(before) + len(ids) for before, ids in zip(known, new, strict=True))
+        call = generation_call(
+            self._model, self._tokenization.tokenizer, options, prompt_tokens=longest, max_new_tokens=max_new_tokens
+        )
+        self._is_broken = True  # until this turn is complete
+        if not self.sequences:
             self._open(len(rows))
-        if len(rows) != len(self._contexts):
-            raise ValueError(f"{len(rows)} prompts for {len(self._contexts)} sequences; expected one for each")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
-        encoded = [self._ids(row, context) for row, context in zip(rows, self._contexts, strict=True)]
-        self._is_broken = True  # until this turn is through
-        for context, ids in zip(self._contexts, encoded, strict=True):
-            self._extend(context, ids)
-        starts = [len(context.ids) for context in self._contexts]
-        for context in self._contexts:
-            context.begin_answer()
-        self._answer(max_new_tokens, options)
+        for sequence, ids in zip(self.sequences, new, strict=True):
+            self._extend(sequence, ids)
+        starts = [len(sequence.ids) for sequence in self.sequences]
+        for sequence in self.sequences:
+            sequence.begin_answer()
+        self._answer(call)
         self._is_broken = False
-        answers = tuple(tuple(c.ids[start:]) for c, start in zip(self._contexts, starts, strict=True))
+        answers = tuple(tuple(s.ids[start:]) for s, start in zip(self.sequences, starts, strict=True))
         return Generated(
             answers,
-            tuple(map(self._decode, answers)),
-            tuple(context.explain() for context in self._contexts),
-            tuple(context.counts for context in self._contexts),
+            tuple(map(self._tokenization.decode, answers)),
+            tuple(sequence.explain() for sequence in self.sequences),
+            tuple(sequence.counts for sequence in self.sequences),
         )
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def save(self) -> list[ChunkKey]:
-        """Stores all that `history` needs to take the session up elsewhere without computing anything again.
+        """Store all that `resume` needs to go on elsewhere without computing anything again.
 
         Raises
         ------
         TierError : no tier takes it.
+        EngineError : the session is closed or failed before.
         """
-        return [context.save() for context in self._contexts]
+        self._expect_usable()
+        return [sequence.save() for sequence in self.sequences]
 
     def close(self) -> None:
-        """Lets go of what it holds of the store."""
-        for context in self._contexts:
-            context.close()
-        self._worker.shutdown()
+        """Unpin what the session uses of the store. May be called again, also after an interrupt of this call."""
+        try:
+            self._release()
+        finally:
+            self._release()  # completes what a Ctrl-C cut short; otherwise does nothing
 
     def __enter__(self) -> Self:
         return self
@@ -177,78 +204,95 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _release(self) -> None:
+        if not self._is_released:
+            for sequence in self.sequences:
+                sequence.close()
+            self._is_released = True
+        self._worker.shutdown()
+        self._finalizer.detach()
+
     # ------------------------------------------------------------------------------------------------- prompts
 
-    def _rows(self, prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
-            return [prompts]  # type: ignore[list-item]
-        return list(prompts)  # type: ignore[arg-type]
+    def _expect_usable(self) -> None:
+        if self._is_released:
+            raise EngineError("this session is closed; begin another, with its `token_ids` as history")
+        if self._is_broken:
+            raise EngineError("this session failed in the middle of a turn; begin another, with its `token_ids`")
 
-    def _ids(self, prompt: Prompt, context: Context) -> list[int]:
-        ids = list(self._encode(prompt, not context.ids)) if isinstance(prompt, str) else list(map(int, prompt))
-        if not ids and not context.ids:
-            raise ValueError("a prompt is empty; give at least one token")
-        self._expect_room(len(context.ids) + len(ids))
-        return ids
+    def _ids(self, row: str | list[int], before: Sequence[int], place: int) -> list[int]:
+        """Token ids of a prompt behind those said before."""
+        if isinstance(row, str):
+            row = [*([] if before else self._lead_ids), *self._tokenization.encode_text(row)]
+        if not row and not before:
+            raise ValueError(f"prompts[{place}] is empty; give at least one token")
+        self._expect_room(len(before) + len(row), f"sequence {place}")
+        return row
 
-    def _expect_room(self, tokens: int) -> None:
+    def _expect_room(self, tokens: int, name: str) -> None:
         if tokens >= self._max_tokens:
-            raise ValueError(f"a sequence has {tokens} tokens, the model's context {self._max_tokens}; shorten it")
+            raise ValueError(f"{name} has {tokens} tokens, the model's context {self._max_tokens}; shorten it")
 
     def _open(self, count: int) -> None:
-        if not count:
-            raise ValueError("prompts are empty; give at least one")
-        self._contexts = [Context(self.plan, self._worker) for _ in range(count)]
+        self.sequences.extend(DecodedSequence(self.plan, self._worker) for _ in range(count))
 
-    def _extend(self, context: Context, ids: Sequence[int]) -> None:
-        """Computes all but the last token of a context that goes on with `ids`."""
-        is_new = not context.ids
-        context.ids += ids
-        context.is_done = False
-        todo = context.take_up() if is_new else [Segment(context.length, len(context.ids) - 1, False)]
-        if not any(segment.start < segment.stop for segment in todo):
-            return
-        with retrieving(self._model):
-            for segment in todo:
-                context.dense_until = segment.start if segment.is_sparse else segment.stop
-                step = 1 if segment.is_sparse else SLICE_TOKENS
-                for start in range(segment.start, segment.stop, step):
-                    self._compute(context, start, min(start + step, segment.stop))
+    def _extend(self, sequence: DecodedSequence, ids: Sequence[int]) -> None:
+        """Compute all but the last token of a sequence that goes on with `ids`."""
+        is_new = not sequence.ids
+        sequence.ids += ids
+        sequence.is_done = False
+        spans = sequence.resume() if is_new else [TokenSpan(sequence.length, len(sequence.ids) - 1, False)]
+        if any(span.start < span.stop for span in spans):
+            with_retrieval(self._model, lambda: self._compute(sequence, spans))
 
-    def _compute(self, context: Context, start: int, stop: int) -> None:
+    def _compute(self, sequence: DecodedSequence, spans: Sequence[TokenSpan]) -> None:
+        for span in spans:
+            sequence.dense_until = span.start if span.is_sparse else span.stop
+            step = 1 if span.is_sparse else SLICE_TOKENS
+            for start in range(span.start, span.stop, step):
+                self._forward(sequence, start, min(start + step, span.stop))
+
+    def _forward(self, sequence: DecodedSequence, start: int, stop: int) -> None:
         device = self.plan.device
-        cache = RetrievalCache([context], self.plan.spec.num_layers)
+        cache = RetrievalCache([sequence], self.plan.spec.num_layers)
         self._model.model(
-            input_ids=torch.tensor([context.ids[start:stop]], device=device),
+            input_ids=torch.tensor([sequence.ids[start:stop]], device=device),
             position_ids=torch.arange(start, stop, device=device)[None],
-            past_key_values=cache,
             use_cache=True,
+            **{cache_argument(): cache},
         )
         cache.expect_end()
-        context.counts.computed_tokens += stop - start
+        sequence.counts.computed_tokens += stop - start
 
     # ------------------------------------------------------------------------------------------------- answers
 
-    def _answer(self, max_new_tokens: int, options: dict[str, Any]) -> None:
-        ends = options.get("eos_token_id", self._model.generation_config.eos_token_id)
-        end_ids = [] if ends is None else ends if isinstance(ends, list) else [ends]
-        pad = options.pop("pad_token_id", end_ids[0] if end_ids else 0)
-        longest = max(len(context.ids) for context in self._contexts)
-        input_ids = torch.full((len(self._contexts), longest), pad)
-        mask = torch.zeros_like(input_ids)
-        for row, context in enumerate(self._contexts):
-            input_ids[row, longest - len(context.ids) :] = torch.tensor(context.ids)
-            mask[row, longest - len(context.ids) :] = 1
-        criteria = StoppingCriteriaList([_Follow(self._contexts, end_ids), *options.pop("stopping_criteria", ())])
-        cache = RetrievalCache(self._contexts, self.plan.spec.num_layers)
-        with retrieving(self._model):
+    def _answer(self, call: GenerationCall) -> None:
+        """Decode the next tokens of all sequences, from the last token of each on."""
+        longest = max(len(sequence.ids) for sequence in self.sequences)
+        # In front of a shorter row stands its own first token: penalties meet no token that the row does not have.
+        rows = [[s.ids[0]] * (longest - len(s.ids)) + s.ids for s in self.sequences]
+        mask = [[0] * (longest - len(s.ids)) + [1] * len(s.ids) for s in self.sequences]
+        device = self.plan.device
+        cache = RetrievalCache(self.sequences, self.plan.spec.num_layers)
+        arguments = {
+            **call.arguments,
+            "stopping_criteria": StoppingCriteriaList([_TokenRecorder(self.sequences, call)]),
+            cache_argument(): cache,
+        }
+
+        def decode() -> None:
             self._model.generate(  # type: ignore[operator]
-                input_ids=input_ids.to(self.plan.device),
-                attention_mask=mask.to(self.plan.device),
-                past_key_values=cache,
-                max_new_tokens=max_new_tokens,
-                stopping_criteria=criteria,
-                pad_token_id=pad,
-                **{"do_sample": False, **options},
+                input_ids=torch.tensor(rows, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                **arguments,
             )
             cache.expect_end()
+
+        with_retrieval(self._model, decode)
+
+
+def _release(worker: Executor, sequences: Sequence[DecodedSequence]) -> None:
+    """Unpin what a lost session used, without waiting."""
+    for sequence in sequences:
+        sequence.close()
+    worker.shutdown(wait=False)

@@ -1,15 +1,15 @@
-"""What the model's own cache holds of a sequence: the sinks and the window, for one layer."""
+"""KV of the tokens that are always attended to, the sinks and the window, for one layer."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-_LEAST_TOKENS = 512
+_LEAST_TOKENS = 512  # of a buffer
 
 
-class NearTokens:
-    """Keys and values of some tokens in their order, in one buffer that grows.
+class SinkWindow:
+    """Keys and values of sinks and window in their order, in one buffer that grows.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ class NearTokens:
         return self._values[:, : self._count]
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """The next tokens, `[H, T, D]` and `[H, T, Dv]`, copied."""
+        """Copy the next tokens, `[H, T, D]` and `[H, T, Dv]`, behind the others."""
         stop = self._count + keys.shape[1]
         if stop > self._keys.shape[1]:
             self._resize(max(2 * self._count, stop, _LEAST_TOKENS))
@@ -44,7 +44,7 @@ class NearTokens:
         self._count = stop
 
     def remove(self, first: int, stop: int) -> None:
-        """Lets go of tokens `[first, stop)`, and of memory that is no longer needed."""
+        """Remove the tokens at places `[first, stop)`, and shrink a buffer that is mostly empty."""
         rest = self._count - stop
         for buffer in (self._keys, self._values):
             buffer[:, first : first + rest] = buffer[:, stop : self._count].clone()
