@@ -516,7 +516,7 @@ def test_what_is_approximate_needs_a_certificate(model: PreTrainedModel) -> None
     for other in ({"budget_ratio": 0.04}, {"window_tokens": 64}, {"parameters": {"x": 1}}, {"pooling": "sum"}):
         with pytest.raises(UncertifiedError):
             certified.session(Retrieval("means", **{**SOME, **other}))
-    with pytest.warns(UncertifiedWarning, match="'means' is used for m without a certificate"):
+    with pytest.warns(UncertifiedWarning, match="'means' at a budget of 5.0% is used for m without"):
         connect(model).generate(ids, retrieval=retrieval, max_new_tokens=2)
 
 
