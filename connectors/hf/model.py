@@ -68,23 +68,24 @@ class TransformersModel:
     """
 
     spec: KVSpec
+    device: torch.device
+    window_tokens: tuple[int | None, ...]
 
     def __init__(self, model: nn.Module, *, model_id: str | None = None) -> None:
         self.model = unwrapped(model)
         check_supported(self.model)
         self.decoder = self.model.model
-        config, attention = self.model.config, self.decoder.layers[0].self_attn
-        self.scale = float(attention.scaling)
-        # Mistral's attention looks its window up in the configuration; Llama's ignores one that stands there.
-        shared = config.sliding_window if config.model_type == "mistral" else None
-        self.window_tokens = tuple(getattr(layer.self_attn, "sliding_window", shared) for layer in self.decoder.layers)
-        self.max_tokens: int = config.max_position_embeddings
-        self.device = input_device(self.decoder.embed_tokens)
+        self.scale = float(self.decoder.layers[0].self_attn.scaling)
+        self.max_tokens: int = self.model.config.max_position_embeddings
         self._identity = ModelIdentity(self.model, model_id)
         self.refresh()
 
     def refresh(self) -> bool:
-        """Look whether the model still computes KV as `spec` says, and make it say so; whether it had to be changed.
+        """Look whether the model still computes KV as `spec` says, and make it say so.
+
+        Returns
+        -------
+        bool : whether the spec had to be changed.
 
         Raises
         ------
@@ -92,6 +93,10 @@ class TransformersModel:
         """
         config, attention = self.model.config, self.decoder.layers[0].self_attn
         rotary, before = self.decoder.rotary_emb, getattr(self, "spec", None)
+        # Mistral's attention looks its window up in the configuration; Llama's ignores one that stands there.
+        shared = config.sliding_window if config.model_type == "mistral" else None
+        self.window_tokens = tuple(getattr(layer.self_attn, "sliding_window", shared) for layer in self.decoder.layers)
+        self.device = input_device(self.decoder.embed_tokens)
         actual = RopeSpec(tuple(rotary.inv_freq.tolist()), float(rotary.attention_scaling))
         self.spec = KVSpec(
             model_id=with_state(self._identity.name(), windows=windows_of(self.window_tokens)),

@@ -2,64 +2,24 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModel, LlamaForCausalLM, PreTrainedModel
 
-from kvloom.blend.blender import Blender
-from kvloom.connectors.hf.connector import TransformersConnector
 from kvloom.connectors.hf.identity import unwrapped
-from kvloom.connectors.hf.model import TransformersModel
 from kvloom.connectors.identity.weights import folder_name
 from kvloom.errors import EngineError
 from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.host import HostTier
 from kvloom.retrieval.settings import Retrieval
 
-from ..support.models import DOCUMENTS, QUESTION, make_model, make_tokenizer, make_variant, prefill
-
-
-def name_of(model: torch.nn.Module, model_id: str | None = None) -> str:
-    return TransformersModel(model, model_id=model_id).spec.model_id
-
-
-def saved(folder: Path, **options: Any) -> Path:
-    make_model("llama", **options).save_pretrained(folder)
-    return folder
-
-
-def load(folder: Path, dtype: str = "float32") -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return model.eval()
-
-
-class Rag(TransformersConnector):
-    """Fuses exactly, and compares its cache with the model's own forward."""
-
-    def __init__(self, model: torch.nn.Module, **options: Any) -> None:
-        store = options.pop("store", None) or KVStore([HostTier(None)])
-        super().__init__(model, make_tokenizer(bos=True), store, blender=Blender(recompute_ratio=1.0), **options)
-
-    def error(self) -> float:
-        inputs, cache = self.assemble(DOCUMENTS[:2], QUESTION)
-        truth = prefill(self.model, inputs["input_ids"][0].tolist())
-        keys = torch.cat([layer.keys for layer in cache.layers])
-        return float((keys - truth.keys[:, :, : keys.shape[2]]).abs().max())
-
-    def is_renamed(self, change: Callable[[], object], computed: int = 2) -> None:
-        """What was stored before is not found, nothing old is served, and what is stored now is found."""
-        before = self.spec
-        change()
-        assert self.precompute(DOCUMENTS[:2]).computed == computed
-        assert self.spec != before
-        assert self.error() < 1e-4
-        assert self.precompute(DOCUMENTS[:2]).stored == 2
-
+from ..support.models import DOCUMENTS, QUESTION, make_model, make_variant
+from ..support.named import Rag, load, name_of, saved
 
 # ----------------------------------------------------------------------------------------------------- in memory
 
@@ -225,118 +185,6 @@ def test_a_session_ends_with_its_weights() -> None:
             other.generate(DOCUMENTS[0], max_new_tokens=2)
 
 
-# -------------------------------------------------------------------------------------------------------- adapters
-
-peft = pytest.importorskip("peft")
-
-
-def lora(**options: Any) -> Any:
-    return peft.LoraConfig(r=4, target_modules=["k_proj", "v_proj"], init_lora_weights=False, **options)
-
-
-def with_adapters(*seeds: int, **options: Any) -> PreTrainedModel:
-    """Each under the name of its seed; the last one is active."""
-    model = make_model("llama")
-    for seed in seeds:
-        torch.manual_seed(seed)
-        model.add_adapter(lora(**options), str(seed))
-    return model.eval()
-
-
-@pytest.fixture
-def adapted() -> Iterator[tuple[PreTrainedModel, Rag]]:
-    model = with_adapters(1, 2)
-    rag = Rag(model)
-    rag.precompute(DOCUMENTS[:2])
-    yield model, rag
-    assert rag.store.check() == []
-
-
-def layers_of(model: PreTrainedModel) -> list[Any]:
-    return [module for module in model.modules() if hasattr(module, "lora_A")]
-
-
-def test_active_adapters_have_names(adapted: tuple[PreTrainedModel, Rag]) -> None:
-    model, rag = adapted
-    rag.is_renamed(lambda: model.set_adapter("1"))
-    rag.is_renamed(model.disable_adapters)
-    assert rag.spec.model_id == name_of(make_model("llama")), "the model's own"
-    model.enable_adapters()
-    assert rag.precompute(DOCUMENTS[:2]).stored == 2
-    rag.is_renamed(lambda: [layer.scale_layer(0.25) for layer in layers_of(model)])
-    rag.is_renamed(lambda: model.set_adapter(["1", "2"]))
-    rag.is_renamed(lambda: [layer.merge() for layer in layers_of(model)])
-    rag.is_renamed(model.disable_adapters)  # takes out again what was merged
-    assert rag.error() < 1e-4
-
-
-def test_a_trained_adapter_has_another_name(adapted: tuple[PreTrainedModel, Rag]) -> None:
-    model, rag = adapted
-    base = rag.spec.model_id.partition("+")[0]
-    rag.is_renamed(lambda: [layer.lora_A["2"].weight.data.mul_(2.0) for layer in layers_of(model)])
-    assert rag.spec.model_id.partition("+")[0] == base, "the model below is what it was"
-
-
-def test_an_adapter_is_what_it_does_not_what_it_is_called(tmp_path: Path) -> None:
-    first = with_adapters(1, 2)
-    first.set_adapter("1")
-    other = make_model("llama")
-    torch.manual_seed(1)
-    other.add_adapter(lora(), "another name")
-    assert name_of(first) == name_of(other.eval()) != name_of(with_adapters(2))
-    assert name_of(with_adapters(1), "mine").startswith("mine+adapter-")
-    assert name_of(make_model("llama"), "mine") == "mine"
-    rescaled = make_model("llama")
-    torch.manual_seed(1)
-    rescaled.add_adapter(lora(lora_alpha=99), "1")
-    assert name_of(rescaled.eval()) != name_of(first)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        lora(use_dora=True),
-        lora(modules_to_save=["embed_tokens"]),
-        lora(trainable_token_indices=[3, 4, 5]),
-        peft.IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[], init_ia3_weights=False),
-        peft.LoHaConfig(r=2, target_modules=["k_proj"], init_weights=False),
-    ],
-    ids=["dora", "embeddings", "tokens", "ia3", "loha"],
-)
-def test_adapters_of_other_kinds(config: Any) -> None:
-    plain = make_model("llama")
-    torch.manual_seed(1)
-    model = peft.get_peft_model(plain, config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn(parameter.shape))
-    rag = Rag(model)
-    rag.precompute(DOCUMENTS[:2])
-    assert rag.error() < 1e-4
-    assert "+adapter-" in rag.spec.model_id
-    rag.is_renamed(lambda: [parameter.data.add_(0.1) for parameter in model.parameters() if parameter.requires_grad])
-    with model.disable_adapter():
-        rag.is_renamed(lambda: None)
-        assert rag.spec.model_id == name_of(make_model("llama"))
-
-
-def test_a_peft_model_serves_like_the_model_in_it(tmp_path: Path) -> None:
-    plain = make_model("llama")
-    torch.manual_seed(1)
-    model = peft.get_peft_model(plain, lora(task_type="CAUSAL_LM"))
-    rag = Rag(model)
-    assert rag.precompute(DOCUMENTS[:2]).computed == 2
-    assert rag.error() < 1e-4
-    assert rag.answer(DOCUMENTS[:2], QUESTION, max_new_tokens=3)
-    same = make_model("llama")
-    torch.manual_seed(1)
-    same.add_adapter(lora(), "x")
-    assert name_of(same.eval()) == rag.spec.model_id
-    merged = model.merge_and_unload()
-    assert name_of(merged) != rag.spec.model_id
-
-
 # -------------------------------------------------------------------------------------------------------- wrappers
 
 
@@ -397,13 +245,6 @@ def unreadable() -> PreTrainedModel:
     return model
 
 
-def virtual_tokens() -> torch.nn.Module:
-    made: torch.nn.Module = peft.get_peft_model(
-        make_model("llama"), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    )
-    return made
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -411,9 +252,8 @@ def virtual_tokens() -> torch.nn.Module:
         (lambda _: torch.nn.Linear(2, 2), "is a Linear; expected a transformers model"),
         (lambda _: "meta-llama/Llama-3.1-8B", "is a str; expected a transformers model"),
         (lambda _: unreadable(), "lm_head.weight .* cannot be read.* give a name of your own as model_id"),
-        (lambda _: virtual_tokens(), "virtual tokens"),
     ],
-    ids=["no head", "no model", "text", "no data", "virtual tokens"],
+    ids=["no head", "no model", "text", "no data"],
 )
 def test_models_that_have_no_name_are_refused(make: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=message) as caught:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvloom.core import ChunkKey, KVSpec, RopeSpec
+from kvloom.core import ChunkKey, KVChunk, KVSpec, RopeSpec
+from kvloom.kvstore import keys as kvstore_keys
 from kvloom.kvstore.keys import content_key, prefix_keys
-from kvloom.testing import SPEC
+from kvloom.kvstore.store import KVStore
+from kvloom.kvstore.tiers.disk.tier import DiskTier
+from kvloom.testing import SPEC, make_chunk
 
 from ..project.test_core import OTHER_SPECS
 
@@ -184,3 +188,32 @@ def test_bad_lengths() -> None:
         content_key(SPEC, [])
     with pytest.raises(ValueError, match="chunk_tokens is 0"):
         prefix_keys(SPEC, [1], chunk_tokens=0)
+
+
+def test_keys_of_an_older_format_are_misses_that_eviction_removes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that an earlier release filled: it opens, nothing in it is served, and new chunks take its room."""
+
+    def chunk_of(number: int) -> tuple[ChunkKey, KVChunk]:
+        chunk = make_chunk(number)
+        return content_key(chunk.spec, chunk.token_ids), chunk
+
+    with monkeypatch.context() as earlier, KVStore([DiskTier(tmp_path)]) as store:
+        earlier.setattr(kvstore_keys, "_CONTEXT", "kvloom chunk keys, version 1")
+        old = [chunk_of(number) for number in range(4)]
+        for key, chunk in old:
+            store.put(key, chunk)
+        chunk_bytes = store.stats().tiers[0].used_bytes // len(old)
+    with KVStore([DiskTier(tmp_path, 4 * chunk_bytes + chunk_bytes // 2)]) as store:
+        assert store.check() == []
+        for number, (old_key, _) in enumerate(old):
+            key, chunk = chunk_of(number)
+            assert key != old_key and store.get(key) is None
+            assert old_key in store, "takes room until it is needed"
+            store.put(key, chunk)
+            found = store.get(key)
+            assert found is not None and torch.equal(found.keys, chunk.keys)
+        assert all(key not in store for key, _ in old)
+        assert all(chunk_of(number)[0] in store for number in range(4))
+        assert store.check() == []
