@@ -29,10 +29,11 @@ from .context import ServiceContext
 from .jobs import Jobs
 from .latencies import Latencies
 from .pins import Pins
-from .routes import administration, chunks, health, lookups, pins
+from .routes import administration, chunks, health, lookups, pins, shared_memory
 from .self_check import problems_of
 from .served_store import ServedStore
 from .settings import ServiceSettings
+from .shared_memory import SharedMemory
 
 _LOG = logging.getLogger("kvloom.service")
 _UPKEEP_INTERVAL_S = 0.5
@@ -97,6 +98,7 @@ def create_app(settings: ServiceSettings, tiers: Sequence[Tier] | None = None) -
         threads=ThreadPoolExecutor(16, "kvloom-service"),
         followers=ThreadPoolExecutor(64, "kvloom-jobs"),
         transfers=TransferTurns(settings.max_transfers),
+        shared_memory=SharedMemory(settings.shared_memory_bytes, settings.shared_memory_clients),
         uploads=UploadBudget(settings.max_upload_bytes),
     )
     app = FastAPI(
@@ -109,7 +111,7 @@ def create_app(settings: ServiceSettings, tiers: Sequence[Tier] | None = None) -
         redirect_slashes=False,
     )
     app.state.context = context
-    for each in (chunks, lookups, pins, administration, health):
+    for each in (chunks, lookups, pins, shared_memory, administration, health):
         app.include_router(each.router)
     problems.install(app)
     app.add_middleware(Guard, context=context)
@@ -123,6 +125,7 @@ async def _life(app: FastAPI) -> AsyncIterator[None]:
     context.problems += await context.run(lambda: problems_of(context.settings, context.store))
     for problem in context.problems:
         _LOG.error("self-check: %s", problem)
+    context.shared_memory.start()
     upkeep = asyncio.create_task(_upkeep(context))
     try:
         yield
@@ -131,6 +134,7 @@ async def _life(app: FastAPI) -> AsyncIterator[None]:
         upkeep.cancel()
         with suppress(asyncio.CancelledError):
             await upkeep
+        await context.shared_memory.close()
         await asyncio.get_running_loop().run_in_executor(None, close, context)
 
 

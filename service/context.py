@@ -27,6 +27,7 @@ from .pins import Pins
 from .problems import ProblemError
 from .served_store import ServedStore
 from .settings import ServiceSettings
+from .shared_memory import SharedMemory
 
 T = TypeVar("T")
 
@@ -50,6 +51,7 @@ class ServiceContext:
     transfers: TransferTurns
     uploads: UploadBudget
     namespaces: NamespaceFile
+    shared_memory: SharedMemory
     buffers: BufferPool = field(default_factory=BufferPool)
     containers: ContainerCache = field(default_factory=ContainerCache)
     idempotency: Idempotency = field(default_factory=Idempotency)

@@ -24,6 +24,11 @@ router = APIRouter(tags=["chunks"])
 
 _KEY = "^[0-9a-f]{64}$"
 Key = Annotated[str, Path(pattern=_KEY, description="64 lower-case hexadecimal digits.")]
+SessionId = Annotated[
+    str | None,
+    Header(alias="KVLoom-Shared-Memory", pattern="^[0-9a-f]{32}$", description="Session of shared memory to use."),
+]
+LEASE_MEDIA_TYPE = "application/vnd.kvloom.lease+json"
 _CURSOR = r"^[0-9a-f]{8}\.[0-9]{1,15}$"
 _CURSOR_OR_NONE = r"^([0-9a-f]{8}\.[0-9]{1,15})?$"
 _RANGE = re.compile(r"(bytes|layers)=(\d*)-(\d*)")
@@ -41,6 +46,14 @@ class ChunkEntry(BaseModel):
     expires_at_s: float | None
     recompute_s: float | None
     tiers: list[str]
+
+
+class LeaseInfo(BaseModel):
+    """Where a container lies in the session's shared memory, until the client gives the lease back."""
+
+    lease: int
+    offset: int
+    nbytes: int
 
 
 class ChunkList(BaseModel):
@@ -77,6 +90,8 @@ async def put_chunk(
     recompute_s: Annotated[float | None, Header(alias="KVLoom-Recompute-Seconds", ge=0, le=1e9)] = None,
     if_none_match: Annotated[str | None, Header()] = None,
     content_digest: Annotated[str | None, Header()] = None,
+    session_id: SessionId = None,
+    shared_range: Annotated[str | None, Header(alias="KVLoom-Range", pattern="^[0-9]{1,15}-[0-9]{1,15}$")] = None,
 ) -> Response:
     """The body is a container of kvloom's format under this key. It is stored whole and verified, or not at all."""
     client_key = parse_key(key)
@@ -88,7 +103,10 @@ async def put_chunk(
     existed = await context.run(lambda: _located(context, stored_key)) is not None
     if if_none_match is not None and existed:
         raise ProblemError(412, "exists", "the chunk is stored already")
-    incoming = await _received(request, context)
+    if session_id is not None and shared_range is not None:
+        incoming = await _taken(context, caller, session_id, shared_range)
+    else:
+        incoming = await _received(request, context)
     if content_digest is not None:
         await context.run(lambda: _check_digest(content_digest, incoming.view[: incoming.filled_bytes]))
 
@@ -123,6 +141,7 @@ async def get_chunk(
     if_range: Annotated[str | None, Header()] = None,
     part: Annotated[str | None, Header(alias="Range", description="`layers=0-3`, or `bytes=...`")] = None,
     want_digest: Annotated[str | None, Header(alias="Want-Content-Digest")] = None,
+    session_id: SessionId = None,
 ) -> Response:
     """Its container. `Range: layers=A-B` gives a container of these layers alone, verified like a whole one."""
     client_key = parse_key(key)
@@ -172,6 +191,13 @@ async def get_chunk(
         if span is not None:
             status, (start, stop) = 206, span
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{container.total_bytes}"
+    if session_id is not None and (start, stop) == (0, container.total_bytes) and not is_head:
+        session = context.shared_memory.session(caller.tenant.pool, session_id)
+        async with context.transfers.turn():
+            lease = await context.run(lambda: context.shared_memory.lend(session, container))
+        if lease is not None:
+            told = LeaseInfo(lease=lease.id, offset=lease.offset, nbytes=lease.nbytes)
+            return Response(told.model_dump_json(), status, headers, media_type=LEASE_MEDIA_TYPE)
     if want_digest is not None and "sha-256" in want_digest:
         pieces = container.pieces(start, stop)
         headers["Content-Digest"] = await context.run(lambda: _digest(pieces))
@@ -283,6 +309,17 @@ async def _received(request: Request, context: ServiceContext) -> IncomingContai
     if incoming.filled_bytes != int(length):
         raise ProblemError(400, "length", f"{incoming.filled_bytes} bytes came of {length} that were announced")
     return incoming
+
+
+async def _taken(context: ServiceContext, caller: Caller, session_id: str, text: str) -> IncomingContainer:
+    """A copy of what the client has written to shared memory, `OFFSET-LENGTH`."""
+    offset, nbytes = map(int, text.split("-"))
+    if nbytes > context.settings.max_body_bytes:
+        raise ProblemError(413, "too-large", f"the chunk is larger than {context.settings.max_body_bytes} bytes")
+    session = context.shared_memory.session(caller.tenant.pool, session_id)
+    with context.uploads.taking(nbytes):
+        async with context.transfers.turn():
+            return await context.run(lambda: context.shared_memory.take(session, offset, nbytes, context.buffers))
 
 
 def _located(context: ServiceContext, key: ChunkKey) -> str | None:

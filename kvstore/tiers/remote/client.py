@@ -11,10 +11,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
+from urllib.parse import urlsplit
 
 from torch import Tensor
 
@@ -29,10 +30,15 @@ from ....errors import (
 from ...encoding.buffer_pool import BufferPool
 from ...format import read_container, to_buffers
 from .http import Answer, BodyBuffer, HttpPool
+from .shared_memory import SharedMemorySession
 
 T = TypeVar("T")
 
 _MEDIA_TYPE = "application/vnd.kvloom.chunk"
+_LEASE_MEDIA_TYPE = "application/vnd.kvloom.lease+json"
+_THIS_HOST = ("127.0.0.1", "::1", "localhost")
+_SHARE_AGAIN_S = 30.0
+_SHARE_WITHIN_S = 1.0
 _FIRST_RETRY_S = 0.05
 _PAGE_CHUNKS = 10_000
 _TOKEN_CHECK_S = 1.0
@@ -119,6 +125,8 @@ class KVLoomClient:
     timeout_s : seconds until a request is given up, retries included.
     retries : further tries.
     tls : certificates to trust, if not the system's.
+    shared_memory : move chunks through shared memory where the service offers it; None if the URL is of this host.
+        Where it cannot be had, chunks go over HTTP.
     max_chunk_bytes : a longer container is refused, so that a service cannot fill this process's memory.
 
     Raises
@@ -136,6 +144,7 @@ class KVLoomClient:
         retries: int = 2,
         tls: ssl.SSLContext | None = None,
         max_chunk_bytes: int = 1 << 30,
+        shared_memory: bool | None = None,
     ) -> None:
         if not timeout_s > 0:
             raise ValueError(f"timeout_s is {timeout_s}; expected seconds above 0")
@@ -148,6 +157,12 @@ class KVLoomClient:
         self._token = _Token(token, None if token_file is None else Path(token_file))
         self._http = HttpPool(url, tls=tls)
         self._buffers = BufferPool()
+        if shared_memory is None:
+            shared_memory = urlsplit(url).hostname in _THIS_HOST
+        self._has_answered = False  # a service that is down costs one deadline, not a second one for its memory
+        self._sharing = threading.Lock()  # of the two below
+        self._session: SharedMemorySession | None = None
+        self._share_after_s = 0.0 if shared_memory else float("inf")
 
     # ------------------------------------------------------------------------------------------------ chunks
 
@@ -171,7 +186,9 @@ class KVLoomClient:
             headers["KVLoom-Expires-At"] = repr(info.expires_at_s)
         if info.recompute_s is not None:
             headers["KVLoom-Recompute-Seconds"] = repr(info.recompute_s)
-        answer = self._ask("PUT", f"/v1/chunks/{key.hex()}", headers=headers, body=buffers, body_bytes=nbytes)
+        answer = self._put_shared(key, headers, buffers, nbytes)
+        if answer is None:
+            answer = self._ask("PUT", f"/v1/chunks/{key.hex()}", headers=headers, body=buffers, body_bytes=nbytes)
         if answer.status == 507:
             raise TierFullError(f"service {self.url} has no room for {nbytes} bytes", needed_bytes=nbytes)
         self._expect(answer, 201, 204)
@@ -192,19 +209,98 @@ class KVLoomClient:
         return self._get(key, {"Range": f"layers={start}-{stop - 1}"})
 
     def _get(self, key: ChunkKey, headers: Mapping[str, str]) -> EncodedChunk | None:
+        session = self._shared()
+        if session is not None:
+            headers = {**headers, "KVLoom-Shared-Memory": session.id}
         buffer = _Pooled(self._buffers, self._max_chunk_bytes)
-        answer = self._ask("GET", f"/v1/chunks/{key.hex()}", headers=headers, buffer=buffer)
+        try:
+            answer = self._ask("GET", f"/v1/chunks/{key.hex()}", headers=headers, buffer=buffer)
+        except TierUnavailableError:
+            if session is not None:
+                self._unshare(session)  # it may have lent what this process has not been told
+            raise
+        if answer.status == 410 and session is not None:
+            self._unshare(session)
+            return self._get(key, {name: value for name, value in headers.items() if name == "Range"})
         if answer.status == 404:
             return None
         self._expect(answer, 200, 206)
-        data = buffer.data
+        data, is_lent = buffer.data, False
         if data is None:
             raise ChunkCorruptError(f"service {self.url} gave no container")
+        if session is not None and answer.headers.get("content-type", "").startswith(_LEASE_MEDIA_TYPE):
+            data, is_lent = self._lent(session, data), True
 
         def in_place(_: memoryview, offset: int) -> None:
             """The bytes are there already."""
 
-        return read_container(in_place, data.nbytes, key, lambda _: data)
+        blob = read_container(in_place, data.nbytes, key, lambda _: data)
+        return replace(blob, leased=True) if is_lent else blob
+
+    # ---------------------------------------------------------------------------------------- shared memory
+
+    def _shared(self) -> SharedMemorySession | None:
+        """The session of shared memory, opened if it is time to try; what nobody reads any more is given back."""
+        with self._sharing:
+            session = self._session
+            if session is None and self._has_answered and time.monotonic() >= self._share_after_s:
+                self._share_after_s = time.monotonic() + _SHARE_AGAIN_S
+                session = self._session = self._open_session()
+        if session is not None:
+            try:
+                session.give_back()
+            except OSError:
+                self._unshare(session)
+                return None
+        return session
+
+    def _open_session(self) -> SharedMemorySession | None:
+        try:
+            answer = self._ask("POST", "/v1/shared-memory", once_within_s=min(self.timeout_s, _SHARE_WITHIN_S))
+            if answer.status != 201:
+                return None
+            told = json.loads(answer.body)
+            ticket = bytes.fromhex(told["ticket"])
+            return SharedMemorySession(told["id"], told["socket"], ticket, int(told["nbytes"]), self.timeout_s)
+        except (
+            OSError,
+            LookupError,
+            TypeError,
+            ValueError,
+        ):  # if the service is down, the request will say
+            return None
+
+    def _unshare(self, session: SharedMemorySession) -> None:
+        with self._sharing:
+            if self._session is session:
+                self._session = None
+        session.close()
+
+    def _put_shared(
+        self, key: ChunkKey, headers: Mapping[str, str], buffers: Sequence[memoryview], nbytes: int
+    ) -> Answer | None:
+        """The answer to a put through shared memory; None if it has to go over HTTP."""
+        session = self._shared()
+        if session is None:
+            return None
+        with session.written(buffers, nbytes) as offset:
+            if offset is None:
+                return None
+            shared = {"KVLoom-Shared-Memory": session.id, "KVLoom-Range": f"{offset}-{nbytes}"}
+            answer = self._ask("PUT", f"/v1/chunks/{key.hex()}", headers={**headers, **shared}, body_bytes=0)
+        if answer.status == 410:
+            self._unshare(session)
+            return None
+        return answer
+
+    def _lent(self, session: SharedMemorySession, told: Tensor) -> Tensor:
+        try:
+            lease = json.loads(told.numpy().tobytes())
+            return session.borrowed(int(lease["lease"]), int(lease["offset"]), int(lease["nbytes"]))
+        except (LookupError, TypeError, ValueError) as exc:
+            raise TierUnavailableError(f"service {self.url} lends something that is no range") from exc
+
+    # ------------------------------------------------------------------------------------------------ chunks
 
     def delete(self, key: ChunkKey) -> bool:
         """Whether the chunk was there; errors as `put`."""
@@ -299,8 +395,12 @@ class KVLoomClient:
         return job
 
     def close(self) -> None:
-        """Closes idle connections; every later call raises `TierUnavailableError`."""
+        """Closes connections; every later call raises `TierUnavailableError`. What was read stays valid."""
         self._http.close()
+        with self._sharing:
+            session, self._session, self._share_after_s = self._session, None, float("inf")
+        if session is not None:
+            session.close()
 
     def __enter__(self) -> Self:
         return self
@@ -328,6 +428,7 @@ class KVLoomClient:
         body_bytes: int | None = None,
         json_body: object = None,
         buffer: BodyBuffer | None = None,
+        once_within_s: float | None = None,
     ) -> Answer:
         """The last answer, or the last error, within the deadline. What is busy or out of reach is asked again."""
         sent = {"Authorization": self._token.header(), **(headers or {})}
@@ -337,12 +438,14 @@ class KVLoomClient:
             sent["Content-Type"] = "application/json"
         if method == "POST":
             sent["Idempotency-Key"] = secrets.token_hex(16)  # a request that is sent again is done once
-        until_s, pause_s = time.monotonic() + self.timeout_s, _FIRST_RETRY_S
-        for tries_left in range(self._retries, -1, -1):
+        until_s = time.monotonic() + (self.timeout_s if once_within_s is None else once_within_s)
+        pause_s = _FIRST_RETRY_S
+        for tries_left in range(self._retries if once_within_s is None else 0, -1, -1):
             try:
                 answer = self._http.request(
                     method, path, headers=sent, body=body, body_bytes=body_bytes, buffer=buffer, until_s=until_s
                 )
+                self._has_answered = True
             except TierUnavailableError as exc:
                 if isinstance(exc, TierTimeoutError) or not tries_left or time.monotonic() + pause_s >= until_s:
                     raise

@@ -1,0 +1,257 @@
+"""Shared memory for clients on this host: chunks are copied into it once, and read where they lie.
+
+A client asks for a session over HTTP, with its token, and is told an abstract Unix socket and a ticket. On the socket
+it shows the ticket and gets the descriptor of a memory file that has no name and whose size is sealed. The first half
+is the service's: it copies chunks there, and lends each range until the client gives it back on the socket. The second
+half is the client's, for chunks that it puts. The kernel closes the socket when the client dies, however it dies, and
+that ends the session and all its leases. No session uses the memory of another, and the service trusts nothing that it
+finds there: what a client puts is copied before it is verified.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import hmac
+import logging
+import mmap
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kvstore.encoding.buffer_pool import BufferPool
+from ..kvstore.tiers.arena import Arena
+from .containers import Container, IncomingContainer
+from .problems import ProblemError
+
+_LOG = logging.getLogger("kvloom.service")
+_TICKET_BYTES = 32
+_TICKET_S = 10.0
+_LEASE_BYTES = 8
+_SEALS = 0x0001 | 0x0002 | 0x0004  # of F_ADD_SEALS: no more seals, no shrinking, no growing
+_F_ADD_SEALS = 1033
+
+
+@dataclass(eq=False)
+class Session:
+    """The memory that one client shares with the service. `lock` guards `arena` and `leases`."""
+
+    id: str
+    pool: str
+    ticket: bytes
+    memory: Tensor
+    descriptor: int
+    arena: Arena
+    opened_at_s: float
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    leases: dict[int, int] = field(default_factory=dict)
+    next_lease: int = 1
+    connection: socket.socket | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Bytes `[offset, offset + nbytes)` of a session's memory, the client's until it gives them back."""
+
+    id: int
+    offset: int
+    nbytes: int
+
+
+class SharedMemory:
+    """The sessions of a service. `start` and `close` on the event loop; all else from any thread.
+
+    Parameters
+    ----------
+    session_bytes : of the memory of a session, both halves; 0 for none.
+    most_sessions : at a time.
+    """
+
+    def __init__(self, session_bytes: int, most_sessions: int) -> None:
+        self.session_bytes = session_bytes // (2 * mmap.PAGESIZE) * 2 * mmap.PAGESIZE
+        self.name = f"kvloom-{secrets.token_hex(16)}"
+        self._most_sessions = most_sessions
+        self._lock = threading.Lock()
+        self._sessions: dict[str, Session] = {}
+        self._listener: socket.socket | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def sessions(self) -> int:
+        return len(self._sessions)
+
+    @property
+    def leases(self) -> int:
+        return sum(len(session.leases) for session in list(self._sessions.values()))
+
+    def start(self) -> None:
+        """Listens, where the system has what this takes."""
+        if not self.session_bytes or not hasattr(os, "memfd_create"):
+            return
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind("\0" + self.name)
+        self._listener.listen(16)
+        self._listener.setblocking(False)
+        self._spawn(self._accept(self._listener))
+
+    async def close(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._listener is not None:
+            self._listener.close()
+        for session in list(self._sessions.values()):
+            self._end(session)
+
+    def open(self, pool: str) -> Session:
+        """A session of a tenant, whose ticket is good for ten seconds.
+
+        Raises
+        ------
+        ProblemError : there is no shared memory here, or too many clients have some.
+        """
+        if self._listener is None:
+            raise ProblemError(501, "no-shared-memory", "this service offers no shared memory; transfer over HTTP")
+        with self._lock:
+            late_s = time.monotonic() - _TICKET_S
+            unclaimed = [s for s in self._sessions.values() if s.connection is None and s.opened_at_s < late_s]
+        for session in unclaimed:
+            self._end(session)
+        with self._lock:
+            if len(self._sessions) >= self._most_sessions:
+                raise ProblemError(503, "busy", "all shared memory is taken; transfer over HTTP")
+            descriptor = os.memfd_create("kvloom", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            os.ftruncate(descriptor, self.session_bytes)
+            fcntl.fcntl(descriptor, _F_ADD_SEALS, _SEALS)
+            memory = torch.frombuffer(mmap.mmap(descriptor, self.session_bytes), dtype=torch.uint8)
+            session = Session(
+                secrets.token_hex(16),
+                pool,
+                secrets.token_bytes(_TICKET_BYTES),
+                memory,
+                descriptor,
+                Arena(self.session_bytes // 2),
+                time.monotonic(),
+            )
+            self._sessions[session.id] = session
+        return session
+
+    def session(self, pool: str, session_id: str) -> Session:
+        """Raises `ProblemError` if there is none, or not of this tenant."""
+        found = self._sessions.get(session_id)
+        if found is None or found.pool != pool or found.connection is None:
+            raise ProblemError(410, "no-session", "the session of shared memory has ended; open another")
+        return found
+
+    def lend(self, session: Session, container: Container) -> Lease | None:
+        """Copies a container into the session's memory; None if it has no room for it now."""
+        with session.lock:
+            offset = session.arena.allocate(container.total_bytes)
+            if offset is None:
+                return None
+            lease = Lease(session.next_lease, offset, container.total_bytes)
+            session.next_lease += 1
+            session.leases[lease.id] = offset
+        end = offset
+        for buffer in container.buffers:
+            if len(buffer):
+                session.memory[end : end + len(buffer)].copy_(_tensor_of(buffer))
+                end += len(buffer)
+        return lease
+
+    def take(self, session: Session, offset: int, nbytes: int, pool: BufferPool) -> IncomingContainer:
+        """A copy of what a client has put into its half. Raises `ProblemError` if it is not within that."""
+        if not self.session_bytes // 2 <= offset <= offset + nbytes <= self.session_bytes:
+            raise ProblemError(422, "range", "the range is not within the client's half of the shared memory")
+        incoming = IncomingContainer(pool, nbytes)
+        _tensor_of(incoming.view).copy_(session.memory[offset : offset + nbytes])
+        incoming.filled_bytes = nbytes
+        return incoming
+
+    # ---------------------------------------------------------------------------------------------- sockets
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            connection, _ = await loop.sock_accept(listener)
+            connection.setblocking(False)
+            self._spawn(self._serve(connection))
+
+    async def _serve(self, connection: socket.socket) -> None:
+        """One client: its ticket, then what it gives back, until it goes."""
+        loop = asyncio.get_running_loop()
+        session: Session | None = None
+        try:
+            async with asyncio.timeout(_TICKET_S):
+                ticket = await _receive(loop, connection, _TICKET_BYTES)
+            session = self._claimed(ticket, connection)
+            if session is None:
+                return
+            socket.send_fds(connection, [b"\1"], [session.descriptor])
+            rest = b""
+            while piece := await loop.sock_recv(connection, 4096):
+                rest += piece
+                whole = len(rest) // _LEASE_BYTES * _LEASE_BYTES
+                for at in range(0, whole, _LEASE_BYTES):
+                    _give_back(session, int.from_bytes(rest[at : at + _LEASE_BYTES], "little"))
+                rest = rest[whole:]
+        except (OSError, TimeoutError):
+            pass
+        finally:
+            connection.close()
+            if session is not None:
+                self._end(session)
+
+    def _claimed(self, ticket: bytes, connection: socket.socket) -> Session | None:
+        with self._lock:
+            for session in self._sessions.values():
+                if session.connection is None and hmac.compare_digest(session.ticket, ticket):
+                    session.connection = connection
+                    return session
+        return None
+
+    def _end(self, session: Session) -> None:
+        with self._lock:
+            if self._sessions.pop(session.id, None) is None:
+                return
+        if session.leases:
+            _LOG.info("a client of shared memory went with %d leases", len(session.leases))
+        os.close(session.descriptor)
+        if session.connection is not None:
+            session.connection.close()
+
+
+async def _receive(loop: asyncio.AbstractEventLoop, connection: socket.socket, nbytes: int) -> bytes:
+    data = b""
+    while len(data) < nbytes:
+        piece = await loop.sock_recv(connection, nbytes - len(data))
+        if not piece:
+            raise ConnectionResetError("the client went before its ticket was whole")
+        data += piece
+    return data
+
+
+def _give_back(session: Session, lease_id: int) -> None:
+    with session.lock:
+        offset = session.leases.pop(lease_id, None)
+        if offset is not None:
+            session.arena.release(offset)
+
+
+def _tensor_of(view: memoryview) -> Tensor:
+    if view.readonly:
+        view = memoryview(bytearray(view))  # a header: torch would warn of memory that it must not write
+    return torch.frombuffer(view, dtype=torch.uint8)
