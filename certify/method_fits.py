@@ -27,7 +27,7 @@ def _kv4(sample: LayerSample) -> Mapping[str, Tensor]:
 
 
 def _lowrank(sample: LayerSample) -> Mapping[str, Tensor]:
-    gram = _function("compress.gram", "Gram").of(sample.keys.flatten(1))
+    gram = _function("compress.gram", "GramMatrix").from_keys(sample.keys.flatten(1))
     found: Mapping[str, Tensor] = _function("compress.lowrank", "fit_layer")(gram)
     return found
 

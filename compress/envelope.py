@@ -1,4 +1,4 @@
-"""What every encoded chunk carries beside its codec's own tensors: spec, tokens, positions and parameters."""
+"""What every encoded chunk holds beside its codec's own tensors: spec, tokens, positions and parameters."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _LOSSY = "lossy"  # in the meta of chunks that are not given back bit for bit
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Envelope:
-    """What an encoded chunk says of itself, checked.
+    """Metadata of an encoded chunk, checked against its tensors.
 
     Attributes
     ----------
     num_layers : layers in the blob, from `first_layer` on.
     token_ids, positions : `[T]` int64; where the chunk was computed.
-    parameters : of the codec that made it, as `parameters_of` gave them.
+    parameters : of the codec that encoded it, as `parameters_of` gave them.
     """
 
     spec: KVSpec
@@ -44,25 +44,25 @@ class Envelope:
         return len(self.token_ids)
 
     def placed(self, positions: Tensor | None) -> Tensor:
-        """`positions` (`[T]` int64), or where the chunk was computed if they are None.
+        """`positions` (`[T]` int64), or the positions at which the chunk was computed if they are None.
 
         Raises
         ------
-        SpecMismatchError : they are not one int64 for each token.
+        SpecMismatchError : `positions` are not one int64 for each token.
         """
         return self.positions if positions is None else checked_positions(positions, self.tokens)
 
 
 def form_of_blob(blob: EncodedChunk) -> Form:
-    """The form that an encoded chunk has, as far as its codec has used `seal`."""
+    """The form of an encoded chunk, as `seal` wrote it."""
     return blob.codec, blob.meta.get("parameters", "{}")
 
 
 def is_exact(blob: EncodedChunk, codec: Codec) -> bool:
-    """Whether `codec` gives back, bit for bit, what was put into `blob`.
+    """Whether `codec` decodes `blob` to the very bits that were encoded.
 
-    The chunk's own word counts beside the codec's: a lossless wrapper around a lossy codec is one or the other by its
-    parameters, and those of `blob` may not be those of `codec`.
+    The chunk's metadata counts beside the codec: a lossless wrapper may hold a lossy codec in `codec` and another one
+    in `blob`.
     """
     return codec.is_lossless and _LOSSY not in blob.meta
 
@@ -70,7 +70,7 @@ def is_exact(blob: EncodedChunk, codec: Codec) -> bool:
 def seal(
     codec: Codec, chunk: KVChunk, tensors: Mapping[str, Tensor], layered: Iterable[str], *, leased: bool = False
 ) -> EncodedChunk:
-    """The encoded chunk: the codec's own `tensors` and what `open_envelope` needs.
+    """Makes the encoded chunk of a codec's own tensors; adds what `open_envelope` reads.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ def seal(
 
 
 def checked_positions(positions: Tensor, tokens: int) -> Tensor:
-    """`positions` on the cpu. Raises `SpecMismatchError` if they are not one int64 for each of so many tokens."""
+    """`positions` on the cpu. Raises `SpecMismatchError` if they are not `[tokens]` int64."""
     if positions.shape != (tokens,) or positions.dtype != torch.int64:
         raise SpecMismatchError(
             f"positions are {positions.dtype} {list(positions.shape)}; expected torch.int64 [{tokens}]"
@@ -98,7 +98,7 @@ def checked_positions(positions: Tensor, tokens: int) -> Tensor:
 
 
 def read_meta(blob: EncodedChunk, codec: str, names: Iterable[str]) -> tuple[KVSpec, int, Mapping[str, Any]]:
-    """Spec, first layer and parameters; arguments and errors as for `open_envelope`, which checks more."""
+    """Spec, first layer and parameters; a part of `open_envelope`, which has the same arguments and errors."""
     if blob.codec != codec:
         raise CodecError(f"chunk was encoded by {blob.codec!r}, this is the codec {codec!r}")
     if blob.tensors.keys() != (expected := _COMMON.union(names)):
@@ -112,7 +112,7 @@ def read_meta(blob: EncodedChunk, codec: str, names: Iterable[str]) -> tuple[KVS
 
 
 def open_envelope(blob: EncodedChunk, codec: str, names: Iterable[str]) -> Envelope:
-    """What `blob` says of itself.
+    """Reads and checks the metadata of an encoded chunk.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ def open_envelope(blob: EncodedChunk, codec: str, names: Iterable[str]) -> Envel
 
     Raises
     ------
-    CodecError : another codec made it, tensors are missing or unknown, or its parts contradict one another.
+    CodecError : another codec encoded it, tensors are missing or unknown, or its parts contradict one another.
     """
     spec, first_layer, parameters = read_meta(blob, codec, names)
     counts = {blob.tensors[name].shape[0] if blob.tensors[name].ndim else -1 for name in blob.layered}
@@ -142,12 +142,16 @@ def open_envelope(blob: EncodedChunk, codec: str, names: Iterable[str]) -> Envel
     return Envelope(spec, first_layer, num_layers, token_ids, positions, parameters)
 
 
-def maker_of(kind: type[C], parameters: Mapping[str, Any], *, beside: Iterable[str] = ()) -> C:
-    """The codec with the parameters that a chunk names; those `beside` have the codec's own default.
+def codec_from_parameters(kind: type[C], parameters: Mapping[str, Any], *, beside: Iterable[str] = ()) -> C:
+    """The codec that encoded a chunk, from the parameters in its metadata.
+
+    Parameters
+    ----------
+    beside : parameters that are left out, so that they have their defaults.
 
     Raises
     ------
-    CodecError : a parameter is unknown, or its value makes no sense.
+    CodecError : a parameter is unknown, or its value is not allowed.
     """
     left_out = {"codec", *beside}
     try:
@@ -157,11 +161,11 @@ def maker_of(kind: type[C], parameters: Mapping[str, Any], *, beside: Iterable[s
 
 
 def expect_tensor(blob: EncodedChunk, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """The tensor of that name, which must have this dtype and shape.
+    """The tensor of that name.
 
     Raises
     ------
-    CodecError : it has not.
+    CodecError : its dtype or shape is another.
     """
     tensor = blob.tensors[name]
     if tensor.dtype != dtype or tensor.shape != shape:
@@ -172,7 +176,7 @@ def expect_tensor(blob: EncodedChunk, name: str, dtype: torch.dtype, shape: tupl
 
 
 def cpu_copy(tensor: Tensor) -> Tensor:
-    """Contiguous, on the cpu, sharing no memory."""
+    """A contiguous copy on the cpu."""
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 

@@ -1,4 +1,4 @@
-"""Tokens that a codec keeps as they are: those it does not cover, and those whose numbers it cannot hold."""
+"""Tokens that a codec stores exactly: those it does not cover, and those with numbers that it cannot represent."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ import torch
 from torch import Tensor
 
 from ..errors import CodecError
-from .rotation import Turn
+from .rotation import KeyRotation
 
 EXACT_PARTS = ("_exact", "_exact_tokens")
-"""What follows the prefix in the names of the tensors that `take_exact` makes."""
+"""Suffixes of the names of the tensors that `take_exact` makes."""
 
 LARGEST = 16384.0
-"""What is larger (no model's keys or values are) is kept exact. It leaves float16 room for the scale of a group of any
-width, for rotating the result and for its error."""
+"""Tokens with larger numbers are kept exact; no model has keys or values that large. Up to it, float16 holds the scale
+of any group, the rotated result and its error."""
 
 
 def unusual_tokens(x: Tensor) -> Tensor:
-    """Which tokens of `[L, H, T, D]` hold, in any layer, NaN, infinity or a number beyond `LARGEST`: `[T]` bool."""
+    """Tokens of `[L, H, T, D]` that have NaN, infinity or a number beyond `LARGEST` in any layer: `[T]` bool."""
     if x.numel() == 0:
         return torch.zeros(x.shape[2], dtype=torch.bool, device=x.device)
     return ~(x.abs().amax((0, 1, 3)) <= LARGEST)  # a NaN is not less than anything
 
 
 def take_exact(prefix: str, x: Tensor, unusual: Tensor) -> dict[str, Tensor]:
-    """Copies of what is kept of `x` (`[L, H, T, D]`): the unusual ones of its first tokens, and all that follow these.
+    """Copies of the tokens of `x` (`[L, H, T, D]`) that are kept: unusual covered ones, and all that are not covered.
 
     Parameters
     ----------
-    unusual : `[C]` bool for the C tokens that the codec covers.
+    unusual : `[C]` bool for the first C tokens, which the codec covers.
 
     Returns
     -------
@@ -52,19 +52,19 @@ def read_exact(
     dtype: torch.dtype,
     shape: tuple[int, int, int, int],
     covered: int,
-    turn: Turn | None,
+    rotation: KeyRotation | None,
 ) -> tuple[Tensor, Tensor]:
-    """What `take_exact` made of a tensor `[L, H, T, D]`: tokens `[E]` int64 on the cpu, and their rows `[L, H, E, D]`.
+    """Reads what `take_exact` kept of a tensor `[L, H, T, D]`: tokens `[E]` int64 on the cpu, and rows `[L, H, E, D]`.
 
     Parameters
     ----------
-    covered : tokens that the codec covers; all others must be there.
-    turn : of the tensor, if it is rotated.
+    covered : number of tokens that the codec covers; all later ones must be among those kept.
+    rotation : of keys with rotary positions; None for other tensors.
 
     Raises
     ------
-    CodecError : they contradict dtype or shape, or leave out a token from `covered` on; or no such tensor is coded: it
-        is not of floats, or not as wide as `turn` says.
+    CodecError : the tensors contradict dtype or shape, or a token from `covered` on is missing; or the dtype is no
+        floating one, or D is not the width of `rotation`.
     """
     rows, tokens = tensors[f"{prefix}_exact"], tensors[f"{prefix}_exact_tokens"]
     L, H, T, D = shape
@@ -74,7 +74,7 @@ def read_exact(
             f"{codec} chunk contradicts itself: {prefix}_exact is {rows.dtype} {list(rows.shape)} for tokens "
             f"{tokens.dtype} {list(tokens.shape)}; expected {dtype} [{L}, {H}, E, {D}] for torch.int32 [{L}, E]"
         )
-    if not dtype.is_floating_point or (turn is not None and 2 * len(turn.rope.inv_freq) != D):
+    if not dtype.is_floating_point or (rotation is not None and 2 * len(rotation.rope.inv_freq) != D):
         raise CodecError(f"{codec} chunk contradicts itself: {prefix} of {D} channels in {dtype} do not fit its spec")
     if L == 0:
         return torch.arange(0), rows[:, :, :0]
@@ -91,8 +91,8 @@ def read_exact(
     return first, rows
 
 
-def put_exact(out: Tensor, tokens: Tensor, rows: Tensor, turn: Turn | None) -> None:
-    """Writes rows (`[L, H, E, D]`) over these tokens (`[E]`) of `out` (`[L, H, T, D]`), moved if they are keys."""
+def put_exact(out: Tensor, tokens: Tensor, rows: Tensor, rotation: KeyRotation | None) -> None:
+    """Writes rows (`[L, H, E, D]`) over these tokens (`[E]`) of `out` (`[L, H, T, D]`); keys are rotated first."""
     if len(tokens):
-        moved = rows if turn is None else turn.rope.shift(rows, turn.exact[tokens])
+        moved = rows if rotation is None else rotation.rope.shift(rows, rotation.exact[tokens])
         out.index_copy_(2, tokens.to(out.device), moved)

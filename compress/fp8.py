@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..core import EncodedChunk, KVChunk, KVSpec, rotate_pairs
-from .envelope import expect_tensor, maker_of, open_envelope, seal
+from .envelope import codec_from_parameters, expect_tensor, open_envelope, seal
 from .exact import EXACT_PARTS, put_exact, read_exact, take_exact, unusual_tokens
-from .rotation import Turn, unrotated
+from .rotation import KeyRotation, unrotated
 
 _GREATEST = 448.0  # of e4m3; it has no infinity
 _PARTS = ("", "_scale", *EXACT_PARTS)
@@ -63,11 +63,11 @@ class Fp8Codec:
         SpecMismatchError : `positions` are not one int64 for each token.
         """
         envelope = open_envelope(blob, self.name, _KEYS | _VALUES)
-        spec, tokens, maker = envelope.spec, envelope.tokens, maker_of(Fp8Codec, envelope.parameters)
+        spec, tokens, encoder = envelope.spec, envelope.tokens, codec_from_parameters(Fp8Codec, envelope.parameters)
         placed = envelope.placed(positions)
-        turn = Turn.to(placed, envelope, rotated=maker.rotated)
+        rotation = KeyRotation.to(placed, envelope, rotated=encoder.rotated)
         shape = (envelope.num_layers, spec.num_kv_heads, tokens, spec.head_dim)
-        keys = _decode(blob.tensors, "keys", spec.dtype, shape, turn)
+        keys = _decode(blob.tensors, "keys", spec.dtype, shape, rotation)
         values = self.decode_values(spec, blob.tensors, envelope.first_layer, tokens, envelope.parameters)
         return KVChunk(spec, envelope.token_ids, placed, keys, values, envelope.first_layer)
 
@@ -79,7 +79,7 @@ class Fp8Codec:
         self, spec: KVSpec, tensors: Mapping[str, Tensor], first_layer: int, tokens: int, parameters: Mapping[str, Any]
     ) -> Tensor:
         """See `EncodesValues`."""
-        maker_of(Fp8Codec, parameters)
+        codec_from_parameters(Fp8Codec, parameters)
         codes = tensors["values"]
         shape = (len(codes) if codes.ndim else 0, spec.num_kv_heads, tokens, spec.value_dim)
         return _decode(tensors, "values", spec.dtype, shape)
@@ -101,21 +101,21 @@ def _decode(
     prefix: str,
     dtype: torch.dtype,
     shape: tuple[int, int, int, int],
-    turn: Turn | None = None,
+    rotation: KeyRotation | None = None,
 ) -> Tensor:
     L, H, T, _ = shape
     blob = EncodedChunk("fp8", tensors, {})
     codes = expect_tensor(blob, prefix, torch.float8_e4m3fn, shape)
     scale = expect_tensor(blob, f"{prefix}_scale", torch.float32, (L, H))
-    tokens, rows = read_exact("fp8", tensors, prefix, dtype, shape, T, turn)
+    tokens, rows = read_exact("fp8", tensors, prefix, dtype, shape, T, rotation)
     out = torch.empty(shape, dtype=dtype, device=codes.device)
-    cos, sin = (None, None) if turn is None else turn.cos_sin(T, out.device)
+    cos, sin = (None, None) if rotation is None else rotation.cos_sin(T, out.device)
     for layer in range(L):  # float32 of one layer stays in a cache
         x = _wide(codes[layer]).mul_(scale[layer, :, None, None])
-        if cos is not None and sin is not None and turn is not None:
-            x = rotate_pairs(x, cos, sin, turn.rope.interleaved)
+        if cos is not None and sin is not None and rotation is not None:
+            x = rotate_pairs(x, cos, sin, rotation.rope.interleaved)
         out[layer] = x
-    put_exact(out, tokens, rows, turn)
+    put_exact(out, tokens, rows, rotation)
     return out
 
 

@@ -1,4 +1,4 @@
-"""Sums of outer products of keys, and the low-rank bases and factors that follow from them."""
+"""Gram matrices of keys, and the low-rank bases and factors that follow from them."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ _PIECE_TOKENS = 4096  # products of one piece are summed in float32, pieces in f
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Gram:
-    """`K^T K` of the keys seen so far. Sums of it are all that a basis needs: append, chunked prefill, several turns.
+class GramMatrix:
+    """`K^T K` of keys. Gram matrices add up, so a basis can be found over appended tokens and chunked prefills.
 
     ShadowKV (arXiv 2410.21465) takes the SVD of all keys instead, which cannot be appended to.
 
     Attributes
     ----------
     matrix : `[M, M]` float64, cpu; M = H D channels, all heads of a layer, before rotation.
-    tokens : how many keys are in it.
+    tokens : number of keys.
     """
 
     matrix: Tensor
     tokens: int
 
     @classmethod
-    def of(cls, keys: Tensor) -> Gram:
-        """Of keys `[T, M]` of any floating dtype, on any device; computed in float32, summed in float64.
+    def from_keys(cls, keys: Tensor) -> GramMatrix:
+        """The Gram matrix of keys `[T, M]`, of any floating dtype, on any device.
+
+        Products are computed in float32 and summed in float64.
 
         Raises
         ------
@@ -44,20 +46,20 @@ class Gram:
             raise CodecError("keys are not finite, or too large to be squared in float32; leave such tokens out")
         return cls(total, len(keys))
 
-    def __add__(self, other: Gram) -> Gram:
-        """Of both runs of keys together; the order does not matter."""
-        return Gram(self.matrix + other.matrix, self.tokens + other.tokens)
+    def __add__(self, other: GramMatrix) -> GramMatrix:
+        """The Gram matrix of the keys of both."""
+        return GramMatrix(self.matrix + other.matrix, self.tokens + other.tokens)
 
     def spectrum(self) -> tuple[Tensor, Tensor]:
-        """Energies `[M]` float64, descending, and the orthonormal directions `[M, M]` float32 as columns beside them.
+        """Eigenvalues `[M]` float64, descending, and their eigenvectors as the columns of `[M, M]` float32.
 
-        The energy of a direction is the sum of the squares of the keys' coordinates along it.
+        The eigenvalue (energy) of a direction is the sum of the squares of the keys' coordinates along it.
         """
         energies, directions = torch.linalg.eigh(self.matrix)
         return energies.flip(0).clamp(min=0), directions.flip(1).float()
 
     def basis(self, *, rank: int | None = None, energy: float | None = None) -> Tensor:
-        """The `[M, r]` float32 orthonormal directions of most energy, strongest first; see `rank_for`."""
+        """The orthonormal directions of most energy, strongest first: `[M, r]` float32; see `rank_for`."""
         energies, directions = self.spectrum()
         return directions[:, : rank_for(energies, rank=rank, energy=energy)].contiguous()
 
@@ -105,9 +107,9 @@ def factorize(keys: Tensor, *, rank: int | None = None, energy: float | None = N
     wide = keys.float()
     tokens, channels = wide.shape
     if tokens < channels:
-        factor = Gram.of(wide.T).basis(rank=rank, energy=energy).to(wide.device)
+        factor = GramMatrix.from_keys(wide.T).basis(rank=rank, energy=energy).to(wide.device)
         return factor, factor.T @ wide
-    basis = Gram.of(wide).basis(rank=rank, energy=energy).to(wide.device)
+    basis = GramMatrix.from_keys(wide).basis(rank=rank, energy=energy).to(wide.device)
     coordinates = wide @ basis
     # Norms as they are, not roots of eigenvalues: those of weak directions drown in the rounding of strong ones.
     norms = coordinates.norm(dim=0)

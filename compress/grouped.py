@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..core import EncodedChunk, KVChunk, KVSpec
-from .envelope import maker_of, open_envelope, seal
+from .envelope import codec_from_parameters, open_envelope, seal
 from .exact import EXACT_PARTS, take_exact, unusual_tokens
-from .rotation import Turn, unrotated
+from .rotation import KeyRotation, unrotated
 from .uniform import PARTS, Grouping, dequantize, quantize
 
 _KEYS = frozenset(f"keys{part}" for part in PARTS + EXACT_PARTS)
@@ -91,12 +91,14 @@ class GroupedCodec:
         SpecMismatchError : `positions` are not one int64 for each token.
         """
         envelope = open_envelope(blob, self.name, _KEYS | _VALUES)
-        spec, tokens, maker = envelope.spec, envelope.tokens, maker_of(GroupedCodec, envelope.parameters)
+        spec, tokens, encoder = envelope.spec, envelope.tokens, codec_from_parameters(GroupedCodec, envelope.parameters)
         placed = envelope.placed(positions)
-        turn = Turn.to(placed, envelope, rotated=maker.rotated)
+        rotation = KeyRotation.to(placed, envelope, rotated=encoder.rotated)
         shape = (envelope.num_layers, spec.num_kv_heads, tokens, spec.head_dim)
-        grouping, covered = _of_keys(maker, shape)
-        keys = dequantize(self.name, blob.tensors, "keys", spec.dtype, shape, maker.bits, grouping, covered, turn=turn)
+        grouping, covered = _of_keys(encoder, shape)
+        keys = dequantize(
+            self.name, blob.tensors, "keys", spec.dtype, shape, encoder.bits, grouping, covered, rotation=rotation
+        )
         values = self.decode_values(spec, blob.tensors, envelope.first_layer, tokens, envelope.parameters)
         return KVChunk(spec, envelope.token_ids, placed, keys, values, envelope.first_layer)
 
@@ -112,10 +114,10 @@ class GroupedCodec:
         self, spec: KVSpec, tensors: Mapping[str, Tensor], first_layer: int, tokens: int, parameters: Mapping[str, Any]
     ) -> Tensor:
         """See `EncodesValues`."""
-        maker, codes = maker_of(GroupedCodec, parameters), tensors["values"]
+        encoder, codes = codec_from_parameters(GroupedCodec, parameters), tensors["values"]
         shape = (len(codes) if codes.ndim else 0, spec.num_kv_heads, tokens, spec.value_dim)
-        grouping, covered = _of_values(maker, shape)
-        return dequantize(self.name, tensors, "values", spec.dtype, shape, maker.bits, grouping, covered)
+        grouping, covered = _of_values(encoder, shape)
+        return dequantize(self.name, tensors, "values", spec.dtype, shape, encoder.bits, grouping, covered)
 
 
 def _of_keys(codec: GroupedCodec, shape: Sequence[int]) -> tuple[Grouping, int]:

@@ -12,9 +12,9 @@ from torch import Tensor
 from ..calibration.model_profile import Profile
 from ..core import EncodedChunk, KVChunk, KVSpec
 from ..errors import CodecError
-from .envelope import maker_of, open_envelope, seal
+from .envelope import codec_from_parameters, open_envelope, seal
 from .exact import EXACT_PARTS, take_exact, unusual_tokens
-from .rotation import Turn, unrotated
+from .rotation import KeyRotation, unrotated
 from .uniform import PARTS, Grouping, dequantize, quantize
 
 PROFILE_NAME = "smooth.keys"
@@ -91,15 +91,15 @@ class Kv4Codec:
         """
         envelope = open_envelope(blob, self.name, _KEYS | _VALUES)
         spec, tokens, first = envelope.spec, envelope.tokens, envelope.first_layer
-        maker = maker_of(Kv4Codec, envelope.parameters, beside=("profile",))
+        encoder = codec_from_parameters(Kv4Codec, envelope.parameters, beside=("profile",))
         made_with, has = envelope.parameters.get("profile"), self.profile and self.profile.fingerprint
         if made_with != has:
             raise CodecError(f"kv4 chunk was encoded with profile {made_with}, this codec has {has}; give it that one")
         factors = _factors(self.profile, spec, first, envelope.num_layers)
         placed = envelope.placed(positions)
-        turn = Turn.to(placed, envelope, rotated=maker.rotated)
+        rotation = KeyRotation.to(placed, envelope, rotated=encoder.rotated)
         shape = (envelope.num_layers, spec.num_kv_heads, tokens, spec.head_dim)
-        keys = _decode(blob.tensors, "keys", spec.dtype, shape, maker.bits, turn, factors)
+        keys = _decode(blob.tensors, "keys", spec.dtype, shape, encoder.bits, rotation, factors)
         values = self.decode_values(spec, blob.tensors, first, tokens, envelope.parameters)
         return KVChunk(spec, envelope.token_ids, placed, keys, values, first)
 
@@ -116,8 +116,8 @@ class Kv4Codec:
         """See `EncodesValues`."""
         codes = tensors["values"]
         shape = (len(codes) if codes.ndim else 0, spec.num_kv_heads, tokens, spec.value_dim)
-        maker = maker_of(Kv4Codec, parameters, beside=("profile",))
-        return _decode(tensors, "values", spec.dtype, shape, maker.bits)
+        encoder = codec_from_parameters(Kv4Codec, parameters, beside=("profile",))
+        return _decode(tensors, "values", spec.dtype, shape, encoder.bits)
 
 
 def fit_smoothing(keys: Tensor, alpha: float = 0.5, *, interleaved: bool = False) -> Tensor:
@@ -158,13 +158,13 @@ def _decode(
     dtype: torch.dtype,
     shape: tuple[int, int, int, int],
     bits: int,
-    turn: Turn | None = None,
+    rotation: KeyRotation | None = None,
     factors: Tensor | None = None,
 ) -> Tensor:
     if factors is not None:
         factors = factors.to(tensors[prefix].device)
     grouping = Grouping(1, 1, max(1, shape[3]))
-    return dequantize("kv4", tensors, prefix, dtype, shape, bits, grouping, shape[2], turn=turn, smooth=factors)
+    return dequantize("kv4", tensors, prefix, dtype, shape, bits, grouping, shape[2], rotation=rotation, smooth=factors)
 
 
 def _factors(profile: Profile | None, spec: KVSpec, first_layer: int, num_layers: int) -> Tensor | None:

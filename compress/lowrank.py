@@ -14,10 +14,10 @@ from ..core import EncodedChunk, KVChunk, KVSpec
 from ..errors import CodecError
 from .envelope import Envelope, expect_tensor, open_envelope, seal
 from .exact import put_exact
-from .gram import Gram, factorize, rank_for
+from .gram import GramMatrix, factorize, rank_for
 from .kernels.ops import pack_bits, packed_bytes, unpack_bits
 from .raw import RawCodec
-from .rotation import Turn, unrotated
+from .rotation import KeyRotation, unrotated
 from .values import EncodesValues
 
 _ALWAYS = frozenset({"keys.factor", "keys.exact", "keys.exact_at"})
@@ -29,11 +29,11 @@ _LARGEST_NORM = 30000.0  # of a key whose coordinates float16 holds in any ortho
 class LowRankCodec:
     """Keys of all heads before rotation as `factor [T, r] @ basis [r, M]`, M = H D (ShadowKV, arXiv 2410.21465, 4.1).
 
-    The basis is the chunk's own (fits long chunks: it takes as much as M tokens' coordinates) or, with a profile,
-    `lowrank.basis` of the model, so that a chunk stores coordinates alone. Values are another codec's.
+    The basis is the chunk's own, which suits long chunks, since it takes as much as the coordinates of M tokens. With a
+    profile it is `lowrank.basis` of the model, and a chunk stores coordinates alone. Another codec encodes the values.
 
-    Tokens that the basis does not serve are kept exact, as they came: the sinks, those that are not finite or whose
-    norm float16 cannot hold, and those that would be rebuilt with a relative error above `max_residual`.
+    Some tokens are kept exact: the sinks, tokens that are not finite or whose norm float16 cannot hold, and tokens that
+    would be rebuilt with a relative error above `max_residual`.
 
     Deviations: the eigenvectors of a Gram matrix instead of an SVD; the factor optionally in integers, by column, over
     its range; exact tokens instead of outlier chunks of 8.
@@ -42,11 +42,13 @@ class LowRankCodec:
     ----------
     values : codec of the values; implements `EncodesValues`.
     rank : columns of the factor, at most; more than T, M or the profile's basis has is cut.
-    energy : share of the keys' squared norm to keep, 0 to 1, in every layer; the fewest columns that do, up to `rank`.
+    energy : share of the keys' squared norm to keep in every layer, 0 to 1, by as few columns as that takes, up to
+        `rank`.
     factor_bits : 8 or 4 for integers; None for float16.
     profile : holds `lowrank.basis` `[L, M, r]`, orthonormal columns, strongest first.
     sink_tokens : the context's first tokens, by position, that are kept exact.
-    max_residual : norm of the error, over the norm of the key, above which a token is kept exact; None: any error.
+    max_residual : relative error (norm of the error over that of the key) above which a token is kept exact; None for
+        no limit.
     """
 
     values: EncodesValues = field(default_factory=RawCodec)
@@ -91,7 +93,7 @@ class LowRankCodec:
         return seal(self, chunk, tensors, tensors.keys())
 
     def decode(self, blob: EncodedChunk, positions: Tensor | None = None) -> KVChunk:
-        """The chunk, its keys rebuilt and rotated once to their positions, those of exact tokens moved there.
+        """The chunk at `positions`: keys are rebuilt and rotated once; keys of exact tokens are moved.
 
         Raises
         ------
@@ -111,7 +113,7 @@ class LowRankCodec:
         if spec.rope is not None:
             keys = spec.rope.shift(keys, placed)
         keys = keys.to(spec.dtype, memory_format=torch.contiguous_format)
-        _put_exact_rows(blob, envelope, keys, Turn.to(placed, envelope))
+        _put_exact_rows(blob, envelope, keys, KeyRotation.to(placed, envelope))
         values = self.values.decode_values(
             spec, blob.tensors, envelope.first_layer, envelope.tokens, self._value_parameters(envelope)
         )
@@ -180,7 +182,7 @@ class LowRankCodec:
         return parameters
 
 
-def fit_layer(gram: Gram, *, rank: int = 256) -> dict[str, Tensor]:
+def fit_layer(gram: GramMatrix, *, rank: int = 256) -> dict[str, Tensor]:
     """What calibration puts into a profile for one layer, without the layer dimension: `lowrank.basis` `[M, r]`.
 
     Parameters
@@ -237,19 +239,19 @@ def _checked_factor(blob: EncodedChunk, envelope: Envelope) -> Tensor:
 
 
 def _exact_rows(keys: Tensor, exact: Tensor, errors: Tensor) -> dict[str, Tensor]:
-    """As many rows in every layer as the layer with most exact tokens needs; elsewhere the worst others fill them."""
-    slots = int(exact.sum(1).max()) if exact.numel() else 0
+    """Rows of exact tokens, as many in every layer: layers with fewer exact tokens add those of largest error."""
+    count = int(exact.sum(1).max()) if exact.numel() else 0
     badness = torch.where(exact, torch.inf, errors)
-    at = badness.topk(slots, dim=1).indices.sort(dim=1).values
+    at = badness.topk(count, dim=1).indices.sort(dim=1).values
     index = at[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
     return {"keys.exact_at": at.to(torch.int32).contiguous(), "keys.exact": keys.gather(2, index).contiguous()}
 
 
-def _put_exact_rows(blob: EncodedChunk, envelope: Envelope, keys: Tensor, turn: Turn | None) -> None:
+def _put_exact_rows(blob: EncodedChunk, envelope: Envelope, keys: Tensor, rotation: KeyRotation | None) -> None:
     """Writes the exact tokens over the rebuilt ones."""
-    spec, slots = envelope.spec, blob.tensors["keys.exact_at"].shape[-1]
-    at = expect_tensor(blob, "keys.exact_at", torch.int32, (envelope.num_layers, slots)).long()
-    shape = (envelope.num_layers, spec.num_kv_heads, slots, spec.head_dim)
+    spec, count = envelope.spec, blob.tensors["keys.exact_at"].shape[-1]
+    at = expect_tensor(blob, "keys.exact_at", torch.int32, (envelope.num_layers, count)).long()
+    shape = (envelope.num_layers, spec.num_kv_heads, count, spec.head_dim)
     rows = expect_tensor(blob, "keys.exact", spec.dtype, shape)
     if at.numel() == 0:
         return
@@ -259,4 +261,4 @@ def _put_exact_rows(blob: EncodedChunk, envelope: Envelope, keys: Tensor, turn: 
         )
     for layer in range(envelope.num_layers):
         one = slice(layer, layer + 1)
-        put_exact(keys[one], at[layer], rows[one], turn)
+        put_exact(keys[one], at[layer], rows[one], rotation)

@@ -1,4 +1,4 @@
-"""The codec that changes nothing: keys and values as they are, bit for bit."""
+"""The codec that stores keys and values as they are, bit for bit."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class RawCodec:
         return KVChunk(spec, token_ids, placed, moved, values, first_layer)
 
     def encode_values(self, spec: KVSpec, values: Tensor, first_layer: int) -> dict[str, Tensor]:
-        """The values as they are, for a codec that changes keys alone."""
+        """See `EncodesValues`."""
         return {"values": cpu_copy(values)}
 
     def decode_values(

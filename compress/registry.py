@@ -1,4 +1,4 @@
-"""Codecs by name, for the command line and for configurations."""
+"""Codecs by name, for the command line and for settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def codec_by_name(name: str, profile: Profile | None = None) -> Codec:
     ----------
     name : one of `CODECS`. A sum is a composition, the outer codec first: `lossless+nuq4` packs the bytes of `nuq4`,
         and `lowrank4+nuq4` joins low-rank keys (their factor in 4 bits) with its values.
-    profile : of the model, for the codecs that need one.
+    profile : of the model, for codecs that need one.
 
     Raises
     ------

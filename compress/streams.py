@@ -20,13 +20,12 @@ _SHORT_LAYERS = 16  # one layer in so many may be shorter than its row
 
 
 def pack_streams(streams: Sequence[Sequence[bytes]]) -> dict[str, Tensor]:
-    """Every layer's streams, joined, in a row of one width for all layers; what does not fit a row is in the spill.
+    """The streams of each layer, joined to a row of the same width for all layers; what exceeds a row is in the spill.
 
-    Rows are as wide as the shortest layer is long, or in a chunk of 16 layers or more as the shortest but one in 16, so
-    that a few layers that shrink well (the first ones) do not drive all others into the spill. Padding thus takes
-    nothing below 16 layers and well under 1/16 elsewhere. A reader of some layers reads their rows and the whole spill:
-    a few percent if the layers are compressed about equally well, a third for six layers one of which shrinks twice as
-    well as the others.
+    Rows are as wide as the shortest layer, or from 16 layers on as the shortest after one in 16 is left out, so that
+    a few layers that shrink well (the first ones) do not drive all others into the spill. So there is no padding below
+    16 layers, and well under 1/16 elsewhere. A reader of some layers reads their rows and the whole spill: a few
+    percent if layers shrink about equally, a third for six layers one of which shrinks twice as well as the others.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Uniform integer codes of groups: a step and a zero for each, from its least and greatest value."""
+"""Uniform integer codes: each group of values has a scale and a zero, from its least and greatest value."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..core import EncodedChunk
 from .envelope import expect_tensor
 from .exact import put_exact, read_exact
 from .kernels.ops import dequantize_rotate, pack_bits, packed_bytes
-from .rotation import Turn
+from .rotation import KeyRotation
 
 PARTS = ("", "_scale", "_zero")
 """What follows the prefix in the names of the tensors that `quantize` makes."""
@@ -27,7 +27,7 @@ class Grouping:
     channels: int
 
     def shape(self, L: int, H: int, T: int, D: int) -> tuple[int, int, int, int]:
-        """Of the scales of `[L, H, T, D]`."""
+        """Shape of the scales of a tensor `[L, H, T, D]`."""
         return L, H // self.heads, T // self.tokens, D // self.channels
 
 
@@ -85,19 +85,19 @@ def dequantize(
     grouping: Grouping,
     covered: int,
     *,
-    turn: Turn | None = None,
+    rotation: KeyRotation | None = None,
     smooth: Tensor | None = None,
 ) -> Tensor:
-    """What `quantize` made of the first `covered` tokens of `[L, H, T, D]`, and `take_exact` of the others.
+    """A tensor `[L, H, T, D]`: its first `covered` tokens from codes, the others as `take_exact` kept them.
 
     Parameters
     ----------
-    turn : None for values, and for keys without rotary positions.
-    smooth : `[L, H, D]` float32, multiplied into the channels before they are turned.
+    rotation : None for values, and for keys without rotary positions.
+    smooth : `[L, H, D]` float32, multiplied into the channels before they are rotated.
 
     Raises
     ------
-    CodecError : the tensors contradict dtype or shape. Nothing of that shape is allocated then.
+    CodecError : the tensors contradict dtype or shape; raised before anything is allocated.
     """
     L, H, _, D = shape
     coded = (L, H, covered, D)
@@ -105,11 +105,11 @@ def dequantize(
     packed = expect_tensor(blob, prefix, torch.uint8, (*coded[:3], packed_bytes(D, bits)))
     scale = expect_tensor(blob, f"{prefix}_scale", torch.float16, grouping.shape(*coded))
     zero = expect_tensor(blob, f"{prefix}_zero", torch.float16, grouping.shape(*coded))
-    tokens, rows = read_exact(codec, tensors, prefix, dtype, shape, covered, turn)
+    tokens, rows = read_exact(codec, tensors, prefix, dtype, shape, covered, rotation)
     if grouping.heads > 1:
         scale, zero = (x.repeat_interleave(grouping.heads, 1) for x in (scale, zero))
     out = torch.empty(shape, dtype=dtype, device=packed.device)
-    cos, sin = (None, None) if turn is None else turn.cos_sin(covered, out.device)
+    cos, sin = (None, None) if rotation is None else rotation.cos_sin(covered, out.device)
     dequantize_rotate(
         packed.flatten(0, 1),
         bits,
@@ -119,9 +119,9 @@ def dequantize(
         smooth=None if smooth is None else smooth.flatten(0, 1),
         cos=cos,
         sin=sin,
-        interleaved=turn is not None and turn.rope.interleaved,
+        interleaved=rotation is not None and rotation.rope.interleaved,
     )
-    put_exact(out, tokens, rows, turn)
+    put_exact(out, tokens, rows, rotation)
     return out
 
 

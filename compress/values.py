@@ -1,4 +1,4 @@
-"""The half of a codec that can be joined with another codec's keys."""
+"""Capability of a codec whose values can be joined with another codec's keys."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..core import KVSpec
 
 @runtime_checkable
 class EncodesValues(Protocol):
-    """Optional capability of a codec: its values stand alone (`lowrank` keys with `nuq` values).
+    """Optional capability of a codec: it encodes values alone, for instance `nuq` values beside `lowrank` keys.
 
     The names of its tensors begin with `values`; all of them are layered.
     """
@@ -23,13 +23,13 @@ class EncodesValues(Protocol):
         ...
 
     def encode_values(self, spec: KVSpec, values: Tensor, first_layer: int) -> dict[str, Tensor]:
-        """`[L, H, T, Dv]` on any device -> tensors by name: contiguous, on the cpu, sharing no memory with `values`."""
+        """Encodes `[L, H, T, Dv]` on any device as contiguous tensors on the cpu that share no memory with it."""
         ...
 
     def decode_values(
         self, spec: KVSpec, tensors: Mapping[str, Tensor], first_layer: int, tokens: int, parameters: Mapping[str, Any]
     ) -> Tensor:
-        """The values `[L, H, T, Dv]` in the spec's dtype; `parameters` are those that the chunk was encoded with.
+        """Decodes to `[L, H, T, Dv]` in the spec's dtype; `parameters` are those of the codec that encoded the chunk.
 
         Raises `CodecError` if the tensors are not what `encode_values` makes.
         """

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..blend.attention import causal_attention
 from ..retrieval.attention import attend, attend_selected
-from ..retrieval.pages import Pages
+from ..retrieval.paged_kv import PagedKV
 from ..retrieval.selector import LayerShape, LearnsFromQueries
 from ..retrieval.settings import CHUNK_TOKENS, Retrieval
 
@@ -59,7 +59,7 @@ def _steps(
     keys = torch.randn(shape.kv_heads, tokens, shape.head_dim, generator=random).to(dtype)
     values = torch.randn(shape.kv_heads, tokens, value_dim, generator=random).to(dtype)
     queries = torch.randn(shape.query_heads, _QUERIES, shape.head_dim, generator=random).to(dtype)
-    selector, pages = retrieval.selector(shape, retrieval.dense_layers), Pages(CHUNK_TOKENS)
+    selector, pages = retrieval.selector(shape, retrieval.dense_layers), PagedKV(CHUNK_TOKENS)
     for first in range(0, tokens, CHUNK_TOKENS):
         here = slice(first, first + CHUNK_TOKENS)
         pages.append(keys[:, here].contiguous(), values[:, here].contiguous())

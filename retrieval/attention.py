@@ -11,11 +11,13 @@ from torch import Tensor
 
 from .selector import Selection
 
-Partial: TypeAlias = tuple[Tensor, Tensor]
-"""Output `[Hq, Dv]` and log-sum-exp of the scores `[Hq]`, both float32; of no token: zeros and -inf."""
+PartialAttention: TypeAlias = tuple[Tensor, Tensor]
+"""Output `[Hq, Dv]` and log-sum-exp of the scores `[Hq]`, both float32; zeros and -inf over no token."""
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, *, scale: float, visible: Tensor | None = None) -> Partial:
+def attend(
+    queries: Tensor, keys: Tensor, values: Tensor, *, scale: float, visible: Tensor | None = None
+) -> PartialAttention:
     """Attention of one query token over the tokens given.
 
     Parameters
@@ -29,7 +31,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, *, scale: float, visib
     if queries.shape[0] % kv_heads:
         raise ValueError(f"{queries.shape[0]} query heads cannot share {kv_heads} KV heads evenly")
     if not count:
-        return nothing(queries.shape[0], values.shape[-1], queries.device)
+        return empty_attention(queries.shape[0], values.shape[-1], queries.device)
     scores = (queries.float().view(kv_heads, -1, queries.shape[-1]) @ keys.float().mT) * scale
     if visible is not None:
         scores = scores.masked_fill(~visible[:, None], -math.inf)
@@ -38,7 +40,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, *, scale: float, visib
     return out.flatten(0, 1), lse.flatten()
 
 
-def attend_at(queries: Tensor, keys: Tensor, values: Tensor, ids: Tensor, *, scale: float) -> Partial:
+def attend_at(queries: Tensor, keys: Tensor, values: Tensor, ids: Tensor, *, scale: float) -> PartialAttention:
     """Attention over the rows `ids` (`[H, K]` int64, -1 for none) of a context's `[H, S, D]` and `[H, S, Dv]`."""
     rows = ids.clamp(min=0)[..., None]
     chosen_keys = keys.gather(1, rows.expand(-1, -1, keys.shape[-1]))
@@ -46,15 +48,17 @@ def attend_at(queries: Tensor, keys: Tensor, values: Tensor, ids: Tensor, *, sca
     return attend(queries, chosen_keys, chosen_values, scale=scale, visible=ids >= 0)
 
 
-def attend_selected(near: Partial, selection: Selection, attend_ids: Callable[[Tensor], Partial]) -> Partial:
+def attend_selected(
+    near: PartialAttention, selection: Selection, attend_ids: Callable[[Tensor], PartialAttention]
+) -> PartialAttention:
     """Attention over sinks and window (`near`), the tokens that a selector chose, and its estimate of the rest, if any.
 
     The three share no token. The result is on the device of `near`.
 
     Parameters
     ----------
-    attend_ids : attention of the same queries over the tokens `ids` `[H, K]`: `attend_at` or `Pages.attend` with their
-        other arguments bound.
+    attend_ids : attention of the same queries over the tokens `ids` `[H, K]`: `attend_at` or `PagedKV.attend` with
+        their other arguments bound.
     """
     parts = [] if not selection.ids.shape[1] else [attend_ids(selection.ids)]
     if selection.rest is not None:
@@ -63,7 +67,7 @@ def attend_selected(near: Partial, selection: Selection, attend_ids: Callable[[T
     return merge([near, *((out.to(device), lse.to(device)) for out, lse in parts)])
 
 
-def merge(parts: Sequence[Partial]) -> Partial:
+def merge(parts: Sequence[PartialAttention]) -> PartialAttention:
     """Attention over all parts together, which share no token: `out = sum of out_i exp(lse_i - lse)`.
 
     Exact, also where parts are empty. (RetrievalAttention, arXiv 2409.10516, section 3.3.)
@@ -76,6 +80,6 @@ def merge(parts: Sequence[Partial]) -> Partial:
     return (outs * weights[..., None]).sum(0), lse
 
 
-def nothing(query_heads: int, value_dim: int, device: torch.device | None = None) -> Partial:
+def empty_attention(query_heads: int, value_dim: int, device: torch.device | None = None) -> PartialAttention:
     """Attention over no token."""
     return torch.zeros(query_heads, value_dim, device=device), torch.full((query_heads,), -math.inf, device=device)

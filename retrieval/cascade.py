@@ -1,4 +1,4 @@
-"""Choosing in stages: a cheap selector names candidates, better keys decide among them."""
+"""Cascades: a cheap selector names candidates, scores by better keys decide among them."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from .rows import Rows
+from .growable import GrowableTensor
 from .selector import KeepsState, LayerShape, LearnsFromQueries, Pooling, Selection, Selector, pooled
 
 
 @runtime_checkable
 class KeySource(Protocol):
-    """Keys of single tokens, exact or nearly: what candidates are compared by."""
+    """Keys of single tokens, exact or approximate, by which candidates are compared."""
 
     def add(self, keys: Tensor, values: Tensor) -> None:
         """As for `Selector`."""
         ...
 
     def keys_at(self, ids: Tensor) -> Tensor:
-        """Keys of positions `[H, K]` after rotation, `[H, K, D]`; of -1 whatever it likes."""
+        """Keys of positions `[H, K]` after rotation, `[H, K, D]`; those of -1 are undefined."""
         ...
 
     @property
@@ -35,12 +35,12 @@ class KeySource(Protocol):
 
 
 class ExactKeys:
-    """`KeySource` of the keys themselves, copied as they come. They stand in for the context's own."""
+    """`KeySource` that copies the keys. They stand for the context's own, so they count no bytes."""
 
     held_bytes = 0
 
     def __init__(self, shape: LayerShape, *, start: int = 0) -> None:
-        self._shape, self._start, self._keys = shape, start, Rows(1)
+        self._shape, self._start, self._keys = shape, start, GrowableTensor(1)
 
     @property
     def token_bytes(self) -> int:
@@ -56,15 +56,15 @@ class ExactKeys:
 
 
 class CascadeSelector:
-    """`Selector` that asks `coarse` for more than the budget and keeps what scores best by the keys of `fine`.
+    """`Selector` that takes more tokens than the budget from `coarse` and keeps those that score best by `fine`.
 
-    No published method does all of it: A2ATS or ShadowKV choose once, RetroInfer estimates the rest. An estimate that
-    `coarse` gives of what it did not choose is passed on; what only `fine` refused is in neither.
+    A2ATS and ShadowKV choose once; RetroInfer estimates the rest. An estimate of `coarse` is passed on; candidates that
+    `fine` refuses are in neither part.
 
     Parameters
     ----------
     coarse : may be a cascade itself.
-    fine : `ExactKeys`, or a `FactorIndex`, whose keys are there already; it may be `coarse` as well.
+    fine : `ExactKeys`, or a `FactorIndex`; may be the same object as `coarse`.
     candidate_ratio : share of the tokens that `coarse` chooses, unless the budget is larger.
     pooling : see `pooled`; the softmax is over the candidates.
     """
@@ -104,7 +104,7 @@ class CascadeSelector:
             stage.add(keys, values)
 
     def observe(self, queries: Tensor, positions: Tensor) -> None:
-        """See `LearnsFromQueries`; for those stages that do."""
+        """See `LearnsFromQueries`."""
         for stage in self._stages():
             if isinstance(stage, LearnsFromQueries):
                 stage.observe(queries, positions)

@@ -1,4 +1,4 @@
-"""Clusters of keys: the best are attended to exactly, the next best as one token each (RetroInfer's wave index)."""
+"""Clusters of keys: the best are attended to exactly, the next ones as one token each (RetroInfer's wave index)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ try:
 except ImportError as error:
     raise ImportError('kvloom.retrieval.clusters needs faiss: pip install "kvloom[retrieval]"') from error
 
-from .attention import Partial
+from .attention import PartialAttention
 from .selector import LayerShape, Pooling, Selection
 
 SEGMENT_TOKENS, UPDATE_TOKENS = 8192, 1024  # RetroInfer: keys clustered together, in a prompt and while generating
@@ -25,8 +25,14 @@ _ITERATIONS = 9  # RetroInfer: 10, of which the last only assigns
 
 
 class _Clusters(NamedTuple):
-    """Clusters of a run of tokens: mean keys `[H, E, D]`, mean values `[H, E, Dv]` and sizes `[H, E]` int64; the tokens
-    `[H, T]` int32, counted from the run's first, cluster by cluster and ascending within; where in these each begins.
+    """Clusters of some consecutive tokens.
+
+    Attributes
+    ----------
+    keys, values : means, `[H, E, D]` and `[H, E, Dv]`.
+    sizes : `[H, E]` int64.
+    members : `[H, T]` int32, tokens counted from the first, cluster by cluster and ascending within a cluster.
+    starts : `[H, E]` int64, where each cluster begins in `members`.
     """
 
     keys: Tensor
@@ -37,7 +43,7 @@ class _Clusters(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """As an index has to hold them; sizes follow from `starts`, of which 4 bytes suffice."""
+        """Bytes that an index must hold; sizes follow from `starts`, for which 4 bytes suffice."""
         return self.keys.nbytes + self.values.nbytes + 4 * self.starts.numel() + self.members.nbytes
 
 
@@ -46,13 +52,13 @@ class ClusterIndex:
 
     The keys of a segment, less their mean, are clustered by direction (spherical k-means, about one cluster for 16
     tokens). Clusters are ranked by the query's score of their mean key. The best, as far as the budget reaches, are
-    chosen; each of the next `estimated_ratio` of all clusters stands for its tokens by its mean key, mean value and
-    size; what is left is dropped. (RetroInfer, arXiv 2505.02922, section 4, and its released code.) For a cluster that
+    chosen; the next `estimated_ratio` of all clusters are attended to by mean key, mean value and size; the others are
+    dropped. (RetroInfer, arXiv 2505.02922, section 4, and its released code.) For a cluster that
     is estimated as a whole, the weight is a lower bound of the true one (Jensen).
 
-    A segment is clustered when it is complete. Of what lies behind the last one, every complete `update_tokens` are
-    clustered by themselves, and the tokens that are still fewer stand each for itself. So what is known depends on how
-    many tokens there are, not on the pieces in which they came.
+    A segment is clustered when it is complete. Behind the last segment, every complete `update_tokens` are clustered
+    alone, and each of the remaining tokens is a cluster of its own. So the clusters depend on the number of tokens, not
+    on the pieces in which they were added.
 
     Deviations: the budget counts tokens, not clusters, so that one cluster may be chosen in part: its latest tokens,
     the others are estimated by its means. Ranking takes the softmax over tokens (clusters weighted by size), not over
@@ -100,7 +106,7 @@ class ClusterIndex:
 
     @property
     def held_bytes(self) -> int:
-        """Means, sizes and members; the keys and values of the segment that is not complete are the context's own."""
+        """Bytes of all clusters; keys and values of the incomplete segment stand for the context's own."""
         return sum(clusters.nbytes for clusters in (*self._segments, *self._updates))
 
     def add(self, keys: Tensor, values: Tensor) -> None:
@@ -154,7 +160,7 @@ class ClusterIndex:
         return Selection(ids, read, heads * singles, rest)
 
     def _joined(self, keys: Tensor, values: Tensor) -> _Clusters:
-        """Of all tokens; keys and values are those of the segment that is not complete."""
+        """Clusters of all tokens, from keys and values of the incomplete segment."""
         done = len(self._updates) * self._update_tokens
         parts = [*self._segments, *self._updates, _singles(keys[:, done:], values[:, done:])]
         firsts = [0, *accumulate(part.members.shape[1] for part in parts[:-1])]
@@ -168,7 +174,7 @@ class ClusterIndex:
         )
 
     def _importance(self, scores: Tensor, sizes: Tensor) -> Tensor:
-        """`[H, E]`: logarithm of the pooled softmax over tokens that each token of a cluster is taken to have."""
+        """Logarithm of the pooled softmax weight of one token of each cluster, `[H, E]`."""
         total = (scores + sizes[:, None].log()).logsumexp(-1, keepdim=True)
         weights = (scores - total).amax(1) if self._pooling == "max" else (scores - total).logsumexp(1)
         return weights.masked_fill(sizes == 0, -math.inf)
@@ -188,7 +194,7 @@ class ClusterIndex:
 
 
 def _singles(keys: Tensor, values: Tensor) -> _Clusters:
-    """Each token for itself."""
+    """Clusters of one token each."""
     places = torch.arange(keys.shape[1]).expand(keys.shape[0], -1)
     return _Clusters(keys, values, torch.ones_like(places), places.int(), places)
 
@@ -210,7 +216,7 @@ def _directions(keys: Tensor, count: int) -> Tensor:
 
 
 def _means(rows: Tensor, codes: Tensor, sizes: Tensor) -> Tensor:
-    """Means `[H, E, D]` float32 of the rows `[H, T, D]` of each cluster; of an empty one zeros."""
+    """Means `[H, E, D]` float32 of the rows `[H, T, D]` of each cluster; zeros for an empty one."""
     sums = torch.zeros(*sizes.shape, rows.shape[2], dtype=torch.float64)
     sums.scatter_add_(1, codes[..., None].expand_as(rows), rows.double())
     return (sums / sizes.clamp(min=1)[..., None]).float()
@@ -226,7 +232,7 @@ def _latest(members: Tensor, stops: Tensor, taken: Tensor) -> Tensor:
     return rows.view(heads, -1).sort(dim=1).values
 
 
-def _estimate(scores: Tensor, values: Tensor, counts: Tensor, clusters: Tensor) -> Partial:
+def _estimate(scores: Tensor, values: Tensor, counts: Tensor, clusters: Tensor) -> PartialAttention:
     """Attention over `counts` `[H, N]` tokens at the mean keys and values of `clusters` `[H, N]`.
 
     Parameters

@@ -1,16 +1,16 @@
-"""Exact search, the oracle that every other index is measured against, and the random choice that it must beat."""
+"""Exact search, the reference for every other selector, and random choice, their lower bound."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .rows import Rows
+from .growable import GrowableTensor
 from .selector import LayerShape, Pooling, Selection, pooled, top_ids
 
 
 class ExactSelector:
-    """`Selector` that computes all scores: what any other one can at best choose.
+    """`Selector` that computes all scores.
 
     Parameters
     ----------
@@ -22,7 +22,7 @@ class ExactSelector:
 
     def __init__(self, shape: LayerShape, *, start: int = 0, pooling: Pooling = "max") -> None:
         self.shape, self.start, self._pooling = shape, start, pooling
-        self._keys = Rows(dim=1)
+        self._keys = GrowableTensor(dim=1)
         self._keys.add(torch.empty(shape.kv_heads, 0, shape.head_dim))
 
     def __len__(self) -> int:
@@ -46,7 +46,7 @@ class ExactSelector:
 
 
 class RandomSelector:
-    """`Selector` that draws tokens: what knowing nothing is worth.
+    """`Selector` that draws tokens at random.
 
     Parameters
     ----------

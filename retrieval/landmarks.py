@@ -1,4 +1,4 @@
-"""ShadowKV's landmarks: the mean key of every 8 tokens stands for them, but where they disagree with it."""
+"""ShadowKV's landmarks: every 8 tokens are represented by their mean key, unless they disagree with it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CodecError
+from .growable import GrowableTensor
 from .kernels.ops import landmark_scores
-from .rows import Rows
 from .selector import LayerShape, Pooling, Selection, pooled
 
 _PIECE_CHUNKS = 1024  # summarised at once: 8 heads of 128 channels in float32 take 32 MiB
@@ -33,8 +33,8 @@ class LandmarkIndex:
     - outliers are part of the budget, up to `outlier_ratio` of it, the share that the paper's 48 have of 304 runs; the
       paper attends to them on top;
     - the landmarks of outliers stay in the table, as more of them are outliers under a larger budget;
-    - an incomplete run, the last one or that at `start`, has a landmark from the members it has, where the paper
-      attends to the last one anyway: whatever is recent is in the caller's window;
+    - an incomplete run, at the end or at `start`, has a landmark of the tokens it has; the paper always attends to the
+      last one, which here is in the caller's window;
     - the budget is used up to the last token, so the last run chosen may be cut.
 
     Parameters
@@ -70,7 +70,7 @@ class LandmarkIndex:
         self.shape, self.start, self.chunk_tokens = shape, start, chunk_tokens
         self._pooling, self._outlier_chunks, self._outlier_ratio = pooling, outlier_chunks, outlier_ratio
         # Of complete runs. The keys of the last, incomplete one are kept, up to chunk_tokens - 1 of them.
-        self._means, self._cosines, self._tokens = Rows(1), Rows(1), 0
+        self._means, self._cosines, self._tokens = GrowableTensor(1), GrowableTensor(1), 0
         self._means.add(torch.empty(shape.kv_heads, 0, shape.head_dim, dtype=dtype))
         self._cosines.add(torch.empty(shape.kv_heads, 0))
         self._tail = torch.empty(shape.kv_heads, 0, shape.head_dim)
@@ -109,8 +109,9 @@ class LandmarkIndex:
         return Selection(ids, self._means.nbytes + self._tail.nbytes + 4 * outliers.numel())
 
     def outliers(self, budget: int) -> Tensor:
-        """The runs always chosen under this budget, `[H, O]` int64, those least like their mean first; counted from
-        the run of `start`.
+        """The runs that are always chosen under this budget, `[H, O]` int64, least similar to their mean first.
+
+        They are counted from the run of `start`.
         """
         most = int(self._outlier_ratio * budget) // self.chunk_tokens
         return self._outliers[:, :most].long()
@@ -192,7 +193,7 @@ class LandmarkIndex:
 
 
 def _summarise(runs: Tensor) -> tuple[Tensor, Tensor]:
-    """Of `[H, C, c, D]`: the mean keys `[H, C, D]` and the least cosine of a member with its mean `[H, C]`, float32."""
+    """Mean keys `[H, C, D]` of runs `[H, C, c, D]`, and least cosine `[H, C]` of a key with its mean; float32."""
     wide = runs.float()
     mean = wide.mean(2)
     products = (wide * mean[:, :, None]).sum(-1)

@@ -16,14 +16,14 @@ from .selector import LayerShape, Pooling, Selection, pooled, top_ids
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Found:
-    """What a search gave, and what it took.
+class SearchResult:
+    """Result and cost of a search.
 
     Attributes
     ----------
     scores, ids : see `KeyIndex.search`.
-    compared_keys : keys compared with the queries; one that several of them met counts once, where the index can tell.
-    read_bytes : of those keys, and of what led to them.
+    compared_keys : keys compared with the queries; a key that several queries met counts once, if the index shares it.
+    read_bytes : bytes read: these keys, and edges or codes.
     """
 
     scores: Tensor
@@ -33,23 +33,23 @@ class Found:
 
 
 @runtime_checkable
-class CountsSearch(Protocol):
-    """Optional capability of a `KeyIndex`: it says what a search took. The queries are those of one group."""
+class ReportsSearchCost(Protocol):
+    """Optional capability of a `KeyIndex`: it reports the cost of a search for the queries of one group."""
 
-    def search_counted(self, queries: Tensor, k: int) -> Found: ...
+    def search_with_cost(self, queries: Tensor, k: int) -> SearchResult: ...
 
 
 class PerHeadSelector:
-    """`Selector` of one `KeyIndex` for each KV head: whatever does maximum inner product search.
+    """`Selector` made of one `KeyIndex` for each KV head.
 
-    Every query head of a group searches for its share of `budget` tokens; what they find together is weighed by the
-    softmax of each over it, so that one set of at most `budget` tokens is chosen for the group.
+    Every query head of a group searches for its share of `budget` tokens. The tokens found by the group are weighed by
+    each head's softmax over them, and at most `budget` of them are chosen.
 
     Parameters
     ----------
     make : an empty index of keys of so many dimensions.
     query_ratio : share of the budget that each query head searches for.
-    threads : that search KV heads side by side; worth it for an index that holds no interpreter lock.
+    threads : number of threads that search KV heads in parallel; useful if the index releases the interpreter's lock.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class PerHeadSelector:
         self.heads: Sequence[GrowableIndex] = [make(shape.head_dim) for _ in range(shape.kv_heads)]
         self._query_ratio = query_ratio
         self.run = map if threads == 1 else ThreadPoolExecutor(threads).map
-        """Calls a function for each KV head, in threads if there are any."""
+        """`map`, in threads if there are several."""
 
     def __len__(self) -> int:
         return len(self.heads[0])
@@ -89,14 +89,14 @@ class PerHeadSelector:
             return Selection(torch.empty(self.shape.kv_heads, 0, dtype=torch.int64), 0)
         share = budget if budget >= len(self) else max(1, math.ceil(budget * self._query_ratio))
         grouped = queries.view(self.shape.kv_heads, self.shape.group, -1)
-        found = list(self.run(lambda head, of_group: counted(head, of_group, share), self.heads, grouped))
+        found = list(self.run(lambda head, of_group: search_with_cost(head, of_group, share), self.heads, grouped))
         ids = torch.full((self.shape.kv_heads, min(budget, len(self))), -1)
         for row, of_head in zip(ids, found, strict=True):
             chosen = self._of_group(of_head, budget)
             row[: len(chosen)] = chosen + self.start
         return Selection(ids, sum(f.read_bytes for f in found), sum(f.compared_keys for f in found))
 
-    def _of_group(self, found: Found, budget: int) -> Tensor:
+    def _of_group(self, found: SearchResult, budget: int) -> Tensor:
         is_found = found.ids >= 0
         union, places = found.ids[is_found].unique(return_inverse=True)
         weighed = torch.full((self.shape.group, len(union)), -torch.inf)
@@ -107,10 +107,10 @@ class PerHeadSelector:
         return chosen
 
 
-def counted(index: KeyIndex, queries: Tensor, k: int) -> Found:
-    """A search and what it took; an index that does not say compared all it has."""
+def search_with_cost(index: KeyIndex, queries: Tensor, k: int) -> SearchResult:
+    """Searches an index; one that does not report its cost is charged for all its keys."""
     k = min(k, len(index))
-    if isinstance(index, CountsSearch):
-        return index.search_counted(queries, k)
+    if isinstance(index, ReportsSearchCost):
+        return index.search_with_cost(queries, k)
     scores, ids = index.search(queries, k)
-    return Found(scores, ids, len(index), len(index) * index.dim * 4)
+    return SearchResult(scores, ids, len(index), len(index) * index.dim * 4)

@@ -1,4 +1,4 @@
-"""Selectors by name: what a caller chooses from, and what each needs to be made."""
+"""Selectors by name."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def _vq(shape: LayerShape, layer: int, *, start: int, pooling: Pooling, profile:
 
 @lru_cache(maxsize=256)
 def _codebook(profile: Profile, layer: int) -> Any:
-    # Its fingerprint is over megabytes, and every sequence asks.
-    return import_module(".vq.codebook", __package__).Codebook.of_layer(profile, layer)
+    # A fingerprint takes a pass over megabytes, and every sequence needs it
+    return import_module(".vq.codebook", __package__).Codebook.from_profile(profile, layer)
 
 
 def _landmarks_factor(
@@ -110,7 +110,7 @@ METHODS: dict[str, MakeSelector] = {
     "sketch": _from_class(".sketch.sketch", "SketchIndex"),
     "vq": _vq,
 }
-"""Every way of choosing tokens, by the name that `Retrieval` and the command line take."""
+"""What makes a selector, by the name of the method that `Retrieval` and the command line take."""
 
 
 def selector_by_name(
@@ -127,15 +127,15 @@ def selector_by_name(
 
     Parameters
     ----------
-    layer : which one, where a method learned something of each.
+    layer : number of the layer, for methods that calibrate each layer.
     start : first token of the context that it covers.
     pooling : see `pooled`.
-    profile : what `kvloom calibrate` learned of the model, for methods that need it.
-    parameters : the method's own, by the names of its constructor.
+    profile : from `kvloom calibrate`, for methods that need one.
+    parameters : of the method, by the names of its constructor.
 
     Raises
     ------
-    ValueError : no method of that name, a parameter that it does not know, or it needs a profile.
+    ValueError : no method has that name, a parameter is unknown, or the method needs a profile.
     """
     if name not in METHODS:
         raise ValueError(f"no retrieval method {name!r}; known: {', '.join(sorted(METHODS))}")

@@ -1,4 +1,4 @@
-"""What all ways of choosing tokens share: the protocol, one choice for a group of query heads, the account."""
+"""Selectors: the protocol, its optional capabilities, and one choice of tokens for each group of query heads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Pooling: TypeAlias = Literal["max", "sum"]
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """The attention of one layer, as an index needs to know it.
+    """The shape of one layer's attention.
 
     Attributes
     ----------
@@ -63,17 +63,17 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Selection:
-    """What a selector chose for one query token of one layer.
+    """The tokens chosen for one query token of one layer, and the cost of choosing.
 
     Attributes
     ----------
     ids : `[H, K]` int64, positions in the context, no token twice in a row; -1 pads the end of a row.
-    read_bytes : read in order to choose: codes, centroids, landmarks, edges, keys compared. What attention then reads
-        of the chosen tokens is not in it.
-    compared_keys : whole keys that were compared with a query, summed over KV heads; a key that several queries of a
-        group meet counts once.
-    rest : estimate of the attention over all that was not chosen, `[Hq, Dv]` and its log-sum-exp `[Hq]`, float32; None
-        if there is none.
+    read_bytes : bytes read to choose: codes, centroids, landmarks, edges, keys compared. Attention over the chosen
+        tokens is not included.
+    compared_keys : whole keys compared with a query, summed over KV heads; a key that several queries of a group meet
+        counts once.
+    rest : estimate of the attention over the tokens that were not chosen, `[Hq, Dv]` and its log-sum-exp `[Hq]`,
+        float32; None if there is none.
     """
 
     ids: Tensor
@@ -84,11 +84,10 @@ class Selection:
 
 @runtime_checkable
 class Selector(Protocol):
-    """Which tokens of one layer of one sequence a query needs.
+    """Chooses the tokens of one layer of one sequence that a query attends to.
 
-    It covers the tokens `[start, start + len)` of a context; token i stands at position i. What lies before (sinks) and
-    behind (the window) is attended to anyway and never enters. Adding tokens in pieces gives what adding them at once
-    gives.
+    It covers the tokens `[start, start + len)` of a context; token i has position i. Tokens before these (sinks) and
+    after them (the window) are always attended to and are not added. Adding tokens in pieces and at once are the same.
     """
 
     @property
@@ -99,69 +98,71 @@ class Selector(Protocol):
     def start(self) -> int: ...
     def __len__(self) -> int: ...
     def add(self, keys: Tensor, values: Tensor) -> None:
-        """The next tokens: `[H, T, D]` after rotary embedding, and `[H, T, Dv]`; neither is kept unless copied.
+        """Adds the next tokens, `[H, T, D]` after rotary embedding and `[H, T, Dv]`; the tensors are not referred to.
 
         Raises `ValueError` for other shapes and for numbers that are not finite.
         """
         ...
 
     def select(self, queries: Tensor, position: int, budget: int) -> Selection:
-        """At most `budget` tokens for each KV head, all of them if there are no more.
+        """Chooses at most `budget` tokens for each KV head, all of them if there are no more.
 
-        `queries` `[Hq, D]` after rotary embedding at `position`. Raises `ValueError` for queries
-        that are not finite.
+        `queries` are `[Hq, D]` after rotary embedding at `position`. Raises `ValueError` for queries that are not
+        finite.
         """
         ...
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the index, whole keys and values that only stand in for the context's own not counted."""
+        """Bytes of the index, without copies of keys and values that the context holds as well."""
         ...
 
 
 @runtime_checkable
 class LearnsFromQueries(Protocol):
-    """Optional capability: the index is built from the prompt's own queries."""
+    """Optional capability: the index is built from queries of the prompt."""
 
     def observe(self, queries: Tensor, positions: Tensor) -> None:
-        """Queries `[Hq, Q, D]` after rotary embedding, at `positions` `[Q]`: a sample of what will be asked."""
+        """Takes queries `[Hq, Q, D]` after rotary embedding, at `positions` `[Q]`, as a sample of later ones."""
         ...
 
     def build(self) -> None:
-        """Takes what was added into the index; until then it is searched exactly. May run in another thread than
-        `select`, not than `add`.
+        """Builds the index of all added tokens, which are searched exactly until then.
+
+        May run in another thread than `select`, but not at the same time as `add`.
         """
         ...
 
 
 @runtime_checkable
 class TravelsWithChunks(Protocol):
-    """Optional capability: what the index knows of some tokens depends on nothing behind them, so it can be stored with
-    their chunk and read again.
-    """
+    """Optional capability: the index of a chunk's tokens depends on no later token, so it is stored with the chunk."""
 
     def export(self, first: int, stop: int) -> Mapping[str, Tensor]:
-        """Of the tokens `[first, stop)`, all covered; bounds are multiples of 8, or the end of what is covered."""
+        """The index of covered tokens `[first, stop)`; bounds are multiples of 8, or the end of the covered tokens."""
         ...
 
     def restore(self, parts: Mapping[str, Tensor], tokens: int) -> None:
-        """Like `add` of the next `tokens` tokens, from what `export` gave of them.
+        """Adds the next `tokens` tokens from what `export` gave for them.
 
-        Raises `CodecError` for tensors that are not this index's.
+        Raises `CodecError` for tensors of another index.
         """
         ...
 
 
 @runtime_checkable
 class KeepsState(Protocol):
-    """Optional capability: what the index knows belongs to the sequence as a whole, and can be stored like that."""
+    """Optional capability: the index depends on the whole sequence, and is stored as a whole."""
 
     def state(self) -> Mapping[str, Tensor]:
-        """All of it, once it is built."""
+        """All tensors of the built index."""
         ...
 
     def restore_state(self, parts: Mapping[str, Tensor]) -> None:
-        """Makes of the same tokens, added anew, what gave this `state`. Raises `CodecError` for tensors not its own."""
+        """Restores the index that gave `state`; the same tokens were added before.
+
+        Raises `CodecError` for tensors of another index.
+        """
         ...
 
 
@@ -181,14 +182,14 @@ def choose(selector: Selector, queries: Tensor, position: int, budget: int) -> S
 
 
 def pooled(scores: Tensor, shape: LayerShape, pooling: Pooling = "max") -> Tensor:
-    """One importance for each KV head: softmax for each query head, then the maximum or the sum over the group.
+    """The importance of candidates for each KV head: softmax of each query head, then its maximum or sum in the group.
 
     The softmax comes first because heads of one group differ in temperature (ShadowKV, arXiv 2410.21465, section 4;
     RetroInfer, arXiv 2505.02922, sums).
 
     Parameters
     ----------
-    scores : `[Hq, N]` scaled scores over the same candidates; -inf for none.
+    scores : `[Hq, N]` scaled scores of the candidates; -inf for none.
 
     Returns
     -------

@@ -27,7 +27,7 @@ class Retrieval:
 
     Attributes
     ----------
-    method : a name of `retrieval.catalog`.
+    method : a name of `retrieval.registry.METHODS`.
     budget_ratio : tokens chosen for each KV head and step, as a share of those between sinks and window.
     budget_tokens : at least so many of them.
     sink_tokens : the first tokens, always attended to; a multiple of 8.
@@ -35,7 +35,7 @@ class Retrieval:
         leave together.
     dense_layers : so many first layers attend to everything.
     pooling : how the query heads of a group agree, see `pooled`.
-    parameters : the method's own.
+    parameters : of the method, see its constructor (`landmarks+factor`: `candidate_ratio`, and those of both).
     profile : from `kvloom calibrate`, for methods that need it.
     break_even_tokens : contexts shorter than that are attended to densely; None for what a certificate says, or else
         what is measured on this machine at first use. No part of `form`.
@@ -78,7 +78,7 @@ class Retrieval:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """What a certificate is bound to beside the method, as JSON takes it."""
+        """All settings but the method and the break-even, as JSON takes them."""
         return {
             "budget_ratio": self.budget_ratio,
             "budget_tokens": self.budget_tokens,
@@ -92,12 +92,12 @@ class Retrieval:
 
     @property
     def form(self) -> Form:
-        """Name and parameters, as of a codec: what certificates, keys of approximate chunks and indexes go by."""
+        """Name and parameters, to which certificates and the keys of approximate chunks are bound."""
         return f"retrieval {self.method}", canonical_json(self.fields)
 
     @property
     def index_name(self) -> str:
-        """Of the index itself, whatever it is asked for: indexes of one name can be read as one another."""
+        """Name of the index: it stands for what the index depends on, so indexes of one name are interchangeable."""
         learned = {name: self.fields[name] for name in ("parameters", "profile")}
         method = self.method.replace("+", ".")  # extras of chunks have no "+" in their names
         return f"{method}:{blake3(canonical_json(learned).encode()).hexdigest(8)}"

@@ -14,7 +14,7 @@ from ...calibration.layer_sample import LayerSample
 from ...calibration.model_profile import Profile
 from ...certify.calibrate_model import calibrate
 from ...certify.method_fits import LAYER_FITS, LayerFit
-from ...compress.gram import Gram
+from ...compress.gram import GramMatrix
 from ...compress.grouped import GroupedCodec
 from ...compress.lowrank import LowRankCodec
 from ...compress.lowrank import fit_layer as fit_basis
@@ -239,13 +239,13 @@ def key_energy(model: PreTrainedModel, windows: Sequence[Sequence[int]]) -> list
     return list(zip(RANK_RATIOS, *shares, strict=True))
 
 
-def _key_grams(forced: ForcedModel, windows: Sequence[Sequence[int]], *, rotated: bool) -> list[Gram]:
+def _key_grams(forced: ForcedModel, windows: Sequence[Sequence[int]], *, rotated: bool) -> list[GramMatrix]:
     """Gram matrices of every layer's keys, after or before rotation; without each window's first token, the sink."""
-    grams: list[Gram] = []
+    grams: list[GramMatrix] = []
     for window in windows:
         chunk, _ = forced.prefill(torch.tensor(list(window)))
         keys = chunk.keys.float() if rotated else unrotated(chunk.spec, chunk.keys, chunk.positions)
-        of_window = [Gram.of(layer[:, 1:].transpose(0, 1).flatten(1)) for layer in keys]
+        of_window = [GramMatrix.from_keys(layer[:, 1:].transpose(0, 1).flatten(1)) for layer in keys]
         grams = [a + b for a, b in zip(grams, of_window, strict=True)] if grams else of_window
     return grams
 

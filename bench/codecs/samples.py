@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...calibration.model_profile import Profile
-from ...compress.gram import Gram
+from ...compress.gram import GramMatrix
 from ...compress.lowrank import fit_layer as fit_basis
 from ...compress.nuq.nuq_fit import fit_layer as fit_levels
 from ...core import KVChunk, KVSpec, RopeSpec
@@ -44,7 +44,7 @@ def profile_8b(spec: KVSpec = SPEC_8B) -> Profile:
     values = torch.randn(512, spec.num_kv_heads * spec.value_dim, generator=random)
     ones = torch.ones
     layer = fit_levels(keys, ones(keys.shape), values, ones(values.shape), heads=spec.num_kv_heads)
-    layer |= fit_basis(Gram.of(keys), rank=RANK)
+    layer |= fit_basis(GramMatrix.from_keys(keys), rank=RANK)
     return Profile(spec, {name: torch.stack([tensor] * spec.num_layers) for name, tensor in layer.items()})
 
 

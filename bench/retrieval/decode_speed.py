@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ...evaluation.report import Metric
-from ...retrieval.attention import Partial, attend, merge
+from ...retrieval.attention import PartialAttention, attend, merge
 from ...retrieval.kernels.ops import gather_attend
-from ...retrieval.pages import Pages
+from ...retrieval.paged_kv import PagedKV
 from ...retrieval.selector import LayerShape, LearnsFromQueries, Selector
 from ..harness.rounds import interleave, timed
 
@@ -154,7 +154,7 @@ def _measured(
     selector: Selector,
     name: str,
     build_s: float,
-    whole: Sequence[Partial],
+    whole: Sequence[PartialAttention],
     ways: Mapping[str, Callable[[int], Tensor]],
     dense: str,
     mass: float,
@@ -207,7 +207,7 @@ class _Step:
 
     def __init__(self, context: Context, selector: Selector, ends: Ends) -> None:
         (H, S, _), self._context, self._selector = context.keys.shape, context, selector
-        self._pages = Pages(_PAGE_TOKENS)
+        self._pages = PagedKV(_PAGE_TOKENS)
         self._pages.append(context.keys, context.values)
         places = torch.cat((torch.arange(ends.sink_tokens), torch.arange(S - ends.window_tokens, S)))
         self._ends = places.expand(H, -1).contiguous()
@@ -238,7 +238,7 @@ def _fill(selector: Selector, context: Context, stop: int) -> None:
         selector.build()
 
 
-def _whole(context: Context) -> list[Partial]:
+def _whole(context: Context) -> list[PartialAttention]:
     """Dense attention in float32 of every query, by pieces of one head: a long context is never widened as a whole."""
     shape, steps, found = context.shape, context.queries.shape[1], []
     for h in range(shape.kv_heads):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...retrieval.per_head import Found
+from ...retrieval.per_head import SearchResult
 from .flat_index import FlatIndex
 
 try:
@@ -50,10 +50,10 @@ class IvfIndex:
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `KeyIndex`."""
-        found = self.search_counted(queries, k)
+        found = self.search_with_cost(queries, k)
         return found.scores, found.ids
 
-    def search_counted(self, queries: Tensor, k: int) -> Found:
+    def search_with_cost(self, queries: Tensor, k: int) -> SearchResult:
         """A list that several queries read counts once; centroids are read bytes, but no keys."""
         _check(queries, self.dim)
         index = self._taken_in()
@@ -114,10 +114,10 @@ class HnswIndex:
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `KeyIndex`."""
-        found = self.search_counted(queries, k)
+        found = self.search_with_cost(queries, k)
         return found.scores, found.ids
 
-    def search_counted(self, queries: Tensor, k: int) -> Found:
+    def search_with_cost(self, queries: Tensor, k: int) -> SearchResult:
         """By the distances that faiss counted, for the whole process: nothing else may search such an index meanwhile.
         It does not say which keys two queries share, so these count twice.
         """
@@ -130,7 +130,7 @@ class HnswIndex:
         if k >= len(self):  # a beam may not reach every key
             flat = FlatIndex(self.dim)
             flat.add(torch.from_numpy(self._index.reconstruct_n(0, len(self))))
-            return Found(*flat.search(queries, k), len(self), len(self) * self.dim * 4)
+            return SearchResult(*flat.search(queries, k), len(self), len(self) * self.dim * 4)
         faiss.cvar.hnsw_stats.reset()
         params = faiss.SearchParametersHNSW(efSearch=max(self.efSearch, k))
         scores, ids = self._index.search(queries.float().contiguous().numpy(), k, params=params)
@@ -145,11 +145,11 @@ def _check(queries: Tensor, dim: int) -> None:
         raise ValueError(f"queries are {list(queries.shape)}; expected [Q, {dim}] without NaN")
 
 
-def _found(scores: object, ids: object, compared: int, read_bytes: int) -> Found:
+def _found(scores: object, ids: object, compared: int, read_bytes: int) -> SearchResult:
     found, where = torch.as_tensor(scores), torch.as_tensor(ids)
-    return Found(found.masked_fill(where < 0, -torch.inf), where, compared, read_bytes)
+    return SearchResult(found.masked_fill(where < 0, -torch.inf), where, compared, read_bytes)
 
 
-def _of_nothing(queries: Tensor, k: int) -> Found:
+def _of_nothing(queries: Tensor, k: int) -> SearchResult:
     shape = (len(queries), k)
-    return Found(torch.full(shape, -torch.inf), torch.full(shape, -1), 0, 0)
+    return SearchResult(torch.full(shape, -torch.inf), torch.full(shape, -1), 0, 0)

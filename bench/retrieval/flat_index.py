@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...retrieval.rows import Rows
+from ...retrieval.growable import GrowableTensor
 
 
 class FlatIndex:
@@ -18,7 +18,7 @@ class FlatIndex:
 
     def __init__(self, dim: int) -> None:
         self.dim = dim
-        self._rows = Rows()
+        self._rows = GrowableTensor()
         self._rows.add(torch.empty(0, dim))
 
     def __len__(self) -> int:

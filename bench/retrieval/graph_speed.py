@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ...core import KeyIndex
-from ...retrieval.per_head import counted
+from ...retrieval.per_head import search_with_cost
 from ...retrieval.roargraph.key_graph import GraphSettings, KeyGraph
 from ...retrieval.roargraph.roargraph import RoarGraphIndex
 from .faiss_index import HnswIndex, IvfIndex
@@ -61,7 +61,7 @@ def sweep(way: Way, index: KeyIndex, queries: Tensor, keys: Tensor, *, scale: fl
         found, seconds = [], 0.0
         for query in queries.float().split(1):
             began_s = time.perf_counter()
-            found.append(counted(index, query, K))
+            found.append(search_with_cost(index, query, K))
             seconds += time.perf_counter() - began_s
         ids = torch.cat([f.ids for f in found])
         marked = torch.zeros(len(ids), len(keys) + 1, dtype=torch.bool)
@@ -131,7 +131,8 @@ def planted_figures(
         scans[way], curves[way] = scan_at(points, target), [asdict(point) for point in points]
         if isinstance(index, KeyGraph):
             group = [
-                index.search_counted(step.float(), K).compared_keys for step in context.queries[: shape.group].unbind(1)
+                index.search_with_cost(step.float(), K).compared_keys
+                for step in context.queries[: shape.group].unbind(1)
             ]
             dense_s = prefill_s(tokens, query_heads=shape.group)
             figures["group_scan_ratio"] = sum(group) / len(group) / tokens

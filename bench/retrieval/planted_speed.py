@@ -149,7 +149,7 @@ def all_key_bytes(tokens: int) -> dict[tuple[int, str], KeyBytes]:
     landmarks.add(chunk.keys[0, :, covered], chunk.values[0, :, covered])
     found = {}
     for bits in KEY_ROW_BITS:
-        factor = KeyFactor.of(shape, chunk.keys[0, :, covered], rank=RANK, start=SINKS, row_bits=bits)
+        factor = KeyFactor.fit(shape, chunk.keys[0, :, covered], rank=RANK, start=SINKS, row_bits=bits)
         pinned = SINKS + WINDOW
         found[bits, "factor"] = key_bytes(factor, pinned_tokens=pinned)
         found[bits, "landmarks"] = key_bytes(

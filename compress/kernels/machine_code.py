@@ -1,4 +1,4 @@
-"""Loops compiled for the processor at hand; needs numba (`pip install "kvloom[nuq]"`)."""
+"""Functions that numba compiles for this processor; needs numba (`pip install "kvloom[compress]"`)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ _R = TypeVar("_R")
 
 
 def compiled(**how: Any) -> Callable[[Callable[..., _R]], Callable[..., _R]]:
-    """Decorator: machine code that does not hold the interpreter's lock, kept between processes where there is a folder
-    for it; `how` as for `numba.njit`.
+    """Decorator: compiles a function to machine code that releases the interpreter's lock.
 
-    What is kept knows its own file alone: when something it calls changes in another file, its own must be touched.
+    The code is cached between processes where numba finds a folder for it. The cache only notices changes of the
+    function's own file: after a change of a function that it calls, touch the file.
+
+    Parameters
+    ----------
+    how : options of `numba.njit`.
     """
 
     def compile_one(function: Callable[..., _R]) -> Callable[..., _R]:

@@ -155,7 +155,7 @@ def _check_dequantize(
     out: Tensor,
     levels: Tensor | None,
     smooth: Tensor | None,
-    *turn: Tensor | None,
+    *angles: Tensor | None,
 ) -> None:
     _check_bits(bits)
     _check_out(out)
@@ -174,7 +174,7 @@ def _check_dequantize(
         raise ValueError(f"levels are {levels.dtype} {list(levels.shape)}; expected torch.float32 [{N}, {1 << bits}]")
     if smooth is not None and (smooth.dtype != torch.float32 or smooth.shape != (N, D)):
         raise ValueError(f"smooth is {smooth.dtype} {list(smooth.shape)}; expected torch.float32 [{N}, {D}]")
-    _check_turn(T, D, *turn)
+    _check_angles(T, D, *angles)
 
 
 def _check_out(out: Tensor) -> None:
@@ -184,7 +184,7 @@ def _check_out(out: Tensor) -> None:
         )
 
 
-def _check_turn(T: int, D: int, cos: Tensor | None, sin: Tensor | None) -> None:
+def _check_angles(T: int, D: int, cos: Tensor | None, sin: Tensor | None) -> None:
     if cos is None and sin is None:
         return
     for name, table in (("cos", cos), ("sin", sin)):

@@ -1,8 +1,7 @@
 """The functions of ops.py as Triton kernels, for tensors on a CUDA device; values are those of the torch reference.
 
-Launchers trust that ops.py has checked shapes and dtypes of what it dispatches here, and made its device the current
-one. With `TRITON_INTERPRET=1`, set
-before Triton is imported, the kernels run on the cpu.
+ops.py has checked shapes and dtypes of what it dispatches here, and has made the tensors' device the current one. With
+`TRITON_INTERPRET=1`, set before Triton is imported, the kernels run on the cpu.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ def dequantize_rotate(
         BITS=bits,
         HAS_LEVELS=levels is not None,
         HAS_SMOOTH=smooth is not None,
-        TURNS=cos is not None,
+        ROTATES=cos is not None,
         INTERLEAVED=interleaved,
         BLOCK_TOKENS=tokens,
         BLOCK_PAIRS=triton.next_power_of_2(-(-D // 2)),
@@ -86,7 +85,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _or(table: Tensor | None, other: Tensor) -> Tensor:
-    """What stands in for a table that the kernel will not read."""
+    """`table`, or any other tensor in its place if the kernel does not read it."""
     return other if table is None else table.contiguous()
 
 
@@ -209,12 +208,12 @@ def _dequantize_rotate(
     BITS: tl.constexpr,
     HAS_LEVELS: tl.constexpr,
     HAS_SMOOTH: tl.constexpr,
-    TURNS: tl.constexpr,
+    ROTATES: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
 ):
-    """For each block of tokens of a row (a layer's head): both channels of each pair are unpacked, dequantised, turned.
+    """For each block of tokens of a row (a layer's head), unpack, dequantise and rotate both channels of each pair.
 
     Grid: (N, ceil(T / BLOCK_TOKENS)); a tile is BLOCK_TOKENS by all pairs, padded to a power of 2. Tokens past T and
     channels past D are masked. A number reads BITS / 8 bytes of codes, its share of scale and zero, 4 bytes of cos and
@@ -243,7 +242,7 @@ def _dequantize_rotate(
         BITS, HAS_LEVELS, HAS_SMOOTH,
     )  # fmt: skip
     target = out + row * out_row + token * out_token
-    _store_pairs(a, b, cos, sin, target, token, pair, half, first, second, mask_a, mask_b, TURNS)
+    _store_pairs(a, b, cos, sin, target, token, pair, half, first, second, mask_a, mask_b, ROTATES)
 
 
 @triton.jit
@@ -260,10 +259,10 @@ def _store_pairs(
     second,
     mask_a,
     mask_b,
-    TURNS: tl.constexpr,
+    ROTATES: tl.constexpr,
 ):
-    """Turns pairs by the angles of their tokens and stores both halves; `out` points to the rows of the tokens."""
-    if TURNS:
+    """Rotates pairs by the angles of their tokens and stores both halves; `out` points to the rows of the tokens."""
+    if ROTATES:
         c = tl.load(cos + token * half + pair, mask=mask_a, other=0.0)
         s = tl.load(sin + token * half + pair, mask=mask_a, other=0.0)
         a, b = a * c - b * s, b * c + a * s

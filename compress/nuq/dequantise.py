@@ -1,4 +1,4 @@
-"""Codes, levels and outliers back to rotated keys, or values: the reference in torch, and the choice of the kernel."""
+"""Keys (rotated) or values from codes, levels and outliers: the reference in torch, and the dispatch to numba."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ...core import RopeSpec
 from ...errors import CodecError
 from ..capabilities import Allocator
 from ..kernels.ops import unpack_bits
-from .slots import unpack_channels
+from .outliers import unpack_channels
 
 _ALIGNMENT_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Grid:
-    """What turns codes into numbers, in some layers: `level * scale + zero`. All float32, contiguous.
+    """Tables that turn codes into numbers, `level * scale + zero`, for some layers. All float32, contiguous.
 
     Attributes
     ----------
@@ -45,9 +45,10 @@ class Codes:
     Attributes
     ----------
     packed : `[L, H, T, packed_bytes(D, bits)]` uint8, by `pack_bits`.
-    ranges : `[L, T, 2]` float32: levels of a token are first multiplied by one and raised by the other; None: by 1, 0.
-    channels : `[L, T, slot_bytes(k, H * D)]` uint8, by `pack_channels`; unequal within a token.
-    outliers : `[L, T, k]` float32, what stands there instead.
+    ranges : `[L, T, 2]` float32: a token's levels are first multiplied by the one and raised by the other; None for 1
+        and 0.
+    channels : `[L, T, channel_bytes(k, H * D)]` uint8, by `pack_channels`; unequal within a token.
+    outliers : `[L, T, k]` float32, the numbers of these channels.
     """
 
     packed: Tensor
@@ -57,19 +58,23 @@ class Codes:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rotation:
-    """Rotary angles of T tokens. `cos`, `sin`: `[T, D / 2]` float32, as `RopeSpec.cos_sin` gives them."""
+class RotaryAngles:
+    """Rotary angles of T tokens: `cos`, `sin` `[T, D / 2]` float32, as `RopeSpec.cos_sin` gives them."""
 
     cos: Tensor
     sin: Tensor
     interleaved: bool
 
     @classmethod
-    def to(cls, positions: Tensor, rope: RopeSpec) -> Rotation:
+    def at(cls, positions: Tensor, rope: RopeSpec) -> RotaryAngles:
+        """The angles of tokens at `positions`."""
         return cls(*rope.cos_sin(positions), rope.interleaved)
 
-    def turn(self, rows: Tensor) -> Tensor:
-        """`[..., T, D]` rotated. Every product is rounded, unlike those of `rotate_pairs`: the same bits everywhere."""
+    def rotate(self, rows: Tensor) -> Tensor:
+        """`[..., T, D]` rotated. Every product is rounded, so that all implementations give the same bits.
+
+        (`rotate_pairs` may fuse a product and a sum.)
+        """
         if self.interleaved:
             a, b = rows[..., 0::2], rows[..., 1::2]
         else:
@@ -78,10 +83,10 @@ class Rotation:
         return torch.stack(turned, -1).flatten(-2) if self.interleaved else torch.cat(turned, -1)
 
 
-def fresh(nbytes: int) -> Tensor:
-    """Memory that was not used before.
+def fresh_memory(nbytes: int) -> Tensor:
+    """New memory, `[nbytes]` uint8, aligned to 64 bytes.
 
-    From numpy, which asks for huge pages: faults of small ones take longer than all that is computed here.
+    It comes from numpy, which asks for huge pages: faults of small pages would take longer than dequantising.
     """
     memory = np.empty(nbytes + _ALIGNMENT_BYTES, np.uint8)
     first = -memory.ctypes.data % _ALIGNMENT_BYTES
@@ -89,7 +94,7 @@ def fresh(nbytes: int) -> Tensor:
 
 
 def dequantise(
-    grid: Grid, codes: Codes, rotation: Rotation | None, dtype: torch.dtype, allocate: Allocator = fresh
+    grid: Grid, codes: Codes, angles: RotaryAngles | None, dtype: torch.dtype, allocate: Allocator = fresh_memory
 ) -> Tensor:
     """The tensor that `codes` stand for, rotated, rounded once to `dtype`: `[L, H, T, D]`.
 
@@ -97,21 +102,21 @@ def dequantise(
 
     Raises
     ------
-    CodecError : an outlier stands in a channel beyond the `H * D` there are.
+    CodecError : the channel number of an outlier is not below `H * D`.
     """
     kernel = _kernel()
     if kernel is None:
-        return dequantise_slowly(grid, codes, rotation, dtype)
-    return kernel(grid, codes, rotation, dtype, allocate)
+        return dequantise_slowly(grid, codes, angles, dtype)
+    return kernel(grid, codes, angles, dtype, allocate)
 
 
-def dequantise_slowly(grid: Grid, codes: Codes, rotation: Rotation | None, dtype: torch.dtype) -> Tensor:
-    """The reference."""
+def dequantise_slowly(grid: Grid, codes: Codes, angles: RotaryAngles | None, dtype: torch.dtype) -> Tensor:
+    """The reference in torch; see `dequantise`."""
     (L, H, T, _), D = codes.packed.shape, grid.scale.shape[-1]
     out = torch.empty(L, H, T, D, dtype=dtype)
     channels = unpack_channels(codes.channels, codes.outliers.shape[-1], H * D).long()
     if not bool((channels < H * D).all()):
-        raise beyond(H * D)
+        raise channel_error(H * D)
     for layer in range(L):
         numbers = unpack_bits(codes.packed[layer], grid.bits, D).long()
         rows = grid.levels[layer].gather(1, numbers.view(H, T * D)).view(H, T, D)
@@ -122,18 +127,18 @@ def dequantise_slowly(grid: Grid, codes: Codes, rotation: Rotation | None, dtype
         by_token = rows.transpose(0, 1).reshape(T, H * D)
         by_token.scatter_(1, channels[layer], codes.outliers[layer])
         rows = by_token.view(T, H, D).transpose(0, 1)
-        out[layer] = rows if rotation is None else rotation.turn(rows)
+        out[layer] = rows if angles is None else angles.rotate(rows)
     return out
 
 
-def beyond(channels: int) -> CodecError:
-    """What `dequantise` raises."""
-    return CodecError(f"nuq chunk: outliers stand in channels beyond the {channels} there are")
+def channel_error(channels: int) -> CodecError:
+    """The error of `dequantise` for a damaged channel number."""
+    return CodecError(f"nuq chunk: an outlier has a channel number beyond its {channels} channels")
 
 
 @lru_cache(maxsize=1)
-def _kernel() -> Callable[[Grid, Codes, Rotation | None, torch.dtype, Allocator], Tensor] | None:
-    # numba takes a second to import, and only who decodes needs it.
+def _kernel() -> Callable[[Grid, Codes, RotaryAngles | None, torch.dtype, Allocator], Tensor] | None:
+    # numba takes a second to import, and only decoding needs it
     try:
         from .dequantise_numba import dequantise_compiled
     except ImportError:

@@ -16,10 +16,10 @@ from ..capabilities import Allocator
 from ..envelope import cpu_copy, expect_tensor, open_envelope, seal
 from ..exact import put_exact
 from ..kernels.ops import pack_bits, packed_bytes
-from ..rotation import Turn, unrotated
-from .dequantise import Codes, Grid, Rotation, dequantise, fresh
+from ..rotation import KeyRotation, unrotated
+from .dequantise import Codes, Grid, RotaryAngles, dequantise, fresh_memory
+from .outliers import MAX_CHANNELS, channel_bytes, outliers_per_token, pack_channels
 from .quantise import by_token, code, code_in_ranges
-from .slots import MAX_CHANNELS, pack_channels, slot_bytes, slot_count
 
 Half = Literal["keys", "values"]
 
@@ -34,15 +34,15 @@ class NuqCodec:
 
     Keys are taken back to position 0, scaled per channel by constants of the profile, and coded by the level table of
     their layer and head; `decode` rotates them once, to wherever they are asked for. Values are centred and scaled per
-    channel by constants, then per token by the range of what is no outlier (float16 scale and zero), and coded
-    likewise. Of each token, tensor and layer, the `ceil(outlier_ratio * H * D)` numbers that would suffer most are kept
-    in slots (`slots.py`) before rotation, in the chunk's dtype if that has 16 bits, otherwise in float32; the code in
-    their place is the nearest one and means nothing. Everything depends on one token alone: tokens encoded one by one,
-    joined along T, are the tokens encoded at once.
+    channel by constants, then per token by the range of its numbers without outliers (float16 scale and zero), and
+    coded likewise. Of each token, tensor and layer, the k = `ceil(outlier_ratio * H * D)` numbers with the largest
+    weighted error are outliers (`outliers.py`): kept before rotation, in the chunk's dtype if that has 16 bits,
+    otherwise in float32. A token's codes depend on that token alone: tokens encoded one by one and joined along T equal
+    the tokens encoded at once.
 
-    Some tokens are kept exact altogether, as they are in the chunk; keys keep their rotation and are moved by the
-    difference, as `RawCodec` does. They are attention sinks, tokens with numbers that are not finite or that slots or
-    ranges cannot hold, and keys of tokens unlike the text that the profile was made from (`clipped_limit`).
+    Some tokens are kept exact, as they are in the chunk; their keys keep their rotation and are moved by the
+    difference, as `RawCodec` does. These are attention sinks, tokens with numbers that are not finite or too large for
+    outliers or ranges, and keys of tokens unlike the text that the profile was made from (`clipped_limit`).
 
     Attributes
     ----------
@@ -55,12 +55,12 @@ class NuqCodec:
         thresholds of the profile (of calibration text: 1 %).
 
     Tensors of a chunk, all layered, `HALF` being `keys` or `values`: `HALF.codes` `[L, H, T, packed_bytes(D, bits)]`,
-    `HALF.channels` `[L, T, slot_bytes]`, `HALF.outliers` `[L, T, k]`, `HALF.exact` `[L, H, E, D]` and
+    `HALF.channels` `[L, T, channel_bytes]`, `HALF.outliers` `[L, T, k]`, `HALF.exact` `[L, H, E, D]` and
     `HALF.exact_tokens` `[L, E]` int32 (the same in all layers), `values.ranges` `[L, T, 2]` float16.
 
     Source: Hooper et al., KVQuant, NeurIPS 2024 (arXiv 2401.18079). Deviations: level tables per head, not per layer;
     scales of keys fitted to the levels, not taken from the thresholds; outliers and ranges chosen by weighted error,
-    not by threshold; values scaled by channel first; slots instead of CSR; exact tokens can be moved.
+    not by threshold; values scaled by channel first; k outliers for every token instead of CSR; exact tokens can move.
     """
 
     name: ClassVar[str] = "nuq"
@@ -92,7 +92,7 @@ class NuqCodec:
         Raises
         ------
         SpecMismatchError : the profile is another model's.
-        CodecError : the profile has no tables of these bits, or a token has more channels than slots can number.
+        CodecError : the profile has no tables of these bits, or a token has more than `MAX_CHANNELS` channels.
         """
         self.profile.check_serves(chunk.spec)
         sinks = chunk.positions < self.sink_tokens
@@ -107,21 +107,21 @@ class NuqCodec:
         return self._encode_half("values", spec, values, first_layer, nowhere, None)
 
     def decode(self, blob: EncodedChunk, positions: Tensor | None = None) -> KVChunk:
-        """The chunk at `positions`, or where it was computed: dequantised, rotated and rounded in one go.
+        """The chunk at `positions`, or where it was computed: dequantised, rotated and rounded once.
 
         Raises
         ------
         CodecError : `blob` was not made by this codec with this profile, or its parts contradict one another.
         SpecMismatchError : `positions` are not one int64 for each token.
         """
-        return self.decode_into(blob, positions, fresh)
+        return self.decode_into(blob, positions, fresh_memory)
 
     def decode_into(self, blob: EncodedChunk, positions: Tensor | None, allocate: Allocator) -> KVChunk:
         """See `DecodesInto`."""
         envelope = open_envelope(blob, self.name, _KEY_NAMES | _VALUE_NAMES)
         spec, placed = envelope.spec, envelope.placed(positions)
-        layers, turn = (envelope.first_layer, envelope.num_layers), Turn.to(placed, envelope)
-        keys = self._decode_half("keys", spec, blob, layers, envelope.tokens, envelope.parameters, turn, allocate)
+        layers, rotation = (envelope.first_layer, envelope.num_layers), KeyRotation.to(placed, envelope)
+        keys = self._decode_half("keys", spec, blob, layers, envelope.tokens, envelope.parameters, rotation, allocate)
         values = self._decode_half("values", spec, blob, layers, envelope.tokens, envelope.parameters, None, allocate)
         return KVChunk(spec, envelope.token_ids, placed, keys, values, envelope.first_layer)
 
@@ -135,7 +135,7 @@ class NuqCodec:
         if first_layer + layers[1] > spec.num_layers:
             raise CodecError(f"nuq values hold {layers[1]} layers from {first_layer}; the spec has {spec.num_layers}")
         return self._decode_half(
-            "values", spec, EncodedChunk(self.name, tensors, {}), layers, tokens, parameters, None, fresh
+            "values", spec, EncodedChunk(self.name, tensors, {}), layers, tokens, parameters, None, fresh_memory
         )
 
     def clipped_ratio(self, chunk: KVChunk) -> Tensor:
@@ -156,10 +156,10 @@ class NuqCodec:
         L, H, T, D = tensor.shape
         if H * D > MAX_CHANNELS:
             raise CodecError(f"{half} have {H * D} channels a token; nuq numbers at most {MAX_CHANNELS}")
-        slots, stored = slot_count(self.outlier_ratio, H * D), _slot_dtype(spec)
+        k, stored = outliers_per_token(self.outlier_ratio, H * D), _outlier_dtype(spec)
         codes = torch.empty(L, H, T, packed_bytes(D, self.bits), dtype=torch.uint8)
-        channels = torch.empty(L, T, slot_bytes(slots, H * D), dtype=torch.uint8)
-        outliers = torch.empty(L, T, slots, dtype=stored)
+        channels = torch.empty(L, T, channel_bytes(k, H * D), dtype=torch.uint8)
+        outliers = torch.empty(L, T, k, dtype=stored)
         ranges = torch.zeros(L, T, 2, dtype=torch.float16)
         clipped = torch.zeros(T)
         for i in range(L if D else 0):
@@ -175,9 +175,9 @@ class NuqCodec:
             if half == "keys":
                 numbers, errors = code((rows - zero) / scale, levels, cost)
             else:
-                ranges[i], numbers, errors = code_in_ranges((rows - zero) / scale, levels, cost, slots)
+                ranges[i], numbers, errors = code_in_ranges((rows - zero) / scale, levels, cost, k)
                 fits &= ranges[i].isfinite().all(-1)
-            worst = by_token(errors).topk(slots, -1).indices.sort(-1).values
+            worst = by_token(errors).topk(k, -1).indices.sort(-1).values
             codes[i], channels[i] = pack_bits(numbers, self.bits), pack_channels(worst, H * D)
             outliers[i] = by_token(rows).gather(1, worst)
             exact = exact | ~fits
@@ -201,7 +201,7 @@ class NuqCodec:
         layers: tuple[int, int],
         tokens: int,
         parameters: Mapping[str, Any],
-        turn: Turn | None,
+        rotation: KeyRotation | None,
         allocate: Allocator,
     ) -> Tensor:
         bits, outlier_ratio, q_norm = self._parameters(parameters)
@@ -213,10 +213,10 @@ class NuqCodec:
         D = spec.head_dim if half == "keys" else spec.value_dim
         if H * D > MAX_CHANNELS:
             raise CodecError(f"nuq chunk: {half} of {H * D} channels a token; nuq numbers at most {MAX_CHANNELS}")
-        slots, stored = slot_count(outlier_ratio, H * D), _slot_dtype(spec)
+        k, stored = outliers_per_token(outlier_ratio, H * D), _outlier_dtype(spec)
         codes = expect_tensor(blob, f"{half}.codes", torch.uint8, (L, H, T, packed_bytes(D, bits)))
-        channels = expect_tensor(blob, f"{half}.channels", torch.uint8, (L, T, slot_bytes(slots, H * D)))
-        outliers = expect_tensor(blob, f"{half}.outliers", stored, (L, T, slots))
+        channels = expect_tensor(blob, f"{half}.channels", torch.uint8, (L, T, channel_bytes(k, H * D)))
+        outliers = expect_tensor(blob, f"{half}.outliers", stored, (L, T, k))
         ranges = None
         if half == "values":
             ranges = expect_tensor(blob, "values.ranges", torch.float16, (L, T, 2)).float()
@@ -229,10 +229,10 @@ class NuqCodec:
         at = exact_tokens[0].long()
         if not bool((exact_tokens == exact_tokens[0]).all()) or not bool(((at >= 0) & (at < T)).all()):
             raise CodecError(f"nuq chunk: exact tokens of {half} differ between layers, or are none of its {T}")
-        rotation = None if turn is None else Rotation.to(turn.coded, turn.rope)
+        angles = None if rotation is None else RotaryAngles.at(rotation.coded, rotation.rope)
         grid = self._grid(half, first_layer, L, H, bits, q_norm)
-        found = dequantise(grid, Codes(codes, ranges, channels, outliers.float()), rotation, spec.dtype, allocate)
-        put_exact(found, at, exact, turn)
+        found = dequantise(grid, Codes(codes, ranges, channels, outliers.float()), angles, spec.dtype, allocate)
+        put_exact(found, at, exact, rotation)
         return found
 
     def _parameters(self, parameters: Mapping[str, Any]) -> tuple[int, float, bool]:
@@ -278,5 +278,5 @@ class NuqCodec:
         )
 
 
-def _slot_dtype(spec: KVSpec) -> torch.dtype:
+def _outlier_dtype(spec: KVSpec) -> torch.dtype:
     return spec.dtype if spec.dtype in (torch.float16, torch.bfloat16) else torch.float32

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .levels import fit_levels, quantile, tempered
+from .outliers import outliers_per_token
 from .quantise import by_token, code, code_in_ranges
-from .slots import slot_count
 
 _LARGEST_TABLE_SAMPLE = 1 << 20  # numbers a level table is fitted to; four times as many move no level by 1 %
 _SMALLEST_SPREAD_RATIO = 0.001  # of a channel's scale to the mean one: a dead channel must not divide by zero
@@ -122,12 +122,12 @@ def _fit_values(
     scale, zero = _above_zero(rows.std(0, correction=0)), rows.mean(0)
     numbers, cost = _by_head((rows - zero) / scale, heads), _by_head(weights.mean(0) * scale**2, heads)
     weights = weights * scale**2 if options.scale_weights else weights
-    slots = slot_count(outlier_ratio, rows.shape[1])
+    k = outliers_per_token(outlier_ratio, rows.shape[1])
     fitted = {"scale": scale, "zero": zero}
     for width in bits:
         levels = torch.linspace(-1.0, 1.0, 2**width).repeat(heads, 1)
         for _ in range(options.rounds):
-            ranges, codes, errors = code_in_ranges(numbers, levels, cost, slots)
+            ranges, codes, errors = code_in_ranges(numbers, levels, cost, k)
             inlier = _without_largest(errors, outlier_ratio)
             stretch, offset = ranges.float()[:, :, None].unbind(1)
             squared = stretch**2 if options.scale_weights else 1.0
@@ -170,7 +170,7 @@ def _matching(numbers: Tensor, decoded: Tensor) -> Tensor:
 
 def _without_largest(errors: Tensor, outlier_ratio: float) -> Tensor:
     errors = by_token(errors)
-    largest = errors.topk(slot_count(outlier_ratio, errors.shape[1]), -1).indices
+    largest = errors.topk(outliers_per_token(outlier_ratio, errors.shape[1]), -1).indices
     return torch.ones_like(errors, dtype=torch.bool).scatter_(1, largest, False)
 
 

@@ -1,4 +1,4 @@
-"""Numbers to codes of non-uniform levels, and the ranges that a token's levels are stretched to."""
+"""Codes of non-uniform levels, and the range that the levels are stretched to for each token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def by_token(rows: Tensor) -> Tensor:
 
 
 def code(numbers: Tensor, levels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes of the nearest levels, `[H, T, D]` uint8, and what each errs by: `weight * (number - level)^2`.
+    """Codes of the nearest levels, `[H, T, D]` uint8, and weighted errors `weight * (number - level)^2`.
 
     Parameters
     ----------
@@ -29,15 +29,15 @@ def code(numbers: Tensor, levels: Tensor, weight: Tensor) -> tuple[Tensor, Tenso
     return codes.view(numbers.shape), weight * error * error
 
 
-def code_in_ranges(numbers: Tensor, levels: Tensor, weight: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The same with levels stretched to each token's range, that of all its numbers but the `slots` largest.
+def code_in_ranges(numbers: Tensor, levels: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As `code`, with levels stretched to each token's range, that of all its numbers but the k largest.
 
     Returns
     -------
     `(ranges, codes, errors)`; `ranges` `[T, 2]` are float16, scale and zero, infinite where the numbers are too large.
     """
     tokens = by_token(numbers)
-    largest = tokens.abs().topk(min(slots, tokens.shape[1] - 1), -1).indices
+    largest = tokens.abs().topk(min(k, tokens.shape[1] - 1), -1).indices
     low, high = tokens.scatter(1, largest, torch.inf).amin(1), tokens.scatter(1, largest, -torch.inf).amax(1)
     zero = ((low + high) / 2).half()
     reach = torch.maximum(high - zero.float(), zero.float() - low)  # the rounded zero is not quite in the middle

@@ -1,4 +1,4 @@
-"""ShadowKV's low-rank keys as an index of single tokens: the factor that rebuilds keys also says which ones to."""
+"""ShadowKV's low-rank keys as an index of single tokens: the factor that rebuilds keys also ranks them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...core import rotate_pairs
-from ..rows import Rows
+from ..growable import GrowableTensor
 from ..selector import LayerShape, Pooling, Selection, pooled, top_ids
 from .key_factor import KeyFactor
 
@@ -22,13 +22,13 @@ class FactorIndex:
     is `(q R_b B_h^T) . a_t`: one projection of the query, then a product with each row, which all heads share. No keys,
     no landmarks, no storage beside the rows.
 
-    Deviation: distances are exact to half a block of `block_tokens` tokens, unless `offset_tokens` says otherwise. The
-    query is rotated to the distance of each block's middle and projected once a block; pairs that turn fast are damped
-    to their mean over the block, since where in their turn a token finds them is not known. On the
-    reference model this chooses far better than any fixed distance.
+    Deviation: distances are exact to half a block of `block_tokens` tokens, unless `offset_tokens` is given. The query
+    is rotated to the distance of each block's middle and projected once a block; each channel pair is multiplied by its
+    mean rotation within the block, which damps fast pairs. On the reference model this chooses far better than any
+    fixed distance.
 
-    Until `build` it keeps the keys and searches them exactly; tokens added afterwards are projected onto the basis that
-    was built, those that it does not serve are kept exact.
+    Until `build` the keys are kept and searched exactly. Tokens added afterwards are projected onto the basis; tokens
+    that it cannot represent are kept exact.
 
     Parameters
     ----------
@@ -64,8 +64,8 @@ class FactorIndex:
             raise ValueError(f"row_bits is {row_bits}; expected 16, 8 or 4")
         self.shape, self.start, self.rank, self.row_bits, self.max_residual = shape, start, rank, row_bits, max_residual
         self._block_tokens, self._offset_tokens, self._pooling = block_tokens, offset_tokens, pooling
-        # One of the two, replaced as a whole: `build` may run while another thread selects.
-        self._held: Rows | KeyFactor = Rows(1)
+        # Replaced as a whole, because `build` may run while another thread selects
+        self._held: GrowableTensor | KeyFactor = GrowableTensor(1)
 
     def __len__(self) -> int:
         return len(self._held)
@@ -91,13 +91,13 @@ class FactorIndex:
         self._held.add(keys)
 
     def observe(self, queries: Tensor, positions: Tensor) -> None:
-        """Nothing is learned: the basis follows from the keys alone. See `LearnsFromQueries`."""
+        """See `LearnsFromQueries`; does nothing, since the basis depends on the keys alone."""
 
     def build(self) -> None:
-        """Takes the keys into a factor, unless there is one already, or no token yet."""
+        """Builds the factor of the keys, unless there is one already or no token yet."""
         held = self._held
-        if isinstance(held, Rows) and len(held):
-            self._held = KeyFactor.of(
+        if isinstance(held, GrowableTensor) and len(held):
+            self._held = KeyFactor.fit(
                 self.shape,
                 held.all,
                 rank=self.rank,
@@ -130,13 +130,13 @@ class FactorIndex:
         return Selection(ids, read, compared)
 
     def state(self) -> Mapping[str, Tensor]:
-        """What `from_state` makes it from again. Raises `ValueError` before `build`."""
+        """See `KeepsState`. Raises `ValueError` before `build`."""
         if self.factor is None:
             raise ValueError("there is no factor yet; call build first")
         return self.factor.state()
 
     def restore_state(self, parts: Mapping[str, Tensor]) -> None:
-        """Takes what `state` gave instead of all that was added. Raises `CodecError` for other tensors."""
+        """See `KeepsState`."""
         self._held = KeyFactor.from_state(self.shape, parts, start=self.start, max_residual=self.max_residual)
         self.rank, self.row_bits = self._held.rank, self._held.row_bits
 
@@ -150,8 +150,10 @@ class FactorIndex:
             stop = min(tokens, first + _PIECE_BLOCKS * size)
             rows = factor.rows(first, stop)
             blocks = -(-(stop - first) // size)
-            turned = plain[:, None] if rope is None else self._turned(plain, position, first, blocks)
-            projected = (turned.reshape(heads, -1, self.shape.head_dim) @ basis.mT).view(heads * group, -1, factor.rank)
+            rotated = plain[:, None] if rope is None else self._rotated(plain, position, first, blocks)
+            projected = (rotated.reshape(heads, -1, self.shape.head_dim) @ basis.mT).view(
+                heads * group, -1, factor.rank
+            )
             if projected.shape[1] == 1:
                 scores[:, first:stop] = projected[:, 0] @ rows.T
                 continue
@@ -163,8 +165,8 @@ class FactorIndex:
             scores[:, factor.exact_tokens - self.start] = _products(queries, exact)
         return scores
 
-    def _turned(self, plain: Tensor, position: int, first: int, blocks: int) -> Tensor:
-        """Queries `[Hq, D]` before rotation as tokens from `first` on meet them: `[Hq, blocks, D]`, or 1 for all."""
+    def _rotated(self, plain: Tensor, position: int, first: int, blocks: int) -> Tensor:
+        """Queries `[Hq, D]` rotated to their distances from blocks of tokens: `[Hq, blocks, D]`, or 1 for all."""
         rope = self.shape.rope
         if rope is None:
             return plain[:, None]
@@ -173,13 +175,13 @@ class FactorIndex:
         size = self._block_tokens
         middles = self.start + first + (size - 1) / 2 + size * torch.arange(blocks, dtype=torch.float64)
         frequencies = torch.tensor(rope.inv_freq, dtype=torch.float64)
-        turns = torch.sin(frequencies / 2)
-        damping = torch.where(turns == 0, 1.0, torch.sin(size * frequencies / 2) / (size * turns))
+        half_sines = torch.sin(frequencies / 2)
+        damping = torch.where(half_sines == 0, 1.0, torch.sin(size * frequencies / 2) / (size * half_sines))
         angles = (position - middles)[:, None] * frequencies
         cos, sin = (angles.cos() * damping).float(), (angles.sin() * damping).float()
         return rotate_pairs(plain[:, None].expand(-1, blocks, -1), cos, sin, rope.interleaved)
 
 
 def _products(queries: Tensor, keys: Tensor) -> Tensor:
-    """`[Hq, D]` with `[H, T, D]`: `[Hq, T]` float32."""
+    """Inner products of queries `[Hq, D]` with keys `[H, T, D]`: `[Hq, T]` float32."""
     return (queries.float().view(len(keys), -1, keys.shape[2]) @ keys.float().mT).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""Keys of one layer as rows of few numbers in a basis of their own, and the keys of chosen tokens from them."""
+"""Low-rank keys of one layer: a row of few numbers for each token, and the keys of chosen tokens rebuilt from them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ...compress.gram import Gram
+from ...compress.gram import GramMatrix
 from ...compress.kernels.ops import pack_bits, packed_bytes
 from ...errors import CodecError
+from ..growable import GrowableTensor
 from ..kernels.ops import numbers_of, rebuild_keys
-from ..rows import Rows
 from ..selector import LayerShape
 
 PIECE_TOKENS = 4096  # projected or scored at once
@@ -24,8 +24,8 @@ class KeyFactor:
     """`keys ~ A [T, r] @ basis^T`, before rotation, all heads side by side (ShadowKV, arXiv 2410.21465, 4.1).
 
     A token's row is its key projected onto the basis, in float16 or in integers with a scale and a centre for each
-    column. Tokens that are rebuilt with a relative error above `max_residual`, their row's rounding included, are kept
-    exact as well, as they came. So tokens can be appended for ever: what leaves the basis costs bytes, not answers.
+    column. Tokens whose rebuilt key has a relative error above `max_residual` are kept exact as well, so any number of
+    tokens can be appended.
 
     Deviations: eigenvectors of a Gram matrix instead of an SVD, which could not be appended to; integers; exact tokens,
     where the paper keeps generated ones all exact.
@@ -58,12 +58,12 @@ class KeyFactor:
             raise ValueError(f"columns are {has}; rows of {row_bits} bits and rank {rank} have others")
         self.shape, self.start, self.row_bits, self.max_residual = shape, start, row_bits, max_residual
         self.basis, self.columns, self.rank = basis.half(), columns, rank
-        self._rows, self._exact_at, self._exact = Rows(), Rows(), Rows(1)
+        self._rows, self._exact_at, self._exact = GrowableTensor(), GrowableTensor(), GrowableTensor(1)
         self._exact_at.add(torch.empty(0, dtype=torch.int64))
         self._norms = torch.zeros(2, dtype=torch.float64)  # squared, of the errors and of the keys
 
     @classmethod
-    def of(
+    def fit(
         cls,
         shape: LayerShape,
         keys: Tensor,
@@ -72,19 +72,24 @@ class KeyFactor:
         start: int = 0,
         row_bits: int = 16,
         max_residual: float = 0.5,
-        gram: Gram | None = None,
+        gram: GramMatrix | None = None,
     ) -> KeyFactor:
-        """Of `[H, T, D]` after rotation, T at least 1, from position `start` on.
+        """Fits a basis to keys `[H, T, D]` after rotation, T at least 1, from position `start` on, and adds the keys.
 
-        The basis is of these keys, or of `gram` where their Gram matrix, or that of more of the context, is known
-        already. More than M columns are M.
+        Parameters
+        ----------
+        rank : columns of the basis, at most M.
+        gram : Gram matrix of these keys, or of more of the context, if it is known already.
         """
         shape.check_keys(keys)
         if not keys.shape[1]:
             raise ValueError("keys hold no token; a basis needs some")
         bounds = [(a, min(a + PIECE_TOKENS, keys.shape[1])) for a in range(0, keys.shape[1], PIECE_TOKENS)]
         if gram is None:
-            grams = (Gram.of(_unrotated(shape, keys[:, a:b], torch.arange(start + a, start + b))) for a, b in bounds)
+            grams = (
+                GramMatrix.from_keys(_unrotated(shape, keys[:, a:b], torch.arange(start + a, start + b)))
+                for a, b in bounds
+            )
             gram = sum(grams, next(grams))
         basis, columns = gram.basis(rank=rank).half(), None
         if row_bits != 16:
@@ -100,12 +105,12 @@ class KeyFactor:
 
     @property
     def rows_bytes(self) -> int:
-        """Of the rows, their columns' scales included."""
+        """Bytes of the rows and of their columns' scales."""
         return self._rows.nbytes + (0 if self.columns is None else self.columns.nbytes)
 
     @property
     def exact_bytes(self) -> int:
-        """Of the tokens kept exact."""
+        """Bytes of the tokens that are kept exact."""
         return self._exact.nbytes + self._exact_at.nbytes
 
     @property
@@ -114,7 +119,7 @@ class KeyFactor:
 
     @property
     def error_ratio(self) -> float:
-        """Squared norm of what the rows lose of all keys added, over that of the keys: 0 to 1."""
+        """Squared norm of the errors of all added keys over that of the keys: 0 to 1."""
         errors, norms = self._norms.tolist()
         return errors / norms if norms else 0.0
 
@@ -125,13 +130,13 @@ class KeyFactor:
 
     @property
     def exact_keys(self) -> Tensor:
-        """Their keys as they came, `[H, N, D]`."""
+        """Keys of the tokens kept exact, `[H, N, D]`."""
         return (
             self._exact.all if len(self._exact) else self.basis.new_empty(self.shape.kv_heads, 0, self.shape.head_dim)
         )
 
     def add(self, keys: Tensor) -> None:
-        """The next tokens, `[H, T, D]` after rotation, of one dtype with those before."""
+        """Adds the next tokens, `[H, T, D]` after rotation, in the dtype of those before."""
         self.shape.check_keys(keys)
         for piece in keys.split(PIECE_TOKENS, 1):
             end = self.start + len(self)
@@ -142,8 +147,7 @@ class KeyFactor:
         return self._read(self._rows.all[first:stop])
 
     def keys_at(self, ids: Tensor) -> Tensor:
-        """Keys of positions `[H, K]` after rotation, `[H, K, D]` float32: rebuilt, or as they came. Those of -1 are
-        another token's.
+        """Keys of positions `[H, K]` after rotation, `[H, K, D]` float32: rebuilt, or exact; those of -1 are undefined.
 
         Raises `ValueError` for positions that are not covered.
         """
@@ -155,9 +159,9 @@ class KeyFactor:
         if bool(((ids >= end) | ((ids < self.start) & (ids != -1))).any()):
             raise ValueError(f"ids lie in {int(ids.min())}..{int(ids.max())}; expected {self.start}..{end - 1}, or -1")
         places = torch.where(ids < 0, 0, ids - self.start)
-        rope, turn = self.shape.rope, {}
+        rope, angles = self.shape.rope, {}
         if rope is not None:
-            turn = dict(zip(("cos", "sin"), rope.cos_sin(places.flatten() + self.start), strict=True))
+            angles = dict(zip(("cos", "sin"), rope.cos_sin(places.flatten() + self.start), strict=True))
         basis, scale, bias = self.by_head().float(), None, None
         if self.columns is not None:
             scale, bias = self.columns[0], self.columns[1] @ basis
@@ -169,7 +173,7 @@ class KeyFactor:
             scale=scale,
             bias=bias,
             interleaved=rope is not None and rope.interleaved,
-            **turn,
+            **angles,
         )
         exact_at = self._exact_at.all
         if len(exact_at):
@@ -179,11 +183,11 @@ class KeyFactor:
         return keys
 
     def by_head(self) -> Tensor:
-        """`[H, r, D]`: the part of the basis that makes each head's keys."""
+        """The basis of each head's keys, `[H, r, D]`."""
         return self.basis.view(self.shape.kv_heads, self.shape.head_dim, -1).mT
 
     def state(self) -> dict[str, Tensor]:
-        """All of it as tensors; see `from_state`."""
+        """All tensors; see `from_state`."""
         columns = torch.empty(2, 0) if self.columns is None else self.columns
         parts = (self.basis, columns, self._rows.all, self._exact_at.all, self.exact_keys)
         return dict(zip(_PARTS, parts, strict=True))
@@ -192,7 +196,7 @@ class KeyFactor:
     def from_state(
         cls, shape: LayerShape, parts: Mapping[str, Tensor], *, start: int = 0, max_residual: float = 0.5
     ) -> KeyFactor:
-        """What gave this `state`. Raises `CodecError` for tensors that are not a factor's of this shape."""
+        """The factor that gave `state`. Raises `CodecError` for other tensors."""
         missing = [name for name in _PARTS if name not in parts]
         if missing:
             raise CodecError(f"{', '.join(missing)} of a key factor are missing; expected {', '.join(_PARTS)}")
@@ -265,10 +269,10 @@ def _unrotated(shape: LayerShape, keys: Tensor, positions: Tensor) -> Tensor:
 
 
 def _fit_columns(sample: Tensor, basis: Tensor, bits: int, max_residual: float) -> Tensor:
-    """Scale and centre of each column's codes, `[2, r]`: the range around the mean that errs least in squares.
+    """Scale and centre of each column's codes, `[2, r]`: the range around the mean with the least squared error.
 
-    Over the whole range of 100,000 tokens a few of them would set the step of all. Tokens that the basis does not serve
-    are kept exact anyway and have no say.
+    Over the full range of 100,000 tokens, a few of them would set the step for all. Tokens that are kept exact do not
+    count.
     """
     rows = sample @ basis
     served = (rows @ basis.T - sample).norm(dim=1) <= max_residual * sample.norm(dim=1)

@@ -1,11 +1,11 @@
-"""Scores and choices by vector-quantiser codes: the reference in torch, and the dispatcher.
+"""Scores and choices of tokens by vector-quantiser codes: the reference in torch, and the dispatch to kernels.
 
-Tokens of one code share their score, so codes are ranked instead of tokens: softmax over the tokens needs only how many
-there are of each code, and one pass finds the tokens of the chosen. Tensors on a CUDA device go to code_ops_triton.py,
-on the cpu to code_ops_numba.py where numba is installed.
+Tokens of one code share their score, so codes are ranked instead of tokens: the softmax over tokens needs only the
+number of tokens of each code, and one pass finds the tokens of the chosen codes. Tensors on a CUDA device go to
+code_ops_triton.py, on the cpu to code_ops_numba.py where numba is installed.
 
-Where scores depend on how far a token is, tokens form bands, each with a table of its own: `edges` are the first tokens
-of all bands but the first, ascending, and code c of band b of B counts as code `b C / B + c` of C.
+If scores depend on a token's distance, tokens form bands, each with its own table. `band_starts` are the first tokens
+of all bands but the first, ascending; code c of band b of B is numbered `b C / B + c` among C codes.
 """
 
 from __future__ import annotations
@@ -61,24 +61,24 @@ def unpack_codes(packed: Tensor, bits: int, tokens: int) -> Tensor:
     return torch.stack([word & 4095, word >> 12], -1).flatten(-2)[..., :tokens]
 
 
-def code_counts(packed: Tensor, tokens: int, codes: int, *, bits: int = 12, edges: Sequence[int] = ()) -> Tensor:
-    """How many of `tokens` have each of `codes` codes: `[H, bytes]` uint8 to `[H, C]` int64, all bands side by side.
+def code_counts(packed: Tensor, tokens: int, codes: int, *, bits: int = 12, band_starts: Sequence[int] = ()) -> Tensor:
+    """Number of tokens of each code: `[H, bytes]` uint8 to `[H, C]` int64, all bands side by side.
 
     Raises
     ------
     ValueError : a packed code is not below `codes / B`.
     """
-    bands = _check(packed, bits, tokens, codes, edges)
+    bands = _check(packed, bits, tokens, codes, band_starts)
     if packed.is_cuda:
         from . import code_ops_triton
 
         with torch.cuda.device(packed.device):
-            counts = code_ops_triton.code_counts(packed, bits, tokens, edges)
+            counts = code_ops_triton.code_counts(packed, bits, tokens, band_starts)
     elif (kernel := compiled_for_cpu("code_ops_numba")) is not None:
-        counts = kernel.code_counts(packed, bits, tokens, edges)
+        counts = kernel.code_counts(packed, bits, tokens, band_starts)
     else:
-        found = in_bands(unpack_codes(packed, bits, tokens), 1 << bits, edges)
-        counts = torch.zeros(len(packed), len(edges) + 1 << bits, dtype=torch.int64)
+        found = in_bands(unpack_codes(packed, bits, tokens), 1 << bits, band_starts)
+        counts = torch.zeros(len(packed), len(band_starts) + 1 << bits, dtype=torch.int64)
         counts.scatter_add_(1, found, torch.ones_like(found))
     counts = counts.view(len(packed), -1, 1 << bits)
     if bool(counts[..., bands:].any()):
@@ -86,14 +86,14 @@ def code_counts(packed: Tensor, tokens: int, codes: int, *, bits: int = 12, edge
     return counts[..., :bands].flatten(1).contiguous()
 
 
-def in_bands(codes: Tensor, count: int, edges: Sequence[int]) -> Tensor:
-    """Codes `[H, T]` of `count` in each band, as codes of all bands."""
-    first = torch.tensor(edges, dtype=torch.int64, device=codes.device)
+def in_bands(codes: Tensor, count: int, band_starts: Sequence[int]) -> Tensor:
+    """Codes `[H, T]`, each below `count`, numbered over all bands."""
+    first = torch.tensor(band_starts, dtype=torch.int64, device=codes.device)
     return codes + count * torch.bucketize(torch.arange(codes.shape[1], device=codes.device), first, right=True)
 
 
-def vq_scores(table: Tensor, packed: Tensor, tokens: int, *, bits: int = 12, edges: Sequence[int] = ()) -> Tensor:
-    """The score of each token, which is that of its code.
+def vq_scores(table: Tensor, packed: Tensor, tokens: int, *, bits: int = 12, band_starts: Sequence[int] = ()) -> Tensor:
+    """The scores of tokens, which are those of their codes.
 
     Parameters
     ----------
@@ -105,32 +105,34 @@ def vq_scores(table: Tensor, packed: Tensor, tokens: int, *, bits: int = 12, edg
     -------
     `[Hq, T]` float32.
     """
-    _check_table(table, packed, bits, tokens, edges)
+    _check_table(table, packed, bits, tokens, band_starts)
     if packed.is_cuda:
         from . import code_ops_triton
 
         with torch.cuda.device(packed.device):
-            return code_ops_triton.vq_scores(table, packed, bits, tokens, edges)
+            return code_ops_triton.vq_scores(table, packed, bits, tokens, band_starts)
     kernel = compiled_for_cpu("code_ops_numba")
     if kernel is not None:
-        scores: Tensor = kernel.vq_scores(table, packed, bits, tokens, edges)
+        scores: Tensor = kernel.vq_scores(table, packed, bits, tokens, band_starts)
         return scores
-    codes = in_bands(unpack_codes(packed, bits, tokens), table.shape[1] // (len(edges) + 1), edges)
+    codes = in_bands(unpack_codes(packed, bits, tokens), table.shape[1] // (len(band_starts) + 1), band_starts)
     return table.float().gather(1, codes.repeat_interleave(table.shape[0] // packed.shape[0], 0))
 
 
 def code_importance(table: Tensor, counts: Tensor, *, pooling: Pooling = "max") -> Tensor:
-    """How much a token of each code matters to its KV head: the logarithm of `pooled` (the softmax over all tokens for
-    each query head, then the maximum or sum over the group), without a pass over the tokens.
+    """Importance of a token of each code for its KV head, without a pass over the tokens.
+
+    It is the logarithm of `pooled`: of the softmax over all tokens for each query head, then the maximum or sum over
+    the group.
 
     Parameters
     ----------
     table : `[Hq, C]` scaled scores.
-    counts : `[H, C]` int64, by `code_counts`; none of a row means -inf.
+    counts : `[H, C]` int64, by `code_counts`; a row of zeros gives -inf.
 
     Returns
     -------
-    `[H, C]` float32; codes of no token have a number, too.
+    `[H, C]` float32; codes without tokens have a number, too.
     """
     H, C = counts.shape
     if table.ndim != 2 or table.shape[1] != C or not H or table.shape[0] % H:
@@ -151,7 +153,7 @@ def vq_select(
     budget: int,
     *,
     bits: int = 12,
-    edges: Sequence[int] = (),
+    band_starts: Sequence[int] = (),
 ) -> Tensor:
     """The tokens of the most important codes of each KV head, as many as the budget allows.
 
@@ -160,13 +162,13 @@ def vq_select(
     Parameters
     ----------
     importance : `[H, C]` float32 without NaN, such as by `code_importance`.
-    packed, counts, edges : see `vq_scores`, `code_counts`; they are of the same tokens.
+    packed, counts, band_starts : see `vq_scores`, `code_counts`; they are of the same tokens.
 
     Returns
     -------
     `[H, min(budget, T)]` int64, ascending, the first token being 0.
     """
-    _check_table(importance, packed, bits, tokens, edges)
+    _check_table(importance, packed, bits, tokens, band_starts)
     if importance.shape != counts.shape or len(counts) != len(packed) or counts.dtype != torch.int64:
         raise ValueError(
             f"importance is {list(importance.shape)}, counts {counts.dtype} {list(counts.shape)}; expected "
@@ -182,20 +184,20 @@ def vq_select(
         from . import code_ops_triton
 
         with torch.cuda.device(packed.device):
-            return code_ops_triton.vq_select(importance.float(), packed, bits, tokens, counts, budget, edges)
+            return code_ops_triton.vq_select(importance.float(), packed, bits, tokens, counts, budget, band_starts)
     kernel = compiled_for_cpu("code_ops_numba")
     if kernel is not None:
-        ids: Tensor = kernel.vq_select(importance.float(), packed, bits, tokens, counts, budget, edges)
+        ids: Tensor = kernel.vq_select(importance.float(), packed, bits, tokens, counts, budget, band_starts)
         return ids
     threshold, skipped = thresholds(importance, counts, budget)
-    found = vq_scores(importance, packed, tokens, bits=bits, edges=edges)
+    found = vq_scores(importance, packed, tokens, bits=bits, band_starts=band_starts)
     at = found == threshold[:, None]
     chosen = (found > threshold[:, None]) | at & (at.cumsum(1) > skipped[:, None])
     return chosen.nonzero()[:, 1].view(len(packed), budget)
 
 
 def thresholds(importance: Tensor, counts: Tensor, budget: int) -> tuple[Tensor, Tensor]:
-    """The least importance that is taken, `[H]`, and how many of the tokens that have it are not."""
+    """The least importance that is taken, `[H]`, and how many of the tokens with it are not taken."""
     ordered, order = importance.sort(dim=1, descending=True)
     reached = counts.gather(1, order).cumsum(1)
     threshold = ordered.gather(1, (reached < budget).sum(1, keepdim=True))
@@ -215,22 +217,24 @@ def _check_packed(packed: Tensor, bits: int, tokens: int) -> None:
         )
 
 
-def _check(packed: Tensor, bits: int, tokens: int, codes: int, edges: Sequence[int]) -> int:
+def _check(packed: Tensor, bits: int, tokens: int, codes: int, band_starts: Sequence[int]) -> int:
     """Codes of one band."""
     _check_packed(packed, bits, tokens)
-    bands = len(edges) + 1
+    bands = len(band_starts) + 1
     if packed.ndim != 2 or not len(packed) or codes % bands:
         raise ValueError(
             f"packed is {list(packed.shape)}, codes {codes}; expected [H, bytes] and a multiple of {bands}"
         )
-    if list(edges) != sorted(edges) or (len(edges) and not 0 <= edges[0] <= edges[-1] <= tokens):
-        raise ValueError(f"edges are {list(edges)}; expected ascending tokens of [0, {tokens}]")
+    if list(band_starts) != sorted(band_starts) or (
+        len(band_starts) and not 0 <= band_starts[0] <= band_starts[-1] <= tokens
+    ):
+        raise ValueError(f"band_starts are {list(band_starts)}; expected ascending tokens of [0, {tokens}]")
     return codes // bands
 
 
-def _check_table(table: Tensor, packed: Tensor, bits: int, tokens: int, edges: Sequence[int]) -> None:
+def _check_table(table: Tensor, packed: Tensor, bits: int, tokens: int, band_starts: Sequence[int]) -> None:
     if table.ndim != 2 or not table.is_floating_point():
         raise ValueError(f"table is {table.dtype} {list(table.shape)}; expected floats [Hq, C]")
-    _check(packed, bits, tokens, table.shape[1], edges)
+    _check(packed, bits, tokens, table.shape[1], band_starts)
     if table.shape[0] % packed.shape[0]:
         raise ValueError(f"{table.shape[0]} query heads cannot share {packed.shape[0]} KV heads evenly")

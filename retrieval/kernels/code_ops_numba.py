@@ -1,6 +1,6 @@
-"""The functions of code_ops.py compiled for the processor at hand; needs numba (`pip install "kvloom[retrieval]"`).
+"""The functions of code_ops.py compiled for this processor; needs numba (`pip install "kvloom[retrieval]"`).
 
-Launchers trust that code_ops.py has checked what it dispatches here. KV heads are shared out among threads.
+code_ops.py has checked what it dispatches here. KV heads are divided among threads.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ _u = np.uint64
 _w = np.uint32
 
 
-def code_counts(packed: Tensor, bits: int, tokens: int, edges: Sequence[int]) -> Tensor:
+def code_counts(packed: Tensor, bits: int, tokens: int, band_starts: Sequence[int]) -> Tensor:
     """See code_ops.py; all codes of so many bits for each band."""
-    counts = torch.zeros(packed.shape[0], len(edges) + 1 << bits, dtype=torch.int64)
-    run(_count, _numbers(packed), bits, _bounds(edges, tokens), counts.numpy())
+    counts = torch.zeros(packed.shape[0], len(band_starts) + 1 << bits, dtype=torch.int64)
+    run(_count, _numbers(packed), bits, _bounds(band_starts, tokens), counts.numpy())
     return counts
 
 
-def vq_scores(table: Tensor, packed: Tensor, bits: int, tokens: int, edges: Sequence[int]) -> Tensor:
+def vq_scores(table: Tensor, packed: Tensor, bits: int, tokens: int, band_starts: Sequence[int]) -> Tensor:
     """See code_ops.py."""
     scores = torch.empty(table.shape[0], tokens)
-    run(_look_up, _numbers(table.float()), _numbers(packed), bits, _bounds(edges, tokens), scores.numpy())
+    run(_look_up, _numbers(table.float()), _numbers(packed), bits, _bounds(band_starts, tokens), scores.numpy())
     return scores
 
 
 def vq_select(
-    importance: Tensor, packed: Tensor, bits: int, tokens: int, counts: Tensor, budget: int, edges: Sequence[int]
+    importance: Tensor, packed: Tensor, bits: int, tokens: int, counts: Tensor, budget: int, band_starts: Sequence[int]
 ) -> Tensor:
     """See code_ops.py; `budget` is above 0 and below `tokens`, which is the sum of each row of `counts`."""
     ids = torch.empty(packed.shape[0], budget, dtype=torch.int64)
     # + 0.0: a zero has one sign, so that bits order numbers
     ranks = _numbers(importance + 0.0).view(np.int32)
-    run(_select, ranks, _numbers(packed), bits, _bounds(edges, tokens), _numbers(counts), ids.numpy())
+    run(_select, ranks, _numbers(packed), bits, _bounds(band_starts, tokens), _numbers(counts), ids.numpy())
     return ids
 
 
-def _bounds(edges: Sequence[int], tokens: int) -> np.ndarray[Any, Any]:
-    return np.array([0, *edges, tokens], np.int64)
+def _bounds(band_starts: Sequence[int], tokens: int) -> np.ndarray[Any, Any]:
+    return np.array([0, *band_starts, tokens], np.int64)
 
 
 def _numbers(tensor: Tensor) -> np.ndarray[Any, Any]:

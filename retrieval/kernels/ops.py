@@ -1,4 +1,4 @@
-"""Scores of landmarks, keys from a low-rank factor, attention over chosen tokens: references and the dispatcher.
+"""Scores of landmarks, keys from a low-rank factor, attention over chosen tokens: references and their dispatch.
 
 Tensors on a CUDA device go to the kernels of the same names in ops_triton.py, on the cpu to ops_numba.py where numba is
 installed, otherwise to torch. `vq_scores` and its like are in code_ops.py.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...compress.kernels.ops import packed_bytes, unpack_bits
 from ...core import rotate_pairs
-from ..attention import Partial, attend_at, nothing
+from ..attention import PartialAttention, attend_at, empty_attention
 from ..selector import Pooling
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -55,8 +55,9 @@ TILE_TOKENS = 16  # as many as the compiled kernel has lanes
 
 
 def tiled(rows: Tensor) -> Tensor:
-    """Rows `[H, S, r]` as tiles `[H, ceil(S / 16), r, 16]`, zeros where the last one has none: 16 tokens' numbers lie
-    side by side, so that one query is multiplied with all of them at once.
+    """Rows `[H, S, r]` as tiles `[H, ceil(S / 16), r, 16]`, padded with zeros.
+
+    One dimension of 16 tokens lies side by side, so that a query's number is multiplied with 16 tokens at once.
     """
     H, S, r = rows.shape
     padded = torch.nn.functional.pad(rows, (0, 0, 0, -S % TILE_TOKENS))
@@ -64,18 +65,18 @@ def tiled(rows: Tensor) -> Tensor:
 
 
 def untiled(tiles: Tensor, tokens: int) -> Tensor:
-    """The rows `[H, tokens, r]` that `tiled` was given."""
+    """The inverse of `tiled`: rows `[H, tokens, r]`."""
     return tiles.transpose(2, 3).flatten(1, 2)[:, :tokens]
 
 
 def tile_scores(queries: Tensor, tiles: Tensor, firsts: Tensor, counts: Tensor, *, scale: float) -> Tensor:
-    """Scores of tokens that lie side by side: of runs `[first, first + count)`, one behind the other.
+    """Scores of ranges of tokens `[first, first + count)`, range after range.
 
     Parameters
     ----------
     queries : `[Hq, r]` floating.
-    tiles : of `tiled`, float16.
-    firsts, counts : `[H, R]` int64; each head's counts come to the same K.
+    tiles : by `tiled`, float16.
+    firsts, counts : `[H, R]` int64; the counts of each head sum to the same K.
 
     Returns
     -------
@@ -87,13 +88,13 @@ def tile_scores(queries: Tensor, tiles: Tensor, firsts: Tensor, counts: Tensor, 
     if queries.ndim != 2 or queries.shape[1] != tiles.shape[2] or not H or queries.shape[0] % H:
         raise ValueError(f"queries are {list(queries.shape)}; expected [Hq, {tiles.shape[2]}], Hq a multiple of {H}")
     if firsts.shape != counts.shape or firsts.ndim != 2 or firsts.shape[0] != H:
-        raise ValueError(f"runs are {list(firsts.shape)} and {list(counts.shape)}; expected [{H}, R] twice")
+        raise ValueError(f"ranges are {list(firsts.shape)} and {list(counts.shape)}; expected [{H}, R] twice")
     if bool(((firsts < 0) | (counts < 0) | (firsts + counts > tiles.shape[1] * TILE_TOKENS)).any()):
-        raise ValueError(f"runs reach beyond {tiles.shape[1]} tiles")
+        raise ValueError(f"ranges reach beyond {tiles.shape[1]} tiles")
     ends = counts.cumsum(1)
     count = int(ends[0, -1]) if ends.shape[1] else 0
     if bool((ends[:, -1:] != count).any()):
-        raise ValueError(f"runs come to {ends[:, -1].tolist()} tokens; expected as many for each KV head")
+        raise ValueError(f"ranges sum to {ends[:, -1].tolist()} tokens; expected as many for each KV head")
     kernel = None if queries.is_cuda else compiled_for_cpu()
     if kernel is not None and count:
         scores: Tensor = kernel.tile_scores(queries, tiles, firsts, ends, count, scale)
@@ -111,13 +112,13 @@ def tile_scores(queries: Tensor, tiles: Tensor, firsts: Tensor, counts: Tensor, 
 
 
 def top_pooled(scores: Tensor, kv_heads: int, k: int, *, pooling: Pooling = "max") -> Tensor:
-    """The k candidates of each KV head with the largest `pooled` softmax; of equal ones the last.
+    """The k candidates of each KV head with the largest `pooled` softmax; the last ones among equals.
 
     Sums below the smallest normal float32 may count as equal.
 
     Parameters
     ----------
-    scores : `[Hq, N]` float32, scaled; without NaN, and each row has a number that is finite.
+    scores : `[Hq, N]` float32, scaled, without NaN; each row has a finite number.
 
     Returns
     -------
@@ -196,11 +197,11 @@ def rebuild_keys(
 
 
 def numbers_of(stored: Tensor, rank: int) -> Tensor:
-    """Rows of a factor as `rebuild_keys` takes it, as float32, without scale and bias."""
+    """Stored rows of a factor (see `rebuild_keys`) as float32, without scale and bias."""
     return unpack_bits(stored, 4, rank).float() - 8 if stored.dtype == torch.uint8 else stored.float()
 
 
-def gather_attend(queries: Tensor, keys: Tensor, values: Tensor, ids: Tensor, *, scale: float) -> Partial:
+def gather_attend(queries: Tensor, keys: Tensor, values: Tensor, ids: Tensor, *, scale: float) -> PartialAttention:
     """Attention of one query token over the rows `ids` of a context, without a copy of them.
 
     Parameters
@@ -220,7 +221,7 @@ def gather_attend(queries: Tensor, keys: Tensor, values: Tensor, ids: Tensor, *,
         raise ValueError(f"keys are {list(keys.shape)}, values {list(values.shape)}; expected equal heads and tokens")
     check_ids(ids, keys.shape[0], keys.shape[1])
     if not ids.numel():
-        return nothing(queries.shape[0], values.shape[-1], queries.device)
+        return empty_attention(queries.shape[0], values.shape[-1], queries.device)
     if queries.is_cuda:
         from . import ops_triton
 
@@ -229,9 +230,9 @@ def gather_attend(queries: Tensor, keys: Tensor, values: Tensor, ids: Tensor, *,
     kernel = compiled_for_cpu()
     if kernel is None:
         return attend_at(queries, keys, values, ids, scale=scale)
-    page = np.array([[*kernel.places(keys), *kernel.places(values)]], np.int64)
+    page = np.array([[*kernel.row_addresses(keys), *kernel.row_addresses(values)]], np.int64)
     dtypes = (keys.dtype, values.dtype)
-    found: Partial = kernel.gather_attend(queries, page, keys.shape[1], dtypes, values.shape[2], ids, scale)
+    found: PartialAttention = kernel.gather_attend(queries, page, keys.shape[1], dtypes, values.shape[2], ids, scale)
     return found
 
 
@@ -247,8 +248,8 @@ def check_ids(ids: Tensor, kv_heads: int, tokens: int) -> None:
 
 @cache
 def compiled_for_cpu(kernels: str = "ops_numba") -> ModuleType | None:
-    """A file of compiled kernels that lies beside this one, or None where numba is not installed."""
-    # numba takes a second to import, and only who attends needs it
+    """The module of compiled kernels in this folder, or None if numba is not installed."""
+    # numba takes a second to import, and only attention needs it
     try:
         return import_module(f".{kernels}", __package__)
     except ImportError:

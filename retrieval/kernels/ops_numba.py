@@ -1,6 +1,6 @@
-"""The functions of ops.py compiled for the processor at hand; needs numba (`pip install "kvloom[retrieval]"`).
+"""The functions of ops.py compiled for this processor; needs numba (`pip install "kvloom[retrieval]"`).
 
-Launchers trust that ops.py and pages.py have checked what they dispatch here. KV heads are shared out among threads.
+ops.py and paged_kv.py have checked what they dispatch here. KV heads are divided among threads.
 """
 
 from __future__ import annotations
@@ -13,17 +13,28 @@ from numba import prange
 from torch import Tensor
 
 from .ranks_numba import largest
-from .rows_numba import KINDS, LANES, compiled, copy_bytes, dots_of_four, exp_less, prefetch, run, tile_of_four, widen
+from .rows_numba import (
+    KINDS,
+    VECTOR_LENGTH,
+    compiled,
+    copy_bytes,
+    dots_of_four,
+    exp_less,
+    prefetch,
+    run,
+    tile_of_four,
+    widen,
+)
 
-_AHEAD = 12  # rows asked for before they are needed: about as many as a core has on their way at a time
-_TILES_AHEAD = 4  # the same for tiles of a run
+_AHEAD = 12  # rows prefetched: about as many loads as a core has under way at a time
+_TILES_AHEAD = 4  # tiles of a range that are prefetched
 _ROWS = 4  # rows widened before they are multiplied, so that sums stay in registers for as long
 _LINE_BYTES = 64
 _u = np.uint64
 
 
-def places(tensor: Tensor) -> tuple[int, int, int]:
-    """Where rows of `[H, T, D]` lie: an address, bytes from head to head and from token to token."""
+def row_addresses(tensor: Tensor) -> tuple[int, int, int]:
+    """Address of the first row of `[H, T, D]`, and bytes from head to head and from token to token."""
     width = tensor.element_size()
     return tensor.data_ptr(), tensor.stride(0) * width, tensor.stride(1) * width
 
@@ -37,7 +48,7 @@ def gather_attend(
     ids: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """See ops.py. `pages` `[P, 6]` int64: `places` of each page's keys, then values; all ids lie in them."""
+    """See ops.py. `pages` `[P, 6]` int64: `row_addresses` of each page's keys, then values; ids are in range."""
     Hq, H = queries.shape[0], ids.shape[0]
     out, lse = torch.empty(Hq, v_dim), torch.empty(Hq)
     run(
@@ -48,7 +59,7 @@ def gather_attend(
 
 
 def gather_rows(pages: np.ndarray[Any, Any], page_tokens: int, ids: Tensor, keys: Tensor, values: Tensor) -> None:
-    """Copies rows of pages to `[H, K, D]` and `[H, K, Dv]`, contiguous; what -1 stands for is left as it is."""
+    """Copies rows of pages to contiguous `[H, K, D]` and `[H, K, Dv]`; rows of -1 are not written."""
     numbers = ids.contiguous().numpy()
     for first, out in ((0, keys), (3, values)):
         row_bytes = out.shape[-1] * out.element_size()
@@ -61,19 +72,19 @@ def landmark_scores(queries: Tensor, landmarks: Tensor, scale: float) -> Tensor:
     scores = torch.empty(Hq, C)
     blocks = max(1, -(-C // 1024))
     run(
-        _score, _grouped(queries, H, scale), queries.shape[1], *places(landmarks), KINDS[landmarks.dtype], blocks,
-        scores.numpy().reshape(H, Hq // H, C),
+        _score, _grouped(queries, H, scale), queries.shape[1], *row_addresses(landmarks), KINDS[landmarks.dtype],
+        blocks, scores.numpy().reshape(H, Hq // H, C),
     )  # fmt: skip
     return scores
 
 
 def tile_scores(queries: Tensor, tiles: Tensor, firsts: Tensor, ends: Tensor, count: int, scale: float) -> Tensor:
-    """See ops.py; all runs lie in the tiles. `ends` `[H, R]`: how many tokens there are up to the end of each run."""
-    Hq, (H, N, r, lanes) = queries.shape[0], tiles.shape
+    """See ops.py; ranges are within the tiles. `ends` `[H, R]`: tokens up to the end of each range."""
+    Hq, (H, N, r, tile) = queries.shape[0], tiles.shape
     scores = torch.empty(Hq, count)
     blocks = max(1, -(-count // 4096))
     run(
-        _score_tiles, _grouped(queries, H, scale), r, tiles.data_ptr(), N * r * lanes * 2, blocks,
+        _score_tiles, _grouped(queries, H, scale), r, tiles.data_ptr(), N * r * tile * 2, blocks,
         firsts.contiguous().numpy(), ends.contiguous().numpy(), Hq // H, scores.numpy().reshape(H, -1),
     )  # fmt: skip
     return scores
@@ -90,16 +101,17 @@ def top_pooled(scores: Tensor, kv_heads: int, k: int, pooling: str) -> Tensor:
 def _grouped(queries: Tensor, kv_heads: int, scale: float) -> np.ndarray[Any, Any]:
     """Scaled queries, `[H, G D]` with zeros up to multiples of 4 query heads and 16 channels."""
     grouped = (queries.float() * scale).view(kv_heads, -1, queries.shape[1])
-    pads = (0, -queries.shape[1] % LANES, 0, -grouped.shape[1] % _ROWS)
+    pads = (0, -queries.shape[1] % VECTOR_LENGTH, 0, -grouped.shape[1] % _ROWS)
     found: np.ndarray[Any, Any] = torch.nn.functional.pad(grouped, pads).flatten(1).contiguous().numpy()
     return found
 
 
 @compiled()
 def _dots(queries: Any, dim: Any, rows: Any, width: Any, found: Any, scores: Any, at: Any, count: Any) -> None:
-    """Inner products of a group's queries (flat, each of `dim` numbers) with 4 rows that begin every `width` numbers;
-    `count` rows are kept, and `found` is room for 16. Arrays are never sliced here: a slice is counted as a reference,
-    which takes as long as a row.
+    """Inner products of a group's queries (flat, each of `dim` numbers) with 4 rows that begin every `width` numbers.
+
+    `count` rows are kept; `found` is scratch memory for 16 numbers. Arrays are not sliced here: counting the reference
+    of a slice takes as long as a row.
     """
     group = _u(scores.shape[0])
     for g in range(_u(0), group, _u(4)):
@@ -116,7 +128,7 @@ def _dots(queries: Any, dim: Any, rows: Any, width: Any, found: Any, scores: Any
 
 
 @compiled()
-def _touch(address: Any, row_bytes: Any) -> None:
+def _prefetch_row(address: Any, row_bytes: Any) -> None:
     for line in range(_u(0), row_bytes, _u(_LINE_BYTES)):
         prefetch(address + line)
 
@@ -134,7 +146,7 @@ def _attend_head(
     out: Any,
     lse: Any,
 ) -> None:
-    """One KV head: addresses of its rows, scores of 4 rows at a time, softmax, sums of 4 weighted rows at a time."""
+    """Attention of one KV head: addresses of rows, scores of 4 rows at a time, softmax, sums of 4 weighted rows."""
     G, D, v_dim, count = out.shape[0], _u(dim), _u(out.shape[1]), _u(0)
     keys, values = np.empty(len(ids) + 4, np.uint64), np.empty(len(ids) + 4, np.uint64)
     for n in range(len(ids)):
@@ -148,21 +160,24 @@ def _attend_head(
         lse[:] = -np.inf
         return
     key_bytes, value_bytes = D * _u(4 if key_kind == 0 else 2), v_dim * _u(4 if value_kind == 0 else 2)
-    padded, width = (D + _u(LANES - 1)) // _u(LANES) * _u(LANES), max(D, v_dim) + _u(LANES)
+    padded, width = (
+        (D + _u(VECTOR_LENGTH - 1)) // _u(VECTOR_LENGTH) * _u(VECTOR_LENGTH),
+        max(D, v_dim) + _u(VECTOR_LENGTH),
+    )
     rows = np.zeros(_u(_ROWS) * width, np.float32)
     scores, bits = np.empty((G, count), np.float32), np.empty(count, np.int32)
     found = np.empty(_ROWS * _ROWS, np.float32)
     for n in range(min(count, _u(_AHEAD))):
-        _touch(keys[n], key_bytes)
+        _prefetch_row(keys[n], key_bytes)
     for n in range(_u(0), count, _u(_ROWS)):
         some = min(_u(_ROWS), count - n)
         for i in range(some):
             if n + i + _u(_AHEAD) < count:
-                _touch(keys[n + i + _u(_AHEAD)], key_bytes)
+                _prefetch_row(keys[n + i + _u(_AHEAD)], key_bytes)
             widen(keys[n + i], key_kind, D, rows, i * width)
         _dots(queries, padded, rows, width, found, scores, n, some)
     for n in range(min(count, _u(_AHEAD))):
-        _touch(values[n], value_bytes)
+        _prefetch_row(values[n], value_bytes)
     for g in range(G):
         top = scores[g, 0]
         for n in range(count):
@@ -181,7 +196,7 @@ def _attend_head(
         some = min(_u(_ROWS), count - n)
         for i in range(some):
             if n + i + _u(_AHEAD) < count:
-                _touch(values[n + i + _u(_AHEAD)], value_bytes)
+                _prefetch_row(values[n + i + _u(_AHEAD)], value_bytes)
             widen(values[n + i], value_kind, v_dim, rows, i * width)
         for g in range(G):
             a = scores[g, n]
@@ -220,7 +235,7 @@ def _score_block(
     queries: Any, dim: Any, address: Any, step: Any, kind: Any, start: Any, stop: Any, scores: Any
 ) -> None:
     D, found = _u(dim), np.empty(_ROWS * _ROWS, np.float32)
-    padded = (D + _u(LANES - 1)) // _u(LANES) * _u(LANES)
+    padded = (D + _u(VECTOR_LENGTH - 1)) // _u(VECTOR_LENGTH) * _u(VECTOR_LENGTH)
     rows = np.zeros(_u(_ROWS) * padded, np.float32)
     for n in range(_u(start), _u(stop), _u(_ROWS)):
         some = min(_u(_ROWS), _u(stop) - n)
@@ -233,7 +248,7 @@ def _score_block(
 def _score(
     queries: Any, dim: Any, address: Any, head_step: Any, step: Any, kind: Any, blocks: Any, scores: Any
 ) -> None:
-    """In blocks of landmarks, so that threads have equal parts also where heads are few."""
+    """Scores in blocks of landmarks, so that few heads still occupy all threads."""
     C = scores.shape[2]
     for part in prange(len(queries) * blocks):
         h, block = part // blocks, part % blocks
@@ -247,31 +262,31 @@ def _score(
 def _score_tiles_block(
     queries: Any, r: Any, address: Any, firsts: Any, ends: Any, start: Any, stop: Any, group: Any, scores: Any
 ) -> None:
-    """`scores` are flat, a group's one query behind the other."""
-    rank, lanes, width = _u(r), _u(LANES), _u(len(scores) // group)
-    padded, tile_bytes = (rank + lanes - _u(1)) // lanes * lanes, rank * lanes * _u(2)
-    found = np.empty(_u(_ROWS) * lanes, np.float32)
+    """Scores of columns `[start, stop)`; `scores` are flat, the queries of a group one after the other."""
+    rank, length, width = _u(r), _u(VECTOR_LENGTH), _u(len(scores) // group)
+    padded, tile_bytes = (rank + length - _u(1)) // length * length, rank * length * _u(2)
+    found = np.empty(_u(_ROWS) * length, np.float32)
     n, number = start, np.searchsorted(ends, start, side="right")
     while n < stop:
         token = _u(firsts[number] + n - (ends[number - 1] if number else 0))
         end = min(stop, ends[number])
         if number + 1 < len(ends):
-            some = min(_u(_TILES_AHEAD), _u(ends[number + 1] - ends[number]) // lanes + _u(1))
-            _touch(address + _u(firsts[number + 1]) // lanes * tile_bytes, some * tile_bytes)
+            some = min(_u(_TILES_AHEAD), _u(ends[number + 1] - ends[number]) // length + _u(1))
+            _prefetch_row(address + _u(firsts[number + 1]) // length * tile_bytes, some * tile_bytes)
         while n < end:
-            lane = token % lanes
-            some = min(lanes - lane, _u(end - n))
-            tile = address + token // lanes * tile_bytes
-            if np.int64(n) + _TILES_AHEAD * LANES < end:
-                _touch(tile + _u(_TILES_AHEAD) * tile_bytes, tile_bytes)
+            column = token % length
+            some = min(length - column, _u(end - n))
+            tile = address + token // length * tile_bytes
+            if np.int64(n) + _TILES_AHEAD * VECTOR_LENGTH < end:
+                _prefetch_row(tile + _u(_TILES_AHEAD) * tile_bytes, tile_bytes)
             for g in range(_u(0), _u(group), _u(4)):
-                if some == lanes and g + _u(4) <= _u(group):
+                if some == length and g + _u(4) <= _u(group):
                     tile_of_four(queries, g * padded, padded, tile, rank, scores, g * width + _u(n), width)
                     continue
-                tile_of_four(queries, g * padded, padded, tile, rank, found, _u(0), lanes)
+                tile_of_four(queries, g * padded, padded, tile, rank, found, _u(0), length)
                 for q in range(min(_u(4), _u(group) - g)):
                     for i in range(some):
-                        scores[(g + q) * width + _u(n) + i] = found[q * lanes + lane + i]
+                        scores[(g + q) * width + _u(n) + i] = found[q * length + column + i]
             n += np.int64(some)
             token += some
         number += 1
@@ -292,7 +307,7 @@ def _score_tiles(
 
 @compiled()
 def _top_of_head(scores: Any, adds: Any, ids: Any) -> None:
-    """Log-sum-exp of each query head, in blocks that stay in the first-level cache; maximum or sum; the k largest."""
+    """The k largest of one KV head: log-sum-exp of each query head in blocks that fit a first-level cache, pooled."""
     count, block = scores.shape[1], 2048
     importance, room, bits = np.empty(count, np.float32), np.empty(block, np.float32), np.empty(block, np.int32)
     importance[:] = np.float32(0) if adds else -np.inf

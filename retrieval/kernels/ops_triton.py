@@ -1,7 +1,7 @@
-"""The functions of ops.py as Triton kernels, for tensors on a CUDA device; values are those of the torch reference.
+"""The functions of ops.py as Triton kernels, for tensors on a CUDA device; they give the reference's values.
 
-Launchers trust that ops.py has checked what it dispatches here. With `TRITON_INTERPRET=1`, set before Triton is
-imported, the kernels run on the cpu.
+ops.py has checked what it dispatches here. With `TRITON_INTERPRET=1`, set before Triton is imported, the kernels run
+on the cpu.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ try:
 except ImportError as exc:
     raise ImportError("kernels need Triton: pip install 'kvloom[triton]'") from exc
 
-from ..attention import Partial, merge
+from ..attention import PartialAttention, merge
 
 _BLOCK_LANDMARKS = 64
 _BLOCK_TILED = 128
@@ -78,13 +78,13 @@ def rebuild_keys(
         factor.contiguous(), basis.contiguous(), ids.contiguous(), _or(scale, keys), _or(bias, keys),
         _or(cos, keys), _or(sin, keys), keys, K, r, factor.shape[1], D,
         BITS=4 if factor.dtype == torch.uint8 else 8, SCALES=scale is not None, SHIFTS=bias is not None,
-        TURNS=cos is not None, INTERLEAVED=interleaved, IS_ONE_DTYPE=scale is None and factor.dtype == basis.dtype,
+        ROTATES=cos is not None, INTERLEAVED=interleaved, IS_ONE_DTYPE=scale is None and factor.dtype == basis.dtype,
         BLOCK_TOKENS=_BLOCK_TOKENS, BLOCK_RANK=32, BLOCK_PAIRS=_power(-(-D // 2)),
     )  # fmt: skip
     return keys
 
 
-def gather_attend(queries: Tensor, keys: Tensor, values: Tensor, ids: Tensor, scale: float) -> Partial:
+def gather_attend(queries: Tensor, keys: Tensor, values: Tensor, ids: Tensor, scale: float) -> PartialAttention:
     """See ops.py; runs of ids are attended to apart, and merged."""
     (Hq, D), (H, K), v_dim = queries.shape, ids.shape, values.shape[2]
     splits = triton.cdiv(K, _SPLIT_TOKENS)
@@ -100,12 +100,12 @@ def gather_attend(queries: Tensor, keys: Tensor, values: Tensor, ids: Tensor, sc
 
 
 def _power(count: int) -> int:
-    """The tile for `count` numbers; products of matrices take no less than 16."""
+    """Size of the tile for `count` numbers: a power of 2, at least 16, which `tl.dot` asks for."""
     return max(16, int(triton.next_power_of_2(count)))
 
 
 def _or(table: Tensor | None, other: Tensor) -> Tensor:
-    """What stands in for a table that the kernel will not read."""
+    """`table`, or any other tensor in its place if the kernel does not read it."""
     return other if table is None else table.contiguous()
 
 
@@ -249,7 +249,7 @@ def _rebuild_keys(
     BITS: tl.constexpr,
     SCALES: tl.constexpr,
     SHIFTS: tl.constexpr,
-    TURNS: tl.constexpr,
+    ROTATES: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     IS_ONE_DTYPE: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -257,7 +257,7 @@ def _rebuild_keys(
     BLOCK_PAIRS: tl.constexpr,
 ):
     """For each block of chosen tokens of a head: over runs of ranks, gather and widen their rows, add `rows @ basis`
-    for both channels of pairs; turn by the angles of the tokens; round once.
+    for both channels of pairs; rotate by the angles of the tokens; round once.
 
     Grid: (H, ceil(K / BLOCK_TOKENS)). Rows of -1, and tokens, ranks and channels past the end, are masked to 0. Sums
     are float32, and float32 operands are not rounded to TF32. A token reads its row, and its angles; a program reads
@@ -293,7 +293,7 @@ def _rebuild_keys(
     if SHIFTS:
         a += tl.load(bias + head * D + first, mask=(token >= 0) & has_a, other=0.0)
         b += tl.load(bias + head * D + second, mask=(token >= 0) & has_b, other=0.0)
-    if TURNS:
+    if ROTATES:
         c = tl.load(cos + token * half + pair, mask=(token >= 0) & has_a, other=0.0)
         s = tl.load(sin + token * half + pair, mask=(token >= 0) & has_a, other=0.0)
         a, b = a * c - b * s, b * c + a * s

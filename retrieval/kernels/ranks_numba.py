@@ -1,4 +1,4 @@
-"""The largest of many numbers without sorting them, compiled; needs numba (`pip install "kvloom[retrieval]"`)."""
+"""Selection of the largest numbers without sorting, compiled; needs numba (`pip install "kvloom[retrieval]"`)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ _w = np.uint32
 
 @compiled()
 def ordered(rank: Any) -> Any:
-    """Unsigned numbers in the order of the floats whose bits these are."""
+    """Unsigned numbers that are ordered like the floats with these bits."""
     return _w(rank) ^ _w(0xFFFFFFFF) if rank < 0 else _w(rank) ^ _w(0x80000000)
 
 
 @compiled()
 def threshold(ranks: Any, counts: Any, budget: Any) -> Any:
-    """The key of the least important token taken and how many tokens of that key are not: 11, 11 and 10 bits are found
-    one after the other, each by counting the tokens of the codes that agree in the bits before.
+    """The key (see `ordered`) of the least important token that is taken, and how many tokens of it are not taken.
+
+    Radix selection: 11, 11 and 10 bits are found in turn, each by counting tokens of codes with equal bits before.
     """
     held, left = np.empty(2048, np.int64), budget
     found, known, b = _w(0), _w(0), 0
@@ -41,7 +42,7 @@ def threshold(ranks: Any, counts: Any, budget: Any) -> Any:
 
 @compiled()
 def largest(ranks: Any, ids: Any) -> None:
-    """Places of the `len(ids)` largest, ascending; of equal ones the last. `ranks` are the bits of floats."""
+    """Writes the positions of the `len(ids)` largest, ascending, the last among equals; `ranks` are bits of floats."""
     least, skipped = threshold(ranks, np.ones(len(ranks), np.int8), len(ids))
     taken = 0
     for n in range(len(ranks)):

@@ -1,7 +1,7 @@
-"""What compiled kernels of retrieval share: rows of memory read by address, threads; needs numba.
+"""Common parts of retrieval's compiled kernels: rows read by address, and threads; needs numba.
 
-`pip install "kvloom[retrieval]"`. Who passes an address keeps what lies there alive, and has checked that it is what it
-says it is.
+(`pip install "kvloom[retrieval]"`.) The caller of a function that takes an address keeps the memory there alive, and
+has checked its dtype and shape.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from ...compress.kernels import machine_code
 
 _R = TypeVar("_R")
 
-LANES = 16
+VECTOR_LENGTH = 16
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _I8, _I16, _I32 = (ir.IntType(bits) for bits in (8, 16, 32))
 _HALF, _FLOAT = ir.HalfType(), ir.FloatType()
 _u = np.uint64  # unsigned indices, since numba would ask of a signed one whether it counts from the end
-# What may be done to sums: any order, products fused. Infinities keep their meaning.
+# Sums may be reordered and products fused; infinities keep their meaning
 _FAST = {"reassoc", "contract", "nsz", "arcp"}
-# One of numba's threading layers ends the process if two threads enter it; which one is in use shows only later.
+# One of numba's threading layers ends the process if two threads enter it, and which one is in use is not known here
 _ENTRY = threading.Lock()
 
-# LLVM widens half precision in one instruction on these, and calls a function that may not be there on others.
+# LLVM widens half precision by one instruction on these; on others it calls a function that may be missing
 if platform.machine() not in ("aarch64", "arm64") and not llvm.get_host_cpu_features().get("f16c", False):
     raise ImportError("no conversion from half precision on this processor")
 
@@ -54,8 +54,10 @@ def run(kernel: Callable[..., None], *arguments: Any) -> None:
 
 @cache
 def _start_threads() -> None:
-    """Numba tells OpenMP its own number of threads when it starts them, for the thread that asks: so another one asks.
-    Engines count on the number that they have set; vLLM's kernels end the process when it changes.
+    """Starts numba's threads from a thread of its own.
+
+    Numba then sets OpenMP's number of threads for the calling thread. Engines rely on the number that they have set for
+    theirs; vLLM's kernels end the process when it changes.
     """
     asks = threading.Thread(target=numba.get_num_threads, name="kvloom-numba")
     asks.start()
@@ -156,7 +158,7 @@ def _type_dots(_typing: Any, queries: Any, first: Any, rows: Any, width: Any, co
         from numba.core import cgutils
 
         _, first, _, width, count, _ = args
-        wide = ir.VectorType(_FLOAT, LANES)
+        wide = ir.VectorType(_FLOAT, VECTOR_LENGTH)
         data = [cgutils.create_struct_proxy(signature.args[n])(context, builder, args[n]).data for n in (0, 2, 5)]
         number = count.type
 
@@ -173,10 +175,10 @@ def _type_dots(_typing: Any, queries: Any, first: Any, rows: Any, width: Any, co
         sums = [builder.phi(wide) for _ in range(16)]
         at.add_incoming(ir.Constant(number, 0), before)
         for each in sums:
-            each.add_incoming(ir.Constant(wide, [0.0] * LANES), before)
+            each.add_incoming(ir.Constant(wide, [0.0] * VECTOR_LENGTH), before)
         moved = builder.mul(at, ir.Constant(number, 4))
         right, left = (
-            [_vector_at(builder, builder.add(row, moved), _FLOAT, LANES) for row in each]
+            [_vector_at(builder, builder.add(row, moved), _FLOAT, VECTOR_LENGTH) for row in each]
             for each in (of_rows, of_queries)
         )
         for q in range(4):
@@ -184,14 +186,14 @@ def _type_dots(_typing: Any, queries: Any, first: Any, rows: Any, width: Any, co
                 each = sums[4 * q + n]
                 product = builder.fmul(left[q], right[n], flags=("contract",))
                 each.add_incoming(builder.fadd(each, product, flags=("contract",)), loop)
-        following = builder.add(at, ir.Constant(number, LANES))
+        following = builder.add(at, ir.Constant(number, VECTOR_LENGTH))
         at.add_incoming(following, loop)
         builder.cbranch(builder.icmp_unsigned("<", following, count), loop, done)
         builder.position_at_end(done)
         parts = [each.incomings[1][0] for each in sums]
         for span in (8, 4, 2, 1):
-            low = [lane if lane // span % 2 == 0 else LANES + lane - span for lane in range(LANES)]
-            masks = [ir.Constant(ir.VectorType(_I32, LANES), [m + more for m in low]) for more in (0, span)]
+            low = [lane if lane // span % 2 == 0 else VECTOR_LENGTH + lane - span for lane in range(VECTOR_LENGTH)]
+            masks = [ir.Constant(ir.VectorType(_I32, VECTOR_LENGTH), [m + more for m in low]) for more in (0, span)]
             parts = [
                 builder.fadd(*(builder.shuffle_vector(a, b, mask) for mask in masks))
                 for a, b in zip(parts[:span], parts[span:], strict=True)
@@ -216,7 +218,7 @@ def _type_tile(
         from numba.core import cgutils
 
         _, first, width, tile, count, _, o, step = args
-        wide, number = ir.VectorType(_FLOAT, LANES), count.type
+        wide, number = ir.VectorType(_FLOAT, VECTOR_LENGTH), count.type
         of_queries, of_out = (
             cgutils.create_struct_proxy(signature.args[n])(context, builder, args[n]).data for n in (0, 5)
         )
@@ -229,10 +231,15 @@ def _type_tile(
         sums = [builder.phi(wide) for _ in range(4)]
         at.add_incoming(ir.Constant(number, 0), before)
         for each in sums:
-            each.add_incoming(ir.Constant(wide, [0.0] * LANES), before)
-        row_bytes = ir.Constant(number, 2 * LANES)
-        row = builder.fpext(_vector_at(builder, builder.add(tile, builder.mul(at, row_bytes)), _HALF, LANES), wide)
-        empty, all_first = ir.Constant(wide, ir.Undefined), ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
+            each.add_incoming(ir.Constant(wide, [0.0] * VECTOR_LENGTH), before)
+        row_bytes = ir.Constant(number, 2 * VECTOR_LENGTH)
+        row = builder.fpext(
+            _vector_at(builder, builder.add(tile, builder.mul(at, row_bytes)), _HALF, VECTOR_LENGTH), wide
+        )
+        empty, all_first = (
+            ir.Constant(wide, ir.Undefined),
+            ir.Constant(ir.VectorType(_I32, VECTOR_LENGTH), [0] * VECTOR_LENGTH),
+        )
         for each, start in zip(sums, starts, strict=True):
             one = builder.load(builder.gep(of_queries, [builder.add(start, at)]))
             spread = builder.shuffle_vector(builder.insert_element(empty, one, ir.Constant(_I32, 0)), empty, all_first)
@@ -251,7 +258,7 @@ def _type_tile(
     return types.void(queries, u, u, u, u, out, u, u), generate
 
 
-_widen_float, _widen_half, _widen_bfloat = (_widening(kind, LANES) for kind in range(3))
+_widen_float, _widen_half, _widen_bfloat = (_widening(kind, VECTOR_LENGTH) for kind in range(3))
 _widen_one_float, _widen_one_half, _widen_one_bfloat = (_widening(kind, 1) for kind in range(3))
 prefetch: Any = intrinsic(_type_prefetch)
 copy_bytes: Any = intrinsic(_type_copy)
@@ -263,19 +270,19 @@ tile_of_four: Any = intrinsic(_type_tile)
 @compiled()
 def widen(address: Any, kind: Any, count: Any, out: Any, o: Any) -> None:
     """`out[o : o + count]` becomes a row, as float32. Nothing behind the row is read."""
-    whole = count // _u(LANES) * _u(LANES)
+    whole = count // _u(VECTOR_LENGTH) * _u(VECTOR_LENGTH)
     if kind == 0:
-        for i in range(_u(0), whole, _u(LANES)):
+        for i in range(_u(0), whole, _u(VECTOR_LENGTH)):
             _widen_float(address + i * _u(4), out, o + i)
         for i in range(whole, count):
             _widen_one_float(address + i * _u(4), out, o + i)
     elif kind == 1:
-        for i in range(_u(0), whole, _u(LANES)):
+        for i in range(_u(0), whole, _u(VECTOR_LENGTH)):
             _widen_half(address + i * _u(2), out, o + i)
         for i in range(whole, count):
             _widen_one_half(address + i * _u(2), out, o + i)
     else:
-        for i in range(_u(0), whole, _u(LANES)):
+        for i in range(_u(0), whole, _u(VECTOR_LENGTH)):
             _widen_bfloat(address + i * _u(2), out, o + i)
         for i in range(whole, count):
             _widen_one_bfloat(address + i * _u(2), out, o + i)

@@ -1,4 +1,4 @@
-"""Compiled loops that build the graph of `RoarGraphIndex`; see `roargraph_numba.py`."""
+"""Compiled functions that build the graph of `RoarGraphIndex`; see `search_numba.py`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _distance(table, a, b):  # type: ignore[no-untyped-def]
 
 @compiled()
 def nearest_rows(scores, limits, first, ids, best, margin, closest):  # type: ignore[no-untyped-def]
-    """The highest of each row of scores, and for each column the row that it came closest to.
+    """The highest scores of each row, and for each column the row that nearly found it.
 
     A column's margin in a row is its score less the lowest of those that the row keeps.
 
@@ -66,9 +66,9 @@ def nearest_rows(scores, limits, first, ids, best, margin, closest):  # type: ig
 
 @compiled()
 def invert(lists, best, keys, kept):  # type: ignore[no-untyped-def]
-    """For each of the first `keys` keys the `kept` queries that rank it best: `[keys, kept]` int32, -1 pads.
+    """The `kept` queries that rank each of the first `keys` keys best: `[keys, kept]` int32, -1 pads.
 
-    `lists` `[Q, N]`, `best` their scores. A query ranks a key by how far its score is above the list's last.
+    `lists` `[Q, N]`, `best` their scores. A query ranks a key by its score above the last one of the list.
     """
     found = np.full((keys, kept), -1, np.int32)
     margins = np.full((keys, kept), -np.inf, np.float32)
@@ -86,18 +86,18 @@ def invert(lists, best, keys, kept):  # type: ignore[no-untyped-def]
 
 @compiled()
 def project_edges(table, lists, found, closest, starts, attached, forward, occlusion, edges, gaps):  # type: ignore[no-untyped-def]
-    """Each key's edges to what the queries that it is the pivot of find beside it.
+    """Links each key to the other keys that its queries find, those for which it is the pivot.
 
-    Candidates of a key are the lists of all its queries, merged; a key that is in no list takes the list of the query
-    that it came closest to, and its like. They are walked from the nearest on; one that lies nearer to an accepted one
-    than to the key is put back, and taken only if there is room.
+    Candidates of a key are the merged lists of its queries; a key in no list takes the list of the query that nearly
+    found it, and the other keys of that kind. Candidates are visited from the nearest on; one that is nearer to an
+    accepted one than to the key is postponed, and taken only if there is room.
 
     Parameters
     ----------
     table : `[N, R]` float32, what keys are compared in; its first rows are the S keys that get edges.
     lists : `[Q, K]` rows of the table that each query finds, -1 pads.
     found : `[S, m]` from `invert`. closest : `[S]` from `nearest_rows`.
-    starts, attached : keys of no list by the query they are closest to: `[Q + 1]` int64, int32.
+    starts, attached : keys in no list, grouped by the query that nearly found them: `[Q + 1]` int64, int32.
     forward : edges a key, at most `DEGREE`.
     edges, gaps : `[S, 32, 3]` and `[S, forward]` float32, written.
     """
@@ -188,8 +188,9 @@ def reverse_edges(edges, gaps):  # type: ignore[no-untyped-def]
 
 @compiled()
 def reverse_into(edges, first, forward):  # type: ignore[no-untyped-def]
-    """The reverse of the edges of the nodes from `first` on, into what stood there before: over one of the reverse
-    edges, in turn, where there is no room. What that cuts off, `connect` links again.
+    """Adds the reverse of the edges of the nodes from `first` on to older nodes.
+
+    If a node has no room, one of its reverse edges is replaced. `connect` links again what this cuts off.
     """
     for node in range(first, edges.shape[0]):
         for slot in range(forward):
@@ -218,8 +219,8 @@ def _has_edge(edges, node, to):  # type: ignore[no-untyped-def]
 def connect(edges, entries):  # type: ignore[no-untyped-def]
     """Makes every node reachable from the entries, and returns how many were not.
 
-    A node that is not reached gets an edge from a neighbour of its own that is, or from the next node that is. An edge
-    by which another node was first reached is never given up for it, so what was reached remains so.
+    An unreachable node gets an edge from a reachable neighbour of its own, or from the next reachable node. An edge by
+    which another node was first reached is never replaced, so reachable nodes stay reachable.
     """
     count = edges.shape[0]
     parent = np.full(count, -1, np.int64)
@@ -265,7 +266,7 @@ def connect(edges, entries):  # type: ignore[no-untyped-def]
 
 @compiled()
 def _give_slot(edges, node, to, parent):  # type: ignore[no-untyped-def]
-    """Writes the edge into the last slot that may be had: a free one, or of an edge that nothing hangs on."""
+    """Writes the edge over the last free one, or over the last one by which no node was first reached."""
     for slot in range(DEGREE - 1, -1, -1):
         old = edge(edges, node, slot)
         if old == NO_EDGE or parent[old] != node:

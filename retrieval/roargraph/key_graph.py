@@ -1,4 +1,4 @@
-"""The graph of one KV head: projected from its training queries, searched, extended."""
+"""The graph of one KV head: projected from training queries, searched, and extended by new keys."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CodecError
-from ..per_head import Found
+from ..per_head import SearchResult
 from .build_numba import connect, invert, nearest_rows, project_edges, reverse_edges, reverse_into
 from .search_numba import DEGREE, EDGE_BYTES, NO_EDGE, search_graph
 
@@ -20,7 +20,7 @@ Array: TypeAlias = np.ndarray[Any, Any]
 
 _SEEN_AS = {torch.float32: torch.float32, torch.float16: torch.uint16, torch.bfloat16: torch.int16}
 _QUERIES_AT_ONCE = 128
-_EVERY = 8  # one in so many inserted keys asks for its like
+_EVERY = 8  # one in so many inserted keys is made a query of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +30,16 @@ class GraphSettings:
     Attributes
     ----------
     Nq : neighbours of a training query (RoarGraph's word).
-    pivot_queries : queries that a key is the pivot of, those that rank it best.
-    forward : projected edges a key; reverse edges fill it up to 32.
-    metric_dims : dimensions, of the queries' second moment, in which keys are told apart.
+    pivot_queries : queries for which a key is the pivot: those that rank it best.
+    forward : projected edges of a key; reverse edges fill them up to 32.
+    metric_dims : dimensions of the queries' second moment, in which keys are compared for pruning.
     train_ratio, train_queries : training queries a query head and token, and at most so many a KV head.
-    exact_queries : of these, how many are compared with all keys; the others search the graph that these make.
+    exact_queries : training queries that are compared with all keys; the others search the graph made of these.
     keep_every : one in so many observed queries is kept until the graph is built.
     entries : keys at which a search begins.
-    Ls : width of the beam at least; it is 1.25 times what is searched for if that is more. The knob for recall.
+    Ls : least width of the beam, which is 1.25 k if that is more; raises recall.
     exact_beams : fewer keys than so many times the beam are searched exactly.
-    merge_tokens : keys behind the graph that are searched exactly until they are so many, then inserted.
+    merge_tokens : keys added after `build` are searched exactly until there are so many, then inserted.
     """
 
     Nq: int = 100
@@ -66,7 +66,7 @@ class GraphSettings:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Graph:
-    """Edges `[S, 32, 3]` of the first S keys, where to begin `[E]`, the metric of the queries `[D, R]`."""
+    """Edges `[S, 32, 3]` of the first S keys, entries `[E]`, and the metric of the queries `[D, R]`."""
 
     edges: Array
     entries: Array
@@ -93,7 +93,7 @@ class KeyGraph:
 
     @property
     def built(self) -> int:
-        """Keys in the graph; those behind are searched exactly."""
+        """Keys in the graph; later ones are searched exactly."""
         return 0 if self._graph is None else len(self._graph.edges)
 
     @property
@@ -108,7 +108,7 @@ class KeyGraph:
         return self._rows[: self._count]
 
     def add(self, keys: Tensor) -> None:
-        """`[T, D]`, copied. Whole blocks of `merge_tokens` behind a graph are inserted into it."""
+        """Copies keys `[T, D]`. Whole blocks of `merge_tokens` are inserted into an existing graph."""
         if keys.ndim != 2 or keys.shape[1] != self.dim:
             raise ValueError(f"keys are {list(keys.shape)}; expected [T, {self.dim}]")
         if self._count + len(keys) >= NO_EDGE:
@@ -124,26 +124,26 @@ class KeyGraph:
             self._insert(self._graph, self.built + self.settings.merge_tokens)
 
     def remember(self, queries: Tensor) -> None:
-        """The queries `[Q, D]` that were asked last: what inserted keys are linked by."""
+        """Takes the latest queries `[Q, D]`, by which keys are inserted."""
         self._recent = queries.float()
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """See `KeyIndex`. Each query on its own, whatever else is asked."""
+        """See `KeyIndex`; each query is searched alone."""
         if queries.ndim != 2 or queries.shape[1] != self.dim or bool(queries.isnan().any()):
             raise ValueError(f"queries are {list(queries.shape)}; expected [Q, {self.dim}] without NaN")
-        found = [self.search_counted(query, k) for query in queries.split(1)]
+        found = [self.search_with_cost(query, k) for query in queries.split(1)]
         empty = (torch.empty(0, k), torch.empty(0, k, dtype=torch.int64))
         if not found:
             return empty
         return torch.cat([f.scores for f in found]), torch.cat([f.ids for f in found])
 
-    def search_counted(self, queries: Tensor, k: int) -> Found:
-        """One search for all queries, which are those of a group: they share what was visited."""
+    def search_with_cost(self, queries: Tensor, k: int) -> SearchResult:
+        """One search for all queries of a group, which share the visited keys."""
         queries, graph = queries.float().contiguous(), self._graph
         beam = max(self.settings.Ls, math.ceil(1.25 * k))
         if graph is None or k >= self._count or len(graph.edges) < self.settings.exact_beams * beam:
             scores, ids = _top(queries @ self.keys.float().T, k)
-            return Found(scores, ids, self._count, self._count * self.dim * self._rows.element_size())
+            return SearchResult(scores, ids, self._count, self._count * self.dim * self._rows.element_size())
         built = len(graph.edges)
         scores, ids = torch.empty(len(queries), beam), torch.empty(len(queries), beam, dtype=torch.int64)
         compared, opened = search_graph(
@@ -157,12 +157,14 @@ class KeyGraph:
         scores, places = _top(scores, k)
         ids = torch.where(places < 0, -1, ids.gather(1, places.clamp(min=0)))
         read_bytes = compared * self.dim * self._rows.element_size() + opened * DEGREE * EDGE_BYTES
-        return Found(scores, ids, compared, read_bytes)
+        return SearchResult(scores, ids, compared, read_bytes)
 
     def build(self, queries: Tensor, visible: Tensor) -> None:
-        """The graph of all keys, from training queries `[Q, D]` of which number i sees the first `visible[i]` keys.
+        """Builds the graph of all keys from training queries `[Q, D]`.
 
-        Visible are at least one each, and rising.
+        Parameters
+        ----------
+        visible : `[Q]` int64, at least 1 and ascending: query i sees the first `visible[i]` keys.
         """
         settings, keys = self.settings, self.keys.float()
         queries, metric = queries.float(), _metric(queries.float(), settings.metric_dims)
@@ -186,7 +188,7 @@ class KeyGraph:
         self._graph = graph
 
     def _projected(self, table: Array, lists: Array, best: Array, closest: Array, metric: Tensor) -> _Graph:
-        """The graph of all keys by what training queries find."""
+        """The graph of all keys from the results of training queries."""
         found = invert(lists, best, len(table), self.settings.pivot_queries)
         edges, gaps = _edges(table, lists, found, closest, self.settings.forward)
         reverse_edges(edges, gaps)
@@ -196,7 +198,7 @@ class KeyGraph:
         return _Graph(edges, entries, metric)
 
     def _found(self, graph: _Graph, queries: Tensor, beam: int) -> tuple[Tensor, Tensor]:
-        """Ids and scores `[Q, beam]` of what each query finds in a graph, searched for one by one."""
+        """Ids and scores `[Q, beam]` that each query finds in a graph, searched one by one."""
         queries, rows = queries.contiguous(), self._flat()
         ids, scores = (torch.empty(len(queries), beam, dtype=d) for d in (torch.int64, torch.float32))
         asked, ids_out, scores_out = queries.numpy(), ids.numpy(), scores.numpy()
@@ -206,10 +208,10 @@ class KeyGraph:
         return ids, scores
 
     def _insert(self, graph: _Graph, stop: int) -> None:
-        """Links the keys `[built, stop)` by what the queries asked last find, and queries made of the keys themselves.
+        """Links the keys `[built, stop)` by the results of the latest queries, and of queries made of the keys.
 
-        The mean of all queries, each weighed by its score with a key, is the second moment of the queries times the
-        key; that stands for a key's own query.
+        A key's own query is the second moment of the queries times the key: the mean of all queries, weighed by their
+        scores with the key.
         """
         settings, first = self.settings, len(graph.edges)
         fresh = self._rows[first:stop].float()
@@ -289,7 +291,7 @@ class KeyGraph:
         self._graph = _Graph(edges.numpy().copy(), entries.numpy().copy(), metric.clone()) if nodes else None
 
     def _flat(self) -> Array:
-        """The rows as compiled loops see them."""
+        """The rows as the compiled functions take them."""
         return self._rows.view(_SEEN_AS[self._rows.dtype]).numpy().reshape(-1)
 
 
@@ -300,7 +302,7 @@ def _named(state: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def _top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k highest, padded; -1 also where the score is -inf."""
+    """The k highest scores and their ids, padded with -inf and -1; the id is -1 also if the score is -inf."""
     found = min(k, scores.shape[1])
     best, places = scores.topk(found, dim=1)
     places = torch.where(best == -torch.inf, -1, places)
@@ -309,10 +311,10 @@ def _top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _neighbours(queries: Tensor, keys: Tensor, visible: Tensor, most: int) -> tuple[Array, Array, Array]:
-    """Exact: ids `[Q, most]` int32 and scores of what each query finds, and `[S]` the query each key came closest to.
+    """Exact results of queries: ids `[Q, most]` int32, scores, and for each key the query that nearly found it, `[S]`.
 
-    Blocks of scores are made by torch and read once while they are in the cache. (faiss takes more than twice as long,
-    knows no causal mask, and does not tell which query a key came closest to.)
+    Torch computes blocks of scores that are read once from the cache. (faiss takes more than twice as long, has no
+    causal mask, and does not return the query that nearly found a key.)
     """
     count = len(keys)
     lists, best = np.empty((len(queries), most), np.int32), np.empty((len(queries), most), np.float32)
@@ -329,7 +331,7 @@ def _neighbours(queries: Tensor, keys: Tensor, visible: Tensor, most: int) -> tu
 
 
 def _metric(queries: Tensor, dims: int) -> Tensor:
-    """`P` `[D, R]` such that `|P^T (a - b)|^2` is the mean square difference of the scores of keys a and b, nearly."""
+    """`P` `[D, R]` such that `|P^T (a - b)|^2` is about the mean squared difference of the scores of keys a and b."""
     moment = (queries.T @ queries).double() / len(queries)
     values, vectors = torch.linalg.eigh(moment)
     made: Tensor = (vectors * values.clamp(min=0).sqrt())[:, -dims:].float()
@@ -348,17 +350,17 @@ def _edges(table: Array, lists: Array, found: Array, closest: Array, forward: in
 
 
 def _compared_in(keys: Tensor, metric: Tensor) -> Array:
-    """Directions of keys in the metric of the queries, `[S, R]`: their angle says how alike queries find them.
+    """Directions of keys in the metric of the queries, `[S, R]`: keys with similar scores have a small angle.
 
-    In the keys' own angle or distance, neighbours are alike in what hardly any query reads.
+    By the keys' own angle or distance, neighbours agree in dimensions that hardly any query reads.
     """
     return torch.nn.functional.normalize(keys @ metric, dim=1).numpy()
 
 
 def _far_apart(table: Array, keys: Array, most: int) -> Array:
-    """Of keys that queries find first, some that lie far from one another, so that one is near whatever is asked.
+    """Chooses `most` entries among keys that queries rank first, far from one another, so that each query is near one.
 
-    Each is the farthest from those before it, among 32 times as many.
+    Each is the farthest from those before it, among 32 times as many candidates.
     """
     keys = keys[np.linspace(0, len(keys) - 1, min(len(keys), 32 * most)).astype(np.int64)]
     directions = table[keys]
@@ -379,5 +381,5 @@ def _numbers(edges: Array) -> Array:
 
 
 def _packed(numbers: Array) -> Array:
-    """`_numbers` backwards."""
+    """The inverse of `_numbers`."""
     return np.stack([numbers >> shift & 0xFF for shift in (0, 8, 16)], -1).astype(np.uint8)

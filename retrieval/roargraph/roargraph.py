@@ -2,25 +2,25 @@
 
 RetrievalAttention, arXiv 2409.10516, with the graph of RoarGraph, arXiv 2408.08933, sections 4 and 5.
 
-Queries lie far from keys and differently; a graph of what queries find together leads from one key that a query needs
-to the others, where a graph of neighbouring keys does not. What is done otherwise than in the papers, and why:
+Queries are distributed unlike keys. In a graph that links the keys which a query finds together, a search gets from one
+needed key to the others; in a graph of neighbouring keys it does not. Deviations from the papers:
 
 - One graph for each KV head, trained with the queries of the whole group, of 32 edges of 3 bytes: 768 bytes a token and
   layer at 8 KV heads, where one graph a query head with 35 to 105 edges of 4 bytes takes 4.5 to 13.4 kB.
 - RoarGraph makes a query's best key its pivot, and lets the last query of a pivot overwrite the others. Here every key
   is the pivot of the few queries that rank it best, whose neighbours are merged before they are pruned. So no key has
   many queries, and heavy hitters do not take all edges.
-- A key that no query finds is linked beside what the query finds that it came closest to, which the exact search knows
-  already. That takes the place of a search of width 500 for each key, most of the papers' build time.
+- A key that no query finds is linked to the keys of the query that nearly found it, which the exact search knows. This
+  replaces a search of width 500 for each key, most of the papers' build time.
 - Neighbours are pruned by angle in the metric of the queries' second moment: two keys are alike if queries score them
   alike. By the angle of the keys themselves, a search of a planted context of 128K tokens compares 2.3 times as many
   keys for the same recall; with the small reference model it makes no difference.
 - A query at position p is trained with the keys up to p alone, and later queries are taken more often: few see late
   keys.
 - Of very many training queries only some are compared with all keys; the graph that they make finds for the others.
-- What remains unreachable is linked to what is not, so that every key can be reached from the entries.
-- Generated tokens are searched exactly, and inserted in blocks by what the queries asked last find.
-- A group of queries is searched for together: each key that one of them meets is compared with all.
+- Keys that remain unreachable are linked to reachable ones, so that every key can be reached from the entries.
+- Generated tokens are searched exactly, and inserted in blocks by the results of the latest queries.
+- A group of queries is searched together: each key that one of them meets is compared with all.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _RECENT = 32  # steps whose queries insert generated tokens
 class RoarGraphIndex:
     """`Selector` by one graph for each KV head; it `LearnsFromQueries`, and is exact until it has.
 
-    Queries are observed during prefill, `build` is called behind it, and every `merge_tokens` tokens that are then
-    added are inserted.
+    Queries are observed during prefill, then `build` is called. Afterwards every `merge_tokens` added tokens are
+    inserted.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ class RoarGraphIndex:
 
     @property
     def graphs(self) -> Sequence[KeyGraph]:
-        """Of each KV head."""
+        """The graph of each KV head."""
         return self._graphs
 
     @property
@@ -114,8 +114,9 @@ class RoarGraphIndex:
         self._recent = [*self._recent, *queries[:, -_RECENT:].float().unbind(1)][-_RECENT:]
 
     def build(self) -> None:
-        """See `LearnsFromQueries`. Without queries, and for a context that is searched faster exactly, nothing is done;
-        with a graph already there, what was added behind it stays as it is.
+        """See `LearnsFromQueries`.
+
+        Does nothing without queries, for a context that is searched faster exactly, and if there is a graph already.
         """
         kept, self._observed = self._observed, []
         if not kept or self._graphs[0].built or len(self) < self.settings.exact_beams * self.settings.Ls:
@@ -135,7 +136,7 @@ class RoarGraphIndex:
         list(self._selector.run(train, self._graphs, grouped))
 
     def _sample(self, count: int) -> Tensor:
-        """Of so many queries in order, which to train with: the later the more."""
+        """Indices of training queries among `count` queries in order; later ones are denser."""
         settings = self.settings
         wanted = min(int(settings.train_ratio * len(self)), settings.train_queries // self.shape.group)
         wanted = max(1, wanted, min(count, 256))
@@ -149,9 +150,7 @@ class RoarGraphIndex:
         return selection
 
     def state(self) -> dict[str, Tensor]:
-        """The graphs as tensors by name, `head.name`; the keys are not in them. Of the whole session, not of chunks: an
-        edge leads anywhere.
-        """
+        """See `KeepsState`: the graphs as tensors `head.name`, without the keys."""
         return {f"{h}.{name}": t for h, graph in enumerate(self._graphs) for name, t in graph.state().items()}
 
     @classmethod

@@ -1,8 +1,8 @@
-"""Compiled loops of `RoarGraphIndex`: searching a graph of keys; `roargraph_build_numba.py` builds one.
+"""Compiled functions that search the graph of `RoarGraphIndex`; `build_numba.py` builds it.
 
 Keys are rows of float32, float16 (seen as uint16) or bfloat16 (seen as int16), read as they are and multiplied in
 float32. An edge is 3 bytes, the number of a key, low byte first; a key has `DEGREE` of them in a row, and `NO_EDGE`
-where it has fewer. None of the loops holds the interpreter's lock; the callers check what they are given.
+where it has fewer. The functions release the interpreter's lock; callers check arguments.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _type_number(_typing: Any, rows: Any, i: Any) -> Any:
 
 
 def _type_fetch_ahead(_typing: Any, rows: Any, i: Any) -> Any:
-    """Asks for the cache line of `rows[i]`, which will be read soon: most of a search is waiting for rows."""
+    """Prefetches the cache line of `rows[i]`: a search mostly waits for rows."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         from numba.core import cgutils
@@ -95,7 +95,7 @@ def _first_visit(visited, node):  # type: ignore[no-untyped-def]
 
 @compiled()
 def into_beam(scores, ids, g, size, score, node):  # type: ignore[no-untyped-def]
-    """Place at which a node entered row g, of `size` nodes sorted by falling score; the row's length if it did not."""
+    """Inserts a node into row g of `size` nodes in descending order; its position, or the row's length if refused."""
     beam = scores.shape[1]
     if size == beam and score <= scores[g, beam - 1]:
         return beam
@@ -118,9 +118,9 @@ def into_beam(scores, ids, g, size, score, node):  # type: ignore[no-untyped-def
 def search_graph(rows, dim, edges, entries, queries, scores, ids):  # type: ignore[no-untyped-def]
     """Best-first search for several queries at once, which share what has been visited.
 
-    Each query has a beam. They take turns: the query whose turn it is takes the best node of its beam that no query has
-    expanded; each neighbour not met before is compared with all queries, for its row is read once. It ends when every
-    node of every beam is expanded.
+    Each query has a beam. In turn, a query expands the best node of its beam that no query has expanded; each neighbour
+    that was not visited is compared with all queries, so its row is read once. The search ends when every node of every
+    beam is expanded.
 
     Parameters
     ----------
@@ -162,7 +162,7 @@ def search_graph(rows, dim, edges, entries, queries, scores, ids):  # type: igno
                     cursors[g] = min(cursors[g], place)
         compared += found
         found = 0
-        # the next node that nobody has expanded, of the query whose turn it is
+        # the best node that is not expanded, of the next query that has one
         node = -1
         idle = 0
         while node < 0 and idle < count:

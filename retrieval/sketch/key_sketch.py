@@ -1,4 +1,4 @@
-"""Keys in the few directions that queries read, sorted by code: what a sketch index compares."""
+"""Sketches of keys: their coordinates in the few directions that queries read, sorted by code."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ...core import rotate_pairs
 from ...errors import CodecError
+from ..growable import GrowableTensor
 from ..kernels.code_ops import code_importance
 from ..kernels.ops import TILE_TOKENS, landmark_scores, tile_scores, tiled, untiled
-from ..rows import Rows
 from ..selector import LayerShape, Pooling
-from ..vq.vq_fit import MAX_CENTROIDS, banded_moment, fit_codebook, metric_factor, nearest, turns
+from ..vq.vq_fit import MAX_CENTROIDS, banded_moment, fit_codebook, mean_rotations, metric_factor, nearest
 
 SAMPLE_KEYS = 1 << 15  # that bases and codebooks are fitted on
 NEAREST_TOKENS = 64  # what is nearer is in the caller's window
@@ -23,13 +23,13 @@ NEAREST_TOKENS = 64  # what is nearer is in the caller's window
 _KEYS_A_CENTROID = 8  # at least; with fewer a codebook learns the sample by heart
 _ITERATIONS = 8
 _PIECE_TOKENS = 1 << 15
-_TAIL_RATIO = 1 / 16  # of the sorted rows: then the tail is sorted in, which costs each token 17 moves on average
+_TAIL_RATIO = 1 / 16  # of the sorted rows, from which on the tail is sorted in: 17 moves a token on average
 _HALF = 65504.0
 _PARTS = ("mean", "keys", "queries", "centroids", "counts", "rows", "tokens", "tail", "band")
 
 
-class Runs(NamedTuple):
-    """Rows `[first, first + count)` of each head, run by run: `[H, R]` int64 both."""
+class TokenRanges(NamedTuple):
+    """Ranges of sorted rows `[first, first + count)`, R for each head; both `[H, R]` int64."""
 
     firsts: Tensor
     counts: Tensor
@@ -38,20 +38,20 @@ class Runs(NamedTuple):
 class KeySketch:
     """Keys of one layer before rotation, in r directions of each KV head, with a codebook over them.
 
-    With M the second moment of far queries (turned as all tokens of a distance within `band` meet them, on average),
-    `M = T T^T` and U the r strongest directions of the covariance of `k T`, a key is held as `(k - mean) T U` and a
-    query asks with `q T^-T U`. Of all pairs of r numbers these lose the least of the scores' variance, and the
-    distance between two rows is the error of scores when one stands for the other: plain k-means of rows is a
-    query-aware codebook (A2ATS, arXiv 2502.12665, section 3).
+    Let M be the second moment of queries after their mean rotation over the distances in `band`, `M = T T^T`, and U the
+    r strongest directions of the covariance of `k T`. A key is stored as `(k - mean) T U`, and a query is compared as
+    `q T^-T U`. Of all pairs of r numbers these lose the least of the scores' variance. The distance between two rows is
+    the error of scores if one replaces the other, so plain k-means of rows gives a query-aware codebook (A2ATS, arXiv
+    2502.12665, section 3).
 
-    Rows lie sorted by code, so that all candidates of a code are read in one go; those added behind wait unsorted in
-    a tail that is scored as a whole, until it is a sixteenth of what is sorted.
+    Rows are sorted by code, so that the candidates of a code are read as one range. Rows added later are kept unsorted
+    in a tail, which is always scored as a whole, until it is a sixteenth of the sorted rows.
 
     Parameters
     ----------
-    mean, keys, queries : `[H, D]`, `[H, D, r]`, `[H, D, r]` float32: what is subtracted from keys, and the directions.
+    mean, keys, queries : `[H, D]`, `[H, D, r]`, `[H, D, r]` float32: mean key, and directions of keys and queries.
     centroids : `[H, C, r]` float16.
-    band : distances `[low, high)` that a query is turned by, on average.
+    band : distances `[low, high)` in tokens, over which the rotation of queries is averaged.
     start : position of the first token.
     """
 
@@ -68,16 +68,16 @@ class KeySketch:
     ) -> None:
         self.shape, self.start, self.band = shape, start, band
         self.mean, self.keys, self.queries, self.centroids = mean, keys, queries, centroids
-        self._turns = None if shape.rope is None else turns(shape.rope, [band])
+        self._mean_rotation = None if shape.rope is None else mean_rotations(shape.rope, [band])
         heads, _, self.rank = keys.shape
         self._counts = torch.zeros(heads, centroids.shape[1], dtype=torch.int64)
         self._tiles = torch.empty(heads, 0, self.rank, TILE_TOKENS, dtype=torch.float16)  # the sorted rows
         self._tokens = torch.empty(heads, 0, dtype=torch.int32)  # of each row, counted from `start`
-        self._tail = Rows(1)
+        self._tail = GrowableTensor(1)
         self._tail.add(torch.empty(heads, 0, self.rank, dtype=torch.float16))
 
     @classmethod
-    def of(
+    def fit(
         cls,
         shape: LayerShape,
         keys: Tensor,
@@ -88,12 +88,12 @@ class KeySketch:
         centroids: int,
         band: tuple[int, int],
     ) -> KeySketch:
-        """Fitted on a sample of keys `[H, T, D]` after rotation, T > 0, and holding all of them.
+        """Fits directions and centroids to a sample of keys `[H, T, D]` after rotation, T > 0, and adds all keys.
 
         Parameters
         ----------
         moments : `[H, D, D]`, second moments of queries before rotation, pooled over groups; None for the keys' own.
-        rank, centroids : at most; there are no more directions than channels, and 8 keys of the sample a centroid.
+        rank, centroids : at most; there are no more directions than channels, and at least 8 sampled keys a centroid.
         """
         tokens = keys.shape[1]
         random = torch.Generator().manual_seed(0)
@@ -131,7 +131,7 @@ class KeySketch:
         return bases + self._counts.nbytes + self._tiles.nbytes + self._tokens.nbytes + self._tail.nbytes
 
     def add(self, keys: Tensor) -> None:
-        """The next tokens' keys `[H, T, D]` after rotation. What is longer than 16 bits can say is cut to that."""
+        """Adds the next tokens' keys `[H, T, D]` after rotation; coordinates are clipped to the range of float16."""
         for piece in keys.split(_PIECE_TOKENS, 1):
             at = self.start + len(self) + torch.arange(piece.shape[1])
             rows = (_unrotated(self.shape, piece, at) - self.mean[:, None]) @ self.keys
@@ -139,7 +139,9 @@ class KeySketch:
         if self.sorted_tokens and len(self._tail) > _TAIL_RATIO * self.sorted_tokens:
             self._sort()
 
-    def search(self, queries: Tensor, position: int, candidates: int, pooling: Pooling) -> tuple[Tensor, Runs, int]:
+    def search(
+        self, queries: Tensor, position: int, candidates: int, pooling: Pooling
+    ) -> tuple[Tensor, TokenRanges, int]:
         """Scores of the `candidates` sorted tokens whose codes matter most to each KV head, and of all of the tail.
 
         Parameters
@@ -150,22 +152,25 @@ class KeySketch:
         -------
         Scaled scores `[Hq, K + tail]` float32, the rows of the first K for `tokens_of`, and bytes read.
         """
-        small, shift = self._asked(queries, position)
+        small, shift = self.coordinates(queries, position)
         scale, count = self.shape.scale, min(candidates, self.sorted_tokens)
         read = 2 * self.keys.nbytes + self.centroids.nbytes + self._counts.nbytes + self._tail.nbytes
         if count < self.sorted_tokens:
             table = landmark_scores(small, self.centroids, scale=scale)
             rows = self._latest_rows(code_importance(table, self._counts, pooling=pooling), count)
         else:
-            rows = Runs(torch.zeros(len(self.keys), 1, dtype=torch.int64), torch.full((len(self.keys), 1), count))
+            rows = TokenRanges(
+                torch.zeros(len(self.keys), 1, dtype=torch.int64), torch.full((len(self.keys), 1), count)
+            )
         scores = tile_scores(small, self._tiles, rows.firsts, rows.counts, scale=scale)
         if len(self._tail):
             scores = torch.cat((scores, landmark_scores(small, self._tail.all, scale=scale)), 1)
         return scores.add_(shift[:, None] * scale), rows, read + len(self.keys) * count * 2 * self.rank
 
-    def tokens_of(self, columns: Tensor, rows: Runs) -> Tensor:
-        """Tokens, counted from `start`, of columns `[H, K]` of what `search` gave with these `rows`; later columns are
-        of the tokens behind the tail.
+    def tokens_of(self, columns: Tensor, rows: TokenRanges) -> Tensor:
+        """Tokens, counted from `start`, of columns `[H, K]` of the scores that `search` gave with these `rows`.
+
+        Columns beyond those of the tail stand for the tokens behind it.
         """
         ends = rows.counts.cumsum(1)
         count = int(ends[0, -1])
@@ -179,7 +184,7 @@ class KeySketch:
         return torch.where(columns < count, found.long(), behind)
 
     def state(self) -> dict[str, Tensor]:
-        """All of it as tensors; see `from_state`."""
+        """All tensors; see `from_state`."""
         band = torch.tensor(self.band)
         parts = (
             self.mean, self.keys, self.queries, self.centroids, self._counts,
@@ -189,7 +194,7 @@ class KeySketch:
 
     @classmethod
     def from_state(cls, shape: LayerShape, parts: Mapping[str, Tensor], *, start: int) -> KeySketch:
-        """What gave this `state`. Raises `CodecError` for tensors that are not a sketch's of this shape."""
+        """The sketch that gave `state`. Raises `CodecError` for other tensors."""
         missing = [name for name in _PARTS if name not in parts]
         if missing:
             raise CodecError(f"{', '.join(missing)} of a key sketch are missing; expected {', '.join(_PARTS)}")
@@ -223,17 +228,17 @@ class KeySketch:
         found._tail.add(tail)
         return found
 
-    def _asked(self, queries: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        """Queries `[Hq, r]` in the directions, and their product with the mean key `[Hq]`, without the scale."""
+    def coordinates(self, queries: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        """Coordinates `[Hq, r]` of queries, and their product with the mean key `[Hq]`, without the scale."""
         far, rope = queries.float(), self.shape.rope
-        if rope is not None and self._turns is not None:
+        if rope is not None and self._mean_rotation is not None:
             plain = rope.shift(far[:, None], -position)
-            far = rotate_pairs(plain, *self._turns, rope.interleaved)[:, 0]
+            far = rotate_pairs(plain, *self._mean_rotation, rope.interleaved)[:, 0]
         grouped = far.view(len(self.mean), -1, far.shape[1])
         return (grouped @ self.queries).flatten(0, 1), (grouped @ self.mean[..., None]).flatten()
 
-    def _latest_rows(self, importance: Tensor, count: int) -> Runs:
-        """The rows, `count` for each head, of the most important codes; of the last code the latest tokens."""
+    def _latest_rows(self, importance: Tensor, count: int) -> TokenRanges:
+        """`count` rows for each head, of the most important codes; of the last code only the latest tokens."""
         # numpy sorts rows of a few thousand several times as fast; which of equal codes comes first does not matter
         sizes, order = self._counts, torch.from_numpy(np.argsort(-importance.numpy(), axis=1))
         stops = sizes.cumsum(1).gather(1, order)
@@ -241,10 +246,10 @@ class KeySketch:
         before = sizes.cumsum(1) - sizes
         taken = torch.minimum((count - before).clamp_(min=0), sizes)
         codes = int((before < count).sum(1).max())  # that some head needs
-        return Runs((stops - taken)[:, :codes], taken[:, :codes])
+        return TokenRanges((stops - taken)[:, :codes], taken[:, :codes])
 
     def _sort(self) -> None:
-        """Codes the tail and sorts it in; tokens of a code ascend."""
+        """Sorts the tail into the rows by code; tokens of a code ascend."""
         heads, count, width = len(self.keys), self.centroids.shape[1], self.sorted_tokens
         tail, total = self._tail.all, len(self)
         tiles = torch.empty(heads, -(-total // TILE_TOKENS), self.rank, TILE_TOKENS, dtype=torch.float16)
@@ -258,7 +263,7 @@ class KeySketch:
             tiles[h] = tiled(rows[order][None])[0]
             torch.index_select(torch.cat((self._tokens[h], new)), 0, order, out=tokens[h])
             self._counts[h] = torch.bincount(codes, minlength=count)
-        self._tiles, self._tokens, self._tail = tiles, tokens, Rows(1)
+        self._tiles, self._tokens, self._tail = tiles, tokens, GrowableTensor(1)
         self._tail.add(tail[:, :0])
 
 
@@ -269,7 +274,7 @@ def _unrotated(shape: LayerShape, keys: Tensor, positions: Tensor) -> Tensor:
 def _directions(
     shape: LayerShape, moment: Tensor | None, spread: Tensor, rank: int, band: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """`T U` for keys and `T^-T U` for queries, `[D, r]` float32, scaled so that the strongest has unit variance."""
+    """`T U` and `T^-T U`, `[D, r]` float32, scaled so that the strongest coordinate has unit variance."""
     moment = spread if moment is None else moment
     far = moment.double() if shape.rope is None else banded_moment(moment, shape.rope, [band])
     if not float(far.trace()) > 0:  # all keys are alike, or all queries zero: no direction is better than another

@@ -1,4 +1,4 @@
-"""Codes name candidates, keys in the few directions that queries read decide among them."""
+"""A two-stage index: codes name candidates, keys in few dimensions decide among them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ...errors import CodecError
+from ..growable import GrowableTensor
 from ..kernels.ops import landmark_scores, top_pooled
-from ..rows import Rows
 from ..selector import LayerShape, Pooling, Selection, top_ids
 from .key_sketch import NEAREST_TOKENS, KeySketch
 
@@ -21,26 +21,25 @@ _BLOCK_TOKENS = 1024  # added after `build`, until which they stay exact
 class SketchIndex:
     """`Selector` in two stages over a `KeySketch`, which it learns from the prompt's own queries and keys.
 
-    Codes as of A2ATS (arXiv 2502.12665) choose candidates; keys before rotation in few dimensions, as ShadowKV keeps
-    them (arXiv 2410.21465), but for each head, choose among these. That both are of the directions that queries read,
-    found in the prompt itself, is our own.
+    Codes as in A2ATS (arXiv 2502.12665) choose candidates. Keys before rotation in few dimensions, as in ShadowKV
+    (arXiv 2410.21465) but for each head, choose among these. Both use the directions that the queries of the prompt
+    read; this combination is our own.
 
-    Scores are as if all tokens were equally far: the query is turned by the mean rotation over the distances that
-    there are at `build`, which damps what turns fast, or by `offset_tokens`. The softmax that `pooling` is of is over
-    the candidates.
+    Scores treat all tokens as equally far: the query is rotated by the mean rotation over all distances at `build`,
+    which damps fast channel pairs, or by `offset_tokens`. The softmax of `pooling` is over the candidates.
 
-    Until `build` it keeps the keys and searches them exactly; tokens added afterwards are kept like that until 1,024
-    of them are complete, and are then taken into the sketch as it is. Without observed queries the keys' own second
-    moment stands for that of queries, which finds less where queries are unlike keys.
+    Until `build` the keys are kept and searched exactly. Tokens added afterwards are searched exactly, too, until there
+    are 1,024 of them, which are then added to the sketch. Without observed queries, the second moment of keys replaces
+    that of queries, which finds fewer of the right tokens if queries are unlike keys.
 
     Parameters
     ----------
     start : first token of the context that it covers.
-    rank : directions of each KV head, 2 bytes each.
-    centroids : at most, of each KV head; there are at least 8 keys a centroid.
-    candidate_ratio : share of the tokens that are compared by their rows, of contexts of up to `ratio_tokens`; behind
-        that candidates grow with the square root of the context. At least `candidates_a_token` times the budget.
-    offset_tokens : the distance that all tokens are taken to have; None for the mean over all there are.
+    rank : dimensions of a key for each KV head, 2 bytes each.
+    centroids : at most, for each KV head; there are at least 8 keys a centroid.
+    candidate_ratio : share of the tokens that are candidates in contexts of up to `ratio_tokens`; in longer ones their
+        number grows with the square root of the context. At least `candidates_a_token` times the budget.
+    offset_tokens : distance that is assumed for all tokens; None for the mean over all distances.
     pooling : see `pooled`.
     """
 
@@ -80,9 +79,8 @@ class SketchIndex:
             candidates_a_token,
         )
         self.offset_tokens, self._pooling = offset_tokens, pooling
-        # What is in the sketch, and the keys behind it; replaced as a whole: `build` may run while another thread
-        # selects.
-        self._held: tuple[KeySketch | None, Rows] = (None, Rows(1))
+        # The sketch and the keys behind it; replaced as a whole, because `build` may run while another thread selects
+        self._held: tuple[KeySketch | None, GrowableTensor] = (None, GrowableTensor(1))
         self._moments = torch.zeros(shape.kv_heads, shape.head_dim, shape.head_dim, dtype=torch.float64)
         self._observed = 0
 
@@ -108,10 +106,10 @@ class SketchIndex:
             return
         for block in recent.all[:, :full].split(_BLOCK_TOKENS, 1):
             sketch.add(block)
-        self._held = sketch, _rows(recent.all[:, full:])
+        self._held = sketch, _growable(recent.all[:, full:])
 
     def observe(self, queries: Tensor, positions: Tensor) -> None:
-        """See `LearnsFromQueries`. Of all that come before `build` only their second moments are kept.
+        """See `LearnsFromQueries`. Only the second moments of the queries are kept.
 
         Raises
         ------
@@ -125,13 +123,13 @@ class SketchIndex:
         self._observed += len(positions)
 
     def build(self) -> None:
-        """Takes the keys into a sketch, unless there is one already, or no token yet."""
+        """Builds the sketch of the keys, unless there is one already or no token yet."""
         sketch, recent = self._held
         if sketch is not None or not len(recent):
             return
         b = self.offset_tokens
         far = max(NEAREST_TOKENS + 1, self.start + len(recent))
-        made = KeySketch.of(
+        made = KeySketch.fit(
             self.shape,
             recent.all,
             self._moments / (self._observed * self.shape.group) if self._observed else None,
@@ -140,7 +138,7 @@ class SketchIndex:
             centroids=self.centroids,
             band=(NEAREST_TOKENS, far) if b is None else (b, b + 1),
         )
-        self._held = made, _rows(recent.all[:, :0])
+        self._held = made, _growable(recent.all[:, :0])
 
     def select(self, queries: Tensor, position: int, budget: int) -> Selection:
         self.shape.check_query(queries, budget)
@@ -162,7 +160,7 @@ class SketchIndex:
         return Selection(ids + self.start, read + 4 * ids.numel(), heads * len(recent))
 
     def candidates(self, tokens: int, budget: int) -> int:
-        """How many of so many tokens are compared by their rows, for each KV head."""
+        """Number of candidates among so many tokens, for each KV head."""
         wanted = self.candidate_ratio * math.sqrt(tokens * min(tokens, self.ratio_tokens))
         return min(tokens, max(round(wanted), round(self.candidates_a_token * budget)))
 
@@ -173,11 +171,11 @@ class SketchIndex:
         return {f"sketch.{name}": tensor for name, tensor in self.sketch.state().items()}
 
     def restore_state(self, parts: Mapping[str, Tensor]) -> None:
-        """See `KeepsState`; keys that were added and are not in the sketch stay exact, or are taken in by blocks.
+        """See `KeepsState`; added keys that are not in the sketch stay exact, or are added to it by blocks.
 
         Raises
         ------
-        CodecError : other tensors, a sketch of more tokens than were added, or there is a sketch already.
+        CodecError : other tensors, a sketch of more tokens than were added, or a sketch was built already.
         """
         sketch, recent = self._held
         found = KeySketch.from_state(
@@ -186,11 +184,11 @@ class SketchIndex:
         if sketch is not None or len(found) > len(recent):
             raise CodecError(f"a sketch of {len(found)} tokens for {len(recent)} that are not in one yet")
         self.rank, self.centroids = found.rank, found.centroids.shape[1]
-        self._held = found, Rows(1)
+        self._held = found, GrowableTensor(1)
         self.add(recent.all[:, len(found) :])
 
 
-def _rows(keys: Tensor) -> Rows:
-    rows = Rows(1)
+def _growable(keys: Tensor) -> GrowableTensor:
+    rows = GrowableTensor(1)
     rows.add(keys)
     return rows

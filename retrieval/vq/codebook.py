@@ -1,4 +1,4 @@
-"""Codebooks of one layer: keys to codes, queries to tables of scores."""
+"""Codebooks of one layer: codes of keys, and tables of scores for queries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from ...calibration.model_profile import Profile
 from ...core import KVSpec, RopeSpec, rotate_pairs
 from ...errors import SpecMismatchError
-from .vq_fit import MAX_CENTROIDS, check_bands, nearest, turns
+from .vq_fit import MAX_CENTROIDS, check_bands, mean_rotations, nearest
 
 _SHORT_CENTROIDS = 1 << 12  # up to here two codes take three bytes
 
@@ -26,10 +26,9 @@ class Codebook:
     ----------
     centroids : `[H, C, D]` float32, in the coordinates of keys.
     factor : `[H, D, D]` float32, T of the metric: the squared distance of k and c is `|k T - c T|^2`.
-    bands : of distances in tokens, ascending: keys are taken before rotation, and queries turned by the mean rotation
-        of the band that a key's distance falls into. A band serves from its low end to that of the next; the first also
-        what is nearer, the last what is farther. None: keys and queries are taken as they are, after rotation; this
-        exists for comparison.
+    bands : of distances in tokens, ascending. Keys are coded before rotation, and queries are rotated by the mean
+        rotation of the band of a key's distance. A band reaches from its low end to that of the next one; nearer keys
+        belong to the first, farther ones to the last. None codes keys after rotation, for comparison.
     """
 
     centroids: Tensor
@@ -47,12 +46,12 @@ class Codebook:
             )
 
     @classmethod
-    def of_layer(cls, profile: Profile, layer: int, *, spec: KVSpec | None = None) -> Codebook:
-        """As `kvloom calibrate` found it.
+    def from_profile(cls, profile: Profile, layer: int, *, spec: KVSpec | None = None) -> Codebook:
+        """The codebook of a layer that `kvloom calibrate` made.
 
         Parameters
         ----------
-        spec : of the keys it is to serve, if they might be another model's.
+        spec : of the keys, to check that they are of the same model.
 
         Raises
         ------
@@ -77,7 +76,7 @@ class Codebook:
 
     @cached_property
     def fingerprint(self) -> Tensor:
-        """16 bytes, uint8, that stand for every number: codes mean nothing with another codebook."""
+        """16 bytes, uint8, that identify the codebook; codes are only valid with the codebook that made them."""
         digest = hashlib.blake2b(f"kvloom Codebook 1 {self.bands}\0".encode(), digest_size=16)
         for tensor in (self.centroids, self.factor):
             digest.update(f"{list(tensor.shape)}\0".encode())
@@ -85,12 +84,12 @@ class Codebook:
         return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
     def codes(self, keys: Tensor) -> Tensor:
-        """The nearest centroids `[H, T]` int64 of keys `[H, T, D]`, before rotation unless `bands` is None."""
+        """Codes (nearest centroids) `[H, T]` int64 of keys `[H, T, D]`, before rotation unless `bands` is None."""
         points = keys.float() @ self.factor
         return torch.stack([nearest(p, c) for p, c in zip(points, self._transformed, strict=True)])
 
     def tables(self, queries: Tensor, rope: RopeSpec | None, used: Sequence[int]) -> Tensor:
-        """Inner products of queries, turned by each of the bands `used`, with the centroids of their group.
+        """Inner products of queries, rotated for each of the bands `used`, with the centroids of their KV head.
 
         Parameters
         ----------
@@ -102,9 +101,9 @@ class Codebook:
         Tensor : `[len(used), Hq, C]` float32.
         """
         heads, _, dim = self.centroids.shape
-        turned = queries.float()[:, None].expand(-1, len(used), -1)
+        rotated = queries.float()[:, None].expand(-1, len(used), -1)
         if rope is not None and self.bands is not None:
-            cos, sin = turns(rope, [self.bands[band] for band in used])
-            turned = rotate_pairs(turned, cos, sin, rope.interleaved)
-        of_head = turned.reshape(heads, -1, dim) @ self.centroids.mT
+            cos, sin = mean_rotations(rope, [self.bands[band] for band in used])
+            rotated = rotate_pairs(rotated, cos, sin, rope.interleaved)
+        of_head = rotated.reshape(heads, -1, dim) @ self.centroids.mT
         return of_head.view(len(queries), len(used), -1).transpose(0, 1).contiguous()

@@ -16,15 +16,15 @@ from .codebook import Codebook
 
 
 class VqIndex:
-    """`Selector` that knows each key by the nearest centroid of a codebook that was learned beforehand.
+    """`Selector` that represents each key by the nearest centroid of a calibrated codebook.
 
-    A2ATS (arXiv 2502.12665): far keys score as if all stood b tokens back (windowed RoPE), so codes are of keys before
-    rotation and hold no position: they travel with chunks to any place. Attention over what was chosen keeps the exact
-    rotation; the window, where offsets matter most, never enters.
+    A2ATS (arXiv 2502.12665): far keys are scored as if all had the distance b (windowed RoPE), so codes are of keys
+    before rotation and hold no position: they are valid wherever a chunk is placed. Attention over the chosen tokens
+    has the exact rotation; the window, where distances matter most, is not indexed.
 
-    Deviations: the codebook's bands of distances instead of one b, a table of scores for each. One choice for each KV
-    head instead of the union over its query heads, so that a budget of 3 % is 3 %. Of tokens that score the same, as
-    all of one code and band do, the latest are taken.
+    Deviations: bands of distances instead of one b, with a table of scores for each. One choice for each KV head
+    instead of the union over its query heads, so that a budget of 3 % is 3 %. Of tokens with equal scores (the same
+    code and band), the latest are taken.
 
     Parameters
     ----------
@@ -34,7 +34,7 @@ class VqIndex:
 
     Raises
     ------
-    SpecMismatchError : the codebook is of other heads, or turns queries of a model without rotation.
+    SpecMismatchError : the codebook has other heads.
     """
 
     name = "vq"
@@ -56,12 +56,12 @@ class VqIndex:
 
     @property
     def packed(self) -> Tensor:
-        """Codes of all tokens, `[H, bytes]` uint8, as `pack` makes them; a view, until tokens are added."""
+        """Codes of all tokens, `[H, bytes]` uint8, by `pack_codes`; a view, valid until tokens are added."""
         return self._packed[:, : packed_code_bytes(self._tokens, self.codebook.code_bits)]
 
     @property
     def occupancy(self) -> Tensor:
-        """How many tokens each centroid holds, `[H, C]` int64; dead and giant ones are the first sign of drift."""
+        """Tokens of each centroid, `[H, C]` int64; empty and very large ones show that the codebook does not fit."""
         codes = self._codes(0, self._tokens)
         held = torch.zeros(codes.shape[0], len(self.codebook), dtype=torch.int64)
         return held.scatter_add_(1, codes, torch.ones_like(codes))
@@ -84,15 +84,15 @@ class VqIndex:
             return Selection(everything, 0)
         if not budget:
             return Selection(torch.empty(heads, 0, dtype=torch.int64), 0)
-        table, edges = self._table(queries, position)
+        table, band_starts = self._table(queries, position)
         bits, packed = self.codebook.code_bits, self._packed
-        counts = code_counts(packed, self._tokens, table.shape[1], bits=bits, edges=edges)
+        counts = code_counts(packed, self._tokens, table.shape[1], bits=bits, band_starts=band_starts)
         importance = code_importance(table, counts, pooling=self._pooling)
-        ids = vq_select(importance, packed, self._tokens, counts, budget, bits=bits, edges=edges)
+        ids = vq_select(importance, packed, self._tokens, counts, budget, bits=bits, band_starts=band_starts)
         return Selection(ids + self.start, self.codebook.centroids.nbytes + self.packed.nbytes)
 
     def export(self, first: int, stop: int) -> Mapping[str, Tensor]:
-        """See `TravelsWithChunks`. Codes depend on the codebook and on the tokens before, not on where these stand."""
+        """See `TravelsWithChunks`."""
         if not self.start <= first <= stop <= self.start + self._tokens:
             raise ValueError(
                 f"tokens [{first}, {stop}) are not covered; expected some of "
@@ -126,9 +126,7 @@ class VqIndex:
         return self.shape.rope.shift(keys.float(), -positions)
 
     def _table(self, queries: Tensor, position: int) -> tuple[Tensor, list[int]]:
-        """Scaled scores `[Hq, B C]` of the codes of all bands that hold tokens, farthest first, and their borders: the
-        first token of each but the first.
-        """
+        """Scaled scores `[Hq, B C]` of the codes of all bands with tokens, farthest first, and `band_starts`."""
         rope = self.shape.rope
         if rope is not None and self.codebook.bands is not None:
             queries = rope.shift(queries.float()[:, None], -position)[:, 0]

@@ -1,4 +1,4 @@
-"""Codebooks of keys before rotation, fitted so that what counts is the error of scores, not of keys."""
+"""Codebooks of keys before rotation, fitted to the error of scores, not of keys."""
 
 from __future__ import annotations
 
@@ -46,21 +46,21 @@ def fit_layer(
     ridge: float = RIDGE,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """What `VqIndex` needs of one layer, by name, without the layer dimension.
+    """The tensors that `VqIndex` needs for one layer, by name, without the layer dimension.
 
     A2ATS (arXiv 2502.12665, section 3; sizes from its released code): one codebook for each KV head over whole keys
     before rotation. The score of a far key is `q R_b k^T` with a constant b, so its mean squared error over queries is
     `(k - c) H (k - c)^T`, H the second moment of `q R_b` pooled over the group: k-means on `k T` with `H = T T^T`.
 
     Deviations: bands of distances instead of one constant, and the mean rotation of each instead of one in it, which
-    damps the channels that turn within the band; one constant b is the single band `(b, b + 1)`. T is kept in float64
+    damps the channels that rotate within the band; one constant b is the single band `(b, b + 1)`. T is kept in float64
     until the keys are transformed, and regularised by a share of its trace, not by an absolute number. Centroids are
     means of keys as they are, so that nothing is ever multiplied by the inverse of T.
 
     Parameters
     ----------
     centroids : at most; halved until a centroid has at least 8 keys of the sample.
-    bands : of distances in tokens, see `turns`; None for `distance_bands`.
+    bands : of distances in tokens, see `mean_rotations`; None for `distance_bands`.
     query_aware : otherwise H is the identity: plain k-means.
     ridge : share of the mean eigenvalue of H that is added to all of them.
 
@@ -126,7 +126,7 @@ def fit_codebook(
     )
     means.train(points.numpy())
     codes = nearest(points, torch.from_numpy(means.centroids))
-    # a mean of keys is the key of the mean: no inverse of T. A centroid that no key chose is where another one is.
+    # Centroids are means of keys, so no inverse of T is needed; one without keys is placed on another one
     counts = torch.bincount(codes, minlength=centroids)
     books = torch.zeros(centroids, keys.shape[1], dtype=torch.float64).index_add_(0, codes, keys.double())
     books /= counts.clamp(min=1)[:, None]
@@ -158,19 +158,19 @@ def metric_factor(moment: Tensor, *, ridge: float = RIDGE) -> Tensor:
 
 
 def banded_moment(moment: Tensor, rope: RopeSpec, bands: Sequence[tuple[int, int]]) -> Tensor:
-    """Second moment `[D, D]` float64 of queries turned by each of the bands, all alike, from theirs before rotation."""
-    turned = rotate_pairs(
-        torch.eye(len(moment))[:, None].expand(-1, len(bands), -1), *turns(rope, bands), rope.interleaved
+    """Second moment `[D, D]` float64 of queries rotated for each band, mean over bands; `moment` is before rotation."""
+    rotated = rotate_pairs(
+        torch.eye(len(moment))[:, None].expand(-1, len(bands), -1), *mean_rotations(rope, bands), rope.interleaved
     )
-    by_band = turned.double().transpose(0, 1)
+    by_band = rotated.double().transpose(0, 1)
     return (by_band.mT @ moment.double() @ by_band).mean(0)
 
 
-def turns(rope: RopeSpec, bands: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+def mean_rotations(rope: RopeSpec, bands: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
     """The mean rotation over the distances of each band: cosines and sines `[B, D / 2]` float32, for `rotate_pairs`.
 
-    The mean of `exp(i f o)` for n distances o around their middle m is `exp(i f m) sin(n f / 2) / (n sin(f / 2))`: a
-    turn by the middle, and the less of it the further a pair turns within the band.
+    The mean of `exp(i f o)` for n distances o around their middle m is `exp(i f m) sin(n f / 2) / (n sin(f / 2))`: the
+    rotation by the middle, damped the more the further a pair rotates within the band.
     """
     low, high = torch.tensor(bands, dtype=torch.float64).unbind(1)
     frequencies, count = torch.tensor(rope.inv_freq, dtype=torch.float64), (high - low)[:, None]

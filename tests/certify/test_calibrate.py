@@ -223,7 +223,7 @@ def test_an_index_works_with_the_codebooks_of_the_profile() -> None:
         hidden, positions = layers.embed(torch.tensor(windows[0])), torch.arange(400)
         queries, keys, values = layers.qkv(0, hidden, positions)
     shape = LayerShape(2, 2, 8, layers.scale, layers.spec.rope)
-    books = [Codebook.of_layer(profile, layer, spec=layers.spec) for layer in (0, 3)]
+    books = [Codebook.from_profile(profile, layer, spec=layers.spec) for layer in (0, 3)]
     unrotated = layers.spec.rope.shift(keys, -positions)
     scores = []
     for book in (replace(books[0], centroids=unrotated), *books):  # the first without quantisation
@@ -341,7 +341,7 @@ def test_command_fits_codebooks(folder: Path, text: Path, tmp_path: Path, monkey
     profile = Profile.load(out)
     assert profile["vq.centroids"].shape == (4, 2, 32, 8)
     assert profile.meta["string_tokens"] == "128"  # a quarter of the text
-    assert Codebook.of_layer(profile, 2).bands == tuple(distance_bands(512))
+    assert Codebook.from_profile(profile, 2).bands == tuple(distance_bands(512))
 
 
 def test_command_says_what_is_wrong(

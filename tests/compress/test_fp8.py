@@ -91,9 +91,9 @@ def test_a_chunk_in_place_and_moved(rotated: bool) -> None:
 
 def test_reads_its_parameters_from_the_chunk() -> None:
     chunk = make_chunk(8, tokens=9, start=4)
-    for maker, other in ((Fp8Codec(True), Fp8Codec(False)), (Fp8Codec(False), Fp8Codec(True))):
-        blob = maker.encode(chunk)
-        assert same_chunk(other.decode(blob), maker.decode(blob))
+    for encoder, other in ((Fp8Codec(True), Fp8Codec(False)), (Fp8Codec(False), Fp8Codec(True))):
+        blob = encoder.encode(chunk)
+        assert same_chunk(other.decode(blob), encoder.decode(blob))
         assert (other.decode(blob).keys - chunk.keys).norm() < 0.04 * chunk.keys.norm()
 
 

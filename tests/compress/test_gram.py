@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvloom.compress.gram import Gram, factorize, rank_for
+from kvloom.compress.gram import GramMatrix, factorize, rank_for
 from kvloom.errors import CodecError
 
 
@@ -18,8 +18,8 @@ def keys_of_rank(tokens: int, channels: int, rank: int, seed: int = 0) -> Tensor
 @given(parts=st.lists(st.integers(0, 40), min_size=1, max_size=5), channels=st.integers(1, 20), seed=st.integers(0, 9))
 def test_append_equals_bulk_in_any_order(parts: list[int], channels: int, seed: int) -> None:
     keys = torch.randn(sum(parts), channels, generator=torch.Generator().manual_seed(seed))
-    bulk = Gram.of(keys)
-    pieces = [Gram.of(piece) for piece in keys.split(parts)]
+    bulk = GramMatrix.from_keys(keys)
+    pieces = [GramMatrix.from_keys(piece) for piece in keys.split(parts)]
     for ordered in (pieces, pieces[::-1]):
         total = ordered[0]
         for piece in ordered[1:]:
@@ -32,17 +32,17 @@ def test_append_equals_bulk_in_any_order(parts: list[int], channels: int, seed: 
 def test_long_runs_are_summed_in_double() -> None:
     keys = torch.full((40_000, 2), 1.0)
     keys[:, 1] = 1e-3
-    total = Gram.of(keys).matrix
+    total = GramMatrix.from_keys(keys).matrix
     assert total[0, 0] == 40_000 and abs(float(total[1, 1]) / 0.04 - 1) < 1e-5
 
 
 def test_basis_is_the_singular_vectors() -> None:
     keys = keys_of_rank(300, 24, 24, seed=3) * torch.linspace(3, 0.1, 24)
     _, values, directions = torch.linalg.svd(keys, full_matrices=False)
-    energies, found = Gram.of(keys).spectrum()
+    energies, found = GramMatrix.from_keys(keys).spectrum()
     torch.testing.assert_close(energies.sqrt().float(), values, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(found.T @ found, torch.eye(24), rtol=1e-5, atol=1e-5)
-    basis = Gram.of(keys).basis(rank=5)
+    basis = GramMatrix.from_keys(keys).basis(rank=5)
     assert basis.shape == (24, 5)
     assert float((basis.T @ directions[:5].T).square().sum()) == pytest.approx(5, abs=1e-3)
 

@@ -190,9 +190,9 @@ def test_residual_window_is_exact_at_the_end() -> None:
 
 def test_reads_its_parameters_from_the_chunk() -> None:
     chunk = make_chunk(8, tokens=9)
-    maker = GroupedCodec(3, group_tokens=4, group_channels=2, residual_tokens=1, key_axis="token", rotated=True)
-    blob = maker.encode(chunk)
-    assert same_chunk(GroupedCodec().decode(blob), maker.decode(blob))
+    encoder = GroupedCodec(3, group_tokens=4, group_channels=2, residual_tokens=1, key_axis="token", rotated=True)
+    blob = encoder.encode(chunk)
+    assert same_chunk(GroupedCodec().decode(blob), encoder.decode(blob))
     assert not same_bits(GroupedCodec().decode(blob).keys, GroupedCodec().decode(GroupedCodec().encode(chunk)).keys)
 
 

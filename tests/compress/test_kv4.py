@@ -188,8 +188,8 @@ def test_useless_factors_are_refused(factors: torch.Tensor) -> None:
 
 def test_reads_its_parameters_from_the_chunk() -> None:
     chunk = make_chunk(8, tokens=9)
-    maker = Kv4Codec(8, rotated=False)
-    assert same_chunk(Kv4Codec().decode(maker.encode(chunk)), maker.decode(maker.encode(chunk)))
+    encoder = Kv4Codec(8, rotated=False)
+    assert same_chunk(Kv4Codec().decode(encoder.encode(chunk)), encoder.decode(encoder.encode(chunk)))
 
 
 @pytest.mark.parametrize("codec", [Kv4Codec(), Kv4Codec(8, make_profile())])

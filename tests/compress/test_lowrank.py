@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvloom.calibration.model_profile import Profile
-from kvloom.compress.gram import Gram
+from kvloom.compress.gram import GramMatrix
 from kvloom.compress.lowrank import LowRankCodec, fit_layer
 from kvloom.compress.raw import RawCodec
 from kvloom.core import ChunkKey, EncodedChunk, KVChunk, KVSpec, RopeSpec
@@ -39,7 +39,7 @@ def low_rank_chunk(*, tokens: int, rank: int, spec: KVSpec = SPEC, seed: int = 0
 def profile_of(chunk: KVChunk, rank: int = 256) -> Profile:
     rope, spec = chunk.spec.rope, chunk.spec
     keys = chunk.keys.float() if rope is None else rope.shift(chunk.keys.float(), -chunk.positions)
-    layers = [fit_layer(Gram.of(layer.transpose(0, 1).flatten(1)), rank=rank) for layer in keys]
+    layers = [fit_layer(GramMatrix.from_keys(layer.transpose(0, 1).flatten(1)), rank=rank) for layer in keys]
     return Profile(spec, {"lowrank.basis": torch.stack([layer["lowrank.basis"] for layer in layers])})
 
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from kvloom.calibration.model_profile import Profile
 from kvloom.compress.kernels.ops import pack_bits
 from kvloom.compress.nuq import dequantise as dequantise_module
-from kvloom.compress.nuq.dequantise import Codes, Grid, Rotation, dequantise, dequantise_slowly
+from kvloom.compress.nuq.dequantise import Codes, Grid, RotaryAngles, dequantise, dequantise_slowly
 from kvloom.compress.nuq.nuq import NuqCodec
 from kvloom.compress.nuq.nuq_fit import fit_layer
-from kvloom.compress.nuq.slots import pack_channels, slot_bytes, slot_count, unpack_channels
+from kvloom.compress.nuq.outliers import channel_bytes, outliers_per_token, pack_channels, unpack_channels
 from kvloom.compress.values import EncodesValues
 from kvloom.core import EncodedChunk, KVChunk, KVSpec, RopeSpec
 from kvloom.errors import CodecError, SpecMismatchError
@@ -189,7 +189,7 @@ def test_numbers_that_are_not_finite_stay(half: str, number: float) -> None:
     ("dtype", "size", "clipped_limit"),
     [(torch.float16, 6e4, 1.0), (torch.bfloat16, 1e35, 0.1), (torch.float32, 3e38, 0.1)],
 )
-def test_numbers_too_large_for_slots_and_ranges_stay(dtype: torch.dtype, size: float, clipped_limit: float) -> None:
+def test_numbers_too_large_for_outliers_and_ranges_stay(dtype: torch.dtype, size: float, clipped_limit: float) -> None:
     spec = replace(SPEC, dtype=dtype)
     chunk = make_chunk(9, tokens=6, spec=spec, start=5)
     chunk.keys[0, 0, 3] = size
@@ -395,21 +395,21 @@ def test_bytes_of_a_large_models_chunk(bits: int, least: float) -> None:
 
 
 @given(st.integers(1, 40), st.sampled_from([1, 255, 256, 257, 300, 1024, 4096, 65536]), st.integers(0, 99))
-def test_channels_round_trip(slots: int, channels: int, seed: int) -> None:
+def test_channels_round_trip(k: int, channels: int, seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
-    indices = torch.randint(0, channels, (2, 3, slots), generator=random)
+    indices = torch.randint(0, channels, (2, 3, k), generator=random)
     packed = pack_channels(indices, channels)
-    assert packed.shape == (2, 3, slot_bytes(slots, channels)) and packed.dtype == torch.uint8
-    assert torch.equal(unpack_channels(packed, slots, channels), indices.to(torch.int32))
+    assert packed.shape == (2, 3, channel_bytes(k, channels)) and packed.dtype == torch.uint8
+    assert torch.equal(unpack_channels(packed, k, channels), indices.to(torch.int32))
 
 
-def test_slot_counts() -> None:
-    assert [slot_count(ratio, 1024) for ratio in (0.0, 1e-6, 0.01, 0.5, 1.0)] == [0, 1, 11, 512, 1024]
-    assert slot_count(0.07, 100) == 7 and slot_count(0.01, 0) == 0
-    assert slot_bytes(11, 1024) == 15 and slot_bytes(2, 128) == 2
+def test_outlier_counts() -> None:
+    assert [outliers_per_token(ratio, 1024) for ratio in (0.0, 1e-6, 0.01, 0.5, 1.0)] == [0, 1, 11, 512, 1024]
+    assert outliers_per_token(0.07, 100) == 7 and outliers_per_token(0.01, 0) == 0
+    assert channel_bytes(11, 1024) == 15 and channel_bytes(2, 128) == 2
     with pytest.raises(ValueError, match="65536"):
-        slot_bytes(1, 65537)
-    with pytest.raises(ValueError, match="slots"):
+        channel_bytes(1, 65537)
+    with pytest.raises(ValueError, match="outlier"):
         unpack_channels(torch.zeros(3, 4, dtype=torch.uint8), 5, 100)
 
 
@@ -417,21 +417,21 @@ def make_codes(seed: int, L: int, H: int, T: int, D: int, bits: int, ranges: boo
     random = torch.Generator().manual_seed(seed)
     levels = torch.randn(L, H, 2**bits, generator=random)
     grid = Grid(levels, torch.rand(L, H, D, generator=random), torch.randn(L, H, D, generator=random))
-    slots = min(3, H * D)
+    k = min(3, H * D)
     codes = Codes(
         pack_bits(torch.randint(0, 2**bits, (L, H, T, D), generator=random).to(torch.uint8), bits),
         torch.rand(L, T, 2, generator=random) if ranges else None,
-        pack_channels(torch.rand(L, T, H * D, generator=random).topk(slots).indices, H * D),
-        torch.randn(L, T, slots, generator=random),
+        pack_channels(torch.rand(L, T, H * D, generator=random).topk(k).indices, H * D),
+        torch.randn(L, T, k, generator=random),
     )
     return grid, codes
 
 
-def make_rotation(D: int, T: int, turning: str) -> Rotation | None:
+def make_rotation(D: int, T: int, turning: str) -> RotaryAngles | None:
     if turning == "none" or D % 2:
         return None
     rope = RopeSpec(tuple(10000.0 ** -(2 * i / D) for i in range(D // 2)), interleaved=turning == "pairs")
-    return Rotation.to(torch.arange(T) * 7 + 3, rope)
+    return RotaryAngles.at(torch.arange(T) * 7 + 3, rope)
 
 
 @given(
@@ -492,7 +492,7 @@ def test_rotation_is_that_of_the_rope() -> None:
     rows, positions = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 3, 50, 4000])
     for interleaved in (False, True):
         rope = RopeSpec(tuple(100.0 ** -(i / 4) for i in range(4)), interleaved=interleaved)
-        assert torch.allclose(Rotation.to(positions, rope).turn(rows), rope.shift(rows, positions), atol=1e-6)
+        assert torch.allclose(RotaryAngles.at(positions, rope).rotate(rows), rope.shift(rows, positions), atol=1e-6)
 
 
 def test_dense_and_sparse_products_add_up() -> None:
@@ -506,7 +506,7 @@ def test_dense_and_sparse_products_add_up() -> None:
     channels = unpack_channels(codes.channels[0], 3, 16).long()
     residual.scatter_(1, channels, codes.outliers[0] - flat.gather(1, channels))
     assert rotation is not None and int(residual.count_nonzero()) == 48
-    sparse = rotation.turn(residual.view(16, 2, 8).transpose(0, 1))
+    sparse = rotation.rotate(residual.view(16, 2, 8).transpose(0, 1))
     both = dequantise(grid, codes, rotation, torch.float32)[0] @ query.mT
     parts = dequantise(grid, none, rotation, torch.float32)[0] @ query.mT + sparse @ query.mT
     assert torch.allclose(both, parts, atol=1e-5)

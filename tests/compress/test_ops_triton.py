@@ -134,7 +134,7 @@ sizes = dict(out_token="i32", T="i32", D="i32")
 for has, bits in ((False, 4), (True, 3)):
     turn = dict(cos=f32, sin=f32, out=f16)
     tables = dict(packed=u8, scale=f16, zero=f16, levels=f32, smooth=f32, out_row="i32", G="i32", C="i32")
-    build(k._dequantize_rotate, tables | turn | sizes, BITS=bits, HAS_LEVELS=has, HAS_SMOOTH=has, TURNS=has,
+    build(k._dequantize_rotate, tables | turn | sizes, BITS=bits, HAS_LEVELS=has, HAS_SMOOTH=has, ROTATES=has,
           INTERLEAVED=has, BLOCK_TOKENS=32, BLOCK_PAIRS=64)
 print("compiled")
 """

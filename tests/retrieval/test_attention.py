@@ -5,7 +5,7 @@ from functools import partial
 import torch
 
 from kvloom.retrieval.attention import attend, attend_at, attend_selected
-from kvloom.retrieval.pages import Pages
+from kvloom.retrieval.paged_kv import PagedKV
 from kvloom.retrieval.selector import Selection
 
 
@@ -14,7 +14,7 @@ def test_near_chosen_and_rest_make_the_whole() -> None:
     random = torch.Generator().manual_seed(0)
     keys, values = torch.randn(2, 96, 16, generator=random), torch.randn(2, 96, 8, generator=random)
     queries, scale = torch.randn(4, 16, generator=random), 0.25
-    pages = Pages(32)
+    pages = PagedKV(32)
     pages.append(keys, values)
     near = attend(queries, keys[:, 64:], values[:, 64:], scale=scale)
     ids = torch.stack([torch.arange(0, 64, 2), torch.arange(1, 65, 2)])

@@ -112,19 +112,19 @@ def test_selection(budget, ties, data) -> None:
     seed=st.integers(0, 999),
 )
 def test_bands_have_their_own_tables(tokens, codes, cuts, bits, share, seed) -> None:
-    edges = sorted(round(cut * tokens) for cut in cuts)
-    of_tokens, all_codes = random_codes(2, tokens, codes, seed), codes * (len(edges) + 1)
+    band_starts = sorted(round(cut * tokens) for cut in cuts)
+    of_tokens, all_codes = random_codes(2, tokens, codes, seed), codes * (len(band_starts) + 1)
     packed, table = pack_codes(of_tokens, bits), random_table(4, all_codes, seed)
-    in_bands = torch.stack([of_tokens[:, n] + codes * sum(n >= edge for edge in edges) for n in range(tokens)], 1)
+    in_bands = torch.stack([of_tokens[:, n] + codes * sum(n >= edge for edge in band_starts) for n in range(tokens)], 1)
     true = torch.stack([table[head, in_bands[head // 2]] for head in range(4)])
-    assert torch.equal(vq_scores(table, packed, tokens, bits=bits, edges=edges), true)
-    counts = code_counts(packed, tokens, all_codes, bits=bits, edges=edges)
+    assert torch.equal(vq_scores(table, packed, tokens, bits=bits, band_starts=band_starts), true)
+    counts = code_counts(packed, tokens, all_codes, bits=bits, band_starts=band_starts)
     assert counts.tolist() == [row.bincount(minlength=all_codes).tolist() for row in in_bands]
     importance = code_importance(table, counts)
     scores = importance.gather(1, in_bands)
     torch.testing.assert_close(scores.exp(), pooled(true, LayerShape(2, 2, 1, 1.0)))
     budget = int(share * tokens)
-    ids = vq_select(importance, packed, tokens, counts, budget, bits=bits, edges=edges)
+    ids = vq_select(importance, packed, tokens, counts, budget, bits=bits, band_starts=band_starts)
     for row, of_head in zip(ids.tolist(), scores.tolist(), strict=True):
         assert row == sorted(sorted(range(tokens), key=lambda n: (-of_head[n], -n))[:budget])
 
@@ -162,9 +162,9 @@ def test_what_does_not_fit_is_refused() -> None:
         ("4 codes of 12 bits take 6", lambda: vq_scores(table, packed, 4)),
         ("3 query heads cannot share 2", lambda: vq_scores(torch.zeros(3, 6), packed.repeat(2, 1), 3)),
         ("table is", lambda: vq_scores(table[0], packed, 3)),
-        ("codes 6; expected .* a multiple of 4", lambda: vq_scores(table, packed, 3, edges=[1, 1, 2])),
-        (r"edges are \[2, 1\]", lambda: vq_scores(table, packed, 3, edges=[2, 1])),
-        (r"edges are \[4\]", lambda: code_counts(packed, 3, 12, edges=[4])),
+        ("codes 6; expected .* a multiple of 4", lambda: vq_scores(table, packed, 3, band_starts=[1, 1, 2])),
+        (r"band_starts are \[2, 1\]", lambda: vq_scores(table, packed, 3, band_starts=[2, 1])),
+        (r"band_starts are \[4\]", lambda: code_counts(packed, 3, 12, band_starts=[4])),
         ("table is", lambda: code_importance(table, counts[:, :5])),
         ("'mean'", lambda: code_importance(table, counts, pooling="mean")),
         ("budget is -1", lambda: vq_select(table, packed, 3, counts, -1)),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvloom.bench.retrieval.key_bytes import key_bytes
-from kvloom.compress.gram import Gram
+from kvloom.compress.gram import GramMatrix
 from kvloom.core import RopeSpec
 from kvloom.errors import CodecError
 from kvloom.retrieval.cascade import KeySource
@@ -57,7 +57,7 @@ class TestKeyFactor:
     @pytest.mark.parametrize(("bits", "error"), [(16, 1e-3), (8, 0.02), (4, 0.25)])
     def test_all_columns_rebuild_the_keys(self, bits: int, error: float) -> None:
         keys, _, _ = make_context(300)
-        factor = KeyFactor.of(SHAPE, keys, rank=64, row_bits=bits)
+        factor = KeyFactor.fit(SHAPE, keys, rank=64, row_bits=bits)
         assert factor.rank == 64
         rebuilt = factor.keys_at(torch.arange(300).expand(2, -1))
         found = float((rebuilt - keys).norm() / keys.norm())
@@ -69,30 +69,30 @@ class TestKeyFactor:
         ids = torch.stack([torch.randperm(400)[:50], torch.randperm(400)[:50]])
         expected = keys.gather(1, ids[..., None].expand(-1, -1, 32))
         for rank, most in ((6, 0.01), (5, 0.6)):
-            rebuilt = KeyFactor.of(SHAPE, keys, rank=rank, max_residual=2.0).keys_at(ids)
+            rebuilt = KeyFactor.fit(SHAPE, keys, rank=rank, max_residual=2.0).keys_at(ids)
             assert float((rebuilt - expected).norm() / expected.norm()) < most
-        assert KeyFactor.of(SHAPE, keys, rank=5).error_ratio > 100 * KeyFactor.of(SHAPE, keys, rank=6).error_ratio
+        assert KeyFactor.fit(SHAPE, keys, rank=5).error_ratio > 100 * KeyFactor.fit(SHAPE, keys, rank=6).error_ratio
 
     def test_the_error_is_that_of_the_best_basis(self) -> None:
         """What the Gram matrix says is lost by directions left out."""
         keys, _, _ = make_context(500)
         plain = ROPE.shift(keys, -torch.arange(500)).transpose(0, 1).flatten(1)
-        energies, _ = Gram.of(plain).spectrum()
+        energies, _ = GramMatrix.from_keys(plain).spectrum()
         for rank in (4, 16, 40):
             lost = float(energies[rank:].sum() / energies.sum())
-            assert KeyFactor.of(SHAPE, keys, rank=rank, max_residual=2.0).error_ratio == pytest.approx(lost, rel=1e-3)
+            assert KeyFactor.fit(SHAPE, keys, rank=rank, max_residual=2.0).error_ratio == pytest.approx(lost, rel=1e-3)
 
     def test_keys_before_rotation_have_the_lower_rank(self) -> None:
         keys = low_rank(400)
         unturned = LayerShape(2, 2, 32, SHAPE.scale)
-        after = KeyFactor.of(unturned, keys, rank=6, max_residual=2.0)
-        assert after.error_ratio > 0.2 > 0.001 > KeyFactor.of(SHAPE, keys, rank=6).error_ratio
+        after = KeyFactor.fit(unturned, keys, rank=6, max_residual=2.0)
+        assert after.error_ratio > 0.2 > 0.001 > KeyFactor.fit(SHAPE, keys, rank=6).error_ratio
 
     @pytest.mark.parametrize("bits", [16, 8, 4])
     def test_tokens_can_be_appended(self, bits: int) -> None:
         keys = low_rank(500)
-        bulk = KeyFactor.of(SHAPE, keys[:, :300], rank=6, row_bits=bits)
-        pieces = KeyFactor.of(SHAPE, keys[:, :300], rank=6, row_bits=bits)
+        bulk = KeyFactor.fit(SHAPE, keys[:, :300], rank=6, row_bits=bits)
+        pieces = KeyFactor.fit(SHAPE, keys[:, :300], rank=6, row_bits=bits)
         bulk.add(keys[:, 300:])
         for a, b in ((300, 301), (301, 301), (301, 420), (420, 500)):
             pieces.add(keys[:, a:b])
@@ -107,7 +107,7 @@ class TestKeyFactor:
     def test_tokens_that_leave_the_basis_stay_exact(self, bits: int) -> None:
         keys = low_rank(500)
         strange = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(5))
-        factor = KeyFactor.of(SHAPE, keys, rank=6, row_bits=bits)
+        factor = KeyFactor.fit(SHAPE, keys, rank=6, row_bits=bits)
         before = factor.exact_tokens.tolist()
         factor.add(torch.cat((keys[:, :3], strange, keys[:, :3]), 1))
         added = [at for at in factor.exact_tokens.tolist() if at not in before]
@@ -118,7 +118,7 @@ class TestKeyFactor:
     def test_a_key_that_no_row_can_hold_stays_exact(self) -> None:
         keys = low_rank(100)
         keys[:, 40] *= 1e5
-        factor = KeyFactor.of(SHAPE, keys, rank=6)
+        factor = KeyFactor.fit(SHAPE, keys, rank=6)
         assert 40 in factor.exact_tokens.tolist()
         assert torch.equal(factor.keys_at(torch.tensor([[40], [40]])), keys[:, 40:41])
         assert bool(factor.rows(0, 100).isfinite().all())
@@ -126,7 +126,7 @@ class TestKeyFactor:
     def test_a_few_long_keys_do_not_coarsen_all_codes(self) -> None:
         keys = low_rank(2000)
         keys[:, ::500] *= 6.0
-        factor = KeyFactor.of(SHAPE, keys, rank=6, row_bits=4)
+        factor = KeyFactor.fit(SHAPE, keys, rank=6, row_bits=4)
         ids = torch.arange(1, 400).expand(2, -1)
         lost = float((factor.keys_at(ids) - keys[:, 1:400]).norm() / keys[:, 1:400].norm())
         assert lost < 0.2
@@ -134,16 +134,16 @@ class TestKeyFactor:
     def test_a_basis_of_sums_is_that_of_all(self) -> None:
         keys = low_rank(300)
         plain = ROPE.shift(keys, -torch.arange(300)).transpose(0, 1).flatten(1)
-        gram = Gram.of(plain[:100]) + Gram.of(plain[100:])
+        gram = GramMatrix.from_keys(plain[:100]) + GramMatrix.from_keys(plain[100:])
         ids = torch.arange(100).expand(2, -1)
-        of_sums = KeyFactor.of(SHAPE, keys[:, :100], rank=6, gram=gram)
+        of_sums = KeyFactor.fit(SHAPE, keys[:, :100], rank=6, gram=gram)
         torch.testing.assert_close(
-            of_sums.keys_at(ids), KeyFactor.of(SHAPE, keys, rank=6).keys_at(ids), atol=2e-2, rtol=2e-2
+            of_sums.keys_at(ids), KeyFactor.fit(SHAPE, keys, rank=6).keys_at(ids), atol=2e-2, rtol=2e-2
         )
 
     def test_positions_count_from_the_start(self) -> None:
         keys = low_rank(200)
-        factor = KeyFactor.of(SHAPE, keys[:, 30:], rank=6, start=30)
+        factor = KeyFactor.fit(SHAPE, keys[:, 30:], rank=6, start=30)
         torch.testing.assert_close(
             factor.keys_at(torch.tensor([[30, 150], [199, 31]])),
             torch.stack([keys[0, [30, 150]], keys[1, [199, 31]]]),
@@ -160,7 +160,7 @@ class TestKeyFactor:
     def test_it_survives_being_stored(self, bits: int) -> None:
         keys = low_rank(200)
         keys[:, 9] = torch.randn(2, 32)
-        factor = KeyFactor.of(SHAPE, keys, rank=6, start=8, row_bits=bits)
+        factor = KeyFactor.fit(SHAPE, keys, rank=6, start=8, row_bits=bits)
         again = KeyFactor.from_state(SHAPE, {k: v.clone() for k, v in factor.state().items()}, start=8)
         ids = torch.arange(8, 208).expand(2, -1)
         assert again.row_bits == bits
@@ -175,11 +175,11 @@ class TestKeyFactor:
     def test_bad_arguments_are_refused(self) -> None:
         keys = low_rank(50)
         with pytest.raises(ValueError, match="row_bits is 5"):
-            KeyFactor.of(SHAPE, keys, rank=6, row_bits=5)
+            KeyFactor.fit(SHAPE, keys, rank=6, row_bits=5)
         with pytest.raises(ValueError, match="hold no token"):
-            KeyFactor.of(SHAPE, keys[:, :0], rank=6)
+            KeyFactor.fit(SHAPE, keys[:, :0], rank=6)
         with pytest.raises(ValueError, match="not finite"):
-            KeyFactor.of(SHAPE, keys * torch.nan, rank=6)
+            KeyFactor.fit(SHAPE, keys * torch.nan, rank=6)
         with pytest.raises(ValueError, match=r"basis is \[32, 6\]"):
             KeyFactor(SHAPE, torch.zeros(32, 6))
 
@@ -327,7 +327,7 @@ def test_bad_arguments_are_refused(wrong: dict) -> None:
 def test_bytes_are_those_of_tensors() -> None:
     keys = low_rank(256)
     for bits, row in ((16, 12), (8, 6), (4, 4)):
-        factor = KeyFactor.of(SHAPE, keys, rank=6, row_bits=bits)
+        factor = KeyFactor.fit(SHAPE, keys, rank=6, row_bits=bits)
         account = key_bytes(factor, pinned_tokens=10, outlier_tokens=16, buffer_tokens=32, index_bytes=77)
         assert account.rows == 256 * row + (0 if bits == 16 else 2 * 6 * 4)
         assert account.basis == 64 * 6 * 2
@@ -345,7 +345,7 @@ def test_an_8b_layer_of_128k_tokens_is_as_much_smaller_as_promised(bits: int, le
     shape = LayerShape(8, 4, 128, 128**-0.5)
     random = torch.Generator().manual_seed(0)
     keys = torch.randn(1, 2048, 160, generator=random) @ torch.randn(8, 160, 128, generator=random)
-    some = key_bytes(KeyFactor.of(shape, keys, rank=160, row_bits=bits), pinned_tokens=160)
+    some = key_bytes(KeyFactor.fit(shape, keys, rank=160, row_bits=bits), pinned_tokens=160)
     assert some.exact == 0
     whole = dataclasses.replace(some, rows=(some.rows // 2048) * (131072 - 160), dense=131072 * 2048)
     assert whole.ratio >= least

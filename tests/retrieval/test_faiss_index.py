@@ -30,14 +30,14 @@ def test_scores_are_the_inner_products_of_the_ids(make) -> None:
     index.add(keys[:700])
     index.add(keys[700:])
     assert isinstance(index, GrowableIndex)
-    found = index.search_counted(queries, 10)
+    found = index.search_with_cost(queries, 10)
     torch.testing.assert_close(found.scores, (queries[:, None] * keys[found.ids]).sum(-1))
     best = (queries @ keys.T).topk(10).indices
     assert np.mean([len(set(a) & set(b)) for a, b in zip(found.ids.tolist(), best.tolist(), strict=True)]) >= 6
-    assert 10 < index.search_counted(queries[:1], 10).compared_keys < 2000
+    assert 10 < index.search_with_cost(queries[:1], 10).compared_keys < 2000
     assert found.read_bytes >= found.compared_keys * 64
     assert index.held_bytes > 0
-    everything = index.search_counted(queries, 2000)
+    everything = index.search_with_cost(queries, 2000)
     assert sorted(everything.ids[0].tolist()) == list(range(2000))
     assert everything.compared_keys == 2000
     with pytest.raises(ValueError, match="queries are"):
@@ -51,8 +51,8 @@ def test_lists_that_are_read_are_what_is_counted() -> None:
     keys = centres.repeat(40, 1) + torch.randn(400, 10, generator=random)
     index = IvfIndex(10, nprobe=1, nlist=10)
     index.add(keys)
-    found = index.search_counted(centres[3:4], 5)
+    found = index.search_with_cost(centres[3:4], 5)
     assert (found.ids % 10 == 3).all()
     assert found.compared_keys == 40
-    assert index.search_counted(centres[3:4].expand(2, -1), 5).compared_keys == 40
-    assert index.search_counted(centres[3:5], 5).compared_keys == 80
+    assert index.search_with_cost(centres[3:4].expand(2, -1), 5).compared_keys == 40
+    assert index.search_with_cost(centres[3:5], 5).compared_keys == 80

@@ -5,9 +5,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvloom.errors import CodecError
+from kvloom.retrieval.growable import GrowableTensor
 from kvloom.retrieval.kernels.ops import landmark_scores
 from kvloom.retrieval.landmarks import LandmarkIndex
-from kvloom.retrieval.rows import Rows
 from kvloom.retrieval.selector import LayerShape, Selector
 from kvloom.testing import SHAPE, SelectorContract, make_context, recovered_mass
 
@@ -225,11 +225,11 @@ class TestArguments:
         assert index.held_bytes == 2 * 100 * (32 * 2 + 4)
 
 
-class TestRows:
+class TestGrowableTensor:
     @given(st.lists(st.integers(0, 9), min_size=1, max_size=12), st.integers(0, 1))
     def test_they_are_what_was_added(self, sizes: list[int], dim: int) -> None:
         whole = torch.arange(3.0 * sum(sizes)).view((sum(sizes), 3) if dim == 0 else (3, sum(sizes)))
-        rows = Rows(dim)
+        rows = GrowableTensor(dim)
         for piece in whole.split(sizes, dim):
             rows.add(piece)
         assert torch.equal(rows.all, whole)
@@ -237,7 +237,7 @@ class TestRows:
         assert rows.nbytes == whole.nbytes
 
     def test_a_view_keeps_what_it_saw(self) -> None:
-        rows = Rows()
+        rows = GrowableTensor()
         rows.add(torch.tensor([1, 2]))
         seen = rows.all
         for value in range(3, 40):
@@ -246,6 +246,6 @@ class TestRows:
         assert rows.all.tolist() == list(range(1, 40))
 
     def test_nothing_has_no_shape(self) -> None:
-        with pytest.raises(ValueError, match="nothing was added"):
-            _ = Rows().all
-        assert Rows().nbytes == len(Rows()) == 0
+        with pytest.raises(ValueError, match="no tensor was added"):
+            _ = GrowableTensor().all
+        assert GrowableTensor().nbytes == len(GrowableTensor()) == 0

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from kvloom.compress.kernels.ops import pack_bits
 from kvloom.core import RopeSpec
-from kvloom.retrieval import pages
+from kvloom.retrieval import paged_kv
 from kvloom.retrieval.attention import attend_at
 from kvloom.retrieval.kernels import ops
-from kvloom.retrieval.pages import Pages
+from kvloom.retrieval.paged_kv import PagedKV
 from kvloom.retrieval.selector import LayerShape, pooled
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -28,7 +28,7 @@ def path(request: pytest.FixtureRequest) -> str:
     """Each test runs with numba's kernels and without."""
     patch = request.getfixturevalue("monkeypatch")
     if request.param == "torch":
-        for module in (ops, pages):
+        for module in (ops, paged_kv):
             patch.setattr(module, "compiled_for_cpu", lambda *_: None)
     elif ops.compiled_for_cpu() is None:
         pytest.skip("numba is not installed: pip install 'kvloom[retrieval]'")
@@ -122,7 +122,7 @@ def test_pages_are_the_whole(heads, dims, page_tokens, sizes, rest, count, dtype
     (H, G), (D, v_dim) = heads, dims
     pieces = [size * page_tokens for size in sizes] + [min(rest, page_tokens)]
     keys, values = numbers(H, sum(pieces), D, seed=seed, dtype=dtype), numbers(H, sum(pieces), v_dim, seed=seed + 1)
-    pages, queries = Pages(page_tokens), numbers(H * G, D, seed=seed + 2)
+    pages, queries = PagedKV(page_tokens), numbers(H * G, D, seed=seed + 2)
     ids = some_ids(H, sum(pieces), count, seed)
     for n, (of_keys, of_values) in enumerate(zip(keys.split(pieces, 1), values.split(pieces, 1), strict=True)):
         pages.append(apart(of_keys) if n % 2 else of_keys.clone(), of_values)
@@ -141,7 +141,7 @@ def test_pages_are_the_whole(heads, dims, page_tokens, sizes, rest, count, dtype
 
 
 def test_pages_are_not_copied() -> None:
-    keys, values, pages = torch.zeros(1, 4, 2), torch.ones(1, 4, 2), Pages(4)
+    keys, values, pages = torch.zeros(1, 4, 2), torch.ones(1, 4, 2), PagedKV(4)
     pages.append(keys, values)
     ids, query = torch.tensor([[0, 1]]), torch.tensor([[1.0, 0.0]])
     assert pages.attend(query, ids, scale=1.0)[1].item() == pytest.approx(math.log(2))
@@ -150,11 +150,11 @@ def test_pages_are_not_copied() -> None:
 
 
 def test_pages_refuse_what_does_not_fit() -> None:
-    pages, ids = Pages(4), torch.zeros(2, 1, dtype=torch.int64)
+    pages, ids = PagedKV(4), torch.zeros(2, 1, dtype=torch.int64)
     with pytest.raises(ValueError, match="there are no pages"):
         pages.gather(ids)
     with pytest.raises(ValueError, match="page_tokens is 0"):
-        Pages(0)
+        PagedKV(0)
     with pytest.raises(ValueError, match="contiguous rows"):
         pages.append(torch.zeros(2, 8, 4).mT, torch.zeros(2, 4, 8))
     with pytest.raises(ValueError, match="16 or 32 bits"):
@@ -339,10 +339,10 @@ def runs(firsts: list[list[int]], counts: list[list[int]]) -> Tensor:
         ("reach from -2 to 0", lambda: attend_with(ids=torch.tensor([[0], [-2]]))),
         ("ids are", lambda: attend_with(ids=torch.zeros(2, 1, dtype=torch.int32))),
         ("queries are", lambda: attend_with(queries=torch.ones(8))),
-        ("runs are", lambda: runs([[0]], [[1, 1]])),
-        ("runs reach", lambda: runs([[14]], [[3]])),
-        ("runs reach", lambda: runs([[-1]], [[1]])),
-        ("runs come to", lambda: runs([[0], [0]], [[1], [2]])),
+        ("ranges are", lambda: runs([[0]], [[1, 1]])),
+        ("ranges reach", lambda: runs([[14]], [[3]])),
+        ("ranges reach", lambda: runs([[-1]], [[1]])),
+        ("ranges sum to", lambda: runs([[0], [0]], [[1], [2]])),
         ("k is -1", lambda: ops.top_pooled(torch.zeros(2, 3), 1, -1)),
         ("scores are", lambda: ops.top_pooled(torch.zeros(3, 3), 2, 1)),
         ("'mean'", lambda: ops.top_pooled(torch.zeros(2, 3), 1, 1, pooling="mean")),

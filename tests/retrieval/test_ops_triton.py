@@ -168,19 +168,21 @@ def test_attention_to_nothing() -> None:
 def test_codes(heads, group, codes, tokens, bits, share, seed) -> None:
     random = torch.Generator().manual_seed(seed)
     packed = code_ops.pack_codes(torch.randint(0, codes, (heads, tokens), generator=random), bits)
-    edges = sorted(torch.randint(0, tokens + 1, (seed % 3,), generator=random).tolist())
-    codes *= len(edges) + 1
+    band_starts = sorted(torch.randint(0, tokens + 1, (seed % 3,), generator=random).tolist())
+    codes *= len(band_starts) + 1
     table = torch.randn(heads * group, codes, generator=random)
-    counts = code_ops.code_counts(packed, tokens, codes, bits=bits, edges=edges)
-    found = code_ops_triton.code_counts(on(packed), bits, tokens, edges).cpu().unflatten(1, (-1, 1 << bits))
-    assert torch.equal(found[..., : codes // (len(edges) + 1)].flatten(1), counts)
-    scores = code_ops_triton.vq_scores(on(table), on(packed), bits, tokens, edges).cpu()
-    assert torch.equal(scores, code_ops.vq_scores(table, packed, tokens, bits=bits, edges=edges))
+    counts = code_ops.code_counts(packed, tokens, codes, bits=bits, band_starts=band_starts)
+    found = code_ops_triton.code_counts(on(packed), bits, tokens, band_starts).cpu().unflatten(1, (-1, 1 << bits))
+    assert torch.equal(found[..., : codes // (len(band_starts) + 1)].flatten(1), counts)
+    scores = code_ops_triton.vq_scores(on(table), on(packed), bits, tokens, band_starts).cpu()
+    assert torch.equal(scores, code_ops.vq_scores(table, packed, tokens, bits=bits, band_starts=band_starts))
     budget = int(share * tokens)
     importance = table[:heads].round() if seed % 2 else table[:heads]
     if budget:
-        ids = code_ops_triton.vq_select(on(importance), on(packed), bits, tokens, on(counts), budget, edges).cpu()
-        assert torch.equal(ids, code_ops.vq_select(importance, packed, tokens, counts, budget, bits=bits, edges=edges))
+        ids = code_ops_triton.vq_select(on(importance), on(packed), bits, tokens, on(counts), budget, band_starts).cpu()
+        assert torch.equal(
+            ids, code_ops.vq_select(importance, packed, tokens, counts, budget, bits=bits, band_starts=band_starts)
+        )
 
 
 COMPILE = """
@@ -210,7 +212,7 @@ for of_queries in (f16, f32):
 build(k._top, dict(scores=f32, lse=f32, best=i64, least="i64"), ADDS=True, BLOCK=1024)
 for factor, bits, scales in ((f16, 8, False), (i8, 8, True), (u8, 4, True)):
     tables = dict(factor=factor, basis=f16, ids=i64, scale=f32, bias=f32, cos=f32, sin=f32, keys=f16)
-    build(k._rebuild_keys, tables, BITS=bits, SCALES=scales, SHIFTS=scales, TURNS=True, INTERLEAVED=scales,
+    build(k._rebuild_keys, tables, BITS=bits, SCALES=scales, SHIFTS=scales, ROTATES=True, INTERLEAVED=scales,
           IS_ONE_DTYPE=not scales, BLOCK_TOKENS=32, BLOCK_RANK=32, BLOCK_PAIRS=64)
 build(c._count, dict(packed=u8, counts="*i32", first=i64), BITS=16, BLOCK=1024)
 build(c._look_up, dict(table=f32, packed=u8, scores=f32, first=i64), BITS=12, BLOCK=1024)

@@ -90,7 +90,7 @@ class TestGraph:
         queries = asked(keys, seed=9)[: SHAPE.group, -40:]
         recall, compared = [], []
         for step in queries.unbind(1):
-            found = index.graphs[0].search_counted(step, 20)
+            found = index.graphs[0].search_with_cost(step, 20)
             best = (step @ keys[0].T).topk(20).indices
             recall += [len(set(a) & set(b)) / 20 for a, b in zip(found.ids.tolist(), best.tolist(), strict=True)]
             compared.append(found.compared_keys)
@@ -107,7 +107,7 @@ class TestGraph:
             assert bool((ids >= 0).all())
             assert torch.equal(scores, scores.sort(descending=True).values)
             torch.testing.assert_close(scores, (queries[:2, None] * keys[0].to(dtype).float()[ids]).sum(-1))
-            assert graph.search_counted(queries[:2], 30).compared_keys < 600
+            assert graph.search_with_cost(queries[:2], 30).compared_keys < 600
 
     def test_every_key_is_reached(self) -> None:
         index, _, _ = built(1000)
@@ -184,7 +184,7 @@ class TestGeneratedTokens:
         assert reached(state["edges"].numpy(), state["entries"].numpy()) == set(range(2768))
         graph = index.graphs[0]
         fresh = keys[0, 2000:2768]  # each its own best neighbour, if it is linked where it belongs
-        found = torch.cat([graph.search_counted(key, 10).ids for key in fresh.split(1)])
+        found = torch.cat([graph.search_with_cost(key, 10).ids for key in fresh.split(1)])
         best = (fresh @ keys[0].T).topk(10).indices
         shared = [len(set(a) & set(b)) / 10 for a, b in zip(found.tolist(), best.tolist(), strict=True)]
         assert np.mean(shared) >= 0.8

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from kvloom.bench.retrieval.flat_index import FlatIndex
 from kvloom.core import GrowableIndex
-from kvloom.retrieval.attention import attend, attend_at, attend_selected, merge, nothing
+from kvloom.retrieval.attention import attend, attend_at, attend_selected, empty_attention, merge
 from kvloom.retrieval.exact import ExactSelector, RandomSelector
-from kvloom.retrieval.per_head import PerHeadSelector, counted
+from kvloom.retrieval.per_head import PerHeadSelector, search_with_cost
 from kvloom.retrieval.selector import LayerShape, Selection, Selector, choose, pooled, top_ids
 from kvloom.testing import SHAPE, SelectorContract, make_context
 
@@ -56,7 +56,7 @@ class TestShareOfABudget:
     def test_an_index_that_does_not_count_compared_all(self) -> None:
         index = FlatIndex(4)
         index.add(torch.ones(7, 4))
-        found = counted(index, torch.ones(2, 4), 3)
+        found = search_with_cost(index, torch.ones(2, 4), 3)
         assert (found.compared_keys, found.read_bytes) == (7, 7 * 16)
 
 
@@ -105,9 +105,9 @@ class TestAttention:
     def test_an_empty_side_changes_nothing(self) -> None:
         keys, values, queries = make_context(20)
         part = attend(queries, keys, values, scale=0.2)
-        for parts in ([part, nothing(4, 32)], [nothing(4, 32), part]):
+        for parts in ([part, empty_attention(4, 32)], [empty_attention(4, 32), part]):
             assert all(torch.equal(a, b) for a, b in zip(merge(parts), part, strict=True))
-        out, lse = merge([nothing(4, 32), nothing(4, 32)])
+        out, lse = merge([empty_attention(4, 32), empty_attention(4, 32)])
         assert not out.any()
         assert bool((lse == -math.inf).all())
 

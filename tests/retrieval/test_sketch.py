@@ -95,7 +95,7 @@ def test_all_directions_are_the_scores() -> None:
     """Up to what a turn by the mean distance leaves, which these frequencies do not feel, and to 16 bits."""
     keys, queries = far(500)
     moments = torch.eye(32).expand(2, -1, -1)
-    sketch = KeySketch.of(FAR, keys, moments, start=0, rank=32, centroids=4, band=(64, 500))
+    sketch = KeySketch.fit(FAR, keys, moments, start=0, rank=32, centroids=4, band=(64, 500))
     scores, rows, _ = sketch.search(queries[:, 0], 500, 500, "max")
     tokens = sketch.tokens_of(torch.arange(500).expand(2, -1), rows)
     assert [sorted(row) for row in tokens.tolist()] == [list(range(500))] * 2
@@ -106,8 +106,8 @@ def test_all_directions_are_the_scores() -> None:
 
 def test_candidates_are_the_tokens_of_the_best_codes() -> None:
     keys, queries = far(2000)
-    sketch = KeySketch.of(FAR, keys, None, start=0, rank=8, centroids=64, band=(64, 2000))
-    small, _ = sketch._asked(queries[:, 3], 2003)
+    sketch = KeySketch.fit(FAR, keys, None, start=0, rank=8, centroids=64, band=(64, 2000))
+    small, _ = sketch.coordinates(queries[:, 3], 2003)
     table = (small.view(2, 2, -1) @ sketch.centroids.float().mT).flatten(0, 1) * FAR.scale
     parts = sketch.state()
     codes = torch.empty(2, 2000, dtype=torch.int64)

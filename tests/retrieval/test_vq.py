@@ -16,9 +16,9 @@ from kvloom.retrieval.vq.vq_fit import (
     check_bands,
     distance_bands,
     fit_codebook,
+    mean_rotations,
     metric_factor,
     nearest,
-    turns,
 )
 from kvloom.testing import SHAPE, SelectorContract, make_context, recovered_mass
 from kvloom.testing.selector import ROPE
@@ -139,7 +139,7 @@ class TestBands:
     def test_a_band_turns_as_its_distances_do_on_average(self, band: tuple[int, int]) -> None:
         slow = RopeSpec((1.0, 1e-3, 1e-9, 0.0))
         offsets = torch.arange(*band, dtype=torch.float64)[:, None] * torch.tensor(slow.inv_freq).double()
-        cos, sin = turns(slow, [band])
+        cos, sin = mean_rotations(slow, [band])
         torch.testing.assert_close(cos[0], offsets.cos().mean(0).float(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(sin[0], offsets.sin().mean(0).float(), rtol=1e-5, atol=1e-6)
 
@@ -165,8 +165,8 @@ class TestBands:
             mean = ROPE.shift(here[:, None].expand(-1, high - low, -1), torch.arange(low, high)).mean(1)
             key = unrotated(keys, first=7)[:, token]
             expected[:, token] = (mean.view(2, 2, -1) @ key[..., None]).flatten() * SHAPE.scale
-        table, edges = index._table(queries, position)
-        found = vq_scores(table, index.packed, 201, edges=edges)
+        table, band_starts = index._table(queries, position)
+        found = vq_scores(table, index.packed, 201, band_starts=band_starts)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
     def test_bands_find_more_than_one_constant(self) -> None:
@@ -280,13 +280,13 @@ class TestCodebook:
             "vq.bands": torch.tensor([BANDS, (*BANDS[:-1], (813, 2000))]),
         }
         profile = Profile(spec, tensors)
-        second = Codebook.of_layer(profile, 1, spec=spec)
+        second = Codebook.from_profile(profile, 1, spec=spec)
         assert second.bands == (*BANDS[:-1], (813, 2000))
         torch.testing.assert_close(second.centroids, 2 * codebook.centroids, rtol=1e-3, atol=1e-3)
         with pytest.raises(SpecMismatchError, match="made for m"):
-            Codebook.of_layer(profile, 1, spec=KVSpec("n", 2, 2, 32, torch.float32, ROPE))
+            Codebook.from_profile(profile, 1, spec=KVSpec("n", 2, 2, 32, torch.float32, ROPE))
         with pytest.raises(CodecError, match="kvloom calibrate"):
-            Codebook.of_layer(Profile(spec, {}), 0)
+            Codebook.from_profile(Profile(spec, {}), 0)
 
     def test_of_other_heads_is_refused(self, codebook: Codebook) -> None:
         with pytest.raises(SpecMismatchError, match="2 heads of 32; expected 4 of 32"):

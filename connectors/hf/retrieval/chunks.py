@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ....core import ChunkKey, KVChunk
 from ....errors import TierError
-from ....retrieval.attention import Partial, attend_selected
+from ....retrieval.attention import PartialAttention, attend_selected
 from ....retrieval.context_index import ContextIndex
-from ....retrieval.pages import Pages
+from ....retrieval.paged_kv import PagedKV
 from ....retrieval.selector import choose
 from ....retrieval.settings import CHUNK_TOKENS
 from .plan import RetrievalPlan
@@ -74,7 +74,7 @@ class IndexedChunks:
         self.index = ContextIndex(plan.retrieval, plan.retrieving_shapes)
         self._plan, self._worker, self._counts = plan, worker, counts
         self._chunks: list[KVChunk] = []
-        self._pages = [Pages(CHUNK_TOKENS) for _ in range(plan.spec.num_layers)]
+        self._pages = [PagedKV(CHUNK_TOKENS) for _ in range(plan.spec.num_layers)]
         self._storing: deque[Future[_Stored]] = deque()  # of the last chunks, in order
         self._observing: deque[Future[None]] = deque()
         self._step_queries: list[list[Tensor]] = [[] for _ in range(plan.spec.num_layers)]
@@ -153,7 +153,7 @@ class IndexedChunks:
         chunks, device = self._chunks[first_chunk:], self._plan.device
         return [c.keys[layer].to(device) for c in chunks], [c.values[layer].to(device) for c in chunks]
 
-    def attend(self, layer: int, queries: Tensor, near: Partial, position: int) -> Partial:
+    def attend(self, layer: int, queries: Tensor, near: PartialAttention, position: int) -> PartialAttention:
         """Attention of one token over `near` and the tokens that the layer's selector chooses.
 
         Parameters

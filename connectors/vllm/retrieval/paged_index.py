@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ....errors import KVLoomError
-from ....retrieval.attention import Partial, attend, attend_selected
+from ....retrieval.attention import PartialAttention, attend, attend_selected
 from ....retrieval.selector import LayerShape, LearnsFromQueries, Selection, choose
 from ....retrieval.settings import Retrieval
 from ..paged_layers import GATHERS, Packing, unpacked
@@ -288,7 +288,7 @@ class PagedRetrieval:
     def _sinks(self, stop: int) -> int:
         return self.retrieval.sink_tokens if stop else 0
 
-    def _attend_near(self, row: DecodeRow, stop: int, queries: Tensor, cache: Tensor) -> Partial:
+    def _attend_near(self, row: DecodeRow, stop: int, queries: Tensor, cache: Tensor) -> PartialAttention:
         """Sinks and window, read by whole blocks."""
         N, sinks = self.block_tokens, self._sinks(stop)
         first = -(-sinks // N)
@@ -301,7 +301,7 @@ class PagedRetrieval:
             visible[:, sinks : first * N] = False
         return attend(queries, keys[:, :last], values[:, :last], scale=self.shape.scale, visible=visible)
 
-    def _attend_at(self, row: DecodeRow, queries: Tensor, cache: Tensor, ids: Tensor) -> Partial:
+    def _attend_at(self, row: DecodeRow, queries: Tensor, cache: Tensor, ids: Tensor) -> PartialAttention:
         ids = ids.to(cache.device)
         rows = ids.clamp(min=0)
         numbers = row.blocks.to(cache.device)[rows // self.block_tokens]

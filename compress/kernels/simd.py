@@ -1,7 +1,6 @@
-"""Sixteen float32 or int32 at once for code that numba compiles: vectors of LLVM, which any processor can hold.
+"""Vectors of 16 float32 or int32 for code that numba compiles: LLVM maps them to the registers of the processor.
 
-numba keeps compiled code as long as the file of the compiled function stays the same: touch that, too, after a change
-here.
+numba reuses compiled code while the file of the compiled function is unchanged: after a change here, touch that file.
 """
 
 from __future__ import annotations
@@ -17,31 +16,31 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
 
-LANES = 16
+VECTOR_LENGTH = 16
 
 _I8, _I16, _I32, _HALF, _FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.HalfType(), ir.FloatType()
 
-# LLVM rounds to half precision in one instruction on these, and calls a function that may not be there on others.
+# LLVM rounds to half precision by one instruction on these; on others it calls a function that may be missing.
 if platform.machine() not in ("aarch64", "arm64") and not llvm.get_host_cpu_features().get("f16c", False):
     raise ImportError("no conversion to half precision on this processor")
 
 
-class Lanes(types.Type):
-    """Type of a vector, as numba knows it."""
+class Vector(types.Type):
+    """numba's type of a vector."""
 
 
-FLOATS, CODES = Lanes("16 x float32"), Lanes("16 x int32")
+FLOATS, CODES = Vector("16 x float32"), Vector("16 x int32")
 
 
-@register_model(Lanes)
+@register_model(Vector)
 class _Model(models.PrimitiveModel):
-    def __init__(self, manager: Any, kind: Lanes) -> None:
-        super().__init__(manager, kind, ir.VectorType(_FLOAT if kind == FLOATS else _I32, LANES))  # type: ignore[no-untyped-call]
+    def __init__(self, manager: Any, kind: Vector) -> None:
+        super().__init__(manager, kind, ir.VectorType(_FLOAT if kind == FLOATS else _I32, VECTOR_LENGTH))  # type: ignore[no-untyped-call]
 
 
 def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any, element: ir.Type) -> Any:
     data = cgutils.create_struct_proxy(array_type)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [index]), ir.VectorType(element, LANES).as_pointer())
+    return builder.bitcast(builder.gep(data, [index]), ir.VectorType(element, VECTOR_LENGTH).as_pointer())
 
 
 def _load(context: Any, builder: Any, array_type: Any, array: Any, index: Any, element: ir.Type) -> Any:
@@ -51,13 +50,13 @@ def _load(context: Any, builder: Any, array_type: Any, array: Any, index: Any, e
 
 
 def _splat(builder: Any, scalar: Any) -> Any:
-    undefined = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
+    undefined = ir.Constant(ir.VectorType(scalar.type, VECTOR_LENGTH), ir.Undefined)
     first = builder.insert_element(undefined, scalar, ir.Constant(_I32, 0))
     return builder.shuffle_vector(first, undefined, _constant(_I32, 0))
 
 
 def _constant(element: ir.Type, value: int) -> ir.Constant:
-    return ir.Constant(ir.VectorType(element, LANES), [value] * LANES)
+    return ir.Constant(ir.VectorType(element, VECTOR_LENGTH), [value] * VECTOR_LENGTH)
 
 
 def _type_load(_typing: Any, array: Any, i: Any) -> Any:
@@ -73,18 +72,18 @@ def _type_load(_typing: Any, array: Any, i: Any) -> Any:
 def _rounded(builder: Any, numbers: Any, kind: Any) -> Any:
     """To nearest even, as an array of that dtype takes them: uint16 the bits of float16, int16 those of bfloat16."""
     if kind == types.uint16:
-        halves = builder.fptrunc(numbers, ir.VectorType(_HALF, LANES))
-        return builder.bitcast(halves, ir.VectorType(_I16, LANES))
+        halves = builder.fptrunc(numbers, ir.VectorType(_HALF, VECTOR_LENGTH))
+        return builder.bitcast(halves, ir.VectorType(_I16, VECTOR_LENGTH))
     if kind == types.int16:
-        wide = builder.bitcast(numbers, ir.VectorType(_I32, LANES))
+        wide = builder.bitcast(numbers, ir.VectorType(_I32, VECTOR_LENGTH))
         odd = builder.and_(builder.lshr(wide, _constant(_I32, 16)), _constant(_I32, 1))
         wide = builder.add(builder.add(wide, _constant(_I32, 0x7FFF)), odd)
-        return builder.trunc(builder.lshr(wide, _constant(_I32, 16)), ir.VectorType(_I16, LANES))
+        return builder.trunc(builder.lshr(wide, _constant(_I32, 16)), ir.VectorType(_I16, VECTOR_LENGTH))
     return numbers
 
 
-def _type_store(_typing: Any, array: Any, i: Any, lanes: Any) -> Any:
-    """`array[i : i + 16] = lanes`, rounded if the array is of 16 bits (`_rounded`)."""
+def _type_store(_typing: Any, array: Any, i: Any, vector: Any) -> Any:
+    """`array[i : i + 16] = vector`, rounded if the array is of 16 bits (`_rounded`)."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         array, i, numbers = args
@@ -93,28 +92,28 @@ def _type_store(_typing: Any, array: Any, i: Any, lanes: Any) -> Any:
         builder.store(numbers, pointer).align = signature.args[0].dtype.bitwidth // 8
         return context.get_dummy_value()
 
-    return types.void(array, types.uint64, lanes), generate
+    return types.void(array, types.uint64, vector), generate
 
 
-def _type_stream(_typing: Any, array: Any, i: Any, lanes: Any) -> Any:
-    """The same past the caches, for what is not read soon: `array[i]` lies at a multiple of 16 elements' bytes.
+def _type_stream(_typing: Any, array: Any, i: Any, vector: Any) -> Any:
+    """`store` past the caches, for what is not read soon; `array[i]` lies at a multiple of 16 elements' bytes.
 
-    Other threads see it after `settle`.
+    Other threads see it after `fence`.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         array, i, numbers = args
         numbers = _rounded(builder, numbers, signature.args[0].dtype)
         stored = builder.store(numbers, _pointer(context, builder, signature.args[0], array, i, numbers.type.element))
-        stored.align = LANES * signature.args[0].dtype.bitwidth // 8
+        stored.align = VECTOR_LENGTH * signature.args[0].dtype.bitwidth // 8
         stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_I32, 1)]))
         return context.get_dummy_value()
 
-    return types.void(array, types.uint64, lanes), generate
+    return types.void(array, types.uint64, vector), generate
 
 
-def _type_settle(_typing: Any) -> Any:
-    """Whatever `stream` has written is written."""
+def _type_fence(_typing: Any) -> Any:
+    """Makes what `stream` has written visible to other threads."""
 
     def generate(context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
         builder.fence("seq_cst")
@@ -123,7 +122,7 @@ def _type_settle(_typing: Any) -> Any:
     return types.void(), generate
 
 
-def _type_spread(_typing: Any, number: Any) -> Any:
+def _type_broadcast(_typing: Any, number: Any) -> Any:
     """Sixteen times one float32."""
 
     def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
@@ -138,7 +137,7 @@ def _type_widen(_typing: Any, array: Any, i: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         array, i = args
         narrow = _load(context, builder, signature.args[0], array, i, _I8)
-        return builder.zext(narrow, ir.VectorType(_I32, LANES))
+        return builder.zext(narrow, ir.VectorType(_I32, VECTOR_LENGTH))
 
     return CODES(array, types.uint64), generate
 
@@ -161,18 +160,18 @@ def _type_look_up(_typing: Any, table: Any, codes: Any) -> Any:
 
     def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         table, codes = args
-        codes = builder.and_(codes, _constant(_I32, LANES - 1))
+        codes = builder.and_(codes, _constant(_I32, VECTOR_LENGTH - 1))
         found = ir.Constant(table.type, ir.Undefined)
-        for n in range(LANES):
-            lane = ir.Constant(_I32, n)
-            entry = builder.extract_element(table, builder.extract_element(codes, lane))
-            found = builder.insert_element(found, entry, lane)
+        for n in range(VECTOR_LENGTH):
+            position = ir.Constant(_I32, n)
+            entry = builder.extract_element(table, builder.extract_element(codes, position))
+            found = builder.insert_element(found, entry, position)
         return found
 
     return FLOATS(FLOATS, CODES), generate
 
 
-def _operator(instruction: str, of: Lanes) -> Callable[..., Any]:
+def _operator(instruction: str, of: Vector) -> Callable[..., Any]:
     def typed(_typing: Any, a: Any, b: Any) -> Any:
         def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
             return getattr(builder, instruction)(*args)
@@ -187,12 +186,12 @@ def _operator(instruction: str, of: Lanes) -> Callable[..., Any]:
 load: Any = intrinsic(_type_load)
 store: Any = intrinsic(_type_store)
 stream: Any = intrinsic(_type_stream)
-settle: Any = intrinsic(_type_settle)
-spread: Any = intrinsic(_type_spread)
+fence: Any = intrinsic(_type_fence)
+broadcast: Any = intrinsic(_type_broadcast)
 widen: Any = intrinsic(_type_widen)
 part: Any = intrinsic(_type_part)
 look_up: Any = intrinsic(_type_look_up)
-# Each rounds for itself: LLVM joins a product and a sum only if it is told that it may.
+# Products and sums are rounded one by one: LLVM fuses them only if it is told to.
 overload(operator.add)(_operator("fadd", FLOATS))
 overload(operator.sub)(_operator("fsub", FLOATS))
 overload(operator.mul)(_operator("fmul", FLOATS))

@@ -1,4 +1,4 @@
-"""A tensor that grows by its rows."""
+"""A tensor that grows along one dimension."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 
-class Rows:
-    """Tensors of one shape but for one dimension, one behind the other in memory of their own.
+class GrowableTensor:
+    """Tensors appended along one dimension, in memory that doubles when it is full.
 
-    The memory doubles when it is full, so that adding a row at a time costs what adding all at once costs.
+    So appending one row at a time takes as long, all in all, as appending them at once.
 
     Parameters
     ----------
@@ -26,23 +26,23 @@ class Rows:
 
     @property
     def all(self) -> Tensor:
-        """What was added so far, a view that stays as it is when more is added.
+        """A view of all rows; its content does not change when more are added.
 
         Raises
         ------
-        ValueError : nothing was ever added, so nobody knows its shape.
+        ValueError : no tensor was added, so the shape is unknown.
         """
         if self._memory is None:
-            raise ValueError("nothing was added yet, not even an empty tensor")
+            raise ValueError("no tensor was added yet; add one first, which may be empty")
         return self._memory.narrow(self._dim, 0, self._count)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the rows, without the memory kept for more."""
+        """Bytes of the rows, without the memory that is reserved."""
         return 0 if self._memory is None else self.all.nbytes
 
     def add(self, rows: Tensor) -> None:
-        """Copied; the first tensor decides dtype, device and the other dimensions."""
+        """Copies rows behind the others; the first ones decide dtype, device and the other dimensions."""
         stop = self._count + rows.shape[self._dim]
         if self._memory is None or stop > self._memory.shape[self._dim]:
             like = rows if self._memory is None else self._memory

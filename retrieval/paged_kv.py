@@ -1,4 +1,4 @@
-"""Keys and values of one layer where they lie already, in pieces of another's memory; attention over some of them."""
+"""Keys and values of one layer in pages of memory that others own, and attention over chosen tokens."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .attention import Partial, attend, nothing
+from .attention import PartialAttention, attend, empty_attention
 from .kernels.ops import check_ids, compiled_for_cpu
 
 
-class Pages:
-    """The tokens of one layer of one sequence, in pages that belong to somebody else: nothing is copied.
+class PagedKV:
+    """The tokens of one layer of one sequence, in pages; nothing is copied.
 
-    Ownership: a page's tensors are kept for as long as the object lives, so that their memory stays; who writes to
-    them changes what is attended to.
+    Ownership: the object refers to the tensors of its pages, so their memory lives as long as it does. Writing to them
+    changes the result of attention.
 
     Parameters
     ----------
-    page_tokens : tokens of a page; only the last page may be shorter, and no page can follow it.
+    page_tokens : tokens of a page. The last page may be shorter; then no page can be appended.
     """
 
     def __init__(self, page_tokens: int) -> None:
@@ -34,10 +34,10 @@ class Pages:
         return self._tokens
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """The next tokens: `[H, N, D]` and `[H, N, Dv]` on the cpu; more than a page become several.
+        """Adds the next tokens, `[H, N, D]` and `[H, N, Dv]` on the cpu, as one or more pages.
 
         Raises `ValueError` for other shapes and dtypes than those of the first page, for rows that are not contiguous,
-        and behind a page that is not full.
+        and after a page that is not full.
         """
         for name, tensor, of_first in (("keys", keys, self._keys), ("values", values, self._values)):
             expected = of_first[0] if of_first else keys
@@ -66,7 +66,7 @@ class Pages:
     def gather(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of the rows `ids` (`[H, K]` int64, -1 for none): `[H, K, D]` and `[H, K, Dv]`; rows of -1 are zeros.
 
-        Raises `ValueError` for ids of no token, and if there are no pages.
+        Raises `ValueError` for ids that are no tokens, and if there are no pages.
         """
         self._check(ids)
         keys, values = (rows[0].new_zeros(*ids.shape, rows[0].shape[2]) for rows in (self._keys, self._values))
@@ -81,19 +81,21 @@ class Pages:
             values[head, place] = self._values[page][head, token[head, place]]
         return keys, values
 
-    def attend(self, queries: Tensor, ids: Tensor, *, scale: float) -> Partial:
+    def attend(self, queries: Tensor, ids: Tensor, *, scale: float) -> PartialAttention:
         """Attention of one query token (`[Hq, D]`) over the rows `ids`, see `gather_attend` of ops.py."""
         self._check(ids)
         H, _, D = self._keys[0].shape
         if queries.ndim != 2 or queries.shape[1] != D or queries.shape[0] % H or not queries.is_floating_point():
             raise ValueError(f"queries are {queries.dtype} {list(queries.shape)}; expected floats [Hq, {D}] for {H}")
         if not ids.numel():
-            return nothing(queries.shape[0], self._values[0].shape[2])
+            return empty_attention(queries.shape[0], self._values[0].shape[2])
         kernel = compiled_for_cpu()
         if kernel is None:
             return attend(queries, *self.gather(ids), scale=scale, visible=ids >= 0)
         dtypes, v_dim = (self._keys[0].dtype, self._values[0].dtype), self._values[0].shape[2]
-        found: Partial = kernel.gather_attend(queries, self._addresses(), self.page_tokens, dtypes, v_dim, ids, scale)
+        found: PartialAttention = kernel.gather_attend(
+            queries, self._addresses(), self.page_tokens, dtypes, v_dim, ids, scale
+        )
         return found
 
     def _check(self, ids: Tensor) -> None:
@@ -102,11 +104,14 @@ class Pages:
         check_ids(ids, self._keys[0].shape[0], self._tokens)
 
     def _addresses(self) -> np.ndarray:
-        """Where pages lie, `[P, 6]` int64: `places` of keys and of values."""
-        from .kernels.ops_numba import places
+        """Addresses of the pages, `[P, 6]` int64: `row_addresses` of keys and of values."""
+        from .kernels.ops_numba import row_addresses
 
         known = len(self._table)
         if known < len(self._keys):
-            new = [(*places(k), *places(v)) for k, v in zip(self._keys[known:], self._values[known:], strict=True)]
+            new = [
+                (*row_addresses(k), *row_addresses(v))
+                for k, v in zip(self._keys[known:], self._values[known:], strict=True)
+            ]
             self._table = np.concatenate((self._table, np.array(new, np.int64)))
         return self._table
