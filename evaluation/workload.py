@@ -52,8 +52,8 @@ def task_cases(
     return [Case(t.kind, t.documents, t.question, f" {t.answer}.") for t in tasks]
 
 
-def question_cases(count: int) -> list[Case]:
-    """Real multi-hop questions over ten Wikipedia passages each (MuSiQue); a small model cannot answer them."""
+def question_cases(count: int, *, passages: int = 10) -> list[Case]:
+    """Real multi-hop questions over up to ten Wikipedia passages each (MuSiQue); a small model cannot answer them."""
     return [
-        Case("question", q.passages, f"\nQ: {q.question}\nA:") for q in load_questions()[:count]
+        Case("question", q.passages[:passages], f"\nQ: {q.question}\nA:") for q in load_questions()[:count]
     ]  # answers are free text, so only the agreement with full prefill is measured

@@ -104,7 +104,13 @@ class Loss:
     figures: Mapping[str, tuple[float, float, float]]
 
 
-def learn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, scope: Scope) -> Learned:
+def learn(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    scope: Scope,
+    *,
+    variants: Mapping[str, FitOptions] = FITS,
+) -> Learned:
     """Calibrate on the bundled Wikipedia passages and on the first half of the bundled prose."""
     prose = load_heldout()
     passages = [text for question in load_questions() for text in question.passages]
@@ -116,20 +122,20 @@ def learn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, scope: Sco
         )
     ]
     of_codecs = {method: fit for method, fit in LAYER_FITS.items() if method != "vq"}  # codebooks are for retrieval
-    fits = of_codecs | {name: _renamed(name, options) for name, options in FITS.items()}
+    fits = of_codecs | {name: _renamed(name, options) for name, options in variants.items()}
     profile = calibrate(model, windows, layer_fits=fits)
     own = {name: tensor for name, tensor in profile.tensors.items() if "/" not in name}
-    variants = {
+    profiles = {
         variant: Profile(
             profile.spec,
             {n.removeprefix(f"{variant}/"): t for n, t in profile.tensors.items() if n.startswith(f"{variant}/")},
         )
-        for variant in FITS
+        for variant in variants
     }
     grams = _key_grams(ForcedModel(model), windows, rotated=True)
     bases = torch.stack([fit_basis(gram)["lowrank.basis"] for gram in grams])
     rotated = Profile(replace(profile.spec, rope=None), {"lowrank.basis": bases})
-    return Learned(Profile(profile.spec, own, profile.meta), variants, rotated)
+    return Learned(Profile(profile.spec, own, profile.meta), profiles, rotated)
 
 
 def all_codecs(learned: Learned) -> dict[str, Codec]:

@@ -119,7 +119,7 @@ def run(*, quick: bool = False, folder: Path = Path()) -> BenchResult:
         stressed = losses(
             stressed_model,
             tokenizer,
-            all_codecs(learn(stressed_model, tokenizer, sizes.ablated)),
+            all_codecs(learn(stressed_model, tokenizer, sizes.ablated, variants={})),
             sizes.ablated,
             _steps(bar, "model with outlier channels", sizes.ablated),
         )

@@ -75,7 +75,7 @@ def demo_cases(options: DemoOptions, count_tokens: Callable[[str], int], max_tok
         for kind, n in counts.items()
         for case in task_cases(texts, count_tokens, kind=kind, count=n, context_tokens=context)
     ]
-    return cases if texts is not None else [*cases, *question_cases(1)]
+    return cases if texts is not None else [*cases, *question_cases(1, passages=2 if options.quick else 10)]
 
 
 def measure(options: DemoOptions, store_dir: Path, *, restarted: bool) -> tuple[list[Score], list[Case]]:

@@ -25,10 +25,16 @@ def sweep(model_dir: Path | None, docs: Path | None, store_dir: Path, *, quick: 
     with KVStore([HostTier(HOST_BYTES), DiskTier(store_dir)]) as store:
         connector = TransformersConnector(model, tokenizer, store)
         longest = connector.layers.max_tokens - 128
-        for chunks in (2, 4, 8) if quick else (2, 4, 8, 16):
+        for chunks in (2, 4) if quick else (2, 4, 8, 16):
             context = min(chunks * (128 if quick else 512), longest)
             cases = task_cases(
-                texts, count_tokens, kind="record", count=3, context_tokens=context, num_documents=chunks, seed=1
+                texts,
+                count_tokens,
+                kind="record",
+                count=2 if quick else 3,
+                context_tokens=context,
+                num_documents=chunks,
+                seed=1,
             )
             connector.precompute([d for case in cases for d in case.documents])
             for s in score(connector, cases, [FULL, PREFIX, NAIVE, blend(0.15)]):
@@ -38,12 +44,12 @@ def sweep(model_dir: Path | None, docs: Path | None, store_dir: Path, *, quick: 
             texts,
             count_tokens,
             kind="record",
-            count=4 if quick else 24,
+            count=2 if quick else 24,
             context_tokens=min(1024, longest),
             seed=2,
         )
         connector.precompute([d for case in cases for d in case.documents])
-        ratios = (0.0, 0.05, 0.15, 1.0) if quick else (0.0, 0.02, 0.05, 0.1, 0.15, 0.3, 0.5, 1.0)
+        ratios = (0.0, 0.15, 1.0) if quick else (0.0, 0.02, 0.05, 0.1, 0.15, 0.3, 0.5, 1.0)
         for selector in ("deviation", "first", "random"):
             methods: list[Method] = [FULL, *(blend(ratio, selector) for ratio in ratios)]
             for ratio, s in zip(ratios, score(connector, cases, methods)[1:], strict=True):

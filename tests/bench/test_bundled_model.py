@@ -43,6 +43,7 @@ def test_bos_comes_first() -> None:
     assert tokenizer.decode(ids[1:]) == " The code of Falcon is 4821."
 
 
+@pytest.mark.slow
 def test_finds_a_needle_in_real_text(model: LlamaForCausalLM) -> None:
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED_MODEL)
 

@@ -59,6 +59,7 @@ def test_bytes_are_those_of_the_container() -> None:
     assert 16 < raw_bits < 16.2
 
 
+@pytest.mark.slow
 def test_samples_fit_their_profile() -> None:
     """What is synthetic must not make codecs fall back on exact tokens: then bytes and times would say nothing."""
     profile, chunk = profile_8b(), chunk_8b(0, tokens=16)

@@ -63,6 +63,7 @@ class Recording(ExactSelector):
         return self.chosen[-1]
 
 
+@pytest.mark.slow
 def test_mass_error_and_bytes_are_those_of_the_chosen() -> None:
     made: list[Recording] = []
     found, random = measured(

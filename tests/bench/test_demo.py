@@ -36,6 +36,7 @@ def docs_dir(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_demo_measures_both_phases(model_dir: Path, tmp_path: Path) -> None:
     found = run_demo(DemoOptions(model=model_dir, store=tmp_path / "store", quick=True, curves=True))
     found.write_page(tmp_path / "r.html")
@@ -69,6 +70,7 @@ def test_demo_measures_both_phases(model_dir: Path, tmp_path: Path) -> None:
         assert store.stats().tiers[0].chunks > 0
 
 
+@pytest.mark.slow
 def test_demo_answers_a_question_over_ones_own_documents(
     model_dir: Path, docs_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,6 +127,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_blend_benchmark_writes_every_figure(model_dir: Path) -> None:
     result = run_blend(quick=True, model_dir=model_dir)
     assert result.metrics["tokens_identical_at_1"].value == 1.0

@@ -54,6 +54,7 @@ class TestPlanted:
 
 
 class TestFigures:
+    @pytest.mark.slow
     def test_the_graph_compares_fewer_keys_than_the_others_where_queries_lie_far(self) -> None:
         figures = planted_figures(8192, queries=8, settings=GraphSettings(exact_beams=0))
         scan = figures["scan"]

@@ -121,6 +121,7 @@ def test_sinks_are_seen_where_a_head_looks_at_bos(folder: Path) -> None:
     assert shares[0].max() < 0.5
 
 
+@pytest.mark.slow
 def test_the_whole_evaluation_and_its_card(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("\n".join(PARAGRAPHS))
     result = evaluate.evaluate(folder, trials=2, context=512, corpus=tmp_path)
@@ -272,6 +273,7 @@ def test_a_model_starts_with_retrieval_and_binding() -> None:
     assert min(right.values()) >= 22, right
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "matrices"), [(2, 3), (3, 1)], ids=["uneven", "fewer matrices than processes"])
 def test_processes_share_the_work_of_muon_and_of_the_gradients(tmp_path: Path, processes: int, matrices: int) -> None:
     script = tmp_path / "step.py"
@@ -314,6 +316,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_training_learns_resumes_and_exports_the_same_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "train.txt").write_text("\n".join(PARAGRAPHS))
     run, out = tmp_path / "run", tmp_path / "model"

@@ -151,6 +151,7 @@ def test_selectors_begin_with_exact_search() -> None:
         selectors(names=["oracle"])
 
 
+@pytest.mark.slow
 def test_every_method_is_made() -> None:
     model, tokenizer = load_model(None)
     assert VQ not in selectors() and ONLY.keys() < METHODS.keys()
@@ -219,6 +220,7 @@ def test_what_dense_attention_does_not_know_is_given_up() -> None:
     assert pooled_loss(floors, EXACT, 0.2, ANSWER) is None
 
 
+@pytest.mark.slow
 def test_a_trial_is_judged_once_however_often_it_is_asked() -> None:
     """Three of four answers known is no floor, though the question that is asked twice is the one not known."""
     model, tokenizer = load_model(None)

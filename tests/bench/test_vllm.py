@@ -53,6 +53,7 @@ def test_prompts_hold_documents_where_their_spans_say() -> None:
     assert prompts.ids(20) != prompts.ids(20)
 
 
+@pytest.mark.slow
 def test_records_are_those_of_the_other_benchmark() -> None:
     few = reference_inputs(texts=3, max_text_tokens=40, records=1, context_tokens=600)
     more = reference_inputs(texts=3, max_text_tokens=40, records=2, context_tokens=600)

@@ -1,10 +1,13 @@
 """Codebooks before and after rotation, for scores and for keys, on the bundled model."""
 
+import pytest
+
 from kvloom.bench.retrieval.methods import TEXT
 from kvloom.bench.retrieval.vq_ablation import STRINGS, vq_ablation, vq_table
 from kvloom.evaluation.models import load_model
 
 
+@pytest.mark.slow
 def test_what_each_choice_is_worth() -> None:
     found = vq_ablation(*load_model(None), tokens=512, contexts=1, sequences=4, learned_tokens=512)
     recall = {(q.rotation, q.metric, q.text): q.recall for q in found}

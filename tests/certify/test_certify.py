@@ -202,6 +202,7 @@ def run(*args: object) -> int:
 SMALL = ("--text-windows", 3, "--text-window-tokens", 200, "--trials", 3, "--context-tokens", 256, "--tasks", "needle")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "passed"), [(1 / 8, True), (2.0, False)])
 def test_command(
     step: float,

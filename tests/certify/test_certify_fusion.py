@@ -51,6 +51,7 @@ def test_what_a_certificate_permits() -> None:
         assert permitted(replace(good, **other), good, replace(good, parameters=parameters_of_fusion(0.3))) == 0.15
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     """Three trials prove nothing within 5 points; with a limit that they can prove, the smallest ratio is written."""
     out = tmp_path / "fusion.json"

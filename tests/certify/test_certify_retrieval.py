@@ -64,6 +64,7 @@ def measured(forced: ForcedModel, *retrievals: Retrieval) -> list[Measurement]:
     return measure(forced, ways, windows=prompts(620, 621))
 
 
+@pytest.mark.slow
 def test_a_budget_of_everything_costs_nothing_and_chance_more_than_choice(forced: ForcedModel) -> None:
     all_of_it, best, drawn = measured(
         forced,
@@ -104,6 +105,7 @@ SMALL = ("--text-windows", 2, "--text-window-tokens", 620, "--trials", 2, "--con
 LOOSE = ("--max-task-loss", 1.0, "--max-kl", 9.0, "--max-perplexity-increase", 9.0)
 
 
+@pytest.mark.slow
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(certify, "break_even", lambda *_: 768)
     out = tmp_path / "cert.json"
