@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+import xxhash
 from blake3 import blake3
 from torch import Tensor, nn
 
@@ -29,8 +30,11 @@ from ..identity.weights import (
     with_state,
 )
 
+_Modules: TypeAlias = "Sequence[tuple[str, nn.Module]]"
+
 _LOG = logging.getLogger("kvloom.identity")
-_SAMPLES = 64  # values of a tensor that are looked at in every check
+_WHOLE_BYTES = 32 << 20  # of a model of which every check reads everything
+_SAMPLES = 256  # values of every tensor that a check of a larger one reads
 _WRAPPERS = frozenset({"base_layer", "original_module", "token_adapter"})  # PEFT's, around a model's own modules
 
 
@@ -71,9 +75,9 @@ class ModelIdentity:
     Otherwise they have a name of their own, made of their values. Active adapters add to it.
 
     Noticed are: other tensors and tensors elsewhere; values that torch's version counters know to have changed; edits
-    through `.data` that change one of 64 values spread over a tensor; the config; adapters that become active,
-    inactive, scaled, merged or trained. Not noticed are edits through `.data` of a few values only, hooks, replaced
-    `forward` methods, and weights that were offloaded to a disk.
+    through `.data`, which they do not know, of anything in a model of at most 32 MiB and of one of 256 values spread
+    over a tensor in others; the config; adapters that become active, inactive, scaled, merged or trained. Not noticed
+    are smaller edits through `.data`, hooks, replaced `forward` methods, and weights that were offloaded to a disk.
 
     Parameters
     ----------
@@ -90,7 +94,7 @@ class ModelIdentity:
         self._names: dict[bytes, str] = {}  # by the state of the weights
         self._digests: dict[bytes, str] = {}  # by the state of active adapters
         self._model_id = model_id
-        weights, _ = self._state()
+        weights, _ = self._state(_modules_of(model))
         self._names[weights] = model_id or self._folder_name() or self._memory_name()
 
     def name(self) -> str:
@@ -102,9 +106,10 @@ class ModelIdentity:
         """
         if self._model.training:
             raise EngineError("the model is in training mode, in which dropout shapes KV; call its eval() first")
-        if any(module.training for module in self._model.modules()):
+        modules = _modules_of(self._model)
+        if any(module.training for _, module in modules):
             self._model.eval()  # adapters come in training mode
-        weights, adapters = self._state()
+        weights, adapters = self._state(modules)
         if weights not in self._names:
             if self._model_id is None:
                 new = self._folder_name() or self._memory_name()
@@ -117,7 +122,7 @@ class ModelIdentity:
             return name
         state = _digest(adapters)
         if state not in self._digests:
-            self._digests[state] = self._adapters_digest()
+            self._digests[state] = self._adapters_digest(adapters)
         return with_state(name, adapter=self._digests[state])
 
     def _folder_name(self) -> str | None:
@@ -142,27 +147,27 @@ class ModelIdentity:
 
     def _weights(self) -> dict[str, Tensor]:
         """Everything that is stored of the model but adapters, by the names in the model without them."""
-        model, offloaded = self._model, _Offloaded(self._model)
+        modules = _modules_of(self._model)
+        offloaded = _Offloaded(modules)
         left_out = {
             f"{path}.{attribute}.{adapter}"
-            for path, layer in _adapter_layers(model)
+            for path, layer in _adapter_layers(modules)
             for attribute in (*layer.adapter_layer_names, *layer.other_param_names)
             for adapter in _names_in(_attribute(layer, attribute))
         }
         found = {}
-        for name, tensor in model.state_dict().items():
+        for name, tensor in self._model.state_dict().items():
             parts = name.split(".")
             if isinstance(tensor, Tensor) and left_out.isdisjoint(_beginnings(parts)):
                 whole = offloaded.read(name) if tensor.device.type == "meta" else tensor
                 found[".".join(part for part in parts if part not in _WRAPPERS)] = tensor if whole is None else whole
         return found
 
-    def _state(self) -> tuple[bytes, list[tuple[str, object]]]:
+    def _state(self, modules: _Modules) -> tuple[bytes, list[tuple[str, object]]]:
         """A digest of the weights' state, and the parts of active adapters by name: texts, numbers and tensors."""
-        model, offloaded = self._model, _Offloaded(self._model)
         adapters: list[tuple[str, object]] = []
         others: set[int] = set()  # ids of adapters' tensors
-        for path, layer in _adapter_layers(model):
+        for path, layer in _adapter_layers(modules):
             if layer.disable_adapters and getattr(layer, "merged", False):
                 layer.unmerge()  # its forward would do that first
             is_merged = bool(getattr(layer, "merged", False))
@@ -175,16 +180,18 @@ class ModelIdentity:
                     if adapter in active:
                         place = f"{path}.{attribute}.{active.index(adapter)}"
                         adapters += [(f"{place}.{name}", part) for name, part in parts]
-        weights: list[tuple[str, object]] = [("config", canonical_config(model.config.to_dict()))]
-        for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()):
-            if id(tensor) not in others:
-                held = offloaded.held(name) if tensor.device.type == "meta" else tensor
-                weights.append((name, tensor if held is None else held))
+        weights: list[tuple[str, object]] = [("config", canonical_config(self._model.config.to_dict()))]
+        offloaded = _Offloaded(modules)
+        for path, module in modules:
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):  # noqa: SLF001  fast
+                if tensor is not None and id(tensor) not in others:
+                    whole = offloaded.held(f"{path}.{name}") if tensor.device.type == "meta" else tensor
+                    weights.append((f"{path}.{name}", tensor if whole is None else whole))
         return _digest(weights), adapters
 
-    def _adapters_digest(self) -> str:
+    def _adapters_digest(self, parts: Iterable[tuple[str, object]]) -> str:
         digest = blake3()
-        for name, part in self._state()[1]:
+        for name, part in parts:
             if isinstance(part, Tensor):
                 update(digest, name, part)
             else:
@@ -195,9 +202,9 @@ class ModelIdentity:
 class _Offloaded:
     """Weights that accelerate keeps elsewhere, while the model itself has tensors without data."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, modules: _Modules) -> None:
         self._maps: dict[str, Any] = {}
-        for path, module in model.named_modules():
+        for path, module in modules:
             hook = getattr(module, "_hf_hook", None)
             for each in getattr(hook, "hooks", (hook,)):
                 weights = getattr(each, "weights_map", None)
@@ -230,9 +237,22 @@ class _Offloaded:
                     yield name[len(path) :].lstrip("."), self._maps[path]
 
 
-def _adapter_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def _modules_of(model: nn.Module) -> _Modules:
+    """Every module once, with its path; as `named_modules`, which takes several times as long."""
+    found, seen, todo = [], {id(model)}, [("", model)]
+    while todo:
+        path, module = todo.pop()
+        found.append((path, module))
+        for name, child in module._modules.items():  # noqa: SLF001  fast
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                todo.append((f"{path}.{name}" if path else name, child))
+    return found
+
+
+def _adapter_layers(modules: _Modules) -> Iterator[tuple[str, Any]]:
     """PEFT's modules around the model's own; they share these attributes, but no class."""
-    for path, module in model.named_modules():
+    for path, module in modules:
         if hasattr(module, "adapter_layer_names") and hasattr(module, "active_adapters"):
             yield path, module
 
@@ -261,27 +281,30 @@ def _beginnings(parts: list[str]) -> Iterator[str]:
     return (".".join(parts[: stop + 1]) for stop in range(len(parts)))
 
 
-def _digest(state: Iterable[tuple[str, object]]) -> bytes:
-    """Stands for texts, numbers, and tensors by where they lie, how often torch saw them change, and some values."""
-    digest, samples = blake3(), dict[torch.device, list[Tensor]]()
-    for name, part in state:
-        digest.update(name.encode() + b"\0")
-        if not isinstance(part, Tensor):
-            digest.update(f"{part}\0".encode())
-            continue
-        for inner, tensor in plain_tensors(name, part):
-            version = 0 if tensor.is_inference() else tensor._version  # noqa: SLF001  torch has no other name for it
-            facts = inner, tensor.dtype, tensor.shape, tensor.device, tensor.data_ptr(), version
-            digest.update(f"{facts}\0".encode())
-            if tensor.device.type != "meta":
-                samples.setdefault(tensor.device, []).append(_sample(tensor))
-    for values in samples.values():
-        digest.update(torch.cat(values).cpu().numpy().data)
+def _digest(state: Sequence[tuple[str, object]]) -> bytes:
+    """Stands for texts, numbers, and tensors by where they lie, how often torch saw them change, and their values.
+
+    Of models that take more than `_WHOLE_BYTES`, some values of every tensor stand for all.
+    """
+    tensors = [part for name, held in state if isinstance(held, Tensor) for _, part in plain_tensors(name, held)]
+    is_small = sum(tensor.nbytes for tensor in tensors) <= _WHOLE_BYTES
+    facts: list[object] = [held if not isinstance(held, Tensor) else name for name, held in state]
+    values: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        version = 0 if tensor.is_inference() else tensor._version  # noqa: SLF001  torch has no other name for it
+        facts += (tensor.data_ptr(), version, tuple(tensor.shape), tensor.dtype, tensor.device)
+        if tensor.device.type != "meta":
+            read = tensor.detach().reshape(-1) if is_small else _sample(tensor.detach())
+            values.setdefault((tensor.device, tensor.dtype), []).append(read)
+    digest = xxhash.xxh3_128(repr(facts).encode())
+    for same_kind in values.values():
+        digest.update(torch.cat(same_kind).view(torch.uint8).cpu().numpy().data)
     return digest.digest()
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """Bytes of about `_SAMPLES` values, spread over the tensor."""
-    each = max(1, round(_SAMPLES ** (1 / max(tensor.ndim, 1))))
-    steps = tuple(slice(None, None, max(1, size // each)) for size in tensor.shape)
-    return tensor.detach()[steps].contiguous().view(-1).view(torch.uint8)
+    """About `_SAMPLES` values, spread over the tensor."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)[:: tensor.numel() // _SAMPLES | 1]  # odd, so that it does not stay in one column
+    each = max(1, round(_SAMPLES ** (1 / tensor.ndim)))
+    return tensor[tuple(slice(None, None, max(1, size // each)) for size in tensor.shape)].reshape(-1)

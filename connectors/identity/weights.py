@@ -202,12 +202,18 @@ def holds(folder: Path, tensors: Mapping[str, Tensor]) -> bool:
                 seen |= names
                 for name in sorted(names & tensors.keys()):
                     mine, theirs = tensors[name], file.get_tensor(name)
-                    if mine.shape != theirs.shape or not torch.equal(mine.detach().cpu(), theirs.to(mine.dtype)):
+                    if mine.shape != theirs.shape or not _equal(mine, theirs.to(mine.dtype)):
                         return False
                     matched.add(_memory(mine))
         return all(_memory(tensors[name]) in matched for name in tensors.keys() - seen)
     except (EngineError, OSError, ValueError, LookupError, RuntimeError, TypeError, SafetensorError):
         return False
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Bit for bit, which is faster than to compare numbers of 16 bits."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(one.dtype.itemsize, torch.uint8)
+    return torch.equal(one.detach().cpu().contiguous().view(bits), other.contiguous().view(bits))
 
 
 def _memory(tensor: Tensor) -> tuple[object, ...]:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, LlamaForCausalLM, PreTrainedModel
 
+from kvloom.connectors.hf import identity as hf_identity
 from kvloom.connectors.hf.identity import unwrapped
 from kvloom.connectors.identity.weights import folder_name
 from kvloom.errors import EngineError
@@ -114,6 +115,10 @@ def one_bias(model: PreTrainedModel) -> None:
         model.model.layers[0].self_attn.k_proj.weight[0, 0] += 3.0
 
 
+def one_value_data(model: PreTrainedModel) -> None:
+    model.model.layers[1].mlp.down_proj.weight.data[3, 4] += 3.0
+
+
 def optimise(model: PreTrainedModel) -> None:
     optimiser = torch.optim.SGD(model.parameters(), 0.5)
     model(torch.arange(3, 9)[None], labels=torch.arange(3, 9)[None]).loss.backward()
@@ -128,7 +133,7 @@ def rotate(model: PreTrainedModel) -> None:
     model.model.rotary_emb.inv_freq *= 0.5
 
 
-CHANGES = (scale, scale_data, replace_data, one_bias, optimise, load_state, rotate)
+CHANGES = (scale, scale_data, replace_data, one_bias, one_value_data, optimise, load_state, rotate)
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
@@ -149,6 +154,18 @@ def test_a_change_of_precision_is_another_dtype() -> None:
     model.to(torch.bfloat16)
     assert rag.precompute(DOCUMENTS[:1]).computed == 1
     assert rag.spec.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("change", [scale_data, replace_data, load_state], ids=lambda change: change.__name__)
+def test_changes_of_larger_models(change: Callable[[PreTrainedModel], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which a check reads some values."""
+    monkeypatch.setattr(hf_identity, "_WHOLE_BYTES", 0)
+    model = make_model("llama")
+    model.lm_head.weight.data = model.lm_head.weight.data.T.contiguous().T
+    rag = Rag(model)
+    rag.precompute(DOCUMENTS[:2])
+    assert rag.precompute(DOCUMENTS[:2]).stored == 2
+    rag.is_renamed(lambda: change(model))
 
 
 def test_what_did_not_change_keeps_its_name() -> None:
