@@ -40,7 +40,7 @@ class CertifyOptions:
     windows, window_tokens : of held-out text.
     trials, context_tokens : of each kind of task; None for 1,024 tokens, and 2,048 behind retrieval.
     out : where the certificate goes; None for nowhere.
-    model_id : names weights revision and adapter, as the server will; None hashes the weights as they are loaded.
+    model_id : names the weights, as the server will; None for the name of the folder, which servers have by default.
     dtype : of the weights, as for `load_model`.
     """
 

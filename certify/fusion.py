@@ -36,7 +36,7 @@ class FusionOptions:
     trials, context_tokens, num_documents : of each kind of task.
     task_loss : limit, points of exact match as a share, at the bad end of the 95 % interval.
     out : where the certificate goes; None for nowhere.
-    model_id : names weights revision and adapter, as the server will; None hashes the weights as they are loaded.
+    model_id : names the weights, as the server will; None for the name of the folder, which servers have by default.
     dtype : of the weights, as for `load_model`.
     """
 

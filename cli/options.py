@@ -143,7 +143,7 @@ ModelFolder = Annotated[
 ]
 ModelId = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Name of weights and adapter, as the server gives it; default: hash of both."),
+    typer.Option(metavar="NAME", help="Name of the weights, as the server has it; default: the name of the folder."),
 ]
 Dtype = Annotated[
     str | None, typer.Option(metavar="NAME", help="Precision of the weights: auto, float32, bfloat16, float16.")

@@ -89,7 +89,7 @@ class ServingSettings:
         one `model_id`.
     allow_uncertified : use lossy codecs without a certificate; warns.
     chunk_tokens : tokens of a stored chunk. A shorter prefix is not stored.
-    model_id : name of the weights; None hashes the model's files. Two models of one name get each other's KV.
+    model_id : name of the weights; None for the name of the model's folder. Two models of one name get each other's KV.
     salt : the tenant's secret, part of every key.
     load_mode : `async`: a request waits while its KV is loaded, and other requests go on. `layerwise`: a request
         computes at once, and each layer of its step waits for the KV of that layer.

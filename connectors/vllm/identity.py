@@ -100,7 +100,7 @@ def engine_rope(vllm_config: Any, layers: Sequence[Any], head_dim: int) -> RopeS
 def engine_lead(model_config: Any) -> tuple[int, ...]:
     """The lead tokens of an engine whose user names none: as the transformers connector has them.
 
-    None, and a line in the log, for a tokenizer that is not to be had.
+    Empty, and a line in the log, where there is no tokenizer.
     """
     from vllm.tokenizers import get_tokenizer
 
@@ -113,7 +113,7 @@ def engine_lead(model_config: Any) -> tuple[int, ...]:
         )
         return lead_of(tokenizer)
     except Exception as exc:  # noqa: BLE001  whatever a foreign tokenizer raises: there is none, then
-        _LOG.warning(
+        _LOG.info(
             "the tokenizer of %s cannot be asked for a BOS (%s): documents are taken to stand at the very start of a "
             "prompt; name the tokens in front of them in lead_ids",
             model_config.tokenizer,
@@ -185,9 +185,9 @@ def _process_start_s() -> float:
 
 
 def _holds(layers: Sequence[Any], files: Sequence[Path]) -> bool:
-    """Whether what the engine has in memory is what the files hold, as far as both have it in one form.
+    """Whether what the engine's first rank has in memory is what the files hold, as far as both have it in one form.
 
-    That are embeddings and norms: other weights are divided, joined, or rearranged for a processor.
+    These are embeddings and norms: other weights are divided, joined, or rearranged for a processor.
     """
     try:
         named = running_model(layers).named_parameters()
@@ -199,9 +199,11 @@ def _holds(layers: Sequence[Any], files: Sequence[Path]) -> bool:
             with safe_open(path, framework="pt") as file:
                 for name in sorted(set(file.keys()) & weights.keys()):
                     mine, theirs = weights[name], file.get_tensor(name)
-                    if mine.dtype.itemsize < 2 or mine.shape[1:] != theirs.shape[1:] or len(mine) < len(theirs):
+                    # Of embeddings a rank has the first rows, and further ones that fill up the last rank's.
+                    rows = min(len(mine), len(theirs)) if mine.ndim and mine.shape[1:] == theirs.shape[1:] else 0
+                    if mine.dtype.itemsize < 2 or not rows:
                         continue
-                    if not torch.equal(mine[: len(theirs)].detach().cpu(), theirs.to(mine.dtype)):
+                    if not torch.equal(mine[:rows].detach().cpu(), theirs[:rows].to(mine.dtype)):
                         return False
                     matrices += theirs.ndim == 2
         return matrices > 0

@@ -71,8 +71,8 @@ def open_store(settings: ServingSettings, spec: KVSpec, papers: QualityRecords) 
         store.close()
         others = sorted({each.model_id for each in papers.certificates} - {spec.model_id})
         raise UncertifiedError(
-            f"{exc}. In vLLM: certify with `--model-id {spec.model_id}`, or give both the same model_id, and name the "
-            "file in certificates" + (f"; those that are there are for {', '.join(others)}" if others else "")
+            f"{exc}. In vLLM: name in certificates the file that `kvloom certify` makes of the served folder, or with "
+            f"`--model-id {spec.model_id}`" + (f"; those that are there are for {', '.join(others)}" if others else "")
         ) from exc
     return store
 
