@@ -26,10 +26,12 @@ from .access.namespaces import NamespaceFile, quotas_of
 from .access.tenants import TenantFile
 from .chunk_index import ChunkIndex
 from .context import ServiceContext
+from .documents.engine import EmbeddedEngine
+from .documents.registry import DocumentRegistry
 from .jobs import Jobs
 from .latencies import Latencies
 from .pins import Pins
-from .routes import administration, chunks, health, lookups, pins, shared_memory
+from .routes import administration, chunks, completions, documents, health, lookups, pins, shared_memory
 from .self_check import problems_of
 from .served_store import ServedStore
 from .settings import ServiceSettings
@@ -96,8 +98,10 @@ def create_app(settings: ServiceSettings, tiers: Sequence[Tier] | None = None) -
         pins=Pins(store, settings.max_pinned_keys),
         jobs=Jobs(),
         threads=ThreadPoolExecutor(16, "kvloom-service"),
-        followers=ThreadPoolExecutor(64, "kvloom-jobs"),
+        followers=ThreadPoolExecutor(512, "kvloom-jobs"),
         transfers=TransferTurns(settings.max_transfers),
+        engine=EmbeddedEngine(settings.models, store, tenants, recompute_ratio=settings.recompute_ratio),
+        documents=DocumentRegistry(directory / "documents.sqlite"),
         shared_memory=SharedMemory(settings.shared_memory_bytes, settings.shared_memory_clients),
         uploads=UploadBudget(settings.max_upload_bytes),
     )
@@ -111,7 +115,7 @@ def create_app(settings: ServiceSettings, tiers: Sequence[Tier] | None = None) -
         redirect_slashes=False,
     )
     app.state.context = context
-    for each in (chunks, lookups, pins, shared_memory, administration, health):
+    for each in (chunks, lookups, pins, shared_memory, documents, completions, administration, health):
         app.include_router(each.router)
     problems.install(app)
     app.add_middleware(Guard, context=context)
@@ -153,9 +157,11 @@ def close(context: ServiceContext) -> None:
     """Ends all work and closes the store: what was acknowledged is on disk afterwards, by its durability."""
     context.jobs.cancel_all()
     context.pins.close()
+    context.engine.close()
     context.threads.shutdown(wait=True, cancel_futures=True)
     context.store.close()
     context.followers.shutdown(wait=False, cancel_futures=True)
+    context.documents.close()
     context.audit.close()
 
 

@@ -20,6 +20,8 @@ from .access.namespaces import NamespaceFile
 from .access.tenants import KeySpace, Tenant, TenantFile
 from .chunk_index import ChunkIndex
 from .containers import ContainerCache
+from .documents.engine import EmbeddedEngine
+from .documents.registry import DocumentRegistry
 from .idempotency import Idempotency
 from .jobs import Jobs
 from .latencies import Latencies
@@ -52,22 +54,39 @@ class ServiceContext:
     uploads: UploadBudget
     namespaces: NamespaceFile
     shared_memory: SharedMemory
+    engine: EmbeddedEngine
+    documents: DocumentRegistry
     buffers: BufferPool = field(default_factory=BufferPool)
     containers: ContainerCache = field(default_factory=ContainerCache)
     idempotency: Idempotency = field(default_factory=Idempotency)
     is_draining: bool = False
     problems: list[str] = field(default_factory=list)
 
-    async def once(self, caller: Caller, route: str, key: str | None, body: BaseModel, function: Callable[[], T]) -> T:
+    async def once(
+        self,
+        caller: Caller,
+        route: str,
+        key: str | None,
+        body: BaseModel,
+        function: Callable[[], T],
+        *,
+        is_slow: bool = False,
+    ) -> T:
         """As `run`, but an `Idempotency-Key` that comes again is given the first answer again."""
         if key is None:
-            return await self.run(function)
+            return await self.run(function, is_slow=is_slow)
         pool, text = caller.tenant.pool, body.model_dump_json()
-        return await self.idempotency.once(pool, route, key, text, lambda: self.run(function))
+        return await self.idempotency.once(pool, route, key, text, lambda: self.run(function, is_slow=is_slow))
 
-    async def run(self, function: Callable[[], T]) -> T:
-        """What a function returns that may wait for a tier, run beside the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self.threads, function)
+    async def run(self, function: Callable[[], T], *, is_slow: bool = False) -> T:
+        """What a function returns that may wait for a tier, run beside the event loop.
+
+        Parameters
+        ----------
+        is_slow : it may wait for a model; it then takes no thread away from others.
+        """
+        threads = self.followers if is_slow else self.threads
+        return await asyncio.get_running_loop().run_in_executor(threads, function)
 
 
 @dataclass(frozen=True, slots=True)

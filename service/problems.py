@@ -1,4 +1,7 @@
-"""Errors as `application/problem+json` (RFC 9457): what went wrong and what to do, and nothing about the server."""
+"""Errors as `application/problem+json` (RFC 9457): what went wrong and what to do, and nothing about the server.
+
+Each document has a member `error` as well, where OpenAI's clients look for what to show.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,8 @@ class ProblemError(HTTPException):
     def response(self) -> Response:
         title = HTTPStatus(self.status_code).phrase
         fields = {"type": f"urn:kvloom:problem:{self.kind}", "title": title, "status": self.status_code}
-        body = json.dumps({**fields, "detail": self.detail, **self.extra})
+        openai = {"error": {"message": self.detail, "type": self.kind, "code": str(self.status_code)}}
+        body = json.dumps({**fields, "detail": self.detail, **self.extra, **openai})
         return Response(body, self.status_code, self.headers, media_type=MEDIA_TYPE)
 
 

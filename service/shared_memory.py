@@ -127,7 +127,7 @@ class SharedMemory:
             self._end(session)
         with self._lock:
             if len(self._sessions) >= self._most_sessions:
-                raise ProblemError(503, "busy", "all shared memory is taken; transfer over HTTP")
+                raise ProblemError(429, "too-many-sessions", "all shared memory is taken; transfer over HTTP")
             descriptor = os.memfd_create("kvloom", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(descriptor, self.session_bytes)
             fcntl.fcntl(descriptor, _F_ADD_SEALS, _SEALS)

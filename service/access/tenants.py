@@ -55,7 +55,6 @@ class KeySpace:
             for index in range(_ROUNDS)
         ]
         self.to_store = lru_cache(maxsize=1 << 16)(self._to_store)
-        self.engine_salt = blake3(salt, derive_key_context="kvloom service engine salt, version 1").digest()
 
     def _to_store(self, key: bytes) -> ChunkKey:
         """The key under which the store knows a client's chunk."""

@@ -70,7 +70,14 @@ def test_every_route_asks_for_a_token_and_for_its_scope(service: Service) -> Non
     assert service.ask("PATCH", "/v1/stats").status == 405
 
 
-READS = ("/v1/match", "/v1/explain")
+READS = (
+    "/v1/match",
+    "/v1/explain",
+    "/v1/compose",
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/shared-memory",
+)
 OPERATORS = ("/v1/tiers", "/v1/tenants", "/metrics", "/v1/namespaces")
 READABLE = ("/v1/namespaces",)
 

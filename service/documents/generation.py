@@ -1,0 +1,247 @@
+"""One answer: documents fused, the question computed over them, tokens as they come, and what the cache has saved."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+Finish: TypeAlias = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen: greedy at temperature 0."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What stands behind the documents, and what of a chat stands in front of them (a system message, for instance)."""
+
+    text: str
+    before: str = ""
+
+
+@dataclass(slots=True)
+class Usage:
+    """What an answer took. Reused tokens were loaded, recomputed ones were documents' and computed here.
+
+    Attributes
+    ----------
+    saved_s : seconds that computing the reused documents took once, less what fusing them took now; 0 if that is more.
+    """
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    reused_tokens: int = 0
+    recomputed_tokens: int = 0
+    saved_s: float = 0.0
+    prompt_s: float = 0.0
+
+
+@dataclass(eq=False)
+class Generation:
+    """A request for an answer, as the engine's thread serves it; `cancel` from any thread ends it at the next token."""
+
+    connector: Callable[[], Any]
+    documents: Sequence[str]
+    prompt: Prompt
+    sampling: Sampling
+    on_text: Callable[[str], None] = lambda _: None
+    usage: Usage = field(default_factory=Usage)
+    finish: Finish = "stop"
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+    def run(self) -> str:
+        """The answer. Only for the engine's thread.
+
+        Raises
+        ------
+        ValueError : the prompt or a document cannot be used, or all is longer than the model's context.
+        """
+        import torch
+
+        from ...connectors.hf.generation import cache_argument, generation_call
+
+        connector = self.connector()
+        model, tokenizer = connector.model, connector.tokenizer
+        began_s = time.perf_counter()
+        if self.documents:
+            inputs, cache = self._assembled(connector)
+            extra = {cache_argument(): cache}
+        else:
+            ids = [*connector.lead_ids, *connector.encode_question(self.prompt.before + self.prompt.text)]
+            if not ids:
+                raise ValueError("the prompt is empty")
+            row = torch.tensor([ids], device=model.device)
+            inputs, extra = {"input_ids": row, "attention_mask": torch.ones_like(row)}, {}
+        self.usage.prompt_tokens = inputs["input_ids"].shape[1]
+        room = connector.layers.max_tokens - self.usage.prompt_tokens
+        if room < 1:
+            raise ValueError(f"the prompt has {self.usage.prompt_tokens} tokens, which leaves no room for an answer")
+        most = min(self.sampling.max_tokens, room)
+        text = _Text(tokenizer, self.sampling.stop, self.on_text, self.cancelled.is_set, began_s)
+        options: dict[str, Any] = {"stopping_criteria": [_stopping(text)]}
+        if self.sampling.temperature > 0:
+            options |= {"do_sample": True, "temperature": self.sampling.temperature, "top_p": self.sampling.top_p}
+            if self.sampling.seed is not None:
+                torch.manual_seed(self.sampling.seed)
+        call = generation_call(model, tokenizer, options, prompt_tokens=self.usage.prompt_tokens, max_new_tokens=most)
+        output = model.generate(
+            **inputs, **call.arguments, **extra, stopping_criteria=call.criteria, streamer=_streamer(text)
+        )
+        new_ids = output[0, self.usage.prompt_tokens :].tolist()
+        self.usage.completion_tokens = len(new_ids)
+        self.usage.prompt_s = (text.first_s or time.perf_counter()) - began_s
+        self.finish = (
+            "cancelled"
+            if self.cancelled.is_set()
+            else "stop"
+            if text.is_stopped or (new_ids and new_ids[-1] in call.end_ids)
+            else "length"
+        )
+        return text.finish(drop_last=bool(new_ids) and new_ids[-1] in call.end_ids)
+
+    def _assembled(self, connector: Any) -> tuple[dict[str, Any], Any]:
+        """As `TransformersConnector.assemble`, and what came out of the store for it."""
+        encoded = [connector.encode_document(text) for text in self.documents]
+        if self.prompt.before:
+            encoded.insert(0, connector.encode_question(self.prompt.before))
+        question_ids = connector.encode_question(self.prompt.text)
+        if not question_ids:
+            raise ValueError("the prompt is empty; at least one token must follow the documents")
+        total = len(connector.lead_ids) + sum(map(len, encoded)) + len(question_ids)
+        if total > connector.layers.max_tokens:
+            raise ValueError(
+                f"documents and prompt have {total} tokens, the model's context {connector.layers.max_tokens}"
+            )
+        keys = [connector.key_of(ids) for ids in encoded]
+        found = [connector.store.locate(key) is not None for key in keys]
+        known = connector.store.explain(keys)
+        began_s = time.perf_counter()
+        context = connector.fuse(encoded)
+        spent_s = time.perf_counter() - began_s
+        stored = sum(len(ids) for ids, there in zip(encoded, found, strict=True) if there)
+        computed = round(context.blended.computed_tokens)
+        self.usage.recomputed_tokens = min(computed, sum(map(len, encoded)))
+        self.usage.reused_tokens = max(0, stored - min(computed, stored))
+        once_s = sum(each.recompute_s or 0.0 for each, there in zip(known, found, strict=True) if there)
+        self.usage.saved_s = max(0.0, once_s - spent_s)
+        return connector.as_inputs(context, question_ids)  # type: ignore[no-any-return]
+
+
+class _Text:
+    """Text from token ids: what is told as soon as it cannot change any more, up to a stop string."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop: Sequence[str],
+        on_text: Callable[[str], None],
+        is_cancelled: Callable[[], bool],
+        began_s: float,
+    ) -> None:
+        self._tokenizer, self._stop, self._on_text, self._is_cancelled = tokenizer, stop, on_text, is_cancelled
+        self._began_s = began_s
+        self._ids: list[int] = []
+        self._told = 0
+        self._text = ""
+        self.first_s: float | None = None
+        self.is_stopped = False
+
+    @property
+    def ends(self) -> bool:
+        return self.is_stopped or self._is_cancelled()
+
+    def add(self, ids: Sequence[int]) -> None:
+        self.first_s = self.first_s or time.perf_counter()
+        self._ids += ids
+        self._update(self._ids)
+        held = max((len(each) - 1 for each in self._stop), default=0)  # what may be the start of a stop string
+        if not self._text.endswith("\ufffd"):  # the rest of a character is still to come
+            self._tell(len(self._text) if self.is_stopped else len(self._text) - held)
+
+    def finish(self, *, drop_last: bool) -> str:
+        """The whole text; an end token is none of it."""
+        if not self.is_stopped:
+            self._update(self._ids[:-1] if drop_last else self._ids)
+        self._tell(len(self._text))
+        return self._text
+
+    def _update(self, ids: Sequence[int]) -> None:
+        text = str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+        cuts = [at for at in (text.find(each) for each in self._stop) if at >= 0]
+        if cuts:
+            text, self.is_stopped = text[: min(cuts)], True
+        self._text = text
+
+    def _tell(self, stop: int) -> None:
+        if stop > self._told:
+            self._on_text(self._text[self._told : stop])
+            self._told = stop
+
+
+def _streamer(text: _Text) -> Any:
+    from transformers.generation.streamers import BaseStreamer
+
+    class Streamer(BaseStreamer):
+        """Gives new tokens on; the first call brings the prompt."""
+
+        def __init__(self) -> None:
+            self._is_prompt = True
+
+        def put(self, value: Any) -> None:
+            if self._is_prompt:
+                self._is_prompt = False
+                return
+            text.add(value.reshape(-1).tolist())
+
+        def end(self) -> None:
+            """Nothing is held back here."""
+
+    return Streamer()
+
+
+def _stopping(text: _Text) -> Any:
+    import torch
+    from transformers import StoppingCriteria
+
+    class Stopping(StoppingCriteria):
+        """Ends after a stop string, or when nobody waits for the answer any more."""
+
+        def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+            del scores
+            return torch.full((input_ids.shape[0],), text.ends, dtype=torch.bool, device=input_ids.device)
+
+    return Stopping()
+
+
+def chat_prompt(tokenizer: Any, messages: Sequence[dict[str, str]], *, has_documents: bool) -> Prompt:
+    """A chat as the model's template writes it, cut where documents belong: at the start of the first user message.
+
+    Without a template, the messages one below the other. Only for the engine's thread.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return Prompt("\n".join(message["content"] for message in messages))
+    marked = [dict(message) for message in messages]
+    first = next((message for message in marked if message["role"] == "user"), None)
+    if has_documents and first is not None:
+        first["content"] = _MARKER + first["content"]
+    text = str(tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True))
+    text = text.removeprefix(getattr(tokenizer, "bos_token", None) or "")
+    before, found, after = text.partition(_MARKER)
+    return Prompt(after, before) if found and has_documents else Prompt(text.replace(_MARKER, ""))
+
+
+_MARKER = "\u2063kvloom documents\u2063"
