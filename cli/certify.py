@@ -27,10 +27,10 @@ def calibrate(
         Path, typer.Option("-o", "--out", metavar="FILE", callback=output_path, help="Write the profile here.")
     ],
     text: Texts = None,
-    sequences: Annotated[int, typer.Option(min=1, help="Token sequences; fewer if the text is short.")] = 16,
-    tokens: Annotated[int, typer.Option(min=16, help="Tokens in each.")] = 2048,
+    sequences: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences; fewer if the text is short.")] = 16,
+    tokens: Annotated[int, typer.Option(metavar="N", min=16, help="Tokens of each sequence.")] = 2048,
     centroids: Annotated[
-        int, typer.Option(min=1, max=65536, help="Of each codebook of vq; fewer of few tokens.")
+        int, typer.Option(metavar="N", min=1, max=65536, help="Centroids of each codebook of vq, at most.")
     ] = 4096,
     model_id: ModelId = None,
     dtype: Dtype = None,
@@ -54,54 +54,100 @@ def calibrate(
     )
 
 
+RETRIEVAL, EXTENT, LIMITS = "With --retrieval", "What is measured on", "Limits, at the bad end of the 95 % interval"
+
+
+BELONGS_TO = {  # options that say nothing in the other cases
+    "ratios": ("fusion",),
+    **dict.fromkeys(
+        ("budget_ratio", "budget_tokens", "sink_tokens", "window_tokens", "dense_layers", "pooling", "parameter"),
+        ("retrieval",),
+    ),
+    **dict.fromkeys(
+        ("profile", "text", "text_windows", "text_window_tokens", "max_perplexity_increase", "max_kl"),
+        ("codec", "retrieval"),
+    ),
+}
+
+
 def certify(
+    context: typer.Context,
     model: ModelFolder,
-    codec: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Codec, for instance nuq4 or lowrank4+nuq4.")
-    ] = None,
+    codec: Annotated[str | None, typer.Option(metavar="NAME", help="Measure a codec: nuq4, lowrank4+nuq4, ...")] = None,
     retrieval: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Or how decoding attends, for instance landmarks or vq.")
+        str | None, typer.Option(metavar="NAME", help="Measure decoding with retrieval: landmarks, factor, vq, ...")
     ] = None,
     fusion: Annotated[
-        bool, typer.Option("--fusion", help="Or what share of the tokens of cached documents must be recomputed.")
+        bool, typer.Option("--fusion", help="Find the smallest share of cached documents that must be recomputed.")
     ] = False,
-    ratios: Annotated[
-        str, typer.Option(metavar="SHARES", help="fusion: shares to try; the smallest that passes is certified.")
-    ] = "0.05,0.1,0.15,0.2,0.3,0.5",
-    budget_ratio: Annotated[
-        float, typer.Option(metavar="SHARE", help="retrieval: tokens chosen for each KV head; 0.03 is 3 %.")
-    ] = 0.03,
-    budget_tokens: Annotated[int, typer.Option(metavar="N", help="retrieval: at least so many of them.")] = 0,
-    sink_tokens: Annotated[int, typer.Option(metavar="N", help="retrieval: first tokens, always attended to.")] = 16,
-    window_tokens: Annotated[int, typer.Option(metavar="N", help="retrieval: last tokens, always attended to.")] = 128,
-    dense_layers: Annotated[int, typer.Option(metavar="N", help="retrieval: first layers that attend to all.")] = 0,
-    pooling: Annotated[str, typer.Option(metavar="NAME", help="retrieval: how query heads agree, max or sum.")] = "max",
-    parameter: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="retrieval: a parameter of the method's own; may be repeated."),
-    ] = None,
     profile: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", callback=file_path, help="Profile of the model, from `kvloom calibrate`."),
+        Path | None, typer.Option(metavar="FILE", callback=file_path, help="Profile, from `kvloom calibrate`.")
     ] = None,
-    text: Texts = None,
-    text_windows: Annotated[int, typer.Option(min=1, help="Windows of held-out text.")] = 16,
-    text_window_tokens: Annotated[int, typer.Option(min=16, help="Tokens in each.")] = 1024,
-    tasks: Annotated[
-        str, typer.Option(metavar="NAMES", help="needle, record, alias, needle8; auto: those the model knows; none.")
-    ] = "auto",
-    trials: Annotated[int, typer.Option(min=1, help="Of each kind of task.")] = 200,
-    context_tokens: Annotated[
-        int | None, typer.Option(min=64, help="Of each task; default: 1024, with --retrieval 2048.")
-    ] = None,
-    max_perplexity_increase: Annotated[float, typer.Option(metavar="SHARE", help="Limit; 0.05 is 5 %.")] = 0.05,
-    max_kl: Annotated[float, typer.Option(metavar="NATS", help="Limit of the divergence of a token.")] = 0.1,
-    max_task_loss: Annotated[float, typer.Option(metavar="SHARE", help="Limit; 0.05 is 5 points.")] = 0.05,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", metavar="FILE", callback=output_path, help="Write the certificate.")
     ] = None,
     model_id: ModelId = None,
     dtype: Dtype = None,
+    ratios: Annotated[
+        str,
+        typer.Option(metavar="SHARES", rich_help_panel="With --fusion", help="Shares of recomputed tokens to try."),
+    ] = "0.05,0.1,0.15,0.2,0.3,0.5",
+    budget_ratio: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE", rich_help_panel=RETRIEVAL, help="Tokens chosen for each KV head; 0.03 is 3 % of them."
+        ),
+    ] = 0.03,
+    budget_tokens: Annotated[
+        int, typer.Option(metavar="N", rich_help_panel=RETRIEVAL, help="Tokens chosen at least.")
+    ] = 0,
+    sink_tokens: Annotated[
+        int, typer.Option(metavar="N", rich_help_panel=RETRIEVAL, help="First tokens, always attended to.")
+    ] = 16,
+    window_tokens: Annotated[
+        int, typer.Option(metavar="N", rich_help_panel=RETRIEVAL, help="Last tokens, always attended to.")
+    ] = 128,
+    dense_layers: Annotated[
+        int, typer.Option(metavar="N", rich_help_panel=RETRIEVAL, help="First layers, which attend to all tokens.")
+    ] = 0,
+    pooling: Annotated[
+        str, typer.Option(metavar="NAME", rich_help_panel=RETRIEVAL, help="How query heads agree: max or sum.")
+    ] = "max",
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE", rich_help_panel=RETRIEVAL, help="A parameter of the method; may be repeated."
+        ),
+    ] = None,
+    text: Texts = None,
+    text_windows: Annotated[
+        int, typer.Option(metavar="N", min=1, rich_help_panel=EXTENT, help="Windows of held-out text.")
+    ] = 16,
+    text_window_tokens: Annotated[
+        int, typer.Option(metavar="N", min=16, rich_help_panel=EXTENT, help="Tokens of each window.")
+    ] = 1024,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES",
+            rich_help_panel=EXTENT,
+            help="needle, needle8, record, alias; auto: those that the model knows; none.",
+        ),
+    ] = "auto",
+    trials: Annotated[int, typer.Option(metavar="N", min=1, rich_help_panel=EXTENT, help="Tasks of each kind.")] = 200,
+    context_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=64, rich_help_panel=EXTENT, help="Tokens of a task; default: 1024, 2048 for retrieval."
+        ),
+    ] = None,
+    max_perplexity_increase: Annotated[
+        float, typer.Option(metavar="SHARE", rich_help_panel=LIMITS, help="Relative; 0.05 is 5 %.")
+    ] = 0.05,
+    max_kl: Annotated[float, typer.Option(metavar="NATS", rich_help_panel=LIMITS, help="KL divergence a token.")] = 0.1,
+    max_task_loss: Annotated[
+        float, typer.Option(metavar="SHARE", rich_help_panel=LIMITS, help="Answers lost; 0.05 is 5 points.")
+    ] = 0.05,
 ) -> None:
     """Measure what a codec, retrieval or fusion costs a model, and write the certificate that permits it.
 
@@ -109,6 +155,12 @@ def certify(
     """
     if (codec is not None) + (retrieval is not None) + fusion != 1:
         raise ValueError("give one of --codec, --retrieval and --fusion")
+    chosen = "fusion" if fusion else "codec" if retrieval is None else "retrieval"
+    for name, takers in BELONGS_TO.items():
+        source = context.get_parameter_source(name)
+        if chosen not in takers and source is not None and source.name == "COMMANDLINE":
+            option, known = name.replace("_", "-"), " and ".join(f"--{taker}" for taker in takers)
+            raise ValueError(f"--{option} belongs to {known}, not to --{chosen}; leave it out")
     kinds = read_list(tasks, "--tasks")
     if fusion:
         shares = read_numbers(ratios, "--ratios")

@@ -145,12 +145,10 @@ ModelId = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Name of the weights, as the server has it; default: the name of the folder."),
 ]
-Dtype = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Precision of the weights: auto, float32, bfloat16, float16.")
-]
+Dtype = Annotated[str | None, typer.Option(metavar="NAME", help="Precision: auto, float32, bfloat16 or float16.")]
 Texts = Annotated[
     list[Path] | None,
-    typer.Option("--text", metavar="PATH", callback=text_paths, help="Text file, or folder of them; may be repeated."),
+    typer.Option("--text", metavar="PATH", callback=text_paths, help="Text file or folder of them; may be repeated."),
 ]
 
 

@@ -1,5 +1,6 @@
 """The command line: what works at once, and that failures are one line and exit code 2."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvloom import __version__, cli
+from kvloom.cli import certify
 from kvloom.errors import TierUnavailableError
 from kvloom.evaluation.report import BenchResult, Metric
 
@@ -103,6 +105,9 @@ WRONG = {
     "certify reference --fusion --ratios a": "--ratios has 'a'; expected a number",
     "certify reference --fusion --ratios 2": "ratios are [2.0]; expected shares above 0 and below 1",
     "certify reference --fusion --tasks chess": "chess",
+    "certify reference --fusion --budget-ratio 0.1": "--budget-ratio belongs to --retrieval, not to --fusion",
+    "certify reference --codec raw --ratios 0.1": "--ratios belongs to --fusion, not to --codec",
+    "certify reference --fusion --text {file}": "--text belongs to --codec and --retrieval, not to --fusion",
     "demo --model {missing}": "{missing} is not a folder",
     "demo --model {folder}": "no model in {folder}",
     "demo --docs {file}": "{file} is not a folder",
@@ -248,3 +253,7 @@ def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_doctor_without_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("doctor", "--dir", str(tmp_path / "missing")) == 2
     assert "is not a folder" in one_line(capsys)
+
+
+def test_options_that_belong_to_one_kind_of_certificate_exist() -> None:
+    assert set(certify.BELONGS_TO) <= set(inspect.signature(certify.certify).parameters)
