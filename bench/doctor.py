@@ -23,10 +23,16 @@ MEANING = (
     "keeps cached pages although it was asked to drop them, the read speed is that of memory, not of the disk."
 )
 SHOWN = ("kvloom", "python", "torch", "transformers", "system", "cpu", "cores")
-EXTRAS = {
+EXTRAS = {  # modules that each brings
     "transformers": ("transformers", "tokenizers"),
+    "compress": ("zstandard", "numba"),
+    "retrieval": ("faiss", "numba"),
+    "triton": ("triton",),
+    "service": ("fastapi", "uvicorn", "httptools", "pydantic_settings", "prometheus_client"),
+    "metrics": ("prometheus_client",),
     "bench": ("transformers", "tokenizers", "matplotlib"),
     "bench-peers": ("lmdb",),
+    "testing": ("pytest",),
 }
 
 

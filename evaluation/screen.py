@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -22,13 +22,16 @@ def output() -> Console:
 
 
 def print_table(console: Console, table: Table) -> None:
-    """Print a table of a page under its caption."""
+    """Print a table of a page under its caption; cells break into lines where it is wider than the terminal."""
     title = escape(table.caption)
     screen = ScreenTable(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    rows = [[cell_text(value) for value in row] for row in table.rows]
     for i, column in enumerate(table.columns):
-        screen.add_column(escape(column), justify="left" if i in table.left else "right", no_wrap=True)
-    for row in table.rows:
-        screen.add_row(*(escape(cell_text(value)) for value in row))
+        is_one_word = not any(" " in row[i] for row in rows)
+        justify: Literal["left", "right"] = "left" if i in table.left else "right"
+        screen.add_column(escape(column), justify=justify, overflow="fold", no_wrap=is_one_word and " " not in column)
+    for row in rows:
+        screen.add_row(*map(escape, row))
     console.print(screen)
 
 

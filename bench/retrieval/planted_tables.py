@@ -30,7 +30,7 @@ def search_table(found: PlantedFound) -> Table:
                 ]
             )
     heads = ["tokens", "queries", "index", "compared", "mass of 100", "ms a query", "build, s"]
-    return Table(heads, rows, "SYNTHETIC, one KV head: keys compared for recall@100 of 0.95")
+    return Table(heads, rows, "SYNTHETIC, one KV head: keys compared for recall@100 of 0.95", left=(1, 2))
 
 
 def real_search_table(rows: Sequence[Mapping[str, Any]], tokens: int) -> Table:
@@ -68,7 +68,7 @@ def decode_table(found: PlantedFound) -> Table:
     pieces = ("select", "chosen", "ends", "merge")
     heads = ["tokens", "selector", "budget", "mass", "error", *pieces, "dense", "times faster", "build, s"]
     caption = "SYNTHETIC, one decode step of one layer beside the fastest dense, ms by pieces; 8 KV heads, 2 for graph"
-    return Table(heads, rows, caption)
+    return Table(heads, rows, caption, left=(1,))
 
 
 def key_bytes_table(found: PlantedFound) -> Table:
@@ -79,7 +79,7 @@ def key_bytes_table(found: PlantedFound) -> Table:
         for (bits, index), parts in found.keys.items()
     ]  # fmt: skip
     heads = ["bits of a row", "chosen by", "rows", "basis", "index", "pinned", "all keys", "times smaller"]
-    return Table(heads, rows, f"MiB of one layer's keys, 8B shape, {found.sizes.keys:,} tokens")
+    return Table(heads, rows, f"MiB of one layer's keys, 8B shape, {found.sizes.keys:,} tokens", left=(1,))
 
 
 def search_plot(found: PlantedFound) -> Plot:

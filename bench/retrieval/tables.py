@@ -28,7 +28,7 @@ def known_table(found: Found) -> Table:
                 judged = "by distributions, not answers"
             rows.append([f"{tokens:,}", kind, RULER_NAMES[kind], len(once), score, judged])
     heads = ["tokens", "task", "in RULER", "trials", "dense score", ""]
-    return Table(heads, rows, "what the bundled model answers with dense attention")
+    return Table(heads, rows, "what the bundled model answers with dense attention", left=(1, 2, 5))
 
 
 def answers_table(lines: Sequence[Summary], tokens: int) -> Table:
@@ -47,7 +47,7 @@ def answers_table(lines: Sequence[Summary], tokens: int) -> Table:
         f"answers lost, points of 100, contexts of {tokens:,} tokens; columns: share of tokens attended to; "
         "Q: the question's tokens go through the selector, too"
     )
-    return Table(["task", "selector", *heads], rows, caption)
+    return Table(["task", "selector", *heads], rows, caption, left=(0, 1))
 
 
 def attention_table(lines: Sequence[Summary], kinds: Sequence[str], tokens: int) -> Table:
@@ -70,7 +70,8 @@ def attention_table(lines: Sequence[Summary], kinds: Sequence[str], tokens: int)
                 ]
             )
     heads = ["text", "selector", "attended", "read", "to choose", "mass", "recall", "error", "KL, nats", "loss"]
-    return Table(heads, rows, f"attention, contexts of {tokens:,} tokens; bytes read are shares of dense attention's")
+    caption = f"attention, contexts of {tokens:,} tokens; bytes read are shares of dense attention's"
+    return Table(heads, rows, caption, left=(0, 1))
 
 
 def builds_table(builds: Sequence[Build], layers: int) -> Table:
@@ -83,7 +84,7 @@ def builds_table(builds: Sequence[Build], layers: int) -> Table:
             held = sum(b.held_bytes for b in own) / len(own) / tokens / layers
             rows.append([f"{tokens:,}", method, f"{built / len(own):.2f}", f"{built / prefilled:.2f}", f"{held:.0f}"])
     heads = ["tokens", "selector", "build, s", "x prefill", "bytes a token and layer"]
-    return Table(heads, rows, "indexes of all layers of the bundled model, beside its dense prefill")
+    return Table(heads, rows, "indexes of all layers of the bundled model, beside its dense prefill", left=(1,))
 
 
 BOUND = "exact, search not counted"

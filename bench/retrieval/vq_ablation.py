@@ -99,7 +99,7 @@ def vq_table(found: Sequence[VqQuality]) -> Table:
     caption = (
         f"vq, {CENTROIDS} centroids learned from text, the {BUDGET_RATIO:.0%} of {tokens:,} tokens that it chooses"
     )
-    return Table(heads, rows, caption)
+    return Table(heads, rows, caption, left=(0, 1, 2))
 
 
 class _Learned:

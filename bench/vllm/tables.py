@@ -31,7 +31,9 @@ def decode_table(decoding: Sequence[Timed]) -> Table:
             share = timed.speedup(way)
             speed = timed.tokens / timed.time(way).value
             rows.append([way, timed.model, f"{speed:,.1f}", f"{share.value:.3f}", _interval(share)])
-    return Table(["way", "model", "tokens/s", "of vLLM's", "p10 to p90"], rows, "decoding a batch of short prompts")
+    return Table(
+        ["way", "model", "tokens/s", "of vLLM's", "p10 to p90"], rows, "decoding a batch of short prompts", left=(0, 1)
+    )
 
 
 def _interval(metric: Metric) -> str:

@@ -4,6 +4,7 @@ import inspect
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from kvloom import __version__, cli
 from kvloom.cli import certify
 from kvloom.errors import TierUnavailableError
+from kvloom.evaluation.environment import ROOT
 from kvloom.evaluation.report import BenchResult, Metric
 
 
@@ -239,15 +241,17 @@ def test_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert list(folder.iterdir()) == []
 
 
-def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_names_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from kvloom.bench import doctor
 
     monkeypatch.setattr(doctor, "usable", lambda module: module != "matplotlib")
-    assert {row["subject"]: row["finding"] for row in doctor._extras()} == {
-        "extra transformers": "usable",
-        "extra bench": 'matplotlib missing; run: pip install "kvloom[bench]"',
-        "extra bench-peers": "usable",
-    }
+    found = {str(row["subject"]): row["finding"] for row in doctor.diagnose(tmp_path).rows}
+    extras = {name.removeprefix("extra "): finding for name, finding in found.items() if name.startswith("extra ")}
+    assert extras.pop("bench") == 'matplotlib missing; run: pip install "kvloom[bench]"'
+    assert set(extras.values()) == {"usable"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    told = {name for name, needs in project["optional-dependencies"].items() if needs and name != "dev"}
+    assert {"bench", *extras} == told
 
 
 def test_doctor_without_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
