@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Mapping
+from types import MappingProxyType
 
 ALIGNMENT_BYTES = 256  # of a range and of each tensor in it: what kernels load widest, and what CUDA allocates by
 
@@ -24,23 +26,26 @@ class Arena:
     Parameters
     ----------
     capacity_bytes : of the buffer; a rest below `ALIGNMENT_BYTES` stays unused.
+    taken : bytes of ranges that are taken from the start, by offset: those of an arena whose last change was cut short.
     """
 
-    # who owns [a, b)          where it is written down            who gives it back
-    # whoever allocated it     _taken[a] = b - a                   its owner, with `release` or `exchange`
-    # nobody                   _free, _stops[a] = b, _starts[b] = a   `allocate` and `exchange` cut from it
+    # A taken range [a, b) is in `_taken`, as _taken[a] = b - a; whoever allocated it owns it.
+    # A free one is in `_free`, `_stops` and `_starts`, as (b - a, a), _stops[a] = b and _starts[b] = a.
 
-    def __init__(self, capacity_bytes: int) -> None:
+    def __init__(self, capacity_bytes: int, taken: Mapping[int, int] = MappingProxyType({})) -> None:
         if capacity_bytes < 0:
             raise ValueError(f"capacity_bytes is {capacity_bytes}; expected 0 or more")
         self.capacity_bytes = capacity_bytes // ALIGNMENT_BYTES * ALIGNMENT_BYTES
-        self._used_bytes = 0
-        self._taken: dict[int, int] = {}
+        self._taken = dict(sorted(taken.items()))
+        self._used_bytes = sum(self._taken.values())
         self._free: list[tuple[int, int]] = []  # (bytes, offset), sorted
         self._stops: dict[int, int] = {}
         self._starts: dict[int, int] = {}
-        if self.capacity_bytes:
-            self._add(0, self.capacity_bytes)
+        end = 0
+        for start, nbytes in (*self._taken.items(), (self.capacity_bytes, 0)):
+            if start > end:
+                self._add(end, start)
+            end = start + nbytes
 
     @property
     def used_bytes(self) -> int:
@@ -66,10 +71,10 @@ class Arena:
         if nbytes < 1:
             raise ValueError(f"nbytes is {nbytes}; expected at least 1")
         nbytes = aligned(nbytes)
-        place = bisect_left(self._free, (nbytes, 0))
-        if place == len(self._free):
+        smallest = bisect_left(self._free, (nbytes, 0))
+        if smallest == len(self._free):
             return None
-        free_bytes, offset = self._free[place]
+        free_bytes, offset = self._free[smallest]
         self._cut(offset, offset + free_bytes)
         if free_bytes > nbytes:
             self._add(offset + nbytes, offset + free_bytes)

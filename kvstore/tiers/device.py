@@ -7,10 +7,10 @@ import torch
 from ..encoding.copies import wait_for_devices
 from .buffers import allocate_buffer
 from .memory import MemoryTier
-from .slab import Placed, Slab
+from .slab import Slab, SlabChunk
 
 
-class DeviceTier(MemoryTier[Placed]):
+class DeviceTier(MemoryTier[SlabChunk]):
     """Holds the layered tensors of chunks in one buffer on a device, allocated at the start.
 
     `put` copies on a stream of its own and returns when the chunk is there. `get` copies nothing: the layered tensors

@@ -1,18 +1,19 @@
-"""A tier in the memory of this process; what kind of memory is for `Heap` or `Slab` to know."""
+"""A tier in the memory of this process; which memory, and how chunks lie there, is up to `Heap` or `Slab`."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Generic, Protocol, TypeVar
 
 from ...core import NOTHING, ChunkInfo, ChunkKey, EncodedChunk, Entry
-from ...errors import TierUnavailableError
+from ...errors import TierFullError, TierUnavailableError
+from .lock_guard import LockGuard
 
 
-class Held(Protocol):
-    """A chunk in some memory. `released`: its bytes are no longer counted, or lie under another chunk by now."""
+class MemoryChunk(Protocol):
+    """A chunk in some memory. `released`: its bytes are no longer its own, and it counts as absent."""
 
     @property
     def nbytes(self) -> int: ...
@@ -20,47 +21,70 @@ class Held(Protocol):
     def released(self) -> bool: ...
 
 
-H = TypeVar("H", bound=Held)
+C = TypeVar("C", bound=MemoryChunk)
 
 
-class Memory(Protocol[H]):
-    """Keeps chunks without keys. Every method may be called from any thread."""
+class Memory(Protocol[C]):
+    """Keeps chunks without keys. Every method may be called from any thread.
+
+    Attributes
+    ----------
+    limit_bytes : what all chunks of the tier may take together; None if `hold` itself refuses what does not fit.
+    """
 
     @property
-    def used_bytes(self) -> int: ...
-    def hold(self, blob: EncodedChunk, instead_of: H | None = None) -> H:
-        """Keeps a chunk; may release `instead_of`, also if it then fails with anything but `TierFullError`."""
+    def limit_bytes(self) -> int | None: ...
+    def hold(self, blob: EncodedChunk, replaced: C | None, /) -> C:
+        """Keeps a chunk; may release `replaced`, also if it then fails with anything but `TierFullError`."""
         ...
 
-    def read(self, held: H, /) -> EncodedChunk | None: ...
-    def release(self, held: H, /) -> None: ...
-    def check(self, held: Iterable[H]) -> list[str]: ...
+    def keep(self) -> None:
+        """The tier has the chunk that this thread was given by `hold`."""
+        ...
+
+    def abandon(self) -> bool:
+        """The tier may have that chunk or not: `reconcile` will tell; False if there is none."""
+        ...
+
+    def reconcile(self, chunks: Collection[C], /) -> None:
+        """The tier holds these chunks, and no others."""
+        ...
+
+    def read(self, chunk: C, /) -> EncodedChunk | None: ...
+    def used_bytes(self, held_bytes: int, /) -> int:
+        """What is taken, if the chunks of the tier take `held_bytes`."""
+        ...
+
+    def release(self, chunk: C, /) -> None: ...
+    def check(self, chunks: Collection[C], /) -> list[str]: ...
     def close(self) -> None: ...
 
 
-class MemoryTier(Generic[H]):
-    """Chunks by key, each held by `memory`. Its lock guards the table and is never held during a copy.
+class MemoryTier(Generic[C]):
+    """Chunks by key, each kept by `memory`. Its lock guards the table and is never held during a copy.
 
-    Parameters
-    ----------
-    capacity_bytes : as `memory` enforces it; None for no limit.
+    An exception at any point of a method leaves the table as it was, or as it was to be, or without the chunk that was
+    to be replaced. What follows from the table is made anew then.
     """
 
-    def __init__(self, name: str, capacity_bytes: int | None, memory: Memory[H]) -> None:
+    def __init__(self, name: str, capacity_bytes: int | None, memory: Memory[C]) -> None:
         self.name = name
         self.capacity_bytes = capacity_bytes
         self._memory = memory
-        self._lock = threading.Lock()
-        self._chunks: OrderedDict[ChunkKey, tuple[H, ChunkInfo]] = OrderedDict()
+        self._lock = threading.RLock()  # of changes to the table; a look-up is one step of the interpreter
+        self._guard = LockGuard(self._lock)
+        self._table: OrderedDict[ChunkKey, tuple[C, ChunkInfo]] = OrderedDict()
+        self._held_bytes: int | None = 0  # of the table; None while it changes, and if its last change was cut short
+        self._is_torn = False  # `memory` may have a chunk that is not in the table
         self._closed = False
 
     @property
     def used_bytes(self) -> int:
-        return self._memory.used_bytes
+        return self._memory.used_bytes(self._counted_bytes())
 
     def get(self, key: ChunkKey) -> EncodedChunk | None:
         self._expect_open()
-        found = self._chunks.get(key)
+        found = self._table.get(key)
         return None if found is None else self._memory.read(found[0])
 
     def get_layers(self, key: ChunkKey, start: int, stop: int) -> EncodedChunk | None:
@@ -69,55 +93,92 @@ class MemoryTier(Generic[H]):
 
     def put(self, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo = NOTHING) -> int:
         self._expect_open()
-        old = self._chunks.get(key)
-        try:
-            held = self._memory.hold(blob, None if old is None else old[0])
-        except BaseException:
-            with self._lock:
-                if old is not None and old[0].released and self._chunks.get(key) is old:
-                    del self._chunks[key]
-            raise
-        with self._lock:
-            is_late = self._closed
-            replaced = None if is_late else self._chunks.pop(key, None)
-            if not is_late:
-                self._chunks[key] = held, info
-        if replaced is not None:
-            self._memory.release(replaced[0])
-        if is_late:
-            self._memory.release(held)
-            self._expect_open()
-        return held.nbytes
+        replaced = self._find(key)
+        self._expect_room(blob.nbytes, replaced)
+        with self._guard:
+            try:
+                chunk = self._memory.hold(blob, replaced)
+                with self._lock:
+                    self._expect_open()
+                    self._expect_room(chunk.nbytes, self._find(key))  # other threads may have come first
+                    self._change(key, (chunk, info))
+                self._memory.keep()
+            except BaseException:
+                if self._memory.abandon():
+                    self._is_torn = True
+                raise
+        return chunk.nbytes
 
     def delete(self, key: ChunkKey) -> bool:
-        with self._lock:
+        with self._guard, self._lock:
             self._expect_open()
-            found = self._chunks.pop(key, None)
-        if found is not None:
-            self._memory.release(found[0])
-        return found is not None
+            was_there = self._find(key) is not None
+            self._change(key, None)
+        return was_there
 
     def __contains__(self, key: object) -> bool:
-        return key in self._chunks
+        return self._find(key) is not None
 
     def entries(self) -> list[Entry]:
-        with self._lock:
-            return [Entry(key, held.nbytes, info) for key, (held, info) in self._chunks.items()]
+        with self._guard, self._lock:
+            return [Entry(key, chunk.nbytes, info) for key, (chunk, info) in self._table.items() if not chunk.released]
 
     def check(self) -> list[str]:
         """What is inconsistent, in words; empty if all is well. For a moment when no other thread writes."""
-        with self._lock:
-            return self._memory.check([held for held, _ in self._chunks.values()])
+        with self._guard, self._lock:
+            chunks = [chunk for chunk, _ in self._table.values()]
+            held_bytes, found_bytes = self._counted_bytes(), sum(chunk.nbytes for chunk in chunks)
+            problems = self._memory.check([chunk for chunk in chunks if not chunk.released])
+        if held_bytes != found_bytes:
+            problems.append(f"chunks take {found_bytes} bytes, {held_bytes} are accounted")
+        return [f"tier {self.name!r}: {problem}" for problem in problems]
 
     def close(self) -> None:
-        """Lets go of all chunks; every later call raises `TierUnavailableError`. What was read stays valid."""
-        with self._lock:
-            self._closed = True
-            held = [held for held, _ in self._chunks.values()]
-            self._chunks.clear()
-        for chunk in held:
-            self._memory.release(chunk)
+        """Gives up all chunks; every later call raises `TierUnavailableError`. What was read stays valid."""
+        self._closed = True
+        with self._guard, self._lock:
+            self._held_bytes = None
+            self._table.clear()
         self._memory.close()
+
+    def _find(self, key: object) -> C | None:
+        found = self._table.get(key)  # type: ignore[call-overload]  # a key of another kind is not there
+        return None if found is None or found[0].released else found[0]
+
+    def _change(self, key: ChunkKey, entry: tuple[C, ChunkInfo] | None) -> None:
+        """Puts an entry into the table, last, or removes the one that is there; under the lock."""
+        held_bytes, old = self._counted_bytes(), self._table.get(key)
+        self._held_bytes = None
+        if entry is not None:
+            self._table[key] = entry
+            self._table.move_to_end(key)
+            held_bytes += entry[0].nbytes
+        elif old is not None:
+            del self._table[key]
+        if old is not None:
+            held_bytes -= old[0].nbytes
+            self._memory.release(old[0])
+        self._held_bytes = held_bytes
+
+    def _counted_bytes(self) -> int:
+        held_bytes = self._held_bytes
+        if held_bytes is not None and not self._is_torn:
+            return held_bytes
+        with self._guard, self._lock:
+            if self._held_bytes is None or self._is_torn:
+                self._held_bytes, self._is_torn = None, False
+                chunks = [chunk for chunk, _ in self._table.values()]
+                self._memory.reconcile(chunks)
+                self._held_bytes = sum(chunk.nbytes for chunk in chunks)
+            return self._held_bytes
+
+    def _expect_room(self, nbytes: int, replaced: C | None) -> None:
+        limit_bytes, held_bytes = self._memory.limit_bytes, self._counted_bytes()
+        if limit_bytes is not None and held_bytes - (0 if replaced is None else replaced.nbytes) + nbytes > limit_bytes:
+            raise TierFullError(
+                f"tier {self.name!r}: {nbytes} bytes do not fit, {held_bytes} of {limit_bytes} are used",
+                needed_bytes=nbytes,
+            )
 
     def _expect_open(self) -> None:
         if self._closed:

@@ -1,25 +1,26 @@
 """Chunks copied into one buffer, and lent to readers without a copy.
 
-A reader's tensors may outlive the chunk's stay in the tier, and nobody tells us when they are done with, except the
-tensors: each reading is a storage of its own over the chunk's range, and the end of that storage, wherever the last
-view of it goes, ends the reading. A range is written again only after that, and after what was queued on devices until
-then, since a kernel or copy may still read for whom has let go.
+A reader's tensors may outlive the chunk's stay in the tier. What is lent is therefore a storage of its own over the
+chunk's range, which keeps a `Lease` alive. A range is written again only after its last lease is gone, and after
+devices have done what was queued until then, since a kernel or a copy may still read it.
 
-    a range is             owned by    until
-    being written          `hold`      its caller has it, or the copy fails
-    held                   the tier    `release`, or `hold` puts another in its place
-    leaving                readers     the last storage over it is gone
-    settling               the slab    the devices have done what was queued (`wait`)
-    free                   the arena   `hold`
+    chunk       its range is owned by                     until
+    writing     the thread that copies                    the tier has the chunk (`keep`), or the copy fails (`abandon`)
+    held        the tier                                  `release`, or another chunk takes its place
+    leaving     the leases                                the last one is gone
+    settling    the slab                                  the devices have done what was queued (`_settle`)
+
+The registry of chunks that own a range is the truth. All else follows from it, and from what the tier has in its table:
+if an exception cuts a change short, it is made anew.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -30,57 +31,57 @@ from ...core import EncodedChunk
 from ...errors import TierFullError, TierUnavailableError
 from ..encoding.copies import copy, on_cpu
 from .arena import Arena, aligned
+from .lock_guard import LockGuard
 
 
-class Place(NamedTuple):
+class SlabSlot(NamedTuple):
     """Where a tensor begins in the range of its chunk, and what it is."""
 
     offset: int
     dtype: torch.dtype
     shape: torch.Size
 
-    def of(self, data: Tensor) -> Tensor:
-        """The tensor itself, a view of the range's bytes."""
+    def view(self, data: Tensor) -> Tensor:
+        """The tensor itself, as a view of the range's bytes."""
         nbytes = self.shape.numel() * self.dtype.itemsize
         return data[self.offset : self.offset + nbytes].view(self.dtype).view(self.shape)
 
 
 @dataclass(slots=True, eq=False)
-class Placed:
-    """A chunk in a slab. What changes is guarded by the slab's lock.
+class SlabChunk:
+    """A chunk in a slab, and the range of the buffer that it owns.
 
     Attributes
     ----------
-    rest : the chunk without the tensors that `places` names.
+    rest : the chunk without the tensors that are in `slots`.
     nbytes : of the range that begins at `offset`.
-    readings : how many of `lent` are not over.
+    released : the tier holds it no longer, or another chunk took its place.
+    leases : references to the leases that are not over; each removes itself.
+    lent : a number that grows when the chunk is lent, if devices may read it.
     settled : what `lent` was when the devices were last waited for, while nobody was reading.
     """
 
     rest: EncodedChunk
-    places: Mapping[str, Place]
+    slots: Mapping[str, SlabSlot]
     offset: int
     nbytes: int
     released: bool = False
-    readings: int = 0
+    leases: set[weakref.ref[Lease]] = field(default_factory=set)
     lent: int = 0
     settled: int = 0
 
+    @property
+    def is_settled(self) -> bool:
+        return self.settled == self.lent
 
-class Reading:
-    """What a lent storage keeps alive: the buffer, and by its own end the knowledge that the chunk is still read.
 
-    The end may come in any thread, at any line (garbage collection), also while that thread holds the slab's lock.
-    Hence no lock is taken and nothing is changed but by `append`, which is atomic.
-    """
+class Lease:
+    """What a lent storage keeps alive: the buffer and the chunk."""
 
-    __slots__ = ("__array_interface__", "__cuda_array_interface__", "_buffer", "_chunk", "_ended")
+    __slots__ = ("__array_interface__", "__cuda_array_interface__", "__weakref__", "_buffer", "_chunk")
 
-    def __init__(self, buffer: Tensor, chunk: Placed, ended: deque[Placed]) -> None:
-        self._buffer, self._chunk, self._ended = buffer, chunk, ended
-
-    def __del__(self) -> None:
-        self._ended.append(self._chunk)
+    def __init__(self, buffer: Tensor, chunk: SlabChunk) -> None:
+        self._buffer, self._chunk = buffer, chunk
 
     def storage(self) -> Tensor:
         """The bytes of the chunk's range, `[nbytes]` uint8, in a storage of their own that keeps `self` alive."""
@@ -105,6 +106,8 @@ class Slab:
     wait : returns when devices have done what was queued before the call; None if no device reads the buffer.
     """
 
+    limit_bytes = None  # `hold` itself refuses what does not fit
+
     def __init__(
         self, name: str, buffer: Tensor, *, layered_only: bool = False, wait: Callable[[], None] | None = None
     ) -> None:
@@ -112,156 +115,201 @@ class Slab:
         self._buffer: Tensor | None = buffer  # None once closed
         self._layered_only = layered_only
         self._wait = wait
+        self._lock = threading.RLock()  # of all below; within `_waiting`, never around it
+        self._guard = LockGuard(self._lock, mend=self._note_interrupt)
+        self._waiting = threading.RLock()
+        self._waiting_guard = LockGuard(self._waiting)
+        self._chunks: dict[int, SlabChunk] = {}  # that own a range, by its offset
+        self._writing: dict[int, SlabChunk] = {}  # by the thread that copies
         self._arena = Arena(buffer.nbytes)
-        self._lock = threading.Lock()  # of all below; within `_waiting`, never around it
-        self._waiting = threading.Lock()
-        self._ended: deque[Placed] = deque()  # chunks of readings that are over; emptied by whoever comes next
-        self._leaving: set[Placed] = set()
-        self._settling: list[Placed] = []
+        self._leaving: set[SlabChunk] = set()
+        self._settling: set[SlabChunk] = set()
+        self._changing = 0  # the thread that changes the three
+        self._is_torn = False  # a change of them was cut short
 
-    @property
-    def used_bytes(self) -> int:
-        """What `hold` cannot use: chunks, and ranges of former chunks that are being read."""
-        with self._lock:
-            self._collect()
-            return self._arena.used_bytes - sum(chunk.nbytes for chunk in self._settling)
+    def hold(self, blob: EncodedChunk, replaced: SlabChunk | None) -> SlabChunk:
+        """A copy of the chunk; if there is no room for both, in place of `replaced`, which is released by that.
 
-    def hold(self, blob: EncodedChunk, instead_of: Placed | None = None) -> Placed:
-        """A copy of the chunk; if there is no room for both, then in place of `instead_of`, which is released by that.
+        The chunk is the tier's after `keep`, or goes with `abandon`.
 
         Raises
         ------
         TierFullError : no free range is so large; nothing has changed.
-        TierUnavailableError : the slab is closed or the device fails; `instead_of` may be released.
+        TierUnavailableError : the slab is closed or the device fails; `replaced` may be released.
         """
-        places: dict[str, Place] = {}
+        self._expect_not_within()
+        slots: dict[str, SlabSlot] = {}
         nbytes = 0
         for name, tensor in blob.tensors.items():
             if name in blob.layered or not self._layered_only:
-                places[name] = Place(nbytes, tensor.dtype, tensor.shape)
+                slots[name] = SlabSlot(nbytes, tensor.dtype, tensor.shape)
                 nbytes += aligned(tensor.nbytes)
-        nbytes = max(nbytes, aligned(1))
-        buffer, offset = self._reserve(nbytes, instead_of)
-        chunk = Placed(blob, places, offset, nbytes)
-        try:
-            with self._device_errors("copy to"):
-                data = buffer[offset : offset + nbytes]
-                copy([(place.of(data), blob.tensors[name].detach()) for name, place in places.items()])
-                rest = {name: tensor for name, tensor in blob.tensors.items() if name not in places}
-                chunk.rest = on_cpu(EncodedChunk(blob.codec, rest, blob.meta, blob.layered, leased=True), unleased=True)
-        except BaseException:
-            self.release(chunk)
-            raise
+        rest = {name: tensor for name, tensor in blob.tensors.items() if name not in slots}
+        rest_blob = EncodedChunk(blob.codec, rest, blob.meta, blob.layered, leased=True)
+        with self._device_errors("copy to"):
+            buffer, chunk = self._reserve(SlabChunk(rest_blob, slots, 0, max(nbytes, aligned(1))), replaced)
+            data = buffer[chunk.offset : chunk.offset + nbytes]
+            copy([(slot.view(data), blob.tensors[name].detach()) for name, slot in slots.items()])
+            chunk.rest = on_cpu(rest_blob, unleased=True)
         return chunk
 
-    def read(self, chunk: Placed) -> EncodedChunk | None:
-        """The chunk, whose tensors are views of the buffer for as long as they live; None if it is released."""
-        with self._lock:
-            self._collect()
-            if chunk.released or self._buffer is None:
-                return None
-            chunk.readings += 1
+    def keep(self) -> None:
+        """The tier has the chunk that this thread was given by `hold`."""
+        self._writing.pop(threading.get_ident(), None)
+
+    def abandon(self) -> bool:
+        """As `keep`, where the tier may have the chunk or not: `reconcile` will tell; False if there is none."""
+        return self._writing.pop(threading.get_ident(), None) is not None
+
+    def reconcile(self, chunks: Collection[SlabChunk]) -> None:
+        """The tier holds these chunks, and no others."""
+        with self._guard, self._lock:
+            owned = {*chunks, *self._writing.values()}
+            for chunk in [chunk for chunk in self._chunks.values() if chunk not in owned]:
+                self.release(chunk)
+
+    def read(self, chunk: SlabChunk) -> EncodedChunk | None:
+        """The chunk, whose tensors are views of the buffer for as long as they live; None if it was released."""
+        buffer = self._buffer
+        if buffer is None:
+            return None
+        lease = Lease(buffer, chunk)
+        chunk.leases.add(weakref.ref(lease, chunk.leases.discard))
+        if chunk.released:  # asked last: from now on its range stays, see `_vacate` and `_allocate`
+            return None
+        if self._wait is not None:
             chunk.lent += 1
-            reading = Reading(self._buffer, chunk, self._ended)
         with self._device_errors("read from"):
-            data = reading.storage()
-            tensors = {name: place.of(data) for name, place in chunk.places.items()}
+            data = lease.storage()
+            tensors = {name: slot.view(data) for name, slot in chunk.slots.items()}
         rest = chunk.rest
         return EncodedChunk(rest.codec, {**tensors, **rest.tensors}, rest.meta, rest.layered, leased=True)
 
-    def release(self, chunk: Placed) -> None:
-        """Its range is free as soon as nobody reads it. Releasing again does nothing."""
-        with self._lock:
+    def used_bytes(self, _: int) -> int:
+        """What `hold` cannot use: chunks, and ranges of former chunks that are being read."""
+        self._expect_not_within()
+        with self._guard, self._lock:
             self._collect()
-            if chunk.released:
-                return
-            chunk.released = True
-            if chunk.readings:
-                self._leaving.add(chunk)
-            else:
-                self._vacate(chunk)
+            return self._arena.used_bytes - sum(chunk.nbytes for chunk in self._settling)
 
-    def check(self, held: Iterable[Placed]) -> list[str]:
-        """What is inconsistent if the tier holds just these chunks, in words."""
-        with self._lock:
+    def release(self, chunk: SlabChunk) -> None:
+        """Its range is free as soon as nobody reads it. Releasing again does nothing."""
+        self._expect_not_within()
+        with self._guard, self._lock:
             self._collect()
-            known = {chunk.offset: chunk.nbytes for chunk in (*held, *self._leaving, *self._settling)}
+            if not chunk.released:
+                self._changing = threading.get_ident()
+                chunk.released = True
+                self._vacate(chunk)
+                self._changing = 0
+
+    def check(self, chunks: Collection[SlabChunk]) -> list[str]:
+        """What is inconsistent if the tier holds just these chunks, in words."""
+        self._expect_not_within()
+        with self._guard, self._lock:
+            self._collect()
+            known = {chunk.offset: chunk.nbytes for chunk in (*chunks, *self._leaving, *self._settling)}
             problems = self._arena.check()
             if known != self._arena.taken:
                 problems.append(f"{len(self._arena.taken)} ranges are taken, {len(known)} of them or others known")
-            return [f"tier {self._name!r}: {problem}" for problem in problems]
+        return problems
 
     def close(self) -> None:
-        """Lets go of the buffer; readings keep it as long as they last."""
-        with self._lock:
-            self._buffer = None
+        """Gives up the buffer; leases keep it as long as they last."""
+        self._buffer = None
 
-    def _reserve(self, nbytes: int, instead_of: Placed | None) -> tuple[Tensor, int]:
-        """The buffer, and the offset of a range in it that is the caller's."""
-        with self._lock:
-            buffer = self._expect_open()
-            offset = self._allocate(nbytes, instead_of)
-        if offset is None and self._wait is not None:
-            with self._waiting:  # who comes second finds what the first has waited for
-                self._settle(self._wait, instead_of)
-                with self._lock:
-                    offset = self._allocate(nbytes, instead_of)
-        if offset is None:
-            with self._lock:
-                leaving_bytes = sum(chunk.nbytes for chunk in self._leaving)
-                raise TierFullError(
-                    f"tier {self._name!r}: {nbytes} bytes do not fit, {self._arena.used_bytes} of "
-                    f"{self._arena.capacity_bytes} are used, {leaving_bytes} of them by readers of chunks that are no "
-                    f"longer here; the largest gap is {self._arena.largest_free_bytes}",
-                    needed_bytes=nbytes,
-                )
-        return buffer, offset
+    def _reserve(self, chunk: SlabChunk, replaced: SlabChunk | None) -> tuple[Tensor, SlabChunk]:
+        """The buffer, and the chunk with a range of its own."""
+        buffer = self._expect_open()
+        is_placed = self._allocate(chunk, replaced)
+        if not is_placed and self._wait is not None:
+            with self._waiting_guard, self._waiting:  # who comes second finds what the first has waited for
+                self._settle(self._wait, replaced)
+                is_placed = self._allocate(chunk, replaced)
+        if not is_placed:
+            leaving_bytes = sum(left.nbytes for left in tuple(self._leaving))
+            raise TierFullError(
+                f"tier {self._name!r}: {chunk.nbytes} bytes do not fit, {self._arena.used_bytes} of "
+                f"{self._arena.capacity_bytes} are used, {leaving_bytes} of them by readers of chunks that are no "
+                f"longer here; the largest gap is {self._arena.largest_free_bytes}",
+                needed_bytes=chunk.nbytes,
+            )
+        return buffer, chunk
 
-    def _allocate(self, nbytes: int, instead_of: Placed | None) -> int | None:
-        self._collect()
-        offset = self._arena.allocate(nbytes)
-        if offset is not None or instead_of is None or instead_of.released or instead_of.readings:
-            return offset
-        if self._is_settled(instead_of):
-            offset = self._arena.exchange(instead_of.offset, nbytes)
-            instead_of.released = offset is not None
-        return offset
-
-    def _settle(self, wait: Callable[[], None], instead_of: Placed | None) -> None:
-        """Waits for the devices, so that what nobody was reading when this began can be written again."""
-        with self._lock:
+    def _allocate(self, chunk: SlabChunk, replaced: SlabChunk | None) -> bool:
+        """Gives the chunk a range; whether there was one."""
+        with self._guard, self._lock:
             self._collect()
-            idle = [instead_of] if instead_of is not None and not instead_of.readings else []
-            seen = [(chunk, chunk.lent) for chunk in (*self._settling, *idle) if not self._is_settled(chunk)]
+            self._changing = threading.get_ident()
+            offset = self._arena.allocate(chunk.nbytes)
+            if offset is None and replaced is not None and not (replaced.released or replaced.leases):
+                replaced.released = True  # first, as `read` takes no lock
+                if not replaced.leases and replaced.is_settled:
+                    offset = self._arena.exchange(replaced.offset, chunk.nbytes)
+                if offset is None:
+                    replaced.released = False
+                else:
+                    del self._chunks[replaced.offset]
+            if offset is not None:
+                chunk.offset = offset
+                self._writing[threading.get_ident()] = chunk
+                self._chunks[offset] = chunk
+            self._changing = 0
+            return offset is not None
+
+    def _settle(self, wait: Callable[[], None], replaced: SlabChunk | None) -> None:
+        """Waits for the devices, so that what nobody was reading when this began can be written again."""
+        with self._guard, self._lock:
+            self._collect()
+            idle = [replaced] if replaced is not None and not replaced.leases else []
+            seen = [(chunk, chunk.lent) for chunk in (*self._settling, *idle) if not chunk.is_settled]
         if not seen:
             return
         with self._device_errors("wait for"):
             wait()
-        with self._lock:
+        with self._guard, self._lock:
+            self._changing = threading.get_ident()
             for chunk, lent in seen:
                 chunk.settled = lent
-            ready = [chunk for chunk in self._settling if self._is_settled(chunk)]
-            self._settling = [chunk for chunk in self._settling if not self._is_settled(chunk)]
-            for chunk in ready:
-                self._arena.release(chunk.offset)
+            for chunk in tuple(self._settling):
+                self._vacate(chunk)
+            self._changing = 0
 
     def _collect(self) -> None:
-        """Takes note of readings that are over."""
-        while self._ended:
-            chunk = self._ended.popleft()
-            chunk.readings -= 1
-            if chunk.released and not chunk.readings:
-                self._leaving.discard(chunk)
+        """Takes note of leases that are over, under the lock."""
+        if self._is_torn or self._changing:  # by a thread that held the lock
+            self._leaving = {chunk for chunk in self._chunks.values() if chunk.released}
+            self._settling = set()
+            self._arena = Arena(self._arena.capacity_bytes, {c.offset: c.nbytes for c in self._chunks.values()})
+            self._is_torn, self._changing = False, 0
+        over = [chunk for chunk in self._leaving if not chunk.leases]
+        if over:
+            self._changing = threading.get_ident()
+            for chunk in over:
                 self._vacate(chunk)
+            self._changing = 0
 
-    def _vacate(self, chunk: Placed) -> None:
-        if self._is_settled(chunk):
-            self._arena.release(chunk.offset)
+    def _vacate(self, chunk: SlabChunk) -> None:
+        """Gives back the range of a released chunk, or notes what it waits for."""
+        self._leaving.discard(chunk)
+        self._settling.discard(chunk)
+        if chunk.leases:
+            self._leaving.add(chunk)
+        elif not chunk.is_settled:
+            self._settling.add(chunk)
         else:
-            self._settling.append(chunk)
+            del self._chunks[chunk.offset]
+            self._arena.release(chunk.offset)
 
-    def _is_settled(self, chunk: Placed) -> bool:
-        return self._wait is None or chunk.lent == chunk.settled
+    def _note_interrupt(self) -> None:
+        if self._changing == threading.get_ident():
+            self._is_torn = True
+            self._changing = 0
+
+    def _expect_not_within(self) -> None:
+        """The lock is re-entrant, what it guards is not."""
+        if self._changing == threading.get_ident():
+            raise RuntimeError(f"tier {self._name!r} is called from within itself, by a signal handler or a finaliser")
 
     def _expect_open(self) -> Tensor:
         if self._buffer is None:
