@@ -34,6 +34,14 @@ class TierFullError(TierError):
         self.needed_bytes = needed_bytes
 
 
+class TierNoSpaceError(TierFullError):
+    """The file system under a tier is full, or a quota on it, whatever the capacity of the tier itself."""
+
+
+class TierReadOnlyError(TierError):
+    """A tier that was opened read-only was asked to write or delete a chunk."""
+
+
 class TierUnavailableError(TierError, ConnectionError):
     """A tier is gone for now: closed, unreachable, locked by another process, or its device fails."""
 

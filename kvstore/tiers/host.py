@@ -75,7 +75,7 @@ class Heap:
     def abandon(self) -> bool:
         return False
 
-    def reconcile(self, chunks: Collection[HeapChunk]) -> None:
+    def reconcile(self, _: Collection[HeapChunk]) -> None:
         pass
 
     def read(self, chunk: HeapChunk) -> EncodedChunk:
@@ -84,10 +84,10 @@ class Heap:
     def used_bytes(self, held_bytes: int) -> int:
         return held_bytes
 
-    def release(self, chunk: HeapChunk) -> None:
+    def release(self, _: HeapChunk) -> None:
         pass
 
-    def check(self, chunks: Collection[HeapChunk]) -> list[str]:
+    def check(self, _: Collection[HeapChunk]) -> list[str]:
         return []
 
     def close(self) -> None:

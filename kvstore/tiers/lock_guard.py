@@ -5,9 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import TypeAlias
-
-RLock: TypeAlias = "threading._RLock"
 
 
 class LockGuard:
@@ -26,7 +23,7 @@ class LockGuard:
     mend : called first.
     """
 
-    def __init__(self, *locks: RLock, mend: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, *locks: threading.RLock, mend: Callable[[], None] = lambda: None) -> None:
         self._locks = locks
         self._mend = mend
 
@@ -42,12 +39,12 @@ class LockGuard:
                 release_fully(lock)
 
 
-def is_held(lock: RLock) -> bool:
+def is_held(lock: threading.RLock) -> bool:
     """Whether this thread holds the lock."""
-    return lock._is_owned()  # type: ignore[attr-defined, no-any-return]  # noqa: SLF001  what `threading.Condition` asks
+    return bool(lock._is_owned())  # type: ignore[attr-defined]  # noqa: SLF001  as `threading.Condition` asks
 
 
-def release_fully(lock: RLock) -> None:
+def release_fully(lock: threading.RLock) -> None:
     """Releases a lock as often as this thread holds it."""
     while is_held(lock):
         lock.release()

@@ -1,20 +1,38 @@
-"""Finds and damages what a disk tier has written."""
+"""Finds, damages and makes what a disk tier has written."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from kvloom.core import ChunkKey
-from kvloom.kvstore.tiers.disk.index import Index
+from kvloom.kvstore.tiers.disk.index import Change, Index, Op, PayloadLocation
 from kvloom.kvstore.tiers.disk.records import SLOT_BYTES, Records, read_header
+
+
+def index_of(folder: Path) -> Index:
+    """What the journal of a disk tier says, whether the tier is open or not."""
+    data = memoryview((folder / "journal").read_bytes())
+    index = Index()
+    index.load(change for _, change in Records(read_header(data)[0]).read(data[SLOT_BYTES:], 1) if change is not None)
+    return index
+
+
+def write_journal(folder: Path, chunks: Iterable[tuple[ChunkKey, PayloadLocation]]) -> None:
+    """Replaces the journal of a disk tier that is closed."""
+    records, written = Records(1), []
+    for slot, (key, location) in enumerate(chunks, 1):
+        written.append(records.to_bytes(slot, Change(Op.PUT, key, location)))
+    (folder / "journal").write_bytes(b"".join([records.header(1), *written]))
+
+
+def generation_of(folder: Path) -> int:
+    """How often the journal of a disk tier was rewritten."""
+    return read_header(memoryview((folder / "journal").read_bytes()))[0]
 
 
 def stored_at(folder: Path, key: ChunkKey) -> tuple[Path, int, int]:
     """Where the container of a chunk lies in a disk tier, open or not: file, offset and bytes."""
-    data = memoryview((folder / "journal").read_bytes())
-    index = Index()
-    for _ in Records(read_header(data)[0]).read(data[SLOT_BYTES:], 1, index):
-        pass
-    place = index.places[key]
-    return folder / "segments" / f"{place.segment:016d}.seg", place.offset, place.nbytes
+    location = index_of(folder).locations[key]
+    return folder / "segments" / f"{location.segment:016d}.seg", location.offset, location.nbytes
 
 
 def stored_bytes(folder: Path, key: ChunkKey) -> bytes:

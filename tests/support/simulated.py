@@ -35,6 +35,16 @@ class Inode:
     locked_by: int | None = None
 
 
+class SimulatedFile:
+    """An open file, closed when the last reference to it is gone."""
+
+    def __init__(self, files: "SimulatedFiles", fd: int) -> None:
+        self.files, self.fd = files, fd
+
+    def __del__(self) -> None:
+        self.files.close(self.fd)
+
+
 class SimulatedFiles(Files):
     """One process on one file system; `restarted` is the next process, `after_power_loss` the next boot.
 
@@ -111,21 +121,21 @@ class SimulatedFiles(Files):
         self._name(path, inode)
         return inode
 
-    def open(self, path: Path, flags: int) -> int:
+    def open(self, path: Path, mode: str) -> "SimulatedFile":
         self._step("open")
         try:
             inode = self._find(path)
-            if flags & os.O_EXCL:
+            if mode == "x+b":
                 raise FileExistsError(errno.EEXIST, "exists", str(path))
         except FileNotFoundError:
-            if not flags & os.O_CREAT:
+            if mode not in ("x+b", "w+b"):
                 raise
             inode = self._new(path)
-        if flags & os.O_TRUNC:
+        if mode == "w+b":
             self._set_length(inode, 0)
         self.next_fd += 1
         self.opened[self.next_fd] = inode
-        return self.next_fd
+        return SimulatedFile(self, self.next_fd)
 
     def _set_length(self, inode: Inode, length: int) -> None:
         del inode.data[length:]
@@ -137,29 +147,28 @@ class SimulatedFiles(Files):
         inode = self.opened.pop(fd, None)
         if inode is not None and inode.locked_by == fd:
             inode.locked_by = None
-        if inode is None and not self.dead:
-            raise OSError(errno.EBADF, f"descriptor {fd} is not open")
 
-    def _inode(self, fd: int) -> Inode:
+    def _inode(self, file: SimulatedFile) -> Inode:
+        fd = file.fd
         if fd not in self.opened:
             raise OSError(errno.EBADF, f"descriptor {fd} is not open")
         return self.opened[fd]
 
-    def preadv(self, fd: int, buffers: list[memoryview], offset: int) -> int:
+    def preadv(self, file: SimulatedFile, buffers: list[memoryview], offset: int) -> int:
         self._step("preadv")
-        data, done = self._inode(fd).data, 0
+        data, done = self._inode(file).data, 0
         for buffer in buffers:
             part = data[offset + done : offset + done + len(buffer)]
             buffer[: len(part)] = part
             done += len(part)
         return done
 
-    def preadv_cached(self, fd: int, buffers: list[memoryview], offset: int) -> int:
-        return self.preadv(fd, buffers, offset)
+    def preadv_cached(self, file: SimulatedFile, buffers: list[memoryview], offset: int) -> int:
+        return self.preadv(file, buffers, offset)
 
-    def pwritev(self, fd: int, buffers: list[memoryview], offset: int) -> int:
+    def pwritev(self, file: SimulatedFile, buffers: list[memoryview], offset: int) -> int:
         self._step("pwritev")
-        inode, data = self._inode(fd), b"".join(buffers)
+        inode, data = self._inode(file), b"".join(buffers)
         self._write(inode, offset, data)
         inode.pages.update(range(offset // PAGE_BYTES, -(-(offset + len(data)) // PAGE_BYTES)))
         return len(data)
@@ -170,9 +179,9 @@ class SimulatedFiles(Files):
         inode.data[offset : offset + len(data)] = data
         inode.pending.append((offset, data))
 
-    def fdatasync(self, fd: int) -> None:
+    def fdatasync(self, file: SimulatedFile) -> None:
         self._step("fdatasync")
-        inode = self._inode(fd)
+        inode = self._inode(file)
         inode.durable = bytes(inode.data)
         inode.pending.clear()
 
@@ -206,34 +215,34 @@ class SimulatedFiles(Files):
         self._step("listdir")
         return list(self._find(path).names)
 
-    def flock(self, fd: int, operation: int) -> None:
+    def flock(self, file: SimulatedFile, operation: int) -> None:
         self._step("flock")
-        inode = self._inode(fd)
+        inode = self._inode(file)
         if operation == 8:  # LOCK_UN
             inode.locked_by = None
-        elif inode.locked_by not in (None, fd):
+        elif inode.locked_by not in (None, file.fd):
             raise BlockingIOError(errno.EAGAIN, "locked")
         else:
-            inode.locked_by = fd
+            inode.locked_by = file.fd
 
-    def fstat(self, fd: int) -> os.stat_result:
+    def fstat(self, file: SimulatedFile) -> os.stat_result:
         self._step("fstat")
-        return _stat(self._inode(fd))
+        return _stat(self._inode(file))
 
     def stat(self, path: Path) -> os.stat_result:
         self._step("stat")
         return _stat(self._find(path))
 
-    def punch(self, fd: int, offset: int, nbytes: int) -> None:
+    def punch(self, file: SimulatedFile, offset: int, nbytes: int) -> None:
         self._step("punch")
         if not self.can_punch:
             raise OSError(errno.EOPNOTSUPP, "not supported")
-        inode = self._inode(fd)
+        inode = self._inode(file)
         if offset < len(inode.data):
             self._write(inode, offset, bytes(min(nbytes, len(inode.data) - offset)))
         inode.pages -= set(range(-(-offset // PAGE_BYTES), (offset + nbytes) // PAGE_BYTES))
 
-    def allocate(self, fd: int, offset: int, nbytes: int) -> None:
+    def allocate(self, file: SimulatedFile, offset: int, nbytes: int) -> None:
         self._step("allocate")
 
 

@@ -3,13 +3,15 @@
 import errno
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from kvloom.errors import TierUnavailableError
 from kvloom.kvstore.store import KVStore
-from kvloom.kvstore.tiers.disk.files import Files
+from kvloom.kvstore.tiers.disk.files import Files, OpenFile
 from kvloom.kvstore.tiers.disk.tier import DiskTier
 from kvloom.testing import make_blob, make_chunk, make_key, same_blob, same_chunk
 
@@ -22,17 +24,20 @@ class Device(Files):
         self.answers = threading.Event()
         self.answers.set()
         self.refusal = 0
+        self.error = 0
         self.waited = 0
 
-    def preadv(self, fd: int, buffers: list[memoryview], offset: int) -> int:
+    def preadv(self, file: OpenFile, buffers: list[memoryview], offset: int) -> int:
         self.waited += 1
         self.answers.wait(30)
-        return super().preadv(fd, buffers, offset)
+        if self.error:
+            raise OSError(self.error, os.strerror(self.error))
+        return super().preadv(file, buffers, offset)
 
-    def preadv_cached(self, fd: int, buffers: list[memoryview], offset: int) -> int:
+    def preadv_cached(self, file: OpenFile, buffers: list[memoryview], offset: int) -> int:
         if self.refusal:
             raise OSError(self.refusal, os.strerror(self.refusal))
-        return super().preadv(fd, buffers, offset)  # so that the test needs no kernel that can say what it has
+        return super().preadv(file, buffers, offset)  # so that the test needs no kernel that can say what it has
 
 
 @pytest.fixture
@@ -63,30 +68,49 @@ def test_reads_as_the_tier_does(tier: DiskTier, device: Device) -> None:
 def test_waits_for_nothing(tier: DiskTier, device: Device) -> None:
     with pytest.raises(BlockingIOError):
         tier.cached.get(make_key(2))  # which another process might have put
-    for lock in (tier._journal._lock, tier._segments._readers_lock):
-        took = threading.Event()
-        done = threading.Event()
-
-        def hold(lock=lock, took=took, done=done) -> None:
-            with lock:
-                took.set()
-                done.wait(30)
-
-        holder = threading.Thread(target=hold)
-        holder.start()
-        took.wait(30)
-        with pytest.raises(BlockingIOError):
-            tier.cached.get(make_key(1))
-        done.set()
-        holder.join()
     for refusal in (errno.EAGAIN, errno.EIO):
         device.refusal = refusal
         with pytest.raises(BlockingIOError):
             tier.cached.get(make_key(1))
     device.refusal = 0
-    tier._segments.close_readers()
+    device.error = errno.EIO
+    with pytest.raises(TierUnavailableError):
+        tier.get(make_key(1))  # which closes the segment
+    device.error = 0
     with pytest.raises(BlockingIOError):
         tier.cached.get(make_key(1))
+
+
+@pytest.mark.parametrize("file", ["segment", "journal"])
+def test_waits_for_no_write(tier: DiskTier, device: Device, file: str) -> None:
+    """While another thread writes, a chunk is read at once or, while the index changes, not at all."""
+    took, write = threading.Event(), device.pwritev
+
+    def stuck(open_file: OpenFile, buffers: list[memoryview], offset: int) -> int:
+        if file in str(Path(f"/proc/self/fd/{open_file.fileno()}").readlink()):
+            took.set()
+            device.answers.wait(30)
+        return write(open_file, buffers, offset)
+
+    device.pwritev = stuck  # type: ignore[method-assign]
+    device.answers.clear()
+    writer = threading.Thread(target=lambda: tier.put(make_key(2), make_blob(2)))
+    writer.start()
+    took.wait(30)
+    began_s = time.monotonic()
+    if file == "segment":
+        found = tier.cached.get(make_key(1))
+        assert found is not None and same_blob(found, make_blob(1)) and not tier.cached.has_news()
+    else:
+        assert tier.cached.has_news()
+        with pytest.raises(BlockingIOError):
+            tier.cached.get(make_key(1))
+    assert time.monotonic() - began_s < 10
+    device.answers.set()
+    writer.join()
+    del device.pwritev
+    found = tier.cached.get(make_key(1))
+    assert found is not None and same_blob(found, make_blob(1))
 
 
 def test_a_kernel_that_cannot_say_is_asked_once(tier: DiskTier, device: Device) -> None:
@@ -152,17 +176,20 @@ def test_damage_is_dealt_with_by_the_tier(tmp_path: Path, device: Device) -> Non
 
 @pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="this system cannot read the page cache alone")
 def test_the_real_page_cache(tmp_path: Path) -> None:
-    """Where the file system can do it, a chunk just written is read without another thread."""
-    with KVStore([DiskTier(tmp_path / "kv")]) as store:
+    """Where the file system can do it, a chunk just written is read without waiting."""
+    with (tmp_path / "text").open("w+b") as file:
+        file.write(b"text")
+        file.flush()
+        try:
+            os.preadv(file.fileno(), [bytearray(4)], 0, os.RWF_NOWAIT)
+        except OSError:
+            pytest.skip("the file system under the temporary folder cannot read the page cache alone")
+    waited, files = [], Files()
+    files.preadv = lambda *call: waited.append(1) or Files.preadv(files, *call)  # type: ignore[method-assign]
+    with KVStore([DiskTier(tmp_path / "kv", files=files)]) as store:
         store.put(make_key(1), make_chunk(1))
-        assert store.get(make_key(1)) is not None
-        (level,) = store._books.levels
-        lane, calls = level.lane, []
-        assert lane is not None
-        run = lane.run
-        lane.run = lambda *args, **kwargs: calls.append(1) or run(*args, **kwargs)  # type: ignore[method-assign]
+        assert store.get(make_key(1)) is not None and waited
+        waited.clear()
         found = store.get(make_key(1))
         assert found is not None and same_chunk(found, make_chunk(1))
-        if not store._books.levels[0].tier.cached._is_supported:  # type: ignore[attr-defined]
-            pytest.skip("the file system under the temporary folder cannot read the page cache alone")
-        assert calls == []
+        assert waited == []

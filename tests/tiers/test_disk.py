@@ -13,12 +13,11 @@ import pytest
 
 from kvloom.core import ChunkInfo, ChunkKey, EncodedChunk
 from kvloom.errors import ChunkCorruptError, TierError, TierFullError, TierUnavailableError
-from kvloom.kvstore.tiers.disk import journal as journal_module
-from kvloom.kvstore.tiers.disk.files import Files
+from kvloom.kvstore.tiers.disk.files import Files, OpenFile
 from kvloom.kvstore.tiers.disk.tier import DiskTier
 from kvloom.testing import keys_of, make_blob, make_key, same_blob
 
-from ..support.damage import flip, overwrite, stored_at, stored_bytes
+from ..support.damage import flip, index_of, overwrite, stored_at, stored_bytes, write_journal
 
 
 def same(found: EncodedChunk | None, seed: int, *, numbers: int = 100) -> bool:
@@ -32,6 +31,10 @@ def segment_files(tier: DiskTier) -> list[Path]:
 def disk_bytes(tier: DiskTier) -> int:
     """What the segments really take."""
     return sum(file.stat().st_blocks * 512 for file in segment_files(tier))
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def threads() -> set[str]:
@@ -48,7 +51,7 @@ class FaultyFiles(Files):
 
     def __getattribute__(self, name: str) -> object:
         found = super().__getattribute__(name)
-        if name.startswith("_") or name in ("faults", "calls"):
+        if name.startswith("_") or not callable(found):
             return found
         self.calls.append(name)
         cause = name.removesuffix("_cached")
@@ -96,7 +99,7 @@ def test_restart_reads_no_payload(tier: DiskTier, files: FaultyFiles) -> None:
     tier.close()
     opened: list[str] = []
     real = Files.open
-    files.open = lambda path, flags: opened.append(path.name) or real(files, path, flags)  # type: ignore[method-assign]
+    files.open = lambda path, mode: opened.append(path.name) or real(files, path, mode)  # type: ignore[method-assign]
     reopened = DiskTier(tier.path, files=files)
     assert keys_of(reopened) == [make_key(1)]
     reads = files.calls.count("preadv")
@@ -107,13 +110,11 @@ def test_restart_reads_no_payload(tier: DiskTier, files: FaultyFiles) -> None:
 def test_reopens_thousands_of_chunks_quickly(tmp_path: Path) -> None:
     tier = DiskTier(tmp_path)
     tier.put(make_key(0), make_blob(0))
-    place = tier._journal.index.places[make_key(0)]
-    with tier._journal.exclusive():  # further names for what lies there; the index does not mind
-        changes = [(journal_module.Op.PUT, make_key(n), place._replace(offset=4096 * n)) for n in range(1, 20_000)]
-        tier._journal.append(changes)
+    tier.close()
+    location = index_of(tmp_path).locations[make_key(0)]  # further names for what lies there; the tier does not mind
+    write_journal(tmp_path, ((make_key(n), location._replace(offset=4096 * n)) for n in range(20_000)))
     with stored_at(tmp_path, make_key(0))[0].open("r+b") as file:
         file.truncate(4096 * 20_000)
-    tier.close()
     start_s = time.process_time()
     tier = DiskTier(tmp_path)
     took_s = time.process_time() - start_s
@@ -182,13 +183,13 @@ def test_quarantine_spares_the_successor(tier: DiskTier, files: FaultyFiles, suc
     """Another thread replaces or deletes the corrupt chunk while this one is reading it."""
     flip(tier.path, make_key(1), -1)
 
-    def act_then_read(fd: int, buffers: list[memoryview], offset: int) -> int:
+    def act_then_read(file: OpenFile, buffers: list[memoryview], offset: int) -> int:
         del files.preadv
         if successor == "replaced":
             tier.put(make_key(1), make_blob(2))
         else:
             tier.delete(make_key(1))
-        return os.preadv(fd, buffers, offset)
+        return os.preadv(file.fileno(), buffers, offset)
 
     files.preadv = act_then_read  # type: ignore[method-assign]
     found = tier.get(make_key(1))
@@ -249,7 +250,7 @@ def test_space_is_given_back_at_once(tmp_path: Path) -> None:
     for number in range(8):
         tier.put(make_key(number), make_blob(number, numbers=25_000))
     full = disk_bytes(tier)
-    with tier._segments.reading(tier._journal.find(make_key(1)).segment):  # a reader keeps the file open
+    with stored_at(tmp_path, make_key(1))[0].open("rb"):  # a reader keeps the file open
         for number in range(4):
             tier.delete(make_key(number))
         tier.put(make_key(4), make_blob(4, numbers=25_000))
@@ -321,9 +322,9 @@ def test_what_a_kill_left_is_given_back_on_opening(tmp_path: Path, files: Faulty
     tier.close()
 
 
-def test_journal_is_rewritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal_module, "_SLACK_RECORDS", 20)
-    tier, other = DiskTier(tmp_path), DiskTier(tmp_path)
+def test_journal_is_rewritten(tmp_path: Path, files: FaultyFiles) -> None:
+    files.slack_records = 20
+    tier, other = DiskTier(tmp_path, files=files), DiskTier(tmp_path)
     for round_ in range(30):
         for number in range(5):
             info = ChunkInfo(make_key(9), f"tenant {round_ % 3}", None, 1.5)
@@ -373,13 +374,13 @@ def test_short_and_interrupted_reads_and_writes(tier: DiskTier, files: FaultyFil
         if calls % 3 == 0:
             raise InterruptedError(errno.EINTR, "interrupted")
 
-    def write(fd: int, buffers: list[memoryview], offset: int) -> int:
+    def write(file: OpenFile, buffers: list[memoryview], offset: int) -> int:
         interrupted()
-        return os.pwritev(fd, [next(b for b in buffers if len(b))[:7]], offset)
+        return os.pwritev(file.fileno(), [next(b for b in buffers if len(b))[:7]], offset)
 
-    def read(fd: int, buffers: list[memoryview], offset: int) -> int:
+    def read(file: OpenFile, buffers: list[memoryview], offset: int) -> int:
         interrupted()
-        return os.preadv(fd, [buffers[0][:11]], offset)
+        return os.preadv(file.fileno(), [buffers[0][:11]], offset)
 
     files.pwritev, files.preadv = write, read  # type: ignore[method-assign]
     tier.put(make_key(2), make_blob(2))
@@ -403,16 +404,17 @@ def test_too_many_open_files(tmp_path: Path) -> None:
         tier.put(make_key(number), make_blob(number))
         assert same(tier.get(make_key(number)), number)
     tier.put(make_key(9), make_blob(9))
-    limit = len(tier._segments._readers) - 2
+    limit = descriptors() - 2
     real = Files.open
 
-    def open_(path: Path, flags: int) -> int:
-        if len(tier._segments._readers) > limit:
+    def open_(path: Path, mode: str) -> object:
+        if descriptors() > limit:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        return real(files, path, flags)
+        return real(files, path, mode)
 
     files.open = open_  # type: ignore[method-assign]
-    assert same(tier.get(make_key(9)), 9) and len(tier._segments._readers) == 1
+    before = descriptors()
+    assert same(tier.get(make_key(9)), 9) and descriptors() == before - 3  # four were given up for one
     limit = -1
     with pytest.raises(TierUnavailableError, match=os.strerror(errno.EMFILE)):
         tier.get(make_key(2))
@@ -486,10 +488,10 @@ def test_a_full_disk_still_deletes(tier: DiskTier, files: FaultyFiles) -> None:
     assert (tier.path / "journal").stat().st_blocks * 512 >= 1 << 20
     real = Files.pwritev
 
-    def write(fd: int, buffers: list[memoryview], offset: int) -> int:
-        if "segments" in str(Path(f"/proc/self/fd/{fd}").readlink()):
+    def write(file: OpenFile, buffers: list[memoryview], offset: int) -> int:
+        if "segments" in str(Path(f"/proc/self/fd/{file.fileno()}").readlink()):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real(files, fd, buffers, offset)
+        return real(files, file, buffers, offset)
 
     files.pwritev = write  # type: ignore[method-assign]
     with pytest.raises(TierFullError):
@@ -504,7 +506,7 @@ def test_a_full_disk_still_deletes(tier: DiskTier, files: FaultyFiles) -> None:
 def test_sync_reaches_the_device(tmp_path: Path, files: FaultyFiles) -> None:
     tier = DiskTier(tmp_path, durability="sync", files=files)
     synced: list[str] = []
-    files.fdatasync = lambda fd: synced.append(Path(f"/proc/self/fd/{fd}").readlink().parts[-1])  # type: ignore[method-assign]
+    files.fdatasync = lambda file: synced.append(Path(f"/proc/self/fd/{file.fileno()}").readlink().parts[-1])  # type: ignore[method-assign]
     files.sync_folder = lambda path: synced.append(path.name)  # type: ignore[method-assign]
     tier.put(make_key(1), make_blob(1))
     (segment,) = (file.name for file in segment_files(tier))
@@ -578,9 +580,9 @@ def test_threads_share_syncs(tmp_path: Path, files: FaultyFiles) -> None:
     files.calls.clear()
     real = Files.fdatasync
 
-    def slow(fd: int) -> None:
+    def slow(file: OpenFile) -> None:
         time.sleep(0.02)
-        real(files, fd)
+        real(files, file)
 
     files.fdatasync = slow  # type: ignore[method-assign]
     workers = [
@@ -604,12 +606,12 @@ def test_flush_before_giving_up_on_a_full_disk(tmp_path: Path, files: FaultyFile
     tier.put(make_key(1), make_blob(1))
     tier.delete(make_key(1))
     real, punched = Files.pwritev, []
-    files.punch = lambda fd, offset, nbytes: punched.append(nbytes)  # type: ignore[method-assign]
+    files.punch = lambda file, offset, nbytes: punched.append(nbytes)  # type: ignore[method-assign]
 
-    def write(fd: int, buffers: list[memoryview], offset: int) -> int:
+    def write(file: OpenFile, buffers: list[memoryview], offset: int) -> int:
         if not punched:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real(files, fd, buffers, offset)
+        return real(files, file, buffers, offset)
 
     files.pwritev = write  # type: ignore[method-assign]
     tier.put(make_key(2), make_blob(2))

@@ -7,13 +7,13 @@ disk; `test_disk_shared.py` kills real processes on a real one.
 import errno
 import random
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from kvloom.core import ChunkInfo, ChunkKey
 from kvloom.errors import ChunkCorruptError, KVLoomError, TierFullError, TierUnavailableError
-from kvloom.kvstore.tiers.disk import journal as journal_module
 from kvloom.kvstore.tiers.disk.tier import DiskTier, Durability
 from kvloom.testing import make_blob, make_key, same_blob
 
@@ -26,20 +26,16 @@ BLOBS = [make_blob(seed, numbers=(10, 700, 2500)[seed % 3]) for seed in range(40
 Contents = dict[ChunkKey, int | None]  # seed of the blob that a key stands for
 
 
-@pytest.fixture(autouse=True)
-def short_journal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Journals are rewritten every few operations."""
-    monkeypatch.setattr(journal_module, "_SLACK_RECORDS", 4)
-
-
 def open_tier(files: SimulatedFiles, durability: Durability = "cache") -> DiskTier:
+    files.slack_records = 4  # so that journals are rewritten every few operations
     # the interval: no thread of its own in the background, all rounds are run by `flush`, `put` and `close`
     return DiskTier(FOLDER, 40 * 4096, durability=durability, sync_interval_s=1e6, segment_bytes=5 * 4096, files=files)
 
 
 def stop(tier: DiskTier) -> None:
     """Ends the threads of a tier whose process is dead."""
-    tier._commit._stopping.set()
+    with suppress(KilledError):
+        tier.close()
 
 
 class Model:
@@ -287,9 +283,10 @@ def test_a_fault_at_every_call(durability: Durability, code: int) -> None:
                 raise OSError(code, f"simulated fault of {name}")
 
         files.before = before
-        try:
+        tier = None
+        with suppress(TierUnavailableError, TierFullError):
             tier = open_tier(files, durability)
-        except (TierUnavailableError, TierFullError):
+        if tier is None:
             assert nth < 60 and not files.opened
             continue
         run(tier, model, steps, durability, faults=True)
@@ -340,9 +337,10 @@ def check_damaged(root: Inode, may: dict[ChunkKey, set[int | None]]) -> int:
     """Nothing wrong is read from a damaged store, and it goes on working; how many chunks are still there."""
     files = SimulatedFiles(root)
     files.numbers = 10_000
-    try:
+    tier = None
+    with suppress(KVLoomError):
         tier = open_tier(files)
-    except KVLoomError:
+    if tier is None:
         assert not files.opened
         return 0
     contents = {key: found(tier, key) for key in KEYS}

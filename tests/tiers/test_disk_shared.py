@@ -1,5 +1,6 @@
 """A directory of the disk tier that several processes share: real files, real locks, real kills."""
 
+import fcntl
 import multiprocessing
 import os
 import random
@@ -14,10 +15,11 @@ import pytest
 
 from kvloom.core import ChunkInfo, ChunkKey, EncodedChunk, Entry
 from kvloom.errors import TierFullError, TierUnavailableError
-from kvloom.kvstore.tiers.disk import directory as directory_module
-from kvloom.kvstore.tiers.disk import journal as journal_module
+from kvloom.kvstore.tiers.disk.files import Files, OpenFile
 from kvloom.kvstore.tiers.disk.tier import DiskTier, Durability
 from kvloom.testing import keys_of, make_blob, make_key, same_blob
+
+from ..support.damage import generation_of, index_of
 
 KEYS = 64
 
@@ -83,15 +85,15 @@ def test_capacity_is_that_of_all(tmp_path: Path) -> None:
 
 def test_filled_by_another_while_writing(tmp_path: Path) -> None:
     """The space that was there when a put began is gone when it ends: it is refused, and its bytes are given back."""
-    one, two = DiskTier(tmp_path, 4096), DiskTier(tmp_path, 4096)
-    real = one._files.pwritev
+    files = Files()
+    one, two = DiskTier(tmp_path, 4096, files=files), DiskTier(tmp_path, 4096)
 
-    def write(fd: int, buffers: list[memoryview], offset: int) -> int:
-        del one._files.pwritev
+    def write(file: OpenFile, buffers: list[memoryview], offset: int) -> int:
+        del files.pwritev
         two.put(make_key(2), blob_of(4))
-        return real(fd, buffers, offset)
+        return files.pwritev(file, buffers, offset)
 
-    one._files.pwritev = write  # type: ignore[method-assign]
+    files.pwritev = write  # type: ignore[method-assign]
     with pytest.raises(TierFullError):
         one.put(make_key(1), blob_of(4))
     assert keys_of(one) == [make_key(2)] and one.used_bytes == 4096 and one.check() == []
@@ -115,23 +117,25 @@ def test_segments_of_living_writers_are_left_alone(tmp_path: Path) -> None:
     assert not segment.exists()
 
 
-def test_a_stopped_process_is_not_waited_for_without_end(
-    tiers: tuple[DiskTier, DiskTier], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(directory_module, "_LOCK_TIMEOUT_S", 0.05)
-    one, two = tiers
+def test_a_stopped_process_is_not_waited_for_without_end(tmp_path: Path) -> None:
+    files = Files()
+    files.lock_timeout_s = 0.05
+    one, two = DiskTier(tmp_path), DiskTier(tmp_path, files=files)
     one.put(make_key(1), blob_of(1))
-    with one._journal.exclusive():
+    with (tmp_path / "kvloom.json").open() as marker:
+        fcntl.flock(marker, fcntl.LOCK_EX)
         for call in (lambda: two.put(make_key(2), blob_of(2)), lambda: two.delete(make_key(1))):
             with pytest.raises(TierUnavailableError, match="is locked by another process"):
                 call()
         assert same(two.get(make_key(1)), 1)  # reading needs no lock
     two.put(make_key(2), blob_of(2))
+    one.close(), two.close()
 
 
-def test_journal_is_rewritten_while_others_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal_module, "_SLACK_RECORDS", 3)
-    tiers = [DiskTier(tmp_path) for _ in range(3)]
+def test_journal_is_rewritten_while_others_read(tmp_path: Path) -> None:
+    files = Files()
+    files.slack_records = 3
+    tiers = [DiskTier(tmp_path, files=files) for _ in range(3)]
     dice, model = random.Random(1), {}
     seen: list[dict[ChunkKey, int]] = [{}, {}, {}]
     generations = set()
@@ -143,7 +147,7 @@ def test_journal_is_rewritten_while_others_read(tmp_path: Path, monkeypatch: pyt
             model[key] = seed
         else:
             assert tier.delete(key) == (model.pop(key, None) is not None)
-        generations.add(tier._journal._records.generation)
+        generations.add(generation_of(tmp_path))
         reader = dice.randrange(3)
         for entry in tiers[reader].changes() if dice.random() < 0.3 else ():
             key = entry if isinstance(entry, bytes) else entry.key
@@ -229,8 +233,8 @@ def run_hammers(path: Path, duration_s: float) -> None:
     assert all(counts["puts"] > 5 and counts["hits"] > 5 for _, counts in reports), reports
     tier = DiskTier(path)
     assert tier.check() == [] and list((path / "quarantine").iterdir()) == []
-    live = {place.segment for place in tier._journal.index.places.values()}
-    assert tier._segments.numbers() == sorted(live)
+    live = {location.segment for location in index_of(path).locations.values()}
+    assert sorted(int(file.stem) for file in (path / "segments").iterdir()) == sorted(live)
     assert all(same(tier.get(key), int(tier.get(key).meta["seed"])) for key in keys_of(tier))
     taken = sum(file.stat().st_blocks * 512 for file in (path / "segments").iterdir())
     assert taken <= tier.used_bytes + 65536 * len(live)
@@ -252,8 +256,9 @@ def test_threads_of_processes_for_a_minute(tmp_path: Path) -> None:
 
 def put_until_killed(path: Path, first: int, report: int) -> None:
     """In a child: acknowledges each put and delete as a line."""
-    journal_module._SLACK_RECORDS = 16
-    tier = DiskTier(path, segment_bytes=16 * 4096, durability=("cache", "batch", "sync")[first % 3])
+    files = Files()
+    files.slack_records = 16
+    tier = DiskTier(path, segment_bytes=16 * 4096, durability=("cache", "batch", "sync")[first % 3], files=files)
     dice = random.Random(first)
     for count in range(first * 100_000, first * 100_000 + 100_000):
         number = dice.randrange(KEYS)

@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from typing import TypeAlias
 
 from ....core import ChunkKey
-from .index import Place
+from ..lock_guard import LockGuard
+from .index import PayloadLocation
+
+Written: TypeAlias = tuple[ChunkKey, PayloadLocation]
+
+_BATCH_BYTES = 256 << 20
 
 
-class Round:
+class SyncRound:
     """What one sync makes durable.
 
     Attributes
     ----------
     written : chunks in the journal that are not durable yet.
-    freed : places to be given back once it is durable that they are no longer needed.
-    done : set when the sync is over.
+    freed : locations to be given back once it is durable that they are no longer needed.
+    lock : of the thread that runs the round; the others who wait for it queue here.
+    error : why the sync failed.
     """
 
     def __init__(self) -> None:
-        self.written: list[tuple[ChunkKey, Place]] = []
-        self.freed: list[Place] = []
+        self.written: list[Written] = []
+        self.freed: list[PayloadLocation] = []
         self.nbytes = 0
-        self.done: Future[None] = Future()
+        self.lock = threading.RLock()
+        self.is_done = False
+        self.error: Exception | None = None
 
 
 class GroupCommit:
@@ -35,105 +43,106 @@ class GroupCommit:
 
     Parameters
     ----------
-    sync : makes a round durable, or raises.
+    sync : makes durable what was written, then gives back what was freed; or raises. A round that an exception from
+        elsewhere cut short is run again.
     """
 
-    def __init__(self, sync: Callable[[Round], None], interval_s: float) -> None:
+    def __init__(self, sync: Callable[[list[Written], list[PayloadLocation]], None], interval_s: float) -> None:
+        self.lock = threading.RLock()  # of what follows, but for the turn
         self._sync = sync
         self._interval_s = interval_s
-        self._turn = threading.Condition()  # of the next
-        self._running = False  # whether anybody runs a round
-        self._lock = threading.Lock()  # of everything below
-        self._round = Round()
+        self._turn = threading.RLock()  # of the thread that runs a round; taken after the lock of the round
+        self._round = SyncRound()
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
-        self._failure: BaseException | None = None
+        self._failure: Exception | None = None
 
-    def join(self, written: tuple[ChunkKey, Place] | None, freed: Place | None, *, in_background: bool) -> Round:
-        """Adds what is in the journal by now to the open round, which is returned."""
-        with self._lock:
+    def join(self, written: Written | None, freed: PayloadLocation | None, *, waits: bool = False) -> None:
+        """Adds what is in the journal by now to the open round.
+
+        Returns when that is durable, if `waits` or if 256 MiB have come together; the thread sees to it otherwise.
+        """
+        with self.lock:
             opened = self._round
-            if written is not None:
-                opened.written.append(written)
-                opened.nbytes += written[1].nbytes
             if freed is not None:
                 opened.freed.append(freed)
                 opened.nbytes += freed.nbytes
-            if in_background and self._thread is None and not self._stopping.is_set():
+            if written is not None:
+                opened.written.append(written)
+                opened.nbytes += written[1].nbytes
+                waits = waits or opened.nbytes > _BATCH_BYTES
+            runs = self._thread is not None and self._thread.is_alive()
+            if not (waits or runs or self._stopping.is_set()):
                 self._thread = threading.Thread(target=self._run_rounds, name="kvloom-commit", daemon=True)
                 self._thread.start()
-            return opened
-
-    def wait(self, opened: Round) -> None:
-        """Returns when the round is durable, and runs it if nobody does; raises what it raised."""
-        with self._turn:
-            # who only waits to hear that a round is done must not wait for the next one
-            self._turn.wait_for(lambda: opened.done.done() or not self._running)
-            runs = not opened.done.done()
-            if runs:
-                self._running = True
-        if runs:
-            try:
-                self._run_round()
-            finally:
-                with self._turn:
-                    self._running = False
-                    self._turn.notify_all()
-        opened.done.result()
+        try:
+            if waits:
+                self._wait(opened)
+        finally:
+            del opened  # see `_wait`
 
     def flush(self) -> None:
         """What was joined before is durable; raises the error of the background, or of this sync."""
-        with self._lock:
-            opened = self._round
-        self.wait(opened)
+        self._wait(self._round)
         self.expect_sound()
 
     def expect_sound(self) -> None:
         """Raises the error that a round in the background ended with, once."""
-        with self._lock:
-            failure, self._failure = self._failure, None
+        failure = self._failure
         if failure is not None:
-            raise failure
+            try:
+                self._failure = None
+                raise failure
+            finally:
+                del failure
 
     @property
     def has_freed(self) -> bool:
         """Whether a sync would give space back."""
-        with self._lock:
-            return bool(self._round.freed)
+        return bool(self._round.freed)
 
     def close(self) -> None:
         """Ends the thread; what is not durable then stays so."""
         self._stopping.set()
-        with self._lock:
-            thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread() and thread.is_alive():
             thread.join()
 
-    def _run_round(self) -> None:
-        with self._lock:
-            opened, self._round = self._round, Round()
-        if not opened.written and not opened.freed:
-            opened.done.set_result(None)
-            return
+    def _wait(self, opened: SyncRound) -> None:
+        """Returns when the round is durable, and runs it if nobody does; raises what it raised."""
+        with LockGuard(opened.lock, self._turn), opened.lock:
+            if not opened.is_done:
+                with self._turn:
+                    self._run_round(opened)
+        error = opened.error
+        del opened  # the traceback of the error leads to this frame, which must not lead back to the error
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error
+
+    def _run_round(self, opened: SyncRound) -> None:
+        with self.lock:
+            if self._round is opened:
+                self._round = SyncRound()
         try:
-            self._sync(opened)
-        except BaseException as exc:
-            opened.done.set_exception(exc)
-            if not isinstance(exc, Exception):
-                raise
-        else:
-            opened.done.set_result(None)
+            self._sync(opened.written, opened.freed)
+        except Exception as exc:  # noqa: BLE001  raised by all who wait for the round
+            opened.error = exc
+        opened.is_done = True
+        del opened  # see `_wait`
 
     def _run_rounds(self) -> None:
         while True:
             self._stopping.wait(self._interval_s)
-            with self._lock:
+            with self.lock:
                 opened = self._round
                 if self._stopping.is_set() or not (opened.written or opened.freed):
                     self._thread = None
                     return
             try:
-                self.wait(opened)
-            except BaseException as exc:  # noqa: BLE001  raised by the next call instead, whatever it is
-                with self._lock:
-                    self._failure = exc
+                self._wait(opened)
+            except Exception as exc:  # noqa: BLE001  raised by the next call instead, whatever it is
+                self._failure = exc
+            del opened  # see `_wait`

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import TypeAlias
 
@@ -13,43 +13,42 @@ from ....errors import ChunkCorruptError
 from ...encoding.buffer_pool import BufferPool
 from ...format import Header, ReadAt, read_container, read_header, read_layers
 from .files import NOT_SUPPORTED, Files, read_exactly
-from .index import Place
+from .index import PayloadLocation
 from .journal import Journal
 from .segments import Segments
 
-Read: TypeAlias = Callable[[ReadAt, Place], EncodedChunk]
+Read: TypeAlias = Callable[[ReadAt, PayloadLocation], EncodedChunk]
 
 _CACHED_HEADERS = 256
 
 
 class Containers:
-    """How a chunk is read from its place, into memory that was used before. Every method from any thread."""
+    """How a chunk is read from where it lies, into memory that was used before. Every method from any thread."""
 
     def __init__(self) -> None:
-        self._spares = BufferPool()
-        self._lock = threading.Lock()
-        self._headers: OrderedDict[tuple[int, int], Header] = OrderedDict()
+        self._buffers = BufferPool()
+        self._headers: OrderedDict[tuple[int, int], Header] = OrderedDict()  # each use is one step of the interpreter
 
     def whole(self, key: ChunkKey) -> Read:
-        def read(read_at: ReadAt, place: Place) -> EncodedChunk:
-            return read_container(read_at, place.nbytes, key, self._spares.empty)
+        def read(read_at: ReadAt, location: PayloadLocation) -> EncodedChunk:
+            return read_container(read_at, location.nbytes, key, self._buffers.empty)
 
         return read
 
     def layers(self, key: ChunkKey, start: int, stop: int) -> Read:
-        def read(read_at: ReadAt, place: Place) -> EncodedChunk:
-            return read_layers(read_at, self._header(read_at, key, place), start, stop, self._spares.empty)
+        def read(read_at: ReadAt, location: PayloadLocation) -> EncodedChunk:
+            return read_layers(read_at, self._header(read_at, key, location), start, stop, self._buffers.empty)
 
         return read
 
-    def _header(self, read_at: ReadAt, key: ChunkKey, place: Place) -> Header:
-        """A place holds one container for ever, so a cached header is stale only if the device has changed it."""
-        with self._lock:
-            header = self._headers.pop(place.at, None)
+    def _header(self, read_at: ReadAt, key: ChunkKey, location: PayloadLocation) -> Header:
+        """An address names one container for ever, so a cached header is stale only if the device has changed it."""
+        header = self._headers.get(location.address)
         if header is None or not header.stands(read_at):
-            header = read_header(read_at, place.nbytes, key)
-        with self._lock:
-            self._headers[place.at] = header
+            header = read_header(read_at, location.nbytes, key)
+        self._headers[location.address] = header
+        with suppress(KeyError):  # other threads have removed it
+            self._headers.move_to_end(location.address)
             if len(self._headers) > _CACHED_HEADERS:
                 self._headers.popitem(last=False)
         return header
@@ -89,9 +88,9 @@ class CachedReads:
         if not self._is_supported or not self._is_open():
             raise BlockingIOError
         try:
-            place = self._journal.find_at_once(key)
-            with self._segments.reading_at_once(place.segment) as fd:
-                return read(partial(read_exactly, self._files.preadv_cached, fd, place.offset), place)
+            location = self._journal.find_at_once(key)
+            file = self._segments.opened_at_once(location.segment)
+            return read(partial(read_exactly, self._files.preadv_cached, file, location.offset), location)
         except BlockingIOError:
             raise
         except (OSError, ChunkCorruptError) as exc:

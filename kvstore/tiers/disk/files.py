@@ -1,4 +1,4 @@
-"""The seam to the operating system: the few calls that the disk tier makes, which tests refuse, cut short or lose."""
+"""The seam to the operating system: the few calls that the disk tier makes; tests make them fail, cut short or lost."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import ctypes
 import errno
 import fcntl
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
+from io import FileIO
 from itertools import islice
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from ....errors import ChunkCorruptError, TierUnavailableError
 
-Preadv: TypeAlias = Callable[[int, list[memoryview], int], int]
+Mode: TypeAlias = Literal["rb", "r+b", "x+b", "w+b"]
+Preadv: TypeAlias = Callable[["OpenFile", list[memoryview], int], int]
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV)
 
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # linux/falloc.h
@@ -26,10 +29,27 @@ _BUFFERS_PER_WRITE = 1024  # IOV_MAX
 _BEGIN_WRITING = 2  # SYNC_FILE_RANGE_WRITE
 _READ_CACHED = getattr(os, "RWF_NOWAIT", 0)  # Linux alone has it
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 5e-5, 2e-3
+_open = partial(os.open, mode=0o644)
+
+
+class OpenFile(FileIO):
+    """An open file, closed when the last reference to it is gone; so it stays open for whoever uses it."""
+
+    __del__ = FileIO.close
 
 
 class Files:
-    """What the operating system does with files; every method raises `OSError`."""
+    """What the operating system does with files; every method raises `OSError`.
+
+    Attributes
+    ----------
+    lock_timeout_s : how long to wait for another process that has the lock of a store. It is held for microseconds, and
+        while a journal is rewritten.
+    slack_records : that a journal may have beyond two for each chunk, before it is rewritten.
+    """
+
+    lock_timeout_s = 10.0
+    slack_records = 16384
 
     def __init__(self) -> None:
         library = ctypes.CDLL(None, use_errno=True)
@@ -40,31 +60,29 @@ class Files:
         if self._sync_file_range is not None:
             self._sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
 
-    def open(self, path: Path, flags: int) -> int:
-        return os.open(path, flags, 0o644)
+    def open(self, path: Path, mode: Mode) -> OpenFile:
+        """Opens a file to read, to update, or to update after it was made (`x`) or made empty (`w`)."""
+        return OpenFile(path, mode, opener=_open)
 
-    def close(self, fd: int) -> None:
-        os.close(fd)
+    def preadv(self, file: OpenFile, buffers: list[memoryview], offset: int) -> int:
+        return os.preadv(file.fileno(), buffers, offset)
 
-    def preadv(self, fd: int, buffers: list[memoryview], offset: int) -> int:
-        return os.preadv(fd, buffers, offset)
-
-    def preadv_cached(self, fd: int, buffers: list[memoryview], offset: int) -> int:
+    def preadv_cached(self, file: OpenFile, buffers: list[memoryview], offset: int) -> int:
         """As `preadv`, from the page cache alone: raises `BlockingIOError` rather than wait for the device."""
         if not _READ_CACHED:
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-        return os.preadv(fd, buffers, offset, _READ_CACHED)
+        return os.preadv(file.fileno(), buffers, offset, _READ_CACHED)
 
-    def pwritev(self, fd: int, buffers: list[memoryview], offset: int) -> int:
-        return os.pwritev(fd, buffers, offset)
+    def pwritev(self, file: OpenFile, buffers: list[memoryview], offset: int) -> int:
+        return os.pwritev(file.fileno(), buffers, offset)
 
-    def will_sync(self, fd: int, offset: int, nbytes: int) -> None:
-        """Has the device begin to write what was written to a range; a hint, of which no failure is told."""
+    def will_sync(self, file: OpenFile, offset: int, nbytes: int) -> None:
+        """Asks the device to begin to write a range; a hint, whose failure is not reported."""
         if self._sync_file_range is not None:
-            self._sync_file_range(fd, offset, nbytes, _BEGIN_WRITING)
+            self._sync_file_range(file.fileno(), offset, nbytes, _BEGIN_WRITING)
 
-    def fdatasync(self, fd: int) -> None:
-        os.fdatasync(fd)
+    def fdatasync(self, file: OpenFile) -> None:
+        os.fdatasync(file.fileno())
 
     def sync_folder(self, path: Path) -> None:
         """Makes the names in a folder durable."""
@@ -87,38 +105,59 @@ class Files:
     def listdir(self, path: Path) -> list[str]:
         return [entry.name for entry in path.iterdir()]
 
-    def flock(self, fd: int, operation: int) -> None:
-        fcntl.flock(fd, operation)
+    def flock(self, file: OpenFile, operation: int) -> None:
+        fcntl.flock(file.fileno(), operation)
 
-    def fstat(self, fd: int) -> os.stat_result:
-        return os.fstat(fd)
+    def fstat(self, file: OpenFile) -> os.stat_result:
+        return os.fstat(file.fileno())
 
     def stat(self, path: Path) -> os.stat_result:
         return path.stat()
 
-    def punch(self, fd: int, offset: int, nbytes: int) -> None:
+    def punch(self, file: OpenFile, offset: int, nbytes: int) -> None:
         """Gives the space of a range back; it reads as zeros then."""
-        self._allocate(fd, _KEEP_SIZE | _PUNCH_HOLE, offset, nbytes)
+        self._allocate(file, _KEEP_SIZE | _PUNCH_HOLE, offset, nbytes)
 
-    def allocate(self, fd: int, offset: int, nbytes: int) -> None:
+    def allocate(self, file: OpenFile, offset: int, nbytes: int) -> None:
         """Sets space aside, also beyond the end of the file, which stays where it is."""
-        self._allocate(fd, _KEEP_SIZE, offset, nbytes)
+        self._allocate(file, _KEEP_SIZE, offset, nbytes)
 
-    def _allocate(self, fd: int, mode: int, offset: int, nbytes: int) -> None:
+    def _allocate(self, file: OpenFile, mode: int, offset: int, nbytes: int) -> None:
         if self._fallocate is None:
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-        while self._fallocate(fd, mode, offset, nbytes):
+        while self._fallocate(file.fileno(), mode, offset, nbytes):
             code = ctypes.get_errno()
             if code != errno.EINTR:
                 raise OSError(code, os.strerror(code))
 
 
-def read_fully(preadv: Preadv, fd: int, buffer: memoryview, offset: int) -> int:
+def absolute_path(path: str | os.PathLike[str], argument: str = "path") -> Path:
+    """The path of a directory, resolved now: what is relative goes by the current directory, `~` is the home directory.
+
+    Raises
+    ------
+    ValueError : it is empty, or cannot be resolved.
+    TypeError : it is no path.
+    """
+    text = path if isinstance(path, str) else os.fspath(path)
+    if not isinstance(text, str):
+        raise TypeError(f"{argument} is {path!r}; expected text or a pathlib.Path")
+    if not text.strip() or "\0" in text:
+        raise ValueError(f"{argument} is {text!r}; expected the path of a directory")
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as exc:
+        raise ValueError(f"{argument} is {text!r}, and there is no such home directory; give an absolute path") from exc
+    except FileNotFoundError as exc:
+        raise ValueError(f"{argument} is {text!r}, and the current directory is gone; give an absolute path") from exc
+
+
+def read_fully(preadv: Preadv, file: OpenFile, buffer: memoryview, offset: int) -> int:
     """Reads until the buffer is full or the file ends; how many bytes were read."""
     done = 0
     while done < len(buffer):
         try:
-            count = preadv(fd, [buffer[done:]], offset + done)
+            count = preadv(file, [buffer[done:]], offset + done)
         except InterruptedError:
             continue
         if not count:
@@ -127,17 +166,17 @@ def read_fully(preadv: Preadv, fd: int, buffer: memoryview, offset: int) -> int:
     return done
 
 
-def read_exactly(preadv: Preadv, fd: int, base: int, buffer: memoryview, offset: int) -> None:
+def read_exactly(preadv: Preadv, file: OpenFile, base: int, buffer: memoryview, offset: int) -> None:
     """Fills the buffer from `base + offset` on; raises `ChunkCorruptError` if the file is too short for it."""
-    if read_fully(preadv, fd, buffer, base + offset) < len(buffer):
+    if read_fully(preadv, file, buffer, base + offset) < len(buffer):
         raise ChunkCorruptError(f"file ends before byte {base + offset + len(buffer)}")
 
 
-def write_fully(files: Files, fd: int, buffers: Iterable[memoryview], offset: int) -> None:
+def write_fully(files: Files, file: OpenFile, buffers: Iterable[memoryview], offset: int) -> None:
     pending = deque(buffers)
     while pending:
         try:
-            written = files.pwritev(fd, list(islice(pending, _BUFFERS_PER_WRITE)), offset)
+            written = files.pwritev(file, list(islice(pending, _BUFFERS_PER_WRITE)), offset)
         except InterruptedError:
             continue
         offset += written
@@ -147,16 +186,16 @@ def write_fully(files: Files, fd: int, buffers: Iterable[memoryview], offset: in
             pending[0] = pending[0][written:]
 
 
-def lock_file(files: Files, fd: int, path: Path, timeout_s: float) -> None:
+def lock_file(files: Files, file: OpenFile, path: Path) -> None:
     """Takes the exclusive lock of an open file; raises `TierUnavailableError` if another holds it for too long."""
-    give_up_at_s, pause_s = time.monotonic() + timeout_s, _FIRST_PAUSE_S
+    give_up_at_s, pause_s = time.monotonic() + files.lock_timeout_s, _FIRST_PAUSE_S
     while True:
         try:
-            files.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            files.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as exc:
             if time.monotonic() > give_up_at_s:
                 raise TierUnavailableError(
-                    f"{path} is locked by another process since {timeout_s} s; is that process stopped?"
+                    f"{path} is locked by another process since {files.lock_timeout_s} s; is that process stopped?"
                 ) from exc
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LAST_PAUSE_S)
@@ -168,38 +207,3 @@ def lock_file(files: Files, fd: int, path: Path, timeout_s: float) -> None:
 
 def same_file(a: os.stat_result, b: os.stat_result) -> bool:
     return (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino)
-
-
-class Descriptor:
-    """An open file that several threads use; once retired, it is closed by the last of them.
-
-    The owner retires it once and hands it out no more; `with descriptor as fd` is a use, as is `hold` until `release`.
-    """
-
-    def __init__(self, files: Files, fd: int) -> None:
-        self._files = files
-        self._fd = fd
-        self._lock = threading.Lock()
-        self._users = 1  # the owner
-
-    def hold(self) -> int:
-        with self._lock:
-            if not self._users:
-                raise OSError(errno.EBADF, "the file was closed in the meantime")
-            self._users += 1
-            return self._fd
-
-    def release(self) -> None:
-        with self._lock:
-            self._users -= 1
-            last = not self._users
-        if last:
-            self._files.close(self._fd)
-
-    retire = release
-
-    def __enter__(self) -> int:
-        return self.hold()
-
-    def __exit__(self, *_: object) -> None:
-        self.release()

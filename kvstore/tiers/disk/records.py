@@ -1,6 +1,6 @@
 """The records of the journal: what happened to chunks, as bytes.
 
-A journal is a row of slots of 128 bytes, little-endian; slot 0 is its header.
+A journal is a sequence of slots of 128 bytes, little-endian; slot 0 is its header.
 
     header   checksum u64, magic 8s, format version u32, bytes a slot u32, generation u64, next segment u64, zeros
     record   checksum u64, op u8, part u8, flags u16, namespace u32, key 32s, after 32s, segment u64, offset u64,
@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from enum import IntEnum
 
 import xxhash
 
 from ....core import NOTHING, ChunkInfo, ChunkKey
 from ...placement.quota import MOST_NAMESPACE_BYTES
-from .index import ALIGNMENT_BYTES, Index, Place
+from .index import ALIGNMENT_BYTES, Change, Op, PayloadLocation
 
 SLOT_BYTES = 128
 
@@ -35,15 +34,6 @@ _MAX_BYTES = 1 << 48
 _GENERATION_BITS, _SLOT_BITS = 24, 40
 _HAS_AFTER, _HAS_EXPIRY, _HAS_COST = 1, 2, 4
 _NO_KEY = bytes(32)
-
-
-class Op(IntEnum):
-    """What a record says of its key."""
-
-    PUT = 1
-    MOVE = 2  # by compaction: another place, the same turn in the order of writing
-    DELETE = 3
-    NAMESPACE = 4  # no key: a part of the text that a number stands for
 
 
 class Records:
@@ -60,9 +50,10 @@ class Records:
         body = _HEADER.pack(0, _MAGIC, _FORMAT_VERSION, SLOT_BYTES, self.generation, next_segment)
         return _sealed(body.ljust(SLOT_BYTES, b"\0"))
 
-    def to_bytes(self, slot: int, op: Op, key: ChunkKey, place: Place | None = None) -> bytes:
+    def to_bytes(self, slot: int, change: Change) -> bytes:
         """What to write at that slot: one record, after those that name a new namespace."""
-        segment, offset, nbytes, info = place or (0, 0, 0, NOTHING)
+        op, key, location = change
+        segment, offset, nbytes, info = location or (0, 0, 0, NOTHING)
         written = b""
         if info.namespace not in self._numbers:
             written = self._name(slot, info.namespace)
@@ -76,8 +67,8 @@ class Records:
             segment, offset, nbytes, info.expires_at_s or 0.0, info.recompute_s or 0.0,
         )  # fmt: skip
 
-    def read(self, data: memoryview, slot: int, index: Index) -> Iterator[tuple[int, ChunkKey | None]]:
-        """Applies what is valid in `data`, which begins at that slot: how far each record reaches, and its key."""
+    def read(self, data: memoryview, slot: int) -> Iterator[tuple[int, Change | None]]:
+        """How far each valid record in `data`, which begins at that slot, reaches, and what it says of a chunk."""
         stamp = self.generation << _SLOT_BITS | slot
         digest = xxhash.xxh3_64_intdigest
         whole = data[: len(data) // SLOT_BYTES * SLOT_BYTES]
@@ -87,14 +78,12 @@ class Records:
             if record[0] != digest(whole[begin + _CHECKSUM_BYTES : begin + SLOT_BYTES]):
                 continue
             _, op, part, flags, number, key, after, segment, offset, nbytes, expires_at_s, recompute_s, _ = record
-            self._last_number = max(self._last_number, number)
+            if number > self._last_number:
+                self._last_number = number
             if op == Op.NAMESPACE:
                 self._learn(number, part, flags, key + after)
                 yield begin + SLOT_BYTES, None
-                continue
-            if op == Op.DELETE:
-                index.remove(key)
-            elif op in (Op.PUT, Op.MOVE) and number in self._names and _is_place(segment, offset, nbytes):
+            elif op in (Op.PUT, Op.MOVE) and number in self._names and _is_location(segment, offset, nbytes):
                 info = NOTHING
                 if flags or number:
                     info = ChunkInfo(
@@ -103,10 +92,9 @@ class Records:
                         expires_at_s if flags & _HAS_EXPIRY else None,
                         recompute_s if flags & _HAS_COST else None,
                     )
-                (index.put if op == Op.PUT else index.move)(key, Place(segment, offset, nbytes, info))
-            else:  # of a namespace whose text is lost, or of a later release: what the key was is no more
-                index.remove(key)
-            yield begin + SLOT_BYTES, key
+                yield begin + SLOT_BYTES, Change(op, key, PayloadLocation(segment, offset, nbytes, info))
+            else:  # deleted; or of a namespace whose text is lost, or of a later release: what the key was is no more
+                yield begin + SLOT_BYTES, Change(Op.DELETE, key, None)
 
     def _name(self, slot: int, text: str) -> bytes:
         self._last_number += 1
@@ -140,7 +128,7 @@ class Records:
 
 
 def read_header(data: memoryview) -> tuple[int, int, bool]:
-    """Generation, next segment, and whether the header is sound; if not, what the records tell of the generation."""
+    """Generation, next segment, and whether the header is sound; if not, the generation that the records have."""
     if len(data) >= SLOT_BYTES:
         checksum, magic, version, slot_bytes, generation, next_segment = _HEADER.unpack_from(data)
         sound = checksum == xxhash.xxh3_64_intdigest(data[_CHECKSUM_BYTES:SLOT_BYTES])
@@ -158,5 +146,5 @@ def _sealed(data: bytes) -> bytes:
     return xxhash.xxh3_64_intdigest(body).to_bytes(_CHECKSUM_BYTES, "little") + body
 
 
-def _is_place(segment: int, offset: int, nbytes: int) -> bool:
+def _is_location(segment: int, offset: int, nbytes: int) -> bool:
     return 0 < segment < 1 << 63 and 0 < nbytes < _MAX_BYTES and offset < _MAX_BYTES and not offset % ALIGNMENT_BYTES

@@ -1,18 +1,23 @@
-"""What a kill or a power loss leaves behind, found without reading payload; and moving chunks out of dying segments."""
+"""What a kill or a power loss leaves behind, found without reading payload; chunks out of dying segments; copies of
+damaged ones.
+"""
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from itertools import pairwise
+from pathlib import Path
 
 from ....core import ChunkKey
 from ....errors import ChunkCorruptError, TierError
-from .files import Files, read_exactly
-from .index import Index, Place
+from .files import Files, read_exactly, read_fully, write_fully
+from .index import Change, Index, Op, PayloadLocation
 from .journal import Journal
-from .records import Op
 from .segments import Segments
+
+_KEPT_COPIES = 16
 
 
 def recover(files: Files, journal: Journal, segments: Segments) -> None:
@@ -20,14 +25,14 @@ def recover(files: Files, journal: Journal, segments: Segments) -> None:
     with journal.exclusive() as index:
         lost = lost_chunks(files, segments, index)
         if lost:
-            journal.append([(Op.DELETE, key, None) for key in lost])
+            journal.append([Change(Op.DELETE, key, None) for key in lost])
         segments.sweep(journal)
-        places = defaultdict(list)
-        for place in index.places.values():
-            places[place.segment].append(place)
-        for number, held in places.items():
+        by_segment = defaultdict(list)
+        for location in index.locations.values():
+            by_segment[location.segment].append(location)
+        for number, locations in by_segment.items():
             with suppress(FileNotFoundError):
-                segments.punch_gaps(number, held)
+                segments.punch_gaps(number, locations)
 
 
 def lost_chunks(files: Files, segments: Segments, index: Index) -> list[ChunkKey]:
@@ -36,16 +41,20 @@ def lost_chunks(files: Files, segments: Segments, index: Index) -> list[ChunkKey
     for number in segments.numbers():
         with suppress(FileNotFoundError):
             ends[number] = files.stat(segments.path(number)).st_size
-    return [key for key, place in index.places.items() if place.offset + place.nbytes > ends.get(place.segment, 0)]
+    return [
+        key
+        for key, location in index.locations.items()
+        if location.offset + location.nbytes > ends.get(location.segment, 0)
+    ]
 
 
 def overlapping_chunks(index: Index) -> list[ChunkKey]:
     """Chunks that begin within another."""
-    spans = sorted((place.at, place.taken_bytes, key) for key, place in index.places.items())
+    spans = sorted((location.address, location.taken_bytes, key) for key, location in index.locations.items())
     return [
         key
-        for ((number, offset), taken, _), (at, _, key) in pairwise(spans)
-        if at[0] == number and at[1] < offset + taken
+        for ((number, offset), taken, _), (address, _, key) in pairwise(spans)
+        if address[0] == number and address[1] < offset + taken
     ]
 
 
@@ -54,23 +63,35 @@ def compact(files: Files, journal: Journal, segments: Segments, number: int) -> 
 
     If that fails, the chunks are where they are, and the next chunk that leaves the segment is the next occasion.
     """
-    with suppress(OSError, ChunkCorruptError, TierError), segments.claimed(number) as fd:
-        if fd is None:
+    with suppress(OSError, ChunkCorruptError, TierError):
+        file = segments.claim(number)
+        if file is None:
             return
         held = journal.in_segment(number)
-        if 2 * sum(place.taken_bytes for _, place in held) > files.fstat(fd).st_size:
+        if 2 * sum(location.taken_bytes for _, location in held) > files.fstat(file).st_size:
             return
-        with ExitStack() as copies:
-            moves = []
-            for key, place in held:
-                data = memoryview(bytearray(place.nbytes))
-                read_exactly(files.preadv, fd, place.offset, data, 0)  # verified by whoever reads it
-                to, offset = copies.enter_context(segments.written(place.taken_bytes, [data], journal))
-                moves.append((key, place, Place(to, offset, place.nbytes, place.info)))
-            # before the journal says so: after a power loss it must not send readers to what has not arrived
-            segments.sync_files({place.segment for _, _, place in moves})
-            with journal.exclusive() as index:
-                still = [move for move in moves if move[0] in index.places and index.places[move[0]].at == move[1].at]
-                journal.append([(Op.MOVE, key, to_place) for key, _, to_place in still])
+        moves = []
+        for key, location in held:
+            data = memoryview(bytearray(location.nbytes))
+            read_exactly(files.preadv, file, location.offset, data, 0)  # verified by whoever reads it
+            segment, offset = segments.reserve(location.nbytes, journal)
+            segments.write(segment, offset, [data])
+            moves.append((key, location, location._replace(segment=segment.number, offset=offset)))
+        # before the journal says so: after a power loss it must not send readers to what has not arrived
+        segments.sync_files({copy.segment for _, _, copy in moves})
+        with journal.exclusive() as index:
+            now = index.locations
+            journal.append([Change(Op.MOVE, key, copy) for key, old, copy in moves if now.get(key) == old])
         journal.sync()
         files.unlink(segments.path(number))
+
+
+def keep_copy(files: Files, folder: Path, segments: Segments, key: ChunkKey, location: PayloadLocation) -> None:
+    """Copies a damaged container to a file named after time and key; the newest copies are kept, for a post-mortem."""
+    data = memoryview(bytearray(location.nbytes))
+    file = segments.opened(location.segment)
+    data = data[: read_fully(files.preadv, file, data, location.offset)]
+    copy = files.open(folder / f"{time.time_ns():020d}-{key.hex()}", "x+b")
+    write_fully(files, copy, [data], 0)
+    for name in sorted(files.listdir(folder))[:-_KEPT_COPIES]:
+        files.unlink(folder / name)
