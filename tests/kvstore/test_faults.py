@@ -476,7 +476,7 @@ def test_threads_on_a_device_that_comes_and_goes(write_through: bool, steps: int
         revive(store, disk)
         assert in_order(store) and store.stats().background_errors == 0
         store.put(make_key(1), make_chunk(1))
-        assert holds(store.get(make_key(1)), 1) and len(disk._chunks) <= 8
+        assert holds(store.get(make_key(1)), 1) and len(disk.entries()) <= 8
 
 
 class FaultMachine(RuleBasedStateMachine):

@@ -100,9 +100,9 @@ def test_waits_for_no_write(tier: DiskTier, device: Device, file: str) -> None:
     began_s = time.monotonic()
     if file == "segment":
         found = tier.cached.get(make_key(1))
-        assert found is not None and same_blob(found, make_blob(1)) and not tier.cached.has_news()
+        assert found is not None and same_blob(found, make_blob(1)) and not tier.cached.has_changes()
     else:
-        assert tier.cached.has_news()
+        assert tier.cached.has_changes()
         with pytest.raises(BlockingIOError):
             tier.cached.get(make_key(1))
     assert time.monotonic() - began_s < 10
