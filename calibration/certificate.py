@@ -1,4 +1,4 @@
-"""What was measured of an approximation on one model, by which limits it was judged, and what it thereby permits."""
+"""Certificates: the measured losses of an approximation on one model, their limits, and what they permit."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _NUMBERS = ("value", "low", "high")
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One loss: the larger, the worse; 0 is the exact model.
+    """One measured loss; 0 is the exact model, larger is worse.
 
     Attributes
     ----------
     value : as measured, in `unit`.
     low, high : its 95 % interval.
-    limit : `high` must not exceed it, so that a short measurement proves little; None if it was not judged.
+    limit : that `high` must not exceed; a short measurement has a high `high`. None if the loss is not judged.
     """
 
     value: float
@@ -42,23 +42,23 @@ class Figure:
 
     @property
     def passed(self) -> bool:
-        """Whether the limit holds, if there is one; what is not a number holds none."""
+        """Whether the limit holds, if there is one; a loss that is not finite exceeds every limit."""
         return self.limit is None or (math.isfinite(self.value) and self.high <= self.limit)
 
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """The measured cost of one codec, with these parameters, on one model.
+    """The measured losses of one approximation (a codec, a retrieval or a fusion), with its parameters, on one model.
 
-    It speaks for the model in any precision, since rounding to 16 bits is far below what it measures, but for no other
-    weights, geometry, rope or tensor-parallel shard, and for no other parameters of the codec.
+    It covers the model in any precision, since rounding to 16 bits is far below the losses that it measures, but no
+    other weights, geometry, rope or tensor-parallel shard, and no other parameters.
 
     Attributes
     ----------
     spec : of the model.
     codec, parameters : as `codec_form.parameters_of` gives them.
-    figures : what was measured, by name.
-    conditions : how: texts, windows, trials, what was left out and why.
+    figures : losses by name.
+    conditions : of the measurement: texts, windows, trials, what was left out and why.
     date : ISO 8601, UTC.
     version : of kvloom.
     """
@@ -77,7 +77,7 @@ class Certificate:
 
     @property
     def passed(self) -> bool:
-        """Every limit holds, and there is at least one. A certificate that has not passed covers nothing."""
+        """Whether every limit holds and there is at least one. A certificate that has not passed covers nothing."""
         figures = self.figures.values()
         return any(f.limit is not None for f in figures) and all(f.passed for f in figures)
 
@@ -90,11 +90,11 @@ class Certificate:
         return self.covers_form(form_of(codec), spec)
 
     def covers_form(self, form: Form, spec: KVSpec) -> bool:
-        """The same for the form of a stored chunk, whose parameters may differ from those of the codec at hand."""
+        """Whether this form may be used for this model."""
         return self.passed and form == self.form and model_identity(spec) == model_identity(self.spec)
 
     def to_json(self) -> str:
-        """For people and for `from_json`; figures that are not finite become null."""
+        """JSON text for people and for `from_json`; numbers that are not finite become null."""
         whole = {
             "kvloom_certificate": FORMAT_VERSION,
             "model_id": self.model_id,
@@ -111,7 +111,7 @@ class Certificate:
 
     @classmethod
     def from_json(cls, text: str) -> Certificate:
-        """What `to_json` wrote. Whether it passed is judged anew, by its figures and limits.
+        """Reads what `to_json` wrote; whether it passed follows from its figures and limits.
 
         Raises
         ------
@@ -134,15 +134,15 @@ class Certificate:
                 str(fields["version"]),
             )
         except (LookupError, TypeError, ValueError, AttributeError) as exc:
-            raise UncertifiedError(f"this is no certificate: {exc!r}; make one with `kvloom certify`") from exc
+            raise UncertifiedError(f"this is not a certificate: {exc!r}; make one with `kvloom certify`") from exc
 
     @classmethod
     def load(cls, path: Path) -> Certificate:
-        """The certificate in a file.
+        """Reads a certificate from a file.
 
         Raises
         ------
-        UncertifiedError : there is no such file, or no certificate in it.
+        UncertifiedError : the file does not exist or holds no certificate.
         """
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))

@@ -14,10 +14,10 @@ Form: TypeAlias = tuple[str, str]  # name of a codec, and its parameters as cano
 
 
 def parameters_of(codec: Codec) -> dict[str, Any]:
-    """Fields of a codec as JSON takes them: a wrapped codec is its name and parameters, a profile its fingerprint.
+    """Fields of a codec for JSON: a wrapped codec as its name and parameters, a profile as its fingerprint.
 
-    Two codecs of one name and equal parameters make the same bytes of a chunk; a certificate is bound to both. A codec
-    that is no dataclass has no parameters.
+    Two codecs with equal names and parameters encode a chunk to the same bytes; a certificate is bound to both. A codec
+    that is not a dataclass has no parameters.
     """
     return {f.name: _plain(getattr(codec, f.name)) for f in fields(codec)} if is_dataclass(codec) else {}
 

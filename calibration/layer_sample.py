@@ -1,4 +1,4 @@
-"""What calibration sees of one layer of a model."""
+"""Samples of one layer of a model, from which calibration fits tables."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from ..core import KVSpec
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerSample:
-    """Keys and values of one layer over a calibration text, and what an error in each number costs.
+    """Keys and values of one layer over a calibration text, and the sensitivity of the loss to each number.
 
     Attributes
     ----------
-    keys : `[N, H, D]` float32, before rotation, as codecs take them back: `rope.shift(keys, -positions)`.
+    keys : `[N, H, D]` float32, before rotation: `rope.shift(keys, -positions)`.
     values : `[N, H, Dv]` float32.
     key_fisher, value_fisher : of the same shapes, the squared gradients of the language-model loss (nats, summed over a
         sequence): the diagonal of the Fisher information.
     query_moments : `[H, D, D]` float64, mean of the outer products of all queries of a group with themselves, before
         rotation; text and strings alike.
-    further_keys : `[N', H, D]` float32, keys over random strings: like no text, but like what is looked up in one.
+    further_keys : `[N', H, D]` float32, keys over random strings, which are unlike text but are often retrieved.
     """
 
     spec: KVSpec

@@ -1,4 +1,4 @@
-"""What calibration learned of one model, in one safetensors file: level tables, thresholds, smoothing, bases."""
+"""Profiles: what calibration fitted to one model (levels, thresholds, smoothing, bases), in a safetensors file."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """Statistics of one model's KV, shared by all chunks. Codecs hold one and write its fingerprint into chunks.
+    """Tables for one model, shared by all chunks. Codecs hold a profile and write its fingerprint into chunks.
 
     Attributes
     ----------
-    spec : of the model it was made for; keys and values of another model are refused. Its dtype does not count: levels
-        are kept in float32 and serve the model in any precision.
+    spec : of the model; keys and values of another model are refused. The dtype does not count: tables are float32 and
+        valid for the model in any precision.
     tensors : by name, on the cpu, named `METHOD.WHAT`, for instance `nuq.keys.levels.4`; first dimension is the layer.
-    meta : how it was made, as text: texts, tokens, date, versions.
+    meta : text about the calibration: texts, tokens, date, versions.
     """
 
     spec: KVSpec
@@ -38,7 +38,7 @@ class Profile:
 
     @cached_property
     def fingerprint(self) -> str:
-        """64 hex digits over the spec and every tensor; `meta` does not count."""
+        """64 hex digits that identify spec and tensors; `meta` does not count."""
         digest = hashlib.blake2b(b"kvloom Profile 1\0" + self._identity().encode(), digest_size=32)
         for name, tensor in sorted(self.tensors.items()):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\0".encode())
@@ -50,7 +50,7 @@ class Profile:
 
         Raises
         ------
-        CodecError : the profile has none; says how to get it.
+        CodecError : the profile has no such tensor.
         """
         if name not in self.tensors:
             raise CodecError(
@@ -60,7 +60,7 @@ class Profile:
         return self.tensors[name]
 
     def check_serves(self, spec: KVSpec) -> None:
-        """Refuse another model's KV.
+        """Checks that the profile is for the model of `spec`.
 
         Raises
         ------
@@ -75,17 +75,17 @@ class Profile:
             )
 
     def save(self, path: Path) -> None:
-        """As a safetensors file; see `write_output`."""
+        """Writes the profile as a safetensors file; see `write_output`."""
         meta = {"kvloom_profile": str(FORMAT_VERSION), "spec": self.spec.to_json(), **self.meta}
         write_output(path, save({name: tensor.contiguous() for name, tensor in self.tensors.items()}, metadata=meta))
 
     @classmethod
     def load(cls, path: Path) -> Profile:
-        """The profile that `save` wrote.
+        """Reads what `save` wrote.
 
         Raises
         ------
-        CodecError : no such file, or it is no profile of a version that this release reads.
+        CodecError : the file does not exist, or is no profile of a version that this release reads.
         """
         try:
             with safetensors.safe_open(path, framework="pt") as file:
@@ -104,5 +104,5 @@ class Profile:
 
 @lru_cache(maxsize=64)
 def model_identity(spec: KVSpec) -> str:
-    """Text that two specs share if they are of one model, in whatever precision."""
+    """Text that is equal for two specs of one model, whatever their precision."""
     return json.dumps(json.loads(spec.to_json()) | {"dtype": None}, sort_keys=True)

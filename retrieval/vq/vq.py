@@ -84,7 +84,7 @@ class VqIndex:
             return Selection(everything, 0)
         if not budget:
             return Selection(torch.empty(heads, 0, dtype=torch.int64), 0)
-        table, band_starts = self._table(queries, position)
+        table, band_starts = self.score_table(queries, position)
         bits, packed = self.codebook.code_bits, self._packed
         counts = code_counts(packed, self._tokens, table.shape[1], bits=bits, band_starts=band_starts)
         importance = code_importance(table, counts, pooling=self._pooling)
@@ -125,7 +125,7 @@ class VqIndex:
             return keys.float()
         return self.shape.rope.shift(keys.float(), -positions)
 
-    def _table(self, queries: Tensor, position: int) -> tuple[Tensor, list[int]]:
+    def score_table(self, queries: Tensor, position: int) -> tuple[Tensor, list[int]]:
         """Scaled scores `[Hq, B C]` of the codes of all bands with tokens, farthest first, and `band_starts`."""
         rope = self.shape.rope
         if rope is not None and self.codebook.bands is not None:

@@ -229,8 +229,8 @@ def test_an_index_works_with_the_codebooks_of_the_profile() -> None:
     for book in (replace(books[0], centroids=unrotated), *books):  # the first without quantisation
         index = VqIndex(shape, book)
         index.add(keys[:, :336], values[:, :336])
-        table, edges = index._table(queries[:, -1], 399)
-        scores.append(vq_scores(table, index.packed, 336, edges=edges))
+        table, band_starts = index.score_table(queries[:, -1], 399)
+        scores.append(vq_scores(table, index.packed, 336, band_starts=band_starts))
     errors = [float((found - scores[0]).square().mean() / scores[0].square().mean()) for found in scores[1:]]
     assert errors[0] < 0.5 * errors[1], errors  # those of another layer are of less use
 

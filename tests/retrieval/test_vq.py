@@ -165,7 +165,7 @@ class TestBands:
             mean = ROPE.shift(here[:, None].expand(-1, high - low, -1), torch.arange(low, high)).mean(1)
             key = unrotated(keys, first=7)[:, token]
             expected[:, token] = (mean.view(2, 2, -1) @ key[..., None]).flatten() * SHAPE.scale
-        table, band_starts = index._table(queries, position)
+        table, band_starts = index.score_table(queries, position)
         found = vq_scores(table, index.packed, 201, band_starts=band_starts)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
