@@ -31,7 +31,7 @@ from .documents.registry import DocumentRegistry
 from .jobs import Jobs
 from .latencies import Latencies
 from .pins import Pins
-from .routes import administration, chunks, completions, documents, health, lookups, pins, shared_memory
+from .routes import administration, chunks, completions, dashboard, documents, health, lookups, pins, shared_memory
 from .self_check import problems_of
 from .served_store import ServedStore
 from .settings import ServiceSettings
@@ -115,7 +115,7 @@ def create_app(settings: ServiceSettings, tiers: Sequence[Tier] | None = None) -
         redirect_slashes=False,
     )
     app.state.context = context
-    for each in (chunks, lookups, pins, shared_memory, documents, completions, administration, health):
+    for each in (chunks, lookups, pins, shared_memory, documents, completions, administration, health, dashboard):
         app.include_router(each.router)
     problems.install(app)
     app.add_middleware(Guard, context=context)

@@ -30,6 +30,7 @@ from .problems import ProblemError
 from .served_store import ServedStore
 from .settings import ServiceSettings
 from .shared_memory import SharedMemory
+from .tier_health import TierHealth
 
 T = TypeVar("T")
 
@@ -58,6 +59,7 @@ class ServiceContext:
     documents: DocumentRegistry
     buffers: BufferPool = field(default_factory=BufferPool)
     containers: ContainerCache = field(default_factory=ContainerCache)
+    health: TierHealth = field(default_factory=TierHealth)
     idempotency: Idempotency = field(default_factory=Idempotency)
     is_draining: bool = False
     problems: list[str] = field(default_factory=list)

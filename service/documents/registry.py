@@ -72,9 +72,10 @@ class DocumentRegistry:
             return self._select("WHERE pool = ? AND id > ? ORDER BY id LIMIT ?", (pool, after, limit))
         return self._select("WHERE pool = ? AND model = ? AND id > ? ORDER BY id LIMIT ?", (pool, model, after, limit))
 
-    def hottest(self, limit: int) -> list[StoredDocument]:
-        """Of all tenants, the most used first."""
-        return self._select("ORDER BY uses DESC, used_at_s DESC LIMIT ?", (limit,))
+    def hottest(self, limit: int, pool: str | None) -> list[StoredDocument]:
+        """The most used first, of one tenant or of all."""
+        order = "ORDER BY uses DESC, used_at_s DESC LIMIT ?"
+        return self._select(order, (limit,)) if pool is None else self._select(f"WHERE pool = ? {order}", (pool, limit))
 
     def count(self, pool: str) -> int:
         with self._lock:

@@ -36,7 +36,7 @@ class CompletionOptions(BaseModel):
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    seed: int | None = Field(None, ge=-(2**53), le=2**53)
     stop: (
         Annotated[str, Field(min_length=1, max_length=100)]
         | list[Annotated[str, Field(min_length=1, max_length=100)]]
