@@ -1,4 +1,4 @@
-"""The indexes of all layers of one sequence, and what of them is stored with chunks."""
+"""The indexes of all layers of one sequence, and the parts of them that are stored with chunks."""
 
 from __future__ import annotations
 
@@ -18,32 +18,35 @@ Extras = dict[str, Tensor]
 class ContextIndex:
     """One selector for each layer that retrieves. Only one thread at a time may use it.
 
-    An extra of a chunk is named `METHOD:DIGEST:LAYER:TENSOR`; layers whose tensors are alike share one, stacked, as
-    layer `all`, which can be read layer by layer if every layer of the model is in it. What belongs to the sequence as
-    a whole has `state.LAYER` for the layer.
+    An extra of a chunk is named `METHOD:DIGEST:LAYER:TENSOR`. Layers whose tensors have one dtype and shape share an
+    extra, stacked, with `all` for the layer; it can be read layer by layer if every layer of the model is in it. What
+    belongs to the whole sequence has `state.LAYER` for the layer.
 
     Parameters
     ----------
-    shapes : of every layer of the model; None for those that attend to everything.
-    start : first token that is indexed; None for the one behind the sinks.
+    shapes : of every layer of the model; None for layers that attend to everything.
+
+    Attributes
+    ----------
+    start : first token that is indexed, the one behind the sinks.
+    layers : the selectors; None for layers that attend to everything.
     """
 
-    def __init__(self, retrieval: Retrieval, shapes: Sequence[LayerShape | None], *, start: int | None = None) -> None:
-        self.start = retrieval.sink_tokens if start is None else start
+    def __init__(self, retrieval: Retrieval, shapes: Sequence[LayerShape | None]) -> None:
+        self.start = retrieval.sink_tokens
         self.layers: list[Selector | None] = [
-            None if shape is None else retrieval.selector(shape, layer, start=self.start)
-            for layer, shape in enumerate(shapes)
+            None if shape is None else retrieval.selector(shape, layer) for layer, shape in enumerate(shapes)
         ]
         self._name = retrieval.index_name
 
     @property
     def learns(self) -> bool:
-        """Whether queries are worth keeping for `observe`."""
+        """Whether `observe` makes use of queries."""
         return any(isinstance(selector, LearnsFromQueries) for selector in self.layers)
 
     @property
     def travels(self) -> bool:
-        """Whether chunks carry their part of it."""
+        """Whether chunks carry their part of the index."""
         return bool(self._traveling())
 
     @property
@@ -52,17 +55,17 @@ class ContextIndex:
 
     # ------------------------------------------------------------------------------------------------- chunks
 
-    def take(self, chunk: KVChunk) -> bool:
-        """Adds the next chunk; whether it brought its part of the index with it."""
+    def add(self, chunk: KVChunk) -> bool:
+        """Index the next chunk; whether it brought its part of the index with it, so that nothing was computed."""
         first, stop = int(chunk.positions[0]), int(chunk.positions[0]) + len(chunk)
         skip = max(0, self.start - first)
-        parts = self.parts_of(chunk)
+        parts = self._parts_of(chunk)
         if parts is not None:
             try:
                 for layer, traveling in self._traveling().items():
                     traveling.restore(parts[layer], len(chunk) - skip)
             except CodecError:
-                pass  # of another making, for instance by another release: computed anew below
+                pass  # made by another release, for instance: computed again below
             else:
                 return True
         for layer, selector in enumerate(self.layers):
@@ -71,7 +74,7 @@ class ContextIndex:
         return False
 
     def extras_of(self, first: int, stop: int) -> tuple[Extras, frozenset[str]]:
-        """What belongs to the chunk of tokens `[first, stop)`, and the names of what is layered in it."""
+        """The part of the index that belongs to the chunk of tokens `[first, stop)`, and which extras are layered."""
         by_name: dict[str, dict[int, Tensor]] = {}
         for layer, selector in self._traveling().items():
             for name, tensor in selector.export(max(first, self.start), stop).items():
@@ -88,8 +91,8 @@ class ContextIndex:
                 extras.update({f"{self._name}:{layer}:{name}": tensor for layer, tensor in of_layers.items()})
         return extras, frozenset(layered)
 
-    def parts_of(self, chunk: KVChunk) -> dict[int, Extras] | None:
-        """What a chunk holds for each layer that travels; None unless all of them find something."""
+    def _parts_of(self, chunk: KVChunk) -> dict[int, Extras] | None:
+        """What a chunk has for each layer whose index travels; None unless it has something for all of them."""
         parts: dict[int, Extras] = {layer: {} for layer in self._traveling()}
         for name, tensor in chunk.extras.items():
             if not name.startswith(f"{self._name}:"):
@@ -105,12 +108,13 @@ class ContextIndex:
     # ------------------------------------------------------------------------------------------------ queries
 
     def observe(self, layer: int, queries: Tensor, positions: Tensor) -> None:
-        """Queries `[Hq, Q, D]` of one layer, at `positions` `[Q]`."""
+        """Let a layer's index learn from queries `[Hq, Q, D]` at `positions` `[Q]`, if it can."""
         selector = self.layers[layer]
         if isinstance(selector, LearnsFromQueries):
             selector.observe(queries, positions)
 
     def build(self) -> None:
+        """Build the indexes that learn from queries, over what was added."""
         for selector in self.layers:
             if selector is not None and len(selector) and isinstance(selector, LearnsFromQueries):
                 selector.build()
@@ -118,7 +122,7 @@ class ContextIndex:
     # -------------------------------------------------------------------------------------------------- state
 
     def state(self) -> Extras:
-        """What belongs to the sequence as a whole, as extras of one chunk."""
+        """What the indexes know of the whole sequence, as extras of one chunk."""
         return {
             f"{self._name}:state.{layer}:{name}": tensor
             for layer, selector in enumerate(self.layers)
@@ -127,7 +131,7 @@ class ContextIndex:
         }
 
     def restore_state(self, extras: Mapping[str, Tensor]) -> bool:
-        """Takes what `state` gave when the same tokens were indexed; whether there was any, and all of it served."""
+        """Restore what `state` gave for the same tokens; whether there was such a state, and all of it fitted."""
         took = False
         for layer, selector in enumerate(self.layers):
             prefix = f"{self._name}:state.{layer}:"

@@ -1,10 +1,11 @@
-"""Retrieval as a caller asks for it: the method, its budget, what is attended to anyway, and whether it may be used."""
+"""Retrieval as a caller asks for it: the method, its budget, and what is attended to anyway."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, get_args
 
 from blake3 import blake3
@@ -18,27 +19,32 @@ from .registry import METHODS, selector_by_name
 from .selector import LayerShape, Pooling, Selector
 
 CHUNK_TOKENS = 256  # stored together, and leave the window together
-_GRID_TOKENS = 8  # indexes are cut there, see `TravelsWithChunks`
+_GRID_TOKENS = 8  # indexes are cut at multiples of it, see `TravelsWithChunks`
+_LEAST = {"budget_tokens": 0, "sink_tokens": 0, "window_tokens": 1, "dense_layers": 0, "break_even_tokens": 0}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Retrieval:
-    """Decoding that attends to sinks, window and, of all that lies between, what a method chooses.
+    """Decoding that attends to sinks, window and, of the tokens between them, those that a method chooses.
 
     Attributes
     ----------
     method : a name of `retrieval.registry.METHODS`.
     budget_ratio : tokens chosen for each KV head and step, as a share of those between sinks and window.
-    budget_tokens : at least so many of them.
-    sink_tokens : the first tokens, always attended to; a multiple of 8.
-    window_tokens : at least so many of the last tokens are always attended to; at most `CHUNK_TOKENS` more, since they
-        leave together.
-    dense_layers : so many first layers attend to everything.
+    budget_tokens : choose at least this many.
+    sink_tokens : number of first tokens that are always attended to; a multiple of 8.
+    window_tokens : least number of last tokens that are always attended to; there may be `CHUNK_TOKENS` more, since
+        tokens leave the window a chunk at a time.
+    dense_layers : number of first layers that attend to everything.
     pooling : how the query heads of a group agree, see `pooled`.
     parameters : of the method, see its constructor (`landmarks+factor`: `candidate_ratio`, and those of both).
     profile : from `kvloom calibrate`, for methods that need it.
     break_even_tokens : contexts shorter than that are attended to densely; None for what a certificate says, or else
         what is measured on this machine at first use. No part of `form`.
+
+    Raises
+    ------
+    TypeError, ValueError : a field of the wrong type or value; the message names it.
     """
 
     method: str
@@ -53,23 +59,35 @@ class Retrieval:
     break_even_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"no retrieval method {self.method!r}; known: {', '.join(sorted(METHODS))}")
+        if not isinstance(self.method, str) or self.method not in METHODS:
+            known = ", ".join(sorted(METHODS))
+            if not isinstance(self.method, str):
+                raise TypeError(f"method is {self.method!r}; expected a name: {known}")
+            raise ValueError(f"no retrieval method {self.method!r}; known: {known}")
         if self.pooling not in get_args(Pooling):
             raise ValueError(f"pooling is {self.pooling!r}; expected one of {', '.join(get_args(Pooling))}")
-        if not 0.0 <= self.budget_ratio <= 1.0:
+        if isinstance(self.budget_ratio, bool) or not isinstance(self.budget_ratio, Real):
+            raise TypeError(f"budget_ratio is {self.budget_ratio!r}; expected a number between 0 and 1")
+        if not 0.0 <= float(self.budget_ratio) <= 1.0:
             raise ValueError(f"budget_ratio is {self.budget_ratio}; expected a share between 0 and 1")
-        for name in ("budget_tokens", "dense_layers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
-        if self.window_tokens < 1:
-            raise ValueError(f"window_tokens is {self.window_tokens}; expected at least 1")
-        if self.sink_tokens % _GRID_TOKENS or not 0 <= self.sink_tokens < CHUNK_TOKENS:
+        object.__setattr__(self, "budget_ratio", float(self.budget_ratio))
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is None and name == "break_even_tokens":
+                continue
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise TypeError(f"{name} is {value!r}; expected an integer")
+            if value < least:
+                raise ValueError(f"{name} is {value}; expected at least {least}")
+            object.__setattr__(self, name, int(value))
+        if self.sink_tokens % _GRID_TOKENS or self.sink_tokens >= CHUNK_TOKENS:
             raise ValueError(
                 f"sink_tokens is {self.sink_tokens}; expected a multiple of {_GRID_TOKENS} below {CHUNK_TOKENS}"
             )
-        if self.break_even_tokens is not None and self.break_even_tokens < 0:
-            raise ValueError(f"break_even_tokens is {self.break_even_tokens}; expected 0 or more, or None")
+        if not isinstance(self.parameters, Mapping):
+            raise TypeError(f"parameters is of type {type(self.parameters).__name__}; expected a mapping")
+        if self.profile is not None and not isinstance(self.profile, Profile):
+            raise TypeError(f"profile is of type {type(self.profile).__name__}; expected a Profile, see Profile.load")
 
     @property
     def is_exact(self) -> bool:
@@ -103,7 +121,7 @@ class Retrieval:
         return f"{method}:{blake3(canonical_json(learned).encode()).hexdigest(8)}"
 
     def selector(self, shape: LayerShape, layer: int, *, start: int | None = None) -> Selector:
-        """An empty index of one layer, from `start` on or behind the sinks."""
+        """An empty index of one layer, of the tokens from `start` on; None for those behind the sinks."""
         return selector_by_name(
             self.method,
             shape,
@@ -115,7 +133,7 @@ class Retrieval:
         )
 
     def budget(self, covered: int) -> int:
-        """Tokens chosen of `covered` tokens, for each KV head."""
+        """Number of tokens to choose, for each KV head, from `covered` tokens."""
         return min(covered, max(self.budget_tokens, math.ceil(self.budget_ratio * covered)))
 
 

@@ -30,7 +30,7 @@ from ...kvstore.store import KVStore
 from ...retrieval.settings import Retrieval
 from ..identity.requests import chunk_salt, lead_of
 from .documents import Document, document_text, document_texts, valid_text
-from .generation import cache_argument, generation_call
+from .generation import generation_call
 from .identity import unwrapped
 from .model import TransformersModel
 from .prefill import Prefill
@@ -316,14 +316,9 @@ class TransformersConnector:
         """
         max_new_tokens = positive_count(max_new_tokens, "max_new_tokens")
         inputs, cache = self.assemble(documents, question)
-        tokens = inputs["input_ids"].shape[1]
-        call = generation_call(
-            self.model, self._tokenization.tokenizer, {}, prompt_tokens=tokens, max_new_tokens=max_new_tokens
-        )
-        output: Tensor = self.model.generate(
-            **inputs, **call.arguments, **{cache_argument(): cache}, stopping_criteria=call.criteria
-        )
-        return self._tokenization.decode(output[0, tokens:].tolist())
+        call = generation_call(self.model, self._tokenization.tokenizer, {}, max_new_tokens=max_new_tokens)
+        output = call.run(self.model, cache, call.criteria, **inputs)
+        return self._tokenization.decode(output[0, inputs["input_ids"].shape[1] :].tolist())
 
     # ---------------------------------------------------------------------------------------------- retrieve
 

@@ -126,7 +126,7 @@ class IndexedChunks:
 
     def _store(self, chunk: KVChunk, key: ChunkKey, after: ChunkKey | None, is_stored: bool) -> _Stored:
         first = int(chunk.positions[0])
-        was_rebuilt = not self.index.take(chunk) and is_stored and self.index.travels
+        was_rebuilt = not self.index.add(chunk) and is_stored and self.index.travels
         extras, layered = self.index.extras_of(first, first + len(chunk))
         store = self._plan.store
         if not is_stored or not extras.keys() <= chunk.extras.keys() or (was_rebuilt and extras):

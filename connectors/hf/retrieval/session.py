@@ -111,6 +111,8 @@ class Session:
 
         The store's part of them is not computed again; after `save`, that is all.
         """
+        if not isinstance(history, Iterable):
+            raise TypeError(f"history is of type {type(history).__name__}; expected token ids of each sequence")
         rows = [token_ids(ids, f"history[{i}]", vocabulary=self._vocabulary) for i, ids in enumerate(history)]
         for i, ids in enumerate(rows):
             self._expect_room(len(ids), f"history[{i}]")
@@ -156,10 +158,7 @@ class Session:
         if len(rows) != len(known):
             raise ValueError(f"{len(rows)} prompts for {len(known)} sequences; expected one for each")
         new = [self._ids(row, before, i) for i, (row, before) in enumerate(zip(rows, known, strict=True))]
-        longest = max(len(before) + len(ids) for before, ids in zip(known, new, strict=True))
-        call = generation_call(
-            self._model, self._tokenization.tokenizer, options, prompt_tokens=longest, max_new_tokens=max_new_tokens
-        )
+        call = generation_call(self._model, self._tokenization.tokenizer, options, max_new_tokens=max_new_tokens)
         self._is_broken = True  # until this turn is complete
         if not self.sequences:
             self._open(len(rows))
@@ -274,17 +273,15 @@ class Session:
         mask = [[0] * (longest - len(s.ids)) + [1] * len(s.ids) for s in self.sequences]
         device = self.plan.device
         cache = RetrievalCache(self.sequences, self.plan.spec.num_layers)
-        arguments = {
-            **call.arguments,
-            "stopping_criteria": StoppingCriteriaList([_TokenRecorder(self.sequences, call)]),
-            cache_argument(): cache,
-        }
+        recorder = StoppingCriteriaList([_TokenRecorder(self.sequences, call)])
 
         def decode() -> None:
-            self._model.generate(  # type: ignore[operator]
+            call.run(
+                self._model,
+                cache,
+                recorder,
                 input_ids=torch.tensor(rows, device=device),
                 attention_mask=torch.tensor(mask, device=device),
-                **arguments,
             )
             cache.expect_end()
 
