@@ -69,13 +69,14 @@ class GenerationCall:
     criteria: StoppingCriteriaList
     end_ids: tuple[int, ...]
 
-    def run(self, model: PreTrainedModel, cache: object, criteria: StoppingCriteriaList, **inputs: Tensor) -> Tensor:
-        """`model.generate` from a cache: `[B, T]`, the inputs included."""
+    def run(
+        self, model: PreTrainedModel, cache: object | None, criteria: StoppingCriteriaList, **inputs: Tensor
+    ) -> Tensor:
+        """`model.generate`, from a cache or from the beginning: `[B, T]`, the inputs included."""
         caller: Any = copy(model)  # shares everything with the model but this attribute
         caller.generation_config = self.config
-        tokens: Tensor = caller.generate(
-            **inputs, **self.arguments, **{cache_argument(): cache}, stopping_criteria=criteria
-        )
+        held = {} if cache is None else {cache_argument(): cache}
+        tokens: Tensor = caller.generate(**inputs, **self.arguments, **held, stopping_criteria=criteria)
         return tokens
 
 

@@ -72,35 +72,32 @@ class Generation:
         """
         import torch
 
-        from ...connectors.hf.generation import cache_argument, generation_call
+        from ...connectors.hf.generation import generation_call
 
         connector = self.connector()
         model, tokenizer = connector.model, connector.tokenizer
         began_s = time.perf_counter()
         if self.documents:
             inputs, cache = self._assembled(connector)
-            extra = {cache_argument(): cache}
         else:
             ids = [*connector.lead_ids, *connector.encode_question(self.prompt.before + self.prompt.text)]
             if not ids:
                 raise ValueError("the prompt is empty")
             row = torch.tensor([ids], device=model.device)
-            inputs, extra = {"input_ids": row, "attention_mask": torch.ones_like(row)}, {}
+            inputs, cache = {"input_ids": row, "attention_mask": torch.ones_like(row)}, None
         self.usage.prompt_tokens = inputs["input_ids"].shape[1]
         room = connector.layers.max_tokens - self.usage.prompt_tokens
         if room < 1:
             raise ValueError(f"the prompt has {self.usage.prompt_tokens} tokens, which leaves no room for an answer")
         most = min(self.sampling.max_tokens, room)
         text = _Text(tokenizer, self.sampling.stop, self.on_text, self.cancelled.is_set, began_s)
-        options: dict[str, Any] = {"stopping_criteria": [_stopping(text)]}
+        options: dict[str, Any] = {"stopping_criteria": [_stopping(text)], "streamer": _streamer(text)}
         if self.sampling.temperature > 0:
             options |= {"do_sample": True, "temperature": self.sampling.temperature, "top_p": self.sampling.top_p}
             if self.sampling.seed is not None:
                 torch.manual_seed(self.sampling.seed)
-        call = generation_call(model, tokenizer, options, prompt_tokens=self.usage.prompt_tokens, max_new_tokens=most)
-        output = model.generate(
-            **inputs, **call.arguments, **extra, stopping_criteria=call.criteria, streamer=_streamer(text)
-        )
+        call = generation_call(model, tokenizer, options, max_new_tokens=most)
+        output = call.run(model, cache, call.criteria, **inputs)
         new_ids = output[0, self.usage.prompt_tokens :].tolist()
         self.usage.completion_tokens = len(new_ids)
         self.usage.prompt_s = (text.first_s or time.perf_counter()) - began_s
