@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from ..core import ChunkKey
 
@@ -21,15 +19,13 @@ _WORDS = {
     "undecodable": "could not be decoded from {tier}",
     "departures": "was removed from {tier} by another process, or lost there",
     "given_up": "may or may not be in {tier}, which did not answer in time",
-    "not_admitted": "was not admitted to {tier}",
     "rejections": "did not fit into {tier}",
 }
 _MEMORY = 0.9  # of a tier's speed: the last ten reads or so count
 
 
-@dataclass(frozen=True, slots=True)
-class Lookup:
-    """One `get`, or one `get_layers`.
+class Lookup(NamedTuple):
+    """One `read`: of a chunk, or of some of its layers.
 
     Attributes
     ----------
@@ -73,7 +69,7 @@ class Explanation:
     ----------
     tiers : that hold it now, fastest first.
     lookup : the last one; None if there was none lately.
-    departure : the last time that a tier let go of it or refused it; None if there was none lately.
+    departure : the last time that it left a tier, or that a tier refused it; None if there was none lately.
     load_s : seconds that reading it would take now, by what the tier has measured; None if it is nowhere, or nothing
         was read from that tier yet.
     recompute_s : what computing it took, if `put` was told.
@@ -104,36 +100,38 @@ class Explanation:
 
 
 class History:
-    """The last lookup and the last departure of the chunks that had one most recently. Every method from any thread.
+    """The last lookup and the last departure of the chunks that had one most recently. Guarded by the catalog's lock.
 
     Parameters
     ----------
+    clock : Unix time in seconds.
     chunks : how many chunks are remembered, of each.
     """
 
-    def __init__(self, chunks: int = 65_536) -> None:
+    def __init__(self, clock: Callable[[], float], chunks: int = 65_536) -> None:
+        self._clock = clock
         self._chunks = chunks
-        self._lock = threading.Lock()
         self._lookups: OrderedDict[ChunkKey, Lookup] = OrderedDict()
         self._departures: OrderedDict[ChunkKey, Departure] = OrderedDict()
         self._speeds: dict[str, tuple[float, float]] = {}  # of each tier: seconds and bytes of late reads, decayed
 
-    def looked_up(self, key: ChunkKey, lookup: Lookup) -> None:
-        with self._lock:
-            _remember(self._lookups, key, lookup, self._chunks)
-            if lookup.tier is not None:
-                seconds, nbytes = self._speeds.get(lookup.tier, (0.0, 0.0))
-                self._speeds[lookup.tier] = _MEMORY * seconds + lookup.load_s, _MEMORY * nbytes + lookup.nbytes
+    def hit(self, key: ChunkKey, tier: str, load_s: float, nbytes: int) -> None:
+        """A chunk was found."""
+        _remember(self._lookups, key, Lookup(tier, None, load_s, nbytes, self._clock()), self._chunks)
+        seconds, read_bytes = self._speeds.get(tier, (0.0, 0.0))
+        self._speeds[tier] = _MEMORY * seconds + load_s, _MEMORY * read_bytes + nbytes
+
+    def missed(self, key: ChunkKey, reason: str, load_s: float) -> None:
+        """A chunk was looked for in vain."""
+        _remember(self._lookups, key, Lookup(None, reason, load_s, 0, self._clock()), self._chunks)
 
     def departed(self, key: ChunkKey, tier: str, why: str) -> None:
-        departure = Departure(tier, why, time.time())
-        with self._lock:
-            _remember(self._departures, key, departure, self._chunks)
+        """A chunk has left a tier, or was not taken by it."""
+        _remember(self._departures, key, Departure(tier, why, self._clock()), self._chunks)
 
     def returned(self, key: ChunkKey) -> None:
-        """It did not depart after all."""
-        with self._lock:
-            self._departures.pop(key, None)
+        """A chunk has not departed after all."""
+        self._departures.pop(key, None)
 
     def explain(self, key: ChunkKey, held: Sequence[tuple[str, int]], recompute_s: float | None) -> Explanation:
         """What is known of a chunk.
@@ -142,12 +140,11 @@ class History:
         ----------
         held : name of each tier that holds it, fastest first, and the bytes that it takes there.
         """
-        with self._lock:
-            load_s = None
-            if held and self._speeds.get(held[0][0], (0.0, 0.0))[1] > 0:
-                seconds, nbytes = self._speeds[held[0][0]]
-                load_s = seconds * held[0][1] / nbytes
-            lookup, departure = self._lookups.get(key), self._departures.get(key)
+        load_s = None
+        if held and self._speeds.get(held[0][0], (0.0, 0.0))[1] > 0:
+            seconds, nbytes = self._speeds[held[0][0]]
+            load_s = seconds * held[0][1] / nbytes
+        lookup, departure = self._lookups.get(key), self._departures.get(key)
         return Explanation(key, tuple(name for name, _ in held), lookup, departure, load_s, recompute_s)
 
 

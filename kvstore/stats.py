@@ -20,7 +20,7 @@ class TierStats:
 
     Attributes
     ----------
-    chunks, held_bytes : in the books of the store; `used_bytes` is what the tier says.
+    chunks, held_bytes : in the catalog of the store; `used_bytes` is what the tier says.
     namespace_bytes : `held_bytes` by namespace.
     hits : lookups that this tier answered; `bytes_read` counts their bytes.
     arrivals : chunks that were there when the store was opened, or that another process put.
@@ -28,14 +28,13 @@ class TierStats:
     replaced : chunks written over by the same key, here or by another process.
     evictions : chunks removed for space; `demotions` of them were first written to a slower tier.
     expirations : chunks removed because their time was over.
-    deletions : chunks removed because `delete` or a newer `put` said so.
+    deletions : chunks removed by `delete`, or because a newer `put` did not reach the tier.
     corruptions, undecodable : chunks removed because they were damaged, or because no codec knew them.
     departures : chunks that another process removed, or that the tier has lost.
-    given_up : chunks that left the books because writing them anew or removing them was given up after it had begun.
+    given_up : chunks that left the catalog because writing them anew or removing them was given up after it had begun.
         The tier removes what is left of them as soon as it answers; until then `used_bytes` counts it, too.
     promotions : chunks written to this tier because they were found in a slower one.
     transcodes : chunks written to this tier in another form than they had in the tier that they came from.
-    not_admitted : chunks that the admission policy did not let evict others.
     rejections : chunks that did not fit.
     timeouts : operations that were given up because the tier did not answer in time.
     errors : operations that failed for any other reason, or were not begun because the tier is stalled or down.
@@ -64,7 +63,6 @@ class TierStats:
     demotions: int = 0
     promotions: int = 0
     transcodes: int = 0
-    not_admitted: int = 0
     rejections: int = 0
     timeouts: int = 0
     errors: int = 0
@@ -91,11 +89,11 @@ class StoreStats:
     Attributes
     ----------
     tiers : fastest first.
-    lookups : calls of `get` and `get_layers`.
+    lookups : calls of `read` and `get`.
     misses : lookups without an answer, by reason: `absent`; `expired`; `corrupt`, `undecodable`, `timeout` or
         `unavailable` if a tier that was asked had the chunk and could not give it; `uncertified` if it had only a lossy
         form of it that no certificate covers; `error` if the call raised.
-    puts : calls of `put` by outcome: `stored`; `not_admitted` if no tier let it evict others; `refused` if it raised.
+    puts : calls of `put` by outcome: `stored`, or `refused` if it raised.
     writes : chunks that these puts wrote, one for every tier that took one.
     pinned : different keys that are pinned now.
     overdue_pins : calls of `pinned` that their deadline ended.

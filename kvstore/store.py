@@ -1,37 +1,46 @@
-"""KVStore: chunks in, chunks out, at any position; the border where faults below become misses above."""
+"""KVStore: chunks in, chunks out, at any position; the border where faults below become misses above.
+
+The way of a chunk: `put` encodes it and gives it to `Placement`, which makes space in each tier and has its `TierIO`
+write it. `read` asks the `TierIO` of each tier, fastest first, decodes what comes, and has `Placement` promote it. A
+`TierIO` calls its tier, through a `GuardedTier` if that may stall, and keeps the `Catalog` in step.
+"""
 
 from __future__ import annotations
 
 import math
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import wraps
 from types import MappingProxyType
-from typing import Literal, NamedTuple, Self, TypeAlias, get_args
+from typing import Concatenate, NamedTuple, ParamSpec, Self, TypeVar
 
+import torch
 from torch import Tensor
 
 from ..calibration.certificate import Certificate
 from ..compress.raw import RawCodec
 from ..core import NOTHING, ChunkInfo, ChunkKey, Codec, EncodedChunk, KVChunk, KVSpec, Tier
-from ..errors import SpecMismatchError, TierError, TierUnavailableError
-from .encoding.certification import Permits
-from .encoding.tier_codecs import Forms
-from .eviction.admission import AdmissionPolicy, admission_factory
+from ..errors import CodecError, SpecMismatchError, TierError, TierUnavailableError
+from .capabilities import MayStall
+from .encoding.certification import CertificateGate
+from .encoding.tier_codecs import TierCodecs
 from .eviction.policy import EvictionPolicy, policy_factory
+from .guard.deadline import Deadline, check_timeout
+from .guard.guarded_tier import GuardedTier
 from .history import Explanation
 from .keys import check_key
-from .placement.catalog import Books, PlacementChange
+from .placement.catalog import Catalog, PlacementChange
+from .placement.placement import Placement
 from .placement.prefetch import Prefetch, PrefetchQueue
 from .placement.quota import Quota, check_namespace, check_quotas
-from .placement.tier_io import Clerk, some_layers, whole
-from .placement.tier_stack import TierStack
-from .reader import Found, Reader
+from .placement.tier_io import TierIO
 from .stats import StoreStats
 
-Promotion: TypeAlias = Literal["always", "second-hit", "never"]
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
 
 _NO_QUOTAS: Mapping[str, Quota] = MappingProxyType({})
 _NO_CODECS: Mapping[str, Codec] = MappingProxyType({})
@@ -56,14 +65,33 @@ class Hit(NamedTuple):
     load_s: float
 
 
+def _recovering(method: Callable[Concatenate[KVStore, P], R]) -> Callable[Concatenate[KVStore, P], R]:
+    """Makes a public method of `KVStore` one that may be interrupted: an exception may come at any bytecode."""
+
+    @wraps(method)
+    def call(store: KVStore, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(store, *args, **kwargs)
+        except BaseException:
+            store._recover()  # noqa: SLF001
+            raise
+
+    return call
+
+
 class KVStore:
     """Keeps chunks in tiers and finds them again.
 
-    A chunk found in a slower tier is promoted to the first. A tier that is full gives up expired chunks first, then the
-    chunk that its policy names among those that are not pinned and not another namespace's reserve; the victim is
-    demoted to the next tier that takes it. Corrupt chunks and failing tiers are misses, counted by `stats` and logged.
-    A tier that other processes write to, too, is followed: what they put is found. Every method may be called from any
-    thread; encoding, decoding and I/O run outside the locks of the store.
+    `put` writes every tier, so that a killed process loses nothing of what `put` has returned for, as far as a tier
+    that survives it took the chunk. A chunk found in a slower tier is promoted to the first. A tier that is full gives
+    up expired chunks first, then the chunk that its policy names among those that are not pinned and not another
+    namespace's reserve; the victim is demoted to the next tier that takes it, unless a slower one has it. Corrupt
+    chunks and failing tiers are misses, counted by `stats` and logged. A tier that other processes write to, too, is
+    followed: what they put is found.
+
+    Every method may be called from any thread; encoding, decoding and I/O run outside the locks of the store. An
+    exception that interrupts a call (Ctrl-C) leaves the store usable: what the call was writing or removing is gone or
+    is removed by the next call, no pin and no lock stays behind, and an interrupted `close` is repeated by another.
 
     Parameters
     ----------
@@ -76,25 +104,23 @@ class KVStore:
     certificates : what makes lossy codecs usable, see `kvloom certify`. Without one that covers codec, parameters and
         model, `put` raises, and a stored chunk is a miss (`uncertified`) that stays where it is.
     allow_uncertified : use lossy codecs without a certificate all the same; warns once, and counts.
-    write_through : `put` writes every tier, so that a killed process loses nothing of what `put` has returned for, as
-        far as a tier that survives it took the chunk. Otherwise `put` writes the first tier that takes the chunk, and
-        the others get it by demotion, on eviction and on `close`.
     policy : what goes when a tier is full: a name from `policy.POLICIES`, or what makes an `EvictionPolicy`. Each tier
         gets one of its own, and one more for every namespace with a quota.
-    admission : which new chunks may evict others: a name from `admission.ADMISSIONS`, or what makes an
-        `AdmissionPolicy`. Each tier gets one of its own.
-    promote : whether `get` copies a chunk found in a slower tier to the first: `always`, from the `second-hit` in that
-        tier on, or `never`. `prefetch` always does.
     quotas : by namespace. Namespaces without one share what is left, as one.
-    clock : Unix time in seconds; what expiry and the deadlines of pins go by.
     timeout_s : longest time that a call waits for one operation of a tier that may stall (`MayStall`: disks, networks).
         Past it a chunk is a miss, and is not written; a tier that goes on like this is left alone for a while, and what
         it holds is not found meanwhile. Not of this constructor, nor of tiers in memory. None: as long as it takes.
+    clock : Unix time in seconds; what expiry and the deadlines of pins go by.
+    monotonic : seconds; what timeouts and pauses go by.
+
+    Attributes
+    ----------
+    tiers : fastest first; one that may stall within its `GuardedTier`.
 
     Raises
     ------
-    ValueError : no tiers, or two of one name; codecs for tiers that are not there; no policy, admission or promotion of
-        that name; reserves above 1; `timeout_s` is not above 0.
+    ValueError : no tiers, or two of one name; codecs for tiers that are not there; no policy of that name; reserves
+        above 1; `timeout_s` is not above 0.
     """
 
     def __init__(
@@ -106,49 +132,47 @@ class KVStore:
         codecs: Sequence[Codec] = (),
         certificates: Sequence[Certificate] = (),
         allow_uncertified: bool = False,
-        write_through: bool = True,
         policy: str | Callable[[], EvictionPolicy] = "default",
-        admission: str | Callable[[], AdmissionPolicy] = "always",
-        promote: Promotion = "always",
         quotas: Mapping[str, Quota] = _NO_QUOTAS,
-        clock: Callable[[], float] = time.time,
         timeout_s: float | None = 10.0,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        if not tiers or len({tier.name for tier in tiers}) < len(tiers):
-            raise ValueError(f"tiers are {[tier.name for tier in tiers]}; expected at least one, with different names")
-        if promote not in get_args(Promotion):
-            raise ValueError(f"promote is {promote!r}; expected one of {', '.join(get_args(Promotion))}")
+        if isinstance(tiers, Tier):
+            raise ValueError(f"tiers is one tier, {tiers.name!r}; expected a list of tiers")
+        names = [tier.name for tier in tiers]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"tiers are {names}; expected at least one, with different names")
         check_quotas(quotas)
-        if unknown := tier_codecs.keys() - {tier.name for tier in tiers}:
-            raise ValueError(f"tier_codecs are for {sorted(unknown)}; the tiers are {[tier.name for tier in tiers]}")
+        if unknown := tier_codecs.keys() - set(names):
+            raise ValueError(f"tier_codecs are for {sorted(unknown)}; the tiers are {names}")
         if timeout_s is not None and not 0 < timeout_s < threading.TIMEOUT_MAX:
-            raise ValueError(f"timeout_s is {timeout_s}; expected seconds above 0, or None")
+            raise ValueError(f"timeout_s is {timeout_s!r}; expected seconds above 0, or None")
         self._timeout_s = timeout_s
-        self._write_through = write_through
-        self._promote = promote
         self._clock = clock
-        self._books = Books(
-            tiers,
-            policy=policy_factory(policy),
-            admission=admission_factory(admission),
-            quotas=quotas,
-            clock=clock,
+        deadline = Deadline(monotonic)
+        self.tiers = tuple(
+            GuardedTier(tier, timeout_s, deadline=deadline, clock=monotonic)
+            if timeout_s is not None and isinstance(tier, MayStall) and tier.may_stall
+            else tier
+            for tier in tiers
         )
-        self._clerk = Clerk(self._books, timeout_s=timeout_s)
+        self._catalog = Catalog(self.tiers, make_policy=policy_factory(policy), quotas=quotas, clock=clock)
+        self._tier_ios = [
+            TierIO(index, tier, self._catalog, deadline, monotonic) for index, tier in enumerate(self.tiers)
+        ]
         codec = RawCodec() if codec is None else codec
-        self._forms = Forms(
-            [tier_codecs.get(tier.name, codec) for tier in tiers],
+        self._codecs = TierCodecs(
+            [tier_codecs.get(name, codec) for name in names],
             (RawCodec(), *codecs, codec),
-            Permits(certificates, allow_uncertified=allow_uncertified),
+            CertificateGate(certificates, allow_uncertified=allow_uncertified),
         )
-        self._reader = Reader(self._books, self._clerk, self._forms)
-        self._stack = TierStack(self._books, self._clerk, self._forms)
-        self._prefetches = PrefetchQueue(self._stack)
-        self._lock = threading.Lock()  # of the counters below
-        self._puts: Counter[str] = Counter()
-        self._writes = 0
+        self._placement = Placement(self._catalog, self._tier_ios, self._codecs, deadline)
+        self._prefetches = PrefetchQueue(self._placement, clock=monotonic)
         self._closed = False
+        self._closed_tiers: set[str] = set()
 
+    @_recovering
     def put(
         self,
         key: ChunkKey,
@@ -161,9 +185,8 @@ class KVStore:
     ) -> None:
         """Encodes and stores a whole chunk; afterwards the caller may overwrite its tensors.
 
-        A tier that cannot take the chunk is passed over and counted, as long as another takes it. A chunk that the
-        admission policies turn away is not stored and counted, which is no error. A chunk put again belongs to the
-        namespace, and expires at the time, of the last put.
+        A tier that cannot take the chunk is passed over and counted, as long as another takes it. A chunk put again
+        belongs to the namespace, and expires at the time, of the last put.
 
         Parameters
         ----------
@@ -187,26 +210,24 @@ class KVStore:
         if after is not None:
             check_key(after, "after")
         check_namespace(namespace)
-        for name, value, is_good, expected in (
-            ("ttl_s", ttl_s, ttl_s is None or 0 < ttl_s < math.inf, "a finite number above 0"),
-            ("recompute_s", recompute_s, recompute_s is None or 0 <= recompute_s < math.inf, "a finite number from 0"),
-        ):
-            if not is_good:
-                raise ValueError(f"{name} is {value!r}; expected {expected}, or None")
+        _check_seconds(ttl_s, "ttl_s", least_s=None)
+        _check_seconds(recompute_s, "recompute_s", least_s=0.0)
+        if not isinstance(chunk, KVChunk):
+            raise ValueError(f"chunk is {type(chunk).__name__}; expected a KVChunk")
         if len(chunk.keys) != chunk.spec.num_layers:
             raise SpecMismatchError(f"chunk has {len(chunk.keys)} layers; expected all {chunk.spec.num_layers}")
-        outcome, writes = "refused", 0
-        try:
-            self._forms.expect_permits(chunk.spec)
-            expires_at_s = None if ttl_s is None else self._clock() + ttl_s
-            info = ChunkInfo(after, namespace, expires_at_s, recompute_s)
-            writes = self._stack.put(key, self._forms.encoder(chunk), info, everywhere=self._write_through)
-            outcome = "stored" if writes else "not_admitted"
-        finally:
-            self._count_put(outcome, writes)
+        expires_at_s = None if ttl_s is None else self._clock() + ttl_s
+        info = ChunkInfo(after, namespace, expires_at_s, recompute_s)
 
-    def put_encoded(self, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo = NOTHING) -> bool:
-        """Stores a chunk that is encoded already, by a codec that need not be known here; False if it is not admitted.
+        def encode() -> Sequence[EncodedChunk]:
+            self._codecs.check_certificates(chunk.spec)
+            return self._codecs.encode(chunk)
+
+        self._put(key, encode, info)
+
+    @_recovering
+    def put_encoded(self, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo = NOTHING) -> None:
+        """Store a chunk that is encoded already, by a codec that need not be known here.
 
         A service passes chunks on in this way: nothing is decoded, and no certificate is needed until a client decodes
         the chunk. When this returns, the store may refer to the tensors, unless they are `leased`.
@@ -219,22 +240,15 @@ class KVStore:
         self._expect_open()
         check_key(key, "key")
         check_namespace(info.namespace)
-        outcome, writes = "refused", 0
-        try:
-            writes = self._stack.put(key, lambda _: blob, info, everywhere=self._write_through)
-            outcome = "stored" if writes else "not_admitted"
-        finally:
-            self._count_put(outcome, writes)
-        return bool(writes)
+        self._put(key, lambda: [self._placement.transcode(tier, blob) for tier in self._tier_ios], info)
 
-    def get_encoded(self, key: ChunkKey) -> EncodedChunk | None:
-        """The chunk as a tier holds it, read-only and not decoded, or None; otherwise as `get`."""
-        self._expect_open()
-        found = self._reader.find(key, whole(key), None, decoded=False)
-        if found is None:
-            return None
-        self._promote_found(key, found)
-        return found.blob
+    def _put(self, key: ChunkKey, encode: Callable[[], Sequence[EncodedChunk]], info: ChunkInfo) -> None:
+        try:
+            writes = self._placement.put(key, encode(), info)
+        except BaseException:
+            self._catalog.record_put("refused", 0)
+            raise
+        self._catalog.record_put("stored", writes)
 
     def check_certificates(self, spec: KVSpec) -> None:
         """Refuse at once what `put` would refuse of every chunk of this model.
@@ -243,8 +257,9 @@ class KVStore:
         ------
         UncertifiedError : a tier's codec is lossy, and no certificate covers it.
         """
-        self._forms.expect_permits(spec)
+        self._codecs.check_certificates(spec)
 
+    @_recovering
     def read(
         self,
         key: ChunkKey,
@@ -255,7 +270,7 @@ class KVStore:
     ) -> Hit | None:
         """The chunk, where it came from and what it costs; None for a miss.
 
-        A chunk that was found in a slower tier may be copied to the first (`promote`).
+        A chunk that was found in a slower tier is copied to the first.
 
         Parameters
         ----------
@@ -266,22 +281,27 @@ class KVStore:
 
         Raises
         ------
-        ValueError : `layers` are no range, or the chunk has no such layers; `timeout_s` is negative.
+        ValueError : `key` is no key, `layers` are no range, the chunk has no such layers, `positions` are no row of
+            int64, or `timeout_s` is negative.
         """
-        if timeout_s is not None:
-            with self._clerk.patience.within(timeout_s):
-                return self.read(key, positions, layers=layers)
         self._expect_open()
-        if layers is None:
-            found = self._reader.find(key, whole(key), positions)
+        if not isinstance(key, bytes):
+            check_key(key, "key")
+        if layers is not None:
+            _check_layers(layers)
+        if positions is not None:
+            _check_positions(positions)
+
+        def decode(blob: EncodedChunk) -> KVChunk | None:
+            return self._codecs.decode(blob, positions)
+
+        if timeout_s is None:
+            found = self._find(key, layers, decode)
         else:
-            start, stop = layers
-            found = self._reader.find(key, some_layers(key, start, stop), positions, is_use=start == 0)
-        if found is None or found.chunk is None:
-            return None
-        if layers is None:
-            self._promote_found(key, found)
-        return Hit(found.chunk, found.tier, found.recompute_s, found.blob.nbytes, found.load_s)
+            check_timeout(timeout_s)
+            with self._placement.deadline.within(timeout_s):
+                found = self._find(key, layers, decode)
+        return None if found is None else Hit(*found)
 
     def get(
         self,
@@ -295,28 +315,40 @@ class KVStore:
         hit = self.read(key, positions, layers=layers, timeout_s=timeout_s)
         return None if hit is None else hit.chunk
 
+    @_recovering
+    def get_encoded(self, key: ChunkKey) -> EncodedChunk | None:
+        """The chunk as a tier holds it, read-only and not decoded, or None; otherwise as `get`."""
+        self._expect_open()
+        found = self._find(key, None, lambda blob: blob)
+        return None if found is None else found[0]
+
+    @_recovering
     def match(self, keys: Sequence[ChunkKey]) -> int:
         """How many leading keys are stored, unexpired, in tiers that answer.
 
-        Reads no chunk: one that is corrupt, or lossy without a certificate, shows itself only to `get`.
+        Reads no chunk: one that is corrupt, or lossy without a certificate, shows itself only to `read`.
         """
         self._expect_open()
-        return self._stack.match(keys)
+        _check_keys(keys)
+        self._placement.follow_changes()
+        return self._catalog.match(keys)
 
-    def __contains__(self, key: ChunkKey) -> bool:
-        return self.locate(key) is not None
-
-    def locate(self, key: ChunkKey) -> str | None:
-        """Name of the fastest tier that answers and holds the chunk, unexpired."""
-        self._expect_open()
-        index = self._stack.locate(key)
-        return None if index is None else self._books.levels[index].tier.name
-
+    @_recovering
     def locate_prefix(self, keys: Sequence[ChunkKey]) -> tuple[str, ...]:
         """For each leading key that is stored, unexpired, the fastest tier that answers and holds it; as `match`."""
         self._expect_open()
-        return self._stack.locate_prefix(keys)
+        _check_keys(keys)
+        self._placement.follow_changes()
+        return tuple(state.tier.name for state in self._catalog.locate(keys))
 
+    def locate(self, key: ChunkKey) -> str | None:
+        """Name of the fastest tier that answers and holds the chunk, unexpired."""
+        return next(iter(self.locate_prefix([key])), None)
+
+    def __contains__(self, key: ChunkKey) -> bool:
+        return bool(self.locate_prefix([key]))
+
+    @_recovering
     def pinned(self, keys: Iterable[ChunkKey], *, deadline_s: float | None = None) -> AbstractContextManager[None]:
         """Within, no tier evicts these chunks; `delete`, expiry and corruption still remove them. Pins are counted.
 
@@ -330,10 +362,11 @@ class KVStore:
         ValueError : `deadline_s` is not a finite number above 0.
         """
         self._expect_open()
-        if deadline_s is not None and not 0 < deadline_s < math.inf:
-            raise ValueError(f"deadline_s is {deadline_s!r}; expected a finite number above 0, or None")
-        return self._stack.pinned(keys, deadline_s)
+        _check_keys(keys)
+        _check_seconds(deadline_s, "deadline_s", least_s=None)
+        return self._catalog.pinned(keys, deadline_s)
 
+    @_recovering
     def prefetch(self, keys: Iterable[ChunkKey], *, deadline_s: float | None = None) -> Prefetch:
         """Promotes chunks to the first tier in the background, in order; the result is how many of them are there then.
 
@@ -346,80 +379,91 @@ class KVStore:
         ValueError : `deadline_s` is negative.
         """
         self._expect_open()
+        _check_keys(keys)
         return self._prefetches.add(list(keys), deadline_s)
 
+    @_recovering
     def delete(self, key: ChunkKey) -> bool:
         """Removes the chunk from every tier, pinned or not; whether it was in any.
 
         Raises
         ------
+        ValueError : `key` is no key.
         TierUnavailableError : a tier may still hold it.
         """
         self._expect_open()
+        check_key(key, "key")
         found, refusal = False, None
-        for level in self._books.levels:
+        for tier in self._tier_ios:
             try:
-                found |= self._clerk.remove(level, key, "deletions") is not None
+                found |= tier.remove(key, "deletions") is not None
             except TierError as exc:
                 refusal = exc
         if refusal is not None:
             raise refusal
         return found
 
+    @_recovering
     def stats(self) -> StoreStats:
         """Counts since the store was opened."""
-        pinned, overdue_pins = self._books.pin_counts()
-        lookups, misses = self._reader.counts()
-        with self._lock:
-            return StoreStats(
-                self._books.stats(),
-                lookups=lookups,
-                misses=misses,
-                puts=dict(self._puts),
-                writes=self._writes,
-                pinned=pinned,
-                overdue_pins=overdue_pins,
-                background_errors=self._prefetches.failed,
-                refused_prefetches=self._prefetches.refused,
-                uncertified_uses=self._forms.permits.uncertified_uses,
-            )
+        pinned, overdue_pins = self._catalog.pin_counts()
+        tiers, misses, puts, writes = self._catalog.stats()
+        return StoreStats(
+            tiers,
+            lookups=sum(tier.hits for tier in tiers) + sum(misses.values()),
+            misses=misses,
+            puts=puts,
+            writes=writes,
+            pinned=pinned,
+            overdue_pins=overdue_pins,
+            background_errors=self._prefetches.failed,
+            refused_prefetches=self._prefetches.refused,
+            uncertified_uses=self._codecs.gate.uncertified_uses,
+        )
 
+    @_recovering
     def explain(self, keys: Iterable[ChunkKey]) -> list[Explanation]:
         """For each chunk: where it is, what its last lookup gave and cost, why it is not where it was, and what
         computing it took. `str` of each says it in a line. Asks no tier and counts as no lookup; what lies further back
         than some 65,000 chunks is forgotten.
         """
         self._expect_open()
-        return [self._books.explain(key) for key in keys]
+        _check_keys(keys)
+        return [self._catalog.explain(key) for key in keys]
 
+    @_recovering
     def take_placement_changes(self) -> list[PlacementChange]:
         """Chunks that entered or left a tier since the last call, in order, by any process that is followed.
 
-        The first call gives nothing: changes are noted from then on. Whoever makes it goes on calling; what is noted is
-        kept until then.
+        The first call gives nothing: changes are noted from then on, and kept until the next call.
         """
         self._expect_open()
-        return self._books.take_placement_changes()
+        return self._catalog.take_changes()
 
+    @_recovering
     def check(self) -> list[str]:
         """What is inconsistent, in words; empty if all is well. For a moment when no other thread uses the store."""
         self._expect_open()
-        return self._clerk.check()
+        return [problem for tier in self._tier_ios for problem in tier.check()] + self._catalog.check()
 
+    @_recovering
     def close(self) -> None:
-        """Cancels prefetches, demotes what only the first tier holds unless `write_through`, and closes the tiers.
+        """Cancel prefetches and close the tiers. Repeat it if it was interrupted.
 
         A tier that does not answer is waited for no longer than `timeout_s` at a time, and closed when it does answer.
         """
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
+        self._closed = True
         self._prefetches.close(self._timeout_s)
-        if not self._write_through:
-            for key in list(self._books.levels[0].keys):
-                self._stack.demote(0, key)
-        self._clerk.close()
+        error: Exception | None = None
+        for tier in reversed(self._tier_ios):
+            if tier.tier.name not in self._closed_tiers:
+                try:
+                    tier.close()
+                except Exception as exc:  # noqa: BLE001  raised when the others are closed
+                    error = exc
+                self._closed_tiers.add(tier.tier.name)
+        if error is not None:
+            raise error
 
     def __enter__(self) -> Self:
         return self
@@ -427,17 +471,84 @@ class KVStore:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _count_put(self, outcome: str, writes: int) -> None:
-        with self._lock:
-            self._puts[outcome] += 1
-            self._writes += writes
+    def _find(
+        self, key: ChunkKey, layers: tuple[int, int] | None, decode: Callable[[EncodedChunk], T | None]
+    ) -> tuple[T, str, float | None, int, float] | None:
+        """What `decode` makes of the chunk in the fastest tier that can give it, and the other fields of a `Hit`.
 
-    def _promote_found(self, key: ChunkKey, found: Found) -> None:
-        if not found.place or self._promote == "never":
-            return
-        if self._promote == "always" or self._stack.reads(self._books.levels[found.place], key) > 1:
-            self._stack.promote(key, found.blob)
+        Counts a hit or a miss, and promotes a whole chunk.
+        """
+        began_s = time.perf_counter()
+        try:
+            found = self._search(key, layers, decode)
+        except BaseException:
+            self._catalog.record_miss(key, "error", time.perf_counter() - began_s)
+            raise
+        load_s = time.perf_counter() - began_s
+        if isinstance(found, str):
+            check_key(key, "key")  # a key of another length; what is found needs no check
+            self._catalog.record_miss(key, found, load_s)
+            return None
+        tier, blob, decoded, recompute_s = found
+        nbytes = blob.nbytes
+        self._catalog.record_hit(tier.state, key, nbytes, load_s)
+        if tier.index and layers is None:
+            self._placement.promote(key, blob)
+        return decoded, tier.tier.name, recompute_s, nbytes, load_s
+
+    def _search(
+        self, key: ChunkKey, layers: tuple[int, int] | None, decode: Callable[[EncodedChunk], T | None]
+    ) -> tuple[TierIO, EncodedChunk, T, float | None] | str:
+        """The tier, what it holds, that decoded, and what computing it took; or why it is a miss."""
+        reason = "absent"
+        is_use = layers is None or layers[0] == 0
+        for tier in self._tier_ios:
+            blob, fault, recompute_s = tier.read(key, layers, is_use=is_use)
+            reason = fault or reason
+            if blob is None:
+                continue
+            try:
+                decoded = decode(blob)
+            except CodecError as exc:
+                reason = "undecodable"
+                tier.discard(key, exc)
+                continue
+            if decoded is not None:
+                return tier, blob, decoded, recompute_s
+            reason = "uncertified"  # it is left where it is: a certificate may come
+        return reason
+
+    def _recover(self) -> None:
+        """The calling thread leaves by an exception: what it held or had begun is set right."""
+        self._placement.recover()
+        self._prefetches.recover()
 
     def _expect_open(self) -> None:
         if self._closed:
             raise TierUnavailableError("the store is closed")
+
+
+def _check_keys(keys: object) -> None:
+    if isinstance(keys, (bytes, str)) or keys is None:
+        raise ValueError(f"keys is {keys!r:.80}; expected a list of keys made by prefix_keys or content_key")
+
+
+def _check_layers(layers: object) -> None:
+    if not isinstance(layers, tuple) or len(layers) != 2 or not 0 <= layers[0] < layers[1]:
+        raise ValueError(f"layers are {layers!r}; expected (start, stop) with 0 <= start < stop")
+
+
+def _check_positions(positions: object) -> None:
+    if not isinstance(positions, Tensor) or positions.dtype != torch.int64 or positions.ndim != 1:
+        kind = f"{positions.dtype} {list(positions.shape)}" if isinstance(positions, Tensor) else repr(positions)[:80]
+        raise ValueError(f"positions are {kind}; expected a tensor [T] of int64")
+
+
+def _check_seconds(value: object, name: str, *, least_s: float | None) -> None:
+    """`least_s`: the least allowed value; None for anything above 0."""
+    if value is None:
+        return
+    is_number = isinstance(value, (int, float)) and math.isfinite(value)
+    if not is_number or not (value > 0 if least_s is None else value >= least_s):  # type: ignore[operator]
+        expected = "above 0" if least_s is None else f"from {least_s:g}"
+        raise ValueError(f"{name} is {value!r}; expected a finite number {expected}, or None")

@@ -17,6 +17,7 @@ from ...core import ChunkKey, EncodedChunk, KVChunk, KVSpec
 from ...errors import TierFullError
 from ...kvstore.store import KVStore
 from ...kvstore.tiers.host import HostTier
+from .policies import SIMULATED_POLICIES
 
 Requests: TypeAlias = Sequence[Sequence[ChunkKey]]
 
@@ -89,10 +90,10 @@ class _Placeholder:
 def replay(
     requests: Requests, capacity_bytes: int, block_bytes: int, policy: str, advance: Callable[[], object] = lambda: None
 ) -> int:
-    """Hits of a store with one tier in memory, by a policy of `POLICIES`."""
+    """Hits of a store with one tier in memory, by a policy of `SIMULATED_POLICIES`."""
     codec = _Placeholder(block_bytes)
     hits = 0
-    with KVStore([HostTier(capacity_bytes, pinned=False)], codec=codec, policy=policy) as store:
+    with KVStore([HostTier(capacity_bytes, pinned=False)], codec=codec, policy=SIMULATED_POLICIES[policy]) as store:
         for keys in requests:
             matched = store.match(keys)
             with store.pinned(keys[:matched]):

@@ -17,7 +17,7 @@ from ...evaluation.intervals import share_of_gap
 from ...evaluation.page import Plot, Point, Table
 from ...evaluation.report import BenchResult, Metric
 from ...evaluation.screen import progress
-from ...kvstore.eviction.policy import POLICIES
+from .policies import SIMULATED_POLICIES
 from .replay import belady_hits, read_trace, replay
 
 BLOCK_BYTES = 1 << 20  # what a block counts for without a codec; any figure gives the same hits
@@ -39,13 +39,13 @@ class SimulateOptions:
     trace : file of JSON lines with `timestamp` (ms), `input_length`, `output_length` (tokens) and `hash_ids`.
     capacity_ratios : capacities, as shares of the bytes of the trace's different blocks.
     codec_ratios : how many times smaller a codec makes a block.
-    policies : names from `POLICIES`; `lru` and `default` are always replayed.
+    policies : names from `SIMULATED_POLICIES`; `lru` and `default` are always replayed.
     """
 
     trace: Path
     capacity_ratios: Sequence[float] = (0.02, 0.05, 0.10, 0.25)
     codec_ratios: Sequence[float] = (1.0,)
-    policies: Sequence[str] = tuple(POLICIES)
+    policies: Sequence[str] = tuple(SIMULATED_POLICIES)
 
     def __post_init__(self) -> None:
         for ratio in self.capacity_ratios:
@@ -57,8 +57,8 @@ class SimulateOptions:
         if not self.capacity_ratios or not self.codec_ratios:
             raise ValueError("no capacity or no codec ratio; expected at least one of each")
         for name in self.policies:
-            if name not in POLICIES:
-                raise ValueError(f"policy is {name!r}; expected some of {', '.join(POLICIES)}")
+            if name not in SIMULATED_POLICIES:
+                raise ValueError(f"policy is {name!r}; expected some of {', '.join(SIMULATED_POLICIES)}")
 
 
 def simulate(options: SimulateOptions) -> BenchResult:

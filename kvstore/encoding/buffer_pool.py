@@ -1,4 +1,4 @@
-"""Memory that was used before. The first touch of fresh memory costs several times the copy into it."""
+"""Memory that was used before: the first touch of fresh memory costs several times the copy into it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...core import EncodedChunk
+from ..guard.locks import release_owned
 
 _CAPACITY_BYTES = 256 << 20
 _SMALLEST_BYTES = 1 << 15  # below, an allocator reuses memory by itself
@@ -19,10 +20,10 @@ _ALIGNMENT_BYTES = 64
 
 
 class _Loan:
-    """What a lent storage keeps alive: the buffer, and by its own end the knowledge that it can be lent again.
+    """Keeps a lent buffer alive as long as a tensor looks at it; then the buffer can be lent again.
 
-    The end may come in any thread, at any line, also while that thread holds the lock of the spares. Hence no lock is
-    taken and nothing is changed but by `append`, which is atomic; what would be too much is left to the allocator.
+    `__del__` may run in any thread, at any line, also while that thread holds the lock of the pool. Hence it takes no
+    lock and changes nothing but by `append`, which is atomic; what would be too much is left to the allocator.
     """
 
     __slots__ = ("__array_interface__", "_buffer", "_capacity_bytes", "_returned")
@@ -47,30 +48,35 @@ class BufferPool:
 
     Parameters
     ----------
-    capacity_bytes : of memory that is kept while nobody uses it; the longest unused goes first. About as much may come
-        on top until `empty` is called next.
+    capacity_bytes : of memory that is kept while it is not in use; the longest unused goes first. About as much may
+        come on top until `empty` is called next.
     """
 
     def __init__(self, capacity_bytes: int = _CAPACITY_BYTES) -> None:
         self._capacity_bytes = capacity_bytes
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # of what follows
+        self._is_torn = False  # an exception has interrupted a change
         self._idle: OrderedDict[int, Tensor] = OrderedDict()  # by address, longest unused first
         self._by_size: dict[int, list[Tensor]] = {}
         self._idle_bytes = 0
         self._returned: deque[Tensor] = deque()
 
+    @property
+    def idle_bytes(self) -> int:
+        """Bytes of memory that is kept while it is not in use."""
+        return self._idle_bytes
+
     def empty(self, nbytes: int) -> Tensor:
         """`[nbytes]` uint8 on the cpu, of any content, in a storage of its own; aligned to 64 bytes."""
         if nbytes < _SMALLEST_BYTES:
             return torch.empty(nbytes, dtype=torch.uint8)
-        size = _rounded(nbytes)
-        with self._lock:
-            self._collect()
-            buffers = self._by_size.get(size)
-            buffer = buffers.pop() if buffers else None
-            if buffer is not None:
-                del self._idle[buffer.data_ptr()]
-                self._idle_bytes -= size
+        size = rounded(nbytes)
+        try:
+            with self._lock:
+                buffer = self._take(size)
+        except BaseException:
+            release_owned(self._lock)
+            raise
         if buffer is None:
             buffer = _allocate(size)
         return _Loan(buffer, self._returned, self._capacity_bytes).storage(nbytes)
@@ -91,6 +97,29 @@ class BufferPool:
             tensors[name] = data[begin:stop].view(tensor.dtype).view(tensor.shape)
             tensors[name].copy_(tensor.detach())
         return EncodedChunk(blob.codec, tensors, blob.meta, blob.layered)
+
+    def check(self) -> list[str]:
+        """What is inconsistent, in words; empty if all is well. For a moment when no other thread uses the pool."""
+        by_size = {buffer.data_ptr() for buffers in self._by_size.values() for buffer in buffers}
+        idle_bytes = sum(buffer.nbytes for buffer in self._idle.values())
+        if self._is_torn or (set(self._idle), self._idle_bytes) == (by_size, idle_bytes):
+            return []
+        return [f"{len(self._idle)} buffers of {idle_bytes} bytes are idle, {self._idle_bytes} bytes are accounted"]
+
+    def _take(self, size: int) -> Tensor | None:
+        if self._is_torn:  # what was idle is forgotten, which only costs the memory's first touch
+            self._idle.clear()
+            self._by_size.clear()
+            self._idle_bytes = 0
+        self._is_torn = True
+        self._collect()
+        buffers = self._by_size.get(size)
+        buffer = buffers.pop() if buffers else None
+        if buffer is not None:
+            del self._idle[buffer.data_ptr()]
+            self._idle_bytes -= size
+        self._is_torn = False
+        return buffer
 
     def _collect(self) -> None:
         while self._returned:
@@ -114,7 +143,7 @@ def _allocate(nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8)
 
 
-def _rounded(nbytes: int) -> int:
+def rounded(nbytes: int) -> int:
     """The least of 16 sizes to a power of two that is not below `nbytes`."""
     step = 1 << max(0, (nbytes - 1).bit_length() - _STEPS.bit_length())
     return -(-nbytes // step) * step

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import itertools
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 
@@ -12,37 +12,34 @@ from ...compress.envelope import form_of_blob, is_exact
 from ...core import Codec, EncodedChunk, KVSpec
 from ...errors import UncertifiedError, UncertifiedWarning
 
-_KNOWN = 256  # answers that are remembered; a store sees few models and codecs
+_CACHED = 256  # answers; a store sees few models and codecs
 
 
-class Permits:
-    """Answers by the certificates at hand. Every method may be called from any thread.
+class CertificateGate:
+    """Decides by the certificates at hand. Every method may be called from any thread, and takes no lock.
 
     Parameters
     ----------
-    allow_uncertified : what has no certificate is permitted, too: counted, and warned of once.
+    allow_uncertified : what has no certificate is allowed, too: counted, and warned of once.
+
+    Attributes
+    ----------
+    uncertified_uses : how often something without a certificate was allowed.
     """
 
     def __init__(self, certificates: Sequence[Certificate], *, allow_uncertified: bool) -> None:
         self._certificates = tuple(certificates)
         self._allow_uncertified = allow_uncertified
-        self._lock = threading.Lock()  # of what follows
         self._answers: dict[Hashable, bool] = {}
-        self._warned = False
-        self._uses = 0
-
-    @property
-    def uncertified_uses(self) -> int:
-        """How often something without a certificate was permitted."""
-        with self._lock:
-            return self._uses
+        self._numbers = itertools.count(1)  # of uses; `next` is one step
+        self.uncertified_uses = 0
 
     def covers(self, codec: Codec, spec: KVSpec) -> bool:
         """Whether chunks of this model may be encoded so, by a certificate, by the override, or without loss."""
         return codec.is_lossless or self._allow_uncertified or self._is_certified(form_of(codec), spec)
 
-    def expect(self, codec: Codec, spec: KVSpec) -> None:
-        """To be asked before a chunk of this model is encoded for the store.
+    def check(self, codec: Codec, spec: KVSpec) -> None:
+        """To be called before a chunk of this model is encoded for the store.
 
         Raises
         ------
@@ -56,48 +53,44 @@ class Permits:
                 f"{spec.model_id}: measure it with `kvloom certify MODEL --codec NAME` and give the result as "
                 "KVStore(certificates=...), or insist with allow_uncertified=True"
             )
-        self._note(codec.name, spec.model_id)
+        self._count_use(codec.name, spec.model_id)
 
     def may_serve(self, codec: Codec, blob: EncodedChunk) -> bool:
         """Whether a stored chunk may be given out; it counts by its own parameters, not by those of `codec`."""
         if is_exact(blob, codec):
             return True
         spec_text, form = blob.meta.get("spec", ""), form_of_blob(blob)
-        if self._remembered((form, spec_text), lambda: self._covers_text(form, spec_text)):
+        if self._cached((form, spec_text), lambda: self._covers_text(form, spec_text)):
             return True
         if self._allow_uncertified:
-            self._note(codec.name, "the model of a stored chunk")
+            self._count_use(codec.name, "the model of a stored chunk")
         return self._allow_uncertified
 
     def _is_certified(self, form: Form, spec: KVSpec) -> bool:
-        return self._remembered((form, spec), lambda: any(c.covers_form(form, spec) for c in self._certificates))
+        return self._cached((form, spec), lambda: any(c.covers_form(form, spec) for c in self._certificates))
 
     def _covers_text(self, form: Form, spec_text: str) -> bool:
         try:
             spec = KVSpec.from_json(spec_text)
-        except (LookupError, TypeError, ValueError, AttributeError):  # of what model, nobody knows
+        except (LookupError, TypeError, ValueError, AttributeError):  # the model is unknown
             return False
         return any(c.covers_form(form, spec) for c in self._certificates)
 
-    def _remembered(self, question: Hashable, answer: Callable[[], bool]) -> bool:
-        with self._lock:
-            known = self._answers.get(question)
+    def _cached(self, question: Hashable, answer: Callable[[], bool]) -> bool:
+        known = self._answers.get(question)
         if known is None:
             known = answer()
-            with self._lock:
-                if len(self._answers) >= _KNOWN:
-                    self._answers.clear()
-                self._answers[question] = known
+            if len(self._answers) >= _CACHED:
+                self._answers.clear()
+            self._answers[question] = known
         return known
 
-    def _note(self, codec: str, model: str) -> None:
-        with self._lock:
-            self._uses += 1
-            is_first, self._warned = not self._warned, True
-        if is_first:
+    def _count_use(self, codec: str, model: str) -> None:
+        self.uncertified_uses = number = next(self._numbers)
+        if number == 1:
             warnings.warn(
                 f"the lossy codec {codec!r} is used for {model} without a certificate (allow_uncertified=True): "
                 "answers may differ from the exact model's by an unknown amount; measure it with `kvloom certify`",
                 UncertifiedWarning,
-                stacklevel=5,
+                stacklevel=6,
             )

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core import ChunkKey
-from .queues import Chains
+from .lru import Chains
 
 Floats: TypeAlias = NDArray[np.float64]
 

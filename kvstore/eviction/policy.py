@@ -1,24 +1,22 @@
-"""What goes when a tier is full. A tier holds bytes, a policy orders victims; the books ask it under their lock."""
+"""What goes when a tier is full: a tier holds bytes, a policy orders victims; the catalog asks it under its lock."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from ...core import ChunkKey
 from .learned import HitDensity
-from .queues import GDSF, LRU, S3FIFO, PrefixLRU
-
-T = TypeVar("T")
+from .lru import LRU, PrefixLRU
 
 
 @runtime_checkable
 class EvictionPolicy(Protocol):
-    """Orders the chunks of one room of a tier. Needs no lock of its own; every call is O(log n) or less, pins aside.
+    """Orders the chunks of one quota group of a tier. Needs no lock; every call is O(log n) or less, pins aside.
 
-    `Level` keeps the books: it calls `touch` and `remove` only for keys that were added and not removed since, and
-    pins are its business.
+    `TierState` calls `touch` and `remove` only for keys that were added and not removed since, and says which chunks
+    may go.
     """
 
     def add(self, key: ChunkKey, nbytes: int, after: ChunkKey | None = None, recompute_s: float | None = None) -> None:
@@ -46,27 +44,22 @@ class EvictionPolicy(Protocol):
 
 
 POLICIES: Mapping[str, Callable[[], EvictionPolicy]] = MappingProxyType(
-    {"default": HitDensity, "lru": LRU, "prefix-lru": PrefixLRU, "s3-fifo": S3FIFO, "gdsf": GDSF}
+    {"default": HitDensity, "lru": LRU, "prefix-lru": PrefixLRU}
 )
-"""Policies by name. `kvloom simulate` compares them on a recorded trace."""
+"""Policies by name. `kvloom simulate` compares them, and some that are not shipped, on a recorded trace."""
 
 
 def policy_factory(policy: str | Callable[[], EvictionPolicy]) -> Callable[[], EvictionPolicy]:
-    """What makes the policies of a store, from a name in `POLICIES`; a callable is taken as it is."""
-    return chosen("policy", policy, POLICIES, "an EvictionPolicy")
-
-
-def chosen(
-    what: str, choice: str | Callable[[], T], known: Mapping[str, Callable[[], T]], kind: str
-) -> Callable[[], T]:
-    """A maker of `kind` from its name; a callable is taken as it is.
+    """What makes the policies of a store, from a name in `POLICIES`; a callable is taken as it is.
 
     Raises
     ------
     ValueError : no such name is known.
     """
-    if not isinstance(choice, str):
-        return choice
-    if choice not in known:
-        raise ValueError(f"{what} is {choice!r}; expected one of {', '.join(known)}, or what makes {kind}")
-    return known[choice]
+    if not isinstance(policy, str):
+        return policy
+    if policy not in POLICIES:
+        raise ValueError(
+            f"policy is {policy!r}; expected one of {', '.join(POLICIES)}, or what makes an EvictionPolicy"
+        )
+    return POLICIES[policy]

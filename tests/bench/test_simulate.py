@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvloom import cli
+from kvloom.bench.eviction.policies import SIMULATED_POLICIES
 from kvloom.bench.eviction.replay import belady_hits, read_trace, replay
 from kvloom.bench.eviction.run import SimulateOptions, simulate
-from kvloom.kvstore.eviction.policy import POLICIES
 from kvloom.testing import make_key
 
 BLOCK_BYTES = 1000
@@ -88,7 +88,7 @@ def test_belady_is_the_best_there_is(paths: list[list[int]], capacity: int) -> N
     requests = [[int("1" + "".join(map(str, path[:n])), 2) for n in range(1, len(path) + 1)] for path in paths]
     best = best_hits(requests, capacity)
     assert belady_hits(keys_of(requests), capacity) == best
-    for policy in POLICIES:
+    for policy in SIMULATED_POLICIES:
         assert replay(keys_of(requests), capacity * BLOCK_BYTES, BLOCK_BYTES, policy) <= best
 
 
@@ -97,7 +97,7 @@ def test_no_policy_beats_belady_and_all_find_everything_in_room_enough() -> None
     keys = keys_of(requests)
     unique = len({block for ids in requests for block in ids})
     everything = lru_hits(requests, unique)
-    for policy in POLICIES:
+    for policy in SIMULATED_POLICIES:
         found = [replay(keys, capacity * BLOCK_BYTES, BLOCK_BYTES, policy) for capacity in (12, unique)]
         assert 0 < found[0] <= belady_hits(keys, 12) < found[1] == everything == belady_hits(keys, unique)
 
@@ -124,7 +124,7 @@ def test_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["bench"] == "simulate" and len(found["tables"]) == 2
     ratios = {(row["policy"], row["capacity_ratio"], row["codec_ratio"]): row["hit_ratio"] for row in found["rows"]}
-    names = {*POLICIES, "belady"}
+    names = {*SIMULATED_POLICIES, "belady"}
     assert ratios.keys() == set(itertools.product(names, (0.02, 0.05), (1, 4))) and len(found["rows"]) == 4 * len(names)
     for capacity, codec in itertools.product((0.02, 0.05), (1, 4)):
         blocks = int(round(capacity * codec * unique, 6))

@@ -92,9 +92,9 @@ def test_a_certified_codec_serves(llm: Any) -> None:
 
     transfers = get_kv_transfer_group().worker.transfers
     store = transfers.store
-    key = next(iter(store._books.levels[1].keys))
-    assert len(store._books.levels[0].keys) == 0
-    there = store._books.levels[1].tier.get(key)
+    key = store.tiers[1].entries()[0].key
+    assert store.stats().tiers[0].chunks == 0
+    there = store.tiers[1].get(key)
     assert there is not None
     assert there.codec == "nuq"
     chunk = store.get(key)

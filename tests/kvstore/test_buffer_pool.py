@@ -1,4 +1,4 @@
-"""Memory that is lent again once nobody looks at it, and never before."""
+"""Memory that is lent again once no tensor looks at it, and never before."""
 
 import gc
 import threading
@@ -9,52 +9,51 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvloom.core import EncodedChunk
-from kvloom.kvstore.encoding.buffer_pool import BufferPool, _rounded
+from kvloom.kvstore.encoding.buffer_pool import BufferPool, rounded
 from kvloom.testing import make_blob, same_blob
 
 
 def test_lends_the_same_memory_again() -> None:
-    spares = BufferPool()
-    first = spares.empty(100_000)
+    pool = BufferPool()
+    first = pool.empty(100_000)
     address = first.data_ptr()
     del first
-    second = spares.empty(99_000)  # of the same step
+    second = pool.empty(99_000)  # of the same step
     assert second.data_ptr() == address and second.shape == (99_000,) and second.dtype == torch.uint8
 
 
 def test_a_view_keeps_the_memory() -> None:
-    spares = BufferPool()
-    data = spares.empty(1 << 20)
+    pool = BufferPool()
+    data = pool.empty(1 << 20)
     view = data[8:4096].view(torch.float32)[3:]
     view.fill_(7.0)
     address = data.data_ptr()
     del data
-    others = [spares.empty(1 << 20) for _ in range(3)]
+    others = [pool.empty(1 << 20) for _ in range(3)]
     assert all(other.data_ptr() != address for other in others)
     for other in others:
         other.fill_(1)
     assert bool((view == 7.0).all())
     del view
-    assert spares.empty(1 << 20).data_ptr() == address
+    assert pool.empty(1 << 20).data_ptr() == address
 
 
 def test_keeps_no_more_than_it_may() -> None:
-    spares = BufferPool(capacity_bytes=1 << 20)
-    lent = [spares.empty(1 << 19) for _ in range(7)]
+    pool = BufferPool(capacity_bytes=1 << 20)
+    lent = [pool.empty(1 << 19) for _ in range(7)]
     for _ in range(2):
         del lent[0]
-        spares.empty(1 << 18)  # collects
+        pool.empty(1 << 18)  # collects
     lent.clear()
     for _ in range(2):
-        spares.empty(1 << 18)
-        assert spares._idle_bytes <= 1 << 20 and spares._idle_bytes == sum(b.nbytes for b in spares._idle.values())
-        assert set(spares._idle) == {b.data_ptr() for buffers in spares._by_size.values() for b in buffers}
+        pool.empty(1 << 18)
+        assert 0 < pool.idle_bytes <= 1 << 20 and pool.check() == []
 
 
 @given(st.integers(1, 1 << 40))
 def test_wastes_at_most_a_sixteenth(nbytes: int) -> None:
-    assert nbytes <= _rounded(nbytes) <= nbytes + nbytes // 16 + 1
-    assert _rounded(_rounded(nbytes)) == _rounded(nbytes)
+    assert nbytes <= rounded(nbytes) <= nbytes + nbytes // 16 + 1
+    assert rounded(rounded(nbytes)) == rounded(nbytes)
 
 
 def test_copies_chunks() -> None:
@@ -73,11 +72,11 @@ def test_any_size(nbytes: int) -> None:
 
 
 def test_threads_never_share_memory() -> None:
-    spares, wrong = BufferPool(), []
+    pool, wrong = BufferPool(), []
 
     def use(number: int) -> None:
         for turn in range(200):
-            data = spares.empty(40_000 + number)
+            data = pool.empty(40_000 + number)
             value = (number * 7 + turn) % 251
             data.fill_(value)
             if not bool((data == value).all()):

@@ -128,7 +128,7 @@ def test_put_needs_a_certificate() -> None:
 def test_every_tier_needs_its_certificate() -> None:
     tiers = [HostTier(None, pinned=False), HostTier(None, pinned=False)]
     tiers[1].name = "second"
-    with KVStore(tiers, tier_codecs={"second": COARSE}, write_through=False) as store, pytest.raises(UncertifiedError):
+    with KVStore(tiers, tier_codecs={"second": COARSE}) as store, pytest.raises(UncertifiedError):
         store.put(make_key(1), make_chunk(1))
 
 
@@ -174,10 +174,12 @@ def test_an_exact_copy_in_a_slower_tier_is_found_behind_an_uncertified_one(tmp_p
     host, disk = HostTier(None, pinned=False), DiskTier(tmp_path)
     host.put(make_key(1), COARSE.encode(make_chunk(1)))
     disk.put(make_key(1), TwinCodec().encode(make_chunk(1)))
-    with KVStore([host, disk], codecs=[COARSE, TwinCodec()], promote="never") as store:
-        found = store.get(make_key(1))
+    with KVStore([host, disk], codecs=[COARSE, TwinCodec()]) as store:
+        found = store.get(make_key(1), layers=(0, 3))  # which promotes nothing
         assert found is not None and same_chunk(found, make_chunk(1))
         assert store.stats().tiers[1].hits == 1 and store.stats().misses == {}
+        assert store.get(make_key(1)) is not None  # and this replaces the uncertified copy
+        assert host.get(make_key(1)).codec == "raw" and store.check() == []
 
 
 def test_the_override_is_loud_once(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def test_an_unknown_codec_goes_through_every_tier_as_it_is(tmp_path: Path) -> No
     blob = make_blob(3)
     info = ChunkInfo(make_key(9), "team/a", 2e9, 0.25)
     with KVStore([HostTier(None), DiskTier(tmp_path)]) as store:
-        assert store.put_encoded(KEY, blob, info)
+        store.put_encoded(KEY, blob, info)
         found = store.get_encoded(KEY)
         assert found is not None and same_blob(found, blob)
         assert_adds_up(store.stats())

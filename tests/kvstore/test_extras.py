@@ -79,9 +79,12 @@ def test_they_come_back_from_every_tier_in_every_form(codec: Codec, tier: str, t
 
 def test_they_survive_demotion_promotion_and_a_restart(tmp_path: Path) -> None:
     chunk = chunk_with_extras()
-    settings = {"tier_codecs": {"disk": COARSE}, "write_through": False}
-    with opened(HostTier(None), DiskTier(tmp_path), **settings) as store:
-        store.put(KEY, chunk)
+    settings = {"tier_codecs": {"disk": COARSE}}
+    host = HostTier(chunk_bytes := extras.encode(RawCodec(), chunk).nbytes)
+    host.put(KEY, extras.encode(RawCodec(), chunk))
+    with opened(host, DiskTier(tmp_path), **settings) as store:
+        store.put(make_key(2), make_chunk(2))
+        assert store.stats().tiers[0].demotions == 1 and chunk_bytes > 0
     with opened(HostTier(None), DiskTier(tmp_path), **settings) as store:
         assert store.locate(KEY) == "disk"
         assert_extras(store.get(KEY), make_extras(3))

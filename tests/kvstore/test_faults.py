@@ -23,12 +23,13 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from kvloom.compress.raw import RawCodec
 from kvloom.core import ChunkKey, EncodedChunk, KVChunk
 from kvloom.errors import ChunkCorruptError, TierError, TierTimeoutError, TierUnavailableError
+from kvloom.kvstore.guard.guarded_tier import GuardedTier
 from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.disk.tier import DiskTier
 from kvloom.kvstore.tiers.host import HostTier
 from kvloom.testing import make_chunk, make_key, same_chunk
 
-from ..support.fakes import assert_adds_up
+from ..support.fakes import assert_adds_up, filled
 from ..support.faulty import LONG_S, FaultyTier, eventually, leaves_no_threads
 
 no_threads_left = pytest.fixture(autouse=True)(leaves_no_threads)
@@ -41,10 +42,13 @@ def holds(chunk: KVChunk | None, number: int) -> bool:
     return chunk is not None and same_chunk(chunk, make_chunk(number))
 
 
+def guards_of(store: KVStore) -> list[GuardedTier]:
+    return [tier for tier in store.tiers if isinstance(tier, GuardedTier)]
+
+
 def quiet(store: KVStore) -> bool:
     """No call that was given up is under way, nothing is left to be undone, and every tier is asked."""
-    lanes = [level.lane for level in store._stack.levels if level.lane is not None]
-    return not any(lane._running or lane.doubtful() or lane._breaker.is_down for lane in lanes)
+    return not any(guard.running or guard.doubtful() or guard.is_down for guard in guards_of(store))
 
 
 def revive(store: KVStore, disk: FaultyTier) -> None:
@@ -52,13 +56,11 @@ def revive(store: KVStore, disk: FaultyTier) -> None:
     disk.heal()
 
     def asked_until_quiet() -> bool:
-        for level in store._stack.levels[1:]:
-            store._clerk.fetch(level, next(iter(level.keys), make_key(99)), lambda tier: tier.get(make_key(99)))
-            if level.lane is not None and (level.lane._breaker.is_down or level.lane.doubtful()):
-                try:
-                    level.call(lambda tier: tier.get(make_key(99)))
-                except TierUnavailableError:
-                    return False
+        for guard in guards_of(store):
+            try:
+                guard.get(make_key(99))
+            except TierUnavailableError:
+                return False
         return quiet(store)
 
     assert eventually(asked_until_quiet)
@@ -66,7 +68,7 @@ def revive(store: KVStore, disk: FaultyTier) -> None:
 
 def in_order(store: KVStore) -> bool:
     assert_adds_up(store.stats())
-    return store.check() == [] and not store._books._pins
+    return store.check() == [] and store.stats().pinned == 0
 
 
 @pytest.fixture
@@ -164,9 +166,8 @@ def test_death_and_comeback(
 
 
 def test_a_stalled_read_is_a_miss(make_store: Callable[..., KVStore], disk: FaultyTier) -> None:
+    filled(disk, 0)
     store = make_store(0.1)
-    store.put(make_key(0), make_chunk(0))
-    store._clerk.remove(store._stack.levels[0], make_key(0), "deletions")
     disk.gate.clear()
     begun_s = time.monotonic()
     assert store.get(make_key(0)) is None and store.get(make_key(0), layers=(1, 2)) is None
@@ -251,7 +252,7 @@ def test_no_tier_takes_it_in_time(disk: FaultyTier) -> None:
 
 
 def test_eviction_goes_on_above_a_stalled_tier(make_store: Callable[..., KVStore], disk: FaultyTier) -> None:
-    store = make_store(0.1, write_through=False)
+    store = make_store(0.1)
     disk.gate.clear()
     for number in range(10):
         store.put(make_key(number), make_chunk(number))
@@ -262,35 +263,33 @@ def test_eviction_goes_on_above_a_stalled_tier(make_store: Callable[..., KVStore
     assert store.stats().tiers[0].demotions == 1 and holds(store.get(make_key(9)), 9) and in_order(store)
 
 
-def test_a_hurry_costs_nobody_a_chunk(make_store: Callable[..., KVStore], disk: FaultyTier) -> None:
-    """Promotion would evict a chunk that the hurried caller has no time to demote."""
-    store = make_store(write_through=False)
-    for number in range(2):
-        store.put(make_key(number), make_chunk(number))
+def test_a_short_deadline_costs_no_chunk(disk: FaultyTier) -> None:
+    """Promotion would evict a chunk that the caller has no time to demote."""
+    store = KVStore([filled(HostTier(CHUNK_BYTES), 1), filled(disk, 0)], timeout_s=LONG_S)
     assert store.locate(make_key(0)) == "disk"
     put = disk.put
     disk.put = lambda *args: (time.sleep(0.3), put(*args))[1]
     assert holds(store.get(make_key(0), timeout_s=0.2), 0)
     assert store.locate(make_key(1)) == "host" and store.locate(make_key(0)) == "disk"
     assert eventually(lambda: quiet(store)) and in_order(store) and holds(store.get(make_key(1)), 1)
+    store.close()
 
 
 def test_a_stall_holds_up_no_other_tier(disk: FaultyTier) -> None:
     """Keys share locks for writing; the host's are its own."""
-    with KVStore([HostTier(5 * CHUNK_BYTES // 2), disk], timeout_s=LONG_S, write_through=False) as store:
+    with KVStore([filled(HostTier(5 * CHUNK_BYTES // 2), 1), disk], timeout_s=LONG_S) as store:
         first, second = make_key(1), make_key(257)
         assert first[-1] == second[-1]
-        store.put(first, make_chunk(1))
         disk.gate.clear()
-        with ThreadPoolExecutor(1) as pool:
+        with ThreadPoolExecutor(2) as pool:
             evicting = pool.submit(store.put, make_key(2), make_chunk(2, tokens=10))  # demotes the first, and waits
             assert eventually(lambda: "put" in disk.calls)
             begun_s = time.monotonic()
-            store.put(second, make_chunk(257))
-            assert holds(store.get(second), 257) and holds(store.get(first), 1)
+            putting = pool.submit(store.put, second, make_chunk(257))  # its write to the disk waits, not the host's
+            assert eventually(lambda: holds(store.get(second), 257)) and holds(store.get(first), 1)
             assert time.monotonic() - begun_s < LONG_S / 2 and not evicting.done()
             disk.gate.set()
-            evicting.result(LONG_S)
+            evicting.result(LONG_S), putting.result(LONG_S)
         assert holds(store.get(first), 1) and in_order(store)
 
 
@@ -321,21 +320,19 @@ def test_memory_is_bounded_behind_a_stalled_tier(
 
 
 def test_closing_a_stalled_store(disk: FaultyTier) -> None:
-    for write_through in (True, False):
-        disk = FaultyTier()
-        store = KVStore([HostTier(None), disk], timeout_s=0.1, write_through=write_through)
-        for number in range(20):
-            store.put(make_key(number), make_chunk(number))
-        disk.gate.clear()
-        prefetch = store.prefetch([make_key(number) for number in range(50)])
-        begun_s = time.monotonic()
-        store.close()
-        assert time.monotonic() - begun_s < LONG_S / 4 and prefetch.result(LONG_S) == 20
-        assert store.stats().tiers[1].timeouts >= 1 and not disk.closed
-        with pytest.raises(TierUnavailableError, match="the store is closed"):
-            store.get(make_key(0))
-        disk.gate.set()
-        assert eventually(lambda disk=disk: disk.closed)
+    store = KVStore([HostTier(None), disk], timeout_s=0.1)
+    for number in range(20):
+        store.put(make_key(number), make_chunk(number))
+    disk.gate.clear()
+    prefetch = store.prefetch([make_key(number) for number in range(50)])
+    begun_s = time.monotonic()
+    store.close()
+    assert time.monotonic() - begun_s < LONG_S / 4 and prefetch.result(LONG_S) == 20
+    assert store.stats().tiers[1].timeouts >= 1 and not disk.closed
+    with pytest.raises(TierUnavailableError, match="the store is closed"):
+        store.get(make_key(0))
+    disk.gate.set()
+    assert eventually(lambda: disk.closed)
 
 
 def test_one_tier_that_cannot_be_closed_keeps_no_other_open(disk: FaultyTier) -> None:
@@ -398,14 +395,14 @@ print("leaving", threading.active_count())
 
 
 def test_forked_and_leaving_processes(tmp_path: Path) -> None:
-    """A forked process has no lanes and does not wait for any; one that leaves does not wait for what is stuck."""
+    """A forked process has no threads and waits for none; one that leaves does not wait for what is stuck."""
     done = subprocess.run(
         [sys.executable, "-c", LEAVES_A_STALLED_STORE], capture_output=True, text=True, timeout=100, check=False
     )
     assert done.stdout.startswith("leaving") and done.returncode == 0, done.stderr
 
 
-def test_the_real_disk_behind_a_lane(tmp_path: Path) -> None:
+def test_the_real_disk_within_its_guard(tmp_path: Path) -> None:
     with KVStore([HostTier(CHUNK_BYTES), DiskTier(tmp_path)]) as store:
         for number in range(5):
             store.put(make_key(number), make_chunk(number))
@@ -419,9 +416,9 @@ def test_the_real_disk_behind_a_lane(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("steps", [80, pytest.param(4000, marks=[pytest.mark.torture, pytest.mark.timeout(7200)])])
-@pytest.mark.parametrize("write_through", [True, False])
-def test_threads_on_a_device_that_comes_and_goes(write_through: bool, steps: int) -> None:
-    disk = FaultyTier(8 * CHUNK_BYTES)
+@pytest.mark.parametrize(("host_chunks", "disk_chunks"), [(4, 8), (8, 4)])
+def test_threads_on_a_device_that_comes_and_goes(host_chunks: int, disk_chunks: int, steps: int) -> None:
+    disk = FaultyTier(disk_chunks * CHUNK_BYTES)
     stop = threading.Event()
 
     def disturb() -> None:
@@ -438,7 +435,7 @@ def test_threads_on_a_device_that_comes_and_goes(write_through: bool, steps: int
             disk.heal()
             stop.wait(0.02)
 
-    with KVStore([HostTier(4 * CHUNK_BYTES), disk], timeout_s=0.02, write_through=write_through) as store:
+    with KVStore([HostTier(host_chunks * CHUNK_BYTES), disk], timeout_s=0.02) as store:
 
         def work(seed: int) -> int:
             dice, hits = random.Random(seed), 0
@@ -476,7 +473,7 @@ def test_threads_on_a_device_that_comes_and_goes(write_through: bool, steps: int
         revive(store, disk)
         assert in_order(store) and store.stats().background_errors == 0
         store.put(make_key(1), make_chunk(1))
-        assert holds(store.get(make_key(1)), 1) and len(disk.entries()) <= 8
+        assert holds(store.get(make_key(1)), 1) and len(disk.entries()) <= disk_chunks
 
 
 class FaultMachine(RuleBasedStateMachine):
@@ -487,7 +484,7 @@ class FaultMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.disk = FaultyTier(4 * CHUNK_BYTES)
-        self.store = KVStore([HostTier(2 * CHUNK_BYTES), self.disk], timeout_s=0.03, write_through=False)
+        self.store = KVStore([HostTier(2 * CHUNK_BYTES), self.disk], timeout_s=0.03)
         self.model: dict[ChunkKey, KVChunk] = {}
         self.pins = 0
 
@@ -554,10 +551,10 @@ class FaultMachine(RuleBasedStateMachine):
 
     @invariant()
     def nothing_leaks(self) -> None:
-        assert not self.store._books._pins
+        assert self.store.stats().pinned == 0
         assert_adds_up(self.store.stats())
-        lane = self.store._stack.levels[1].lane
-        assert len(lane._workers._threads) <= 4 and len(lane._running) <= 4
+        (guard,) = guards_of(self.store)
+        assert guard.threads <= 4 and guard.running <= 4
 
 
 TestFaultMachine = FaultMachine.TestCase

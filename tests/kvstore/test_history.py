@@ -8,7 +8,7 @@ import pytest
 from kvloom import DiskTier, HostTier, KVStore
 from kvloom.compress.raw import RawCodec
 from kvloom.errors import TierFullError
-from kvloom.kvstore.history import Explanation, History, Lookup
+from kvloom.kvstore.history import Departure, Explanation, History, Lookup
 from kvloom.testing import make_chunk, make_key
 
 from ..support.damage import flip
@@ -35,14 +35,14 @@ def test_never_put() -> None:
 
 
 def test_hit_and_what_it_cost(tmp_path: Path) -> None:
-    with KVStore([HostTier(2 * CHUNK_BYTES), DiskTier(tmp_path)], promote="never") as store:
+    with KVStore([HostTier(2 * CHUNK_BYTES), DiskTier(tmp_path)]) as store:
         store.put(KEY, make_chunk(1), recompute_s=0.25)
         for number in (2, 3):
             store.put(make_key(number), make_chunk(number))
         found = explained(store)
         assert found.tiers == ("disk",) and found.recompute_s == 0.25 and found.lookup is None and found.load_s is None
         assert found.departure is not None and (found.departure.tier, found.departure.why) == ("host", "evictions")
-        assert store.get(KEY) is not None
+        assert store.get(KEY, layers=(0, 3)) is not None  # all of it, and it is not promoted
         found = explained(store)
         assert found.lookup is not None and found.lookup.tier == "disk" and found.lookup.nbytes == CHUNK_BYTES
         assert found.load_s is not None and 0 < found.lookup.load_s <= found.load_s  # a place on disk takes more bytes
@@ -84,11 +84,7 @@ def test_miss(
         assert says in str(found) and f"miss ({reason})" in str(found) and "not stored" in str(found)
 
 
-def test_turned_away() -> None:
-    with KVStore([HostTier(CHUNK_BYTES)], admission="second-use") as store:
-        store.put(make_key(2), make_chunk(2))
-        store.put(KEY, make_chunk(1))
-        assert "not admitted to host" in str(explained(store))
+def test_rejected() -> None:
     with KVStore([HostTier(CHUNK_BYTES - 1)]) as store:
         with pytest.raises(TierFullError):
             store.put(KEY, make_chunk(1))
@@ -96,11 +92,12 @@ def test_turned_away() -> None:
 
 
 def test_forgets_the_oldest() -> None:
-    history = History(chunks=2)
+    history = History(Clock(7.0), chunks=2)
     for number in range(3):
-        history.looked_up(make_key(number), Lookup("host", None, 0.5, 10, 0.0))
+        history.hit(make_key(number), "host", 0.5, 10)
         history.departed(make_key(number), "host", "evictions")
     first, last = (history.explain(make_key(number), [("host", 20)], None) for number in (0, 2))
     assert first.lookup is None and first.departure is None
-    assert last.lookup is not None and last.departure is not None
+    assert last.lookup == Lookup("host", None, 0.5, 10, 7.0)
+    assert last.departure == Departure("host", "evictions", 7.0)
     assert last.load_s == pytest.approx(1.0)  # 20 bytes at 10 in half a second

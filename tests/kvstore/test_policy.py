@@ -14,17 +14,16 @@ from hypothesis import strategies as st
 from kvloom.core import ChunkKey
 from kvloom.errors import TierFullError
 from kvloom.kvstore.eviction.learned import HitDensity, age_bucket, hit_density
+from kvloom.kvstore.eviction.lru import LRU, PrefixLRU
 from kvloom.kvstore.eviction.policy import POLICIES, EvictionPolicy, policy_factory
-from kvloom.kvstore.eviction.queues import GDSF, LRU, S3FIFO, PrefixLRU
 from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.disk.tier import DiskTier
 from kvloom.kvstore.tiers.host import HostTier
 from kvloom.testing import PolicyContract, make_chunk, make_key
 
+from ..support.fakes import filled
+from ..support.policies import ACTIONS, Action, MayGo, act_on_both, evict
 from .test_store import CHUNK_BYTES, FILE_BYTES, FailingTier
-
-KEYS = [make_key(n) for n in range(8)]
-MayGo = Callable[[ChunkKey], bool]
 
 
 class TestLRU(PolicyContract):
@@ -33,14 +32,6 @@ class TestLRU(PolicyContract):
 
 class TestPrefixLRU(PolicyContract):
     make_policy = PrefixLRU
-
-
-class TestS3FIFO(PolicyContract):
-    make_policy = S3FIFO
-
-
-class TestGDSF(PolicyContract):
-    make_policy = GDSF
 
 
 class TestHitDensity(PolicyContract):
@@ -81,186 +72,19 @@ class NaiveLRU:
         return next(iter(leaves + free), None)
 
 
-class NaiveGDSF:
-    def __init__(self) -> None:
-        self.measured: list[tuple[float, int]] = []
-        self.floor = 0.0
-        self.entries: dict[ChunkKey, list[float]] = {}  # priority, time, uses, worth
-        self.time = 0
-
-    def add(self, key: ChunkKey, nbytes: int, after: ChunkKey | None, recompute_s: float | None) -> None:
-        worth = 1.0
-        if recompute_s is not None:
-            self.measured.append((recompute_s, nbytes))
-            worth = recompute_s / nbytes * sum(n for _, n in self.measured) / sum(s for s, _ in self.measured)
-        uses = self.entries[key][2] if key in self.entries else 0
-        self.entries[key] = [0.0, 0.0, uses, worth]
-        self.touch(key)
-
-    def touch(self, key: ChunkKey) -> None:
-        self.time += 1
-        _, _, uses, worth = self.entries[key]
-        self.entries[key] = [self.floor + (uses + 1) * worth, self.time, uses + 1, worth]
-
-    def remove(self, key: ChunkKey, *, evicted: bool) -> None:
-        priority = self.entries.pop(key)[0]
-        if evicted:
-            self.floor = max(self.floor, priority)
-
-    def victim(self, may_go: MayGo) -> ChunkKey | None:
-        return min((key for key in self.entries if may_go(key)), key=lambda key: self.entries[key][:2], default=None)
-
-
-class NaiveS3FIFO:
-    """Algorithm 1 of the paper on lists of [key, uses]; what may not go is passed over and stays in its place."""
-
-    def __init__(self) -> None:
-        self.small: list[list] = []
-        self.main: list[list] = []
-        self.ghosts: list[ChunkKey] = []
-
-    def add(self, key: ChunkKey, nbytes: int, after: ChunkKey | None, recompute_s: float | None) -> None:
-        if any(entry[0] == key for entry in self.small + self.main):
-            self.touch(key)
-        elif key in self.ghosts:
-            self.ghosts.remove(key)
-            self.main.append([key, 0])
-        else:
-            self.small.append([key, 0])
-
-    def touch(self, key: ChunkKey) -> None:
-        for entry in self.small + self.main:
-            if entry[0] == key:
-                entry[1] = min(entry[1] + 1, 3)
-
-    def remove(self, key: ChunkKey, *, evicted: bool) -> None:
-        if evicted and any(entry[0] == key for entry in self.small):
-            self.ghosts.append(key)
-        self.small = [entry for entry in self.small if entry[0] != key]
-        self.main = [entry for entry in self.main if entry[0] != key]
-        del self.ghosts[: max(0, len(self.ghosts) - len(self.small) - len(self.main) - 1)]
-
-    def victim(self, may_go: MayGo) -> ChunkKey | None:
-        passed: list[ChunkKey] = []  # as if they were not there
-        while True:
-            small = [entry for entry in self.small if entry[0] not in passed]
-            main = [entry for entry in self.main if entry[0] not in passed]
-            if not small and not main:
-                return None
-            if not main or 10 * len(small) >= len(small) + len(main):
-                entry = small[0]
-                if entry[1] > 1:
-                    self.small.remove(entry)
-                    self.main.append([entry[0], 0])
-                    continue
-            else:
-                entry = main[0]
-                if entry[1] > 0:
-                    self.main.remove(entry)
-                    self.main.append([entry[0], entry[1] - 1])
-                    continue
-            if may_go(entry[0]):
-                return entry[0]
-            passed.append(entry[0])
-
-
-def cost_s(number: int) -> float | None:
-    """Measured for two chunks in three; whole numbers, so that sums are exact."""
-    return None if number % 3 == 0 else float(1 << number)
-
-
 PAIRS: dict[str, tuple[Callable[[], EvictionPolicy], Callable[[], object]]] = {
     "lru": (LRU, lambda: NaiveLRU(leaves_first=False)),
     "prefix-lru": (PrefixLRU, lambda: NaiveLRU(leaves_first=True)),
     "density without a history": (HitDensity, lambda: NaiveLRU(leaves_first=True)),
-    "gdsf": (GDSF, NaiveGDSF),
-    "s3-fifo": (S3FIFO, NaiveS3FIFO),
 }
-ACTIONS = st.tuples(
-    st.sampled_from(["add", "add", "touch", "evict", "evict", "remove"]),
-    st.integers(0, 7),
-    st.one_of(st.none(), st.integers(0, 7)),
-    st.frozensets(st.integers(0, 7), max_size=4),
-)
 
 
 @pytest.mark.parametrize("name", PAIRS)
 @given(actions=st.lists(ACTIONS, max_size=60))
 @settings(max_examples=60, deadline=None)
-def test_evicts_what_the_naive_rule_does(name: str, actions: list[tuple]) -> None:
+def test_evicts_what_the_naive_rule_does(name: str, actions: list[Action]) -> None:
     make, make_naive = PAIRS[name]
-    policy, naive = make(), make_naive()
-    held: set[ChunkKey] = set()
-    for action, number, parent, blocked in actions:
-        key, after = KEYS[number], None if parent is None else KEYS[parent]
-        if action == "add":
-            held.add(key)
-            for one in (policy, naive):
-                one.add(key, 100 + number, after, cost_s(number))
-        elif action == "evict":
-            may_go = {KEYS[n] for n in range(8) if n not in blocked}.__contains__
-            victim = policy.victim(may_go)
-            assert victim == naive.victim(may_go)
-            assert (victim is None) == (not any(map(may_go, held)))
-            if victim is not None:
-                held.remove(victim)
-                for one in (policy, naive):
-                    one.remove(victim, evicted=True)
-        elif key in held:
-            for one in (policy, naive):
-                if action == "touch":
-                    one.touch(key)
-                else:
-                    one.remove(key, evicted=False)
-            held -= {key} if action == "remove" else set()
-
-
-def fill(policy: EvictionPolicy, keys: list[ChunkKey]) -> None:
-    for key in keys:
-        policy.add(key, 100)
-
-
-def evict(policy: EvictionPolicy) -> ChunkKey:
-    victim = policy.victim(lambda _: True)
-    policy.remove(victim, evicted=True)
-    return victim
-
-
-def test_s3_fifo_remembers_whom_it_turned_away() -> None:
-    policy = S3FIFO()
-    fill(policy, KEYS[:6])
-    assert evict(policy) == KEYS[0]
-    policy.add(KEYS[0], 100)  # its key was in the ghost queue: straight into the main queue
-    assert [evict(policy) for _ in range(6)] == [*KEYS[1:6], KEYS[0]]
-    policy = S3FIFO()
-    fill(policy, KEYS[:6])
-    policy.remove(KEYS[0])  # deleted, not turned away: it starts anew
-    policy.add(KEYS[0], 100)
-    policy.touch(KEYS[1]), policy.touch(KEYS[1]), policy.touch(KEYS[2])
-    assert [evict(policy) for _ in range(6)] == [KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[0], KEYS[1]]
-
-
-def test_s3_fifo_ghosts_are_forgotten() -> None:
-    policy = S3FIFO()
-    fill(policy, KEYS[:3])
-    gone = [evict(policy) for _ in range(3)]
-    assert gone == KEYS[:3] and len(policy._ghosts) <= 1
-
-
-def test_gdsf_keeps_what_is_dear_until_it_is_old() -> None:
-    policy = GDSF()
-    for number in range(50):  # so many of ordinary cost that the dear one hardly moves the mean
-        policy.add(make_key(100 + number), 100, None, 1.0)
-    policy.add(KEYS[0], 100, None, 5.0)
-    for number in range(50):
-        policy.remove(make_key(100 + number))
-    order = []
-    for _ in range(3):  # each round of uses raises what the dear one must beat
-        fill(policy, KEYS[1:4])
-        for key in KEYS[1:4]:
-            policy.touch(key)
-        order += [evict(policy) for _ in range(3)]
-    assert KEYS[0] in order and order.index(KEYS[0]) >= 3
+    act_on_both(make(), make_naive(), actions)
 
 
 def test_densities_are_the_best_over_all_horizons() -> None:
@@ -429,8 +253,7 @@ def test_layers_count_as_one_use_and_demotion_as_none() -> None:
         return made[-1]
 
     below = HostTier(None, name="below")
-    with KVStore([HostTier(CHUNK_BYTES), below], policy=make, write_through=False) as store:
-        store.put(make_key(0), make_chunk(0))
+    with KVStore([filled(HostTier(CHUNK_BYTES), 0), below], policy=make) as store:
         for layer in range(3):
             store.get(make_key(0), layers=(layer, layer + 1))
         store.match([make_key(0)])
@@ -439,7 +262,7 @@ def test_layers_count_as_one_use_and_demotion_as_none() -> None:
         assert store.locate(make_key(0)) == "below" and made[0].touched == [make_key(0)] and made[1].touched == []
 
 
-def test_failed_delete_keeps_the_books() -> None:
+def test_a_failed_delete_changes_nothing() -> None:
     node = FailingTier(2 * CHUNK_BYTES, name="node")
     with KVStore([node]) as store:
         put_chain(store, range(2))
@@ -462,6 +285,6 @@ def test_policies_take_over_what_a_tier_holds(tmp_path: Path) -> None:
 
 
 def test_policy_by_name_or_factory() -> None:
-    assert policy_factory("lru") is LRU and policy_factory(S3FIFO) is S3FIFO
+    assert policy_factory("lru") is LRU and policy_factory(PrefixLRU) is PrefixLRU
     with pytest.raises(ValueError, match="policy is 'fifo'; expected one of default, lru"):
         KVStore([HostTier(None)], policy="fifo")

@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvloom.compress.raw import RawCodec
 from kvloom.core import NOTHING, ChunkInfo, ChunkKey, EncodedChunk, KVChunk
@@ -31,7 +31,7 @@ from kvloom.kvstore.tiers.host import HostTier
 from kvloom.testing import SPEC, make_chunk, make_key, same_chunk
 
 from ..support.damage import flip, overwrite, stored_at, stored_bytes
-from ..support.fakes import assert_adds_up
+from ..support.fakes import assert_adds_up, filled, tiers_of
 
 BLOB = RawCodec().encode(make_chunk(0))
 CHUNK_BYTES = BLOB.nbytes
@@ -180,16 +180,18 @@ def test_hit_below_is_promoted(store: KVStore) -> None:
     assert disk.bytes_read == CHUNK_BYTES + part.keys.nbytes + part.values.nbytes + 80
 
 
-def test_without_write_through_victims_are_demoted(tmp_path: Path) -> None:
-    tiers = [HostTier(2 * CHUNK_BYTES), DiskTier(tmp_path / "kv", 2 * FILE_BYTES)]
-    with KVStore(tiers, write_through=False) as store:
-        for number in range(5):
+def test_victims_that_no_slower_tier_has_are_demoted(tmp_path: Path) -> None:
+    tiers = [filled(HostTier(3 * CHUNK_BYTES), 0, 1, 2), DiskTier(tmp_path / "kv", 4 * FILE_BYTES)]
+    with KVStore(tiers) as store:
+        for number in range(3, 7):
             store.put(make_key(number), make_chunk(number))
-        assert [store.locate(make_key(n)) for n in range(5)] == [None, "disk", "disk", "host", "host"]
-        assert store.stats().tiers[0].demotions == 3 and store.check() == []
-        assert holds(store.get(make_key(1)), 1)
-    with KVStore([DiskTier(tmp_path / "kv")]) as store:  # close has demoted what only the host held
-        assert [n for n in range(5) if holds(store.get(make_key(n)), n)] == [1, 4]
+        assert [tiers_of(store, make_key(n)) for n in range(4)] == [(), (), ("disk",), ("disk",)]
+        assert [tiers_of(store, make_key(n)) for n in range(4, 7)] == [("host",), ("host", "disk"), ("host", "disk")]
+        host, disk = store.stats().tiers  # the disk had evicted 3 when the host did
+        assert (host.demotions, host.evictions, disk.evictions) == (4, 4, 4) and store.check() == []
+        assert holds(store.get(make_key(3)), 3)
+    with KVStore([DiskTier(tmp_path / "kv")]) as store:
+        assert [n for n in range(7) if holds(store.get(make_key(n)), n)] == [3, 4, 5, 6]
 
 
 def test_pinned_chunks_stay(store: KVStore) -> None:
@@ -221,8 +223,7 @@ def test_full_of_pins(store: KVStore) -> None:
 def test_pin_during_eviction() -> None:
     """A chunk that is pinned while it is being demoted stays where it was."""
     below = WatchedTier(None, name="below")
-    with KVStore([HostTier(CHUNK_BYTES), below], write_through=False) as store:
-        store.put(make_key(0), make_chunk(0))
+    with KVStore([filled(HostTier(CHUNK_BYTES), 0), below]) as store:
         pin = store.pinned([make_key(0)])
         below.on_put = pin.__enter__
         store.put(make_key(1), make_chunk(1))
@@ -391,10 +392,10 @@ def test_closed_store(tmp_path: Path) -> None:
     DiskTier(tmp_path).close()
 
 
-@pytest.mark.parametrize("write_through", [True, False])
-def test_threads(tmp_path: Path, write_through: bool) -> None:
-    tiers = [HostTier(4 * CHUNK_BYTES), DiskTier(tmp_path / "kv", 8 * FILE_BYTES)]
-    with KVStore(tiers, write_through=write_through) as store:
+@pytest.mark.parametrize(("host_chunks", "disk_chunks"), [(4, 8), (8, 4)])
+def test_threads(tmp_path: Path, host_chunks: int, disk_chunks: int) -> None:
+    tiers = [HostTier(host_chunks * CHUNK_BYTES), DiskTier(tmp_path / "kv", disk_chunks * FILE_BYTES)]
+    with KVStore(tiers) as store:
         for number in range(2):
             store.put(make_key(number), make_chunk(number))
 
@@ -472,12 +473,18 @@ class StoreMachine(RuleBasedStateMachine):
         self.model: dict[ChunkKey, KVChunk] = {}
         self.pins: list[tuple[list[ChunkKey], AbstractContextManager[None]]] = []
         self.kept: set[ChunkKey] = set()  # pinned and stored after the last step
-        self.write_through = True
+
+    @initialize(sizes=st.sampled_from([(3, 5), (5, 3)]))
+    def begin(self, sizes: tuple[int, int]) -> None:
+        """Chunks that fit into the host and onto the disk."""
+        self.sizes = sizes
         self.open()
 
     def open(self) -> None:
-        tiers = [HostTier(3 * CHUNK_BYTES), DiskTier(self.folder / "kv", 5 * FILE_BYTES)]
-        self.store = KVStore(tiers, write_through=self.write_through)
+        host_chunks, disk_chunks = self.sizes
+        self.store = KVStore(
+            [HostTier(host_chunks * CHUNK_BYTES), DiskTier(self.folder / "kv", disk_chunks * FILE_BYTES)]
+        )
 
     def teardown(self) -> None:
         while self.pins:
@@ -545,21 +552,19 @@ class StoreMachine(RuleBasedStateMachine):
         self.pins.pop(0)[1].__exit__(None, None, None)
 
     @precondition(lambda self: not self.pins)
-    @rule(write_through=st.booleans())
-    def reopen(self, write_through: bool) -> None:
-        evicts_nothing = self.write_through
-        on_disk = {key for key in self.stored if self.store.locate(key) == "disk"}
+    @rule()
+    def reopen(self) -> None:
+        on_disk = {key for key in self.stored if "disk" in tiers_of(self.store, key)}
         self.store.close()
-        self.write_through = write_through
         self.open()
-        assert on_disk <= self.stored or not evicts_nothing
+        assert on_disk == self.stored
 
     @property
     def stored(self) -> set[ChunkKey]:
         return {key for key in map(make_key, range(8)) if key in self.store}
 
     @invariant()
-    def books_are_in_order(self) -> None:
+    def all_is_in_order(self) -> None:
         assert self.store.check() == []
         stats = self.store.stats()
         assert_adds_up(stats)
@@ -572,12 +577,13 @@ TestStoreMachine = StoreMachine.TestCase
 TestStoreMachine.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
 
 
-def test_moves_add_up_to_what_is_where(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("host_chunks", "disk_chunks"), [(3, 5), (5, 3)])
+def test_changes_add_up_to_what_is_where(tmp_path: Path, host_chunks: int, disk_chunks: int) -> None:
     """Puts, evictions, demotions, promotions and deletions, noted from the first call on."""
-    with KVStore([HostTier(3 * CHUNK_BYTES), DiskTier(tmp_path / "kv", 5 * FILE_BYTES)], write_through=False) as store:
+    with KVStore([HostTier(host_chunks * CHUNK_BYTES), DiskTier(tmp_path / "kv", disk_chunks * FILE_BYTES)]) as store:
         store.put(make_key(0), make_chunk(0))
         assert store.take_placement_changes() == []
-        where: dict[str, set[ChunkKey]] = {"host": {make_key(0)}, "disk": set()}
+        where: dict[str, set[ChunkKey]] = {"host": {make_key(0)}, "disk": {make_key(0)}}
         rng = random.Random(3)
         for _ in range(60):
             number = rng.randrange(9)
@@ -591,7 +597,7 @@ def test_moves_add_up_to_what_is_where(tmp_path: Path) -> None:
             for key, tier, is_there in store.take_placement_changes():
                 assert (key in where[tier]) is not is_there, "each is told once"
                 (where[tier].add if is_there else where[tier].discard)(key)
-            for index, tier in enumerate(("host", "disk")):
-                assert where[tier] == set(store._books.levels[index].keys)
+            for tier in ("host", "disk"):
+                assert where[tier] == {key for key in map(make_key, range(9)) if tier in tiers_of(store, key)}
         assert where["host"] and where["disk"]
         assert store.take_placement_changes() == []

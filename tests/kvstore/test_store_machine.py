@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvloom.compress.raw import RawCodec
 from kvloom.core import ChunkInfo, ChunkKey, KVChunk
 from kvloom.errors import TierFullError, TierUnavailableError
-from kvloom.kvstore.guard.circuit_breaker import Breaker
+from kvloom.kvstore.guard.guarded_tier import GuardedTier
 from kvloom.kvstore.placement.quota import Quota
 from kvloom.kvstore.store import KVStore
 from kvloom.testing import make_chunk, make_key, same_chunk
@@ -37,12 +37,12 @@ class Known:
 class FullStoreMachine(RuleBasedStateMachine):
     """The store may forget, but not what is pinned, and what it returns is right and not expired.
 
-    Every shelf is asked by name of the tier; the lower one is shared with another process, and may be behind a lane.
+    Every shelf is asked by name of the tier; the lower one is shared with another process, and may be guarded.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.clock = Clock()
+        self.clock, self.monotonic = Clock(), Clock()
         self.shelf = Shelf()
         self.model: dict[ChunkKey, Known] = {}
         self.pins: list[tuple[list[ChunkKey], float, AbstractContextManager[None]]] = []
@@ -51,39 +51,31 @@ class FullStoreMachine(RuleBasedStateMachine):
         self.before: dict[str, int] = {}  # bytes of namespaces in the first tier before it
 
     @initialize(
-        write_through=st.booleans(),
+        chunks=st.sampled_from([(4, 6), (6, 4)]),
         with_quotas=st.booleans(),
-        policy=st.sampled_from(["default", "lru", "s3-fifo"]),
-        admission=st.sampled_from(["always", "always", "second-use"]),
-        promote=st.sampled_from(["always", "second-hit", "never"]),
-        with_lane=st.sampled_from([False, False, True]),
+        policy=st.sampled_from(["default", "lru", "prefix-lru"]),
+        is_guarded=st.sampled_from([False, False, True]),
     )
-    def begin(
-        self, write_through: bool, with_quotas: bool, policy: str, admission: str, promote: str, with_lane: bool
-    ) -> None:
-        self.with_lane = with_lane
+    def begin(self, chunks: tuple[int, int], with_quotas: bool, policy: str, is_guarded: bool) -> None:
+        """`chunks`: that the first and the second tier hold."""
+        self.host_bytes, self.disk_bytes = (number * TAKEN_BYTES for number in chunks)
+        self.is_guarded = is_guarded
         self.quotas = QUOTAS if with_quotas else {}
-        self.admission = admission
         self.options = {
-            "write_through": write_through,
             "policy": policy,
-            "admission": admission,
-            "promote": promote,
             "quotas": self.quotas,
             "clock": self.clock,
+            "monotonic": self.monotonic,
         }
         self.open()
 
     def open(self) -> None:
-        self.host = ShelfTier(Shelf(), 4 * TAKEN_BYTES, name="host")
-        self.disk = SharedShelfTier(self.shelf, 6 * TAKEN_BYTES, name="disk")
-        self.other = ShelfTier(self.shelf, 6 * TAKEN_BYTES, name="of another process")
-        self.disk.may_stall = self.with_lane
+        self.host = ShelfTier(Shelf(), self.host_bytes, name="host")
+        self.disk = SharedShelfTier(self.shelf, self.disk_bytes, name="disk")
+        self.other = ShelfTier(self.shelf, self.disk_bytes, name="of another process")
+        self.disk.may_stall = self.is_guarded
         self.store = KVStore([self.host, self.disk], **self.options)
-        self.lane = self.store._books.levels[1].lane
-        assert (self.lane is not None) == self.with_lane
-        if self.lane is not None:
-            self.lane._breaker = Breaker(self.clock)
+        assert isinstance(self.store.tiers[1], GuardedTier) == self.is_guarded
 
     def teardown(self) -> None:
         if hasattr(self, "store"):
@@ -104,21 +96,17 @@ class FullStoreMachine(RuleBasedStateMachine):
     def put(self, number: int, namespace: str, ttl_s: float | None, parent: int | None) -> None:
         key, chunk = make_key(number), make_chunk(number, tokens=(5, 5, 9)[number % 3])
         self.acting = self.namespace(key) | {namespace}
-        stored = self.store.stats().puts.get("stored", 0)
         after = None if parent is None else make_key(parent)
         try:
             self.store.put(key, chunk, namespace=namespace, ttl_s=ttl_s, after=after)
         except (TierFullError, TierUnavailableError):
             assert self.pins or self.quotas or self.disk.failing  # otherwise there is always room
         else:
-            if self.store.stats().puts.get("stored", 0) > stored:
-                expires_at_s = float("inf") if ttl_s is None else self.clock.now_s + ttl_s
-                left = self.disk.failing and key in self.disk
-                latest_s = max(expires_at_s, self.model[key].expires_at_s) if left else expires_at_s
-                self.model[key] = Known(chunk, namespace, latest_s, expires_at_s)
-                assert key in self.store
-            else:
-                assert self.admission == "second-use"
+            expires_at_s = float("inf") if ttl_s is None else self.clock.now_s + ttl_s
+            left = self.disk.failing and key in self.disk
+            latest_s = max(expires_at_s, self.model[key].expires_at_s) if left else expires_at_s
+            self.model[key] = Known(chunk, namespace, latest_s, expires_at_s)
+            assert key in self.store
 
     @rule(number=NUMBERS)
     def get(self, number: int) -> None:
@@ -196,8 +184,8 @@ class FullStoreMachine(RuleBasedStateMachine):
     @rule(failing=st.booleans())
     def fail(self, failing: bool) -> None:
         self.disk.failing = failing
-        if self.lane is not None and not failing:
-            self.lane._breaker.hurry()
+        if not failing:
+            self.monotonic.now_s += 31.0  # it is asked again at once
 
     @rule(number=NUMBERS)
     def another_process_puts(self, number: int) -> None:
@@ -228,10 +216,9 @@ class FullStoreMachine(RuleBasedStateMachine):
     def reopen(self) -> None:
         self.acting = set(NAMESPACES)
         on_disk = {key for key in map(make_key, range(10)) if key in self.disk and self.alive(key)}
-        write_through = self.options["write_through"]
         self.store.close()
         self.open()
-        assert on_disk <= self.stored or not write_through
+        assert on_disk <= self.stored
 
     def alive(self, key: ChunkKey) -> bool:
         return self.disk.shelf.chunks[key][1].expires_at_s is None or (
@@ -243,7 +230,7 @@ class FullStoreMachine(RuleBasedStateMachine):
         return {key for key in map(make_key, range(10)) if key in self.store}
 
     @invariant()
-    def books_are_in_order(self) -> None:
+    def all_is_in_order(self) -> None:
         if not hasattr(self, "store"):
             return
         stats = self.store.stats()
@@ -258,7 +245,7 @@ class FullStoreMachine(RuleBasedStateMachine):
         pinned = {key for keys, until_s, _ in self.pins if until_s > now_s for key in keys}
         assert stats.pinned == len(pinned)
         assert self.stored <= alive
-        if not (self.lane is not None and self.disk.failing):  # what cannot be had is not found
+        if not (self.is_guarded and self.disk.failing):  # what cannot be had is not found
             assert self.kept & sure & pinned <= self.stored
         assert self.store.match(sorted(self.stored)) == len(self.stored)
         self.kept = {key for key in self.stored & pinned if key in self.host or key in self.disk}

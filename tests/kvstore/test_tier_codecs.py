@@ -19,7 +19,7 @@ from kvloom.kvstore.tiers.disk.tier import DiskTier
 from kvloom.kvstore.tiers.host import HostTier
 from kvloom.testing import SPEC, make_chunk, make_key, same_blob, same_chunk
 
-from ..support.fakes import HEADER_BYTES, Shelf, ShelfTier, assert_adds_up
+from ..support.fakes import HEADER_BYTES, Shelf, ShelfTier, assert_adds_up, filled
 from ..support.lossy import CoarseCodec, TwinCodec, certify
 
 RAW, TWIN, COARSE, COARSER = RawCodec(), TwinCodec(), CoarseCodec(), CoarseCodec(1 / 8)
@@ -55,7 +55,7 @@ class RoomyCodec(CoarseCodec):
         return replace(chunk, keys=keys.copy_(chunk.keys))
 
 
-def test_hits_are_decoded_into_memory_that_nobody_holds() -> None:
+def test_hits_are_decoded_into_memory_that_is_free() -> None:
     with KVStore([HostTier(None, pinned=False)], codec=RoomyCodec(), certificates=CERTIFICATES) as store:
         for number in range(3):
             store.put(make_key(number), make_chunk(number))
@@ -92,31 +92,25 @@ def test_put_encodes_once_for_every_form() -> None:
         assert CountingCodec.made == 1 and store.stats().writes == 3
 
 
-@pytest.mark.parametrize("write_through", [True, False])
-def test_a_chunk_that_cannot_be_encoded_is_nowhere_or_in_the_first_tier(tmp_path: Path, write_through: bool) -> None:
+def test_a_chunk_that_cannot_be_encoded_is_nowhere(tmp_path: Path) -> None:
     bad = make_chunk(1)
     bad.keys[0, 0, 0, 0] = torch.inf
-    with opened(HostTier(None, pinned=False), DiskTier(tmp_path), write_through=write_through) as store:
-        if write_through:
-            with pytest.raises(CodecError, match="out of range"):
-                store.put(make_key(1), bad)
-        else:
+    with opened(HostTier(None, pinned=False), DiskTier(tmp_path)) as store:
+        with pytest.raises(CodecError, match="out of range"):
             store.put(make_key(1), bad)
-        assert (store.locate(make_key(1)) is None) is write_through
+        assert store.locate(make_key(1)) is None
         assert_adds_up(store.stats())
-    # What the disk's codec refuses goes there as it is: exact.
     with KVStore([DiskTier(tmp_path)]) as store:
-        found = store.get(make_key(1))
-        assert write_through == (found is None) and (found is None or same_chunk(found, bad))
+        assert store.get(make_key(1)) is None
 
 
 def test_demotion_transcodes_and_counts_what_the_chunk_takes_then(tmp_path: Path) -> None:
-    host = ShelfTier(Shelf(), RAW_BYTES + HEADER_BYTES, name="host")
-    disk = ShelfTier(Shelf(), 3 * (COARSE_BYTES + HEADER_BYTES), name="disk")
-    with opened(host, disk, write_through=False) as store:
-        for number in range(4):
+    host = filled(ShelfTier(Shelf(), 3 * (RAW_BYTES + HEADER_BYTES), name="host"), 0, 1, 2)
+    disk = ShelfTier(Shelf(), 6 * (COARSE_BYTES + HEADER_BYTES), name="disk")
+    with opened(host, disk) as store:
+        for number in range(3, 6):
             store.put(make_key(number), make_chunk(number))
-        assert sorted(disk.shelf.chunks) == [make_key(number) for number in range(3)]
+        assert sorted(disk.shelf.chunks) == [make_key(number) for number in range(6)]
         for number in range(3):
             blob = disk.shelf.chunks[make_key(number)][0]
             assert same_blob(blob, COARSE.encode(make_chunk(number)))
@@ -162,9 +156,11 @@ def test_what_is_exact_is_promoted_in_the_form_of_the_first_tier(tmp_path: Path)
 def test_what_cannot_be_transcoded_moves_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     bad = make_chunk(1)
     bad.values[1, 0, 0, 0] = torch.nan
-    with opened(HostTier(None, pinned=False), DiskTier(tmp_path), write_through=False) as store:
-        store.put(make_key(1), bad)
-        store.put(make_key(2), make_chunk(2))
+    host = HostTier(2 * RAW_BYTES, pinned=False)
+    host.put(make_key(1), RAW.encode(bad)), host.put(make_key(2), RAW.encode(make_chunk(2)))
+    with opened(host, DiskTier(tmp_path)) as store:
+        store.put(make_key(3), make_chunk(3)), store.put(make_key(4), make_chunk(4))
+        assert store.stats().tiers[0].demotions == 2
     assert "out of range" in caplog.text
     with KVStore([DiskTier(tmp_path)]) as store:
         found = store.get(make_key(1))
@@ -174,12 +170,12 @@ def test_what_cannot_be_transcoded_moves_as_it_is(tmp_path: Path, caplog: pytest
 
 def test_chunks_of_a_model_without_a_certificate_are_not_transcoded(tmp_path: Path) -> None:
     disk = ShelfTier(Shelf(), None, name="disk")
-    with KVStore([ShelfTier(shelf := Shelf(), None, name="host")]) as store:
-        store.put(make_key(1), make_chunk(1))
-    host = ShelfTier(shelf, None, name="host")
-    with opened(host, disk, certificates=[], write_through=False) as store:
-        pass  # demotes what it found
-    assert same_blob(disk.shelf.chunks[make_key(1)][0], RAW.encode(make_chunk(1)))
+    host = filled(ShelfTier(Shelf(), RAW_BYTES + HEADER_BYTES, name="host"), 1)
+    with opened(host, disk, certificates=[]) as store:
+        store.put_encoded(make_key(2), RAW.encode(make_chunk(2)))  # which demotes the other
+        assert store.stats().tiers[0].demotions == 1
+    for number in (1, 2):
+        assert same_blob(disk.shelf.chunks[make_key(number)][0], RAW.encode(make_chunk(number)))
 
 
 def test_codecs_of_unknown_tiers_are_refused(tmp_path: Path) -> None:
@@ -196,17 +192,18 @@ class TierCodecMachine(RuleBasedStateMachine):
     @initialize(
         host=st.sampled_from(sorted(FORMS)),
         disk=st.sampled_from(sorted(FORMS)),
-        write_through=st.booleans(),
-        promote=st.sampled_from(["always", "second-hit", "never"]),
+        sizes=st.sampled_from([(1500, 2500), (2500, 1500)]),
     )
-    def begin(self, host: str, disk: str, write_through: bool, promote: str) -> None:
+    def begin(self, host: str, disk: str, sizes: tuple[int, int]) -> None:
         self.codecs = [FORMS[host], FORMS[disk]]
-        self.options = {"write_through": write_through, "promote": promote, "codecs": [TWIN, COARSE]}
+        self.sizes = sizes
+        self.options = {"codecs": [TWIN, COARSE]}
         self.shelf = Shelf()
         self.open()
 
     def open(self) -> None:
-        tiers = [ShelfTier(Shelf(), 1500, name="host"), ShelfTier(self.shelf, 2500, name="disk")]
+        host_bytes, disk_bytes = self.sizes
+        tiers = [ShelfTier(Shelf(), host_bytes, name="host"), ShelfTier(self.shelf, disk_bytes, name="disk")]
         self.tiers = tiers
         self.store = opened(*tiers, codec=self.codecs[0], tier_codecs={"disk": self.codecs[1]}, **self.options)
 

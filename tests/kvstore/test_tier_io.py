@@ -1,4 +1,4 @@
-"""Books and tiers stay one, also when a tier stalls, fails or is shared, and when what was given up ends late."""
+"""Catalog and tiers stay in step, also when a tier stalls, fails or is shared, and when what was given up ends late."""
 
 import errno
 import threading
@@ -10,13 +10,14 @@ import pytest
 from kvloom.compress.raw import RawCodec
 from kvloom.core import NOTHING, ChunkInfo, ChunkKey, EncodedChunk, Entry
 from kvloom.errors import TierFullError, TierUnavailableError
+from kvloom.kvstore.guard.guarded_tier import GuardedTier
 from kvloom.kvstore.placement.quota import Quota
 from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.device import DeviceTier
 from kvloom.kvstore.tiers.host import HostTier
 from kvloom.testing import keys_of, make_chunk, make_key, same_chunk
 
-from ..support.fakes import HEADER_BYTES, SharedShelfTier, Shelf, ShelfTier, assert_adds_up
+from ..support.fakes import HEADER_BYTES, SharedShelfTier, Shelf, ShelfTier, SkippingClock, assert_adds_up, filled
 from ..support.faulty import LONG_S, FaultyTier, eventually, leaves_no_threads
 
 no_threads_left = pytest.fixture(autouse=True)(leaves_no_threads)
@@ -45,8 +46,8 @@ def in_order(store: KVStore) -> bool:
 
 
 def settled(store: KVStore) -> bool:
-    lanes = [level.lane for level in store._books.levels if level.lane is not None]
-    return not any(lane._running or lane.doubtful() for lane in lanes)
+    guards = [tier for tier in store.tiers if isinstance(tier, GuardedTier)]
+    return not any(guard.running or guard.doubtful() for guard in guards)
 
 
 # ------------------------------------------------------------------------------------------------ counters that add up
@@ -56,7 +57,7 @@ def test_what_was_given_up_is_counted(disk: FaultyTier) -> None:
     with KVStore([HostTier(None), disk], timeout_s=0.1) as store:
         put(store, 0, 1, 2)
         disk.gate.clear()
-        put(store, 0, 3)  # written over; and new, so that the books never had it
+        put(store, 0, 3)  # written over; and new, so that the catalog never had it
         with pytest.raises(TierUnavailableError):
             store.delete(KEYS[1])
         tier = store.stats().tiers[1]
@@ -100,19 +101,19 @@ def test_a_chunk_that_was_written_counts_also_if_what_follows_fails() -> None:
 
 
 def test_what_cannot_be_had_is_not_found(disk: FaultyTier) -> None:
-    with KVStore([HostTier(CHUNK_BYTES), disk], timeout_s=LONG_S) as store:
+    clock = SkippingClock()
+    with KVStore([HostTier(CHUNK_BYTES), disk], timeout_s=LONG_S, monotonic=clock) as store:
         put(store, 0, 1)  # 0 is on the disk alone
-        breaker = store._books.levels[1].lane._breaker
         disk.fail(errno.EIO, "get")
         for _ in range(3):
             assert store.match([KEYS[1], KEYS[0]]) == 2 and store.locate(KEYS[0]) == "disk"
             assert store.get(KEYS[0]) is None
-        breaker._retry_at_s += 1000.0
+        clock.skip(-1000.0)
         calls = len(disk.calls)
         assert store.match([KEYS[1], KEYS[0]]) == 1 and store.match([KEYS[0]]) == 0
         assert store.locate(KEYS[0]) is None and KEYS[0] not in store and KEYS[1] in store
         assert store.prefetch([KEYS[0]]).result(LONG_S) == 0 and len(disk.calls) == calls
-        breaker._retry_at_s -= 2000.0  # somebody has to try
+        clock.skip(2000.0)  # it is asked again
         disk.heal()
         assert store.match([KEYS[1], KEYS[0]]) == 2 and KEYS[0] in store
         assert same_chunk(store.get(KEYS[0]), make_chunk(0)) and store.stats().tiers[1].recoveries == 1
@@ -120,17 +121,18 @@ def test_what_cannot_be_had_is_not_found(disk: FaultyTier) -> None:
 
 
 def test_a_stalled_tier_holds_nothing_for_the_time_being(disk: FaultyTier) -> None:
-    with KVStore([disk, HostTier(None, name="below")], timeout_s=0.3) as store:
-        put(store, 0, 1)
-        store._clerk.remove(store._books.levels[1], KEYS[1], "deletions")
+    clock = SkippingClock()
+    with KVStore([filled(disk, 1), HostTier(None, name="below")], timeout_s=0.3, monotonic=clock) as store:
+        put(store, 0)
         disk.gate.clear()
         assert store.match(KEYS[:2]) == 2
         for _ in range(3):
             assert store.get(KEYS[1]) is None
-        store._books.levels[0].lane._breaker._retry_at_s += 1000.0
+        clock.skip(-1000.0)
         assert store.match(KEYS[:2]) == 1  # a copy is below
         assert store.locate(KEYS[0]) == "below" and KEYS[1] not in store
         disk.gate.set()
+        clock.skip(2000.0)
         assert eventually(lambda: store.match(KEYS[:2]) == 2 and store.get(KEYS[1]) is not None)
         assert eventually(lambda: settled(store)) and in_order(store)
 
@@ -168,7 +170,7 @@ def test_a_device_gets_its_space_back_by_eviction(disk: FaultyTier) -> None:
 
 
 def test_memory_that_readers_hold_does_not_cost_all_chunks() -> None:
-    """What is evicted there is not free before its readers have let it go."""
+    """What is evicted there is not free before its last reader is gone."""
     probe = DeviceTier(1 << 20, device="cpu")
     chunk_bytes = probe.put(KEYS[0], BLOB)
     probe.close()
@@ -229,7 +231,7 @@ def shelf() -> Iterator[StallingShelf]:
     tier.heal()
 
 
-def test_news_that_come_late_are_heeded(shelf: StallingShelf) -> None:
+def test_changes_that_come_late_are_heeded(shelf: StallingShelf) -> None:
     """A tier says only once what is new: whoever did not wait for the answer must not lose it."""
     other = ShelfTier(shelf.shelf, None)
     with KVStore([HostTier(None), shelf], timeout_s=0.2) as store:
@@ -259,7 +261,7 @@ class DoubtingShelf(SharedShelfTier):
         return super().__contains__(key)
 
 
-def test_news_are_kept_if_the_tier_fails_among_them() -> None:
+def test_changes_are_kept_if_the_tier_fails_among_them() -> None:
     tier = DoubtingShelf(Shelf(), None)
     other = ShelfTier(tier.shelf, None)
     with KVStore([tier]) as store:
@@ -272,7 +274,7 @@ def test_news_are_kept_if_the_tier_fails_among_them() -> None:
 
 
 def test_a_late_undoing_takes_the_copy_of_another_process_along(shelf: StallingShelf) -> None:
-    """And the books know of it."""
+    """And the catalog knows of it."""
     other = ShelfTier(shelf.shelf, None)
     with KVStore([HostTier(0), shelf], timeout_s=0.1) as store:
         shelf.puts.clear()

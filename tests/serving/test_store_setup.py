@@ -45,7 +45,7 @@ def opened(spec: KVSpec, **settings: object) -> str:
     chunk = KVChunk(spec, tokens, torch.arange(32), *(torch.randn(2, 2, 32, 16) for _ in range(2)))
     with open_store(wanted, spec, papers) as store:
         store.put(key, chunk)
-        held = store._books.levels[-1].tier.get(key)
+        held = store.tiers[-1].get(key)
         assert held is not None
         found = store.get(key)
         assert found is not None

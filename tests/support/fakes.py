@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
+from typing import TypeVar
 
-from kvloom.core import NOTHING, ChunkInfo, ChunkKey, EncodedChunk, Entry
+from kvloom.compress.raw import RawCodec
+from kvloom.core import NOTHING, ChunkInfo, ChunkKey, EncodedChunk, Entry, Tier
 from kvloom.errors import ChunkCorruptError, TierFullError, TierUnavailableError
 from kvloom.kvstore.stats import StoreStats
+from kvloom.kvstore.store import KVStore
+from kvloom.testing import make_chunk, make_key
 
 HEADER_BYTES = 40
 
@@ -19,6 +24,18 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now_s
+
+
+class SkippingClock:
+    """Monotonic time that passes as usual, and in leaps when told."""
+
+    skipped_s = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() + self.skipped_s
+
+    def skip(self, seconds: float) -> None:
+        self.skipped_s += seconds
 
 
 @dataclass
@@ -99,13 +116,32 @@ class ShelfTier:
 
 
 class SharedShelfTier(ShelfTier):
-    """A view that other processes have too."""
+    """A view that other processes have too; while it is `silent`, it keeps to itself what they do."""
+
+    silent = False
 
     def changes(self) -> list[Entry | ChunkKey]:
         self._expect_answer()
+        if self.silent:
+            return []
         news = [what for who, what in self.shelf.log[self.seen :] if who is not self]
         self.seen = len(self.shelf.log)
         return news
+
+
+T = TypeVar("T", bound=Tier)
+
+
+def filled(tier: T, *numbers: int) -> T:
+    """The tier with chunks that a store finds there when it is opened, and no slower tier has."""
+    for number in numbers:
+        tier.put(make_key(number), RawCodec().encode(make_chunk(number)))
+    return tier
+
+
+def tiers_of(store: KVStore, key: ChunkKey) -> tuple[str, ...]:
+    """Names of the tiers that hold the chunk, by the store's catalog."""
+    return store.explain([key])[0].tiers
 
 
 def assert_adds_up(stats: StoreStats) -> None:

@@ -1,0 +1,124 @@
+"""Eviction policies that are measured, not shipped: `kvloom simulate` has them by name, beside those of the store."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from ...core import ChunkKey
+from ...kvstore.eviction.lru import RankedKeys
+from ...kvstore.eviction.policy import POLICIES, EvictionPolicy
+
+_MOST_USES = 3
+
+
+class S3FIFO:
+    """Lets a chunk into the main queue only if it is used again soon; one-shot chunks pass through a tenth of the tier.
+
+    New chunks enter the small queue. At its end, those used more than once meanwhile move to the main queue, others are
+    evicted and their keys remembered in the ghost queue, as long as that is not longer than the other two. A chunk
+    whose key is there enters the main queue at once. The main queue evicts in order of arrival; a chunk used meanwhile
+    goes round again, up to three times.
+
+    Notes
+    -----
+    Yang, Zhang, Qiu, Yue & Rashmi, FIFO queues are all you need for cache eviction, SOSP 2023, algorithm 1. Deviation:
+    the small queue holds a tenth of the chunks rather than of the bytes.
+    """
+
+    def __init__(self) -> None:
+        self._small: OrderedDict[ChunkKey, int] = OrderedDict()  # uses since it entered, at most 3
+        self._main: OrderedDict[ChunkKey, int] = OrderedDict()
+        self._ghosts: OrderedDict[ChunkKey, None] = OrderedDict()
+
+    def add(self, key: ChunkKey, nbytes: int, after: ChunkKey | None = None, recompute_s: float | None = None) -> None:
+        if key in self._small or key in self._main:
+            self.touch(key)
+        elif key in self._ghosts:
+            del self._ghosts[key]
+            self._main[key] = 0
+        else:
+            self._small[key] = 0
+
+    def touch(self, key: ChunkKey) -> None:
+        queue = self._small if key in self._small else self._main
+        queue[key] = min(queue[key] + 1, _MOST_USES)
+
+    def remove(self, key: ChunkKey, *, evicted: bool = False) -> None:
+        queue = self._small if key in self._small else self._main
+        del queue[key]
+        if evicted and queue is self._small:
+            self._ghosts[key] = None
+        while len(self._ghosts) > len(self._small) + len(self._main) + 1:
+            self._ghosts.popitem(last=False)
+
+    def victim(self, may_go: Callable[[ChunkKey], bool]) -> ChunkKey | None:
+        kept: list[tuple[OrderedDict[ChunkKey, int], ChunkKey, int]] = []
+        try:
+            while self._small or self._main:
+                total = len(self._small) + len(self._main)
+                queue = self._small if 10 * len(self._small) >= total or not self._main else self._main
+                key, uses = queue.popitem(last=False)
+                if queue is self._small and uses > 1:
+                    self._main[key] = 0
+                elif queue is self._main and uses > 0:
+                    self._main[key] = uses - 1
+                else:
+                    kept.append((queue, key, uses))
+                    if may_go(key):
+                        return key
+            return None
+        finally:  # the victim too: it leaves by `remove`
+            for queue, key, uses in reversed(kept):
+                queue[key] = uses
+                queue.move_to_end(key, last=False)
+
+
+class GDSF:
+    """Evicts the chunk of lowest priority: uses times cost over bytes, plus the last victim's priority at its last use.
+
+    The cost is the seconds that computing the chunk took, over those of an average chunk of its bytes; where they were
+    not measured, the chunk counts as average.
+
+    Notes
+    -----
+    Cherkasova, Improving WWW proxies performance with greedy-dual-size-frequency caching policy, HPL-98-69R1, 1998.
+    Deviation: costs are relative to the mean so far, so that chunks with and without a measured cost compare.
+    """
+
+    def __init__(self) -> None:
+        self._measured_s = 0.0
+        self._measured_bytes = 0
+        self._floor = 0.0  # priority of the last victim
+        self._costs: dict[ChunkKey, float] = {}
+        self._uses: Counter[ChunkKey] = Counter()
+        self._queue = RankedKeys()
+
+    def add(self, key: ChunkKey, nbytes: int, after: ChunkKey | None = None, recompute_s: float | None = None) -> None:
+        self._costs[key] = 1.0 if recompute_s is None or nbytes < 1 else self._relative_cost(recompute_s, nbytes)
+        self.touch(key)
+
+    def touch(self, key: ChunkKey) -> None:
+        self._uses[key] += 1
+        self._queue.put(key, self._floor + self._uses[key] * self._costs[key])
+
+    def remove(self, key: ChunkKey, *, evicted: bool = False) -> None:
+        if evicted:
+            self._floor = max(self._floor, self._queue.rank(key))
+        self._queue.remove(key)
+        del self._costs[key], self._uses[key]
+
+    def victim(self, may_go: Callable[[ChunkKey], bool]) -> ChunkKey | None:
+        return self._queue.first(may_go)
+
+    def _relative_cost(self, recompute_s: float, nbytes: int) -> float:
+        self._measured_s += recompute_s
+        self._measured_bytes += nbytes
+        return recompute_s / nbytes * self._measured_bytes / self._measured_s if self._measured_s else 1.0
+
+
+SIMULATED_POLICIES: Mapping[str, Callable[[], EvictionPolicy]] = MappingProxyType(
+    {**POLICIES, "s3-fifo": S3FIFO, "gdsf": GDSF}
+)
+"""Policies by name."""
