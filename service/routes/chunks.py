@@ -110,18 +110,15 @@ async def put_chunk(
     if content_digest is not None:
         await context.run(lambda: _check_digest(content_digest, incoming.view[: incoming.filled_bytes]))
 
-    def store() -> str | None:
+    def store() -> str:
         blob, header = incoming.chunk(client_key)
         etag = context.containers.note(stored_key, blob, header)
         with context.store.use() as kvstore:
-            admitted = kvstore.put_encoded(stored_key, blob, info)
-        if admitted:
-            context.index.written(stored_key, listed_bytes(incoming.filled_bytes), info, etag)
-        return etag if admitted else None
+            kvstore.put_encoded(stored_key, blob, info)
+        context.index.written(stored_key, listed_bytes(incoming.filled_bytes), info, etag)
+        return etag
 
     etag = await context.run(store)
-    if etag is None:
-        raise ProblemError(507, "not-admitted", "the tiers are full of chunks that are worth more")
     return Response(status_code=204 if existed else 201, headers={"ETag": etag})
 
 
