@@ -68,7 +68,12 @@ def revive(store: KVStore, disk: FaultyTier) -> None:
 
 def in_order(store: KVStore) -> bool:
     assert_adds_up(store.stats())
-    return store.check() == [] and store.stats().pinned == 0
+    problems = ["not answered"]
+    until_s = time.monotonic() + LONG_S
+    while any("not answered" in problem for problem in problems) and time.monotonic() < until_s:
+        problems = store.check()  # on a busy machine even a device that works may not answer within milliseconds
+    assert problems == []
+    return store.stats().pinned == 0
 
 
 @pytest.fixture
