@@ -49,14 +49,14 @@ def tile_scores(queries: Tensor, tiles: Tensor, ids: Tensor, scale: float) -> Te
     return scores
 
 
-def top_pooled(scores: Tensor, kv_heads: int, k: int, pooling: str) -> Tensor:
+def top_pooled(scores: Tensor, kv_heads: int, k: int, pooling: str, *, block: int = _BLOCK_TOP) -> Tensor:
     """See ops.py; k is above 0 and below N. The best of each block are chosen first, then the best of those."""
-    (Hq, N), kept = scores.shape, min(k, _BLOCK_TOP)
-    blocks = triton.cdiv(N, _BLOCK_TOP)
+    (Hq, N), kept = scores.shape, min(k, block)
+    blocks = triton.cdiv(N, block)
     best = torch.empty(kv_heads, blocks * kept, dtype=torch.int64, device=scores.device)
     _top[(kv_heads, blocks)](
         scores.contiguous(), scores.logsumexp(1), best, N, Hq // kv_heads, kept, _LEAST,
-        ADDS=pooling == "sum", BLOCK=_BLOCK_TOP,
+        ADDS=pooling == "sum", BLOCK=block,
     )  # fmt: skip
     return (best.topk(k, dim=1, sorted=False).values & 0x7FFFFFFF).sort(dim=1).values
 

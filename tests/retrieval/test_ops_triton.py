@@ -81,10 +81,9 @@ def test_tile_scores(heads, rank, lengths, query_dtype, seed) -> None:
 
 @pytest.mark.parametrize("pooling", ["max", "sum"])
 @pytest.mark.parametrize(("count", "k"), [(2, 1), (16, 15), (70, 7), (70, 40)])
-def test_top_pooled(count: int, k: int, pooling: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops_triton, "_BLOCK_TOP", 16)  # the interpreter takes seconds to sort more
+def test_top_pooled(count: int, k: int, pooling: str) -> None:
     scores = 3 * numbers(6, count, seed=k)
-    ids = ops_triton.top_pooled(on(scores), 2, k, pooling).cpu()
+    ids = ops_triton.top_pooled(on(scores), 2, k, pooling, block=16).cpu()  # the interpreter takes seconds to sort more
     assert ids.shape == (2, k)
     assert bool((ids.diff(dim=1) > 0).all())
     weights = pooled(scores.double(), LayerShape(2, 3, 1, 1.0), pooling)
@@ -92,10 +91,9 @@ def test_top_pooled(count: int, k: int, pooling: str, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("pooling", ["max", "sum"])
-def test_top_pooled_prefers_the_last_of_equals(pooling: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops_triton, "_BLOCK_TOP", 16)
+def test_top_pooled_prefers_the_last_of_equals(pooling: str) -> None:
     scores = torch.tensor([[2.0, 0.0, 2.0, 2.0, -math.inf], [0.0, -0.0, 0.0, 0.0, 0.0]])
-    assert ops_triton.top_pooled(on(scores), 1, 2, pooling).tolist() == [[2, 3]]
+    assert ops_triton.top_pooled(on(scores), 1, 2, pooling, block=16).tolist() == [[2, 3]]
 
 
 @settings(max_examples=30)
