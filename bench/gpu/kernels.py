@@ -109,18 +109,15 @@ class _Checks:
     def _dequantize(self, dtype: torch.dtype, interleaved: bool) -> Comparison:
         codes, bits = self._codes(4), 4
         N, T, D = codes.shape
-        packed, scale, zero = (
-            bit_ops.pack_bits(codes, bits),
-            self._numbers(N, T, 1).half(),
-            self._numbers(N, T, 1).half(),
-        )
+        packed = bit_ops.pack_bits(codes, bits)
+        scale, zero = self._numbers(N, T, 1).half(), self._numbers(N, T, 1).half()
         levels, smooth = self._numbers(N, 1 << bits), self._numbers(N, D)
         cos, sin = _rope(D, interleaved).cos_sin(torch.arange(T))
         true, found = torch.empty(N, T, D, dtype=dtype), torch.empty(N, T, D, dtype=dtype, device=self.device)
-        tables = {"levels": levels, "smooth": smooth, "cos": cos, "sin": sin}
+        tables: dict[str, Any] = {"levels": levels, "smooth": smooth, "cos": cos, "sin": sin}
         bit_ops.dequantize_rotate(packed, bits, scale, zero, true, interleaved=interleaved, **tables)
         arguments = (self._on(packed), bits, self._on(scale), self._on(zero), found)
-        on_device = {name: self._on(table) for name, table in tables.items()}
+        on_device: dict[str, Any] = {name: self._on(table) for name, table in tables.items()}
         step = partial(bit_kernels.dequantize_rotate, *arguments, interleaved=interleaved, **on_device)
         step()
         self._time(step, packed.nbytes + found.nbytes)
@@ -183,8 +180,9 @@ class _Checks:
             factor = bit_ops.pack_bits(torch.randint(0, 16, (s.S, s.r), generator=self._random).to(torch.uint8), 4)
         cos, sin = _rope(s.D, False).cos_sin(torch.arange(s.S))
         true = ops.rebuild_keys(factor, basis, ids, scale=scale, bias=bias, cos=cos, sin=sin)
-        tensors = [None if t is None else self._on(t) for t in (factor, basis, ids, scale, bias, cos, sin)]
-        step = partial(ops_triton.rebuild_keys, *tensors, False)  # type: ignore[arg-type]
+        tensors = self._on(factor), self._on(basis), self._on(ids)
+        columns = (None, None) if scale is None or bias is None else (self._on(scale), self._on(bias))
+        step = partial(ops_triton.rebuild_keys, *tensors, *columns, self._on(cos), self._on(sin), interleaved=False)
         self._time(step, ids.numel() * factor.nbytes // s.S + true.nbytes)
         return step(), true, _EPS[torch.float16]
 
