@@ -180,9 +180,12 @@ class _Checks:
             factor = bit_ops.pack_bits(torch.randint(0, 16, (s.S, s.r), generator=self._random).to(torch.uint8), 4)
         cos, sin = _rope(s.D, False).cos_sin(torch.arange(s.S))
         true = ops.rebuild_keys(factor, basis, ids, scale=scale, bias=bias, cos=cos, sin=sin)
-        tensors = self._on(factor), self._on(basis), self._on(ids)
-        columns = (None, None) if scale is None or bias is None else (self._on(scale), self._on(bias))
-        step = partial(ops_triton.rebuild_keys, *tensors, *columns, self._on(cos), self._on(sin), interleaved=False)
+        rows, tables, chosen, c, d = (self._on(t) for t in (factor, basis, ids, cos, sin))
+        a, b = (None, None) if scale is None or bias is None else (self._on(scale), self._on(bias))
+
+        def step() -> Tensor:
+            return ops_triton.rebuild_keys(rows, tables, chosen, a, b, c, d, interleaved=False)
+
         self._time(step, ids.numel() * factor.nbytes // s.S + true.nbytes)
         return step(), true, _EPS[torch.float16]
 
