@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 import xxhash
 from blake3 import blake3
@@ -20,6 +21,7 @@ except ImportError as error:
 
 from ...errors import EngineError
 from ..identity.weights import (
+    bits_of,
     canonical_config,
     folder_name,
     holds,
@@ -289,16 +291,21 @@ def _digest(state: Sequence[tuple[str, object]]) -> bytes:
     tensors = [part for name, held in state if isinstance(held, Tensor) for _, part in plain_tensors(name, held)]
     is_small = sum(tensor.nbytes for tensor in tensors) <= _WHOLE_BYTES
     facts: list[object] = [held if not isinstance(held, Tensor) else name for name, held in state]
-    values: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    digest, elsewhere = xxhash.xxh3_128(), dict[tuple[torch.device, torch.dtype], list[Tensor]]()
     for tensor in tensors:
         version = 0 if tensor.is_inference() else tensor._version  # noqa: SLF001  torch has no other name for it
         facts += (tensor.data_ptr(), version, tuple(tensor.shape), tensor.dtype, tensor.device)
         if tensor.device.type != "meta":
-            read = tensor.detach().reshape(-1) if is_small else _sample(tensor.detach())
-            values.setdefault((tensor.device, tensor.dtype), []).append(read)
-    digest = xxhash.xxh3_128(repr(facts).encode())
-    for same_kind in values.values():
-        digest.update(torch.cat(same_kind).view(torch.uint8).cpu().numpy().data)
+            values = (tensor.detach().reshape(-1) if is_small else _sample(tensor.detach())).view(bits_of(tensor.dtype))
+            if tensor.device.type == "cpu":
+                digest.update(
+                    np.ascontiguousarray(values.numpy()).data
+                )  # torch's own copies would wait for its threads
+            else:
+                elsewhere.setdefault((tensor.device, values.dtype), []).append(values)
+    for same_kind in elsewhere.values():
+        digest.update(torch.cat(same_kind).cpu().numpy().data)
+    digest.update(repr(facts).encode())
     return digest.digest()
 
 

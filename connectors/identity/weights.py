@@ -212,8 +212,13 @@ def holds(folder: Path, tensors: Mapping[str, Tensor]) -> bool:
 
 def _equal(one: Tensor, other: Tensor) -> bool:
     """Bit for bit, which is faster than to compare numbers of 16 bits."""
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(one.dtype.itemsize, torch.uint8)
+    bits = bits_of(one.dtype)
     return torch.equal(one.detach().cpu().contiguous().view(bits), other.contiguous().view(bits))
+
+
+def bits_of(dtype: torch.dtype) -> torch.dtype:
+    """The integers of that size, as which values can be compared and read whatever they are."""
+    return {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(dtype.itemsize, torch.uint8)
 
 
 def _memory(tensor: Tensor) -> tuple[object, ...]:
