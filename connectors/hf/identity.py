@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, TypeAlias
 
@@ -158,9 +158,9 @@ class ModelIdentity:
             for adapter in _names_in(_attribute(layer, attribute))
         }
         found = {}
-        for name, tensor in self._model.state_dict().items():
+        for name, tensor in _stored(modules):
             parts = name.split(".")
-            if isinstance(tensor, Tensor) and left_out.isdisjoint(_beginnings(parts)):
+            if left_out.isdisjoint(_beginnings(parts)):
                 whole = offloaded.read(name) if tensor.device.type == "meta" else tensor
                 found[".".join(part for part in parts if part not in _WRAPPERS)] = tensor if whole is None else whole
         return found
@@ -250,6 +250,45 @@ def _modules_of(model: nn.Module) -> _Modules:
                 seen.add(id(child))
                 todo.append((f"{path}.{name}" if path else name, child))
     return found
+
+
+def _stored(modules: _Modules) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a model's `state_dict`, whose own making is no mere reading in bitsandbytes.
+
+    Raises
+    ------
+    EngineError : something in it is no tensor.
+    """
+    for path, module in modules:
+        held: dict[str, object] = {}
+        prefix = f"{path}." if path else ""
+        if _save_of(module) is _save_of(nn.Module) or type(module).__module__.startswith("bitsandbytes"):
+            transient = module._non_persistent_buffers_set  # noqa: SLF001  torch has no other name for it
+            held |= {prefix + name: tensor for name, tensor in module.named_parameters(recurse=False)}
+            held |= {prefix + n: t for n, t in module.named_buffers(recurse=False) if n not in transient}
+            for name, tensor in module.named_parameters(recurse=False):
+                state = getattr(tensor, "quant_state", None)  # of 4 bits; those of 8 have scales here or there
+                held |= (
+                    {} if state is None else {f"{prefix}{name}.{n}": t for n, t in state.as_dict(packed=True).items()}
+                )
+                scales = getattr(tensor, "SCB", None)
+                scales = getattr(getattr(module, "state", None), "SCB", None) if scales is None else scales
+                held |= {} if scales is None else {f"{prefix}SCB": scales}
+        else:
+            _save_of(module)(module, held, prefix, keep_vars=True)
+        for name, value in held.items():
+            if not isinstance(value, Tensor):
+                raise EngineError(
+                    f"{name} is a {type(value).__name__} and no tensor, and cannot be read, so that kvloom cannot name "
+                    "the model; give a name of your own as model_id, and another one when the weights change"
+                )
+            yield name, value
+
+
+def _save_of(module: Any) -> Callable[..., None]:
+    kind: Any = module if isinstance(module, type) else type(module)
+    save: Callable[..., None] = kind._save_to_state_dict  # noqa: SLF001  what modules override
+    return save
 
 
 def _adapter_layers(modules: _Modules) -> Iterator[tuple[str, Any]]:

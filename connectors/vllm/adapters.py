@@ -85,16 +85,26 @@ class _Open:
     first_step: int | None = None  # in which it was computed
 
 
+def adapter_variant(vllm_config: Any) -> bytes:
+    """The precision of adapters where it is not the model's; empty otherwise."""
+    lora, dtype = vllm_config.lora_config, vllm_config.model_config.dtype
+    return b"" if lora is None or lora.lora_dtype in (None, "auto", dtype) else str(lora.lora_dtype).encode()
+
+
 class OpenAdapters:
     """Open requests that have an adapter. Files may change between the moment when a request comes and its steps.
 
     Parameters
     ----------
     names : of the engine's adapters.
+    variant : what of the engine's settings shapes what adapters compute.
     """
 
-    def __init__(self, names: AdapterNames) -> None:
+    def __init__(self, names: AdapterNames, variant: bytes = b"") -> None:
         self._names = names
+        self._variant = variant
+        self._first: dict[tuple[str, str], bytes | None] = {}  # digest under each name and path
+        self._replaced: set[tuple[str, str]] = set()
         self._open: dict[str, _Open] = {}
         self._step = 0
 
@@ -103,17 +113,29 @@ class OpenAdapters:
         if lora is None:
             return b""
         digest = self._digest(lora, reloads=bool(getattr(lora, "load_inplace", False)))
-        if digest is not None:
-            self._open[request_id] = _Open(lora, digest)
-        return digest
+        place = lora.lora_name, lora.lora_path
+        if self._first.setdefault(place, digest) != digest:
+            self._replaced.add(place)
+        if digest is None:
+            return None
+        self._open[request_id] = _Open(lora, digest)
+        return digest + self._variant
 
     def close(self, request_id: str) -> None:
         self._open.pop(request_id, None)
 
-    def has_changed(self, request_id: str) -> bool:
-        """Whether it is no longer certain that a request is computed by the adapter that it had when it came."""
+    def has_changed(self, request_id: str, local_tokens: int = 0) -> bool:
+        """Whether it is no longer certain that a request is computed by the adapter that it had when it came.
+
+        Parameters
+        ----------
+        local_tokens : whose KV the engine's own cache provides, which tells adapters apart by name and path only.
+        """
         each = self._open.get(request_id)
-        return each is not None and self._digest(each.lora) != each.digest
+        if each is None:
+            return False
+        is_mixed = local_tokens > 0 and (each.lora.lora_name, each.lora.lora_path) in self._replaced
+        return is_mixed or self._digest(each.lora) != each.digest
 
     def begin_step(self, request_ids: Collection[str]) -> set[str]:
         """Those of a step's requests whose adapter the engine may have yet to read: what they compute has no name."""

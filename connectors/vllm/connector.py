@@ -41,7 +41,7 @@ from ..serving.messages import Scheduled, StepPlan, StepReport
 from ..serving.scheduler.planner import Planner
 from ..serving.settings import RequestOptions, ServingSettings
 from ..serving.worker.steps import Steps
-from .adapters import OpenAdapters
+from .adapters import OpenAdapters, adapter_variant
 from .events import KVEvents
 from .identity import engine_lead, request_identity
 from .retrieval.settings import decoding_identity
@@ -137,7 +137,7 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         if settings.lead_ids is None:
             settings = replace(settings, lead_ids=engine_lead(self._vllm_config.model_config))
         memory = None if worker is None or worker.worker is None else worker.worker.adapters
-        self._adapters = OpenAdapters(AdapterNames(memory))
+        self._adapters = OpenAdapters(AdapterNames(memory), adapter_variant(self._vllm_config))
         self._planner = Planner(settings, specs, self._block_tokens, ask, fusion_ratio=ratio)
 
     def on_new_request(self, request: Any) -> None:
@@ -161,7 +161,7 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         if self._planner is None:
             return 0, False
-        self._leave_if_changed(request.request_id)
+        self._leave_if_changed(request.request_id, num_computed_tokens)
         if self._planner.has_to_wait(request.all_token_ids, num_computed_tokens):
             return None, False
         tokens = self._planner.matched_tokens(request.request_id, num_computed_tokens)
@@ -227,9 +227,9 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
             self._events.residences.clear()
         return True
 
-    def _leave_if_changed(self, request_id: str) -> None:
+    def _leave_if_changed(self, request_id: str, local_tokens: int = 0) -> None:
         """A request goes on without kvloom once it is uncertain which version of its adapter computes it."""
-        if self._planner is not None and self._adapters.has_changed(request_id):
+        if self._planner is not None and self._adapters.has_changed(request_id, local_tokens):
             self._adapters.close(request_id)
             self._planner.close(request_id)
             if self._events is not None:

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -256,6 +257,35 @@ def test_tensors_of_other_classes_are_read(tmp_path: Path) -> None:
     assert name_of(wrapped(0.0)) == name_of(wrapped(0.0)) != name_of(wrapped(1.0))
 
 
+class Linear4bit(torch.nn.Linear):
+    """As bitsandbytes has it: saving changes the weights, and quantisation's scales hang at the weight."""
+
+    __module__ = "bitsandbytes.nn.modules"
+
+    def _save_to_state_dict(self, *_: Any, **__: Any) -> None:
+        self.weight.data.zero_()
+
+
+def test_weights_of_bitsandbytes_are_read_without_saving_them() -> None:
+    def quantised(scale: float) -> PreTrainedModel:
+        model = make_model("llama")
+        head = Linear4bit(32, 512, bias=False)
+        head.weight.data = model.lm_head.weight.data
+        head.weight.quant_state = SimpleNamespace(as_dict=lambda packed: {"absmax": torch.tensor([scale])})  # type: ignore[assignment]
+        model.lm_head = head
+        return model
+
+    model = quantised(1.0)
+    assert name_of(model) == name_of(quantised(1.0)) != name_of(quantised(2.0))
+    assert model.lm_head.weight.any()
+
+
+def packed() -> PreTrainedModel:
+    kinds = {torch.nn.Linear}
+    model: PreTrainedModel = torch.ao.quantization.quantize_dynamic(make_model("llama"), kinds, dtype=torch.qint8)
+    return model
+
+
 def unreadable() -> PreTrainedModel:
     model = make_model("llama")
     model.lm_head.weight = torch.nn.Parameter(torch.empty(512, 32, device="meta"))
@@ -269,8 +299,9 @@ def unreadable() -> PreTrainedModel:
         (lambda _: torch.nn.Linear(2, 2), "is a Linear; expected a transformers model"),
         (lambda _: "meta-llama/Llama-3.1-8B", "is a str; expected a transformers model"),
         (lambda _: unreadable(), "lm_head.weight .* cannot be read.* give a name of your own as model_id"),
+        (lambda _: packed(), "_packed_params.* cannot be read.* give a name of your own as model_id"),
     ],
-    ids=["no head", "no model", "text", "no data"],
+    ids=["no head", "no model", "text", "no data", "packed"],
 )
 def test_models_that_have_no_name_are_refused(make: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=message) as caught:
@@ -280,6 +311,8 @@ def test_models_that_have_no_name_are_refused(make: Callable[[Path], Any], messa
 
 def test_the_user_may_name_what_cannot_be_read() -> None:
     assert name_of(unreadable(), "mine") == "mine"
+    rag = Rag(packed(), model_id="mine")
+    assert rag.precompute(DOCUMENTS[:1]).computed == 1 and rag.spec.model_id == "mine"
 
 
 def test_documents_are_shared_between_precisions_of_adapters_only_by_name(tmp_path: Path) -> None:

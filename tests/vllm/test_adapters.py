@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kvloom.connectors.identity.adapters import AdapterNames
-from kvloom.connectors.vllm.adapters import LoadedAdapters, OpenAdapters
+from kvloom.connectors.vllm.adapters import LoadedAdapters, OpenAdapters, adapter_variant
 
 MODULES = ("q_proj", "k_proj", "o_proj")
 
@@ -87,7 +87,7 @@ def test_views_of_the_file_prove_nothing(tmp_path: Path) -> None:
 
 
 def lora(folder: Path, number: int = 1, *, load_inplace: bool = False) -> SimpleNamespace:
-    return SimpleNamespace(lora_path=str(folder), lora_int_id=number, load_inplace=load_inplace)
+    return SimpleNamespace(lora_name="policy", lora_path=str(folder), lora_int_id=number, load_inplace=load_inplace)
 
 
 def test_requests_without_adapters_are_none_of_its_business() -> None:
@@ -136,3 +136,33 @@ def test_a_reload_changes_open_requests(tmp_path: Path, *, load_inplace: bool) -
     other = adapters.open("s", lora(two, load_inplace=load_inplace))
     assert (other is not None) == load_inplace and other != first
     assert adapters.has_changed("r"), "its number stands for another adapter"
+
+
+def test_blocks_of_an_earlier_version_in_the_engines_own_cache(tmp_path: Path) -> None:
+    """The engine files blocks by the adapter's name and path: after a reload in place it takes the old ones for new."""
+    folder, other = adapter(tmp_path / "live", 1), adapter(tmp_path / "other", 3)
+    adapters = OpenAdapters(AdapterNames(clock=lambda: time.time() + 60))
+    adapters.open("first", lora(folder))
+    adapters.open("other", lora(other, 2))
+    assert not adapters.has_changed("first", local_tokens=64)
+    adapter(folder, 2)
+    adapters.open("second", lora(folder, load_inplace=True))
+    assert adapters.has_changed("second", local_tokens=64) and not adapters.has_changed("second")
+    assert not adapters.has_changed("other", local_tokens=64)
+
+
+def test_the_precision_of_adapters_counts(tmp_path: Path) -> None:
+    def config(lora_dtype: object) -> Any:
+        dtype = torch.float16
+        return SimpleNamespace(
+            lora_config=SimpleNamespace(lora_dtype=lora_dtype), model_config=SimpleNamespace(dtype=dtype)
+        )
+
+    folder = adapter(tmp_path / "one", 1)
+    found = set()
+    for lora_dtype in (torch.float16, torch.bfloat16, torch.float32):
+        names = AdapterNames(clock=lambda: time.time() + 60)
+        found.add(OpenAdapters(names, adapter_variant(config(lora_dtype))).open("r", lora(folder)))
+    assert len(found) == 3
+    assert adapter_variant(config("auto")) == adapter_variant(config(torch.float16)) == b""
+    assert adapter_variant(SimpleNamespace(lora_config=None, model_config=config("auto").model_config)) == b""

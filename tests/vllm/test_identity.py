@@ -179,7 +179,7 @@ def adapters_of() -> OpenAdapters:
 
 
 def lora(folder: Path | str, number: int = 1) -> SimpleNamespace:
-    return SimpleNamespace(lora_path=str(folder), lora_int_id=number, load_inplace=False)
+    return SimpleNamespace(lora_name="policy", lora_path=str(folder), lora_int_id=number, load_inplace=False)
 
 
 @pytest.mark.parametrize(
