@@ -19,6 +19,7 @@ from kvloom.errors import EngineError, KVLoomError, TierFullError
 from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.disk.tier import DiskTier
 from kvloom.kvstore.tiers.host import HostTier
+from kvloom.retrieval.settings import Retrieval
 
 from ..support.damage import flip, overwrite, stored_at
 from ..support.faulty import LONG_S, FaultyTier, device_error, eventually
@@ -134,6 +135,46 @@ def test_ratio_one_with_every_variant(variant: str) -> None:
         assert total > 5 * WINDOW_TOKENS
         assert kept == [WINDOW_TOKENS - 1 if window else total for window in rag.layers.window_tokens]
         assert WINDOW_TOKENS - 1 in kept
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config"),
+    [
+        ("llama", {"sliding_window": WINDOW_TOKENS}),
+        ("llama", {"sliding_window": WINDOW_TOKENS, "layer_types": ["sliding_attention", "full_attention"] * 2}),
+        ("llama", {"attention_chunk_size": WINDOW_TOKENS, "layer_types": ["chunked_attention"] * 4}),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": WINDOW_TOKENS}),
+        ("qwen3", {"use_sliding_window": False, "sliding_window": WINDOW_TOKENS, "max_window_layers": 0}),
+        ("mistral", {"sliding_window": WINDOW_TOKENS}),
+        (
+            "qwen3",
+            {
+                "use_sliding_window": True,
+                "sliding_window": WINDOW_TOKENS,
+                "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+            },
+        ),
+    ],
+    ids=["ignored", "ignored, mixed", "ignored, chunked", "off", "off in qwen3", "on", "mixed"],
+)
+def test_the_cache_keeps_what_the_attention_modules_attend_to(architecture: str, config: dict[str, object]) -> None:
+    """Whatever else stands in the configuration: plain forwards, without any cache, are the truth."""
+    rag = connect(make_model(architecture, **config))
+    inputs, cache = rag.assemble(DOCUMENTS, QUESTION)
+    total = cache.get_seq_length()
+    assert total > 5 * WINDOW_TOKENS
+    kept = [layer.keys.shape[2] for layer in cache.layers]
+    assert kept == [WINDOW_TOKENS - 1 if window else total for window in rag.layers.window_tokens]
+    ids, tokens = inputs["input_ids"], []
+    with torch.no_grad():
+        for _ in range(8):
+            tokens.append(int(rag.model(ids, use_cache=False).logits[0, -1].argmax()))
+            ids = torch.cat((ids, torch.tensor([[tokens[-1]]])), dim=1)
+    assert generate(rag.model, inputs, cache)[0][:8] == tokens
+    expected = rag.tokenizer.decode(tokens, skip_special_tokens=True)
+    assert rag.answer(DOCUMENTS, QUESTION, max_new_tokens=8) == expected
+    exact = Retrieval("exact", budget_ratio=1.0, break_even_tokens=0)
+    assert list(rag.generate(inputs, retrieval=exact, max_new_tokens=8).token_ids[0]) == tokens
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.15, 1.0])
