@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from ..blend.blender import Blender
 from ..blend.choosers import CHOOSERS
 from ..connectors.hf.connector import TransformersConnector
+from ..connectors.hf.generation import cache_argument
 from .intervals import spread
 from .workload import Case
 
@@ -86,13 +87,14 @@ def answer(connector: TransformersConnector, method: Method, case: Case, *, new_
         input_ids = torch.tensor([[*connector.lead_ids, *rest]], device=connector.model.device)
         cache = DynamicCache(config=connector.model.config)
         computed = float(input_ids.shape[1])
-    logits = connector.model(input_ids, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+    held = {cache_argument(): cache}
+    logits = connector.model(input_ids, logits_to_keep=1, **held).logits[0, -1]
     tokens = [int(logits.argmax())]
     ttft = time.perf_counter() - start
     loaded = dict(_bytes_read(connector) - before)
     while len(tokens) < new_tokens:
         step = torch.tensor([tokens[-1:]], device=connector.model.device)
-        tokens.append(int(connector.model(step, past_key_values=cache).logits[0, -1].argmax()))
+        tokens.append(int(connector.model(step, **held).logits[0, -1].argmax()))
     return Outcome(ttft, tuple(tokens), logits.float().cpu(), computed, loaded)
 
 

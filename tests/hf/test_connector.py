@@ -1,6 +1,7 @@
 """The transformers connector: stock `generate` over a fused cache says what it says over plain text."""
 
 import errno
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig,
 from kvloom.blend.blender import Blender
 from kvloom.blend.choosers import no_tokens
 from kvloom.connectors.hf.connector import Precomputed, TransformersConnector
+from kvloom.connectors.hf.generation import cache_argument
 from kvloom.connectors.hf.prefill import Prefill
 from kvloom.core import ChunkKey, EncodedChunk, KVChunk, Tier
 from kvloom.errors import EngineError, KVLoomError, TierFullError
@@ -74,7 +76,7 @@ def generate(model: PreTrainedModel, inputs: dict[str, Tensor], cache: DynamicCa
     """Ten greedy tokens and their logits `[10, V]`."""
     out = model.generate(
         **inputs,
-        past_key_values=cache,
+        **{cache_argument(): cache},
         max_new_tokens=10,
         do_sample=False,
         return_dict_in_generate=True,
@@ -222,8 +224,8 @@ def test_the_question_is_computed_in_full(model: PreTrainedModel, ratio: float) 
         assert len(ids) > 3 and cache.get_seq_length() == keys.shape[2] == inputs["input_ids"].shape[1] - len(ids)
         pairs = [(k[None].clone(), v[None].clone()) for k, v in zip(keys, values, strict=True)]
         with torch.no_grad():
-            expected = model(torch.tensor([ids]), past_key_values=DynamicCache(pairs)).logits[0]
-            found = model(torch.tensor([ids]), past_key_values=cache).logits[0]
+            expected = model(torch.tensor([ids]), **{cache_argument(): DynamicCache(pairs)}).logits[0]
+            found = model(torch.tensor([ids]), **{cache_argument(): cache}).logits[0]
         assert torch.allclose(found, expected, atol=1e-5)
         answers.append(found[-1])
     assert float((answers[0] - answers[1]).abs().max()) > 0.1
@@ -236,6 +238,18 @@ def test_question_of_one_token(rag: TransformersConnector) -> None:
 def test_answer_is_the_decoded_generation(rag: TransformersConnector) -> None:
     tokens, _ = generate(rag.model, *rag.assemble(DOCUMENTS, QUESTION))
     assert rag.answer(DOCUMENTS, QUESTION, max_new_tokens=10) == rag.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_generate_takes_the_cache_by_every_name_that_it_has(rag: TransformersConnector) -> None:
+    """`past_key_values`, and from transformers 5.24 on `cache`, without a warning for the newer one."""
+    newest, expected = cache_argument(), rag.answer(DOCUMENTS, QUESTION, max_new_tokens=6)
+    for name in {"past_key_values", newest}:
+        inputs, cache = rag.assemble(DOCUMENTS, QUESTION)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error" if name == newest else "ignore")
+            output = rag.model.generate(**inputs, **{name: cache}, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        new = output[0, inputs["input_ids"].shape[1] :]
+        assert rag.tokenizer.decode(new, skip_special_tokens=True) == expected
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.enable_grad])
