@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import itertools
 import warnings
 from collections.abc import Sequence
 
@@ -11,41 +11,41 @@ from ..errors import UncertifiedError, UncertifiedWarning
 from .certificate import Certificate
 from .codec_form import Form
 
-_KNOWN = 256  # answers that are remembered; a process sees few models and forms
+_CACHED = 256  # answers; a process sees few models and forms
 
 
 class CertificateGate:
-    """Permits what a certificate covers, or everything if its owner says so. Every method may be called by any thread.
+    """Permits what a certificate covers, or everything if its owner says so.
+
+    Every method may be called from any thread, and takes no lock.
 
     Parameters
     ----------
     allow_uncertified : what no certificate covers is permitted, too; its uses are counted, and the first one warns.
+
+    Attributes
+    ----------
+    uncertified_uses : how often something without a certificate was permitted.
     """
 
     def __init__(self, certificates: Sequence[Certificate] = (), *, allow_uncertified: bool = False) -> None:
         self.certificates = tuple(certificates)
         self.allow_uncertified = allow_uncertified
-        self._lock = threading.Lock()  # of what follows
+        self.uncertified_uses = 0
         self._answers: dict[tuple[Form, KVSpec], Certificate | None] = {}
-        self._uses = 0
-
-    @property
-    def uncertified_uses(self) -> int:
-        """How often something without a certificate was permitted."""
-        with self._lock:
-            return self._uses
+        self._numbers = itertools.count(1)  # of uses; `next` is atomic
 
     def covering(self, form: Form, spec: KVSpec) -> Certificate | None:
         """The first certificate that covers this form for this model; None if none does."""
-        with self._lock:
-            if (form, spec) in self._answers:
-                return self._answers[form, spec]
-        found = next((certificate for certificate in self.certificates if certificate.covers_form(form, spec)), None)
-        with self._lock:
-            if len(self._answers) >= _KNOWN:
+        question = form, spec
+        try:
+            return self._answers[question]
+        except KeyError:
+            found = next((one for one in self.certificates if one.covers_form(form, spec)), None)
+            if len(self._answers) >= _CACHED:
                 self._answers.clear()
-            self._answers[form, spec] = found
-        return found
+            self._answers[question] = found
+            return found
 
     def permits(self, form: Form, spec: KVSpec) -> bool:
         """Whether the form may be used for the model; asking is no use of it."""
@@ -85,10 +85,8 @@ class CertificateGate:
             )
 
     def _count_use(self, what: str, model: str) -> None:
-        with self._lock:
-            self._uses += 1
-            is_first = self._uses == 1
-        if is_first:
+        self.uncertified_uses = number = next(self._numbers)
+        if number == 1:
             warnings.warn(
                 f"{what} is used for {model} without a certificate (allow_uncertified=True): answers may differ from "
                 "the exact model's by an unknown amount; measure it with `kvloom certify`",

@@ -58,6 +58,14 @@ def form_of_blob(blob: EncodedChunk) -> Form:
     return blob.codec, blob.meta.get("parameters", "{}")
 
 
+def spec_of_blob(blob: EncodedChunk) -> KVSpec | None:
+    """The model of an encoded chunk; None if the chunk does not name it."""
+    try:
+        return _read_spec(blob.meta["spec"])
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return None
+
+
 def is_exact(blob: EncodedChunk, codec: Codec) -> bool:
     """Whether `codec` decodes `blob` to the very bits that were encoded.
 

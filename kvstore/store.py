@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from ..calibration.certificate import Certificate
+from ..calibration.certificate_gate import CertificateGate
 from ..compress.raw import RawCodec
 from ..core import NOTHING, ChunkInfo, ChunkKey, Codec, EncodedChunk, KVChunk, KVSpec, Tier
 from ..errors import CodecError, SpecMismatchError, TierError, TierUnavailableError
 from .capabilities import MayStall
-from .encoding.certification import CertificateGate
 from .encoding.tier_codecs import TierCodecs
 from .eviction.policy import EvictionPolicy, policy_factory
 from .guard.deadline import Deadline, check_timeout

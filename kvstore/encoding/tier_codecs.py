@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
+from ...calibration.certificate_gate import CertificateGate
 from ...calibration.codec_form import form_of
-from ...compress.envelope import form_of_blob, is_exact
+from ...compress.envelope import form_of_blob, is_exact, spec_of_blob
 from ...core import Codec, EncodedChunk, KVChunk, KVSpec
 from ...errors import CodecError
 from . import extras
 from .buffer_pool import BufferPool
-from .certification import CertificateGate
 from .copies import on_cpu
 
 
@@ -40,8 +40,9 @@ class TierCodecs:
 
     def check_certificates(self, spec: KVSpec) -> None:
         """Raises `UncertifiedError` unless every tier's codec may be used for this model."""
-        for codec in dict(self._tier_codecs).values():
-            self.gate.check(codec, spec)
+        for form, codec in dict(self._tier_codecs).items():
+            if not codec.is_lossless:
+                self.gate.require(form, spec, f"the lossy codec {codec.name!r}", "--codec NAME")
 
     def encode(self, chunk: KVChunk) -> list[EncodedChunk]:
         """The chunk for each tier, in memory of its own; encoded once for all tiers of one codec."""
@@ -65,7 +66,8 @@ class TierCodecs:
         if not is_exact(blob, source):
             return blob
         chunk = extras.decode(on_cpu(blob), source.decode)
-        return self._encode(codec, chunk) if self.gate.covers(codec, chunk.spec) else blob
+        is_allowed = codec.is_lossless or self.gate.permits(form, chunk.spec)
+        return self._encode(codec, chunk) if is_allowed else blob
 
     def decode(self, blob: EncodedChunk, positions: Tensor | None) -> KVChunk | None:
         """The chunk of a stored blob, if possible in memory that was used before (`DecodesInto`).
@@ -77,7 +79,10 @@ class TierCodecs:
         CodecError : its codec is not known, or the blob is not what that codec makes.
         """
         codec = self._codec_of(blob)
-        if not self.gate.may_serve(codec, blob):
+        # a stored chunk counts by its own parameters, not by those of `codec`
+        if not is_exact(blob, codec) and not self.gate.use(
+            form_of_blob(blob), spec_of_blob(blob), f"the lossy codec {codec.name!r}"
+        ):
             return None
         # Not by `isinstance`, which takes as long as the rest of a hit in memory.
         into: Callable[..., KVChunk] | None = getattr(codec, "decode_into", None)

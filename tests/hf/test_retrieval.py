@@ -658,7 +658,7 @@ def test_a_lossy_store_is_what_attention_sees(model: PreTrainedModel) -> None:
     assert torch.equal(*logits)
     difference = float((logits[0][:, 0] - stock(model, asked[0], 6)[1]).abs().max())
     assert difference > 0.01
-    with pytest.raises(UncertifiedError, match="codec 'coarse' is lossy"):
+    with pytest.raises(UncertifiedError, match="the lossy codec 'coarse' may not be used for m"):
         strict = KVStore([HostTier(None)], codec=codec)
         TransformersConnector(model, make_tokenizer(bos=True), strict, model_id="m").generate(
             asked, retrieval=retrieval
