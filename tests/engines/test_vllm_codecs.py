@@ -135,4 +135,5 @@ def test_without_its_certificate_an_engine_does_not_start(folder: Path) -> None:
         check=False,
     )
     assert refused.returncode == 1
-    assert re.search(r"UncertifiedError: the lossy codec 'nuq' may not be used for tiny: .*--model-id tiny", refused.stderr)
+    expected = r"UncertifiedError: the lossy codec 'nuq' may not be used for tiny: .*--model-id tiny"
+    assert re.search(expected, refused.stderr)
