@@ -135,7 +135,7 @@ def run(*, quick: bool = False, folder: Path = Path(), lmcache_python: Path | No
         match = match_times(sizes.stored, sizes.prompt, sizes.calls, sizes.rounds, bar)
         bar.advance(whole)
         reopen = reopen_times(folder, sizes.reopened, sizes.rounds, bar)
-    metrics = _metrics(found, match, reopen)
+    metrics = figures(found, match, reopen)
     rows = [*(row for comparison in found for row in comparison.rows()), *match.rows(), *reopen.rows()]
     ahead = {name: metric.value for name, metric in _against_alternatives(found).items() if metric.value < 1}
     for name, value in sorted(ahead.items(), key=lambda item: item[1]):
@@ -155,7 +155,8 @@ def _notes(folder: Path) -> list[str]:
     return notes
 
 
-def _metrics(found: Sequence[Comparison], match: MatchTimes, reopen: ReopenTimes) -> dict[str, Metric]:
+def figures(found: Sequence[Comparison], match: MatchTimes, reopen: ReopenTimes) -> dict[str, Metric]:
+    """The tracked figures: of several sizes the worst counts."""
     shares = {
         "host_put_vs_copy": (host_speed.PUT, host_speed.STORE_PUT),
         "host_get_vs_copy": (host_speed.GET, host_speed.STORE_GET),

@@ -238,7 +238,8 @@ def test_text_continues_what_the_context_ends_with() -> None:
     _, tokenizer = load_model(None)
     tasks = TaskTokens(tokenizer)
     ids, ((question, answer),) = tasks.sample(TEXT, 300, random.Random(1))
-    prose = tasks._prose
+    whole = load_heldout()
+    prose = tokenizer("\n".join(whole[len(whole) // 2 :]), add_special_tokens=False, verbose=False).input_ids
     start = next(i for i in range(len(prose)) if prose[i : i + 299] == ids[1:].tolist())
     assert ids[0] == 1 and len(question) == 0 and prose[start + 299 : start + 299 + len(answer)] == answer.tolist()
 

@@ -360,7 +360,7 @@ def comparisons() -> list[Comparison]:
 
 def test_the_worst_size_from_1_mib_on_counts(tmp_path: Path) -> None:
     match, reopen = match_times(20, 10, 2, 1, quiet), reopen_times(tmp_path, 2, 1, quiet)
-    metrics = tiers._metrics(comparisons(), match, reopen)
+    metrics = tiers.figures(comparisons(), match, reopen)
     assert set(metrics) == ALWAYS
     for name in ("host_put_vs_copy", "host_get_vs_copy", "disk_put_vs_raw", "disk_cold_get_vs_raw"):
         assert metrics[name].value == 0.5
