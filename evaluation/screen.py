@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -12,6 +12,7 @@ from rich.table import Table as ScreenTable
 
 from .page import Table, cell_text
 
+MOST_KEPT = 24  # characters of a word that is not broken into two lines
 FILE_WIDTH = 120  # columns of text where output goes into a file or a pipe
 
 
@@ -23,13 +24,21 @@ def output() -> Console:
 
 def print_table(console: Console, table: Table) -> None:
     """Print a table of a page under its caption; cells break into lines where it is wider than the terminal."""
-    title = escape(table.caption)
-    screen = ScreenTable(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    if table.caption:
+        console.print(escape(table.caption), style="bold", highlight=False)
+    screen = ScreenTable(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     rows = [[cell_text(value) for value in row] for row in table.rows]
     for i, column in enumerate(table.columns):
-        is_one_word = not any(" " in row[i] for row in rows)
-        justify: Literal["left", "right"] = "left" if i in table.left else "right"
-        screen.add_column(escape(column), justify=justify, overflow="fold", no_wrap=is_one_word and " " not in column)
+        cells = [row[i] for row in rows]
+        is_one_word = " " not in column and not any(" " in cell for cell in cells)
+        longest_word = max((len(word) for cell in cells for word in cell.split()), default=1)
+        screen.add_column(
+            escape(column),
+            justify="left" if i in table.left else "right",
+            overflow="fold",
+            no_wrap=is_one_word,
+            min_width=min(longest_word, MOST_KEPT) if i in table.left else None,
+        )
     for row in rows:
         screen.add_row(*map(escape, row))
     console.print(screen)
