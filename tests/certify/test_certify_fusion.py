@@ -11,7 +11,9 @@ from kvloom.blend.certified_ratio import FUSION, certified_ratio, choosing_once,
 from kvloom.calibration.certificate import Certificate, Figure
 from kvloom.calibration.certificate_gate import CertificateGate
 from kvloom.certify.fusion import smallest_passing
+from kvloom.connectors.identity.weights import folder_name
 from kvloom.core import KVSpec, RopeSpec
+from kvloom.evaluation.models import BUNDLED_MODEL
 
 from .test_certify import run
 
@@ -55,13 +57,13 @@ def test_what_a_certificate_permits() -> None:
 def test_the_command(tmp_path: Path) -> None:
     """Three trials prove nothing within 5 points; with a limit that they can prove, the smallest ratio is written."""
     out = tmp_path / "fusion.json"
-    small = ("--trials", 3, "--context-tokens", 256, "--tasks", "needle", "--ratios", "0.2,0.6", "--model-id", "tiny")
+    small = ("--trials", 3, "--context-tokens", 256, "--tasks", "needle", "--ratios", "0.2,0.6")
     assert run("certify", "reference", "--fusion", *small, "-o", out) == 1
     assert not Certificate.load(out).passed
     assert run("certify", "reference", "--fusion", *small, "-o", out, "--max-task-loss", 1.0) == 0
     certificate = Certificate.load(out)
     assert permitted(certificate, spec=certificate.spec) == 0.2
-    assert certificate.model_id == "tiny"
+    assert certificate.model_id == folder_name(BUNDLED_MODEL), "as a server of the folder has it"
     assert set(json.loads(out.read_text())["conditions"]["losses"]) == {"0.2", "0.6"}
     assert run("certify", "reference", "--fusion", "--codec", "raw") == 2
     assert run("certify", "reference", "--fusion", "--ratios", "1.5") == 2
