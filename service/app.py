@@ -29,17 +29,42 @@ from .context import ServiceContext
 from .documents.engine import EmbeddedEngine
 from .documents.registry import DocumentRegistry
 from .jobs import Jobs
+from .kv_events import EventPublisher, KVEvents
 from .latencies import Latencies
 from .pins import Pins
-from .routes import administration, chunks, completions, dashboard, documents, health, lookups, pins, shared_memory
+from .routes import (
+    administration,
+    chunks,
+    completions,
+    dashboard,
+    documents,
+    events,
+    health,
+    lookups,
+    pins,
+    shared_memory,
+)
 from .self_check import problems_of
 from .served_store import ServedStore
 from .settings import ServiceSettings
 from .shared_memory import SharedMemory
+from .telemetry import Telemetry
 
 _LOG = logging.getLogger("kvloom.service")
 _UPKEEP_INTERVAL_S = 0.5
 
+_ROUTES = (
+    chunks,
+    lookups,
+    pins,
+    shared_memory,
+    documents,
+    completions,
+    events,
+    administration,
+    health,
+    dashboard,
+)
 _DESCRIPTION = (
     "Keeps the KV caches of long contexts in tiers, for engines and for people without one. Every answer that is not a "
     "success is an application/problem+json document."
@@ -85,10 +110,18 @@ def create_app(settings: ServiceSettings, tiers: Sequence[Tier] | None = None) -
         quotas=quotas_of(settings, tenants, namespaces.all()),
         timeout_s=settings.tier_timeout_s,
     )
+    index, kv_events, publisher = ChunkIndex(store), KVEvents(store, tenants), None
+    index.follow(kv_events.moved)
+    if settings.events_endpoint is not None:
+        pool = tenants.get(settings.events_tenant).pool
+        publisher = EventPublisher(kv_events, pool, settings.events_endpoint)
     context = ServiceContext(
         settings=settings,
         store=store,
-        index=ChunkIndex(store),
+        index=index,
+        events=kv_events,
+        publisher=publisher,
+        telemetry=Telemetry(settings.telemetry_endpoint),
         tokens=TokenFile(directory / "tokens.json"),
         tenants=tenants,
         namespaces=namespaces,
@@ -115,7 +148,7 @@ def create_app(settings: ServiceSettings, tiers: Sequence[Tier] | None = None) -
         redirect_slashes=False,
     )
     app.state.context = context
-    for each in (chunks, lookups, pins, shared_memory, documents, completions, administration, health, dashboard):
+    for each in _ROUTES:
         app.include_router(each.router)
     problems.install(app)
     app.add_middleware(Guard, context=context)
@@ -161,6 +194,9 @@ def close(context: ServiceContext) -> None:
     context.threads.shutdown(wait=True, cancel_futures=True)
     context.store.close()
     context.followers.shutdown(wait=False, cancel_futures=True)
+    if context.publisher is not None:
+        context.publisher.close()
+    context.telemetry.close()
     context.documents.close()
     context.audit.close()
 

@@ -6,8 +6,9 @@ import secrets
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from ..core import ChunkInfo, ChunkKey
 from .access.tenants import client_namespace
@@ -50,6 +51,10 @@ class Change:
     chunk: ListedChunk | None
 
 
+class OnMove(Protocol):
+    def __call__(self, chunk: ListedChunk, tier: str, token_ids: Sequence[int], *, is_there: bool) -> None: ...
+
+
 class ChunkIndex:
     """Follows a `ServedStore`. Every method may be called from any thread.
 
@@ -67,6 +72,8 @@ class ChunkIndex:
         self._sequence = 0
         self._generation = store.generation
         self._rescanned_at_s = float("-inf")
+        self._arriving: dict[ChunkKey, tuple[ListedChunk, Sequence[int]]] = {}
+        self._on_move: OnMove | None = None
         with self._lock:
             self._rescan()
 
@@ -80,6 +87,20 @@ class ChunkIndex:
     def get(self, key: ChunkKey) -> ListedChunk | None:
         return self._chunks.get(key)
 
+    def follow(self, on_move: OnMove) -> None:
+        """From now on `on_move` is told of each chunk that enters or leaves a tier, and of its tokens if it was put."""
+        self._on_move = on_move
+
+    def expect(self, key: ChunkKey, info: ChunkInfo, token_ids: Sequence[int]) -> None:
+        """A put of this chunk is under way; `written` or `not_written` says what came of it."""
+        with self._lock:
+            self._arriving[key] = ListedChunk(key, 0, info, 0), token_ids
+
+    def not_written(self, key: ChunkKey) -> None:
+        with self._lock:
+            self._catch_up()
+            self._arriving.pop(key, None)
+
     def written(self, key: ChunkKey, nbytes: int, info: ChunkInfo, etag: str) -> None:
         """A put of this chunk has succeeded."""
         with self._lock:
@@ -91,6 +112,7 @@ class ChunkIndex:
             self._chunks.move_to_end(key)
             self._log.append(Change(self._sequence, found.pool, key, found))
             self._catch_up()
+            self._arriving.pop(key, None)
 
     def catch_up(self) -> None:
         """Follows what the store has done since the last call."""
@@ -142,6 +164,10 @@ class ChunkIndex:
         unknown = False
         for move in self._store.take_changes():
             chunk = self._chunks.get(move.key)
+            arriving, token_ids = self._arriving.get(move.key, (None, ()))
+            about = arriving or chunk
+            if self._on_move is not None and about is not None:
+                self._on_move(about, move.tier, token_ids, is_there=move.is_there)
             if chunk is None:
                 unknown |= move.is_there
             elif move.is_there:

@@ -24,12 +24,14 @@ from .documents.engine import EmbeddedEngine
 from .documents.registry import DocumentRegistry
 from .idempotency import Idempotency
 from .jobs import Jobs
+from .kv_events import EventPublisher, KVEvents
 from .latencies import Latencies
 from .pins import Pins
 from .problems import ProblemError
 from .served_store import ServedStore
 from .settings import ServiceSettings
 from .shared_memory import SharedMemory
+from .telemetry import Telemetry
 from .tier_health import TierHealth
 
 T = TypeVar("T")
@@ -55,10 +57,13 @@ class ServiceContext:
     uploads: UploadBudget
     namespaces: NamespaceFile
     shared_memory: SharedMemory
+    events: KVEvents
+    publisher: EventPublisher | None
     engine: EmbeddedEngine
     documents: DocumentRegistry
     buffers: BufferPool = field(default_factory=BufferPool)
     containers: ContainerCache = field(default_factory=ContainerCache)
+    telemetry: Telemetry = field(default_factory=lambda: Telemetry(None))
     health: TierHealth = field(default_factory=TierHealth)
     idempotency: Idempotency = field(default_factory=Idempotency)
     is_draining: bool = False

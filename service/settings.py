@@ -107,6 +107,7 @@ class ServiceSettings(BaseSettings):
     events_endpoint: str | None = Field(
         None, description="ZeroMQ address on which KV events are published, such as tcp://127.0.0.1:5557."
     )
+    events_tenant: str = Field("default", description="Whose KV events are published.")
     telemetry_endpoint: str | None = Field(None, description="OTLP/HTTP address for traces.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
     log_format: Literal["text", "json"] = Field("text", description="Form of the log.")

@@ -64,6 +64,17 @@ class _Request:
         scope["request_id"] = self._id
 
     async def serve(self, app: ASGIApp) -> None:
+        """To the end of the answer."""
+        with self._context.telemetry.request(self._scope["method"], self._headers) as told:
+            credential = await self._serve(app)
+            told["http.route"] = getattr(self._scope.get("route"), "path", "unknown")
+            told["http.response.status_code"] = self._status
+            told["http.request.body.size"] = self._received_bytes
+            told["http.response.body.size"] = self._sent_bytes
+            if credential is not None:
+                told["kvloom.tenant"] = credential.tenant
+
+    async def _serve(self, app: ASGIApp) -> Credential | None:
         credential: Credential | None = None
         tenant: str | None = None
         try:
@@ -83,6 +94,7 @@ class _Request:
             if tenant is not None:
                 self._context.limits.leave(tenant)
             self._note(credential)
+        return credential
 
     def _verified(self) -> Credential:
         scheme, _, token = self._headers.get(b"authorization", b"").decode("latin-1").partition(" ")

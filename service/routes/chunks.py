@@ -8,6 +8,7 @@ import re
 import time
 from typing import Annotated, Any
 
+import torch
 from fastapi import APIRouter, Header, Path, Query, Request
 from pydantic import BaseModel
 from starlette.responses import Response
@@ -113,8 +114,15 @@ async def put_chunk(
     def store() -> str:
         blob, header = incoming.chunk(client_key)
         etag = context.containers.note(stored_key, blob, header)
-        with context.store.use() as kvstore:
-            kvstore.put_encoded(stored_key, blob, info)
+        tokens = blob.tensors.get("token_ids")
+        is_row = tokens is not None and tokens.ndim == 1 and tokens.dtype == torch.int64
+        context.index.expect(stored_key, info, tokens.tolist() if tokens is not None and is_row else ())
+        try:
+            with context.store.use() as kvstore:
+                kvstore.put_encoded(stored_key, blob, info)
+        except BaseException:
+            context.index.not_written(stored_key)
+            raise
         context.index.written(stored_key, listed_bytes(incoming.filled_bytes), info, etag)
         return etag
 

@@ -68,7 +68,8 @@ class Service:
         try:
             connection.request(method, path, body, sent)
             answer = connection.getresponse()
-            data = answer.read()
+            is_endless = (answer.getheader("Content-Type") or "").startswith("text/event-stream")
+            data = answer.read1() if is_endless else answer.read()
             return Reply(answer.status, {name.lower(): value for name, value in answer.getheaders()}, data)
         finally:
             connection.close()

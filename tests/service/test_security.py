@@ -134,8 +134,8 @@ def test_the_api_does_what_its_document_says(service: Service) -> None:
     tried = 0
     for result in schema.get_all_operations():
         operation = result.ok()
-        if operation.path == "/v1/tiers/{name}":
-            continue  # detaches what the others use; test_service.py tries it
+        if operation.path in ("/v1/tiers/{name}", "/v1/events"):
+            continue  # detaches what the others use; goes on for ever. test_service.py and test_events.py try them
 
         @settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
         @given(case=operation.as_strategy())
