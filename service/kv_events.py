@@ -111,7 +111,7 @@ class EventPublisher:
             raise ImportError("KV events need pyzmq and msgspec: pip install 'kvloom[events]'") from exc
         self._events, self._pool, self._interval_s = events, pool, interval_s
         self._encode = msgspec.msgpack.Encoder().encode
-        self._socket = zmq.Context.instance().socket(zmq.PUB)
+        self._socket: Any = zmq.Context.instance().socket(zmq.PUB)
         self._socket.set_hwm(100_000)
         self._socket.bind(endpoint)
         self._ended = threading.Event()

@@ -82,6 +82,9 @@ class ServingSettings:
     host_bytes : size of the host tier, for all workers of this engine together.
     disk_path : folder of a `DiskTier`, shared by all engines that name it; None for none.
     disk_bytes : most bytes of chunks in that folder; None for no limit.
+    remote_url : `http://host:port` of a kvloom service, the slowest tier, shared by all engines that name it and a
+        token of one tenant; None for none. An engine starts, and goes on, without it.
+    remote_token_file : file with a token of that service, read again when it changes.
     host_codec, disk_codec : codec of the chunks in that tier, a name of `compress.registry`; None stores them as they
         are.
     profile : file of the model's `Profile`, for codecs that need one.
@@ -110,6 +113,8 @@ class ServingSettings:
     host_bytes: Size = ByteSize(4 << 30)
     disk_path: FolderPath | None = None
     disk_bytes: Size | None = None
+    remote_url: Name | None = None
+    remote_token_file: FilePath | None = None
     host_codec: Name | None = None
     disk_codec: Name | None = None
     profile: FilePath | None = None
@@ -135,6 +140,8 @@ class ServingSettings:
         for name in ("disk_codec", "disk_bytes"):
             if getattr(self, name) is not None and self.disk_path is None:
                 raise ValueError(f"{name} is given without disk_path; name the folder that it is for")
+        if (self.remote_url is None) != (self.remote_token_file is None):
+            raise ValueError("remote_url and remote_token_file belong together; give both or neither")
         return self
 
     @classmethod

@@ -82,11 +82,13 @@ def small_settings(directory: Path, **changes: Any) -> ServiceSettings:
 
 
 @contextmanager
-def service_in_thread(directory: Path, tiers: Sequence[Tier] | None = None, **changes: Any) -> Iterator[Service]:
+def service_in_thread(
+    directory: Path, tiers: Sequence[Tier] | None = None, *, on_port: int = 0, **changes: Any
+) -> Iterator[Service]:
     settings = small_settings(directory, **changes)
     app = create_app(settings, tiers)
     token = TokenFile(directory / "tokens.json").create("default", ("read", "write", "admin"))
-    sock = listen("127.0.0.1", 0)
+    sock = listen("127.0.0.1", on_port)
     server = uvicorn.Server(server_config(settings, app))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()

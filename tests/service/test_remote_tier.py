@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kvloom.compress.raw import RawCodec
 from kvloom.core import Tier
 from kvloom.errors import ChunkCorruptError, TierTimeoutError, TierUnavailableError
 from kvloom.kvstore.format import to_bytes
@@ -16,6 +17,7 @@ from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.host import HostTier
 from kvloom.kvstore.tiers.remote.client import AsyncKVLoomClient, KVLoomClient, ServiceError
 from kvloom.kvstore.tiers.remote.tier import RemoteTier
+from kvloom.service.access.credentials import TokenFile
 from kvloom.testing.chunks import make_blob, make_chunk, make_key, same_blob, same_chunk
 from kvloom.testing.tier import TierContract
 
@@ -198,3 +200,21 @@ def test_the_asynchronous_client_does_the_same(service: Service) -> None:
             assert (await client.stats())["chunks"] == 19
 
     asyncio.run(work())
+
+
+def test_a_store_opens_without_its_service_and_finds_it_later(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    token = TokenFile(tmp_path / "tokens.json").create("default", ("read", "write"))
+    tier = RemoteTier(f"http://127.0.0.1:{port}", token=token, timeout_s=1.0, poll_interval_s=0.0)
+    with KVStore([HostTier(None), tier], timeout_s=2.0) as store:
+        store.put(make_key(1), make_chunk(1))
+        assert store.match([make_key(2)]) == 0
+        with service_in_thread(tmp_path, on_port=port) as service:
+            service.client().put(make_key(2), RawCodec().encode(make_chunk(2)))
+            until_s = time.monotonic() + 20
+            while store.match([make_key(2)]) == 0 and time.monotonic() < until_s:
+                time.sleep(0.05)
+            found = store.get(make_key(2))
+            assert found is not None and same_chunk(found, make_chunk(2))
+            assert store.stats().tiers[1].recoveries >= 1 or store.stats().tiers[1].errors >= 1

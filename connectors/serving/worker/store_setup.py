@@ -16,6 +16,7 @@ from ....errors import UncertifiedError
 from ....kvstore.store import KVStore
 from ....kvstore.tiers.disk.tier import DiskTier
 from ....kvstore.tiers.host import HostTier
+from ....kvstore.tiers.remote.tier import RemoteTier
 from ..settings import ServingSettings
 
 
@@ -58,6 +59,9 @@ def open_store(settings: ServingSettings, spec: KVSpec, papers: QualityRecords) 
     tiers: list[Tier] = [HostTier(settings.host_bytes // spec.shard[1])]
     if settings.disk_path is not None:
         tiers.append(DiskTier(settings.disk_path, settings.disk_bytes))
+    if settings.remote_url is not None:
+        token_file, timeout_s = settings.remote_token_file, settings.load_timeout_s
+        tiers.append(RemoteTier(settings.remote_url, token_file=token_file, timeout_s=timeout_s))
     store = KVStore(
         tiers,
         tier_codecs=codecs,

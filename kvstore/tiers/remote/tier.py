@@ -55,6 +55,7 @@ class RemoteTier:
         self._lock = threading.Lock()  # of what follows
         self._nbytes: dict[ChunkKey, int] = {}
         self._used_bytes = 0
+        self._closed = False
         self._cursor: str | None = None
         self._own: dict[ChunkKey, int] = {}  # writes of this process that the service has not yet told of
 
@@ -95,6 +96,15 @@ class RemoteTier:
             return key in self.client
 
     def entries(self) -> list[Entry]:
+        """A service that cannot be reached when a store opens has nothing yet: `changes` tells it all later."""
+        try:
+            return self._list()
+        except TierUnavailableError:
+            if self._cursor is not None or self._closed:
+                raise
+            return []
+
+    def _list(self) -> list[Entry]:
         with self._refusals():
             found, cursor = self.client.entries()
         with self._lock:
@@ -121,6 +131,7 @@ class RemoteTier:
             return [told for change in changes if (told := self._told(change)) is not None]
 
     def close(self) -> None:
+        self._closed = True
         self.client.close()
 
     def _told(self, change: RemoteEntry | ChunkKey) -> Entry | ChunkKey | None:
@@ -139,7 +150,7 @@ class RemoteTier:
         """The difference to a new list: the service has started anew, or too much has changed."""
         with self._lock:
             before = set(self._nbytes)
-        entries = self.entries()
+        entries = self._list()
         gone = before - {entry.key for entry in entries}
         return [*sorted(gone), *(entry for entry in entries if entry.key not in before)]
 
