@@ -63,7 +63,6 @@ class ServiceSettings(BaseSettings):
     tls_certificate: LocalPath | None = Field(None, description="Certificate chain (PEM).")
     tls_key: LocalPath | None = Field(None, description="Private key of the certificate (PEM).")
     tls_key_password: SecretStr | None = Field(None, description="Password of the private key, if it has one.")
-    workers: int = Field(1, ge=1, le=64, description="Processes that serve requests.")
 
     host_bytes: Bytes = Field(4 << 30, description="Chunks kept in memory.")
     disk_bytes: Bytes = Field(64 << 30, description="Chunks kept on disk; 0 for no disk.")
@@ -122,13 +121,9 @@ class ServiceSettings(BaseSettings):
                 f"tenant_reserve_ratio is {self.tenant_reserve_ratio}, above tenant_limit_ratio "
                 f"{self.tenant_limit_ratio}; expected reserve <= limit"
             )
-        if self.models and self.workers > 1:
-            raise ValueError("models need workers = 1: the embedded engine runs in one process, on all cores")
         for name in self.models:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
                 raise ValueError(f"models has {name!r}; expected letters, digits, dots, dashes, at most 64")
-        if self.events_endpoint is not None and self.workers > 1:
-            raise ValueError("events_endpoint needs workers = 1: one process publishes, in order")
         return self
 
     @property

@@ -161,8 +161,6 @@ async def list_tiers(context: Context, caller: Admin) -> list[TierSummary]:
 async def attach_tier(name: TierName, body: TierRequest, context: Context, caller: Admin) -> Response:
     """Requests wait for the moment that it takes. 409 if there is one of this name."""
     del caller
-    if context.settings.workers > 1:
-        raise ProblemError(409, "workers", "tiers can be attached at run time only with one worker")
     await context.run(lambda: _attach(context, name, body))
     return Response(status_code=201)
 
@@ -171,8 +169,6 @@ async def attach_tier(name: TierName, body: TierRequest, context: Context, calle
 async def detach_tier(name: TierName, context: Context, caller: Admin) -> Response:
     """Chunks that it alone holds move to the other tiers, as far as they have room. The last tier stays."""
     del caller
-    if context.settings.workers > 1:
-        raise ProblemError(409, "workers", "tiers can be detached at run time only with one worker")
 
     def detach() -> None:
         tiers = [tier for tier in context.store.tiers if tier.name != name]

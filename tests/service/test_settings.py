@@ -41,7 +41,7 @@ def test_flags_override_the_environment_and_that_the_file(tmp_path: Path, monkey
         ({"no_such": 1}, "known settings are directory, host, port"),
         ({"tls_certificate": "a.pem"}, "tls_certificate and tls_key belong together"),
         ({"tenant_reserve_ratio": 0.5, "tenant_limit_ratio": 0.1}, "expected reserve <= limit"),
-        ({"models": {"m": "x"}, "workers": 2}, "models need workers = 1"),
+        ({"models": {"a b": "x"}}, "models has 'a b'"),
         ({"directory": ""}, "directory is ''"),
     ],
 )
