@@ -1,7 +1,7 @@
-"""What the scheduler's half of the vLLM connector and the workers' halves tell one another. Imports no engine.
+"""Messages between the scheduler's half of a connector and its workers. Imports no engine.
 
-`StepPlan` goes to every worker with a step of the engine, `StepReport` comes back with its result. Keys are given for
-every rank: what a rank stores are its own heads, under its own keys.
+A `StepPlan` goes to every worker with a step of the engine, a `StepReport` comes back with the step's result. Keys are
+given for every rank: a rank stores its own heads under its own keys.
 """
 
 from __future__ import annotations
@@ -13,27 +13,48 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ...core import ChunkKey
+from ...core import ChunkKey, KVSpec
 from ...kvstore.placement.catalog import PlacementChange
 
 RankKeys: TypeAlias = "tuple[tuple[ChunkKey, ...], ...]"
 """Keys of the same chunks for every rank: `keys[rank][chunk]`."""
 
-Answer: TypeAlias = "tuple[str, ...]"
-"""The tier that holds each of the chunks asked about, up to the first that none does."""
+FoundTiers: TypeAlias = "tuple[str, ...]"
+"""Result of a look-up: the tier of each chunk asked for, up to the first chunk that no tier holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """What the scheduler's half has to know of a worker.
+
+    `fusion_ratio`: the smallest ratio that certificates permit. `token`: names the worker's connector, for a scheduler
+    in the same process.
+    """
+
+    spec: KVSpec
+    may_fuse: bool = False
+    fusion_ratio: float = 1.0
+    token: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class LookUp:
-    """Up to which of these chunks are all stored? Each is of use only together with those before it."""
+    """Ask which leading chunks are stored. Those found are an offer: they are pinned until a load of this number ends,
+    the number is in `StepPlan.released`, or another look-up `replaces` it.
+    """
 
     request_id: str
     keys: RankKeys
+    number: int = 0
+    replaces: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Put stored KV of tokens `[start, stop)` into the request's blocks. Chunk 0 begins at token `first`."""
+    """Write stored KV of tokens `[start, stop)` into the request's blocks. Chunk 0 begins at token `first`.
+
+    Tokens for which there are no keys are lost. `lookup`: number of the look-up that offered the chunks.
+    """
 
     request_id: str
     keys: RankKeys
@@ -41,24 +62,29 @@ class Load:
     start: int
     stop: int
     blocks: tuple[int, ...]
+    lookup: int = 0
 
     def blocks_from(self, token: int, block_tokens: int) -> frozenset[int]:
-        """Blocks in which nothing came, if nothing did from this token on."""
+        """The blocks that hold tokens from this one on: those without KV if nothing from there on was loaded."""
         return frozenset(self.blocks[token // block_tokens : -(-self.stop // block_tokens)])
 
 
 @dataclass(frozen=True, slots=True)
 class Save:
-    """Store the KV of tokens from `start` on; `blocks` begin with the one that holds token `start`."""
+    """Store the KV of tokens from `start` on; `blocks` begin with the one that holds token `start`.
 
-    keys: tuple[ChunkKey, ...]  # one for each rank
+    `keys`, `after`: of the chunk and of the chunk that it continues, one key for each rank. `recompute_s`: seconds that
+    computing it took, if known. `is_prefix`: a chunk of the request's prefix; otherwise a document, stored by content.
+    """
+
+    keys: tuple[ChunkKey, ...]
     after: tuple[ChunkKey, ...] | None
     token_ids: NDArray[np.int64]
     start: int
     blocks: tuple[int, ...]
-    recompute_s: float | None = None  # what computing it took, if that is known
-    request_id: str = ""  # who computed it
-    is_prefix: bool = False  # a chunk of that request's prefix; otherwise a document, stored by its content
+    recompute_s: float | None = None
+    request_id: str = ""
+    is_prefix: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +99,13 @@ class Document:
 @dataclass(frozen=True, slots=True)
 class Fusion:
     """Provide KV of tokens `[start, stop)`: documents from the store where they are stored, `ratio` of them recomputed,
-    and all that is not stored computed. Documents before token `inexact` are right as they are stored.
+    and everything else computed. Documents before token `inexact` are exact as they are stored.
 
-    Every rank first fetches documents and tells which it found (`StepReport.found`). It computes only when told to, by
-    an `Advance`, since ranks compute together and must not wait for one another within a step.
+    Every rank first fetches documents and reports which it found (`StepReport.found_documents`). It computes only when
+    an `Advance` says so: ranks compute together and must not wait for each other within a step.
 
-    `chosen`: what an equal fusion computed whose KV is there up to `start`, to go on with; None: to be chosen.
+    `chosen`: positions that an equal fusion recomputed whose KV is there up to `start`, to go on with its choice; None:
+    the tokens are to be chosen.
     """
 
     request_id: str
@@ -100,37 +127,66 @@ class Advance:
     found: tuple[bool, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Revocation:
+    """Report these blocks as not loaded, whatever was loaded into them: the cache was reset after the load was planned.
+    A load or fusion of the request that is under way ends.
+    """
+
+    request_id: str
+    blocks: frozenset[int]
+
+
 @dataclass(slots=True)
 class StepPlan:
-    """What the workers are to do in one step of the engine.
+    """What the workers have to do in one step of the engine.
 
-    `layerwise`: loads that are over within the step. `is_idle`: the engine itself computes nothing in it. `number`:
-    from `PrefillRate.begin`, to be told with the outcome.
+    Attributes
+    ----------
+    is_idle : the engine itself computes nothing in this step.
+    number : from `PrefillRate.begin`, to be reported with the outcome; 0 for none.
+    introduce : report a `WorkerInfo`.
+    is_reset : the cache was reset since the last plan.
+    layer_loads : loads that are over within the step.
+    released : numbers of look-ups whose offers are over.
     """
 
     is_idle: bool = False
     number: int = 0
+    introduce: bool = False
+    is_reset: bool = False
 
     lookups: list[LookUp] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
-    layerwise: list[Load] = field(default_factory=list)
+    layer_loads: list[Load] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
     fusions: list[Fusion] = field(default_factory=list)
     advances: list[Advance] = field(default_factory=list)
+    revocations: list[Revocation] = field(default_factory=list)
+    released: list[int] = field(default_factory=list)
 
     @property
     def is_empty(self) -> bool:
-        """Nothing is to be done, and nothing to be told of."""
-        asks = self.lookups or self.loads or self.layerwise or self.saves or self.fusions or self.advances
-        return not (asks or self.is_idle or self.number)
+        """Whether there is nothing to do and nothing to report."""
+        work = self.lookups or self.loads or self.layer_loads or self.saves or self.fusions or self.advances
+        other = self.revocations or self.released or self.is_idle or self.number or self.introduce or self.is_reset
+        return not (work or other)
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What became of a load or a fusion: tokens by tier, tokens computed, and whether a chunk was lost on the way.
+    """Outcome of a load or a fusion.
 
-    `recompute_s`: what computing tokens that came with this knowledge took. `unpriced_tokens`: provided without it.
-    `chosen`: the positions that a fusion computed, if it chose them itself.
+    Attributes
+    ----------
+    tokens : loaded, by the tier that they came from.
+    failed : a chunk was lost on the way.
+    spent_s : seconds from the beginning of the load or fusion to its end.
+    computed_tokens : computed by a fusion.
+    recompute_s : seconds that computing the loaded tokens took, as far as their chunks say so.
+    unpriced_tokens : provided tokens whose chunks do not say so.
+    chosen : positions that a fusion recomputed, if it chose them itself.
+    ranks : how many ranks this is the outcome of.
     """
 
     tokens: Mapping[str, int]
@@ -140,40 +196,61 @@ class Loaded:
     recompute_s: float = 0.0
     unpriced_tokens: int = 0
     chosen: NDArray[np.int32] | None = None
+    ranks: int = 1
 
 
 @dataclass(slots=True)
 class StepReport:
     """What the workers did since the last step.
 
-    `found`: for each rank that has fetched the documents of a fusion, which of them it has. `moves`: chunks that
-    entered or left a tier, where somebody wants to know. `number`: of the plan.
+    Attributes
+    ----------
+    workers : by rank, where the plan asked for it.
+    found_prefixes : results of look-ups, by number.
+    loaded : by request.
+    found_documents : by request: for each rank that has fetched the documents of a fusion, which of them it has.
+    revoked : requests whose revocation was carried out.
+    placement_changes : chunks that entered or left a tier, for an engine that publishes KV events.
+    number : of the plan.
     """
 
-    answers: dict[str, Answer] = field(default_factory=dict)
+    workers: dict[int, WorkerInfo] = field(default_factory=dict)
+    found_prefixes: dict[int, FoundTiers] = field(default_factory=dict)
     loaded: dict[str, Loaded] = field(default_factory=dict)
-    found: dict[str, tuple[tuple[bool, ...], ...]] = field(default_factory=dict)
-    moves: list[PlacementChange] = field(default_factory=list)
+    found_documents: dict[str, tuple[tuple[bool, ...], ...]] = field(default_factory=dict)
+    revoked: set[str] = field(default_factory=set)
+    placement_changes: list[PlacementChange] = field(default_factory=list)
     number: int = 0
 
     @property
     def is_empty(self) -> bool:
-        return not (self.answers or self.loaded or self.found or self.moves or self.number)
+        told = self.found_prefixes or self.loaded or self.found_documents or self.placement_changes
+        return not (told or self.number or self.revoked or self.workers)
 
     def merged(self, other: StepReport) -> StepReport:
-        """Of two ranks: stored is what all have, loaded what none has lost."""
-        answers, loaded = dict(self.answers), dict(self.loaded)
-        for request_id, answer in other.answers.items():
-            answers[request_id] = min(answers.get(request_id, answer), answer, key=len)
+        """The report of both ranks: stored is what both have, loaded what neither has lost."""
+        prefixes, loaded = dict(self.found_prefixes), dict(self.loaded)
+        for number, tiers in other.found_prefixes.items():
+            prefixes[number] = min(prefixes.get(number, tiers), tiers, key=len)
         for request_id, load in other.loaded.items():
             loaded[request_id] = both(loaded[request_id], load) if request_id in loaded else load
-        found = {**self.found, **{name: self.found.get(name, ()) + masks for name, masks in other.found.items()}}
-        return StepReport(answers, loaded, found, self.moves + other.moves, max(self.number, other.number))
+        documents = dict(self.found_documents)
+        for request_id, masks in other.found_documents.items():
+            documents[request_id] = documents.get(request_id, ()) + masks
+        return StepReport(
+            self.workers | other.workers,
+            prefixes,
+            loaded,
+            documents,
+            self.revoked | other.revoked,
+            self.placement_changes + other.placement_changes,
+            max(self.number, other.number),
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """A request in a step: tokens whose KV is there when it is done, its blocks, and how many tokens it computes."""
+    """A request in a step: tokens whose KV is there when the step is done, its blocks, and the tokens it computes."""
 
     request_id: str
     computed_tokens: int
@@ -182,7 +259,7 @@ class Scheduled:
 
 
 def both(one: Loaded, other: Loaded) -> Loaded:
-    """Of two ranks, or of two loads of a request. Tokens are those of every rank: the fewer."""
+    """The outcome of two ranks, or of two loads of a request. Every rank has the tokens of the rank that has fewest."""
     fewer = one if sum(one.tokens.values()) <= sum(other.tokens.values()) else other
     return replace(
         fewer,
@@ -190,4 +267,5 @@ def both(one: Loaded, other: Loaded) -> Loaded:
         spent_s=max(one.spent_s, other.spent_s),
         computed_tokens=max(one.computed_tokens, other.computed_tokens),
         chosen=other.chosen if one.chosen is None else one.chosen,
+        ranks=one.ranks + other.ranks,
     )

@@ -70,10 +70,10 @@ Spans: TypeAlias = Annotated[
     tuple[tuple[_Bound, _Bound], ...], Field(description="[start, stop) pairs of integers, ascending")
 ]
 
-_CHECKED = ConfigDict(extra="forbid")
+CHECKED = ConfigDict(extra="forbid")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, config=_CHECKED)
+@dataclass(frozen=True, slots=True, kw_only=True, config=CHECKED)
 class ServingSettings:
     """`kv_connector_extra_config` of an engine. Sizes may be given as text (`"32GiB"`), paths with `~`.
 
@@ -171,7 +171,7 @@ USAGE_KEYS = frozenset(
 """What kvloom returns with a request. Proxies send it back as input, where it means nothing."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, config=_CHECKED)
+@dataclass(frozen=True, slots=True, kw_only=True, config=CHECKED)
 class RequestOptions:
     """`kv_transfer_params["kvloom"]` of one request.
 
@@ -200,9 +200,8 @@ class RequestOptions:
         given = (params or {}).get("kvloom")
         if given is None:
             return cls()
-        if not isinstance(given, Mapping):
-            raise ValueError(f"kv_transfer_params['kvloom'] is {given!r}; expected an object")
-        given = {name: value for name, value in given.items() if name not in USAGE_KEYS}
+        if isinstance(given, Mapping):
+            given = {name: value for name, value in given.items() if name not in USAGE_KEYS}
         options = checked(cls, given, "kv_transfer_params['kvloom']")
         end = 0
         for start, stop in options.documents:
@@ -231,7 +230,7 @@ def documents_between(token_ids: Sequence[int], separator_ids: Sequence[int]) ->
     return tuple(spans)
 
 
-def checked(kind: type[T], given: Mapping[str, Any], where: str) -> T:
+def checked(kind: type[T], given: object, where: str) -> T:
     """An object of a pydantic dataclass, made of JSON.
 
     Raises
@@ -239,18 +238,30 @@ def checked(kind: type[T], given: Mapping[str, Any], where: str) -> T:
     ValueError : one line that names the wrong entry, its value and what is expected; for unknown entries, `where` they
         stand and which are known.
     """
-    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
-    if unknown := sorted(set(given) - set(known)):
-        raise ValueError(f"{where} has {', '.join(map(repr, unknown))}; known are {', '.join(known)}")
+    entries = expect_known(given, [field.name for field in fields(kind)], where)  # type: ignore[arg-type]
     try:
-        return kind(**given)
+        return kind(**entries)
     except ValidationError as exc:
         (error, *_) = exc.errors()
         if not error["loc"]:  # two entries that contradict each other
             raise ValueError(str(error["ctx"]["error"])) from None
         name = str(error["loc"][0])
         schema = TypeAdapter(kind).json_schema()["properties"][name]
-        raise ValueError(f"{name} is {given[name]!r}; expected {_expectation(schema)}") from None
+        raise ValueError(f"{name} is {entries[name]!r}; expected {_expectation(schema)}") from None
+
+
+def expect_known(given: object, known: Sequence[str], where: str) -> Mapping[str, Any]:
+    """The given object, if it has known entries only.
+
+    Raises
+    ------
+    ValueError : it is no object, or has an unknown entry.
+    """
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{where} is {given!r}; expected an object")
+    if unknown := sorted(map(str, set(given) - set(known))):
+        raise ValueError(f"{where} has {', '.join(map(repr, unknown))}; known are {', '.join(known)}")
+    return given
 
 
 def _expectation(schema: Mapping[str, Any]) -> str:

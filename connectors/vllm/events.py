@@ -1,14 +1,14 @@
 """KV events for routers: which of the engine's blocks kvloom's tiers hold, under the names that vLLM gives them.
 
 A tier knows chunks by their keys. vLLM and the routers that listen to it know blocks by hashes that only the scheduler
-has. So the scheduler's half remembers, of every chunk that is to be stored or was found, which blocks it holds
-(`describe`); the workers tell which chunks enter and leave tiers (`hear`); and both together are events (`take`).
-What other engines store is told when a request here uses it: until then nobody here knows its hashes.
+has. So the scheduler's half remembers, for every chunk that is to be stored or was found, which blocks it holds
+(`describe`); the workers report which chunks enter and leave tiers (`apply`); and both together are events (`take`).
+A chunk that another engine stored is published when a request of this engine uses it: before, its hashes are not known.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,7 @@ class StoredBlocks:
 
 @dataclass(frozen=True, slots=True)
 class Residence:
-    """All ranks hold a chunk in a tier now, or no longer do."""
+    """A chunk that all ranks hold in a tier now, or no longer do."""
 
     blocks: StoredBlocks
     tier: str
@@ -46,43 +46,43 @@ class _Chunk:
 
 
 class Residences:
-    """Which described chunks are in which tiers. What has left all tiers is forgotten."""
+    """Which described chunks are in which tiers. A chunk that has left all tiers is forgotten."""
 
     def __init__(self) -> None:
         self._chunks: dict[ChunkKey, _Chunk] = {}  # under the key of every rank
-        self._told: list[Residence] = []
+        self._changes: list[Residence] = []
 
     def describe(self, keys: tuple[ChunkKey, ...], blocks: StoredBlocks) -> None:
-        """Remember a chunk of these keys, one for each rank, before it is heard of."""
+        """Remember a chunk of these keys, one for each rank, before its placement is reported."""
         if keys[0] not in self._chunks:
             self._chunks.update(dict.fromkeys(keys, _Chunk(keys, blocks)))
 
-    def hear(self, moves: Iterable[PlacementChange]) -> None:
-        """Chunks that entered or left a tier. One that left without having been there was not stored after all."""
-        for move in moves:
-            chunk = self._chunks.get(move.key)
+    def apply(self, changes: Iterable[PlacementChange]) -> None:
+        """Take note of chunks that entered or left a tier. One that left without having been there was not stored."""
+        for change in changes:
+            chunk = self._chunks.get(change.key)
             if chunk is None:
                 continue
-            holders = chunk.holders.setdefault(move.tier, set())
+            holders = chunk.holders.setdefault(change.tier, set())
             was_there = len(holders) == len(chunk.keys)
-            (holders.add if move.is_there else holders.discard)(move.key)
+            (holders.add if change.is_there else holders.discard)(change.key)
             is_there = len(holders) == len(chunk.keys)
             if is_there != was_there:
-                self._told.append(Residence(chunk.blocks, move.tier, is_there))
+                self._changes.append(Residence(chunk.blocks, change.tier, is_there))
             if not any(chunk.holders.values()):
                 self._forget(chunk)
 
     def clear(self) -> None:
-        """No chunk that is stored will be found again."""
+        """Publish every chunk as removed: none of them will be found again."""
         for chunk in {id(chunk): chunk for chunk in self._chunks.values()}.values():
             tiers = [tier for tier, holders in chunk.holders.items() if len(holders) == len(chunk.keys)]
-            self._told += [Residence(chunk.blocks, tier, is_there=False) for tier in tiers]
+            self._changes += [Residence(chunk.blocks, tier, is_there=False) for tier in tiers]
         self._chunks.clear()
 
     def take(self) -> list[Residence]:
-        """What was not told yet, in order."""
-        told, self._told = self._told, []
-        return told
+        """Changes since the last call, in order."""
+        changes, self._changes = self._changes, []
+        return changes
 
     def _forget(self, chunk: _Chunk) -> None:
         for key in chunk.keys:
@@ -90,39 +90,33 @@ class Residences:
 
 
 class KVEvents:
-    """The scheduler's half of the connector, as far as vLLM's KV events go.
+    """VLLM's KV events of what kvloom stores.
 
     Parameters
     ----------
     block_tokens : of the engine; chunks consist of whole blocks.
     chunk_tokens : of a chunk.
+    requests : vLLM's requests that kvloom serves, by id; kept up to date by the caller.
     """
 
-    def __init__(self, block_tokens: int, chunk_tokens: int) -> None:
+    def __init__(self, block_tokens: int, chunk_tokens: int, requests: Mapping[str, Any]) -> None:
         self._block_tokens = block_tokens
         self._chunk_tokens = chunk_tokens
-        self._requests: dict[str, Any] = {}
+        self._requests = requests
         self.residences = Residences()
 
-    def open(self, request: Any) -> None:
-        """A vLLM `Request` that kvloom serves."""
-        self._requests[request.request_id] = request
-
-    def close(self, request_id: str) -> None:
-        self._requests.pop(request_id, None)
-
     def describe(self, plan: StepPlan) -> None:
-        """Of all chunks of prefixes that the workers are to store or load, which blocks they hold."""
+        """Remember which blocks the chunks of prefixes hold that the workers are to store or load."""
         for save in plan.saves:
             if save.is_prefix and save.request_id in self._requests:
                 self._describe(self._requests[save.request_id], save.keys, save.start)
-        for load in (*plan.loads, *plan.layerwise):
+        for load in (*plan.loads, *plan.layer_loads):
             if load.request_id in self._requests:
                 for chunk, keys in enumerate(zip(*load.keys, strict=True)):
                     self._describe(self._requests[load.request_id], keys, load.first + chunk * self._chunk_tokens)
 
     def take(self) -> list[Any]:
-        """VLLM's `BlockStored` and `BlockRemoved`, as its own offloading has them: `CPU` for memory, else `STORAGE`."""
+        """VLLM's `BlockStored` and `BlockRemoved`, like those of its offloading: `CPU` for memory, else `STORAGE`."""
         from vllm.distributed.kv_events import MEDIUM_CPU, MEDIUM_STORAGE, BlockRemoved, BlockStored
         from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash, to_event_extra_keys
 

@@ -1,18 +1,17 @@
 """KV of tokens in vLLM's paged cache: written by the attention backend itself, read by a packing found by trying.
 
 vLLM shows every layer's cache as `[B, H, N, C]` (blocks, KV heads, tokens a block, content of a token), whatever the
-physical order. What the C numbers of a token mean is the backend's affair and has changed between releases. So nothing
-is taken for granted here: at the start a block of random tokens is written by the backend, the one that vLLM keeps for
-nobody, and the packing is the one that reads them back, bit for bit. If none does, the connector refuses to start.
+physical order. What the C numbers of a token mean depends on the backend and has changed between releases. So nothing
+is taken for granted here: at the start the backend writes a block of random tokens into the block that vLLM gives to no
+request, and the packing is the one that reads them back, bit for bit. If none does, the connector refuses to start.
 
 Whole blocks are copied straight to and from the cache, in a third of the time, where the same tokens written by the
-packing have given the very bytes that the backend gave. All else is written by the backend.
+packing have given the very bytes that the backend gave. Everything else is written by the backend.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -20,18 +19,15 @@ import torch
 from torch import Tensor
 
 from ...errors import EngineError
+from ..serving.worker.block_copies import copy_in, copy_out, kernel_blocks, runs_of_blocks
 
 Packing: TypeAlias = "Callable[[Tensor, int, int], tuple[Tensor, Tensor]]"
 """Blocks `[B, H, N, C]`, D and Dv -> keys `[B, H, N, D]` and values `[B, H, N, Dv]`: views where memory permits."""
-
-Run: TypeAlias = "tuple[int, int]"
-"""A block's number, and how many follow one another from there."""
 
 Gather: TypeAlias = "Callable[[Tensor, int, Tensor, Tensor], tuple[Tensor, Tensor]]"
 """A cache `[B, H, N, C]`, D, and for each KV head blocks and places in them, `[H, K]` -> `[H, K, D]`, `[H, K, Dv]`."""
 
 _NULL_BLOCK = 0  # vLLM never gives it to a request
-_RUN_TOKENS = 64  # shorter runs take longer, each in a copy of its own, than all of them by their numbers
 
 
 def side_by_side(blocks: Tensor, key_dim: int, value_dim: int) -> tuple[Tensor, Tensor]:
@@ -69,7 +65,7 @@ def _gather_transposed(cache: Tensor, key_dim: int, blocks: Tensor, places: Tens
 GATHERS: Mapping[Packing, Gather] = MappingProxyType(
     {side_by_side: _gather_side_by_side, keys_transposed: _gather_transposed}
 )
-"""How single tokens are read, by how they are packed."""
+"""How single tokens are read, by packing."""
 
 
 class PagedLayers:
@@ -91,6 +87,7 @@ class PagedLayers:
             raise EngineError("the model has no attention layer with a KV cache")
         first = layers[0]
         self.layers = tuple(layers)
+        self.num_layers = len(layers)
         self.block_tokens = block_tokens
         self.num_kv_heads, self.head_dim = int(first.num_kv_heads), int(first.head_size)
         self.v_head_dim = int(getattr(first, "head_size_v", None) or first.head_size)
@@ -103,7 +100,8 @@ class PagedLayers:
                 raise EngineError(
                     f"layer {layer.layer_name} has a KV cache of {cache.dtype} {list(cache.shape)}; expected "
                     f"{self.dtype} with {self.num_kv_heads} heads of {self.head_dim} + {self.v_head_dim} numbers a "
-                    "token, as in the first layer: kvloom serves unquantised caches of one shape"
+                    "token, as in the first layer: kvloom serves caches of one shape that are not quantised "
+                    "(--kv-cache-dtype auto)"
                 )
             if block_tokens % cache.shape[2]:
                 raise EngineError(f"layer {layer.layer_name} has blocks of {cache.shape[2]} tokens, not {block_tokens}")
@@ -118,13 +116,13 @@ class PagedLayers:
         for layer in layers:
             packing, is_direct = self._find_packing(layer)
             self._packings.append(packing)
-            # A backend that retrieves must be told of every write: an index over other keys would be a wrong answer.
-            is_told = hasattr(layer.impl, "retrieving")
-            views = packing(layer.kv_cache, self.head_dim, self.v_head_dim) if is_direct and not is_told else None
+            # A backend that retrieves has to see every write: an index over other keys would give a wrong answer.
+            sees_writes = hasattr(layer.impl, "retrieving")
+            views = packing(layer.kv_cache, self.head_dim, self.v_head_dim) if is_direct and not sees_writes else None
             self._views.append(views)
 
     def read(self, blocks: Sequence[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """KV of tokens `[start, stop)` of a row of blocks: copies, keys `[L, H, T, D]` and values `[L, H, T, Dv]`."""
+        """A copy of tokens `[start, stop)` of a row of blocks: keys `[L, H, T, D]` and values `[L, H, T, Dv]`."""
         count = stop - start
         keys = torch.empty(
             len(self.layers), self.num_kv_heads, count, self.head_dim, dtype=self.dtype, device=self.device
@@ -136,16 +134,16 @@ class PagedLayers:
         for index, views in enumerate(self._views):
             if is_whole and views is not None:
                 for view, tokens in zip(views, (keys[index], values[index]), strict=True):
-                    self._copy_out(view, runs, tokens)
+                    copy_out(view, runs, tokens, size)
             else:
                 keys[index], values[index] = self.read_layer(index, blocks, start, stop)
         return keys, values
 
     def read_layer(self, index: int, blocks: Sequence[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Of one layer: copies, keys `[H, T, D]` and values `[H, T, Dv]`."""
+        """The same of one layer: keys `[H, T, D]` and values `[H, T, Dv]`."""
         first, last = start // self.block_tokens, -(-stop // self.block_tokens)
-        numbers = self._kernel_blocks(self.layers[index].kv_cache.shape[2], blocks[first:last])
-        pages = self.layers[index].kv_cache[numbers]
+        cache = self.layers[index].kv_cache
+        pages = cache[kernel_blocks(blocks[first:last], self.block_tokens // cache.shape[2], self.device)]
         keys, values = unpacked(self._packings[index], pages, self.head_dim, self.v_head_dim)
         here = slice(start - first * self.block_tokens, stop - first * self.block_tokens)
         return keys[:, here], values[:, here]
@@ -157,6 +155,10 @@ class PagedLayers:
     def write_layer(self, index: int, blocks: Sequence[int], start: int, keys: Tensor, values: Tensor) -> None:
         """The same for one layer, shapes as `read_layer` gives."""
         self._write((index,), blocks, start, keys[None], values[None])
+
+    def write_tokens(self, index: int, blocks: Sequence[int], positions: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Overwrite the KV of tokens at `positions` `[T]` of a row of blocks, in one layer, by the backend."""
+        write_layer(self.layers[index], keys, values, self.slots(blocks, positions))
 
     @torch.inference_mode()
     def _write(self, layers: Sequence[int], blocks: Sequence[int], start: int, keys: Tensor, values: Tensor) -> None:
@@ -175,45 +177,14 @@ class PagedLayers:
                 write_layer(layer, k, v, all_slots)
                 continue
             for view, tokens in zip(views, (k, v), strict=True):
-                self._copy_in(view, runs, tokens[:, whole])
+                copy_in(view, runs, tokens[:, whole], size)
             if edge_slots is not None:
                 write_layer(layer, k[:, edges], v[:, edges], edge_slots)
 
-    def _copy_in(self, view: Tensor, runs: Sequence[Run], tokens: Tensor) -> None:
-        """Tokens `[H, T, D]` into whole blocks of a cache's view `[B, H, N, D]`."""
-        rows = tokens.unflatten(1, (-1, view.shape[2])).transpose(0, 1)
-        if len(runs) * _RUN_TOKENS > tokens.shape[1]:
-            view[self._kernel_blocks(view.shape[2], numbers_of(runs))] = rows
-            return
-        for here, there in self._slices(runs, view.shape[2]):
-            view[there].copy_(rows[here])
-
-    def _copy_out(self, view: Tensor, runs: Sequence[Run], tokens: Tensor) -> None:
-        """The reverse."""
-        rows = tokens.unflatten(1, (-1, view.shape[2])).transpose(0, 1)
-        if len(runs) * _RUN_TOKENS > tokens.shape[1]:
-            rows.copy_(view[self._kernel_blocks(view.shape[2], numbers_of(runs))])
-            return
-        for here, there in self._slices(runs, view.shape[2]):
-            rows[here].copy_(view[there])
-
-    def _slices(self, runs: Sequence[Run], kernel_tokens: int) -> list[tuple[slice, slice]]:
-        """Of a row of the layer's own blocks, and where they are in its cache."""
-        ratio, done, slices = self.block_tokens // kernel_tokens, 0, []
-        for first, count in runs:
-            slices.append((slice(done, done + count * ratio), slice(first * ratio, (first + count) * ratio)))
-            done += count * ratio
-        return slices
-
     def slots(self, blocks: Sequence[int], positions: Tensor) -> Tensor:
-        """Where tokens of a request lie: block number times `block_tokens`, plus the place in the block; int64."""
+        """Slots of a request's tokens: block number times `block_tokens`, plus the place in the block; int64."""
         numbers = torch.tensor(blocks, dtype=torch.int64)[positions // self.block_tokens]
         return (numbers * self.block_tokens + positions % self.block_tokens).to(self.device)
-
-    def _kernel_blocks(self, kernel_tokens: int, blocks: Sequence[int]) -> Tensor:
-        ratio = self.block_tokens // kernel_tokens
-        numbers = torch.tensor(blocks, dtype=torch.int64, device=self.device)
-        return numbers if ratio == 1 else (numbers[:, None] * ratio + torch.arange(ratio, device=self.device)).flatten()
 
     def _find_packing(self, layer: Any) -> tuple[Packing, bool]:
         count = self.block_tokens // layer.kv_cache.shape[2]
@@ -222,12 +193,12 @@ class PagedLayers:
 
 @torch.inference_mode()
 def find_packing(layer: Any, cache: Tensor, key_dim: int, value_dim: int, count: int = 1) -> tuple[Packing, bool]:
-    """How a layer's backend keeps D and Dv numbers of a token, and whether writing them so gives byte for byte
-    what it gives. Tried in the first `count` blocks of `cache`, which are nobody's.
+    """The packing of a layer's backend for D and Dv numbers of a token, and whether a write through it gives the same
+    bytes as a write by the backend. Tries the first `count` blocks of `cache`, which belong to no request.
 
     Raises
     ------
-    EngineError : in no way that is known.
+    EngineError : it is none of `PACKINGS`.
     """
     blocks = cache[_NULL_BLOCK * count : (_NULL_BLOCK + 1) * count]
     before, tokens = blocks.clone(), count * cache.shape[2]
@@ -257,26 +228,15 @@ def find_packing(layer: Any, cache: Tensor, key_dim: int, value_dim: int, count:
 
 
 def unpacked(packing: Packing, blocks: Tensor, key_dim: int, value_dim: int) -> tuple[Tensor, Tensor]:
-    """Tokens of blocks `[B, H, N, C]` one behind the other: keys `[H, B * N, D]` and values `[H, B * N, Dv]`."""
+    """The tokens of blocks `[B, H, N, C]` in a row: keys `[H, B * N, D]` and values `[H, B * N, Dv]`."""
     keys, values = packing(blocks, key_dim, value_dim)
     return keys.transpose(0, 1).flatten(1, 2), values.transpose(0, 1).flatten(1, 2)
 
 
 def write_layer(layer: Any, keys: Tensor, values: Tensor, slots: Tensor, cache: Tensor | None = None) -> None:
-    """Keys `[H, T, D]` and values `[H, T, Dv]` into a layer's cache at `slots`, by the backend's own operation."""
+    """Write keys `[H, T, D]` and values `[H, T, Dv]` into a layer's cache at `slots`, by the backend itself."""
     k, v = keys.transpose(0, 1).contiguous(), values.transpose(0, 1).contiguous()
     layer.impl.do_kv_cache_update(layer, k, v, layer.kv_cache if cache is None else cache, slots)
-
-
-def runs_of_blocks(blocks: Sequence[int]) -> list[Run]:
-    """Numbers in the given order, as runs."""
-    cuts = [i for i, (a, b) in enumerate(pairwise(blocks), start=1) if b != a + 1]
-    return [(blocks[a], b - a) for a, b in pairwise([0, *cuts, len(blocks)]) if a < b]
-
-
-def numbers_of(runs: Sequence[Run]) -> list[int]:
-    """The reverse."""
-    return [number for first, count in runs for number in range(first, first + count)]
 
 
 def _same_bytes(one: Tensor, other: Tensor) -> bool:

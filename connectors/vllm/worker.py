@@ -1,54 +1,44 @@
-"""What kvloom has in a worker of vLLM: a store of its rank's heads, beside the caches of its layers."""
+"""Opens what kvloom has in a worker of vLLM: a store of its rank's heads, beside the caches of its layers."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from ...core import KVSpec
 from ...errors import EngineError
+from ..serving.messages import WorkerInfo
 from ..serving.settings import ServingSettings
+from ..serving.worker.fuser import Fuser
 from ..serving.worker.layer_loads import LayerLoads
+from ..serving.worker.steps import Worker
 from ..serving.worker.store_setup import QualityRecords, is_lossy, open_store
 from ..serving.worker.transfers import Transfers
 from .adapters import LoadedAdapters
-from .fusion.fuser import Fuser
 from .fusion.passes import EnginePasses, running_model
 from .identity import agreed_name, engine_name, engine_rope
 from .paged_layers import PagedLayers
+from .retrieval.settings import RetrievalSettings
+from .scheduler_half import publishes_events
 
-_LOG = logging.getLogger("vllm.kvloom")
-
-
-@dataclass(frozen=True, slots=True)
-class Worker:
-    """`fuser` is None where the engine cannot fuse, `adapters` where it has none. `fusion_ratio`: what certificates
-    permit; 1 without any.
-    """
-
-    spec: KVSpec
-    fusion_ratio: float
-    transfers: Transfers
-    layer_loads: LayerLoads
-    layer_numbers: Mapping[str, int]
-    fuser: Fuser | None
-    adapters: LoadedAdapters | None
-
-    @property
-    def has_work(self) -> bool:
-        """Something was begun whose end has not been told of. Saves count as done: nobody asks for their end."""
-        return self.transfers.is_loading or (self.fuser is not None and self.fuser.is_fusing)
+_LOG = logging.getLogger("kvloom")
 
 
-def open_worker(settings: ServingSettings, vllm_config: Any, kv_cache_config: Any) -> Worker:
-    """The store of this rank, beside the caches that its runner has just allocated.
+def open_worker(settings: ServingSettings, token: str, vllm_config: Any, kv_cache_config: Any) -> Worker:
+    """Open the store of this rank, beside the caches that its runner has just allocated.
+
+    Parameters
+    ----------
+    token : names the connector, see `WorkerInfo`.
 
     Raises
     ------
-    EngineError : the caches cannot be read or written, see `PagedLayers`.
+    EngineError : the caches cannot be read or written, see `PagedLayers`; the weights cannot be named; or settings of
+        retrieval are given that nothing in this engine reads.
     TierError : the folder on disk cannot be used.
     ValueError : no codec has that name, or it needs a profile and there is none.
     SpecMismatchError, CodecError : the profile is of another model, or none.
@@ -59,15 +49,16 @@ def open_worker(settings: ServingSettings, vllm_config: Any, kv_cache_config: An
     layers = [context[name] for name in group.layer_names]
     # A layer that shares another's cache has none of its own to keep.
     layers = [layer for layer in layers if getattr(layer, "kv_sharing_target_layer_name", None) is None]
+    _expect_retrieval_is_read(vllm_config, layers)
     cache = PagedLayers(layers, int(group.kv_cache_spec.block_size))
-    rank, size = _tensor_parallel_rank(), vllm_config.parallel_config.tensor_parallel_size
+    rank, ranks = _tensor_parallel_rank(), vllm_config.parallel_config.tensor_parallel_size
     rope, why_not = None, None
     try:
         rope = engine_rope(vllm_config, layers, cache.head_dim)
     except EngineError as exc:
         why_not = str(exc)
     model = _fusable_model(vllm_config, layers, why_not)
-    papers = QualityRecords.of(settings)
+    records = QualityRecords.of(settings)
     spec = KVSpec(
         model_id=engine_name(
             agreed_name(vllm_config, layers, settings.model_id), vllm_config, layers, rope, cache.dtype
@@ -78,18 +69,18 @@ def open_worker(settings: ServingSettings, vllm_config: Any, kv_cache_config: An
         dtype=cache.dtype,
         rope=rope,
         v_head_dim=None if cache.v_head_dim == cache.head_dim else cache.v_head_dim,
-        shard=(rank, size),
+        shard=(rank, ranks),
     )
-    ratio = papers.fusion_ratio(spec, check_layer=settings.check_layer)
+    ratio = records.fusion_ratio(spec, check_layer=settings.check_layer)
     transfers = Transfers(
-        open_store(settings, spec, papers),
+        open_store(settings, spec, records),
         cache,
         spec,
         rank,
         chunk_tokens=settings.chunk_tokens,
         load_timeout_s=settings.load_timeout_s,
         save_pending_bytes=settings.save_pending_bytes,
-        tells_moves=publishes_events(vllm_config),
+        reports_placement=publishes_events(vllm_config),
     )
     adapters = None
     if vllm_config.lora_config is not None:
@@ -103,13 +94,14 @@ def open_worker(settings: ServingSettings, vllm_config: Any, kv_cache_config: An
             cache,
             slice_tokens=settings.fusion_slice_tokens,
             check_layer=settings.check_layer,
-            size=size,
-            is_lossy=is_lossy(settings, papers),
+            sum_over_ranks=_sum_over_ranks if ranks > 1 else None,
+            is_lossy=is_lossy(settings, records),
         )
     if fuser is not None and settings.fusion_ratio == "certified":
         _LOG.info("fusions compute %.0f %% of the tokens of documents", 100 * ratio)
     layer_loads = LayerLoads(
         transfers.store,
+        transfers.offers,
         cache,
         spec,
         rank,
@@ -117,19 +109,24 @@ def open_worker(settings: ServingSettings, vllm_config: Any, kv_cache_config: An
         load_timeout_s=settings.load_timeout_s,
         count=transfers.count,
     )
-    return Worker(
-        spec, ratio, transfers, layer_loads, {layer.layer_name: i for i, layer in enumerate(layers)}, fuser, adapters
-    )
+    numbers = {layer.layer_name: i for i, layer in enumerate(layers)}
+    info = WorkerInfo(spec, fuser is not None, ratio, token)
+    return Worker(info, transfers, layer_loads, numbers, fuser, adapters)
 
 
-def publishes_events(vllm_config: Any) -> bool:
-    """Whether somebody wants KV events of this engine."""
-    config = vllm_config.kv_events_config
-    return config is not None and bool(config.enable_kv_cache_events)
+def _expect_retrieval_is_read(vllm_config: Any, layers: Sequence[Any]) -> None:
+    """Raises `EngineError` if the engine is to retrieve and its attention backend is none of kvloom's."""
+    asked = RetrievalSettings.of_engine(vllm_config.additional_config) is not None
+    if asked and not any(hasattr(layer.impl, "retrieving") for layer in layers):
+        raise EngineError(
+            "additional_config asks kvloom for retrieval, but this engine's attention backend is "
+            f"{type(layers[0].impl).__name__}: install kvloom, so that vLLM finds its entry point, and on a GPU give "
+            "--attention-backend CUSTOM; or leave the settings out"
+        )
 
 
 def _fusable_model(config: Any, layers: list[Any], why: str | None) -> Any:
-    """The model, or None if this engine cannot fuse; says why, once."""
+    """The model, or None if this engine cannot fuse; logs why, once."""
     if config.lora_config is not None:
         why = "it may have adapters, which its runner prepares for its own batches only"
     elif config.parallel_config.data_parallel_size > 1:
@@ -148,36 +145,65 @@ def _fusable_model(config: Any, layers: list[Any], why: str | None) -> Any:
 
 
 def expect_servable(settings: ServingSettings, vllm_config: Any, kv_cache_config: Any) -> int:
-    """Tokens of a block, of an engine whose whole KV is one row of blocks for each request."""
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    """Tokens of a block, in an engine where one row of blocks holds all KV of a request.
 
+    Raises
+    ------
+    EngineError : the engine is another one, or cannot do what the settings ask for; says what to change.
+    """
     parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
-    why = None
     groups = kv_cache_config.kv_cache_groups
-    kinds = [type(group.kv_cache_spec).__name__ for group in groups]
-    if kinds != [FullAttentionSpec.__name__]:
-        hint = "--disable-hybrid-kv-cache-manager may help"
-        why = f"its KV cache groups are {', '.join(sorted(set(kinds)))}, not one of full attention ({hint})"
-    elif parallel.pipeline_parallel_size > 1:
-        why = "it runs in stages (pipeline parallelism)"
+    why = _why_other_groups([type(group.kv_cache_spec).__name__ for group in groups])
+    if parallel.pipeline_parallel_size > 1:
+        why = "it runs in stages; use --tensor-parallel-size instead of --pipeline-parallel-size"
     elif parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
-        why = "it divides the context among ranks (context parallelism)"
+        why = "it divides the context among ranks; use --tensor-parallel-size instead of context parallelism"
     elif speculative is not None and speculative.method not in ("ngram", "suffix"):
-        why = f"it drafts with a model ({speculative.method}), whose KV is another one's"
-    if settings.load_mode == "layerwise" and why is None:
-        # vLLM 0.32 (issue 49250) goes on from tokens sampled of KV that did not come, where it plans ahead.
+        why = f"it drafts with a model ({speculative.method}), whose KV kvloom does not store; use ngram or suffix"
+    if why is not None:
+        raise EngineError(f"kvloom cannot serve this engine exactly: {why}; or leave the connector out")
+    if settings.load_mode == "layerwise":
+        # vLLM 0.32 (issue 49250) goes on from tokens sampled of KV that was lost, where it plans ahead.
         if vllm_config.scheduler_config.async_scheduling:
             raise EngineError(
                 "load_mode 'layerwise' needs --no-async-scheduling: vLLM cannot take back a step otherwise"
             )
         if vllm_config.use_v2_model_runner:
             raise EngineError("load_mode 'layerwise' needs VLLM_USE_V2_MODEL_RUNNER=0: V2 cannot take back a step")
-    if why is not None:
-        raise EngineError(f"kvloom cannot serve this engine exactly: {why}; leave the connector out")
     return int(groups[0].kv_cache_spec.block_size)
+
+
+def _why_other_groups(kinds: Sequence[str]) -> str | None:
+    """What is wrong with KV cache groups of these kinds, and what to do; None for one group of full attention."""
+    if list(kinds) == ["FullAttentionSpec"]:
+        return None
+    names = ", ".join(sorted(set(kinds)))
+    windowed = {"SlidingWindowSpec", "ChunkedLocalAttentionSpec"}
+    if set(kinds) <= {"FullAttentionSpec", *windowed} and "FullAttentionSpec" in kinds:
+        return (
+            f"its KV cache groups are {names}, and layers with a window give back blocks that kvloom would store; give "
+            "--disable-hybrid-kv-cache-manager, which keeps them"
+        )
+    what = {
+        "SlidingWindowSpec": "all its layers have a window",
+        "ChunkedLocalAttentionSpec": "all its layers attend locally",
+        "MLAAttentionSpec": "its cache is latent (MLA)",
+        "MambaSpec": "it has recurrent states",
+    }
+    reasons = " and ".join(dict.fromkeys(what.get(kind, f"it has a cache of kind {kind}") for kind in kinds))
+    return f"its KV cache groups are {names}: {reasons}, which kvloom does not store; choose a model of full attention"
 
 
 def _tensor_parallel_rank() -> int:
     from vllm.distributed import get_tensor_model_parallel_rank
 
     return int(get_tensor_model_parallel_rank())
+
+
+def _sum_over_ranks(rows: Tensor) -> Tensor:
+    """The sum of a tensor over all tensor-parallel ranks, on the cpu."""
+    from vllm.distributed import tensor_model_parallel_all_reduce
+    from vllm.platforms import current_platform
+
+    summed: Tensor = tensor_model_parallel_all_reduce(rows.to(current_platform.device_type))
+    return summed.cpu()

@@ -20,7 +20,6 @@ pytest.importorskip(
 
 from kvloom.kvstore.store import KVStore
 
-from ..support.faulty import eventually
 from .support import engines
 from .support.engines import BLOCK, CHUNK, DECLINED, generate, make_model, prompts, tokens_of, usage
 
@@ -79,13 +78,7 @@ def idle(llm: Any) -> bool:
 
 def settle(llm: Any) -> None:
     """Wait until what was to be stored is stored."""
-    transfers = connector_of(llm).worker.transfers
-
-    def is_done() -> bool:
-        transfers._forget_done_saves()
-        return not transfers._saves
-
-    assert eventually(is_done)
+    assert connector_of(llm).worker.transfers.settle(30.0)
 
 
 def metric(llm: Any, name: str) -> float:

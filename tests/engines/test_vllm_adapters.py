@@ -15,7 +15,6 @@ pytest.importorskip(
 
 from safetensors.torch import save_file
 
-from ..support.faulty import eventually
 from .support.engines import DECLINED, make_model, prompts, sampling, start, tokens_of, usage
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -97,7 +96,7 @@ def settle() -> None:
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     transfers = get_kv_transfer_group().worker.transfers
-    assert eventually(lambda: transfers._forget_done_saves() or not transfers._saves)
+    assert transfers.settle(30.0)
 
 
 def test_each_adapter_has_kv_of_its_own(llm: Any, adapters: dict[str, Any]) -> None:

@@ -15,21 +15,32 @@ nothing that a connector takes part in (output aggregator, configuration).
 
 import random
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
-import torch
 
 pytest.importorskip(
     "vllm", reason="stock vLLM is not installed here; `make test-engines` runs this in its own environment"
 )
 
-from kvloom.core import KVSpec
+from kvloom.connectors.serving.messages import LookUp
 
-from ..vllm.simulated import UNIT, SimulatedWorker, documents, plain_answer, vllm_unit
-from .support.engines import make_model
+from ..vllm.simulated import (
+    DOCUMENTS,
+    UNIT,
+    SimulatedWorker,
+    ask,
+    documents,
+    finish,
+    forget,
+    in_context,
+    plain_answer,
+    prompt,
+    store_documents,
+    vllm_unit,
+)
+from .conftest import SIMULATED_BLOCK, SIMULATED_CHUNK
 
 pytestmark = [
     pytest.mark.engine,
@@ -40,8 +51,7 @@ pytestmark = [
     ),
 ]
 
-BLOCK, CHUNK = 16, 16
-SPEC = KVSpec("model", 2, 2, 8, torch.float32, None)
+BLOCK, CHUNK = SIMULATED_BLOCK, SIMULATED_CHUNK
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,77 +59,13 @@ def their_markers(request: pytest.FixtureRequest) -> None:
     request.config.addinivalue_line("markers", "cpu_test: of vLLM's own tests")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("vllm") / "model", num_hidden_layers=1)
-
-
-@pytest.fixture
-def make_scheduler(model: Path) -> Callable[..., Any]:
-    """The real scheduler, with a connector that has heard of its worker."""
-
-    def make(*, blocks: int = 10_000, policy: str = "recompute", caching: bool = True, **settings: Any) -> Any:
-        utils = vllm_unit("utils")
-        config = utils.create_vllm_config(
-            model=str(model),
-            kv_connector="KVLoomConnector",
-            kv_connector_module_path="kvloom.connectors.vllm.connector",
-            kv_role="kv_both",
-            block_size=BLOCK,
-            max_num_batched_tokens=settings.pop("max_num_batched_tokens", 128),
-            kv_load_failure_policy=policy,
-            kv_connector_extra_config={"chunk_tokens": CHUNK, **settings},
-        )
-        config.model_config.skip_tokenizer_init = True
-        config.cache_config.enable_prefix_caching = caching
-        scheduler = utils.create_scheduler(config, num_blocks=blocks)
-        from kvloom.connectors.vllm.connector import WorkerSpec
-
-        scheduler.connector.set_xfer_handshake_metadata({0: WorkerSpec(SPEC.to_json(), True, 1.0)})
-        return scheduler
-
-    return make
-
-
 @pytest.fixture(params=["asked at once", "asked in the next step"])
-def worker(request: pytest.FixtureRequest, make_scheduler: Callable[..., Any]) -> Iterator[SimulatedWorker]:
+def worker(
+    request: pytest.FixtureRequest, make_scheduler: Callable[..., Any], open_worker: Callable[..., SimulatedWorker]
+) -> Iterator[SimulatedWorker]:
     """Where scheduler and worker are one process the store is asked at once, otherwise in the next step."""
     yield (made := open_worker(make_scheduler(), at_once=request.param == "asked at once"))
     finish(made)
-
-
-def open_worker(scheduler: Any, *, at_once: bool = True, **more: Any) -> SimulatedWorker:
-    made = SimulatedWorker(scheduler, {}, **more)
-    if at_once:
-        scheduler.connector._planner._ask = made.look_up
-    return made
-
-
-def finish(worker: SimulatedWorker) -> None:
-    """All to the end; then nothing is held any more, by vLLM's own account and by kvloom's."""
-    worker.faults.held.clear()
-    worker.run()
-    worker.step()
-    vllm_unit("utils").assert_scheduler_empty(worker.scheduler)
-    planner = worker.scheduler.connector._planner
-    assert not planner._tracked
-    assert not planner._fusions.is_fusing
-
-
-def prompt(seed: int, tokens: int) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(3, 900) for _ in range(tokens)]
-
-
-def ask(worker: SimulatedWorker, tokens: list[int], options: dict[str, Any] | None = None, count: int = 4) -> list[int]:
-    name = worker.add(tokens, options, tokens=count)
-    worker.run()
-    return worker.answers[name]
-
-
-def forget(worker: SimulatedWorker) -> None:
-    """vLLM's own prefix cache; the store keeps what it has."""
-    assert worker.scheduler.kv_cache_manager.reset_prefix_cache()
 
 
 # ------------------------------------------------------------------------------------------------ vLLM's own tests
@@ -141,6 +87,7 @@ POINTED: list[tuple[str, str, str, tuple[Any, ...]]] = [
 @pytest.mark.parametrize(("file", "name", "policy", "arguments"), POINTED)
 def test_their_own(
     make_scheduler: Callable[..., Any],
+    open_worker: Callable[..., SimulatedWorker],
     monkeypatch: pytest.MonkeyPatch,
     file: str,
     name: str,
@@ -150,7 +97,14 @@ def test_their_own(
     """Their mock of a connector passes every call on to ours, the question that they answer themselves included."""
     theirs = vllm_unit(file)
     scheduler = make_scheduler(policy=policy, max_num_batched_tokens=64)
-    worker = open_worker(scheduler)
+    promised: dict[str, int] = {}
+
+    def look_up(self: SimulatedWorker, lookup: LookUp) -> tuple[str, ...]:
+        """What their test wants to be stored is stored."""
+        return ("host",) * (promised[lookup.request_id] // CHUNK)
+
+    monkeypatch.setattr(SimulatedWorker, "look_up", look_up)
+    open_worker(scheduler)
     ours, asked = scheduler.connector, []
 
     def passed_on() -> Mock:
@@ -158,11 +112,7 @@ def test_their_own(
 
     def stored(tokens_of: dict[str, int], async_load: bool) -> Callable[[Any, int], tuple[int | None, bool]]:
         assert async_load
-        planner = ours._planner
-        for name, tokens in tokens_of.items():
-            keys = planner._tracked[name].request.keys
-            keys.extend()
-            worker.store |= {key: [0] * CHUNK for key in keys.between(0, tokens // CHUNK)[0]}
+        promised.update(tokens_of)
 
         def answer(request: Any, computed: int) -> tuple[int | None, bool]:
             asked.append(ours.get_num_new_matched_tokens(request, computed))
@@ -269,7 +219,9 @@ def test_finished_while_it_is_saved(worker: SimulatedWorker) -> None:
     assert ask(worker, tokens) == plain_answer(tokens, 4)
 
 
-def test_preempted_requests_load_again(make_scheduler: Callable[..., Any]) -> None:
+def test_preempted_requests_load_again(
+    make_scheduler: Callable[..., Any], open_worker: Callable[..., SimulatedWorker]
+) -> None:
     worker = open_worker(make_scheduler(blocks=24))
     texts = [prompt(10 + i, 60 + 7 * i) for i in range(6)]
     names = [worker.add(text, tokens=60) for text in texts]
@@ -286,24 +238,6 @@ def test_preempted_requests_load_again(make_scheduler: Callable[..., Any]) -> No
 
 # ----------------------------------------------------------------------------------------------------------- fusion
 
-DOCUMENTS = [prompt(20, 50), prompt(21, 41), prompt(22, 33)]
-
-
-def store_documents(worker: SimulatedWorker) -> None:
-    for document in DOCUMENTS:
-        ask(worker, document, documents([(0, len(document))], 0.0), count=1)
-    forget(worker)
-
-
-def in_context(
-    seed: int, order: tuple[int, ...] = (2, 0, 1), lead: int = 37
-) -> tuple[list[int], list[tuple[int, int]]]:
-    tokens, spans = prompt(seed, lead), []
-    for index in order:
-        spans.append((len(tokens), len(tokens) + len(DOCUMENTS[index])))
-        tokens += DOCUMENTS[index]
-    return tokens + prompt(seed + 1000, 20), spans
-
 
 def test_plain_requests_never_meet_fused_kv(worker: SimulatedWorker) -> None:
     store_documents(worker)
@@ -318,7 +252,9 @@ def test_plain_requests_never_meet_fused_kv(worker: SimulatedWorker) -> None:
 
 
 @pytest.mark.parametrize("steps", range(12))
-def test_a_fusion_is_aborted(make_scheduler: Callable[..., Any], steps: int) -> None:
+def test_a_fusion_is_aborted(
+    make_scheduler: Callable[..., Any], open_worker: Callable[..., SimulatedWorker], steps: int
+) -> None:
     """In every state: waiting, fetching, choosing, computing, generating."""
     worker = open_worker(make_scheduler(), slice_tokens=20)
     store_documents(worker)
@@ -336,7 +272,9 @@ def test_a_fusion_is_aborted(make_scheduler: Callable[..., Any], steps: int) -> 
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("caching", [True, False], ids=["prefix caching", "no prefix caching"])
-def test_anything_at_any_time(make_scheduler: Callable[..., Any], seed: int, caching: bool) -> None:
+def test_anything_at_any_time(
+    make_scheduler: Callable[..., Any], open_worker: Callable[..., SimulatedWorker], seed: int, caching: bool
+) -> None:
     """Requests of all kinds come, are aborted, preempt one another, lose chunks, hang: every answer is right."""
     rng = random.Random(seed)
     contexts = [in_context(40 + i, tuple(rng.sample(range(3), 3)), lead=20 + 9 * i) for i in range(3)]
@@ -384,11 +322,14 @@ def test_anything_at_any_time(make_scheduler: Callable[..., Any], seed: int, cac
 
 @pytest.mark.parametrize("remembered", [True, False])
 def test_half_a_fusion_is_left(
-    make_scheduler: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, remembered: bool
+    make_scheduler: Callable[..., Any],
+    open_worker: Callable[..., SimulatedWorker],
+    monkeypatch: pytest.MonkeyPatch,
+    remembered: bool,
 ) -> None:
     """As after a preemption: it goes on as it was begun or, where nobody knows what was chosen, usage says so."""
     if not remembered:
-        monkeypatch.setattr("kvloom.connectors.serving.scheduler.fusions._PLANS", 0)
+        monkeypatch.setattr("kvloom.connectors.serving.scheduler.fusions.REMEMBERED_PLANS", 0)
     worker = open_worker(make_scheduler(blocks=34), slice_tokens=30)
     store_documents(worker)
     tokens, spans = in_context(50)

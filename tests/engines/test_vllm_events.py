@@ -94,11 +94,7 @@ def transfers_of(llm: Any) -> Any:
 
 def hear(llm: Any) -> None:
     """All that is to be stored is stored, and told with the engine's next steps."""
-    transfers = transfers_of(llm)
-    until_s = time.monotonic() + 20
-    while any(not future.done() for _, future in transfers._saves.values()):
-        assert time.monotonic() < until_s
-        time.sleep(0.01)
+    assert transfers_of(llm).settle(20.0)
     generate(llm, prompts(99, (5,)), DECLINED, tokens=3)
     llm.router.listen()
 
@@ -150,7 +146,7 @@ def test_what_another_engine_stored_is_told_when_it_is_used(llm: Any) -> None:
 
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler.connector
     assert scheduler is not get_kv_transfer_group()
-    scheduler._events.residences.clear()  # as if another engine had stored them
+    scheduler.scheduler_half.events.residences.clear()  # as if another engine had stored them
     hear(llm)
     assert llm.router.prefix("STORAGE", text) == 0
     assert llm.reset_prefix_cache()

@@ -14,7 +14,6 @@ pytest.importorskip(
 
 from kvloom.kvstore.store import KVStore
 
-from ..support.faulty import eventually
 from .support.engines import DECLINED, generate, make_model, prompts, start, tokens_of, usage
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -48,7 +47,7 @@ def transfers() -> Any:
 
 
 def settle() -> None:
-    assert eventually(lambda: transfers()._forget_done_saves() or not transfers()._saves)
+    assert transfers().settle(30.0)
 
 
 def counted(llm: Any) -> float:
@@ -135,6 +134,8 @@ FAULTS: dict[str, tuple[str, Callable[..., Any], bool]] = {  # call, harm, wheth
     "look-up is late": ("locate_prefix", delayed, False),
     "look-up finds nothing": ("locate_prefix", always(()), False),
     "look-up lies": ("locate_prefix", lambda call: lambda self, keys: ("tape",) * len(keys), False),
+    "pinning raises": ("pinned", raising, True),
+    "pinning is late": ("pinned", delayed, False),
     "read raises": ("read", raising, True),
     "read raises at times": ("read", every_other(raising), True),
     "read is late": ("read", delayed, False),

@@ -13,7 +13,6 @@ pytest.importorskip(
     "vllm", reason="stock vLLM is not installed here; `make test-engines` runs this in its own environment"
 )
 
-from ..support.faulty import eventually
 from .support.engines import BLOCK, CHUNK, DECLINED, generate, make_model, prompts, start, tokens_of, usage
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -35,7 +34,7 @@ def settle() -> None:
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     transfers = get_kv_transfer_group().worker.transfers
-    assert eventually(lambda: transfers._forget_done_saves() or not transfers._saves)
+    assert transfers.settle(30.0)
 
 
 def open_engine(folder: Path, **options: Any) -> Any:

@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM
 from kvloom.blend.choosers import kv_deviation
 from kvloom.connectors.hf.model import TransformersModel
 
-from ..support.faulty import eventually
 from .support.engines import BLOCK, DECLINED, generate, make_model, prompts, sampling, start, tokens_of, usage
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -60,7 +59,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     for document in DOCUMENTS:
         generate(engine, [document], {"documents": [[0, len(document)]], "ratio": 0.0}, tokens=1)
     transfers = connector_of(engine).worker.transfers
-    assert eventually(lambda: transfers._forget_done_saves() or not transfers._saves)
+    assert transfers.settle(30.0)
     yield engine
     engine.llm_engine.engine_core.shutdown()
 
@@ -149,7 +148,7 @@ class Reference:
 
 def computed_positions(llm: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Positions that fusions run through all layers from now on; grows."""
-    passes, seen = connector_of(llm).worker.fuser._passes, []
+    passes, seen = connector_of(llm).worker.fuser.passes, []
     compute = passes.compute
 
     def noted(token_ids: Any, positions: Tensor, blocks: Any) -> None:
@@ -307,7 +306,7 @@ def test_aborted_fusions_leave_nothing(llm: Any, monkeypatch: pytest.MonkeyPatch
         gate.set()
         while engine.engine_core.engine_core.scheduler.has_requests():
             engine.engine_core.get_output()
-    assert not connector_of(llm).worker.fuser._jobs
+    assert not connector_of(llm).worker.fuser.is_fusing
     assert llm.reset_prefix_cache()
     assert tokens_of(generate(llm, [case.tokens], case.options(0.2))) == fused
 
@@ -330,7 +329,7 @@ def test_five_hundred_aborts(llm: Any) -> None:
     engine.abort_request(alive)
     while engine.engine_core.engine_core.scheduler.has_requests():
         engine.engine_core.get_output()
-    assert not connector_of(llm).worker.fuser._jobs
+    assert not connector_of(llm).worker.fuser.is_fusing
     assert llm.reset_prefix_cache()
     assert tokens_of(generate(llm, [case.tokens], case.options(0.2))) == fused
     assert llm.reset_prefix_cache()

@@ -10,6 +10,8 @@ pytest.importorskip(
     "vllm", reason="stock vLLM is not installed here; `make test-engines` runs this in its own environment"
 )
 
+from kvloom.connectors.serving.scheduler.planner import Planner
+
 from .support import engines
 from .support.engines import CHUNK, DECLINED, generate, make_model, prompts, tokens_of, usage
 
@@ -49,10 +51,7 @@ def store_of() -> Any:
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     transfers = get_kv_transfer_group().worker.transfers
-    until_s = time.monotonic() + 20
-    while any(not future.done() for _, future in transfers._saves.values()):
-        assert time.monotonic() < until_s
-        time.sleep(0.01)
+    assert transfers.settle(20.0)
     return transfers.store
 
 
@@ -193,7 +192,7 @@ def test_an_aborted_request_would_leave_it_without_us(llm: Any, monkeypatch: pyt
     """That vLLM itself leaves such blocks filed: what the test before would not see if it were otherwise."""
     (text,), (plain,) = stored(llm, 42, (500,))
     Faults(monkeypatch, lambda chunk, layer: chunk >= 1)
-    monkeypatch.setattr(scheduler_of(llm).connector._planner, "take_spoiled", set)
+    monkeypatch.setattr(Planner, "take_unwritten_blocks", set)
     engine = llm.llm_engine
     engine.add_request("doomed", {"prompt_token_ids": text}, engines.sampling(tokens=40))
     engine.step()

@@ -10,7 +10,6 @@ pytest.importorskip(
     "vllm", reason="stock vLLM is not installed here; `make test-engines` runs this in its own environment"
 )
 
-from ..support.faulty import eventually
 from .support.engines import BLOCK, DECLINED, generate, make_model, prompts, sampling, start, tokens_of, usage
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -64,7 +63,7 @@ def settle() -> None:
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     transfers = get_kv_transfer_group().worker.transfers
-    assert eventually(lambda: transfers._forget_done_saves() or not transfers._saves)
+    assert transfers.settle(30.0)
 
 
 def plain(llm: Any, tokens: Sequence[int], count: int = 20) -> list[int]:
@@ -134,7 +133,7 @@ def test_fused_requests_that_are_preempted(llm: Any) -> None:
 
 def test_preempted_and_forgotten(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nobody remembers what was chosen, the rest is computed behind what is left, and usage says so."""
-    monkeypatch.setattr("kvloom.connectors.serving.scheduler.fusions._PLANS", 0)
+    monkeypatch.setattr("kvloom.connectors.serving.scheduler.fusions.REMEMBERED_PLANS", 0)
     tokens, _ = context((0, 1, 2), SYSTEM[:40])
     (whole,) = generate(llm, [tokens], {"save": False})
     assert usage(whole)["fused"] == "yes"

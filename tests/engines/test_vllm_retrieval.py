@@ -28,6 +28,7 @@ from kvloom.bench.vllm import retrieval as vllm_retrieval
 from kvloom.calibration.certificate import Certificate, Figure
 from kvloom.connectors.break_even import NEVER
 from kvloom.connectors.hf.model import TransformersModel
+from kvloom.connectors.identity.requests import chunk_salt
 from kvloom.connectors.vllm import plugin as vllm_plugin
 from kvloom.connectors.vllm.retrieval import backend_cpu as vllm_backend_cpu
 from kvloom.connectors.vllm.retrieval import settings as vllm_retrieval_settings
@@ -35,10 +36,11 @@ from kvloom.connectors.vllm.retrieval import start as vllm_retrieval_start
 from kvloom.connectors.vllm.retrieval.paged_index import PagedRetrieval, RetrievalCounts
 from kvloom.connectors.vllm.retrieval.start import Retrieving
 from kvloom.errors import UncertifiedError
+from kvloom.kvstore.keys import prefix_keys
 from kvloom.retrieval.settings import Retrieval
 
 from .support import engines
-from .support.engines import BLOCK, DECLINED, generate, prompts, tokens_of, usage
+from .support.engines import BLOCK, CHUNK, DECLINED, generate, prompts, tokens_of, usage
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -199,12 +201,20 @@ def test_indexes_are_made_of_what_the_connector_loads(llm: Any) -> None:
 
 
 def test_kv_decoded_through_retrieval_is_not_given_to_exact_engines(llm: Any) -> None:
-    """Its keys say how it was decoded."""
+    """Its keys say how it was decoded: no chunk of it has the key of an exact engine's."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    connector = get_kv_transfer_group()
-    assert connector._decoding == vllm_retrieval_settings.decoding_identity(asking())
-    assert connector._decoding
+    worker = get_kv_transfer_group().worker
+    decode_by(llm, None)
+    (text,) = prompts(77, (320,))
+    generate(llm, [text])
+    assert worker.transfers.settle(20.0)
+    exact, other = (
+        prefix_keys(worker.info.spec, text, chunk_tokens=CHUNK, salt=chunk_salt(decoding=decoding))
+        for decoding in (b"", vllm_retrieval_settings.decoding_identity(asking()))
+    )
+    assert worker.transfers.store.match(exact) == 0
+    assert worker.transfers.store.match(other) == 320 // CHUNK
 
 
 def test_the_break_even_is_measured_beside_the_engines_cache(llm: Any) -> None:

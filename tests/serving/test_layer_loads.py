@@ -13,6 +13,7 @@ from kvloom.connectors.serving.messages import Load, Loaded, Scheduled, StepRepo
 from kvloom.connectors.serving.settings import RequestOptions
 from kvloom.connectors.serving.worker.arrivals import Arrival
 from kvloom.connectors.serving.worker.layer_loads import LayerLoads
+from kvloom.connectors.serving.worker.offers import Offers
 from kvloom.core import KVChunk, KVSpec
 from kvloom.kvstore.keys import prefix_keys
 from kvloom.kvstore.store import Hit, KVStore
@@ -58,6 +59,7 @@ class Bench:
             self.store.put(key, KVChunk(SPEC, torch.tensor(TOKENS[here]), positions, *parts), recompute_s=recompute_s)
         self.loads = LayerLoads(
             self.store,
+            Offers(self.store),
             self.pages,
             SPEC,
             0,
@@ -182,7 +184,7 @@ def test_one_token_is_left_to_compute() -> None:
     assert plan.is_layerwise("r")
     plan.allocated("r", 19, blocks_for(24))
     planned = plan.plan_step([Scheduled("r", 24, blocks_for(24), 1)])
-    (load,) = planned.layerwise
+    (load,) = planned.layer_loads
     assert (load.first, load.start, load.stop, len(load.keys[0])) == (0, 4, 23, 3)
     assert planned.loads == planned.saves == []
     assert dict(plan.hit_tokens("r")) == {"host": 19}
@@ -190,7 +192,7 @@ def test_one_token_is_left_to_compute() -> None:
     assert usage is not None
     assert usage["loaded_tokens"] == {"host": 19}, "the step that loads is its last one"
     assert usage["seconds_saved"] is None
-    plan.hear(StepReport(loaded={"r": Loaded({"host": 19}, False, 0.5, 0, recompute_s=2.0)}))
+    plan.apply_report(StepReport(loaded={"r": Loaded({"host": 19}, False, 0.5, 0, recompute_s=2.0)}))
     assert plan.take_counts()["seconds_saved"] == 1.5
 
 
@@ -211,14 +213,14 @@ def test_blocks_that_did_not_come_are_spoiled(is_closed: bool) -> None:
     plan.plan_step([])
     if is_closed:
         plan.close("r")
-    plan.hear(StepReport(loaded={"r": Loaded({"host": 4}, True, 0.1)}))
-    assert plan.take_spoiled() == set(blocks_for(24)[1:])
-    assert plan.take_spoiled() == set()
+    plan.apply_report(StepReport(loaded={"r": Loaded({"host": 4}, True, 0.1)}))
+    assert plan.take_unwritten_blocks() == set(blocks_for(24)[1:])
+    assert plan.take_unwritten_blocks() == set()
 
 
 def test_blocks_that_came_are_not() -> None:
     plan, _ = opened()
     plan.allocated("r", plan.matched_tokens("r", 4), blocks_for(24))
     plan.plan_step([])
-    plan.hear(StepReport(loaded={"r": Loaded({"host": 19}, False, 0.1)}))
-    assert plan.take_spoiled() == set()
+    plan.apply_report(StepReport(loaded={"r": Loaded({"host": 19}, False, 0.1)}))
+    assert plan.take_unwritten_blocks() == set()

@@ -1,6 +1,7 @@
 """The scheduler's half, without an engine: what is offered, loaded, saved, and what is never asked twice."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvloom.connectors.serving.messages import Advance, Answer, Fusion, Loaded, LookUp, Scheduled, StepReport
-from kvloom.connectors.serving.scheduler import fusions as vllm_fusion_plan
+from kvloom.connectors.serving.messages import Advance, FoundTiers, Fusion, Loaded, LookUp, Scheduled, StepReport
+from kvloom.connectors.serving.scheduler import fusions
 from kvloom.connectors.serving.scheduler.planner import Planner
 from kvloom.connectors.serving.settings import RequestOptions, ServingSettings
-from kvloom.connectors.vllm.fusion.fuser import continued
+from kvloom.connectors.serving.worker.fuser import continued
 from kvloom.core import KVSpec
 from kvloom.kvstore.keys import content_key, prefix_keys
 
@@ -30,7 +31,7 @@ class Shelf:
         self.tiers: dict[bytes, str] = {}
         self.asked: list[LookUp] = []
 
-    def __call__(self, lookup: LookUp) -> Answer:
+    def __call__(self, lookup: LookUp) -> FoundTiers:
         self.asked.append(lookup)
         found = []
         for key in lookup.keys[0]:
@@ -40,8 +41,14 @@ class Shelf:
         return tuple(found)
 
 
-def planner(shelf: Shelf | None, specs: Sequence[KVSpec] = (SPEC,), **settings: object) -> Planner:
-    return Planner(ServingSettings.of({"chunk_tokens": CHUNK, **settings}), specs, BLOCK, shelf)
+def planner(
+    shelf: Shelf | None,
+    specs: Sequence[KVSpec] = (SPEC,),
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    **settings: object,
+) -> Planner:
+    return Planner(ServingSettings.of({"chunk_tokens": CHUNK, **settings}), specs, BLOCK, shelf, clock=clock)
 
 
 def blocks_for(tokens: int) -> tuple[int, ...]:
@@ -114,7 +121,9 @@ def test_loaded_chunks_are_not_saved_again_and_lost_ones_are() -> None:
         plan.open(name, tokens, b"", PLAIN)
         plan.allocated(name, plan.matched_tokens(name, 0) or 0, blocks_for(24))
     assert {load.request_id for load in plan.plan_step([]).loads} == {"good", "bad"}
-    plan.hear(StepReport({}, {"good": Loaded({"disk": 16}, False, 0.1), "bad": Loaded({"disk": 8}, True, 0.1)}))
+    plan.apply_report(
+        StepReport(loaded={"good": Loaded({"disk": 16}, False, 0.1), "bad": Loaded({"disk": 8}, True, 0.1)})
+    )
     saved = {
         name: [save.keys[0] for save in plan.plan_step([Scheduled(name, 24, blocks_for(24))]).saves]
         for name in ("good", "bad")
@@ -131,7 +140,7 @@ def test_after_a_failure_nothing_is_asked_again() -> None:
     plan.open("r", tokens, b"", PLAIN)
     assert plan.matched_tokens("r", 0) == 16
     plan.allocated("r", 16, blocks_for(16))
-    plan.hear(StepReport({}, {"r": Loaded({}, True, 0.1)}))
+    plan.apply_report(StepReport(loaded={"r": Loaded({}, True, 0.1)}))
     asked = len(shelf.asked)
     assert plan.matched_tokens("r", 0) == 0
     assert len(shelf.asked) == asked
@@ -152,8 +161,9 @@ def test_workers_elsewhere_answer_in_a_later_step() -> None:
     assert plan.plan_step([]).lookups == [], "one question is enough"
     assert lookup.keys[0] != lookup.keys[1], "ranks hold different heads"
     assert len(lookup.keys[0]) == len(lookup.keys[1]) == 3
-    first, second = StepReport({"r": ("host", "host", "disk")}, {}), StepReport({"r": ("host", "host")}, {})
-    plan.hear(first.merged(second))
+    first = StepReport(found_prefixes={lookup.number: ("host", "host", "disk")})
+    second = StepReport(found_prefixes={lookup.number: ("host", "host")})
+    plan.apply_report(first.merged(second))
     assert plan.matched_tokens("r", 4) == 12
     assert plan.matched_tokens("r", 12) == 4, "the local hit has grown meanwhile"
     plan.allocated("r", 4, blocks_for(24))
@@ -166,8 +176,8 @@ def test_an_answer_to_a_later_chunk_is_no_answer_to_an_earlier_one() -> None:
     plan = planner(None)
     plan.open("r", list(range(24)), b"", PLAIN)
     assert plan.matched_tokens("r", 8) is None
-    plan.plan_step([])
-    plan.hear(StepReport({"r": ("host", "host")}, {}))
+    (lookup,) = plan.plan_step([]).lookups
+    plan.apply_report(StepReport(found_prefixes={lookup.number: ("host", "host")}))
     assert plan.matched_tokens("r", 0) is None, "chunk 0 was not asked about"
     (lookup,) = plan.plan_step([]).lookups
     assert len(lookup.keys[0]) == 3
@@ -194,7 +204,7 @@ def test_tenants_and_adapters_do_not_meet() -> None:
         plan.open("r", tokens, identity, PLAIN)
         (one, two) = plan.plan_step([Scheduled("r", 16, blocks_for(16))]).saves
         named[salt, identity] = {one.keys[0], two.keys[0]}
-    plan.renew()
+    plan.reset()
     plan.open("s", tokens, b"ab", PLAIN)
     named["renewed"] = {save.keys[0] for save in plan.plan_step([Scheduled("s", 16, blocks_for(16))]).saves}
     assert len(set.union(*named.values())) == 2 * len(named)
@@ -284,12 +294,13 @@ def test_ranks_fuse_together_one_request_at_a_time() -> None:
         plan.open(name, list(range(40)), b"", options)
         plan.allocated(name, plan.matched_tokens(name, 0) or 0, blocks_for(40))
     assert [fusion.request_id for fusion in plan.plan_step([]).fusions] == ["a", "b"]
-    plan.hear(StepReport(found={"b": ((True, True),)}).merged(StepReport(found={"b": ((True, False),)})))
-    plan.hear(StepReport(found={"a": ((True, True),)}))
+    ranks = [StepReport(found_documents={"b": ((True, found),)}) for found in (True, False)]
+    plan.apply_report(ranks[0].merged(ranks[1]))
+    plan.apply_report(StepReport(found_documents={"a": ((True, True),)}))
     assert plan.plan_step([]).advances == [Advance("b", (True, False))], "a waits for its second rank"
-    plan.hear(StepReport(found={"a": ((True, True),)}))
+    plan.apply_report(StepReport(found_documents={"a": ((True, True),)}))
     assert plan.plan_step([]).advances == [Advance("a", (True, True))], "first come, first served"
-    plan.hear(StepReport(loaded={"a": Loaded({"host": 26}, False, 0.1, 13)}))
+    plan.apply_report(StepReport(loaded={"a": Loaded({"host": 26}, False, 0.1, 13, ranks=2)}))
     assert plan.plan_step([]).advances == [Advance("b", (True, False))]
     plan.close("b")
     assert plan.plan_step([]).advances == []
@@ -388,7 +399,7 @@ def fused_once(plan: Planner, name: str, local: int, chosen: tuple[int, ...] | N
     fusions = plan.plan_step([]).fusions
     picked = None if chosen is None else np.array(chosen, dtype=np.int32)
     loaded = {name: Loaded({"host": 20}, False, 0.1, 12, chosen=picked)} if fusions else {}
-    plan.hear(StepReport(loaded=loaded))
+    plan.apply_report(StepReport(loaded=loaded))
     return fusions[0] if fusions else None
 
 
@@ -415,7 +426,7 @@ def test_usage_says_what_is_only_half_fused(monkeypatch: pytest.MonkeyPatch) -> 
     plan = planner(Shelf())
     assert fused_once(plan, "unknown choice", 20, None) is None
     assert plan.close("unknown choice")["fused"] == "partly"  # type: ignore[index]
-    monkeypatch.setattr(vllm_fusion_plan, "_PLANS", 0)
+    monkeypatch.setattr(fusions, "REMEMBERED_PLANS", 0)
     assert fused_once(plan, "forgotten", 8, (8, 9)) is not None
     assert plan.matched_tokens("forgotten", 20) == 0
     plan.allocated("forgotten", 0, blocks_for(40))
@@ -424,9 +435,9 @@ def test_usage_says_what_is_only_half_fused(monkeypatch: pytest.MonkeyPatch) -> 
     assert plan.close("plain")["fused"] == "no"  # type: ignore[index]
     tokens, options = list(range(40)), replace(PLAIN, documents=((10, 20),), ratio=0.2)
     for local, told in ((8, "no"), (12, "partly")):
-        monkeypatch.setattr(vllm_fusion_plan, "_PLANS", 9)
+        monkeypatch.setattr(fusions, "REMEMBERED_PLANS", 9)
         fused_once(plan, "before", 8, (8, 9))
         plan.open("failed", tokens, b"", replace(options, documents=((10, 20), (24, 36))))
         plan.allocated("failed", plan.matched_tokens("failed", local) or 0, blocks_for(40))
-        plan.hear(StepReport(loaded={"failed": Loaded({}, True, 0.1)}))
+        plan.apply_report(StepReport(loaded={"failed": Loaded({}, True, 0.1)}))
         assert plan.close("failed")["fused"] == told  # type: ignore[index]

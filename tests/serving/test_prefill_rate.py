@@ -54,13 +54,13 @@ def step(plan: Planner, clock: Clock, name: str, computed: int, new: int, spent_
     """The costs of what it saves."""
     planned = plan.plan_step([Scheduled(name, computed, blocks_for(computed), new)])
     clock.now_s += spent_s
-    plan.hear(StepReport(number=planned.number))
+    plan.apply_report(StepReport(number=planned.number))
     return [save.recompute_s for save in planned.saves]
 
 
-def test_chunks_are_saved_with_what_they_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, clock = planner(Shelf()), Clock()
-    monkeypatch.setattr(plan, "_pace", PrefillRate(clock))
+def test_chunks_are_saved_with_what_they_cost() -> None:
+    clock = Clock()
+    plan = planner(Shelf(), clock=clock)
     plan.open("r", list(range(128)), b"", RequestOptions())
     assert set(step(plan, clock, "r", 64, 64, 0.64)) == {None}, "nothing was measured before"
     assert step(plan, clock, "r", 128, 64, 1.28) == [pytest.approx(8 * 0.01)] * 8
@@ -69,15 +69,15 @@ def test_chunks_are_saved_with_what_they_cost(monkeypatch: pytest.MonkeyPatch) -
     assert step(plan, clock, "s", 64, 64, 1.0) == [pytest.approx(8 * pace_s)] * 8
 
 
-def test_seconds_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seconds_saved() -> None:
     """By what the chunks say, else by the engine's pace; less what loading took; unknown rather than guessed."""
-    plan, clock = planner(Shelf()), Clock()
-    monkeypatch.setattr(plan, "_pace", PrefillRate(clock))
+    clock = Clock()
+    plan = planner(Shelf(), clock=clock)
 
     def told(*loads: Loaded) -> object:
         plan.open("r", list(range(40)), b"", RequestOptions())
         for loaded in loads:
-            plan.hear(StepReport(loaded={"r": loaded}))
+            plan.apply_report(StepReport(loaded={"r": loaded}))
         usage = plan.close("r")
         assert usage is not None
         return usage["seconds_saved"]

@@ -70,7 +70,7 @@ def test_the_short_way_saves_the_same_in_the_same_steps(
             if what == "fail":
                 computed[name] = 0
                 for plan in both:
-                    plan.hear(StepReport(loaded={name: Loaded({}, True, 0.0)}))
+                    plan.apply_report(StepReport(loaded={name: Loaded({}, True, 0.0)}))
             drafted = min(rejected, count - 1)
             done = computed[name] + count - drafted
             scheduled.append(Scheduled(name, done, blocks_for(200), count))

@@ -309,28 +309,28 @@ def test_loads_do_not_wait_for_saves() -> None:
 def test_what_is_told_of_chunks() -> None:
     """Stored, evicted, there before anybody asked, or not stored at all; what computing them took."""
     with KVStore([HostTier(2000)]) as before:
-        save_both_of = make(before, tells_moves=True)
+        save_both_of = make(before, reports_placement=True)
         save = Save((KEYS[0],), None, TOKENS[:8], 0, BLOCKS[:2], recompute_s=0.25)
         save_both_of.save(save)
         assert eventually(lambda: KEYS[0] in before)
         assert eventually(lambda: bool(save_both_of._saves[KEYS[0]][1].done()))
-        moves = save_both_of.take_moves()
+        moves = save_both_of.take_placement_changes()
         assert set(moves) == {(KEYS[0], "host", True)}
-        assert save_both_of.take_moves() == []
+        assert save_both_of.take_placement_changes() == []
         assert before.explain([KEYS[0]])[0].recompute_s == 0.25
         save_both_of.save(Save((KEYS[1],), (KEYS[0],), TOKENS[8:], 8, BLOCKS[2:4]))
         assert eventually(lambda: KEYS[1] in before and bool(save_both_of._saves[KEYS[1]][1].done()))
-        assert (KEYS[0], "host", False) in (moves := save_both_of.take_moves())
+        assert (KEYS[0], "host", False) in (moves := save_both_of.take_placement_changes())
         assert (KEYS[1], "host", True) in moves
 
-        late_comer = make(before, tells_moves=True, save_pending_bytes=1)
+        late_comer = make(before, reports_placement=True, save_pending_bytes=1)
         late_comer.save(Save((KEYS[1],), None, TOKENS[8:], 8, BLOCKS[2:4]))
-        assert late_comer.take_moves() == [(KEYS[1], "host", True)]
+        assert late_comer.take_placement_changes() == [(KEYS[1], "host", True)]
         late_comer.save(save)
-        assert late_comer.take_moves() == [(KEYS[0], "", False)], "too much is waiting"
+        assert late_comer.take_placement_changes() == [(KEYS[0], "", False)], "too much is waiting"
         silent = make(before)
         silent.save(save)
-        assert silent.take_moves() == []
+        assert silent.take_placement_changes() == []
         for transfers in (save_both_of, late_comer, silent):
             transfers.close()
 

@@ -7,9 +7,10 @@ name shows in the answer, as it would with a model. Needs vLLM and its own test 
 
 import importlib
 import math
+import random
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvloom.connectors.serving.messages import Fusion, Load, Loaded, StepReport
+from kvloom.connectors.serving.messages import Fusion, Load, Loaded, LookUp, StepReport, WorkerInfo
 from kvloom.connectors.serving.settings import RequestOptions
-from kvloom.connectors.vllm.fusion.fuser import continued, stage
-from kvloom.core import ChunkKey
+from kvloom.connectors.serving.worker.fuser import continued, stage
+from kvloom.core import ChunkKey, KVSpec
 
 UNIT = Path(sys.prefix) / "vllm-tests"
 """vLLM's folder tests/v1/kv_connector/unit, where tests/engines/vllm.sh puts it."""
@@ -37,22 +38,25 @@ def vllm_unit(name: str) -> Any:
     return importlib.import_module(f"vllm_unit.{name}")
 
 
-def after(kv: int, token: int) -> int:
-    """KV of a token behind KV."""
-    return hash((kv, token))
+SPEC = KVSpec("model", 2, 2, 8, torch.float32, None)
+
+
+def after(kv: int, token: int, weights: int = 0) -> int:
+    """KV of a token behind KV, by a model of these weights."""
+    return hash((kv, token, weights) if weights else (kv, token))
 
 
 def answer_to(kv: int) -> int:
     return kv % VOCABULARY
 
 
-def plain_answer(prompt: Sequence[int], count: int) -> list[int]:
+def plain_answer(prompt: Sequence[int], count: int, weights: int = 0) -> list[int]:
     kv, answer = 0, []
     for token in prompt:
-        kv = after(kv, token)
+        kv = after(kv, token, weights)
     for _ in range(count):
         answer.append(answer_to(kv))
-        kv = after(kv, answer[-1])
+        kv = after(kv, answer[-1], weights)
     return answer
 
 
@@ -64,11 +68,44 @@ class Faults:
     held: set[str] = field(default_factory=set)  # loads and fusions that do not go on
 
 
-class SimulatedWorker:
-    """Steps a scheduler; `answers` are the tokens of every request so far."""
+class SimulatedStore(dict[ChunkKey, list[int]]):
+    """At most `capacity` chunks, of which the one stored or read longest ago goes that no offer pins."""
 
-    def __init__(self, scheduler: Any, store: dict[ChunkKey, list[int]], *, slice_tokens: int = 10**6) -> None:
-        self.scheduler, self.store, self.slice_tokens = scheduler, store, slice_tokens
+    def __init__(self, capacity: int = 10**9) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self.pins: dict[int, Sequence[ChunkKey]] = {}  # by the number of a look-up
+
+    def save(self, key: ChunkKey, kv: list[int]) -> None:
+        if key in self:
+            return
+        pinned = {each for keys in self.pins.values() for each in keys}
+        while len(self) >= self.capacity:
+            victim = next((each for each in self if each not in pinned), None)
+            if victim is None:
+                return
+            del self[victim]
+        self[key] = kv
+
+    def read(self, key: ChunkKey) -> list[int] | None:
+        kv = self.pop(key, None)
+        if kv is not None:
+            self[key] = kv  # the last one to go
+        return kv
+
+
+class SimulatedWorker:
+    """Steps a scheduler; `answers` are the tokens of every request so far. `weights` may change at any time."""
+
+    def __init__(self, scheduler: Any, store: SimulatedStore | None = None, *, slice_tokens: int = 10**6) -> None:
+        self.scheduler, self.slice_tokens = scheduler, slice_tokens
+        self.store = SimulatedStore() if store is None else store
+        self.weights = 0
+        self.token = str(id(self))
+        self.transfers, self.adapters = self, None  # as of a `Worker`
+        self.info: WorkerInfo | None = WorkerInfo(SPEC, may_fuse=True, token=self.token)
+        self.failed: set[str] = set()  # requests that ended with an error
+        self.weights_of: dict[str, list[int]] = {}  # that each token of an answer was sampled by
         self.block_tokens = scheduler.block_size
         self.slots: dict[int, int] = {}
         self.requests: dict[str, Any] = {}
@@ -101,9 +138,15 @@ class SimulatedWorker:
             block_hasher=utils.get_request_block_hasher(self.block_tokens, utils.sha256),
         )
         made.kv_transfer_params = None if options is None else {"kvloom": options}
-        self.requests[name], self.answers[name] = made, []
+        self.requests[name], self.answers[name], self.weights_of[name] = made, [], []
         self.scheduler.add_request(made)
         return name
+
+    def is_right(self, name: str, prompt: Sequence[int]) -> bool:
+        """Whether each token of an answer is what its weights make of all tokens before it."""
+        answer, weights = self.answers[name], self.weights_of[name]
+        rows = ([*prompt, *answer[:count]] for count in range(len(answer)))
+        return answer == [plain_answer(row, 1, by)[0] for row, by in zip(rows, weights, strict=True)]
 
     def abort(self, name: str) -> None:
         from vllm.v1.request import RequestStatus
@@ -117,8 +160,8 @@ class SimulatedWorker:
             self.step()
         raise AssertionError(f"requests hang: {list(self.scheduler.requests)}")
 
-    def step(self) -> Any:
-        """One step of the engine; what the scheduler had planned."""
+    def step(self, meanwhile: Callable[[], object] | None = None) -> Any:
+        """One step of the engine; what the scheduler had planned. `meanwhile`: before it hears of the outcome."""
         output = self.scheduler.schedule()
         plan = output.kv_connector_metadata.plan
         sampled = self._forward(output)
@@ -126,10 +169,14 @@ class SimulatedWorker:
             blocks, size = save.blocks, self.block_tokens
             offset = save.start % size
             kv = [self._read(blocks, p) for p in range(offset, offset + len(save.token_ids))]
-            self.store.setdefault(save.keys[0], kv)
-        report, bad_blocks, arrived = StepReport(), set(), set()
+            self.store.save(save.keys[0], kv)
+        report, bad_blocks, arrived = StepReport(), set[int](), set[str]()
+        if plan.introduce:
+            report.workers |= {} if self.info is None else {0: self.info}
+        for number in plan.released:
+            self.store.pins.pop(number, None)
         for lookup in plan.lookups:
-            report.answers[lookup.request_id] = self.look_up(lookup)
+            report.found_prefixes[lookup.number] = self.look_up(lookup)
         for request_id, load in list(self.loads.items()):
             if request_id not in self.faults.held:
                 del self.loads[request_id]
@@ -142,19 +189,35 @@ class SimulatedWorker:
         for request_id, (fusion, _) in self.fusions.items():
             if request_id not in self.faults.held | self.told:
                 self.told.add(request_id)
-                report.found[request_id] = (tuple(document.keys[0] in self.store for document in fusion.documents),)
+                report.found_documents[request_id] = (
+                    tuple(document.keys[0] in self.store for document in fusion.documents),
+                )
+        for revocation in plan.revocations:
+            bad_blocks |= revocation.blocks
+            report.revoked.add(revocation.request_id)
+            if self.fusions.pop(revocation.request_id, None) is not None:
+                report.loaded[revocation.request_id] = Loaded({}, True, 0.0)
+                arrived.add(revocation.request_id)
         for advance in plan.advances:
             self._advance(advance.request_id, advance.found, report, arrived)
         for request_id in output.finished_req_ids & self.fusions.keys():
             del self.fusions[request_id]
+            report.loaded[request_id] = Loaded({}, False, 0.0)
             arrived.add(request_id)
-        self._tell(output, sampled, report, bad_blocks, arrived)
+        if meanwhile is not None:
+            weights, _ = self.weights, meanwhile()
+            self._tell(output, sampled, report, bad_blocks, arrived, weights)
+        else:
+            self._tell(output, sampled, report, bad_blocks, arrived, self.weights)
         return output
 
-    def look_up(self, lookup: Any) -> tuple[str, ...]:
+    def look_up(self, lookup: LookUp) -> tuple[str, ...]:
         keys = lookup.keys[0]
-        missing = next((i for i, key in enumerate(keys) if key not in self.store), len(keys))
-        return ("host",) * missing
+        found = next((i for i, key in enumerate(keys) if key not in self.store), len(keys))
+        self.store.pins.pop(lookup.replaces, None)
+        if lookup.number and found:
+            self.store.pins[lookup.number] = keys[:found]
+        return ("host",) * found
 
     # ------------------------------------------------------------------------------------------------ the model
 
@@ -167,7 +230,7 @@ class SimulatedWorker:
         self.slots[blocks[position // self.block_tokens] * self.block_tokens + position % self.block_tokens] = kv
 
     def _compute(self, blocks: Sequence[int], position: int, token: int) -> int:
-        kv = after(self._read(blocks, position - 1) if position else 0, token)
+        kv = after(self._read(blocks, position - 1) if position else 0, token, self.weights)
         self._write(blocks, position, kv)
         return kv
 
@@ -188,11 +251,15 @@ class SimulatedWorker:
     # ------------------------------------------------------------------------------------------- the connector
 
     def _load(self, load: Load, report: StepReport, bad_blocks: set[int]) -> None:
-        chunk_tokens = len(self.store[load.keys[0][0]]) if load.keys[0][0] in self.store else 1
-        lost_from = self.faults.lost_from.pop(load.request_id, load.stop)
-        for position in range(load.start, min(load.stop, lost_from)):
-            chunk, place = divmod(position - load.first, chunk_tokens)
-            self._write(load.blocks, position, self.store[load.keys[0][chunk]][place])
+        lost_from, first = self.faults.lost_from.pop(load.request_id, load.stop), load.first
+        for key in load.keys[0]:
+            if (kv := self.store.read(key)) is None:
+                break
+            for position in range(max(first, load.start), min(first + len(kv), load.stop, lost_from)):
+                self._write(load.blocks, position, kv[position - first])
+            first += len(kv)
+        lost_from = min(lost_from, max(first, load.start))
+        self.store.pins.pop(load.lookup, None)
         if lost_from < load.stop:
             size = self.block_tokens
             bad_blocks.update(load.blocks[max(lost_from, load.start) // size : -(-load.stop // size)])
@@ -234,7 +301,13 @@ class SimulatedWorker:
     # ------------------------------------------------------------------------------------------- the scheduler
 
     def _tell(
-        self, output: Any, sampled: dict[str, list[int]], report: StepReport, bad_blocks: set[int], arrived: set[str]
+        self,
+        output: Any,
+        sampled: dict[str, list[int]],
+        report: StepReport,
+        bad_blocks: set[int],
+        arrived: set[str],
+        weights: int,
     ) -> None:
         from kvloom.connectors.vllm.connector import WorkerMetadata
 
@@ -248,6 +321,9 @@ class SimulatedWorker:
         for outputs in self.scheduler.update_from_output(output, runner_output).values():
             for told in outputs.outputs:
                 self.answers[told.request_id] += told.new_token_ids
+                self.weights_of[told.request_id] += [weights] * len(told.new_token_ids)
+                if str(told.finish_reason) == "error":
+                    self.failed.add(told.request_id)
                 if told.kv_transfer_params:
                     self.usage[told.request_id] = told.kv_transfer_params["kvloom"]
 
@@ -256,3 +332,48 @@ def documents(spans: Sequence[tuple[int, int]], ratio: float) -> dict[str, Any]:
     options = {"documents": [list(span) for span in spans], "ratio": ratio}
     assert RequestOptions.of({"kvloom": options}, max(stop for _, stop in spans))
     return options
+
+
+def finish(worker: SimulatedWorker) -> None:
+    """All to the end; then nothing is held any more, by vLLM's own account and by kvloom's."""
+    worker.faults.held.clear()
+    worker.run()
+    worker.step()
+    vllm_unit("utils").assert_scheduler_empty(worker.scheduler)
+    assert worker.scheduler.connector.scheduler_half.is_idle
+    assert not worker.store.pins, "every offer is over"
+
+
+def prompt(seed: int, tokens: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(3, 900) for _ in range(tokens)]
+
+
+def ask(worker: SimulatedWorker, tokens: list[int], options: dict[str, Any] | None = None, count: int = 4) -> list[int]:
+    name = worker.add(tokens, options, tokens=count)
+    worker.run()
+    return worker.answers[name]
+
+
+def forget(worker: SimulatedWorker) -> None:
+    """vLLM's own prefix cache; the store keeps what it has."""
+    assert worker.scheduler.kv_cache_manager.reset_prefix_cache()
+
+
+DOCUMENTS = [prompt(20, 50), prompt(21, 41), prompt(22, 33)]
+
+
+def store_documents(worker: SimulatedWorker) -> None:
+    for document in DOCUMENTS:
+        ask(worker, document, documents([(0, len(document))], 0.0), count=1)
+    forget(worker)
+
+
+def in_context(
+    seed: int, order: tuple[int, ...] = (2, 0, 1), lead: int = 37
+) -> tuple[list[int], list[tuple[int, int]]]:
+    tokens, spans = prompt(seed, lead), []
+    for index in order:
+        spans.append((len(tokens), len(tokens) + len(DOCUMENTS[index])))
+        tokens += DOCUMENTS[index]
+    return tokens + prompt(seed + 1000, 20), spans

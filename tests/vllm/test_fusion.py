@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from kvloom.blend.choosers import deviation_of, kv_deviation, squares
 from kvloom.connectors.serving.messages import Advance, Document, Fusion
 from kvloom.connectors.serving.worker.arrivals import Fetched
-from kvloom.connectors.vllm.fusion.fuser import Fuser, stage
-from kvloom.connectors.vllm.fusion.passes import first_slice, running_model, runs_of
+from kvloom.connectors.serving.worker.fuser import Fuser, first_slice, stage
+from kvloom.connectors.vllm.fusion.passes import running_model, runs_of
 from kvloom.connectors.vllm.fusion.rope import rope_of
 from kvloom.core import RopeSpec
 from kvloom.errors import EngineError
@@ -148,7 +148,7 @@ def fuse(fusion: Fusion, slice_tokens: int, noise: float = 0.0, *, is_lossy: boo
     cache = Cache().paged
     passes = Passes(cache)
     shelves = Shelves(cache, passes, noise)
-    fuser = Fuser(shelves, passes, cache, slice_tokens=slice_tokens, check_layer=1, size=1, is_lossy=is_lossy)  # type: ignore[arg-type]
+    fuser = Fuser(shelves, passes, cache, slice_tokens=slice_tokens, check_layer=1, is_lossy=is_lossy)  # type: ignore[arg-type]
     fuser.begin(fusion)
     assert fuser.fetched() == {"r": (True,) * len(fusion.documents)}
     assert fuser.fetched() == {}, "told of once"
@@ -220,7 +220,7 @@ def test_a_rotation_that_is_not_understood_costs_time_only(caplog: pytest.LogCap
 def test_a_pass_that_fails_costs_the_fusion_not_the_engine() -> None:
     cache = Cache().paged
     passes = Passes(cache)
-    fuser = Fuser(Shelves(cache, passes), passes, cache, slice_tokens=64, check_layer=1, size=1)  # type: ignore[arg-type]
+    fuser = Fuser(Shelves(cache, passes), passes, cache, slice_tokens=64, check_layer=1)  # type: ignore[arg-type]
 
     def broken(*_: object) -> None:
         raise RuntimeError("out of memory")
@@ -238,7 +238,7 @@ def test_a_pass_that_fails_costs_the_fusion_not_the_engine() -> None:
 def test_a_cancelled_fusion_is_told_of_and_computes_nothing_more() -> None:
     cache = Cache().paged
     passes = Passes(cache)
-    fuser = Fuser(Shelves(cache, passes), passes, cache, slice_tokens=4, check_layer=1, size=1)  # type: ignore[arg-type]
+    fuser = Fuser(Shelves(cache, passes), passes, cache, slice_tokens=4, check_layer=1)  # type: ignore[arg-type]
     fuser.begin(fusion_of(0, 40, 0, [(0, 40)], 0.5))
     fuser.advance(Advance("r", (True,)))
     fuser.cancel("r")

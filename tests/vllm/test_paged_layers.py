@@ -171,7 +171,7 @@ def test_an_unknown_packing_is_refused() -> None:
 def test_a_quantised_cache_is_refused() -> None:
     layer = make_layer("side by side")
     layer.kv_cache = layer.kv_cache[..., :D].to(torch.uint8)
-    with pytest.raises(EngineError, match="unquantised caches of one shape"):
+    with pytest.raises(EngineError, match="caches of one shape that are not quantised"):
         PagedLayers([layer], BLOCK)
 
 

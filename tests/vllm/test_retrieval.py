@@ -34,7 +34,8 @@ def test_engines_that_do_not_ask(config: object) -> None:
     assert decoding_identity(config) == b""
 
 
-def test_settings_have_the_names_of_retrieval() -> None:
+def test_settings_have_the_names_of_retrieval(tmp_path: Path) -> None:
+    (path := tmp_path / "a.json").touch()
     given = {
         "method": "landmarks",
         "budget_ratio": 0.1,
@@ -46,10 +47,10 @@ def test_settings_have_the_names_of_retrieval() -> None:
         "parameters": {"outlier_chunks": 0},
         "break_even_tokens": 4096,
     }
-    found = settings_of(**given, certificates="a.json", allow_uncertified=True, model_id="m")
+    found = settings_of(**given, certificates=str(path), allow_uncertified=True, model_id="m")
     assert found is not None
     assert {name: getattr(found.retrieval, name) for name in given} == given
-    assert (found.certificates, found.allow_uncertified, found.model_id) == ((Path("a.json"),), True, "m")
+    assert (found.certificates, found.allow_uncertified, found.model_id) == ((path,), True, "m")
     bare = settings_of(**LANDMARKS)
     assert bare is not None
     assert bare.retrieval.fields == Retrieval("landmarks").fields
@@ -65,11 +66,14 @@ def test_settings_have_the_names_of_retrieval() -> None:
         ({"retrieval": {}}, "names no method"),
         ({"retrieval": {"method": "landmark"}}, "no retrieval method 'landmark'; known: clusters"),
         ({"retrieval": {"method": "vq"}}, "needs a profile"),
-        ({"retrieval": {**LANDMARKS, "budget_ratio": "3%"}}, "budget_ratio is '3%'; expected int or float"),
-        ({"retrieval": {**LANDMARKS, "budget_ratio": 3}}, "budget_ratio is 3; expected a share"),
-        ({"retrieval": {**LANDMARKS, "budget_tokens": True}}, "budget_tokens is True; expected int"),
-        ({"retrieval": {**LANDMARKS, "allow_uncertified": 1}}, "allow_uncertified is 1; expected bool"),
-        ({"retrieval": {**LANDMARKS, "certificates": 3}}, "certificates is 3; expected paths"),
+        ({"retrieval": {**LANDMARKS, "budget_ratio": "3%"}}, "budget_ratio is '3%'; expected a number from 0 to 1"),
+        ({"retrieval": {**LANDMARKS, "budget_ratio": 3}}, "budget_ratio is 3; expected a number from 0 to 1"),
+        ({"retrieval": {**LANDMARKS, "budget_tokens": True}}, "budget_tokens is True; expected an integer from 0"),
+        ({"retrieval": {**LANDMARKS, "allow_uncertified": 1}}, "allow_uncertified is 1; expected true or false"),
+        (
+            {"retrieval": {**LANDMARKS, "certificates": 3}},
+            "certificates is 3; expected a list of paths of files",
+        ),
         ({"retrieval": "landmarks"}, "expected an object"),
         ("landmarks", "expected an object"),
     ],
@@ -330,6 +334,7 @@ def test_where_retrieval_becomes_faster(
 
 
 def test_certificates_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "none.json").write_text("{")
     found = settings_of(**LANDMARKS, certificates=[str(tmp_path / "none.json")])
     assert found is not None
     with pytest.raises(UncertifiedError, match=r"none\.json cannot be read"):

@@ -1,6 +1,6 @@
-"""Which requests are being fused, and what is remembered of fusions that are over. Imports no engine.
+"""Which requests are being fused, and which tokens earlier fusions recomputed. Imports no engine.
 
-The scheduler's side of it; `vllm_fusion` is the workers'.
+This is the scheduler's side; `worker.fuser` computes.
 """
 
 from __future__ import annotations
@@ -17,124 +17,132 @@ from ..messages import Advance, Fusion, Loaded
 from .requests import Request
 
 Fused: TypeAlias = Literal["no", "yes", "partly"]
-"""Whether the span of a fusion is what one fusion makes of it; "partly": its rest was computed exactly behind it."""
+"""Whether the KV of a fused span is the result of one fusion; "partly": its rest was computed exactly behind it."""
 
-_PLANS = 256  # fusions whose choice is remembered: four bytes for each token computed
+REMEMBERED_PLANS = 256
+"""Fusions whose choice is remembered: four bytes for each recomputed token."""
 
 
 @dataclass(slots=True)
-class _Course:
-    """Of one request's fusions."""
+class _State:
+    """The fusions of one request."""
 
     request: Request
     first: int  # token that is not exact
-    local_tokens: int | None = None  # that the engine has itself, when it has asked and not yet taken the request up
-    begun_at: int = 0  # token, of the last one
+    local_tokens: int | None = None  # that the engine has itself, from when it asks until it admits the request
+    begun_at: int = 0  # token, of the last fusion
     fused: Fused | None = None
 
 
-class Fusions:
-    """Of the requests that are not exact; has nothing to say of others.
+class FusionTracker:
+    """Fusions of the requests that are not exact. Methods do nothing for other requests.
 
     Parameters
     ----------
-    ranks : how many there are; all of them fetch before any computes.
+    ranks : of the engine; all of them fetch before any of them computes.
     block_tokens : of the engine.
     """
 
     def __init__(self, ranks: int, block_tokens: int) -> None:
         self._ranks = ranks
         self._block_tokens = block_tokens
-        self._courses: dict[str, _Course] = {}
+        self._states: dict[str, _State] = {}
         self._found: dict[str, tuple[tuple[bool, ...], ...]] = {}  # by each rank, of fusions in order of arrival
-        self._choices: OrderedDict[bytes, NDArray[np.int32]] = OrderedDict()  # what fusions computed, by plan
+        self._choices: OrderedDict[bytes, NDArray[np.int32]] = OrderedDict()  # recomputed positions, by plan
 
     @property
     def is_fusing(self) -> bool:
-        """A fusion has begun whose end has not been told of."""
+        """Whether a fusion has begun that was not reported to be over."""
         return bool(self._found)
 
     def open(self, request_id: str, request: Request) -> None:
+        """Track a request."""
         if request.inexact is not None:
-            self._courses[request_id] = _Course(request, request.inexact)
+            self._states[request_id] = _State(request, request.inexact)
 
     def close(self, request_id: str) -> Fused:
-        """Forget a request; what became of it."""
+        """Forget a request; how it was fused."""
         self._found.pop(request_id, None)
-        course = self._courses.pop(request_id, None)
-        return "no" if course is None else course.fused or "no"
+        state = self._states.pop(request_id, None)
+        return "no" if state is None else state.fused or "no"
+
+    def reset(self) -> None:
+        """Forget all requests and all choices."""
+        self._states.clear()
+        self._found.clear()
+        self._choices.clear()
 
     def ask(self, request_id: str, computed_tokens: int) -> None:
-        """The engine is about to take the request up, of which it has so many tokens itself."""
-        if (course := self._courses.get(request_id)) is not None:
-            course.local_tokens = computed_tokens
+        """The engine is about to admit the request, of which it has so many tokens itself."""
+        if (state := self._states.get(request_id)) is not None:
+            state.local_tokens = computed_tokens
 
     def reach(self, request_id: str, computed_tokens: int) -> int:
         """Token up to which a fusion can provide KV to a request that is not exact; 0 if it cannot."""
-        course = self._courses[request_id]
-        if computed_tokens > course.first and course.request.plan not in self._choices:
+        state = self._states[request_id]
+        if computed_tokens > state.first and state.request.plan not in self._choices:
             # The engine has fused tokens of a request like this one, or of this one before it was preempted. A
-            # second choice among the rest alone would be another one than the first: the rest is computed.
+            # second choice among the rest alone would differ from the first one: the rest is computed.
             return 0
         # Whole blocks only: the engine finds them again as they are, and computes what follows in any case. One
-        # token must be left to it: the first new one is sampled from what it computes.
-        stop = min(course.request.documents[-1].stop, len(course.request.token_ids) - 1)
+        # token must be left to it: the first new token is sampled from what it computes.
+        stop = min(state.request.documents[-1].stop, len(state.request.token_ids) - 1)
         return stop - stop % self._block_tokens
 
     def begin(self, request_id: str, start: int, stop: int, blocks: Sequence[int]) -> Fusion:
         """The engine took the offer up to `stop`: tokens `[start, stop)` are to be provided."""
-        course = self._courses[request_id]
-        request, course.local_tokens, course.begun_at = course.request, None, start
+        state = self._states[request_id]
+        request, state.local_tokens, state.begun_at = state.request, None, start
         self._found[request_id] = ()
         return Fusion(
             request_id,
             np.asarray(request.token_ids[:stop], dtype=np.int64),
             start,
             stop,
-            course.first,
+            state.first,
             request.documents,
             request.ratio,
             tuple(blocks),
-            self._choices.get(request.plan) if start > course.first else None,
+            self._choices.get(request.plan) if start > state.first else None,
         )
 
     def decline(self, request_id: str) -> None:
         """The engine goes on without an offer: it computes what it does not have."""
-        course = self._courses.get(request_id)
-        if course is None or course.local_tokens is None:  # merely back from a fusion
+        state = self._states.get(request_id)
+        if state is None or state.local_tokens is None:  # merely back from a fusion
             return
-        local, course.local_tokens = course.local_tokens, None
-        stop = course.request.documents[-1].stop
+        local, state.local_tokens = state.local_tokens, None
+        stop = state.request.documents[-1].stop
         now: Fused = "yes" if local >= stop - stop % self._block_tokens else "partly"
-        course.fused = _either(course.fused, "no" if local <= course.first else now)
+        state.fused = _combined(state.fused, "no" if local <= state.first else now)
 
-    def fetched(self, request_id: str, masks: tuple[tuple[bool, ...], ...]) -> None:
-        """More ranks have fetched the documents; which of them each has."""
+    def add_found(self, request_id: str, masks: tuple[tuple[bool, ...], ...]) -> None:
+        """More ranks have fetched the documents; `masks` say which of them each rank has."""
         if request_id in self._found:
             self._found[request_id] += masks
 
     def advance(self) -> Advance | None:
-        """The next slice. One fusion at a time, the first that all ranks have fetched."""
+        """The next slice. One fusion at a time, the first whose documents all ranks have fetched."""
         for request_id, masks in self._found.items():
             if len(masks) == self._ranks:
                 return Advance(request_id, tuple(all(ranks) for ranks in zip(*masks, strict=True)))
         return None
 
     def end(self, request_id: str, loaded: Loaded) -> None:
-        """What became of it."""
+        """A fusion is over, with this outcome."""
         self._found.pop(request_id, None)
-        course = self._courses.get(request_id)
-        if course is None:
+        state = self._states.get(request_id)
+        if state is None:
             return
         if loaded.chosen is not None:
-            self._choices[course.request.plan] = loaded.chosen
-            self._choices.move_to_end(course.request.plan)
-            while len(self._choices) > _PLANS:
+            self._choices[state.request.plan] = loaded.chosen
+            self._choices.move_to_end(state.request.plan)
+            while len(self._choices) > REMEMBERED_PLANS:
                 self._choices.popitem(last=False)
-        lost: Fused = "no" if course.begun_at <= course.first else "partly"
-        course.fused = _either(course.fused, lost if loaded.failed else "yes")
+        lost: Fused = "no" if state.begun_at <= state.first else "partly"
+        state.fused = _combined(state.fused, lost if loaded.failed else "yes")
 
 
-def _either(before: Fused | None, now: Fused) -> Fused:
-    """Of a request that was taken up again: its tokens so far came of `before`."""
+def _combined(before: Fused | None, now: Fused) -> Fused:
+    """How a request is fused that was admitted again: its tokens so far came of `before`."""
     return now if before is None or before == now else "partly"

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from ....core import ChunkKey
 
-_LOG = logging.getLogger("kvloom.documents")
+_LOG = logging.getLogger("kvloom")
 
 _BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse
 _MASK = (1 << 64) - 1

@@ -1,46 +1,63 @@
-"""What the scheduler's half of the vLLM connector knows and decides. Imports no engine.
+"""The scheduler's half of a connector: what is offered, loaded, fused and saved. Imports no engine.
 
 The stores belong to the workers, one to each tensor-parallel rank. The scheduler's half knows tokens and keys, no
-bytes: what it wants done goes to the workers in the `StepPlan` of a step of the engine, what became of it comes back in
-a `StepReport`. Where scheduler and worker are one process, `ask` answers lookups at once.
+bytes: what is to be done goes to the workers in the `StepPlan` of a step of the engine, the outcome comes back in a
+`StepReport`. Where scheduler and worker are one process, `look_up` answers at once.
 
-    matched_tokens -> LookUp -> answer -> offer -> allocated -> Load -> Loaded -> (failed: never asked again)
+    matched_tokens -> LookUp -> FoundTiers -> offer -> allocated -> Load -> Loaded -> (failed: never offered again)
     plan_step      -> Save of every chunk that the step completes
 
-What a request consists of is found by `vllm_request`, under keys of `vllm_keys`; `vllm_saves`, `vllm_fusion_plan` and
-`vllm_usage` know what it has stored, how it is fused and what kvloom did for it. Loads are planned here.
+`requests.py` finds what a request consists of, `saves.py`, `fusions.py` and `usage.py` keep what was stored of it, how
+it is fused and what kvloom did for it. Loads are planned here.
 """
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ....core import ChunkKey, KVSpec
 from ..keys import Keys
-from ..messages import Answer, Load, Loaded, LookUp, Scheduled, StepPlan, StepReport
+from ..messages import FoundTiers, Load, Loaded, LookUp, Revocation, Scheduled, StepPlan, StepReport, both
 from ..settings import RequestOptions, ServingSettings
-from .fusions import Fusions
+from .fusions import FusionTracker
 from .known_documents import KnownDocuments
-from .prefill_rate import PrefillRate, says_much
+from .prefill_rate import PrefillRate, is_prefill_step
 from .requests import Request, RequestReader
-from .saves import Saves
+from .saves import SaveTracker
 from .usage import Usage, seconds_saved
+
+_FRESH_S = 20.0  # a result that waited longer is looked up again: its chunks are about to lose their pins
 
 
 @dataclass(slots=True)
 class _Tracked:
-    """A request and what is offered to the engine of its prefix or its fusion."""
+    """A request, and what is offered to the engine of its prefix or its fusion."""
 
     request: Request
-    asked_from: int | None = None  # chunk from which on a lookup was made
-    answer: Answer | None = None
-    offer: int = 0  # tokens up to which the last answer reaches
+    lookup: int = 0  # number of the look-up whose chunks are pinned for this request; 0 for none
+    asked_from: int | None = None  # chunk from which on it asked
+    tiers: FoundTiers | None = None  # its result
+    found_s: float = 0.0  # when that came
+    offer: int = 0  # token up to which the last offer reaches
     hit_tokens: Mapping[str, int] = field(default_factory=dict)  # of the last offer taken, by tier
     has_failed: bool = False
+    is_stale: bool = False  # opened before the last reset
     usage: Usage = field(default_factory=Usage)
+
+
+@dataclass(slots=True)
+class _Transfer:
+    """A load or fusion that the engine waits for."""
+
+    blocks: frozenset[int]  # into which it writes
+    loaded: Loaded | None = None  # outcome on the ranks that have reported it
+    is_revoked: bool = False  # the cache was reset since it was planned
+    is_acknowledged: bool = False  # the workers have reported its blocks as not loaded
+    is_held_back: bool = False  # it is over, but the engine does not know
 
 
 class Planner:
@@ -51,8 +68,10 @@ class Planner:
     settings : the user's.
     specs : geometry of each rank's cache, by rank.
     block_tokens : of the engine.
+    look_up : answers a look-up at once; None where the workers are other processes, which answer in a later step.
     fusion_ratio : what certificates permit, for settings that ask for that.
-    ask : answers a lookup at once; None where the workers are other processes, which answer in a later step.
+    may_load, may_save : whether the role of this engine lets it load, and store.
+    clock : monotonic seconds.
     """
 
     def __init__(
@@ -60,24 +79,34 @@ class Planner:
         settings: ServingSettings,
         specs: Sequence[KVSpec],
         block_tokens: int,
-        ask: Callable[[LookUp], Answer] | None = None,
+        look_up: Callable[[LookUp], FoundTiers] | None = None,
         *,
         fusion_ratio: float = 1.0,
+        may_load: bool = True,
+        may_save: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
         self._block_tokens = block_tokens
-        self._ask = ask
+        self._ranks = len(specs)
+        self._look_up = look_up
+        self._fusion_ratio = fusion_ratio if settings.fusion_ratio == "certified" else settings.fusion_ratio
+        self._may_load, self._may_save = may_load, may_save
+        self._clock = clock
         journal = None if settings.disk_path is None else Path(settings.disk_path, f"documents.{settings.match_tokens}")
         known = KnownDocuments(settings.match_tokens, journal) if settings.match_tokens else None
-        ratio = fusion_ratio if settings.fusion_ratio == "certified" else settings.fusion_ratio
         self._keys = Keys(settings, specs)
-        self._reader = RequestReader(settings, self._keys, known, block_tokens, ratio)
-        self._pace = PrefillRate()
-        self._saves = Saves(settings.chunk_tokens, block_tokens, known)
-        self._fusions = Fusions(len(specs), block_tokens)
+        self._reader = RequestReader(settings, self._keys, known, block_tokens, self._fusion_ratio)
+        self._rate = PrefillRate(clock)
+        self._saves = SaveTracker(settings.chunk_tokens, block_tokens, known)
+        self._fusions = FusionTracker(len(specs), block_tokens)
         self._tracked: dict[str, _Tracked] = {}
-        self._layerwise: dict[str, Load] = {}  # loads within a step that were not heard of
-        self._spoiled: set[int] = set()
+        self._transfers: dict[str, _Transfer] = {}
+        self._layer_loads: dict[str, Load] = {}  # loads within a step whose outcome was not reported
+        self._lookups: dict[int, str] = {}  # requests of look-ups under way, by number
+        self._last_lookup = 0
+        self._unwritten_blocks: set[int] = set()
+        self._passed_on: set[str] = set()  # requests held back before, whose transfer is over for the engine now
         self._plan = StepPlan()
         self._counts: Counter[str] = Counter()
 
@@ -91,43 +120,85 @@ class Planner:
         options: RequestOptions,
         *,
         may_fuse: bool = True,
+        exact_tokens: int | None = None,
     ) -> int | None:
         """Track a request; the first token whose KV may be approximate, or None if all of it will be exact.
 
+        A request that is open is opened anew: what was derived for it before is forgotten.
+
         Parameters
         ----------
-        token_ids : the prompt; what is generated is appended by the engine.
-        identity : of all that shapes its KV beside model and tokens, and of its tenant: adapter, cache salt.
+        token_ids : the prompt; the engine appends what it generates.
+        identity : stands for everything that shapes the request's KV beside model and tokens, and for its tenant.
         may_fuse : whether the engine can; otherwise documents are computed like everything else.
+        exact_tokens : tokens from the start on that are exact, where another connector fuses the request; None if none
+            does.
         """
 
-        def is_stored(key: ChunkKey) -> bool:  # workers elsewhere tell when they fetch it
-            return self._ask is None or bool(self._ask(LookUp(request_id, ((key,),))))
+        def is_stored(key: ChunkKey) -> bool:  # workers in other processes find out when they fetch it
+            return self._look_up is None or bool(self._look_up(LookUp(request_id, ((key,),))))
 
+        if (before := self._tracked.get(request_id)) is not None:
+            self._drop_offer(before)
+            self._saves.close(request_id)
+            self._fusions.close(request_id)
+        options = replace(options, load=options.load and self._may_load, save=options.save and self._may_save)
         request = self._reader.read(token_ids, identity, options, is_stored, may_fuse=may_fuse)
+        if exact_tokens is not None and request.inexact is None:
+            request = replace(request, options=replace(options, load=False), inexact=exact_tokens)
         self._tracked[request_id] = _Tracked(request)
         self._saves.open(request_id, request)
-        self._fusions.open(request_id, request)
+        if request.options.load:
+            self._fusions.open(request_id, request)
         return request.inexact
 
     def fusion_digest(self, request_id: str) -> bytes:
-        """32 bytes that stand for all that a fusion's KV depends on; see `Request`."""
+        """32 bytes that stand for everything that a fusion's KV depends on; see `Request`."""
         return self._tracked[request_id].request.digest
 
     def close(self, request_id: str) -> dict[str, object] | None:
-        """Forget a request; what kvloom did for it (see `Usage`), None if nothing is known of it."""
-        self._pace.forget(request_id)
+        """Forget a request; what kvloom did for it (see `Usage`), None if it is not tracked."""
+        self._rate.forget(request_id)
         fused, saved_chunks = self._fusions.close(request_id), self._saves.close(request_id)
         tracked = self._tracked.pop(request_id, None)
         if tracked is None:
             return None
-        if request_id in self._layerwise:  # over within its only step; the report comes later
+        self._drop_offer(tracked)
+        if request_id in self._layer_loads:  # over within its only step; the report comes later
             tracked.usage.expect(tracked.hit_tokens)
-        return tracked.usage.told(tracked.request.prompt_tokens, fused=fused, saved_chunks=saved_chunks)
+        return tracked.usage.as_json(tracked.request.prompt_tokens, fused=fused, saved_chunks=saved_chunks)
 
-    def renew(self) -> None:
-        """From now on nothing is found that was stored before, and no other process finds what this one stores."""
+    # --------------------------------------------------------------------------------------------------- reset
+
+    def reset(self) -> None:
+        """Find nothing from now on that was stored before, and store under names that no other process finds.
+
+        Nothing that was derived for an open request outlives this. Requests are stale until they are opened anew:
+        nothing is loaded for them or stored of them. Loads and fusions that the engine waits for are revoked: it learns
+        that nothing was loaded.
+        """
         self._keys.renew()
+        # Nobody else finds what is stored from now on, so that its documents are kept out of the journal.
+        known = KnownDocuments(self._settings.match_tokens) if self._settings.match_tokens else None
+        self._reader = RequestReader(self._settings, self._keys, known, self._block_tokens, self._fusion_ratio)
+        self._saves.reset(known)
+        self._fusions.reset()
+        self._lookups.clear()
+        for tracked in self._tracked.values():
+            self._drop_offer(tracked)
+            tracked.is_stale = True
+        plan = self._plan
+        plan.lookups, plan.saves, plan.advances = [], [], []
+        plan.is_reset = True
+        for request_id, transfer in self._transfers.items():
+            if not transfer.is_revoked:
+                transfer.is_revoked = True
+                plan.revocations.append(Revocation(request_id, transfer.blocks))
+
+    def is_stale(self, request_id: str) -> bool:
+        """Whether a request was opened before the last reset and has to be opened anew."""
+        tracked = self._tracked.get(request_id)
+        return tracked is not None and tracked.is_stale
 
     # ------------------------------------------------------------------------------------------------- loading
 
@@ -141,42 +212,63 @@ class Planner:
             return 0
         request = tracked.request
         self._fusions.ask(request_id, computed_tokens)
-        if tracked.has_failed or not request.options.load:
+        if tracked.has_failed or tracked.is_stale or not request.options.load:
             return 0
         if request.inexact is not None:
             tracked.offer = self._fusions.reach(request_id, computed_tokens)
             return max(tracked.offer - computed_tokens, 0)
         request.keys.extend()
-        chunk_tokens = self._settings.chunk_tokens
-        first = computed_tokens // chunk_tokens
+        first = computed_tokens // self._settings.chunk_tokens
         if first >= len(request.keys):
             return 0
-        if self._ask is not None or tracked.asked_from is None or first < tracked.asked_from:
-            # Never asked, or, while the answer was on its way, the engine's own cache lost what came before.
-            tracked.asked_from, tracked.answer = first, None
-            lookup = LookUp(request_id, request.keys.between(first))
-            if self._ask is None:
-                self._plan.lookups.append(lookup)
-            else:
-                tracked.answer = self._ask(lookup)
-        if tracked.answer is None:
+        if self._is_to_be_looked_up(tracked, first):
+            self._ask(request_id, tracked, first)
+        if tracked.tiers is None or tracked.asked_from is None:
             return None
-        tracked.offer = (tracked.asked_from + len(tracked.answer)) * chunk_tokens
+        tracked.offer = (tracked.asked_from + len(tracked.tiers)) * self._settings.chunk_tokens
         if self.is_layerwise(request_id):  # the step must compute something
             tracked.offer = min(tracked.offer, len(request.token_ids) - 1)
         return max(tracked.offer - computed_tokens, 0)
 
+    def _is_to_be_looked_up(self, tracked: _Tracked, first: int) -> bool:
+        if self._look_up is not None or tracked.asked_from is None:
+            return True
+        if first < tracked.asked_from:  # while the result was on its way, the engine's own cache lost what came before
+            return True
+        return tracked.tiers is not None and self._clock() - tracked.found_s > _FRESH_S
+
+    def _ask(self, request_id: str, tracked: _Tracked, first: int) -> None:
+        """Look up the chunks from `first` on. A new look-up replaces the offer of the one before."""
+        self._last_lookup += 1
+        lookup = LookUp(request_id, tracked.request.keys.between(first), self._last_lookup, tracked.lookup)
+        self._lookups.pop(tracked.lookup, None)
+        tracked.lookup, tracked.asked_from, tracked.tiers = lookup.number, first, None
+        if self._look_up is None:
+            self._lookups[lookup.number] = request_id
+            self._plan.lookups.append(lookup)
+            return
+        tracked.tiers = self._look_up(lookup)
+        if not tracked.tiers:
+            tracked.lookup = 0
+
+    def _drop_offer(self, tracked: _Tracked) -> None:
+        """The offer of the last look-up is over: what it pinned may go."""
+        if tracked.lookup:
+            self._plan.released.append(tracked.lookup)
+            self._lookups.pop(tracked.lookup, None)
+        tracked.lookup, tracked.tiers, tracked.asked_from = 0, None, None
+
     def is_layerwise(self, request_id: str) -> bool:
-        """Whether what is loaded for it comes within the step that uses it."""
+        """Whether the request's KV is loaded within the step that uses it."""
         return self._settings.load_mode == "layerwise" and self._tracked[request_id].request.inexact is None
 
     def has_to_wait(self, token_ids: Sequence[int], computed_tokens: int) -> bool:
-        """Whether a request's local hit may lie in blocks that another one only loads in the coming step.
+        """Whether a request's local hit may lie in blocks that another request only loads in the coming step.
 
-        vLLM files the blocks of such loads at once. Whoever shared them in the same step would be computed on what may
-        never come. One step later it has come, or the blocks are filed no longer.
+        vLLM files the blocks of such loads at once. A request that shared them in the same step would be computed on KV
+        that may be lost. One step later it is there, or the blocks are filed no longer.
         """
-        for load in self._plan.layerwise:
+        for load in self._plan.layer_loads:
             tracked, first = self._tracked.get(load.request_id), load.start + self._block_tokens
             if tracked is None or computed_tokens <= load.start:
                 continue
@@ -184,94 +276,162 @@ class Planner:
                 return True
         return False
 
-    def take_spoiled(self) -> set[int]:
-        """Blocks that were filed under hashes of tokens whose KV did not come, since the last call."""
-        spoiled, self._spoiled = self._spoiled, set()
-        return spoiled
+    def take_unwritten_blocks(self) -> set[int]:
+        """Blocks that were filed under hashes of tokens whose KV was not loaded, since the last call."""
+        blocks, self._unwritten_blocks = self._unwritten_blocks, set()
+        return blocks
 
     def allocated(self, request_id: str, external_tokens: int, blocks: Sequence[int]) -> None:
-        """The engine took the offer: `external_tokens` up to where it reaches are ours to provide."""
+        """The engine took the offer: `external_tokens` up to where it reaches are to be provided."""
         tracked = self._tracked.get(request_id)
         if tracked is None:
             return
+        if tracked.is_stale:
+            if external_tokens:
+                self._load_nothing(request_id, tracked.offer - external_tokens, tracked.offer, blocks)
+            return
         self._saves.resume(request_id)
-        answer, asked_from = tracked.answer or (), tracked.asked_from or 0
-        tracked.answer, tracked.asked_from, tracked.hit_tokens = None, None, {}
+        lookup, tiers, asked_from = tracked.lookup, tracked.tiers or (), tracked.asked_from or 0
+        tracked.hit_tokens = {}
         if not external_tokens:
+            self._drop_offer(tracked)
             self._fusions.decline(request_id)
             return
+        tracked.lookup, tracked.tiers, tracked.asked_from = 0, None, None  # the load has it now
         request, stop, chunk_tokens = tracked.request, tracked.offer, self._settings.chunk_tokens
         start = stop - external_tokens
         self._counts["hit_tokens"] += external_tokens
         if request.inexact is not None:
             self._plan.fusions.append(self._fusions.begin(request_id, start, stop, blocks))
+            self._begin_transfer(request_id, start, stop, blocks)
             return
         first, last = start // chunk_tokens, -(-stop // chunk_tokens)
-        load = Load(request_id, request.keys.between(first, last), first * chunk_tokens, start, stop, tuple(blocks))
+        keys = request.keys.between(first, last)
+        load = Load(request_id, keys, first * chunk_tokens, start, stop, tuple(blocks), lookup)
         if self.is_layerwise(request_id):
-            self._plan.layerwise.append(load)
-            self._layerwise[request_id] = load
+            self._plan.layer_loads.append(load)
+            self._layer_loads[request_id] = load
         else:
             self._plan.loads.append(load)
+            self._begin_transfer(request_id, start, stop, blocks)
         self._saves.skip(request_id, last)
         tokens: Counter[str] = Counter()
         for chunk in range(first, last):
-            tokens[answer[chunk - asked_from]] += min((chunk + 1) * chunk_tokens, stop) - max(
-                chunk * chunk_tokens, start
-            )
+            begin, end = chunk * chunk_tokens, (chunk + 1) * chunk_tokens
+            tokens[tiers[chunk - asked_from]] += min(end, stop) - max(begin, start)
         tracked.hit_tokens = tokens
 
+    def _begin_transfer(self, request_id: str, start: int, stop: int, blocks: Sequence[int]) -> _Transfer:
+        size = self._block_tokens
+        written = frozenset(blocks[start // size : -(-stop // size)])
+        transfer = self._transfers[request_id] = _Transfer(written)
+        return transfer
+
+    def _load_nothing(self, request_id: str, start: int, stop: int, blocks: Sequence[int]) -> None:
+        """The engine took an offer that a reset has withdrawn since: a load without keys, which is lost."""
+        self._plan.loads.append(Load(request_id, ((),) * self._ranks, start, start, stop, tuple(blocks)))
+        transfer = self._begin_transfer(request_id, start, stop, blocks)
+        transfer.is_revoked = transfer.is_acknowledged = True
+
     def hit_tokens(self, request_id: str) -> Mapping[str, int]:
-        """Of the last offer taken, where its tokens lie, by the name of the tier; empty for a fusion."""
+        """Tokens of the last offer taken by the tier that holds them; empty for a fusion."""
         tracked = self._tracked.get(request_id)
         return {} if tracked is None else tracked.hit_tokens
 
-    def hear(self, report: StepReport) -> None:
-        """Take note of what the workers did."""
-        for request_id, answer in report.answers.items():
-            if (tracked := self._tracked.get(request_id)) is not None and tracked.asked_from is not None:
-                tracked.answer = answer
-        for request_id, masks in report.found.items():
-            self._fusions.fetched(request_id, masks)
-        self._pace.end(report.number)
-        for request_id, loaded in report.loaded.items():
-            self._hear_of(request_id, loaded)
+    # ------------------------------------------------------------------------------------------------ outcomes
 
-    def _hear_of(self, request_id: str, loaded: Loaded) -> None:
-        """A load or a fusion is over."""
-        self._fusions.end(request_id, loaded)
-        load, tracked = self._layerwise.pop(request_id, None), self._tracked.get(request_id)
-        if load is not None and loaded.failed:
-            self._spoiled.update(load.blocks[load.start // self._block_tokens :])
-        if load is None and tracked is None:  # aborted
+    def apply_report(self, report: StepReport) -> None:
+        """Take note of what the workers did."""
+        for number, tiers in report.found_prefixes.items():
+            tracked = self._tracked.get(self._lookups.pop(number, ""))
+            if tracked is not None and tracked.lookup == number:
+                tracked.tiers, tracked.found_s = tiers, self._clock()
+                tracked.lookup = number if tiers else 0
+        for request_id, masks in report.found_documents.items():
+            self._fusions.add_found(request_id, masks)
+        self._rate.end(report.number)
+        for request_id in report.revoked:
+            self._acknowledge(request_id)
+        for request_id, loaded in report.loaded.items():
+            self._apply_loaded(request_id, loaded)
+
+    def arrived(self, request_ids: set[str]) -> set[str]:
+        """Requests whose transfer is over for the engine, of those for which the workers say so.
+
+        A transfer that was over on the workers before they learned that it is revoked waits here until they have
+        reported its blocks as not loaded. To be called after `apply_report`, for every outcome of a step.
+        """
+        held_back = {each for each in request_ids if each in self._transfers and self._transfers[each].is_held_back}
+        for request_id in request_ids - held_back:
+            self._transfers.pop(request_id, None)
+        passed_on, self._passed_on = self._passed_on, set()
+        return (request_ids - held_back) | passed_on
+
+    def _acknowledge(self, request_id: str) -> None:
+        transfer = self._transfers.get(request_id)
+        if transfer is None:
             return
-        saved_s = seconds_saved(loaded, self._pace)
+        transfer.is_acknowledged = True
+        if transfer.is_held_back:
+            del self._transfers[request_id]
+            self._passed_on.add(request_id)
+
+    def _apply_loaded(self, request_id: str, loaded: Loaded) -> None:
+        """A load or a fusion is over, on some ranks at least."""
+        if (load := self._layer_loads.pop(request_id, None)) is not None:
+            if loaded.failed:
+                self._unwritten_blocks.update(load.blocks[load.start // self._block_tokens :])
+            self._count_loaded(request_id, loaded)
+            return
+        transfer = self._transfers.get(request_id) or _Transfer(frozenset())
+        transfer.loaded = loaded if transfer.loaded is None else both(transfer.loaded, loaded)
+        if transfer.loaded.ranks < self._ranks:
+            return
+        if not transfer.is_revoked:
+            self._transfers.pop(request_id, None)
+            self._fusions.end(request_id, transfer.loaded)
+            if request_id in self._tracked:  # otherwise it was aborted
+                self._count_loaded(request_id, transfer.loaded)
+        elif transfer.is_acknowledged:
+            del self._transfers[request_id]
+        else:
+            transfer.is_held_back = True
+
+    def _count_loaded(self, request_id: str, loaded: Loaded) -> None:
+        saved_s = seconds_saved(loaded, self._rate)
         if saved_s is not None:
             self._counts["seconds_saved"] += max(saved_s, 0.0)  # type: ignore[assignment]  # a Counter may count seconds
-        if tracked is None:  # over with the step that loaded for it
+        tracked = self._tracked.get(request_id)
+        if tracked is None or tracked.is_stale:  # over with the step that loaded for it
             return
         tracked.usage.add(loaded, saved_s)
         if loaded.failed:
-            # vLLM computes from the lost chunk on, and asks again if nothing is left: it must not be told the same.
+            # The engine computes from the lost chunk on, and asks again if nothing is left: it must not be offered the
+            # same chunks.
             tracked.has_failed = True
             self._saves.restart(request_id)
 
     # --------------------------------------------------------------------------------------------------- steps
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is open and no load or fusion is under way."""
+        return not (self._tracked or self._transfers or self._layer_loads or self._fusions.is_fusing)
+
     def is_quiet(self, new_tokens: Mapping[str, int]) -> bool:
-        """Whether `plan_step` would give an empty plan. To be asked once, before it, for every step of the engine.
+        """Whether `plan_step` would give an empty plan. Call it once, before that, for every step of the engine.
 
         Parameters
         ----------
         new_tokens : that the step computes, for each request.
         """
         has_passed = self._saves.passes(new_tokens)
-        return has_passed and not self._fusions.is_fusing and not says_much(new_tokens) and self._plan.is_empty
+        return has_passed and not self._fusions.is_fusing and not is_prefill_step(new_tokens) and self._plan.is_empty
 
     def plan_step(
         self, scheduled: Iterable[Scheduled], *, is_idle: bool = False, unsaved: Collection[str] = ()
     ) -> StepPlan:
-        """The plan of the step, saves of every chunk that it completes included. One fusion advances at a time.
+        """The plan of the step, with a save of every chunk that it completes. One fusion advances at a time.
 
         Parameters
         ----------
@@ -281,13 +441,13 @@ class Planner:
         for each in scheduled:
             new_tokens[each.request_id] = each.new_tokens
             if each.request_id not in unsaved:
-                self._plan.saves += self._saves.plan(each, self._pace.token_s(each.request_id))
+                self._plan.saves += self._saves.plan(each, self._rate.token_s(each.request_id))
         if (advance := self._fusions.advance()) is not None:
             self._plan.advances.append(advance)
         plan, self._plan = self._plan, StepPlan()
         plan.is_idle = is_idle
-        if not plan.advances and not plan.layerwise:  # which take time beside the engine's own work
-            plan.number = self._pace.begin(new_tokens)
+        if not plan.advances and not plan.layer_loads:  # which take time beside the engine's own work
+            plan.number = self._rate.begin(new_tokens)
         return plan
 
     def take_counts(self) -> dict[str, float]:

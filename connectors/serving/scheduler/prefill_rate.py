@@ -18,12 +18,12 @@ class _Step:
 
 
 class PrefillRate:
-    """Seconds a token of a prompt, as measured.
+    """Measures the seconds that the engine computes on a token of a prompt.
 
     A step of the engine lasts from when it was planned, or from the end of the step before it if that was later (an
-    engine may plan ahead), to when its outcome is told of. Steps count whose tokens are for the greater part those of
-    prompts, in pieces of 32 tokens or more; their seconds are divided among all their tokens alike. The pace of the
-    engine is that of its late steps together, each weighing 0.9 of the one after it.
+    engine may plan ahead), to when its outcome is reported. Steps count if most of their tokens belong to prompts, in
+    pieces of 32 tokens or more; their seconds are divided among all their tokens alike. The rate of the engine is that
+    of its recent steps together, each weighing 0.9 of the one after it.
 
     Parameters
     ----------
@@ -39,13 +39,13 @@ class PrefillRate:
         self._of_request: dict[str, float] = {}
 
     def begin(self, new_tokens: Mapping[str, int]) -> int:
-        """A step is planned; its number, from 1 on, or 0 if it says nothing about prompts.
+        """Note that a step is planned; its number, from 1 on, or 0 if it does not tell how fast prompts are computed.
 
         Parameters
         ----------
         new_tokens : that it computes, for each request.
         """
-        if not says_much(new_tokens):
+        if not is_prefill_step(new_tokens):
             return 0
         prompts = {name: count for name, count in new_tokens.items() if count >= _PROMPT_TOKENS}
         total = sum(new_tokens.values())
@@ -54,7 +54,7 @@ class PrefillRate:
         return self._number
 
     def end(self, number: int) -> None:
-        """What the step of this number did is known now; 0 for one without a number."""
+        """Note that the outcome of the step of this number was reported; 0 for a step without a number."""
         now_s = self._clock()
         step = self._under_way.get(number)
         if step is not None:
@@ -66,18 +66,19 @@ class PrefillRate:
         self._ended_s = now_s
 
     def token_s(self, request_id: str | None = None) -> float | None:
-        """Of the last timed step that computed a piece of this request's prompt: tokens behind a long context take
-        longer. Without one, of the engine; None if no step was timed yet.
+        """Seconds a token in the last timed step that computed a piece of this request's prompt, as tokens behind a
+        long context take longer. Without such a step, of the engine; None if no step was timed yet.
         """
         known = None if request_id is None else self._of_request.get(request_id)
         return known if known is not None or not self._tokens else self._seconds / self._tokens
 
     def forget(self, request_id: str) -> None:
+        """The request is over."""
         self._of_request.pop(request_id, None)
 
 
-def says_much(new_tokens: Mapping[str, int]) -> bool:
-    """Whether a step of so many tokens of each request tells how fast prompts are computed."""
+def is_prefill_step(new_tokens: Mapping[str, int]) -> bool:
+    """Whether a step that computes so many tokens of each request tells how fast prompts are computed."""
     if not new_tokens or max(new_tokens.values()) < _PROMPT_TOKENS:
         return False
     return 2 * sum(count for count in new_tokens.values() if count >= _PROMPT_TOKENS) > sum(new_tokens.values())

@@ -1,4 +1,4 @@
-"""What kvloom makes of a request when it comes: its documents, what of it is exact, its keys. Imports no engine."""
+"""What a new request consists of: its documents, its exact part, its keys. Imports no engine."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ from .known_documents import KnownDocuments
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request that kvloom serves. `token_ids` grows as the engine generates, and `keys` with it.
+    """A request that kvloom serves.
 
-    `alone`: documents that it computes as if alone. `inexact`: the first token whose KV is not what plain computation
-    gives, None if there is none. `digest`: of what is fused; 32 bytes that stand for all that a fusion's KV depends on,
-    since which tokens are computed is a matter of all. `plan`: the same with the request's salt, names the fusion for
-    those who share it. Both are empty where all is exact.
+    Attributes
+    ----------
+    token_ids : of the prompt and of what the engine generates; grows, and `keys` with it.
+    alone : documents that the request computes as if they were alone.
+    inexact : the first token whose KV is not what plain computation gives; None if there is none.
+    digest : 32 bytes that stand for everything that a fusion's KV depends on: which tokens are recomputed depends on
+        all of them. Empty where all is exact.
+    plan : the same together with the request's salt: requests of one plan share their fusion.
     """
 
     token_ids: Sequence[int]
@@ -43,10 +47,10 @@ class RequestReader:
     Parameters
     ----------
     settings : the user's.
-    keys : of the engine's requests.
-    known : stored documents, to be found in prompts that name none; None: none are looked for.
+    keys : makes the keys of the engine's requests.
+    known : stored documents, to be found in prompts that name none; None to look for none.
     block_tokens : of the engine.
-    fusion_ratio : for requests that name none.
+    fusion_ratio : for requests that give no ratio.
     """
 
     def __init__(
@@ -72,11 +76,12 @@ class RequestReader:
         *,
         may_fuse: bool,
     ) -> Request:
-        """As `Planner.open`. `is_stored` tells of a document's content key on the first rank."""
+        """As `Planner.open`. `is_stored` is asked for a document's content key on the first rank."""
         salt, settings = self._keys.salt(identity), self._settings
+        may_fuse = may_fuse and options.load
         spans = options.documents or documents_between(token_ids, settings.separator_ids)
         ratio = self._fusion_ratio if options.ratio is None else options.ratio
-        if not spans and ratio < 1.0 and may_fuse and options.load:
+        if not spans and ratio < 1.0 and may_fuse:
             spans = self._stored_spans(token_ids, salt, is_stored)
         documents = tuple(
             Document(start, stop, self._keys.contents(token_ids[start:stop], salt)) for start, stop in spans
@@ -84,7 +89,7 @@ class RequestReader:
         lead_ids = self._keys.lead_ids
         is_led = tuple(token_ids[: len(lead_ids)]) == lead_ids
         alone = tuple(document for document in documents[:1] if is_led and document.start == len(lead_ids))
-        # What stands right behind the lead tokens has its KV from there: exact. A fusion that computes all is, too.
+        # A document right behind the lead tokens was computed there: exact. So is a fusion that computes everything.
         inexact = next((each.start for each in documents if each not in alone), None) if ratio < 1.0 else None
         if inexact is not None:
             # The engine tells fused blocks from exact ones by the hash of a whole block of the prompt.
@@ -113,7 +118,7 @@ class RequestReader:
     def _stored_spans(
         self, token_ids: Sequence[int], salt: bytes, is_stored: Callable[[ChunkKey], bool]
     ) -> tuple[tuple[int, int], ...]:
-        """Where stored documents stand in a prompt that names none."""
+        """Spans of the stored documents in a prompt that names none."""
         if self._known is None:
             return ()
         row = np.asarray(token_ids[:], dtype=np.int64)

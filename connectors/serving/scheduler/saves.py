@@ -1,4 +1,4 @@
-"""What requests have stored and have yet to store, as the scheduler's half knows it. Imports no engine."""
+"""Which chunks of requests are stored and which are to be stored. Imports no engine."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _NEVER = 1 << 62  # tokens
 @dataclass(slots=True)
 class _Progress:
     request: Request
-    alone: tuple[Document, ...]  # documents to store that this request computes as if alone
-    chunks: int = 0  # from the start on that are stored or on their way
+    alone: tuple[Document, ...]  # documents to store, which this request computes as if they were alone
+    chunks: int = 0  # leading chunks that are stored or about to be
     planned: int = 0  # saves
 
 
-class Saves:
-    """Chunks of prefixes and documents, saved by the step that completes them. Knows of requests that are to be saved,
-    and has nothing to say of others.
+class SaveTracker:
+    """Plans saves of prefixes and documents by the step that completes them. Methods do nothing for requests that are
+    not to be saved.
 
     Parameters
     ----------
     chunk_tokens : of a chunk.
     block_tokens : of the engine.
-    known : learns of every document that is stored.
+    known : is given every document that is stored.
     """
 
     def __init__(self, chunk_tokens: int, block_tokens: int, known: KnownDocuments | None) -> None:
@@ -40,46 +40,54 @@ class Saves:
         self._block_tokens = block_tokens
         self._known = known
         self._progress: dict[str, _Progress] = {}
-        self._due = StepFilter()  # the next chunk or document of each
+        self._filter = StepFilter()  # of the step that completes the next chunk or document
 
     def open(self, request_id: str, request: Request) -> None:
+        """Track a request."""
         if request.options.save:
             self._progress[request_id] = _Progress(request, request.alone)
-            self._due.expect(request_id, 0)
+            self._filter.expect(request_id, 0)
 
     def close(self, request_id: str) -> int:
-        """Forget a request; how many saves of it were planned."""
-        self._due.forget(request_id)
+        """Forget a request; the number of its planned saves."""
+        self._filter.forget(request_id)
         progress = self._progress.pop(request_id, None)
         return 0 if progress is None else progress.planned
 
+    def reset(self, known: KnownDocuments | None) -> None:
+        """Forget all requests; `known` is given documents from now on."""
+        for request_id in self._progress:
+            self._filter.forget(request_id)
+        self._progress.clear()
+        self._known = known
+
     def resume(self, request_id: str) -> None:
-        """The engine takes the request up: its tokens come from anywhere now."""
+        """The engine admits the request: how many of its tokens are computed is not known."""
         if request_id in self._progress:
-            self._due.expect(request_id, 0)
+            self._filter.expect(request_id, 0)
 
     def skip(self, request_id: str, chunks: int) -> None:
-        """So many chunks of the request are stored."""
+        """So many leading chunks of the request are stored."""
         if (progress := self._progress.get(request_id)) is not None:
             progress.chunks = max(progress.chunks, chunks)
 
     def restart(self, request_id: str) -> None:
-        """A chunk was lost: all of the request are to be stored, as soon as they are computed."""
+        """A chunk was lost: store all chunks of the request anew, as soon as they are computed."""
         if (progress := self._progress.get(request_id)) is not None:
             progress.chunks = 0
-            self._due.expect(request_id, 0)
+            self._filter.expect(request_id, 0)
 
     def passes(self, new_tokens: Mapping[str, int]) -> bool:
-        """As `StepFilter.passes`."""
-        return self._due.passes(new_tokens)
+        """Whether a step completes no chunk or document, see `StepFilter.passes`."""
+        return self._filter.passes(new_tokens)
 
     def plan(self, each: Scheduled, token_s: float | None) -> list[Save]:
-        """Of what is whole when the step is done. Computing a token of it took `token_s`, if that is known."""
+        """Saves of the chunks and documents that the step completes, computed in `token_s` a token if that is known."""
         progress = self._progress.get(each.request_id)
         if progress is None:
             return []
         request, saves = progress.request, []
-        # Behind the known tokens lie placeholders of steps that are still under way.
+        # Placeholders of steps that are still under way follow the known tokens.
         known = min(each.computed_tokens, len(request.token_ids))
         count = (known if request.inexact is None else min(known, request.inexact)) // self._chunk_tokens
         if count > progress.chunks:
@@ -100,11 +108,11 @@ class Saves:
                 progress.alone = ()
         progress.planned += len(saves)
         # Drafted tokens may yet be accepted, beyond those that count as computed.
-        self._due.expect(each.request_id, self._next(progress) - each.computed_tokens - each.new_tokens)
+        self._filter.expect(each.request_id, self._next(progress) - each.computed_tokens - each.new_tokens)
         return saves
 
     def _next(self, progress: _Progress) -> int:
-        """How many tokens have to be computed before it is worth looking."""
+        """Tokens of the request at which the next chunk or document is complete."""
         stop, inexact = (progress.chunks + 1) * self._chunk_tokens, progress.request.inexact
         stops = [document.stop for document in progress.alone]
         if inexact is None or stop <= inexact:

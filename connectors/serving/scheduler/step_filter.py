@@ -1,4 +1,4 @@
-"""Which steps of the engine are nobody's affair here, known without looking at their requests. Imports no engine."""
+"""Which steps of the engine need no planning, known without looking at their requests. Imports no engine."""
 
 from __future__ import annotations
 
@@ -6,26 +6,27 @@ from collections.abc import Mapping
 
 
 class StepFilter:
-    """Tokens that requests may be scheduled for before somebody has to look at them again.
+    """Counts down, for each request, the tokens until it has to be looked at again.
 
-    A step of decoding takes milliseconds, and nearly all of them complete no chunk. What is expected errs on the early
-    side only: tokens that are scheduled and then rejected, or computed once more, count as well.
+    A step of decoding takes milliseconds, and nearly all of them complete no chunk. An estimate may be too early, never
+    too late: tokens that are scheduled and then rejected, or computed once more, count as well.
     """
 
     def __init__(self) -> None:
         self._left: dict[str, int] = {}
 
     def expect(self, request_id: str, tokens: int) -> None:
-        """Nothing is due before the step that brings it to `tokens` tokens from here."""
+        """Look at the request again in the step that computes its `tokens`-th token from here."""
         self._left[request_id] = tokens
 
     def forget(self, request_id: str) -> None:
-        """Nothing will be due."""
+        """Never look at the request again."""
         self._left.pop(request_id, None)
 
     def passes(self, new_tokens: Mapping[str, int]) -> bool:
-        """Whether nothing is due in a step of so many tokens of each request. To be asked once for every step; whoever
-        hears that something is looks at all requests, and says what to expect of those that it knows more about.
+        """Whether a step that computes so many tokens of each request needs no planning. Call it once for every step.
+
+        If it does need planning, the caller looks at all requests of the step, and says what to expect of each.
         """
         left, is_quiet = self._left, True
         for request_id, count in new_tokens.items():

@@ -1,4 +1,4 @@
-"""What kvloom did for a request, as it is told with its output. Imports no engine."""
+"""What kvloom did for a request, as its output reports it. Imports no engine."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from .prefill_rate import PrefillRate
 
 @dataclass(slots=True)
 class Usage:
-    """Of one request: its loads and fusions so far, together.
+    """All loads and fusions of one request so far.
 
-    `seconds_saved`: what computing the tokens that kvloom provided would have taken, less the time that providing
-    them took, from the beginning of a load or fusion to its end. What computing would have taken is for stored
-    tokens what their chunks say that it took when they were computed; for others, and for the tokens between fused
-    documents, it is their number times the engine's seconds a token (`PrefillRate`). Below 0 if computing would have
-    been faster; null if the engine has not computed a prompt yet by which to judge.
+    `seconds_saved`: the time that computing the provided tokens would have taken, less the time from the beginning of a
+    load or fusion to its end. For stored tokens, computing takes what it took when they were computed, if their chunks
+    say so. For other tokens, and for those between fused documents, it is their number times the engine's seconds a
+    token (`PrefillRate`). Below 0 if computing would have been faster; None if the engine has computed
+    no prompt yet.
     """
 
     loaded: Loaded | None = None
     seconds_saved: float | None = 0.0
 
     def add(self, loaded: Loaded, saved_s: float | None) -> None:
-        """A load or fusion is over; it saved so many seconds, None if that is not known."""
+        """Add a load or fusion that is over and saved so many seconds, None if that is not known."""
         if saved_s is None or self.seconds_saved is None:
             self.seconds_saved = None
         else:
@@ -33,11 +33,11 @@ class Usage:
         self.loaded = loaded if self.loaded is None else both(self.loaded, loaded)
 
     def expect(self, tokens: Mapping[str, int]) -> None:
-        """All of a load will have come, by tier; what it took is told too late."""
+        """Count a load, by tier, that is reported after the request is over; what it took is not known."""
         self.loaded, self.seconds_saved = Loaded(tokens, False, 0.0), None
 
-    def told(self, prompt_tokens: int, *, fused: str, saved_chunks: int) -> dict[str, object]:
-        """As JSON."""
+    def as_json(self, prompt_tokens: int, *, fused: str, saved_chunks: int) -> dict[str, object]:
+        """The report, with the names of `settings.USAGE_KEYS`."""
         loaded = self.loaded or Loaded({}, False, 0.0)
         return {
             "prompt_tokens": prompt_tokens,
@@ -51,7 +51,7 @@ class Usage:
         }
 
 
-def seconds_saved(loaded: Loaded, pace: PrefillRate) -> float | None:
-    """By one load or fusion, see `Usage`."""
-    token_s = pace.token_s() if loaded.unpriced_tokens else 0.0
+def seconds_saved(loaded: Loaded, rate: PrefillRate) -> float | None:
+    """Seconds that one load or fusion saved, see `Usage`."""
+    token_s = rate.token_s() if loaded.unpriced_tokens else 0.0
     return None if token_s is None else loaded.recompute_s + loaded.unpriced_tokens * token_s - loaded.spent_s

@@ -1,4 +1,4 @@
-"""What came of loads and of the documents of fusions, as a worker knows it. Imports no engine."""
+"""Outcomes of loads, and of fetching the documents of a fusion, in a worker. Imports no engine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..messages import Loaded
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A load that is over: what came, and the blocks in which nothing did."""
+    """A load or fusion that is over: its outcome, and the blocks into which nothing was loaded."""
 
     request_id: str
     loaded: Loaded
@@ -20,13 +20,13 @@ class Arrival:
 
 @dataclass(slots=True)
 class RecomputeCost:
-    """What computing loaded tokens took, as far as their chunks say so, and how many tokens say nothing."""
+    """Seconds that computing loaded tokens took, as far as their chunks say so, and the tokens whose chunks do not."""
 
     recompute_s: float = 0.0
     unpriced_tokens: int = 0
 
     def add(self, tokens: int, chunk_tokens: int, chunk_recompute_s: float | None) -> None:
-        """`tokens` of a chunk of `chunk_tokens`."""
+        """Add `tokens` of a chunk of `chunk_tokens`."""
         if chunk_recompute_s is None:
             self.unpriced_tokens += tokens
         else:
@@ -35,13 +35,13 @@ class RecomputeCost:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """Which documents of a fusion are in its blocks now, and the tiers that their tokens came from."""
+    """Which documents of a fusion are in its blocks now, their tokens by tier, and what computing them took."""
 
     found: tuple[bool, ...]
     tokens: Mapping[str, int]
-    worth: RecomputeCost = field(default_factory=RecomputeCost)
+    cost: RecomputeCost = field(default_factory=RecomputeCost)
 
 
 def fits(chunk: KVChunk, spec: KVSpec, count: int, first: int) -> bool:
-    """Whether a chunk that came is what was asked for: of this model and rank, so many tokens from this position on."""
+    """Whether a chunk is what was asked for: of this model and rank, `count` tokens from position `first` on."""
     return chunk.spec == spec and len(chunk) == count and int(chunk.positions[0]) == first

@@ -1,12 +1,12 @@
-"""Loads of prefixes within the step that uses them: every layer's KV is there when that layer's attention begins.
+"""Loads of prefixes within the step that uses them: each layer's KV is there when that layer's attention begins.
 
-    the scheduler   takes the stored tokens for computed, and lets the request compute what is behind them at once
+    the scheduler   takes the stored tokens for computed, and lets the request compute what follows them at once
     a thread        reads the chunks, layer by layer, ahead of the model
     the model       waits before each attention for that layer, writes it into the blocks, and attends
 
-What does not come is told with the step's outcome: vLLM takes back what it believed computed, and computes it in the
-next step. Until then its prefix cache already has those blocks under the hashes of their tokens, empty as they are;
-who sees to it that nobody finds them there is `Planner` (`has_to_wait`, `take_spoiled`).
+What is lost is reported with the step's outcome: the engine takes back what it believed computed, and computes it in
+the next step. Until then its prefix cache has those blocks, without their KV, under the hashes of their tokens.
+`Planner.has_to_wait` and `Planner.take_unwritten_blocks` keep other requests from using them.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from ....core import KVSpec
 from ....kvstore.store import Hit, KVStore
 from ..messages import Load, Loaded
 from .arrivals import Arrival, RecomputeCost, fits
+from .offers import Offers
 from .threads import compute_alone
 
 _LOADERS = 2
 
-_LOG = logging.getLogger("kvloom.vllm")
+_LOG = logging.getLogger("kvloom")
 
 
 class LayerCache(Protocol):
-    """What layer-wise loads need of `PagedLayers`."""
+    """An engine's paged KV cache, as layer-wise loads use it: keys `[H, T, D]` and values `[H, T, Dv]` of one layer."""
 
     block_tokens: int
 
@@ -45,7 +46,8 @@ class _Job:
     load: Load
     begun_s: float
     layers: list[Future[list[Hit | None]]]
-    lost_from: int  # first chunk that has not come, in some layer; their number if all have
+    lost_from: int  # first chunk that is lost in some layer; the number of chunks if none is
+    tiers: dict[int, tuple[str, float | None]] = field(default_factory=dict)  # by chunk: its tier and cost
     written: set[int] = field(default_factory=set)  # layers
     waited_s: float = 0.0
     is_over: bool = False  # read by the thread that loads
@@ -56,7 +58,7 @@ class LayerLoads:
 
     Parameters
     ----------
-    store, cache : the store is not owned.
+    store, offers, cache : not owned.
     spec, rank : of this worker.
     chunk_tokens, load_timeout_s : see `ServingSettings`.
     count : adds to the worker's counts.
@@ -65,6 +67,7 @@ class LayerLoads:
     def __init__(
         self,
         store: KVStore,
+        offers: Offers,
         cache: LayerCache,
         spec: KVSpec,
         rank: int,
@@ -74,6 +77,7 @@ class LayerLoads:
         count: Callable[[Mapping[str, float]], None],
     ) -> None:
         self._store = store
+        self._offers = offers
         self._cache = cache
         self._spec = spec
         self._rank = rank
@@ -84,14 +88,16 @@ class LayerLoads:
         self._jobs: list[_Job] = []
 
     def begin(self, load: Load) -> None:
-        """To be called before the model runs; every call has its `finish` in the same step."""
+        """Begin a load before the model runs; `finish` ends it in the same step."""
         keys = load.keys[self._rank]
+        if not self._offers.take(load.lookup, keys, self._load_timeout_s):
+            self._count({"errors": 1})
         job = _Job(load, time.monotonic(), [Future() for _ in range(self._spec.num_layers)], len(keys))
         self._jobs.append(job)
         self._loader.submit(self._read, job)
 
     def wait(self, layer: int) -> None:
-        """The layer's attention is about to begin: wait for its KV and write it. A layer is written once."""
+        """Wait for the KV of a layer whose attention is about to begin, and write it, once for each layer."""
         for job in self._jobs:
             if layer in job.written:
                 continue
@@ -103,22 +109,23 @@ class LayerLoads:
                 if hit is None or not fits(hit.chunk, self._spec, self._chunk_tokens, first):
                     job.lost_from = index
                     break
-                chunk = hit.chunk
+                job.tiers.setdefault(index, (hit.tier, hit.recompute_s))
                 start, stop = max(first, job.load.start), min(first + self._chunk_tokens, job.load.stop)
                 here = slice(start - first, stop - first)
-                self._cache.write_layer(layer, job.load.blocks, start, chunk.keys[0][:, here], chunk.values[0][:, here])
+                keys, values = hit.chunk.keys[0][:, here], hit.chunk.values[0][:, here]
+                self._cache.write_layer(layer, job.load.blocks, start, keys, values)
             job.waited_s += time.monotonic() - begun_s
 
     def finish(self) -> list[Arrival]:
-        """The model has run: what became of each load. Layers that were never waited for make it a failure.
+        """Outcomes of all loads, after the model has run. A layer that was never waited for makes its load fail.
 
-        `spent_s` is the time that the model waited.
+        `spent_s` is the time for which the model waited.
         """
         jobs, self._jobs = self._jobs, []
         return [self._finished(job) for job in jobs]
 
     def close(self) -> None:
-        """Ends what is being read."""
+        """End what is being read."""
         for job in self._jobs:
             job.is_over = True
         self._loader.shutdown(wait=True, cancel_futures=True)
@@ -143,7 +150,7 @@ class LayerLoads:
             future.set_result(hits)
 
     def _layer(self, job: _Job, layer: int) -> list[Hit | None]:
-        """Its chunks, up to the first that has not come; none of them if the time is over."""
+        """The layer's chunks, up to the first that is lost; none if the time is over."""
         left_s = job.begun_s + self._load_timeout_s - time.monotonic()
         error = None
         try:
@@ -164,19 +171,19 @@ class LayerLoads:
     def _finished(self, job: _Job) -> Arrival:
         job.is_over = True
         load, keys = job.load, job.load.keys[self._rank]
+        self._offers.release(load.lookup)
         if len(job.written) < self._spec.num_layers:
             job.lost_from = 0
         tokens: Counter[str] = Counter()
-        worth = RecomputeCost()
-        for index, hit in enumerate(job.layers[0].result()[: job.lost_from] if job.lost_from else ()):
-            if hit is None:
-                continue
+        cost = RecomputeCost()
+        for index in range(job.lost_from):
+            tier, recompute_s = job.tiers[index]
             first = load.first + index * self._chunk_tokens
             count = min(first + self._chunk_tokens, load.stop) - max(first, load.start)
-            tokens[hit.tier] += count
-            worth.add(count, self._chunk_tokens, hit.recompute_s)
+            tokens[tier] += count
+            cost.add(count, self._chunk_tokens, recompute_s)
         is_lost = job.lost_from < len(keys)
-        loaded = Loaded(dict(tokens), is_lost, job.waited_s, 0, worth.recompute_s, worth.unpriced_tokens)
+        loaded = Loaded(dict(tokens), is_lost, job.waited_s, 0, cost.recompute_s, cost.unpriced_tokens)
         counts = {f"loaded_tokens.{name}": count for name, count in tokens.items()}
         self._count({"loads": 1, "load_seconds": job.waited_s, "failed_loads": int(is_lost)} | counts)
         if not is_lost:

@@ -13,7 +13,11 @@ _AHEAD = 3  # chunks of a load that are read and not written yet
 
 
 class PagedCache(Protocol):
-    """What transfers need of `PagedLayers`."""
+    """An engine's paged KV cache, as transfers use it; `PagedLayers` is vLLM's.
+
+    Tokens of a request lie in a row of blocks, token `t` in block `blocks[t // block_tokens]`. Keys are `[L, H, T, D]`,
+    values `[L, H, T, Dv]`.
+    """
 
     block_tokens: int
 
@@ -22,11 +26,11 @@ class PagedCache(Protocol):
 
 
 class PendingWrites:
-    """Chunks of one load on their way into its blocks, while the next ones are read. At the end all are there.
+    """Writes of one load, done by threads while the next chunks are read. Leaving the context waits for all of them.
 
     Raises
     ------
-    Exception : whatever writing one of them raised; nothing is being written any more.
+    Exception : whatever a write raised; no write is under way any more.
     """
 
     def __init__(self, cache: PagedCache, writer: ThreadPoolExecutor) -> None:
@@ -34,7 +38,7 @@ class PendingWrites:
         self._under_way: deque[Future[None]] = deque()
 
     def add(self, blocks: Sequence[int], start: int, keys: Tensor, values: Tensor) -> None:
-        """As `PagedCache.write`, but not yet done."""
+        """Begin a `PagedCache.write`. Waits if too many are under way."""
         while len(self._under_way) >= _AHEAD:
             self._under_way.popleft().result()
         self._under_way.append(self._writer.submit(self._cache.write, blocks, start, keys, values))

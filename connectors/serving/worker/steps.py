@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
-from ...vllm.worker import Worker
-from ..messages import StepPlan, StepReport
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ...identity.adapters import EngineMemory
+from ..messages import StepPlan, StepReport, WorkerInfo
+from .arrivals import Arrival
+from .fuser import Fuser
+from .layer_loads import LayerLoads
+from .transfers import Transfers
 
 _IDLE_WAIT_S = 0.01
+_DRAIN_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """What kvloom has in a worker of an engine: a store of its rank's heads, beside the caches of its layers.
+
+    `layer_numbers`: by the engine's name of a layer. `fuser`: None where the engine cannot fuse. `adapters`: None where
+    it has none.
+    """
+
+    info: WorkerInfo
+    transfers: Transfers
+    layer_loads: LayerLoads
+    layer_numbers: Mapping[str, int]
+    fuser: Fuser | None
+    adapters: EngineMemory | None = None
+
+    @property
+    def has_work(self) -> bool:
+        """Whether something has begun that was not reported yet. A save counts as done: its end is not reported."""
+        return self.transfers.is_loading or (self.fuser is not None and self.fuser.is_fusing)
 
 
 class Steps:
-    """Of one worker, which is owned. Every step is `begin`, `save`, `end`; in between the engine computes.
+    """The steps of one worker, which is owned. Each step is `begin`, `save`, `end`; in between the engine computes.
 
     A step that asks for nothing, while nothing is under way, costs next to nothing.
     """
@@ -17,91 +46,110 @@ class Steps:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._report = StepReport()
-        self._is_busy = False  # something was begun whose end has not been told of
+        self._is_busy = False  # something has begun that was not reported yet
         self._waits_for_layers = False  # within this step
         self._bad_blocks: set[int] = set()
         self._lost: set[str] = set()
 
     def begin(self, plan: StepPlan) -> None:
-        """Begin loads and fusions, and go on with those that the plan names."""
+        """Begin loads and fusions, and advance those that the plan names."""
         if not self._is_busy and plan.is_empty:
             return
         self._is_busy = True
-        self._report.number = plan.number
+        worker, report = self._worker, self._report
+        report.number = plan.number
         self._lost = set()
+        if plan.introduce:
+            report.workers[worker.info.spec.shard[0]] = worker.info
+        if plan.is_reset:
+            worker.transfers.drop_pending_saves()
+        for number in plan.released:
+            worker.transfers.offers.release(number)
         for lookup in plan.lookups:
-            self._report.answers[lookup.request_id] = self._worker.transfers.look_up(lookup)
+            report.found_prefixes[lookup.number] = worker.transfers.look_up(lookup)
         for load in plan.loads:
-            self._worker.transfers.load(load)
-        if self._worker.fuser is not None:
+            worker.transfers.load(load)
+        if worker.fuser is not None:
             for fusion in plan.fusions:
-                self._worker.fuser.begin(fusion)
+                worker.fuser.begin(fusion)
             for advance in plan.advances:
-                self._worker.fuser.advance(advance)
-            self._report.found |= {name: (mask,) for name, mask in self._worker.fuser.fetched().items()}
+                worker.fuser.advance(advance)
+            report.found_documents |= {name: (mask,) for name, mask in worker.fuser.fetched().items()}
+        for revocation in plan.revocations:
+            self._cancel(revocation.request_id)
+            self._bad_blocks |= revocation.blocks
+            report.revoked.add(revocation.request_id)
 
         # Last, since passes of our own would wait for them, too.
-        for load in plan.layerwise:
-            self._worker.layer_loads.begin(load)
+        for load in plan.layer_loads:
+            worker.layer_loads.begin(load)
             self._waits_for_layers = True
 
     def wait_for_layer(self, name: str) -> None:
-        """For loads within the step; others are over before the engine schedules what needs them."""
+        """Wait for loads within the step; others are over before the engine schedules what needs them."""
         if self._waits_for_layers and name in self._worker.layer_numbers:
             self._worker.layer_loads.wait(self._worker.layer_numbers[name])
 
     def save(self, plan: StepPlan) -> None:
-        """All is computed: copy out what the plan wants stored."""
+        """The step is computed: copy out what the plan wants stored."""
         self._finish_layers()
         for save in plan.saves:
-            if save.request_id not in self._lost:  # otherwise computed on what has not come
+            if save.request_id not in self._lost:  # otherwise it was computed on KV that is not there
                 self._worker.transfers.save(save)
 
     def end(self, plan: StepPlan, gone: set[str]) -> set[str]:
-        """Requests for which all has come, or will not come. The requests of `gone` need nothing any more."""
+        """Requests whose load or fusion is over. The requests of `gone` are finished or aborted."""
         if not (self._is_busy or plan.is_idle):
             return set()
         for request_id in gone:
-            self._worker.transfers.cancel(request_id)
+            self._cancel(request_id)
         if plan.is_idle:
             self._worker.transfers.wait(_IDLE_WAIT_S)
         self._finish_layers()
         arrivals = self._worker.transfers.arrivals()
         if self._worker.fuser is not None:
-            for request_id in gone:
-                self._worker.fuser.cancel(request_id)
             arrivals += self._worker.fuser.arrivals()
-        for arrival in arrivals:
-            self._report.loaded[arrival.request_id] = arrival.loaded
-            self._bad_blocks |= arrival.bad_blocks
+        self._add(arrivals)
         self._is_busy = self._worker.has_work
         return {arrival.request_id for arrival in arrivals}
 
     def take_bad_blocks(self) -> set[int]:
-        """Blocks in which nothing came, since the last call."""
+        """Blocks into which nothing was loaded, since the last call."""
         blocks, self._bad_blocks = self._bad_blocks, set()
         return blocks
 
     def take_report(self) -> StepReport | None:
-        """Since the last call; None if there is nothing to tell."""
-        if self._worker.transfers.tells_moves:
-            self._report.moves += self._worker.transfers.take_moves()
+        """The report since the last call; None if there is nothing to report."""
+        if self._worker.transfers.reports_placement:
+            self._report.placement_changes += self._worker.transfers.take_placement_changes()
         if self._report.is_empty:
             return None
         report, self._report = self._report, StepReport()
         return report
 
+    def drain(self) -> None:
+        """Wait until no thread touches the engine's cache: its memory is about to be taken away."""
+        self._worker.transfers.drain(_DRAIN_S)
+
     def close(self) -> None:
-        """Ends loads and stores what was to be stored; closes the worker's store."""
+        """End loads, store what waits to be stored, and close the worker's store."""
         self._worker.layer_loads.close()
         self._worker.transfers.close()
+
+    def _cancel(self, request_id: str) -> None:
+        self._worker.transfers.cancel(request_id)
+        if self._worker.fuser is not None:
+            self._worker.fuser.cancel(request_id)
 
     def _finish_layers(self) -> None:
         if not self._waits_for_layers:
             return
         self._waits_for_layers = False
         arrivals = self._worker.layer_loads.finish()
+        self._add(arrivals)
+        self._lost |= {arrival.request_id for arrival in arrivals if arrival.loaded.failed}
+
+    def _add(self, arrivals: list[Arrival]) -> None:
         for arrival in arrivals:
             self._report.loaded[arrival.request_id] = arrival.loaded
             self._bad_blocks |= arrival.bad_blocks
-        self._lost |= {arrival.request_id for arrival in arrivals if arrival.loaded.failed}

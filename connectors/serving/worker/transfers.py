@@ -1,4 +1,4 @@
-"""The worker's half of the vLLM connector: chunks on their way between a store and the engine's paged cache."""
+"""Chunks on their way between a worker's store and the engine's paged cache. Imports no engine."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from ....core import ChunkKey, KVChunk, KVSpec
 from ....errors import KVLoomError
 from ....kvstore.placement.catalog import PlacementChange
 from ....kvstore.store import KVStore
-from ..messages import Answer, Fusion, Load, Loaded, LookUp, Save
+from ..messages import FoundTiers, Fusion, Load, Loaded, LookUp, Save
 from .arrivals import Arrival, Fetched, RecomputeCost, fits
+from .offers import Offers
 from .pending_writes import PagedCache, PendingWrites
 from .threads import compute_alone
 
 _LOADERS = 4  # so that what lies on a slow disk is not in the way of what lies in memory
 _WRITERS = 2  # a chunk is written in less time than its neighbours take on another core
 
-_LOG = logging.getLogger("kvloom.vllm")
+_LOG = logging.getLogger("kvloom")
 
 
 class Transfers:
-    """Moves chunks in the background, so that neither way stalls the engine.
+    """Moves chunks in the background, so that neither direction stalls the engine.
 
     A load writes into blocks that the scheduler holds for it until it is over, so it needs no copy. A save does not
-    hold blocks: the KV is copied out of them within the step that completed it, and stored later. What waits to be
-    stored is limited; beyond that chunks are dropped and counted, as a later request can compute them again.
+    hold blocks: the KV is copied out of them within the step that computed it, and stored later. The bytes that wait
+    to be stored are limited; chunks beyond that are dropped and counted, as a later request can compute them again.
 
     Parameters
     ----------
@@ -40,7 +41,7 @@ class Transfers:
     cache : the engine's.
     spec, rank : of this worker.
     chunk_tokens, load_timeout_s, save_pending_bytes : see `ServingSettings`.
-    tells_moves : somebody calls `take_moves`.
+    reports_placement : whether `take_placement_changes` is called, for KV events.
     """
 
     def __init__(
@@ -53,9 +54,10 @@ class Transfers:
         chunk_tokens: int,
         load_timeout_s: float,
         save_pending_bytes: int,
-        tells_moves: bool = False,
+        reports_placement: bool = False,
     ) -> None:
         self.store = store
+        self.offers = Offers(store)
         self._cache = cache
         self._spec = spec
         self._rank = rank
@@ -67,21 +69,22 @@ class Transfers:
         self._saver = ThreadPoolExecutor(1, "kvloom-save", compute_alone)
         self._loads: dict[str, tuple[Load, Future[Arrival]]] = {}
         self._fetches: list[Future[Fetched]] = []
-        self._cancelled: set[str] = set()  # written by the engine's thread, read by the loader
+        self._cancelled: set[str] = set()  # written by the engine's thread, read by the loaders
         self._saves: dict[ChunkKey, tuple[int, Future[None]]] = {}  # with their bytes
-        self._lock = threading.Lock()  # of the counts, and of whereabouts
+        self._lock = threading.Lock()  # of the counts and of the keys below
         self._counts: Counter[str] = Counter()
-        self.tells_moves = tells_moves
-        self._whereabouts: set[ChunkKey] = set()  # chunks to be told of, beside those that moved
-        if tells_moves:
+        self.reports_placement = reports_placement
+        self._touched: set[ChunkKey] = set()  # chunks whose placement is reported even if it did not change
+        if reports_placement:
             store.take_placement_changes()  # which begins to note them
 
-    def look_up(self, lookup: LookUp) -> Answer:
-        """Tiers of the leading chunks that are stored."""
+    def look_up(self, lookup: LookUp) -> FoundTiers:
+        """Tiers of the leading chunks that are stored; they are an offer, see `LookUp`."""
         keys = lookup.keys[self._rank]
-        found: tuple[str, ...] = ()
+        found: FoundTiers = ()
         try:
-            found = self.store.locate_prefix(keys)
+            self.offers.release(lookup.replaces)
+            found = self.offers.make(lookup.number, keys)
         except Exception:  # noqa: BLE001 - the engine asks within its own step, which must not end with us
             _LOG.exception("looking up KV of request %s failed; it is computed", lookup.request_id)
             self.count({"errors": 1})
@@ -92,24 +95,26 @@ class Transfers:
 
     @property
     def is_loading(self) -> bool:
-        """A load has begun whose end has not been told of."""
+        """Whether a load has begun that `arrivals` has not given yet."""
         return bool(self._loads)
 
     def load(self, load: Load) -> None:
-        """Begin; `arrivals` will tell."""
+        """Begin a load; `arrivals` gives its outcome."""
         begun_s = time.monotonic()
+        if not self.offers.take(load.lookup, load.keys[self._rank], self._load_timeout_s):
+            self.count({"errors": 1})
         self._loads[load.request_id] = (load, self._loader.submit(self._fetch, load, begun_s))
 
     def cancel(self, request_id: str) -> None:
-        """The request is gone: a load of it ends at the next chunk. It is told of all the same."""
+        """End a load at its next chunk. `arrivals` gives it all the same."""
         if request_id in self._loads:
             self._cancelled.add(request_id)
 
     def wait(self, timeout_s: float) -> None:
-        """Until something that is being loaded or fetched is over, or the time is.
+        """Wait until a load or a fetch is over, at most `timeout_s`.
 
-        For steps in which the engine has nothing to compute. It would go on to the next one at once and, as Python
-        passes its lock on every five milliseconds only, let a thread that loads have one operation in each: loads of
+        For steps in which the engine computes nothing. It would go on to the next step at once and, as Python passes
+        its lock on every five milliseconds only, let a thread that loads have one operation in each step: loads of
         milliseconds took seconds.
         """
         self._fetches = [future for future in self._fetches if not future.done()]
@@ -118,13 +123,14 @@ class Transfers:
             wait(futures, timeout_s, return_when=FIRST_COMPLETED)
 
     def arrivals(self) -> list[Arrival]:
-        """Loads that are over and have not been told of."""
+        """Loads that are over, each once."""
         over = []
         for request_id, (load, future) in list(self._loads.items()):
             if not future.done():
                 continue
             del self._loads[request_id]
             self._cancelled.discard(request_id)
+            self.offers.release(load.lookup)
             error = future.exception()
             if error is None:
                 over.append(future.result())
@@ -137,10 +143,10 @@ class Transfers:
         return over
 
     def _fetch(self, load: Load, begun_s: float) -> Arrival:
-        """All chunks in order, up to the first that does not come."""
+        """Load all chunks in order, up to the first that is lost."""
         tokens: Counter[str] = Counter()
-        worth = RecomputeCost()
-        lost_from: int | None = None
+        cost = RecomputeCost()
+        done = load.start
         with PendingWrites(self._cache, self._writer) as writes:
             for index, key in enumerate(load.keys[self._rank]):
                 first = load.first + index * self._chunk_tokens
@@ -149,77 +155,78 @@ class Transfers:
                 remaining_s = begun_s + self._load_timeout_s - time.monotonic()
                 if load.request_id not in self._cancelled and remaining_s > 0:
                     hit = self.store.read(key, timeout_s=remaining_s)
-                self._tell_whereabouts(key)
+                self._report_placement(key)
                 if hit is None or not fits(hit.chunk, self._spec, self._chunk_tokens, first):
-                    lost_from = start
                     break
                 here = slice(start - first, stop - first)
                 writes.add(load.blocks, start, hit.chunk.keys[:, :, here], hit.chunk.values[:, :, here])
                 tokens[hit.tier] += stop - start
-                worth.add(stop - start, len(hit.chunk), hit.recompute_s)
+                cost.add(stop - start, len(hit.chunk), hit.recompute_s)
+                done = stop
         spent_s = time.monotonic() - begun_s
         self.count({"loads": 1, "load_seconds": spent_s} | {f"loaded_tokens.{name}": n for name, n in tokens.items()})
-        is_lost = lost_from is not None
-        loaded = Loaded(dict(tokens), is_lost, spent_s, 0, worth.recompute_s, worth.unpriced_tokens)
-        if lost_from is None:
+        is_lost = done < load.stop
+        loaded = Loaded(dict(tokens), is_lost, spent_s, 0, cost.recompute_s, cost.unpriced_tokens)
+        if not is_lost:
             return Arrival(load.request_id, loaded, frozenset())
         if load.request_id not in self._cancelled:
             self.count({"failed_loads": 1})
-        return Arrival(load.request_id, loaded, load.blocks_from(lost_from, self._cache.block_tokens))
+        return Arrival(load.request_id, loaded, load.blocks_from(done, self._cache.block_tokens))
 
     # -------------------------------------------------------------------------------------------------- fusing
 
     def fetch(self, fusion: Fusion) -> Future[Fetched]:
-        """Documents of a fusion that are stored, moved to where they stand now, into the request's blocks."""
+        """Begin to write the stored documents of a fusion into the request's blocks, moved to where they stand now."""
         future = self._loader.submit(self._fetch_documents, fusion, time.monotonic())
         self._fetches.append(future)
         return future
 
     def _fetch_documents(self, fusion: Fusion, begun_s: float) -> Fetched:
         tokens: Counter[str] = Counter()
-        worth = RecomputeCost()
+        cost = RecomputeCost()
         found = []
         with PendingWrites(self._cache, self._writer) as writes:
             for document in fusion.documents:
-                key, start = document.keys[self._rank], max(document.start, fusion.start)
-                stop = min(document.stop, fusion.stop)
+                start, stop = max(document.start, fusion.start), min(document.stop, fusion.stop)
                 remaining_s = begun_s + self._load_timeout_s - time.monotonic()
                 hit = None
                 if remaining_s > 0 and start < stop:
                     positions = torch.arange(document.start, document.stop)
-                    hit = self.store.read(key, positions, timeout_s=remaining_s)
+                    hit = self.store.read(document.keys[self._rank], positions, timeout_s=remaining_s)
                 count = document.stop - document.start
-                found.append(hit is not None and fits(hit.chunk, self._spec, count, document.start))
-                if found[-1] and hit is not None:
-                    here = slice(start - document.start, stop - document.start)
-                    writes.add(fusion.blocks, start, hit.chunk.keys[:, :, here], hit.chunk.values[:, :, here])
-                    tokens[hit.tier] += stop - start
-                    worth.add(stop - start, len(hit.chunk), hit.recompute_s)
-        return Fetched(tuple(found), dict(tokens), worth)
+                if hit is None or not fits(hit.chunk, self._spec, count, document.start):
+                    found.append(False)
+                    continue
+                found.append(True)
+                here = slice(start - document.start, stop - document.start)
+                writes.add(fusion.blocks, start, hit.chunk.keys[:, :, here], hit.chunk.values[:, :, here])
+                tokens[hit.tier] += stop - start
+                cost.add(stop - start, len(hit.chunk), hit.recompute_s)
+        return Fetched(tuple(found), dict(tokens), cost)
 
     # -------------------------------------------------------------------------------------------------- saving
 
     @torch.inference_mode(False)  # the saver's thread has modes of its own
     @torch.no_grad()
     def save(self, save: Save) -> None:
-        """Copy the KV out of its blocks now, and store it later; nothing if it is stored or on its way."""
+        """Copy the KV out of its blocks now and store it later; nothing if it is stored or about to be."""
         self._forget_done_saves()
         key = save.keys[self._rank]
         try:
-            is_there = key in self._saves or key in self.store
+            is_stored = key in self._saves or key in self.store
         except Exception:  # noqa: BLE001 - as in `look_up`
             _LOG.exception("a chunk of %d tokens is not stored", len(save.token_ids))
             self.count({"errors": 1, "failed_saves": 1})
             return
-        if is_there:
+        if is_stored:
             if key not in self._saves:
-                self._tell_whereabouts(key)
+                self._report_placement(key)
             return
         count = len(save.token_ids)
         nbytes = count * self._spec.token_bytes
         if sum(pending for pending, _ in self._saves.values()) + nbytes > self._save_pending_bytes:
             self.count({"dropped_saves": 1})
-            self._tell_whereabouts(key)
+            self._report_placement(key)
             return
         offset = save.start % self._cache.block_tokens
         keys, values = self._cache.read(save.blocks, offset, offset + count)
@@ -232,6 +239,12 @@ class Transfers:
         after = None if save.after is None else save.after[self._rank]
         put = self._saver.submit(self._put, key, chunk, after, save.recompute_s, ready)
         self._saves[key] = (nbytes, put)
+
+    def drop_pending_saves(self) -> None:
+        """Store nothing of what waits to be stored, but for a chunk that is being stored now."""
+        dropped = sum(future.cancel() for _, future in self._saves.values())
+        if dropped:
+            self.count({"dropped_saves": dropped})
 
     def _put(
         self,
@@ -250,22 +263,22 @@ class Transfers:
             self.count({"failed_saves": 1})
         else:
             self.count({"saved_chunks": 1, "saved_tokens": len(chunk)})
-        self._tell_whereabouts(key)
+        self._report_placement(key)
 
     def _forget_done_saves(self) -> None:
         for key, (_, future) in list(self._saves.items()):
             if not future.done():
                 break  # one thread stores them in this order
             del self._saves[key]
-            if (error := future.exception()) is not None:
+            if not future.cancelled() and (error := future.exception()) is not None:
                 _LOG.error("storing a chunk failed", exc_info=error)
                 self.count({"errors": 1})
 
     def settle(self, timeout_s: float) -> bool:
-        """Wait until what was to be stored is stored; whether that was in time."""
+        """Wait until nothing waits to be stored; whether that was so in time."""
         return not wait([future for _, future in list(self._saves.values())], timeout_s).not_done
 
-    # --------------------------------------------------------------------------------------------------- books
+    # ------------------------------------------------------------------------------------------------ counting
 
     def take_counts(self) -> dict[str, float]:
         """What was counted since the last call."""
@@ -275,32 +288,38 @@ class Transfers:
             counts, self._counts = self._counts, Counter()
         return dict(counts)
 
-    def take_moves(self) -> list[PlacementChange]:
-        """Chunks that entered or left a tier since the last call, and where those are that a request had to do with."""
-        if not self.tells_moves:
+    def take_placement_changes(self) -> list[PlacementChange]:
+        """Chunks that entered or left a tier since the last call, and the tiers of chunks that a request used."""
+        if not self.reports_placement:
             return []
         with self._lock:
-            keys, self._whereabouts = self._whereabouts, set()
-        moves = self.store.take_placement_changes()
-        tiers = ((key, self.store.locate(key)) for key in keys)  # asked now: what moves after this is told next time
-        return moves + [PlacementChange(key, tier or "", is_there=tier is not None) for key, tier in tiers]
+            keys, self._touched = self._touched, set()
+        changes = self.store.take_placement_changes()
+        tiers = ((key, self.store.locate(key)) for key in keys)  # read now: a later change is reported next time
+        return changes + [PlacementChange(key, tier or "", is_there=tier is not None) for key, tier in tiers]
 
-    def _tell_whereabouts(self, key: ChunkKey) -> None:
-        """Of a chunk that may have been stored before moves were noted, or may not be stored at all."""
-        if self.tells_moves:
+    def _report_placement(self, key: ChunkKey) -> None:
+        """Report where a chunk is: it may have been stored before changes were noted, or not be stored at all."""
+        if self.reports_placement:
             with self._lock:
-                self._whereabouts.add(key)
-
-    def close(self) -> None:
-        """Ends loads, stores what was to be stored, and closes the store."""
-        self._cancelled.update(self._loads)
-        self._loader.shutdown(wait=True, cancel_futures=True)
-        self._writer.shutdown(wait=True)
-        self._saver.shutdown(wait=True)
-        self._forget_done_saves()
-        self.store.close()
+                self._touched.add(key)
 
     def count(self, counts: Mapping[str, float]) -> None:
         """Add to what `take_counts` gives. May be called from any thread."""
         with self._lock:
             self._counts.update(counts)
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until no load or fetch touches the cache; whether that was so in time."""
+        futures: list[Future[Any]] = [*self._fetches, *(future for _, future in self._loads.values())]
+        return not wait(futures, timeout_s).not_done
+
+    def close(self) -> None:
+        """End loads, store what waits to be stored, and close the store."""
+        self._cancelled.update(self._loads)
+        self._loader.shutdown(wait=True, cancel_futures=True)
+        self._writer.shutdown(wait=True)
+        self._saver.shutdown(wait=True)
+        self._forget_done_saves()
+        self.offers.close()
+        self.store.close()

@@ -135,14 +135,6 @@ def runs_of(positions: Sequence[int]) -> list[tuple[int, int]]:
     return [(positions[a], positions[b - 1] + 1) for a, b in bounds if a < b]
 
 
-def first_slice(positions: Tensor, max_tokens: int, max_runs: int) -> int:
-    """How many leading positions make one slice: at most `max_tokens` tokens in at most `max_runs` runs."""
-    leading = positions[:max_tokens]
-    begins = torch.ones(len(leading), dtype=torch.int64)
-    begins[1:] = leading.diff() != 1
-    return int((begins.cumsum(0) <= max_runs).sum())
-
-
 def running_model(layers: Sequence[Any]) -> nn.Module:
     """The engine's model, from the runner that is registering its caches with us: it calls us, so it is in the stack.
 

@@ -27,7 +27,7 @@ from ....retrieval.settings import Retrieval
 from ..paged_layers import GATHERS, Packing, unpacked
 from .rows import BlockKernel, DecodeRow, PromptPart, RowWrites, virtual_rows, window_grid
 
-_LOG = logging.getLogger("vllm.kvloom")
+_LOG = logging.getLogger("kvloom")
 _IDLE_STEPS = 64  # of the engine; then nobody decodes behind these blocks any more
 _TOUCHED_LIMIT = 32.0  # a token of a whole block costs so much less than one that is gathered, on a processor
 

@@ -1,31 +1,51 @@
-"""What users may say of retrieval in vLLM: `additional_config={"kvloom": {"retrieval": {...}}}`."""
+"""What users may set of retrieval in vLLM: `additional_config={"kvloom": {"retrieval": {...}}}`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass as checked_dataclass
 
 from ....calibration.certificate import Certificate
 from ....retrieval.settings import Retrieval
+from ...serving.settings import (
+    CHECKED,
+    Count,
+    FilePaths,
+    Name,
+    NonNegative,
+    Ratio,
+    ServingSettings,
+    Switch,
+    Text,
+    checked,
+    expect_known,
+)
 
-_SECTION = "retrieval"
+_WHERE = "additional_config['kvloom']"
 _OWN = ("certificates", "allow_uncertified", "model_id")
-_WITHOUT = ("profile",)  # codebooks of all heads; a rank has some of them
-_KINDS: Mapping[str, tuple[type, ...]] = {
-    "method": (str,),
-    "budget_ratio": (int, float),
-    "budget_tokens": (int,),
-    "sink_tokens": (int,),
-    "window_tokens": (int,),
-    "dense_layers": (int,),
-    "pooling": (str,),
-    "parameters": (Mapping,),
-    "break_even_tokens": (int, type(None)),
-    "allow_uncertified": (bool,),
-    "model_id": (str, type(None)),
-}
+
+
+@checked_dataclass(frozen=True, slots=True, kw_only=True, config=CHECKED)
+class _Given:
+    """The JSON of `RetrievalSettings`. The defaults have no meaning: entries that are not given are left to it."""
+
+    method: Name
+    budget_ratio: Ratio = 0.0
+    budget_tokens: NonNegative = 0
+    sink_tokens: NonNegative = 0
+    window_tokens: Count = 1
+    dense_layers: NonNegative = 0
+    pooling: Text = ""
+    parameters: Annotated[dict[str, Any], Field(description="an object")] = field(default_factory=dict)
+    break_even_tokens: NonNegative | None = None
+    certificates: FilePaths = ()
+    allow_uncertified: Switch = False
+    model_id: Name | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +57,7 @@ class RetrievalSettings:
     retrieval : see `Retrieval`; `profile` and the methods that need one cannot be named here.
     certificates : files made by `kvloom certify`.
     allow_uncertified : go on without one.
-    model_id : the name under which the model was certified; None if the certificate knows its files.
+    model_id : the name under which the model was certified; None takes the connector's, or reads the model's files.
     """
 
     retrieval: Retrieval
@@ -47,70 +67,81 @@ class RetrievalSettings:
 
     @classmethod
     def of_engine(cls, additional_config: object) -> RetrievalSettings | None:
-        """From an engine's `additional_config`; None if it does not ask for retrieval.
+        """Settings from an engine's `additional_config`; None if it does not ask for retrieval.
 
         Raises
         ------
-        ValueError : a name is not known, or a value is not of its kind or out of its range.
+        ValueError : a name is not known, or a value is not of its kind or out of its range. The message is one line.
         """
         ours = additional_config.get("kvloom") if isinstance(additional_config, Mapping) else None
         if ours is None:
             return None
-        given = _object(ours, "additional_config['kvloom']", (_SECTION,)).get(_SECTION)
-        if given is None:
+        expect_known(ours, ("retrieval",), _WHERE)
+        values = ours.get("retrieval")
+        if values is None:
             return None
-        known = [field.name for field in fields(Retrieval) if field.name not in _WITHOUT]
-        values = _object(given, "additional_config['kvloom']['retrieval']", (*known, *_OWN))
-        if "method" not in values:
-            raise ValueError("additional_config['kvloom']['retrieval'] names no method")
-        for name, kinds in _KINDS.items():
-            value = values.get(name)
-            is_switch = isinstance(value, bool) and bool not in kinds  # JSON's true is no number
-            if name in values and (is_switch or not isinstance(value, kinds)):
-                expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-                raise ValueError(f"{name} is {value!r}; expected {expected}")
-        if values["method"] == "vq":
+        where = f"{_WHERE}['retrieval']"
+        if isinstance(values, Mapping):
+            if isinstance(path := values.get("certificates"), str):
+                values = {**values, "certificates": [path]}
+            if "method" not in values:
+                raise ValueError(f"{where} names no method")
+        given = checked(_Given, values, where)
+        if given.method == "vq":
             raise ValueError("method is 'vq', which needs a profile; vLLM's ranks cannot divide one")
         return cls(
-            retrieval=Retrieval(**{name: value for name, value in values.items() if name in known}),
-            certificates=_paths(values.get("certificates", ())),
-            allow_uncertified=values.get("allow_uncertified", False),
-            model_id=values.get("model_id"),
+            retrieval=Retrieval(**{name: getattr(given, name) for name in values if name not in _OWN}),
+            certificates=tuple(map(Path, given.certificates)),
+            allow_uncertified=given.allow_uncertified,
+            model_id=given.model_id,
         )
 
     def load_certificates(self) -> list[Certificate]:
-        """Raises `UncertifiedError` for a file that is none."""
+        """The certificates. Raises `UncertifiedError` for a file that is none."""
         return [Certificate.load(path) for path in self.certificates]
 
 
 def decoding_identity(additional_config: object) -> bytes:
     """What shapes the KV of generated tokens beside the tokens: nothing where attention is exact.
 
-    KV that was decoded through retrieval is found by engines that decode in the same way, and by no others.
+    Only engines that decode in the same way find KV that was decoded through retrieval.
     """
     settings = RetrievalSettings.of_engine(additional_config)
     return b"" if settings is None or settings.retrieval.is_exact else " ".join(settings.retrieval.form).encode()
 
 
 def asks_for_retrieval() -> bool:
-    """Whether the engine that is being made does. Raises `ValueError` if its settings are wrong."""
+    """Whether the engine that is being made asks for retrieval.
+
+    vLLM asks for attention backends before it loads weights: wrong settings, the connector's too, are refused here.
+
+    Raises
+    ------
+    ValueError : its settings are wrong.
+    """
     from vllm.config import get_current_vllm_config_or_none
 
     config = get_current_vllm_config_or_none()
-    return config is not None and RetrievalSettings.of_engine(config.additional_config) is not None
+    if config is None:
+        return False
+    check_connectors(config.kv_transfer_config)
+    return RetrievalSettings.of_engine(config.additional_config) is not None
 
 
-def _object(given: object, where: str, known: Sequence[str]) -> Mapping[str, Any]:
-    if not isinstance(given, Mapping):
-        raise ValueError(f"{where} is {given!r}; expected an object")
-    if unknown := sorted(set(given) - set(known)):
-        raise ValueError(f"{where} has {', '.join(map(repr, unknown))}; known are {', '.join(known)}")
-    return given
+def check_connectors(transfer: Any) -> None:
+    """Check the settings of kvloom's connectors in vLLM's `kv_transfer_config`, also those of a `MultiConnector`.
 
-
-def _paths(given: object) -> tuple[Path, ...]:
-    if isinstance(given, str):
-        given = (given,)
-    if not isinstance(given, Sequence) or not all(isinstance(path, str | Path) for path in given):
-        raise ValueError(f"certificates is {given!r}; expected paths of files")
-    return tuple(map(Path, given))
+    Raises
+    ------
+    ValueError : a setting is wrong, see `ServingSettings.of`.
+    """
+    if transfer is None:
+        return
+    extra = transfer.kv_connector_extra_config or {}
+    named = [(transfer.kv_connector, extra)]
+    if transfer.kv_connector == "MultiConnector":
+        children = extra.get("connectors") or ()
+        named = [(each.get("kv_connector"), each.get("kv_connector_extra_config") or {}) for each in children]
+    for name, config in named:
+        if name == "KVLoomConnector":
+            ServingSettings.of(config)

@@ -21,7 +21,7 @@ from .paged_index import PagedRetrieval
 from .rows import DecodeRow, PromptPart
 from .settings import RetrievalSettings
 
-_LOG = logging.getLogger("vllm.kvloom")
+_LOG = logging.getLogger("kvloom")
 _SIZES = (2048, 8192, 32768)  # tokens, as `crossing` has them
 _QUERIES = 64  # what an index learns from when it is timed
 

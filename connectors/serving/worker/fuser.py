@@ -1,4 +1,4 @@
-"""CacheBlend (arXiv 2405.16444) within vLLM: stored documents in a new context, a share of their tokens recomputed.
+"""CacheBlend (arXiv 2405.16444) within an engine: stored documents in a new context, some of their tokens recomputed.
 
     fetch     documents from the store, moved to where they stand now, into the blocks of the request   (background)
     choose    the tokens of documents, and all that is in none, through the first layers; what `check_layer` makes of
@@ -6,15 +6,17 @@
     compute   what is in no document and what was chosen, through all layers
 
 Choosing and computing go in slices, one in each step of the engine, in the order of positions, so that a long context
-does not keep others waiting; the result is the same as in one piece. Deviation and choice are those of
+does not keep other requests waiting; the result is the same as in one piece. Deviation and choice are those of
 `blend.choosers`. Deviations from the paper: tokens are chosen once, not again in every layer, since the engine's
 forward pass cannot drop tokens on its way; and the layers up to `check_layer` are fresh for every token, as they had to
 be computed to choose.
 
 The first layer's keys depend on nothing but token and position. If what was stored and moved differs from what the
-model computes there, model and rotation are not what they are believed to be: then everything is computed. Where tiers
-are lossy, a difference is believed to be their loss as long as it is small for most tokens: a rotation that is not
+model computes there, the model or its rotation is not what kvloom takes it for: then everything is computed. Where
+tiers are lossy, a difference counts as their loss as long as it is small for most tokens: a rotation that is not
 understood turns keys of moved documents by any angle.
+
+Imports no engine: `EnginePasses` and `PagedLayers` are vLLM's side.
 """
 
 from __future__ import annotations
@@ -22,24 +24,55 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ....blend.choosers import CandidateTokens, Chooser, by_deviation, deviation_of, squares
 from ....errors import EngineError
-from ...serving.messages import Advance, Fusion, Loaded
-from ...serving.worker.arrivals import Arrival, Fetched
-from ...serving.worker.transfers import Transfers
-from ..paged_layers import PagedLayers, write_layer
-from .passes import EnginePasses, first_slice
+from ..messages import Advance, Fusion, Loaded
+from .arrivals import Arrival, Fetched
+from .transfers import Transfers
 
 _LOSS = 0.25  # squared, relative: 2 bits lose about a tenth; keys that are turned by chance differ by 2
 
-_LOG = logging.getLogger("vllm.kvloom")
+_LOG = logging.getLogger("kvloom")
+
+
+class Passes(Protocol):
+    """Forward passes of the engine's model over chosen tokens of one request, which write their KV.
+
+    Attributes
+    ----------
+    max_tokens, max_runs : most tokens, and runs of neighbouring tokens, of one pass.
+    """
+
+    max_tokens: int
+    max_runs: int
+
+    def compute(self, token_ids: NDArray[np.int64], positions: Tensor, blocks: Sequence[int]) -> None: ...
+    def keys_and_values(
+        self, layer: int, token_ids: NDArray[np.int64], positions: Tensor, blocks: Sequence[int]
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class TokenCache(Protocol):
+    """An engine's paged KV cache, as fusions use it: keys `[H, T, D]` and values `[H, T, Dv]` of one layer."""
+
+    num_layers: int
+    block_tokens: int
+    dtype: torch.dtype
+
+    def read_layer(self, index: int, blocks: Sequence[int], start: int, stop: int) -> tuple[Tensor, Tensor]: ...
+    def write_tokens(
+        self, index: int, blocks: Sequence[int], positions: Tensor, keys: Tensor, values: Tensor
+    ) -> None: ...
 
 
 @dataclass(slots=True)
@@ -47,7 +80,7 @@ class _Job:
     fusion: Fusion
     fetching: Future[Fetched]
     begun_s: float
-    is_told: bool = False  # that its documents are fetched
+    is_reported: bool = False  # that its documents are fetched
     probed: Tensor | None = None  # positions that go through the first layers, ascending
     candidates: Tensor | None = None  # of them, those that may be chosen
     rows: list[Tensor] = field(default_factory=list)  # of the slices probed so far
@@ -64,34 +97,34 @@ class Fuser:
     passes, cache : the engine's.
     slice_tokens : tokens through all layers in one step of the engine.
     check_layer : where tokens are chosen, from 1 on.
-    size : of the tensor-parallel group.
+    sum_over_ranks : adds up a tensor of the tensor-parallel ranks; None for a single rank.
     is_lossy : documents may come from a tier whose codec loses something.
-    select : how they are chosen.
+    choose : how tokens are chosen.
     """
 
     def __init__(
         self,
         transfers: Transfers,
-        passes: EnginePasses,
-        cache: PagedLayers,
+        passes: Passes,
+        cache: TokenCache,
         *,
         slice_tokens: int,
         check_layer: int,
-        size: int,
+        sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
         is_lossy: bool = False,
-        select: Chooser = by_deviation,
+        choose: Chooser = by_deviation,
     ) -> None:
-        layers = len(cache.layers)
+        layers = cache.num_layers
         self._transfers = transfers
-        self._passes = passes
+        self.passes = passes
         self._cache = cache
         self._check_layer = min(check_layer, layers - 1)
         self._slice_tokens = min(slice_tokens, passes.max_tokens)
         # A slice of choosing costs as much as one of computing: it runs through fewer layers.
         self._probe_tokens = min(self._slice_tokens * layers // (self._check_layer + 1), passes.max_tokens)
-        self._size = size
+        self._sum_over_ranks = sum_over_ranks
         self._is_lossy = is_lossy
-        self._select = select
+        self._choose_tokens = choose
         self._jobs: dict[str, _Job] = {}
         self._over: list[Arrival] = []
         self.is_trusted = True
@@ -99,24 +132,25 @@ class Fuser:
 
     @property
     def is_fusing(self) -> bool:
-        """A fusion has begun whose end has not been told of."""
+        """Whether a fusion has begun that `arrivals` has not given yet."""
         return bool(self._jobs or self._over)
 
     def begin(self, fusion: Fusion) -> None:
+        """Begin a fusion; `arrivals` gives its outcome."""
         self._jobs[fusion.request_id] = _Job(fusion, self._transfers.fetch(fusion), time.monotonic())
 
     def cancel(self, request_id: str) -> None:
-        """The request is gone. Its blocks are given back when nothing writes to them any more."""
+        """End a fusion. `arrivals` gives it all the same, when nothing writes to its blocks any more."""
         if (job := self._jobs.get(request_id)) is not None:
-            job.is_told = True
+            job.is_reported = True
             job.computed = torch.empty(0, dtype=torch.int64)
 
     def fetched(self) -> dict[str, tuple[bool, ...]]:
-        """Of fusions whose documents are fetched, and not told of before: which documents this rank found."""
+        """For fusions whose documents are fetched, each once: which documents this rank found."""
         ready = {}
         for request_id, job in self._jobs.items():
-            if not job.is_told and job.fetching.done():
-                job.is_told = True
+            if not job.is_reported and job.fetching.done():
+                job.is_reported = True
                 if (error := job.fetching.exception()) is not None:
                     _LOG.error("fetching documents of request %s failed; they are computed", request_id, exc_info=error)
                     self._transfers.count({"errors": 1, "failed_loads": 1})
@@ -124,7 +158,7 @@ class Fuser:
         return ready
 
     def arrivals(self) -> list[Arrival]:
-        """Fusions that are over and have not been told of."""
+        """Fusions that are over, each once."""
         for request_id, job in list(self._jobs.items()):
             if job.computed is not None and job.done >= len(job.computed) and job.fetching.done():
                 del self._jobs[request_id]
@@ -134,7 +168,7 @@ class Fuser:
 
     @torch.inference_mode()
     def advance(self, advance: Advance) -> None:
-        """One slice. Nothing if the fusion is over: the scheduler may hear of that later."""
+        """Compute one slice; nothing if the fusion is over, of which the scheduler may not know yet."""
         job = self._jobs.get(advance.request_id)
         if job is None:
             return
@@ -142,8 +176,8 @@ class Fuser:
             if job.computed is None:
                 self._choose(job, advance.found)
             elif len(left := job.computed[job.done :]):
-                count = first_slice(left, self._slice_tokens, self._passes.max_runs)
-                self._passes.compute(job.fusion.token_ids, left[:count], job.fusion.blocks)
+                count = first_slice(left, self._slice_tokens, self.passes.max_runs)
+                self.passes.compute(job.fusion.token_ids, left[:count], job.fusion.blocks)
                 job.done += count
         except (RuntimeError, EngineError):  # of the device or a kernel; the engine itself can still compute
             _LOG.exception("fusing request %s failed; it is computed", advance.request_id)
@@ -156,7 +190,7 @@ class Fuser:
     # ------------------------------------------------------------------------------------------------ choosing
 
     def _choose(self, job: _Job, found: tuple[bool, ...]) -> None:
-        """The next slice of the first layers; after the last, the choice."""
+        """Compute the next slice of the first layers; after the last one, choose."""
         fusion = job.fusion
         if job.probed is None or job.candidates is None:
             job.probed, job.candidates = stage(fusion, found)
@@ -169,13 +203,15 @@ class Fuser:
                 job.computed = job.probed if everything else job.probed[~skipped]
                 return
         left = job.probed[job.done :]
-        count = first_slice(left, self._probe_tokens, self._passes.max_runs)
+        count = first_slice(left, self._probe_tokens, self.passes.max_runs)
         job.rows.append(self._probe(fusion, left[:count]))
         job.done += count
         if job.done < len(job.probed):
             return
         # Ranks add up what their heads say, so that all choose alike, and what one rank alone would.
-        rows = self._agreed(torch.cat(job.rows, dim=1))
+        rows = torch.cat(job.rows, dim=1)
+        if self._sum_over_ranks is not None:
+            rows = self._sum_over_ranks(rows)
         is_candidate = torch.isin(job.probed, job.candidates)
         squared = (rows[4] / rows[5].clamp_min(torch.finfo(torch.float32).tiny))[is_candidate]
         off = float(squared.median() if self._is_lossy else squared.max())
@@ -196,7 +232,7 @@ class Fuser:
         starts = torch.tensor([document.start for document in fusion.documents])
         offsets = positions - starts[torch.searchsorted(starts, positions, right=True) - 1]
         tokens = CandidateTokens(positions, offsets, deviation_of(rows[:4, is_candidate]))
-        chosen = self._select(tokens, math.ceil(fusion.ratio * len(positions)))
+        chosen = self._choose_tokens(tokens, math.ceil(fusion.ratio * len(positions)))
         kept = positions if chosen is None else positions[chosen]
         job.computed = torch.cat((job.probed[~is_candidate], kept)).sort().values
 
@@ -206,35 +242,26 @@ class Fuser:
         first, last = int(positions[0]), int(positions[-1]) + 1
         stored_keys, stored_values = self._stored(fusion, first, last)
         index = positions - first
-        fresh_keys, fresh_values = self._passes.keys_and_values(check, fusion.token_ids, positions, fusion.blocks)
-        slots = cache.slots(fusion.blocks, positions)
-        write_layer(cache.layers[check], fresh_keys, fresh_values, slots)
+        fresh_keys, fresh_values = self.passes.keys_and_values(check, fusion.token_ids, positions, fusion.blocks)
+        cache.write_tokens(check, fusion.blocks, positions, fresh_keys, fresh_values)
         keys, values = stored_keys[1][:, index], stored_values[1][:, index]
         old, new = stored_keys[0][:, index], cache.read_layer(0, fusion.blocks, first, last)[0][:, index]
         first_layer = squares(new, old, new, new)[:2]
         return torch.cat((squares(fresh_keys, keys, fresh_values, values), first_layer)).cpu()
 
     def _stored(self, fusion: Fusion, first: int, last: int) -> tuple[list[Tensor], list[Tensor]]:
-        """What is in the blocks now, of the first layer and of the check layer: keys and values, `[H, T, D]` each."""
+        """Keys and values in the blocks now, `[H, T, D]` each, of the first layer and of the check layer."""
         layers = (0, self._check_layer)
         pairs = [self._cache.read_layer(layer, fusion.blocks, first, last) for layer in layers]
         return [keys for keys, _ in pairs], [values for _, values in pairs]
 
-    def _agreed(self, rows: Tensor) -> Tensor:
-        if self._size == 1:
-            return rows
-        from vllm.distributed import tensor_model_parallel_all_reduce
-
-        summed: Tensor = tensor_model_parallel_all_reduce(rows.to(self._cache.device))
-        return summed.cpu()
-
     def _tolerance(self) -> float:
-        """Of a squared, relative difference: what two roundings of a rotated key may come to, or a codec's loss."""
+        """Largest squared, relative difference that two roundings of a rotated key, or a codec's loss, explain."""
         if self._is_lossy:
             return _LOSS
         return (8 * torch.finfo(self._cache.dtype).eps) ** 2 + 1e-6
 
-    # --------------------------------------------------------------------------------------------------- books
+    # ------------------------------------------------------------------------------------------------ outcomes
 
     def _outcome(self, job: _Job) -> Fetched:
         if job.fetching.exception() is None:
@@ -251,18 +278,18 @@ class Fuser:
         }
         self._transfers.count(counts)
         fetched = self._outcome(job)
-        silent = fusion.stop - fusion.start - sum(fetched.tokens.values()) + fetched.worth.unpriced_tokens
+        unpriced = fusion.stop - fusion.start - sum(fetched.tokens.values()) + fetched.cost.unpriced_tokens
         chosen = computed.numpy().astype(np.int32) if fusion.chosen is None else None
-        loaded = Loaded(fetched.tokens, False, spent_s, len(computed), fetched.worth.recompute_s, silent, chosen)
+        loaded = Loaded(fetched.tokens, False, spent_s, len(computed), fetched.cost.recompute_s, unpriced, chosen)
         return Arrival(fusion.request_id, loaded, frozenset())
 
 
 def stage(fusion: Fusion, found: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
-    """Positions that go through the first layers, and of them those that may be chosen, both ascending.
+    """Positions that go through the first layers, and those among them that may be chosen, both ascending.
 
     | tokens                                 | first layers | may be chosen |
     |----------------------------------------|--------------|---------------|
-    | of a stored document before `inexact`  | no: right    |               |
+    | of a stored document before `inexact`  | no: exact    |               |
     | of any other stored document           | yes          | yes           |
     | of no stored document                  | yes          | no: computed  |
     """
@@ -279,9 +306,17 @@ def stage(fusion: Fusion, found: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
 
 
 def continued(fusion: Fusion, found: tuple[bool, ...]) -> Tensor:
-    """What is left to compute of a fusion whose `chosen` tokens are known: they, and what is not stored; ascending."""
+    """Ascending positions left to compute of a fusion with known `chosen` tokens: these, and what is not stored."""
     probed, candidates = stage(fusion, found)
     is_left = ~torch.isin(probed, candidates)
     if fusion.chosen is not None:
         is_left |= torch.isin(probed, torch.from_numpy(fusion.chosen.astype(np.int64)))
     return probed[is_left]
+
+
+def first_slice(positions: Tensor, max_tokens: int, max_runs: int) -> int:
+    """How many leading positions make one slice: at most `max_tokens` tokens in at most `max_runs` runs."""
+    leading = positions[:max_tokens]
+    begins = torch.ones(len(leading), dtype=torch.int64)
+    begins[1:] = leading.diff() != 1
+    return int((begins.cumsum(0) <= max_runs).sum())

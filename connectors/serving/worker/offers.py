@@ -1,0 +1,84 @@
+"""Chunks that a look-up offered to the engine, kept from eviction until they are loaded."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+from ....core import ChunkKey
+from ....kvstore.store import KVStore
+from ..messages import FoundTiers
+
+_LOG = logging.getLogger("kvloom")
+
+OFFER_S = 30.0
+"""Seconds for which an offer stays pinned that is neither taken nor released. Engines take one within a few steps."""
+
+
+class Offers:
+    """Pins of a worker's store, by the number of the look-up. Every method may be called from any thread.
+
+    Parameters
+    ----------
+    store : not owned.
+    offer_s : longest time that an offer stays pinned before its load begins.
+    """
+
+    def __init__(self, store: KVStore, *, offer_s: float = OFFER_S) -> None:
+        self._store = store
+        self._offer_s = offer_s
+        self._pins: dict[int, AbstractContextManager[None]] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._pins)
+
+    def make(self, number: int, keys: Sequence[ChunkKey]) -> FoundTiers:
+        """Tiers of the leading chunks that are stored, which are pinned under `number`, if that is not 0."""
+        if not number:
+            return self._store.locate_prefix(keys)
+        self._pin(number, keys, self._offer_s)  # first, so that no chunk goes between the look-up and its pin
+        tiers = self._store.locate_prefix(keys)
+        if not tiers:
+            self.release(number)
+        elif len(tiers) < len(keys):
+            self._pin(number, keys[: len(tiers)], self._offer_s)
+        return tiers
+
+    def take(self, number: int, keys: Sequence[ChunkKey], deadline_s: float) -> bool:
+        """Keep these chunks of an offer for a load that lasts at most `deadline_s`; False if that fails, and is logged.
+
+        Nothing for number 0.
+        """
+        try:
+            if number:
+                self._pin(number, keys, deadline_s)
+        except Exception:  # noqa: BLE001 - called within the engine's step, which must not end with us
+            _LOG.exception("chunks that are about to be loaded cannot be pinned")
+            return False
+        return True
+
+    def _pin(self, number: int, keys: Sequence[ChunkKey], deadline_s: float) -> None:
+        """Pin these chunks, instead of what was pinned under `number`."""
+        pin = self._store.pinned(keys, deadline_s=deadline_s)
+        pin.__enter__()
+        self._replace(number, pin)
+
+    def release(self, number: int) -> None:
+        """End the pins of this number, if there are any."""
+        self._replace(number, None)
+
+    def close(self) -> None:
+        """End all pins."""
+        for number in list(self._pins):
+            self.release(number)
+
+    def _replace(self, number: int, pin: AbstractContextManager[None] | None) -> None:
+        with self._lock:
+            before = self._pins.pop(number, None)
+            if pin is not None:
+                self._pins[number] = pin
+        if before is not None:
+            before.__exit__(None, None, None)
