@@ -19,6 +19,8 @@ from kvloom.testing.chunks import make_blob, make_key, same_blob
 
 from .serving import ServiceProcess, service_in_thread, service_process
 
+pytestmark = pytest.mark.slow
+
 
 class Load:
     """Threads that put and get until told to end; what was acknowledged, and what was wrong."""

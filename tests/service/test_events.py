@@ -20,6 +20,8 @@ from kvloom.testing.chunks import make_blob, make_chunk, make_key
 
 from .serving import Service, service_in_thread
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def service(tmp_path: Path) -> Iterator[Service]:

@@ -23,6 +23,8 @@ from kvloom.testing.tier import TierContract
 
 from .serving import Service, service_in_thread
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def service(tmp_path: Path) -> Iterator[Service]:

@@ -22,6 +22,8 @@ from kvloom.testing.chunks import make_blob, make_key, same_blob
 
 from .serving import Service, service_in_thread
 
+pytestmark = pytest.mark.slow
+
 SCOPES = ("read", "write", "admin")
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -15,6 +15,8 @@ from kvloom.testing.chunks import make_blob, make_key, same_blob
 
 from .serving import Service, service_in_thread
 
+pytestmark = pytest.mark.slow
+
 NBYTES = make_blob(0).nbytes
 
 

@@ -21,7 +21,10 @@ from kvloom.testing.chunks import make_blob, make_chunk, make_key, same_blob, sa
 
 from .serving import MIB, Service, service_in_thread
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="shared memory needs Linux's memfd_create")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="shared memory needs Linux's memfd_create"),
+]
 
 
 @pytest.fixture

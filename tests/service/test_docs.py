@@ -1,0 +1,73 @@
+"""What `docs/service.md` and `deploy/` say is what the service does."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kvloom.service.settings import ServiceSettings
+
+from .serving import service_in_thread
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PAGE = (ROOT / "docs" / "service.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page_run(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    program = f'#!/bin/sh\nexec "{sys.executable}" -c "from kvloom.cli import main; main()" "$@"\n'
+    (tools / "kvloom").write_text(program)
+    (tools / "kvloom").chmod(0o755)
+    lines = ["set -e", "set -m", "export PYTHONUNBUFFERED=1"]
+    for language, text in re.findall(r"^```(sh|python)\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL):
+        lines.append(text if language == "sh" else f"{sys.executable} - <<'PYTHON'\n{text}PYTHON\n")
+    script = "\n".join(lines).replace("8700", str(port)) + "\necho the end\n"
+    done = subprocess.run(
+        ["bash", "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0 and done.stdout.endswith("the end\n"), done.stdout[-2000:] + done.stderr[-3000:]
+
+
+def test_settings_that_are_named_exist() -> None:
+    files = [PAGE, *(path.read_text() for path in (ROOT / "deploy").iterdir())]
+    named = {name.lower() for text in files for name in re.findall(r"KVLOOM_([A-Z_]+)\b", text)} - {"config", ""}
+    named |= set(re.findall(r"--set ([a-z_]+)", PAGE))
+    assert named <= set(ServiceSettings.model_fields)
+
+
+def test_the_routes_that_are_named_exist(tmp_path: Path) -> None:
+    with service_in_thread(tmp_path) as service:
+        known = service.ask("GET", "/openapi.json", token=None).json()["paths"]
+        text = service.ask("GET", "/metrics").body.decode()
+    shapes = {re.sub(r"\{[^}]*\}", "X", path) for path in known}
+    for path in re.findall(r"/v1/[A-Za-z/-]+", PAGE):
+        assert re.sub(r"/(KEY|ID|NAME|team-a)\b", "/X", path).rstrip("/") in shapes, path
+    panels = json.loads((ROOT / "deploy" / "grafana.json").read_text())["panels"]
+    metrics = {name for panel in panels for name in re.findall(r"kvloom_[a-z_]+", panel["targets"][0]["expr"])}
+    families = set(re.findall(r"^# TYPE (\S+) ", text, flags=re.MULTILINE))
+    assert metrics and {re.sub(r"_bucket$", "", name) for name in metrics} <= families
+
+
+def test_the_manifests_are_whole() -> None:
+    documents = list(yaml.safe_load_all((ROOT / "deploy" / "kubernetes.yaml").read_text()))
+    assert [each["kind"] for each in documents] == ["Service", "StatefulSet"]
+    container = documents[1]["spec"]["template"]["spec"]["containers"][0]
+    assert container["readinessProbe"]["httpGet"]["path"] == "/readyz"
+    unit = (ROOT / "deploy" / "kvloom.service").read_text()
+    assert "KillSignal=SIGTERM" in unit and "DynamicUser=yes" in unit
