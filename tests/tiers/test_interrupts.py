@@ -1,20 +1,25 @@
 """An exception at any instruction of a tier: nothing stays locked, leaked or half there, and the tier goes on."""
 
 import gc
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from kvloom.core import ChunkKey, Tier
+from kvloom.core import ChunkKey, Entry, Tier
 from kvloom.errors import TierFullError, TierUnavailableError
 from kvloom.kvstore.tiers.device import DeviceTier
+from kvloom.kvstore.tiers.disk.files import Files
+from kvloom.kvstore.tiers.disk.tier import DiskTier, Durability
 from kvloom.kvstore.tiers.host import HostTier
 from kvloom.kvstore.tiers.memory import MemoryTier
 from kvloom.kvstore.tiers.slab import Slab
-from kvloom.testing import make_blob, make_key, same_blob
+from kvloom.testing import keys_of, make_blob, make_key, same_blob
 
 from ..support.interrupts import at_every_position, interrupted
 
@@ -165,5 +170,134 @@ def test_memory_closes(kind: str, step: int, elsewhere: Any) -> None:
         assert tier.entries() == [] and same_blob(held, make_blob(1))
         del held
         assert tier.used_bytes == 0 and tier.check() == []
+        if not was_interrupted:
+            return
+
+
+# -------------------------------------------------------------------------------------------------------------- disk
+
+
+class DiskTrial(Trial):
+    """A disk tier, and another on the same folder, as in another process."""
+
+    def __init__(self, path: Path, elsewhere: Callable[[Callable[[], Any]], Any], durability: Durability) -> None:
+        files = Files()
+        files.lock_timeout_s = 5.0
+        files.slack_records = 40  # so that the journal is rewritten every now and then
+        self.open = lambda: DiskTier(
+            path, 60 * 4096, durability=durability, sync_interval_s=600, segment_bytes=20 * 4096, files=files
+        )
+        super().__init__(self.open(), elsewhere)
+        self.other = self.open()
+        self.descriptors = 0
+
+    def verify(self) -> None:
+        super().verify()
+        self.descriptors = self.descriptors or descriptors()
+        assert descriptors() <= self.descriptors
+
+    def _verify(self) -> None:
+        super()._verify()
+        number, other = KEYS + 1, self.other
+        assert other.check() == [] and keys_of(other) == keys_of(self.tier)
+        other.put(make_key(number), make_blob(number))
+        assert same_blob(self.tier.get(make_key(number)), make_blob(number))
+        assert make_key(number) in [change.key for change in self.tier.changes() if isinstance(change, Entry)]
+        assert self.tier.delete(make_key(number)) and other.get(make_key(number)) is None
+        self.tier.flush()
+
+    def close(self) -> None:
+        self.elsewhere(self.tier.close)
+        self.other.close()
+        self.tier, self.other = self.open(), self.open()
+        self._verify()
+        self.tier.close(), self.other.close()
+
+
+def descriptors() -> int:
+    """How many files this process has open, without segments: some of those stay open to be read again."""
+    return sum(not os.path.realpath(link).removesuffix(" (deleted)").endswith(".seg") for link in links())
+
+
+def links() -> list[Path]:
+    return list(Path("/proc/self/fd").iterdir())
+
+
+@pytest.mark.parametrize("step", [pytest.param(61, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("durability", ["cache", "batch", "sync"])
+@pytest.mark.parametrize(
+    "operation",
+    ["put", "replace", "delete", "get", "get_layers", "cached", "entries", "changes", "contains", "flush", "check"],
+)
+def test_disk(tmp_path: Path, operation: str, durability: Durability, step: int, elsewhere: Any) -> None:
+    trial = DiskTrial(tmp_path, elsewhere, durability)
+
+    def prepare() -> Callable[[], object]:
+        tier = trial.tier
+        for number in range(3):
+            if make_key(number) not in tier:
+                trial.settle(number)
+        match operation:
+            case "put":
+                trial.delete(4)()
+                return trial.put(4)
+            case "replace":
+                return trial.put(1)
+            case "delete":
+                return trial.delete(1)
+            case "get":
+                return trial.get(1)
+            case "get_layers":
+                return trial.get_layers(1)
+            case "cached":
+                return lambda: cached(tier)
+            case "changes":
+                trial.other.put(make_key(2), make_blob(0))
+                trial.may[make_key(2)] = {0}
+                return tier.changes
+            case "contains":
+                return lambda: make_key(1) in tier
+            case "flush":
+                trial.settle(3)
+                return tier.flush
+            case _:
+                return getattr(tier, operation)  # type: ignore[no-any-return]
+
+    assert at_every_position(prepare, trial.verify, step) >= step
+    trial.close()
+
+
+def cached(tier: DiskTier) -> None:
+    with suppress(BlockingIOError):
+        tier.cached.get(make_key(1))
+
+
+@pytest.mark.parametrize("step", [pytest.param(61, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("durability", ["cache", "batch"])
+@pytest.mark.parametrize("operation", ["open", "close"])
+def test_disk_opens_and_closes(
+    tmp_path: Path, operation: str, durability: Durability, step: int, elsewhere: Any
+) -> None:
+    before = 0
+    for position in range(0, 1_000_000, step):
+        path = tmp_path / ("kv" if operation == "close" or position % 2 else f"new {position}")
+        if operation == "open":
+            was_interrupted = interrupted(lambda path=path: DiskTier(path, durability=durability).close(), position)
+        else:
+            tier = DiskTier(path, durability=durability)
+            tier.put(make_key(1), make_blob(1))
+            was_interrupted = interrupted(tier.close, position)
+            elsewhere(tier.close)
+            with pytest.raises(TierUnavailableError):
+                tier.get(make_key(1))
+            del tier
+        gc.collect()
+        tier = DiskTier(path, durability=durability)
+        assert tier.check() == [] and (tier.get(make_key(1)) is not None) == (operation == "close")
+        tier.close()
+        del tier
+        gc.collect()
+        before = before or descriptors()
+        assert descriptors() <= before and len(links()) <= before + 1
         if not was_interrupted:
             return
