@@ -74,7 +74,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor lies in the container, and what its sections must sum to.
+    """Where a tensor lies in the container, and the checksums of its sections.
 
     Attributes
     ----------
@@ -103,8 +103,8 @@ class Header:
     tensors: Mapping[str, StoredTensor]
     raw: bytes
 
-    def stands(self, read_at: ReadAt) -> bool:
-        """Whether the container still begins with these very bytes; far cheaper than reading it anew."""
+    def matches(self, read_at: ReadAt) -> bool:
+        """Whether the container still begins with the bytes that were verified; cheaper than to verify them again."""
         found = bytearray(len(self.raw))
         read_at(memoryview(found), 0)
         return found == self.raw
@@ -274,8 +274,8 @@ def read_layers(read_at: ReadAt, header: Header, start: int, stop: int, empty: E
         view = _byte_view(data)
         if len(view):
             read_at(view, stored.offset + sections.start * size)
-        for place, section in enumerate(sections):
-            found = xxhash.xxh3_64_hexdigest(view[place * size : (place + 1) * size])
+        for index, section in enumerate(sections):
+            found = xxhash.xxh3_64_hexdigest(view[index * size : (index + 1) * size])
             _expect(found == stored.checksums[section], f"checksum of {name}, section {section}, is wrong")
         shape = (len(sections), *stored.shape[1:]) if stored.layered else stored.shape
         tensors[name] = data.view(stored.dtype).view(shape)
@@ -329,9 +329,9 @@ def _layout(text: bytes) -> tuple[tuple[StoredTensor, ...], tuple[str, ...], int
 
 
 def _read_layout(text: bytes) -> tuple[tuple[StoredTensor, ...], tuple[str, ...], int]:
-    """Tensors of a container whose header and layers are not known yet, their names, and the bytes of all.
+    """Tensors of a container, as far as the JSON of the tensors tells; their names, and the bytes of all.
 
-    Chunks of one geometry have this text in common, and reading it takes as long as copying a hundred kilobytes.
+    Chunks of one geometry share this text, and parsing it takes as long as copying a hundred kilobytes.
     """
     tensors, end, width = [], 0, 8
     fields = json.loads(text)
@@ -339,7 +339,7 @@ def _read_layout(text: bytes) -> tuple[tuple[StoredTensor, ...], tuple[str, ...]
         dtype, shape, (begin, stop) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
         _expect(all(type(n) is int and n >= 0 for n in (*shape, begin, stop)), f"numbers of {name} are wrong")
         _expect(len(shape) <= _MAX_DIMS and math.prod(max(n, 1) for n in shape) < 1 << 48, f"{name} is too large")
-        _expect(begin == end and stop - begin == math.prod(shape) * dtype.itemsize, f"place of {name} is wrong")
+        _expect(begin == end and stop - begin == math.prod(shape) * dtype.itemsize, f"offsets of {name} are wrong")
         _expect(dtype.itemsize <= width, f"{name} is not in the order of dtypes")
         tensors.append(StoredTensor(dtype, shape, False, begin, ()))
         end, width = stop, dtype.itemsize

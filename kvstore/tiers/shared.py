@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from ...errors import TierError, TierUnavailableError
+from .disk.files import absolute_path
 from .disk.tier import DiskTier
 
 _ROOT = Path("/dev/shm")  # noqa: S108  the folder inside it belongs to the user alone, see `_make_private`
@@ -23,40 +24,42 @@ class SharedTier(DiskTier):
 
     Parameters
     ----------
-    place : a name, for a folder of this user in /dev/shm that no other user can read; or a path with a slash (or a
-        `Path`), for a folder on a tmpfs.
+    name_or_path : a name, for a folder of this user in /dev/shm that no other user can read; or a path with a slash (or
+        a `Path`), for a folder on a tmpfs. A relative path is resolved now, and `~` is the home directory.
     capacity_bytes : as for `DiskTier`; together with all else on that tmpfs it should fit there.
 
     Raises
     ------
-    ValueError : `capacity_bytes` is negative, or `place` is no name.
+    ValueError : `capacity_bytes` is negative, or `name_or_path` is neither.
     TierError : the folder is not in memory, or open to other users, or the tmpfs is smaller than `capacity_bytes`; also
         as `DiskTier`.
     TierUnavailableError : as `DiskTier`.
     """
 
-    def __init__(self, place: str | os.PathLike[str], capacity_bytes: int, *, name: str = "shared") -> None:
+    def __init__(self, name_or_path: str | os.PathLike[str], capacity_bytes: int, *, name: str = "shared") -> None:
         if capacity_bytes < 0:
             raise ValueError(f"capacity_bytes is {capacity_bytes}; expected 0 or more")
         try:
-            folder = _folder(place)
+            folder = _folder(name_or_path)
             _expect_in_memory(folder, capacity_bytes)
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as exc:
-            raise TierUnavailableError(f"tier {name!r} cannot make its folder for {str(place)!r}: {exc}") from exc
+            raise TierUnavailableError(
+                f"tier {name!r} cannot make its folder for {str(name_or_path)!r}: {exc}"
+            ) from exc
         super().__init__(folder, capacity_bytes, name=name, durability="cache")
 
 
-def _folder(place: str | os.PathLike[str]) -> Path:
-    if not isinstance(place, str) or "/" in place:
-        return Path(place)
-    if place in ("", ".", "..") or "\0" in place:
-        raise ValueError(f"place is {place!r}; expected a name or a path")
-    return _make_private(_ROOT / f"kvloom-{os.geteuid()}") / place
+def _folder(name_or_path: str | os.PathLike[str]) -> Path:
+    if not isinstance(name_or_path, str) or "/" in name_or_path:
+        return absolute_path(name_or_path, "name_or_path")
+    if name_or_path.strip() in ("", ".", "..", "~") or "\0" in name_or_path:
+        raise ValueError(f"name_or_path is {name_or_path!r}; expected a name, or a path with a slash")
+    return _make_private(_ROOT / f"kvloom-{os.geteuid()}") / name_or_path
 
 
 def _make_private(folder: Path) -> Path:
-    """Makes the folder, or sees to it that nobody else can read what is in it or has put something there."""
+    """Makes the folder, or checks that it belongs to this user and that no other user can read or write there."""
     _expect_in_memory(folder, 0)
     folder.mkdir(mode=0o700, exist_ok=True)
     stat = folder.lstat()
@@ -68,7 +71,7 @@ def _make_private(folder: Path) -> Path:
 
 
 def _expect_in_memory(folder: Path, capacity_bytes: int) -> None:
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    there = next(path for path in (folder, *folder.parents) if path.exists())
     kind = _file_system(there.stat().st_dev)
     if kind not in _IN_MEMORY:
         raise TierError(f"{folder} is on {kind}, not in memory; give a name, or a folder on a tmpfs, or use DiskTier")

@@ -51,7 +51,7 @@ def test_by_name(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert tier.path == folder / "engines" and folder.stat().st_mode & 0o777 == 0o700
         tier.put(make_key(1), make_blob(1))
         tier.close()
-    for place in ("", ".", "..", "a\0b"):
+    for place in ("", " ", ".", "..", "~", "a\0b"):
         with pytest.raises(ValueError, match="expected a name"):
             SharedTier(place, MIB)
 

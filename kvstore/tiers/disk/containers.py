@@ -44,7 +44,7 @@ class Containers:
     def _header(self, read_at: ReadAt, key: ChunkKey, location: PayloadLocation) -> Header:
         """An address names one container for ever, so a cached header is stale only if the device has changed it."""
         header = self._headers.get(location.address)
-        if header is None or not header.stands(read_at):
+        if header is None or not header.matches(read_at):
             header = read_header(read_at, location.nbytes, key)
         self._headers[location.address] = header
         with suppress(KeyError):  # other threads have removed it

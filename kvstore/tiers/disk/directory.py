@@ -15,6 +15,7 @@ from .files import Files, OpenFile, lock_file, read_fully, same_file, write_full
 
 _MARKER = "kvloom.json"
 _MARKER_FIELDS = {"kind": "kvloom chunk directory", "format": 2}
+_REPLACED = "another directory has come in its place; it is used from now on"
 _FOREIGN_BUT_FINE = {_MARKER, "lost+found"}  # the second: the root of a file system given to the cache
 
 
@@ -37,7 +38,9 @@ class Directory:
         self._marker = path / _MARKER
         self._file: OpenFile | None = None
         if read_only:
-            self._check_marker(self._open_marker())
+            marker = self._open_marker()
+            self._check_marker(marker)
+            self._seen = files.fstat(marker)
             return
         try:
             files.mkdir(path)
@@ -74,13 +77,20 @@ class Directory:
             lock_file(self._files, self._file, self._marker)
             if not same_file(self._files.fstat(self._file), self._files.stat(self._marker)):
                 self._follow()
-                raise OSError(errno.ESTALE, "another directory has come in its place; it is used from now on")
+                raise OSError(errno.ESTALE, _REPLACED)
         except BaseException:
             self.release()
             raise
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+    def expect_same(self) -> None:
+        """For those who take no lock: raises `OSError` if the folder is gone, or was replaced by another."""
+        stat = self._files.stat(self._marker)
+        if not same_file(stat, self._seen):
+            self._seen = stat
+            raise OSError(errno.ESTALE, _REPLACED)
 
     def release(self) -> None:
         """Gives up the lock if this thread holds it."""

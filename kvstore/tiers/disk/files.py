@@ -139,7 +139,7 @@ def absolute_path(path: str | os.PathLike[str], argument: str = "path") -> Path:
     ValueError : it is empty, or cannot be resolved.
     TypeError : it is no path.
     """
-    text = path if isinstance(path, str) else os.fspath(path)
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else path
     if not isinstance(text, str):
         raise TypeError(f"{argument} is {path!r}; expected text or a pathlib.Path")
     if not text.strip() or "\0" in text:

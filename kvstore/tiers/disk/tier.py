@@ -304,6 +304,7 @@ class DiskTier:
         reader looked there is therefore no sign of corruption.
         """
         if self.read_only:
+            self._directory.expect_same()
             return self._journal.hide(key, location)
         return self._remove(key, location, is_damaged=True)
 
