@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from kvloom.core import ChunkKey
-from kvloom.kvstore.tiers.disk.index import Change, Index, Op, PayloadLocation
+from kvloom.kvstore.tiers.disk.index import Change, Index, Op, Row
 from kvloom.kvstore.tiers.disk.records import SLOT_BYTES, Records, read_header
 
 
@@ -12,15 +12,15 @@ def index_of(folder: Path) -> Index:
     """What the journal of a disk tier says, whether the tier is open or not."""
     data = memoryview((folder / "journal").read_bytes())
     index = Index()
-    index.load(change for _, change in Records(read_header(data)[0]).read(data[SLOT_BYTES:], 1) if change is not None)
+    index.load(Records(read_header(data)[0]).read(data[SLOT_BYTES:], 1))
     return index
 
 
-def write_journal(folder: Path, chunks: Iterable[tuple[ChunkKey, PayloadLocation]]) -> None:
+def write_journal(folder: Path, chunks: Iterable[tuple[ChunkKey, Row]]) -> None:
     """Replaces the journal of a disk tier that is closed."""
     records, written = Records(1), []
-    for slot, (key, location) in enumerate(chunks, 1):
-        written.append(records.to_bytes(slot, Change(Op.PUT, key, location)))
+    for slot, (key, row) in enumerate(chunks, 1):
+        written.append(records.to_bytes(slot, Change(Op.PUT, key, row)))
     (folder / "journal").write_bytes(b"".join([records.header(1), *written]))
 
 
@@ -31,8 +31,8 @@ def generation_of(folder: Path) -> int:
 
 def stored_at(folder: Path, key: ChunkKey) -> tuple[Path, int, int]:
     """Where the container of a chunk lies in a disk tier, open or not: file, offset and bytes."""
-    location = index_of(folder).locations[key]
-    return folder / "segments" / f"{location.segment:016d}.seg", location.offset, location.nbytes
+    segment, offset, nbytes, *_ = index_of(folder).rows[key]
+    return folder / "segments" / f"{segment:016d}.seg", offset, nbytes
 
 
 def stored_bytes(folder: Path, key: ChunkKey) -> bytes:

@@ -111,8 +111,10 @@ def test_reopens_thousands_of_chunks_quickly(tmp_path: Path) -> None:
     tier = DiskTier(tmp_path)
     tier.put(make_key(0), make_blob(0))
     tier.close()
-    location = index_of(tmp_path).locations[make_key(0)]  # further names for what lies there; the tier does not mind
-    write_journal(tmp_path, ((make_key(n), location._replace(offset=4096 * n)) for n in range(20_000)))
+    segment, _, *rest = index_of(tmp_path).rows[
+        make_key(0)
+    ]  # further names for what lies there; the tier does not mind
+    write_journal(tmp_path, ((make_key(n), (segment, 4096 * n, *rest)) for n in range(20_000)))
     with stored_at(tmp_path, make_key(0))[0].open("r+b") as file:
         file.truncate(4096 * 20_000)
     start_s = time.process_time()

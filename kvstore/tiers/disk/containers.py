@@ -27,7 +27,7 @@ class Containers:
 
     def __init__(self) -> None:
         self._buffers = BufferPool()
-        self._headers: OrderedDict[tuple[int, int], Header] = OrderedDict()  # each use is one step of the interpreter
+        self._headers: OrderedDict[PayloadLocation, Header] = OrderedDict()  # each use is one step of the interpreter
 
     def whole(self, key: ChunkKey) -> Read:
         def read(read_at: ReadAt, location: PayloadLocation) -> EncodedChunk:
@@ -42,13 +42,13 @@ class Containers:
         return read
 
     def _header(self, read_at: ReadAt, key: ChunkKey, location: PayloadLocation) -> Header:
-        """An address names one container for ever, so a cached header is stale only if the device has changed it."""
-        header = self._headers.get(location.address)
+        """A location names one container for ever, so a cached header is stale only if the device has changed it."""
+        header = self._headers.get(location)
         if header is None or not header.matches(read_at):
             header = read_header(read_at, location.nbytes, key)
-        self._headers[location.address] = header
+        self._headers[location] = header
         with suppress(KeyError):  # other threads have removed it
-            self._headers.move_to_end(location.address)
+            self._headers.move_to_end(location)
             if len(self._headers) > _CACHED_HEADERS:
                 self._headers.popitem(last=False)
         return header

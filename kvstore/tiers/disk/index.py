@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from enum import IntEnum
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
-from ....core import ChunkInfo, ChunkKey
+from ....core import NOTHING, ChunkInfo, ChunkKey
 
 ALIGNMENT_BYTES = 4096
 """Containers begin at multiples of it, so that the space of each can be given back alone."""
@@ -19,25 +19,41 @@ def taken_bytes(nbytes: int) -> int:
 
 
 class PayloadLocation(NamedTuple):
-    """Where the container of a chunk lies, and what else is remembered of the chunk."""
+    """Where the container of a chunk lies. No two containers ever have the same segment and offset."""
 
     segment: int
     offset: int
     nbytes: int
-    info: ChunkInfo
-
-    @property
-    def address(self) -> tuple[int, int]:
-        """Segment and offset. An offset of a segment is used once, so they name the container for ever."""
-        return self[:2]
 
     @property
     def taken_bytes(self) -> int:
         return taken_bytes(self.nbytes)
 
 
+Row: TypeAlias = tuple[int, int, int, ChunkKey | None, str, float | None, float | None]
+"""The fields of `PayloadLocation` and of `ChunkInfo`.
+
+A plain tuple of plain values is what the garbage collector does not look at again, and there may be many.
+"""
+
+
+def row_of(location: PayloadLocation, info: ChunkInfo) -> Row:
+    return (*location, info.after, info.namespace, info.expires_at_s, info.recompute_s)
+
+
+def location_of(row: Row) -> PayloadLocation:
+    return PayloadLocation(*row[:3])
+
+
+def info_of(row: Row) -> ChunkInfo:
+    return NOTHING if row[3:] == _NOTHING else ChunkInfo(*row[3:])
+
+
+_NOTHING = (None, "", None, None)
+
+
 class Op(IntEnum):
-    """What a record says of its key."""
+    """What a record of the journal says of its key."""
 
     PUT = 1
     MOVE = 2  # by compaction: another location, the same turn in the order of writing
@@ -46,15 +62,15 @@ class Op(IntEnum):
 
 
 class Change(NamedTuple):
-    """What a record says: where a chunk lies now; no location if it is no more."""
+    """What is known of a chunk from now on; no row if it is no more."""
 
     op: Op
     key: ChunkKey
-    location: PayloadLocation | None
+    row: Row | None
 
 
 class Index:
-    """Locations by key, least recently written first, and the sums over them.
+    """Rows by key, least recently written first, and the sums over them.
 
     Attributes
     ----------
@@ -64,49 +80,59 @@ class Index:
     """
 
     def __init__(self, last_segment: int = 0) -> None:
-        self.locations: dict[ChunkKey, PayloadLocation] = {}
+        self.rows: dict[ChunkKey, Row] = {}
         self.used_bytes = 0
         self.live_bytes: Counter[int] = Counter()
         self.last_segment = last_segment
 
+    def get(self, key: ChunkKey) -> PayloadLocation | None:
+        row = self.rows.get(key)
+        return None if row is None else location_of(row)
+
     def apply(self, change: Change) -> None:
-        op, key, location = change
-        old = self.locations.get(key)
+        op, key, row = change
+        old = self.rows.get(key)
         if op == Op.MOVE and old is None:
             return
         if old is not None:
             self._account(old, -1)
             if op != Op.MOVE:
-                del self.locations[key]
-        if location is not None:
-            self.locations[key] = location
-            self._account(location, 1)
+                del self.rows[key]
+        if row is not None:
+            self.rows[key] = row
+            self._account(row, 1)
 
-    def load(self, changes: Iterable[Change]) -> None:
-        """Applies many changes to an empty index; the sums over them are made at the end."""
-        locations = self.locations
-        for op, key, location in changes:
-            if op != Op.MOVE:
-                locations.pop(key, None)
-            elif key not in locations:
-                continue
-            if location is not None:
-                locations[key] = location
-                if location.segment > self.last_segment:
-                    self.last_segment = location.segment
-        for location in locations.values():
-            self.live_bytes[location.segment] += location.taken_bytes
-        self.used_bytes = self.live_bytes.total()
+    def load(self, records: Iterable[tuple[int, int, ChunkKey, Row | None]]) -> int:
+        """Applies what `Records.read` gives to an empty index; where the last record ends, or 0.
+
+        As `apply` for each, but the sums are made at the end.
+        """
+        rows, last_segment, end = self.rows, self.last_segment, 0
+        move, name = Op.MOVE, Op.NAMESPACE
+        for end, op, key, row in records:  # noqa: B007  asked for below
+            if op == move:
+                if key not in rows:
+                    continue
+            elif key in rows and op != name:
+                del rows[key]
+            if row is not None:
+                rows[key] = row
+                if row[0] > last_segment:
+                    last_segment = row[0]
+        for row in rows.values():
+            self.live_bytes[row[0]] += taken_bytes(row[2])
+        self.used_bytes, self.last_segment = self.live_bytes.total(), last_segment
+        return end
 
     def differences(self, other: Index) -> Iterator[ChunkKey]:
         """Keys that lie elsewhere, or nowhere, in `other`; what is in `other` in its order."""
-        yield from (key for key in self.locations if key not in other.locations)
-        yield from (key for key, location in other.locations.items() if self.locations.get(key) != location)
+        yield from (key for key in self.rows if key not in other.rows)
+        yield from (key for key, row in other.rows.items() if self.rows.get(key) != row)
 
-    def _account(self, location: PayloadLocation, sign: int) -> None:
-        taken = sign * location.taken_bytes
+    def _account(self, row: Row, sign: int) -> None:
+        segment, taken = row[0], sign * taken_bytes(row[2])
         self.used_bytes += taken
-        self.last_segment = max(self.last_segment, location.segment)
-        self.live_bytes[location.segment] += taken
-        if not self.live_bytes[location.segment]:
-            del self.live_bytes[location.segment]
+        self.last_segment = max(self.last_segment, segment)
+        self.live_bytes[segment] += taken
+        if not self.live_bytes[segment]:
+            del self.live_bytes[segment]

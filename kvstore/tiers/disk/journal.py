@@ -11,7 +11,7 @@ leaves `_is_behind` set, and the next operation reads the file anew.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Self
 
@@ -19,7 +19,7 @@ from ....core import ChunkKey, Entry
 from ..lock_guard import release_fully
 from .directory import Directory
 from .files import Files, Mode, OpenFile, read_fully, write_fully
-from .index import Change, Index, Op, PayloadLocation
+from .index import Change, Index, Op, PayloadLocation, Row, info_of, location_of, taken_bytes
 from .records import SLOT_BYTES, Records, read_header
 
 _SET_ASIDE_BYTES = 1 << 20
@@ -45,7 +45,7 @@ class Journal:
         self._directory = directory
         self._path = directory.path / "journal"
         self._mode: Mode = "rb" if read_only else "r+b"
-        self._hidden: set[tuple[int, int]] = set()
+        self._hidden: set[PayloadLocation] = set()
         self._records = Records(0)
         self._file: OpenFile | None = None
         self._end = 0  # of the last valid record
@@ -79,7 +79,7 @@ class Journal:
         if location is None:
             with self.lock:
                 self.refresh()
-                location = self.index.locations.get(key)
+                location = self.index.get(key)
         return location
 
     def find_at_once(self, key: ChunkKey) -> PayloadLocation:
@@ -98,11 +98,11 @@ class Journal:
         except OSError:
             return True
 
-    def in_segment(self, number: int) -> list[tuple[ChunkKey, PayloadLocation]]:
+    def in_segment(self, number: int) -> list[tuple[ChunkKey, Row]]:
         """The chunks of a segment."""
         with self.lock:
             self.refresh()
-            return [item for item in self.index.locations.items() if item[1].segment == number]
+            return [item for item in self.index.rows.items() if item[1][0] == number]
 
     def has_live(self, number: int) -> bool:
         """Whether a segment has any chunk."""
@@ -113,17 +113,14 @@ class Journal:
     def entries(self) -> list[Entry]:
         with self.lock:
             self.refresh()
-            return [Entry(key, location.taken_bytes, location.info) for key, location in self.index.locations.items()]
+            return [_entry(key, row) for key, row in self.index.rows.items()]
 
     def changes(self) -> list[Entry | ChunkKey]:
         """The state of each chunk that others touched since the last call, in the order in which they did so last."""
         with self.lock:
             self.refresh()
-            locations = self.index.locations
-            states = [
-                Entry(key, locations[key].taken_bytes, locations[key].info) if key in locations else key
-                for key in self._touched
-            ]
+            rows = self.index.rows
+            states = [_entry(key, rows[key]) if key in rows else key for key in self._touched]
             self._touched = {}
             return states
 
@@ -140,12 +137,12 @@ class Journal:
             data = data[: read_fully(self._files.preadv, file, data, self._end)]
             begin = self._end
             self._is_behind = True
-            for reached, change in self._records.read(data, begin // SLOT_BYTES):
-                if change is not None:
-                    self._touched.pop(change.key, None)
-                    self._touched[change.key] = None  # first: it must be reported, whatever becomes of the index
-                    self.index.apply(change)
-                self._end = begin + reached
+            for end, op, key, row in self._records.read(data, begin // SLOT_BYTES):
+                if op != Op.NAMESPACE:
+                    self._touched.pop(key, None)
+                    self._touched[key] = None  # first: it must be reported, whatever becomes of the index
+                    self.index.apply(Change(Op(op), key, row))
+                self._end = begin + end
             self._seen_bytes = begin + len(data)
             self._is_behind = False
 
@@ -172,7 +169,7 @@ class Journal:
     def append(self, changes: Sequence[Change]) -> None:
         """Writes and applies changes; within `exclusive`. All of them or, if `OSError` is raised, none."""
         size = self._files.fstat(self._opened).st_size
-        if size // SLOT_BYTES > 2 * len(self.index.locations) + self._slack_records:
+        if size // SLOT_BYTES > 2 * len(self.index.rows) + self._slack_records:
             self._rewrite()
             size = self._files.fstat(self._opened).st_size
         begin = -(-size // SLOT_BYTES)  # behind whatever a writer that died left there
@@ -211,9 +208,9 @@ class Journal:
         """Forgets a chunk that lies there, in this process alone; False if it lies elsewhere by now."""
         with self.lock:
             self.refresh()
-            if self.index.locations.get(key) != location:
+            if self.index.get(key) != location:
                 return False
-            self._hidden.add(location.address)
+            self._hidden.add(location)
             self._is_behind = True
             return True
 
@@ -222,7 +219,7 @@ class Journal:
         index = self._load(self._opened)[0]
         believed = self.index
         problems = [f"chunk {key.hex()} lies elsewhere than believed" for key in believed.differences(index)]
-        if list(believed.locations) != list(index.locations):
+        if list(believed.rows) != list(index.rows):
             problems.append("chunks are not in the order in which they were written")
         if (believed.used_bytes, believed.live_bytes) != (index.used_bytes, index.live_bytes):
             problems.append(f"{believed.used_bytes} bytes are accounted, the journal says {index.used_bytes}")
@@ -241,7 +238,7 @@ class Journal:
 
     def _find_current(self, key: ChunkKey) -> PayloadLocation | None:
         """Where a chunk lies, if that can be said without a lock; each step is one of the interpreter."""
-        location = self.index.locations.get(key)
+        location = self.index.get(key)
         return location if location is not None and self._is_current() else None
 
     def _is_current(self) -> bool:
@@ -270,18 +267,10 @@ class Journal:
         data = memoryview(bytearray(self._files.fstat(file).st_size))
         data = data[: read_fully(self._files.preadv, file, data, 0)]
         generation, next_segment, sound = read_header(data)
-        index, records, end = Index(next_segment - 1), Records(generation), SLOT_BYTES
-
-        def read() -> Iterator[Change]:
-            nonlocal end
-            for reached, change in records.read(data[SLOT_BYTES:], 1):
-                end = SLOT_BYTES + reached
-                if change is not None:
-                    yield change
-
-        index.load(read())
-        for key, location in list(index.locations.items()) if self._hidden else ():
-            if location.address in self._hidden:
+        index, records = Index(next_segment - 1), Records(generation)
+        end = SLOT_BYTES + index.load(records.read(data[SLOT_BYTES:], 1))
+        for key, row in list(index.rows.items()) if self._hidden else ():
+            if location_of(row) in self._hidden:
                 index.apply(Change(Op.DELETE, key, None))
         return index, records, end, len(data), sound
 
@@ -290,8 +279,8 @@ class Journal:
         new = self._path.with_name("journal.new")
         records = Records(self._records.generation + 1)
         slot, written = 1, [records.header(self.index.last_segment + 1)]
-        for key, location in self.index.locations.items():
-            written.append(records.to_bytes(slot, Change(Op.PUT, key, location)))
+        for key, row in self.index.rows.items():
+            written.append(records.to_bytes(slot, Change(Op.PUT, key, row)))
             slot += len(written[-1]) // SLOT_BYTES
         data = memoryview(b"".join(written))
         try:
@@ -328,8 +317,8 @@ class Journal:
             self._open()
         except OSError:
             return False
-        locations = self.index.locations
-        return all(
-            (locations[key].address if key in locations else None) == (location and location.address)
-            for _, key, location in changes
-        )
+        return all(self.index.get(key) == (None if row is None else location_of(row)) for _, key, row in changes)
+
+
+def _entry(key: ChunkKey, row: Row) -> Entry:
+    return Entry(key, taken_bytes(row[2]), info_of(row))

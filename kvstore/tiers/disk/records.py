@@ -18,9 +18,9 @@ from collections.abc import Iterator
 
 import xxhash
 
-from ....core import NOTHING, ChunkInfo, ChunkKey
+from ....core import ChunkKey
 from ...placement.quota import MOST_NAMESPACE_BYTES
-from .index import ALIGNMENT_BYTES, Change, Op, PayloadLocation
+from .index import ALIGNMENT_BYTES, Change, Op, Row
 
 SLOT_BYTES = 128
 
@@ -34,6 +34,7 @@ _MAX_BYTES = 1 << 48
 _GENERATION_BITS, _SLOT_BITS = 24, 40
 _HAS_AFTER, _HAS_EXPIRY, _HAS_COST = 1, 2, 4
 _NO_KEY = bytes(32)
+_NO_ROW: Row = (0, 0, 0, None, "", None, None)
 
 
 class Records:
@@ -52,49 +53,47 @@ class Records:
 
     def to_bytes(self, slot: int, change: Change) -> bytes:
         """What to write at that slot: one record, after those that name a new namespace."""
-        op, key, location = change
-        segment, offset, nbytes, info = location or (0, 0, 0, NOTHING)
+        op, key, row = change
+        segment, offset, nbytes, after, namespace, expires_at_s, recompute_s = row or _NO_ROW
         written = b""
-        if info.namespace not in self._numbers:
-            written = self._name(slot, info.namespace)
+        if namespace not in self._numbers:
+            written = self._name(slot, namespace)
         flags = (
-            _HAS_AFTER * (info.after is not None)
-            | _HAS_EXPIRY * (info.expires_at_s is not None)
-            | _HAS_COST * (info.recompute_s is not None)
+            _HAS_AFTER * (after is not None)
+            | _HAS_EXPIRY * (expires_at_s is not None)
+            | _HAS_COST * (recompute_s is not None)
         )
         return written + self._record(
-            slot + len(written) // SLOT_BYTES, op, 0, flags, self._numbers[info.namespace], key, info.after or _NO_KEY,
-            segment, offset, nbytes, info.expires_at_s or 0.0, info.recompute_s or 0.0,
+            slot + len(written) // SLOT_BYTES, op, 0, flags, self._numbers[namespace], key, after or _NO_KEY,
+            segment, offset, nbytes, expires_at_s or 0.0, recompute_s or 0.0,
         )  # fmt: skip
 
-    def read(self, data: memoryview, slot: int) -> Iterator[tuple[int, Change | None]]:
-        """How far each valid record in `data`, which begins at that slot, reaches, and what it says of a chunk."""
-        stamp = self.generation << _SLOT_BITS | slot
-        digest = xxhash.xxh3_64_intdigest
-        whole = data[: len(data) // SLOT_BYTES * SLOT_BYTES]
-        for begin, record in zip(range(0, len(whole), SLOT_BYTES), _RECORD.iter_unpack(whole), strict=True):
-            if record[-1] != stamp + begin // SLOT_BYTES:
-                continue
-            if record[0] != digest(whole[begin + _CHECKSUM_BYTES : begin + SLOT_BYTES]):
-                continue
-            _, op, part, flags, number, key, after, segment, offset, nbytes, expires_at_s, recompute_s, _ = record
-            if number > self._last_number:
-                self._last_number = number
-            if op == Op.NAMESPACE:
-                self._learn(number, part, flags, key + after)
-                yield begin + SLOT_BYTES, None
-            elif op in (Op.PUT, Op.MOVE) and number in self._names and _is_location(segment, offset, nbytes):
-                info = NOTHING
-                if flags or number:
-                    info = ChunkInfo(
-                        ChunkKey(after) if flags & _HAS_AFTER else None,
-                        self._names[number],
+    def read(self, data: memoryview, slot: int) -> Iterator[tuple[int, int, ChunkKey, Row | None]]:
+        """The valid records in `data`, which begins at that slot: where each ends, and the fields of `Change`."""
+        stamp, begin = self.generation << _SLOT_BITS | slot, 0
+        digest, names = xxhash.xxh3_64_intdigest, self._names
+        for record in _RECORD.iter_unpack(data[: len(data) // SLOT_BYTES * SLOT_BYTES]):
+            checksum, op, part, flags, number, key, after, segment, offset, nbytes, expires_at_s, cost_s, found = record
+            end = begin + SLOT_BYTES
+            if found == stamp and checksum == digest(data[begin + _CHECKSUM_BYTES : end]):
+                if number > self._last_number:
+                    self._last_number = number
+                if op == Op.NAMESPACE:
+                    self._learn(number, part, flags, key + after)
+                    yield end, op, key, None
+                elif op <= Op.MOVE and op and number in names and _is_location(segment, offset, nbytes):
+                    yield end, op, key, (
+                        segment,
+                        offset,
+                        nbytes,
+                        after if flags & _HAS_AFTER else None,
+                        names[number],
                         expires_at_s if flags & _HAS_EXPIRY else None,
-                        recompute_s if flags & _HAS_COST else None,
-                    )
-                yield begin + SLOT_BYTES, Change(op, key, PayloadLocation(segment, offset, nbytes, info))
-            else:  # deleted; or of a namespace whose text is lost, or of a later release: what the key was is no more
-                yield begin + SLOT_BYTES, Change(Op.DELETE, key, None)
+                        cost_s if flags & _HAS_COST else None,
+                    )  # fmt: skip
+                else:  # deleted; or of a lost namespace, or of a later release: what the key was is no more
+                    yield end, Op.DELETE, key, None
+            stamp, begin = stamp + 1, end
 
     def _name(self, slot: int, text: str) -> bytes:
         self._last_number += 1

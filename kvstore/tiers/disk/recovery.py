@@ -5,7 +5,6 @@ damaged ones.
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 from ....core import ChunkKey
 from ....errors import ChunkCorruptError, TierError
 from .files import Files, read_exactly, read_fully, write_fully
-from .index import Change, Index, Op, PayloadLocation
+from .index import Change, Index, Op, PayloadLocation, location_of, taken_bytes
 from .journal import Journal
 from .segments import Segments
 
@@ -27,12 +26,9 @@ def recover(files: Files, journal: Journal, segments: Segments) -> None:
         if lost:
             journal.append([Change(Op.DELETE, key, None) for key in lost])
         segments.sweep(journal)
-        by_segment = defaultdict(list)
-        for location in index.locations.values():
-            by_segment[location.segment].append(location)
-        for number, locations in by_segment.items():
+        for number in tuple(index.live_bytes):
             with suppress(FileNotFoundError):
-                segments.punch_gaps(number, locations)
+                segments.punch_gaps(number, journal)
 
 
 def lost_chunks(files: Files, segments: Segments, index: Index) -> list[ChunkKey]:
@@ -41,20 +37,16 @@ def lost_chunks(files: Files, segments: Segments, index: Index) -> list[ChunkKey
     for number in segments.numbers():
         with suppress(FileNotFoundError):
             ends[number] = files.stat(segments.path(number)).st_size
-    return [
-        key
-        for key, location in index.locations.items()
-        if location.offset + location.nbytes > ends.get(location.segment, 0)
-    ]
+    return [key for key, (segment, offset, nbytes, *_) in index.rows.items() if offset + nbytes > ends.get(segment, 0)]
 
 
 def overlapping_chunks(index: Index) -> list[ChunkKey]:
     """Chunks that begin within another."""
-    spans = sorted((location.address, location.taken_bytes, key) for key, location in index.locations.items())
+    spans = sorted((*row[:3], key) for key, row in index.rows.items())
     return [
         key
-        for ((number, offset), taken, _), (address, _, key) in pairwise(spans)
-        if address[0] == number and address[1] < offset + taken
+        for (segment, offset, nbytes, _), (next_segment, next_offset, _, key) in pairwise(spans)
+        if segment == next_segment and next_offset < offset + taken_bytes(nbytes)
     ]
 
 
@@ -68,20 +60,20 @@ def compact(files: Files, journal: Journal, segments: Segments, number: int) -> 
         if file is None:
             return
         held = journal.in_segment(number)
-        if 2 * sum(location.taken_bytes for _, location in held) > files.fstat(file).st_size:
+        if 2 * sum(taken_bytes(row[2]) for _, row in held) > files.fstat(file).st_size:
             return
         moves = []
-        for key, location in held:
+        for key, row in held:
+            location = location_of(row)
             data = memoryview(bytearray(location.nbytes))
             read_exactly(files.preadv, file, location.offset, data, 0)  # verified by whoever reads it
             segment, offset = segments.reserve(location.nbytes, journal)
             segments.write(segment, offset, [data])
-            moves.append((key, location, location._replace(segment=segment.number, offset=offset)))
+            moves.append((row, Change(Op.MOVE, key, (segment.number, offset, *row[2:]))))
         # before the journal says so: after a power loss it must not send readers to what has not arrived
-        segments.sync_files({copy.segment for _, _, copy in moves})
+        segments.sync_files({change.row[0] for _, change in moves if change.row is not None})
         with journal.exclusive() as index:
-            now = index.locations
-            journal.append([Change(Op.MOVE, key, copy) for key, old, copy in moves if now.get(key) == old])
+            journal.append([change for row, change in moves if index.rows.get(change.key) == row])
         journal.sync()
         files.unlink(segments.path(number))
 

@@ -21,12 +21,12 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from .files import NO_SPACE, NOT_SUPPORTED, TOO_MANY_FILES, Files, Mode, OpenFile, write_fully
-from .index import PayloadLocation, taken_bytes
+from .index import PayloadLocation, location_of, taken_bytes
 from .journal import Journal
 
 _FILE_NAME = re.compile(r"(\d{16})\.seg")
@@ -202,16 +202,16 @@ class Segments:
                 with suppress(FileNotFoundError):
                     self.discard(number, journal)
 
-    def punch_gaps(self, number: int, locations: Collection[PayloadLocation]) -> None:
-        """Punches everything but these chunks, the only ones of the segment, unless a process appends to it."""
+    def punch_gaps(self, number: int, journal: Journal) -> None:
+        """Punches everything but the chunks of the segment, unless a process appends to it; within `exclusive`."""
         file = self.claim(number)
         if file is None:
             return
         stat, end = self._files.fstat(file), 0
         # a file system may count some blocks of its own
-        if stat.st_blocks * 512 <= sum(location.taken_bytes for location in locations) + (1 << 16):
+        if stat.st_blocks * 512 <= journal.index.live_bytes[number] + (1 << 16):
             return
-        for location in sorted(locations, key=lambda location: location.offset):
+        for location in sorted(location_of(row) for _, row in journal.in_segment(number)):
             if location.offset > end:
                 self._punch(file, end, location.offset - end)
             end = location.offset + location.taken_bytes

@@ -34,7 +34,7 @@ from .commit import GroupCommit, Written
 from .containers import CachedReads, Containers, Read
 from .directory import Directory
 from .files import NO_SPACE, TOO_MANY_FILES, Files, absolute_path, read_exactly
-from .index import Change, Index, Op, PayloadLocation, taken_bytes
+from .index import Change, Index, Op, PayloadLocation, row_of, taken_bytes
 from .journal import Journal
 from .recovery import compact, keep_copy, lost_chunks, overlapping_chunks, recover
 from .segments import Segments
@@ -245,13 +245,13 @@ class DiskTier:
         self._expect_room(self._journal.index, key, taken, sum(tuple(self._reserved.values())))
         self._reserved[threading.get_ident()] = taken  # until the end of the call
         segment, offset = self._segments.reserve(nbytes, self._journal)
-        location, old = PayloadLocation(segment.number, offset, nbytes, info), None
+        location, old = PayloadLocation(segment.number, offset, nbytes), None
         try:
             self._segments.write(segment, offset, buffers)
             with self._journal.exclusive() as index:
                 self._expect_room(index, key, taken, 0)  # others may have filled it
-                old = index.locations.get(key)
-                self._journal.append([Change(Op.PUT, key, location)])
+                old = index.get(key)
+                self._journal.append([Change(Op.PUT, key, row_of(location, info))])
         except BaseException:
             if not self._is_stored(key, location):
                 self._segments.give_back(segment, location)
@@ -271,10 +271,10 @@ class DiskTier:
             found = self._journal.find(key)
         except OSError:
             return True
-        return found is not None and found.address == location.address
+        return found == location
 
     def _expect_room(self, index: Index, key: ChunkKey, taken: int, reserved: int) -> None:
-        old = index.locations.get(key)
+        old = index.get(key)
         used = index.used_bytes - (0 if old is None else old.taken_bytes) + reserved
         if self.capacity_bytes is not None and used + taken > self.capacity_bytes:
             raise TierFullError(
@@ -313,8 +313,7 @@ class DiskTier:
         is_gone = False
         try:
             with self._journal.exclusive() as index:
-                now = index.locations.get(key)
-                if now is None or now.address != location.address:
+                if index.get(key) != location:
                     return False
                 self._journal.append([Change(Op.DELETE, key, None)])
                 is_gone = True
@@ -347,7 +346,7 @@ class DiskTier:
         except OSError as exc:
             self._journal.touch([key for key, _ in written])
             with self._journal.exclusive() as index:
-                lost = [(key, location) for key, location in written if index.locations.get(key) == location]
+                lost = [(key, location) for key, location in written if index.get(key) == location]
                 self._journal.append([Change(Op.DELETE, key, None) for key, _ in lost])
             freed += [location for _, location in lost]
             self._journal.touch([key for key, _ in lost])
