@@ -194,7 +194,7 @@ class DiskTrial(Trial):
     def verify(self) -> None:
         super().verify()
         self.descriptors = self.descriptors or descriptors()
-        assert descriptors() <= self.descriptors
+        assert descriptors() <= self.descriptors, [os.path.realpath(link) for link in links()]
 
     def _verify(self) -> None:
         super()._verify()

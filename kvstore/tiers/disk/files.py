@@ -86,11 +86,17 @@ class Files:
 
     def sync_folder(self, path: Path) -> None:
         """Makes the names in a folder durable."""
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        # No object of Python's owns the descriptor of a folder. So that an exception between any two instructions does
+        # not leak it, it gets into the list as it is opened, leaves it as it is closed, and is looked for there twice.
+        opened: list[int] = []
         try:
-            os.fsync(fd)
+            try:
+                opened.extend(map(os.open, [path], [os.O_RDONLY | os.O_DIRECTORY]))
+                os.fsync(opened[0])
+            finally:
+                opened[:] = filter(None, map(os.close, opened))
         finally:
-            os.close(fd)
+            opened[:] = filter(None, map(os.close, opened))
 
     def rename(self, old: Path, new: Path) -> None:
         old.replace(new)
