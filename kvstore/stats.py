@@ -35,7 +35,8 @@ class TierStats:
         The tier removes what is left of them as soon as it answers; until then `used_bytes` counts it, too.
     promotions : chunks written to this tier because they were found in a slower one.
     transcodes : chunks written to this tier in another form than they had in the tier that they came from.
-    rejections : chunks that did not fit.
+    rejections : chunks that did not fit, or were not taken because the tier is read-only.
+    no_space : writes for which the file system had no space, whatever the capacity of the tier says.
     timeouts : operations that were given up because the tier did not answer in time.
     errors : operations that failed for any other reason, or were not begun because the tier is stalled or down.
     recoveries : times that the tier was down, and answered again.
@@ -64,6 +65,7 @@ class TierStats:
     promotions: int = 0
     transcodes: int = 0
     rejections: int = 0
+    no_space: int = 0
     timeouts: int = 0
     errors: int = 0
     recoveries: int = 0

@@ -11,11 +11,20 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Literal, TypeAlias
 
 from ...core import ChunkInfo, ChunkKey, EncodedChunk, Entry, Tier
-from ...errors import ChunkCorruptError, CodecError, TierError, TierFullError, TierTimeoutError, TierUnavailableError
+from ...errors import (
+    ChunkCorruptError,
+    CodecError,
+    TierError,
+    TierFullError,
+    TierNoSpaceError,
+    TierReadOnlyError,
+    TierTimeoutError,
+    TierUnavailableError,
+)
 from ..capabilities import ChecksItself, ReadsLayers, ReportsChanges
 from ..guard.deadline import Deadline, DeadlineLock
 from ..guard.guarded_tier import GuardedTier
@@ -141,6 +150,9 @@ class TierIO:
             except TierError as exc:
                 if isinstance(exc, TierTimeoutError) and exc.begun:  # the guard sees to it that the chunk goes
                     self._catalog.remove(self.state, key, "given_up")
+                elif isinstance(exc, TierNoSpaceError):  # which the capacity of the tier was to prevent
+                    self._catalog.count(self.state, no_space=1)
+                    self.warn(exc)
                 raise
             except BaseException:
                 self._interrupted.add(key)
@@ -268,8 +280,9 @@ class TierIO:
             for key in tuple(self._interrupted - self.doubtful()) if self.state.is_available else ():
                 with self._locked(key):
                     if key in self._interrupted:
-                        self.tier.delete(key)
-                        self._catalog.remove(self.state, key, "given_up")
+                        with suppress(TierReadOnlyError):  # then nothing was written either
+                            self.tier.delete(key)
+                            self._catalog.remove(self.state, key, "given_up")
                         self._interrupted.discard(key)
         except TierError as exc:
             self.failed(exc)
@@ -281,19 +294,23 @@ class TierIO:
 
     def refused(self, key: ChunkKey, exc: TierError) -> None:
         """The tier has not taken the chunk."""
-        if isinstance(exc, TierFullError):
+        if isinstance(exc, TierFullError | TierReadOnlyError):
             self._catalog.reject(self.state, key)
         else:
             self.failed(exc)
 
     def failed(self, exc: TierError) -> None:
         """The tier has not done something else, or has failed."""
+        if isinstance(exc, TierReadOnlyError):
+            return  # as it was asked to be
         self._catalog.count(self.state, **{"timeouts" if isinstance(exc, TierTimeoutError) else "errors": 1})
         self.warn(exc)
 
     def warn(self, exc: Exception) -> None:
         if self._is_due("warning"):
-            _LOG.warning("tier %r: %s (its further warnings are held back for a minute)", self.tier.name, exc)
+            # as text: whoever keeps the record must not keep what the traceback refers to, open files among it
+            text = str(exc)
+            _LOG.warning("tier %r: %s (its further warnings are held back for a minute)", self.tier.name, text)
 
     def _recovered(self, down_s: float) -> None:
         """The tier was down, and answers again."""

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable
 from types import TracebackType
 
+from ..guard.locks import release_owned
+
 
 class LockGuard:
     """A context manager: if its block ends with an exception, it releases what this thread still holds of a lock.
@@ -35,16 +37,9 @@ class LockGuard:
     ) -> None:
         if kind is not None:
             self._mend()
-            for lock in self._locks:
-                release_fully(lock)
+            release_owned(*self._locks)
 
 
 def is_held(lock: threading.RLock) -> bool:
     """Whether this thread holds the lock."""
     return bool(lock._is_owned())  # type: ignore[attr-defined]  # noqa: SLF001  as `threading.Condition` asks
-
-
-def release_fully(lock: threading.RLock) -> None:
-    """Releases a lock as often as this thread holds it."""
-    while is_held(lock):
-        lock.release()

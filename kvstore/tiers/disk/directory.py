@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Self
 
 from ....errors import TierError, TierUnavailableError
-from ..lock_guard import is_held, release_fully
+from ...guard.locks import release_owned
+from ..lock_guard import is_held
 from .files import Files, OpenFile, lock_file, read_fully, same_file, write_fully
 
 _MARKER = "kvloom.json"
@@ -99,7 +100,7 @@ class Directory:
                 if self._file is not None:
                     self._files.flock(self._file, fcntl.LOCK_UN)
             finally:
-                release_fully(self._mutex)
+                release_owned(self._mutex)
 
     def close(self) -> None:
         with self._mutex:

@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import Self
 
 from ....core import ChunkKey, Entry
-from ..lock_guard import release_fully
+from ...guard.locks import release_owned
 from .directory import Directory
 from .files import Files, Mode, OpenFile, read_fully, write_fully
 from .index import Change, Index, Op, PayloadLocation, Row, info_of, location_of, taken_bytes
@@ -162,7 +162,7 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         try:
-            release_fully(self.lock)
+            release_owned(self.lock)
         finally:
             self._directory.release()
 

@@ -27,9 +27,9 @@ from ....errors import (
     TierUnavailableError,
 )
 from ...format import to_buffers
+from ...guard.locks import release_owned
 from ...keys import KEY_BYTES
 from ...placement.quota import check_namespace
-from ..lock_guard import release_fully
 from .commit import GroupCommit, Written
 from .containers import CachedReads, Containers, Read
 from .directory import Directory
@@ -382,8 +382,7 @@ class DiskTier:
 
     def _mend(self, exc: BaseException, verb: str, key: ChunkKey | None) -> None:
         """What is left to do when a call ends with an exception, which may come from anywhere at any instruction."""
-        for lock in (self._commit.lock, self._segments.lock, self._journal.lock):
-            release_fully(lock)
+        release_owned(self._commit.lock, self._segments.lock, self._journal.lock)
         self._directory.release()
         self._reserved.pop(threading.get_ident(), None)
         if isinstance(exc, KVLoomError):
