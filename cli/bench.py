@@ -68,6 +68,14 @@ def retrieval(
 
 
 @app.command()
+def service(json: JsonFile = None, report: ReportFile = None, quick: Quick = False) -> None:
+    """The service over shared memory and HTTP, beside a copy, a bare socket and Redis; what it loses under load."""
+    from ..bench.service.run import run
+
+    _finish(run(quick=quick), json, report)
+
+
+@app.command()
 def tiers(
     json: JsonFile = None, quick: Quick = False, folder: DiskFolder = Path(), lmcache_python: LMCachePython = None
 ) -> None:

@@ -1,0 +1,1 @@
+"""The service's speed, over shared memory and over HTTP."""
