@@ -31,6 +31,7 @@ from .conftest import SIMULATED_BLOCK
 
 pytestmark = [
     pytest.mark.engine,
+    pytest.mark.slow,
     pytest.mark.skipif(
         not (UNIT / "utils.py").exists(),
         reason="vLLM's source distribution could not be had when this environment was made (tests/engines/vllm.sh)",

@@ -91,9 +91,10 @@ def start(model: Path, connector: Mapping[str, Any] | None, **options: Any) -> A
         "enforce_eager": True,
         "disable_log_stats": False,
         "skip_tokenizer_init": True,
+        "kv_transfer_config": transfer,
         **options,
     }
-    return LLM(str(model), kv_transfer_config=transfer, **settings)
+    return LLM(str(model), **settings)
 
 
 def prompts(seed: int, lengths: Sequence[int]) -> list[list[int]]:
