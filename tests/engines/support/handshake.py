@@ -23,8 +23,8 @@ class Nothing(KVConnectorMetadata):
 class HandshakeConnector(KVConnectorBase_V1, SupportsHMA):
     """`met`: the ranks whose metadata has come."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
         self.met: list[int] = []
 
     def get_handshake_metadata(self) -> Payload:
