@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from ..vllm.simulated import SimulatedWorker, vllm_unit
-from .support.engines import make_model
+from ...vllm.simulated import SimulatedWorker, vllm_unit
+from ..support.engines import make_model
 
 SIMULATED_BLOCK = SIMULATED_CHUNK = 16  # tokens
 

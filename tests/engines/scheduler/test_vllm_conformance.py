@@ -26,7 +26,7 @@ pytest.importorskip(
 
 from kvloom.connectors.serving.messages import LookUp
 
-from ..vllm.simulated import (
+from ...vllm.simulated import (
     DOCUMENTS,
     UNIT,
     SimulatedWorker,

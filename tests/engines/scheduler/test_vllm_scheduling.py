@@ -10,7 +10,7 @@ pytest.importorskip(
     "vllm", reason="stock vLLM is not installed here; `make test-engines` runs this in its own environment"
 )
 
-from ..vllm.simulated import (
+from ...vllm.simulated import (
     UNIT,
     SimulatedStore,
     SimulatedWorker,
