@@ -33,7 +33,9 @@ def loss_rows(figures: Mapping[str, Figure]) -> list[Row]:
 
 
 def finish(found: Certificate, table: Table, verdict: str, out: Path | None) -> Certificate:
-    """Print the table, what was left out and the verdict; write the certificate where it is wanted, and return it."""
+    """Write the certificate where it is wanted; print the table, what was left out and the verdict; return it."""
+    if out is not None:
+        write_text(out, found.to_json())
     console = output()
     print_table(console, table)
     notes = [
@@ -45,8 +47,6 @@ def finish(found: Certificate, table: Table, verdict: str, out: Path | None) -> 
         notes.append("unproven: the interval is too wide to tell; give more --trials, or more text")
     for note in notes:
         console.print(note, markup=False, highlight=False)
-    if out is not None:
-        write_text(out, found.to_json())
     return found
 
 

@@ -100,11 +100,11 @@ def vllm(
 
 
 def _finish(result: BenchResult, json: Path | None, report: Path | None = None) -> None:
-    result.show()
-    if json is not None:
+    if json is not None:  # first: what reads our output may end before us, and hours of work with it
         result.write(json)
     if report is not None:
         result.write_page(report)
+    result.show()
 
 
 def demo(

@@ -261,3 +261,9 @@ def test_doctor_without_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_options_that_belong_to_one_kind_of_certificate_exist() -> None:
     assert set(certify.BELONGS_TO) <= set(inspect.signature(certify.certify).parameters)
+
+
+def test_files_are_written_although_the_output_is_not_read(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m kvloom.cli doctor --dir {tmp_path} --json {tmp_path}/out.json | true"
+    subprocess.run(["/bin/sh", "-c", command], check=True, capture_output=True)
+    assert json.loads((tmp_path / "out.json").read_text())["bench"] == "doctor"
