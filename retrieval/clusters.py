@@ -24,7 +24,7 @@ ESTIMATED_RATIO = 0.232  # RetroInfer: of all clusters
 _ITERATIONS = 9  # RetroInfer: 10, of which the last only assigns
 
 
-class _Clusters(NamedTuple):
+class Clusters(NamedTuple):
     """Clusters of some consecutive tokens.
 
     Attributes
@@ -96,10 +96,10 @@ class ClusterIndex:
         self._segment_tokens, self._update_tokens, self._per_cluster = segment_tokens, update_tokens, tokens_a_cluster
         self._ratio = estimated_ratio
         self._tokens = 0
-        self._segments: list[_Clusters] = []
-        self._updates: list[_Clusters] = []  # of the segment that is not complete
+        self._segments: list[Clusters] = []
+        self._updates: list[Clusters] = []  # of the segment that is not complete
         self._pending: tuple[Tensor, Tensor] | None = None  # its keys and values, float32; None before the first token
-        self._all: _Clusters | None = None  # of everything, put together when it is asked for
+        self._all: Clusters | None = None  # of everything, put together when it is asked for
 
     def __len__(self) -> int:
         return self._tokens
@@ -108,6 +108,13 @@ class ClusterIndex:
     def held_bytes(self) -> int:
         """Bytes of all clusters; keys and values of the incomplete segment stand for the context's own."""
         return sum(clusters.nbytes for clusters in (*self._segments, *self._updates))
+
+    @property
+    def clusters(self) -> Clusters | None:
+        """Clusters of all tokens; None before the first token."""
+        if self._all is None and self._pending is not None:
+            self._all = self._joined(*self._pending)
+        return self._all
 
     def add(self, keys: Tensor, values: Tensor) -> None:
         self.shape.check_keys(keys)
@@ -133,11 +140,9 @@ class ClusterIndex:
 
     def select(self, queries: Tensor, position: int, budget: int) -> Selection:
         self.shape.check_query(queries, budget)
-        if self._pending is None:
+        known = self.clusters
+        if self._pending is None or known is None:
             return Selection(torch.empty(self.shape.kv_heads, 0, dtype=torch.int64), 0)
-        if self._all is None:
-            self._all = self._joined(*self._pending)
-        known = self._all
         heads, entries, dim = known.keys.shape
         budget = min(budget, self._tokens)
         grouped = queries.float().view(heads, -1, dim)
@@ -159,13 +164,13 @@ class ClusterIndex:
             read += heads * estimated * known.values.shape[-1] * known.values.itemsize
         return Selection(ids, read, heads * singles, rest)
 
-    def _joined(self, keys: Tensor, values: Tensor) -> _Clusters:
+    def _joined(self, keys: Tensor, values: Tensor) -> Clusters:
         """Clusters of all tokens, from keys and values of the incomplete segment."""
         done = len(self._updates) * self._update_tokens
         parts = [*self._segments, *self._updates, _singles(keys[:, done:], values[:, done:])]
         firsts = [0, *accumulate(part.members.shape[1] for part in parts[:-1])]
         both = list(zip(parts, firsts, strict=True))
-        return _Clusters(
+        return Clusters(
             torch.cat([part.keys for part in parts], dim=1),
             torch.cat([part.values for part in parts], dim=1),
             torch.cat([part.sizes for part in parts], dim=1),
@@ -179,12 +184,12 @@ class ClusterIndex:
         weights = (scores - total).amax(1) if self._pooling == "max" else (scores - total).logsumexp(1)
         return weights.masked_fill(sizes == 0, -math.inf)
 
-    def _clustered(self, keys: Tensor, values: Tensor) -> _Clusters:
+    def _clustered(self, keys: Tensor, values: Tensor) -> Clusters:
         heads, tokens, _ = keys.shape
         count = tokens // self._per_cluster
         codes = torch.stack([_directions(of_head, count) for of_head in keys])
         sizes = torch.zeros(heads, count, dtype=torch.int64).scatter_add_(1, codes, torch.ones_like(codes))
-        return _Clusters(
+        return Clusters(
             _means(keys, codes, sizes),
             _means(values, codes, sizes),
             sizes,
@@ -193,10 +198,10 @@ class ClusterIndex:
         )
 
 
-def _singles(keys: Tensor, values: Tensor) -> _Clusters:
+def _singles(keys: Tensor, values: Tensor) -> Clusters:
     """Clusters of one token each."""
     places = torch.arange(keys.shape[1]).expand(keys.shape[0], -1)
-    return _Clusters(keys, values, torch.ones_like(places), places.int(), places)
+    return Clusters(keys, values, torch.ones_like(places), places.int(), places)
 
 
 def _directions(keys: Tensor, count: int) -> Tensor:

@@ -120,7 +120,7 @@ class FactorIndex:
         if budget >= len(held):
             return Selection(top_ids(torch.empty(self.shape.kv_heads, len(held)), budget, self.start), 0)
         if isinstance(held, KeyFactor):
-            scores = self._scores(held, queries, position)
+            scores = self.scores_by(held, queries, position)
             read = held.rows_bytes + held.basis.nbytes + held.exact_bytes
             compared = held.exact_keys.shape[0] * held.exact_keys.shape[1]
         else:
@@ -140,7 +140,7 @@ class FactorIndex:
         self._held = KeyFactor.from_state(self.shape, parts, start=self.start, max_residual=self.max_residual)
         self.rank, self.row_bits = self._held.rank, self._held.row_bits
 
-    def _scores(self, factor: KeyFactor, queries: Tensor, position: int) -> Tensor:
+    def scores_by(self, factor: KeyFactor, queries: Tensor, position: int) -> Tensor:
         """`[Hq, T]` float32, without the scale."""
         heads, group, size = self.shape.kv_heads, self.shape.group, self._block_tokens
         rope, basis, tokens = self.shape.rope, factor.by_head().float(), len(factor)

@@ -52,7 +52,7 @@ def test_packing_of_nothing_and_of_strides() -> None:
     assert torch.equal(ops_triton.unpack_bits(packed.T.contiguous().T, 3, 16).cpu(), codes)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     bits=st.integers(1, 8),
     runs=st.sampled_from([(1, 1), (4, 8), (1, 8), (12, 1), (12, 4), (2, 2)]),
@@ -140,6 +140,7 @@ print("compiled")
 """
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_a_gpu() -> None:
     """The interpreter takes what the compiler refuses; the compiler needs no GPU to make its assembly."""
     done = subprocess.run(

@@ -35,7 +35,7 @@ class TestClusterIndexOfPaper(SelectorContract):
 
 def members(index: ClusterIndex, head: int) -> list[list[int]]:
     """Tokens of every cluster of one KV head."""
-    known = index._joined(*index._pending)
+    known = index.clusters
     return [
         known.members[head, start : start + size].tolist()
         for start, size in zip(known.starts[head].tolist(), known.sizes[head].tolist(), strict=True)
@@ -60,7 +60,7 @@ class TestClusters:
         keys, values, _ = make_context(160)
         index = small()
         index.add(keys, values)
-        known = index._joined(*index._pending)
+        known = index.clusters
         for head in range(2):
             for i, cluster in enumerate(members(index, head)):
                 if cluster:
@@ -71,7 +71,7 @@ class TestClusters:
         keys, values, _ = make_context(128)
         index = small()
         index.add(keys, values)
-        known = index._joined(*index._pending)
+        known = index.clusters
         for head in range(2):
             of_token = torch.empty(128, dtype=torch.int64)
             for i, cluster in enumerate(members(index, head)):

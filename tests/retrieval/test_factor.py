@@ -212,7 +212,7 @@ class TestScores:
     def test_blocks_of_one_token_are_exact(self) -> None:
         keys, _, queries = make_context(150)
         index = self.built(keys, block_tokens=1)
-        scores = index._scores(index.factor, queries, 150)
+        scores = index.scores_by(index.factor, queries, 150)
         torch.testing.assert_close(scores, (queries.view(2, 2, 32) @ keys.mT).flatten(0, 1), atol=0.05, rtol=0.01)
 
     @pytest.mark.parametrize("offset", [0, 40])
@@ -222,7 +222,7 @@ class TestScores:
         plain_keys = ROPE.shift(keys, -torch.arange(150))
         turned = ROPE.shift(queries[:, None], offset - 150)[:, 0]
         expected = (turned.view(2, 2, 32) @ plain_keys.mT).flatten(0, 1)
-        torch.testing.assert_close(index._scores(index.factor, queries, 150), expected, atol=0.05, rtol=0.01)
+        torch.testing.assert_close(index.scores_by(index.factor, queries, 150), expected, atol=0.05, rtol=0.01)
 
     def test_a_block_has_the_mean_of_its_distances(self) -> None:
         """Damped rotation to the middle is the mean rotation over the block."""
@@ -236,7 +236,7 @@ class TestScores:
             turned = torch.stack([_turned_by(plain, 128 - float(at)) for at in within]).mean(0)
             of_block = plain_keys[:, block * 32 : block * 32 + 32]
             expected[:, block * 32 : block * 32 + 32] = (turned.view(2, 2, 32) @ of_block.mT).flatten(0, 1)
-        torch.testing.assert_close(index._scores(index.factor, queries, 128), expected, atol=0.05, rtol=0.02)
+        torch.testing.assert_close(index.scores_by(index.factor, queries, 128), expected, atol=0.05, rtol=0.02)
 
     def test_blocks_choose_better_than_one_distance(self) -> None:
         blocks, constant = [], []
@@ -257,7 +257,7 @@ class TestScores:
         index.build()
         assert 100 in index.factor.exact_tokens.tolist()
         queries = torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
-        scores = index._scores(index.factor, queries, 300)
+        scores = index.scores_by(index.factor, queries, 300)
         torch.testing.assert_close(scores[:, 100], (queries.view(2, 2, 32) @ keys[:, 100, :, None]).flatten())
 
     def test_without_rotation_there_is_nothing_to_approximate(self) -> None:
@@ -266,7 +266,7 @@ class TestScores:
         index = FactorIndex(shape, rank=64)
         index.add(keys)
         index.build()
-        scores = index._scores(index.factor, queries, 150)
+        scores = index.scores_by(index.factor, queries, 150)
         torch.testing.assert_close(scores, (queries.view(2, 2, 32) @ keys.mT).flatten(0, 1), atol=0.05, rtol=0.01)
 
 

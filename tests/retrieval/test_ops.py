@@ -376,6 +376,8 @@ def rebuild_with(**changes: Tensor) -> object:
     return ops.rebuild_keys(**arguments | changes)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["compiled"], indirect=True)  # in a process of its own, so once
 def test_kernels_leave_the_number_of_threads_alone() -> None:
     """numba tells OpenMP how many threads it has when it first starts them, and engines count on their own number."""
     code = (

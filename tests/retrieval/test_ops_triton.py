@@ -221,6 +221,7 @@ print("compiled")
 """
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_a_gpu() -> None:
     """The interpreter takes what the compiler refuses; the compiler needs no GPU to make its assembly."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
