@@ -1,4 +1,4 @@
-"""Where fusion reads the chunks of a request: from memory, else from the store, one layer at a time."""
+"""Chunks of a fusion, read layer by layer: from memory, else from the store."""
 
 from __future__ import annotations
 
@@ -12,14 +12,20 @@ from ...kvstore.store import KVStore
 
 
 class LostChunksError(Exception):
-    """Stored chunks cannot be read any more; the request computes them again and starts over."""
+    """Stored chunks that cannot be read any more: the fusion computes them again and starts over."""
 
     def __init__(self, keys: set[ChunkKey]) -> None:
         self.keys = keys
 
 
 class StoreSource:
-    """`LayerSource` of one request: from chunks held in memory, else from the store."""
+    """The `LayerSource` of one fusion.
+
+    Parameters
+    ----------
+    keys, starts : of the chunks: names, and positions in the context, which has `total` tokens.
+    held : chunks in memory; all others are read from the store.
+    """
 
     def __init__(
         self,

@@ -35,7 +35,7 @@ from .test_retrieval import prompts
 
 ROOT = str(Path(kvloom.__file__).parent)
 TRACED = tuple(f"{ROOT}/{name}" for name in ("connectors/hf", "retrieval", "blend"))
-POINTS = 8  # of each scenario in the default run; the torture takes hundreds
+POINTS = 6  # of each scenario in the default run; the torture takes hundreds
 RETRIEVAL = Retrieval("landmarks", budget_ratio=0.1, window_tokens=16, break_even_tokens=0)
 
 
