@@ -31,7 +31,7 @@ test: $(VENV)/dev.stamp
 	$(NAME)/pytest -q
 
 quick: $(VENV)/dev.stamp
-	$(NAME)/pytest -q -m "not slow and not torture"
+	$(NAME)/pytest -q -m "not slow and not torture" --durations=10 --durations-min=1
 
 # Engines pin what they need, so each has an environment of its own; ENGINES=... may name a folder that outlives checkouts.
 engines: $(ENGINES)/vllm.stamp

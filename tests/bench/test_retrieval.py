@@ -209,6 +209,7 @@ def test_builds_are_timed(found: Found) -> None:
     assert all(b.build_s > 0 and b.prefill_s > 0 and b.held_bytes == 0 for b in found.builds)
 
 
+@pytest.mark.slow
 def test_what_dense_attention_does_not_know_is_given_up() -> None:
     """A hundred needles are more than the bundled model tells apart: that is noticed, and pooled with nothing."""
     model, tokenizer = load_model(None)

@@ -391,6 +391,7 @@ def test_peer_answers_fails_and_dies(fake_lmcache: Path, tmp_path: Path, monkeyp
         other.ask("wait")
 
 
+@pytest.mark.slow
 def test_peer_without_lmcache(tmp_path: Path) -> None:
     """This interpreter has no LMCache: the reason is the error's last line."""
     if usable("lmcache"):

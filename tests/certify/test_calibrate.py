@@ -189,6 +189,7 @@ def test_progress_adds_up() -> None:
     assert done == stage_units(4, WINDOWS, strings=strings) and done["backward"] == 4 * 78
 
 
+@pytest.mark.slow
 def test_every_codec_works_with_the_profile_of_every_method() -> None:
     if not LAYER_FITS:
         pytest.skip("no method learns anything yet")

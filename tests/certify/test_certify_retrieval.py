@@ -85,6 +85,7 @@ def test_models_with_windows_of_their_own_keep_them() -> None:
     assert torch.equal(forced.continued(prefix, ids, approximation.attend), forced.continued(prefix, ids))
 
 
+@pytest.mark.slow
 def test_methods_that_learn_see_the_queries_of_the_prefix_alone(forced: ForcedModel) -> None:
     seen: list[LearningSelector] = []
 

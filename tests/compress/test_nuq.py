@@ -119,6 +119,7 @@ def test_outliers_go_where_errors_are_largest() -> None:
     assert float((found.values - plain.values)[others].abs().max()) < 2.0
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=4), st.sampled_from([1, 3, 4]), st.integers(0, 99))
 def test_token_by_token_is_bulk(parts: list[int], bits: int, seed: int) -> None:
     chunk = make_chunk(seed, tokens=sum(parts), start=0)

@@ -52,6 +52,7 @@ def test_packing_of_nothing_and_of_strides() -> None:
     assert torch.equal(ops_triton.unpack_bits(packed.T.contiguous().T, 3, 16).cpu(), codes)
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(
     bits=st.integers(1, 8),

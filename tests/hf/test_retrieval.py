@@ -175,6 +175,7 @@ def test_prefill_needs_no_square(model: PreTrainedModel, monkeypatch: pytest.Mon
     assert max(widest) == 128
 
 
+@pytest.mark.slow
 def test_generated_tokens_leave_the_window(rag: TransformersConnector) -> None:
     asked = prompts(400, 260)
     retrieval = Retrieval("means", window_tokens=8, **ALL)
@@ -413,6 +414,7 @@ def third_answers(session: Session) -> list[list[int]]:
     return [list(ids) for ids in session.generate(prompts(10, 12, seed=2), max_new_tokens=12).token_ids]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", ["means", "landmarks", "factor", "landmarks+factor", "graph", "sketch", "vq", "clusters"]
 )
@@ -429,6 +431,7 @@ def test_resuming_is_going_on(model: PreTrainedModel, tell: Callable[[str], Told
     rag.store.close()
 
 
+@pytest.mark.slow
 def test_an_index_of_the_whole_sequence_is_not_built_again(
     model: PreTrainedModel, tell: Callable[[str], Told], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -446,6 +449,7 @@ def test_an_index_of_the_whole_sequence_is_not_built_again(
     rag.store.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "lost"), [("means", 1), ("means", 2), ("means", 3), ("stateful", 2)])
 def test_a_lost_chunk_is_computed_as_it_was(
     model: PreTrainedModel, tell: Callable[[str], Told], tmp_path: Path, method: str, lost: int

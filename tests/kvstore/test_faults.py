@@ -399,6 +399,7 @@ print("leaving", threading.active_count())
 """
 
 
+@pytest.mark.slow
 def test_forked_and_leaving_processes(tmp_path: Path) -> None:
     """A forked process has no threads and waits for none; one that leaves does not wait for what is stuck."""
     done = subprocess.run(

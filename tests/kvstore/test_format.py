@@ -42,6 +42,7 @@ def blobs(draw: st.DrawFn) -> EncodedChunk:
     return EncodedChunk(draw(st.text(max_size=5)), tensors, meta, frozenset(layered))
 
 
+@pytest.mark.slow
 @given(blobs())
 def test_round_trip(blob: EncodedChunk) -> None:
     data = to_bytes(KEY, blob)

@@ -136,6 +136,7 @@ def test_density_learns_a_loop_that_defeats_lru() -> None:
     assert hits_of(HitDensity(), loop, 200) > 0.6 * best
 
 
+@pytest.mark.slow
 def test_density_forgets_when_habits_change() -> None:
     """First what was used once never returns and the rest does; then it is the other way round."""
     draw = random.Random(1)

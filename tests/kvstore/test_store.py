@@ -443,6 +443,7 @@ for number in range(100_000):
 """
 
 
+@pytest.mark.slow
 def test_kill_in_the_middle_of_puts(tmp_path: Path) -> None:
     script = KILLED.format(path=str(tmp_path))
     child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)

@@ -338,6 +338,7 @@ def test_match_is_fast() -> None:
     assert match_times_s(50_000, 41)[20] < 2e-3
 
 
+@pytest.mark.slow
 def test_keys_are_not_forgotten_in_use(tmp_path: Path) -> None:
     """`match` takes no lock: chunks that stay stored, while they move up and down, are always found."""
     tiers = [HostTier(3 * CHUNK_BYTES), ShelfTier(Shelf(), None)]

@@ -8,6 +8,7 @@ import tomllib
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,11 @@ READS_ENVIRONMENT = {"connectors", "service", "evaluation", "certify", "bench", 
 MAY_TORCH_LOAD = {"bench/reference/train.py"}
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def room(path: Path) -> str:
     """Top-level folder or module that a source file belongs to."""
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
@@ -70,7 +76,7 @@ def room(path: Path) -> str:
 def imported_rooms(path: Path) -> Iterator[tuple[int, str]]:
     """Line and room of every import from within the project, wherever in the file it stands."""
     package = ["kvloom", *path.relative_to(ROOT).parts[:-1]]
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = base + (node.module.split(".") if node.module else [])
@@ -90,7 +96,7 @@ def where(path: Path, line: int) -> str:
 
 
 def calls(path: Path) -> Iterator[tuple[int, str, ast.Call]]:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Call):
             yield node.lineno, ast.unparse(node.func), node
 
@@ -114,7 +120,7 @@ def test_imports_within_the_project_are_relative() -> None:
     wrong = [
         where(path, node.lineno)
         for path in SOURCES
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(parsed(path))
         if (isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0] == "kvloom")
         or (isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "kvloom" for alias in node.names))
     ]
@@ -136,7 +142,7 @@ def test_no_assert_in_package_code() -> None:
         where(path, node.lineno)
         for path in SOURCES
         if room(path) != "testing"  # contract tests, which pytest runs
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.Assert)
     ]
     assert wrong == []
@@ -154,7 +160,7 @@ def test_no_code_in_data() -> None:
                 wrong.append(where(path, line))
             if name == "torch.load" and "weights_only=True" not in [ast.unparse(word) for word in call.keywords]:
                 wrong.append(where(path, line))
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             if {module.split(".")[0] for module in modules} & {
@@ -174,7 +180,7 @@ def test_no_environment_reads_below_connectors() -> None:
         where(path, node.lineno)
         for path in SOURCES
         if room(path) not in READS_ENVIRONMENT
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.Attribute | ast.Name | ast.alias)
         and {"environ", "getenv"}
         & {getattr(node, "attr", None), getattr(node, "id", None), getattr(node, "name", None)}

@@ -121,6 +121,7 @@ def test_rebuild_keys(rank, dim, kind, dtype, turns, interleaved, scaled, count,
     torch.testing.assert_close(found.cpu(), true, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(
     heads=st.tuples(st.integers(1, 2), st.sampled_from([1, 3, 4, 20])),
@@ -153,6 +154,7 @@ def test_attention_to_nothing() -> None:
     assert lse.tolist() == [-math.inf] * 2 + [8.0] * 2
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(
     heads=st.integers(1, 2),

@@ -1,5 +1,6 @@
 """Steps that are nobody's affair are passed over, and no other ones."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,6 +41,7 @@ _REQUEST = st.tuples(
 _STEP = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 12), st.integers(0, 3)), max_size=3)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.lists(_REQUEST, min_size=1, max_size=3), st.lists(_STEP, max_size=25), st.data())
 def test_the_short_way_saves_the_same_in_the_same_steps(

@@ -522,6 +522,7 @@ def plain_blob(value: int, numbers: int) -> EncodedChunk:
     return EncodedChunk("test", {"n": torch.full((2, numbers), value)}, {"value": str(value)}, frozenset({"n"}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("waits", [False, True])
 def test_threads(waits: bool) -> None:
     """Eight threads, keys for twice the space; some readers keep what they got for a while."""

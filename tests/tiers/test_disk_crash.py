@@ -163,6 +163,7 @@ def run_to_death(
 # ------------------------------------------------------------------------------------------------------------- kills
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("can_punch", [True, False], ids=["punching", "compacting"])
 @pytest.mark.parametrize("durability", ["cache", "batch", "sync"])
 def test_killed_at_every_call(durability: Durability, can_punch: bool) -> None:
@@ -268,6 +269,7 @@ def test_the_simulation_loses_what_is_not_synced() -> None:
 # ------------------------------------------------------------------------------------------------------------ faults
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EROFS, errno.EMFILE])
 @pytest.mark.parametrize("durability", ["cache", "batch"])
 def test_a_fault_at_every_call(durability: Durability, code: int) -> None:

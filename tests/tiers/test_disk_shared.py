@@ -241,6 +241,7 @@ def run_hammers(path: Path, duration_s: float) -> None:
     tier.close()
 
 
+@pytest.mark.slow
 def test_threads_of_processes(tmp_path: Path) -> None:
     run_hammers(tmp_path, 2.0)
 

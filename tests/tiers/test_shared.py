@@ -112,6 +112,7 @@ tier.close()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_see_one_another(memory: Path) -> None:
     tier = SharedTier(memory / "kv", 1 << 24)
     if not isinstance(tier, ReportsChanges):

@@ -247,6 +247,7 @@ class Requests:
                     self.decode(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_blocks_go_from_one_request_to_another(seed: int) -> None:
     paged = paged_of()
@@ -255,6 +256,7 @@ def test_blocks_go_from_one_request_to_another(seed: int) -> None:
     assert paged.counts.rows > 4 * paged.counts.indexes > 8, "indexes last"
 
 
+@pytest.mark.slow
 def test_an_index_of_written_blocks_is_never_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: were writes not noted, the same run would attend to what is not there any more."""
     paged = paged_of()
