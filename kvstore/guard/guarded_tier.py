@@ -290,6 +290,11 @@ class GuardedTier:
             )
         return call.outcome()
 
+    def recover(self) -> None:
+        """For a thread that an exception has taken out of a call: release what it holds."""
+        release_owned(self._lock)
+        self._pool.recover()
+
     def _send(self, call: _Call[T], *, is_brief: bool) -> None:
         with self._lock:
             error, self._pending_error = self._pending_error, None

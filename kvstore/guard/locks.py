@@ -1,26 +1,62 @@
-"""Locks and latches that survive an exception between any two bytecodes: Ctrl-C, or what a signal handler raises.
+"""Locks and latches that no exception leaves held, wherever it is raised: Ctrl-C, or what a signal handler raises.
 
 `with lock:` alone is not enough: the exception may arise after the last statement of the block and before `__exit__`
 runs, and then the lock stays taken. So every lock of the store is an `RLock`, which knows its thread, and no thread
-takes one twice. What a thread still owns when an exception has left the object is a leftover; `release_owned` releases
-it.
+takes one twice. What a thread still holds when an exception has left the object is a leftover, and is released there.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from types import TracebackType
 
 _LOOK_EVERY_S = 1.0
 
 
+class LockGuard:
+    """A context manager: if its block ends with an exception, it releases what this thread still holds of a lock.
+
+    A signal handler, or another thread, may raise an exception between any two instructions. `with lock:` releases the
+    lock if that happens within the block, but not if it happens between the end of the block and the release. So the
+    locks of tiers are re-entrant, which know the thread that holds them, and are taken within a guard:
+
+        with guard, lock: ...
+
+    No code that takes these locks runs as a generator: a suspended one would release a lock at some later time.
+
+    Parameters
+    ----------
+    mend : called first.
+    """
+
+    def __init__(self, *locks: threading.RLock, mend: Callable[[], None] = lambda: None) -> None:
+        self._locks = locks
+        self._mend = mend
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._mend()
+            release_owned(*self._locks)
+
+
+def is_held(lock: threading.RLock) -> bool:
+    """Whether this thread holds the lock."""
+    return bool(lock._is_owned())  # type: ignore[attr-defined]  # noqa: SLF001  as `threading.Condition` asks
+
+
 def release_owned(*locks: threading.RLock) -> None:
-    """Release those of the locks that the calling thread owns."""
+    """Release those of the locks that the calling thread holds."""
     for lock in locks:
-        with suppress(RuntimeError):  # raised as soon as this thread does not own it
-            while True:
-                lock.release()
+        while is_held(lock):
+            lock.release()
 
 
 class Latch:

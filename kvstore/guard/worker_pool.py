@@ -78,8 +78,7 @@ class WorkerPool:
                     return False
             self._wake.put(None)
         except BaseException:
-            release_owned(self._lock)
-            self._wake.put(None)
+            self.recover()
             raise
         return True
 
@@ -100,18 +99,23 @@ class WorkerPool:
             for thread in threads:
                 thread.join(None if until_s is None else max(0.0, until_s - time.monotonic()))
         except BaseException:
-            release_owned(self._lock)
+            self.recover()
             raise
         return not any(thread.is_alive() for thread in threads)
 
+    def recover(self) -> None:
+        """For a thread that an exception has taken out of a call: release what it holds, and wake a thread."""
+        release_owned(self._lock)
+        self._wake.put(None)
+
     def _start(self) -> None:
         thread = threading.Thread(target=self._work, name=f"{self._name}-{len(self._threads)}", daemon=True)
-        self._threads.add(thread)
         try:
+            self._threads.add(thread)
             thread.start()
         except RuntimeError:  # the system gives no more threads; those that run do the work
             self._threads.discard(thread)
-        except BaseException:  # it may run all the same, and then enters itself
+        except BaseException:  # it may run all the same, and then adds itself
             self._threads.discard(thread)
             raise
 

@@ -357,12 +357,13 @@ class Catalog:
 class Pinned:
     """Within `with`, the chunks are pinned. The pins end with this object if an exception passes `__exit__` by."""
 
+    _number: int | None = None  # of the hold
+
     def __init__(self, catalog: Catalog, pins: Pins, keys: tuple[ChunkKey, ...], deadline_s: float | None) -> None:
         self._catalog = catalog
         self._pins = pins
         self._keys = keys
         self._deadline_s = deadline_s
-        self._number: int | None = None
 
     def __enter__(self) -> None:
         try:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Literal, TypeAlias
 
 from ...core import ChunkKey
-from ..guard.locks import Latch, release_owned
+from ..guard.locks import Latch, LockGuard, release_owned
 from ..guard.worker_pool import WorkerPool
 from .placement import Placement
 
@@ -183,9 +183,10 @@ class PrefetchQueue:
     def recover(self) -> None:
         """For a thread that an exception has taken out of a call: release what it holds."""
         release_owned(self._lock)
+        self._pool.recover()
 
     def _ended(self, prefetch: Prefetch) -> None:
-        with self._lock:
+        with LockGuard(self._lock), self._lock:
             if prefetch in self._open:
                 self._open.discard(prefetch)
                 self.refused += prefetch.outcome == "refused"

@@ -245,6 +245,8 @@ class TierIO:
     def recover(self) -> None:
         """For a thread that an exception has taken out of a call: release what it holds."""
         release_owned(*self._owned)
+        if self._guard is not None:
+            self._guard.recover()
 
     def _collect(self, tier: Tier) -> None:
         """Runs where the tier is called, to its end also if the caller gives up: a tier reports a change only once."""

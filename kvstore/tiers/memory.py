@@ -9,7 +9,7 @@ from typing import Generic, Protocol, TypeVar
 
 from ...core import NOTHING, ChunkInfo, ChunkKey, EncodedChunk, Entry
 from ...errors import TierFullError, TierUnavailableError
-from .lock_guard import LockGuard
+from ..guard.locks import LockGuard
 
 
 class MemoryChunk(Protocol):

@@ -30,8 +30,8 @@ from torch import Tensor
 from ...core import EncodedChunk
 from ...errors import TierFullError, TierUnavailableError
 from ..encoding.copies import copy, on_cpu
+from ..guard.locks import LockGuard
 from .arena import Arena, aligned
-from .lock_guard import LockGuard
 
 
 class SlabSlot(NamedTuple):

@@ -1,5 +1,6 @@
 """Asynchronous exceptions, raised at any instruction of the package that a test chooses."""
 
+import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,6 +56,27 @@ def at_every_position(
             return position
         verify()
     raise AssertionError("the operation does not end")
+
+
+def at_some_positions(
+    prepare: Callable[[], Callable[[], object]],
+    verify: Callable[[], object],
+    number: int | None,
+    seed: int = 0,
+    folder: str = ROOM,
+) -> int:
+    """As `at_every_position`, at so many that are drawn from all; None for all. How many instructions there are."""
+    last = 1
+    while interrupted(prepare(), last, folder):  # at growing distances, until it ends before
+        verify()
+        last *= 2
+    chosen = range(last) if number is None else sorted(random.Random(seed).sample(range(last), min(number, last)))
+    for position in chosen:
+        if not interrupted(prepare(), position, folder):
+            verify()
+            return position
+        verify()
+    return last
 
 
 def positions(step: int) -> Iterator[int]:

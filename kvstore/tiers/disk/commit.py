@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from ....core import ChunkKey
-from ..lock_guard import LockGuard
+from ...guard.locks import LockGuard
 from .index import PayloadLocation
 
 Written: TypeAlias = tuple[ChunkKey, PayloadLocation]

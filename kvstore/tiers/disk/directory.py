@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from ....errors import TierError, TierUnavailableError
-from ...guard.locks import release_owned
-from ..lock_guard import is_held
+from ...guard.locks import is_held, release_owned
 from .files import Files, OpenFile, lock_file, read_fully, same_file, write_fully
 
 _MARKER = "kvloom.json"
