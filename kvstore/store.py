@@ -146,7 +146,9 @@ class KVStore:
         check_quotas(quotas)
         if unknown := tier_codecs.keys() - set(names):
             raise ValueError(f"tier_codecs are for {sorted(unknown)}; the tiers are {names}")
-        if timeout_s is not None and not 0 < timeout_s < threading.TIMEOUT_MAX:
+        if timeout_s is not None and not (
+            isinstance(timeout_s, (int, float)) and 0 < timeout_s < threading.TIMEOUT_MAX
+        ):
             raise ValueError(f"timeout_s is {timeout_s!r}; expected seconds above 0, or None")
         self._timeout_s = timeout_s
         self._clock = clock
@@ -534,7 +536,8 @@ def _check_keys(keys: object) -> None:
 
 
 def _check_layers(layers: object) -> None:
-    if not isinstance(layers, tuple) or len(layers) != 2 or not 0 <= layers[0] < layers[1]:
+    is_pair = isinstance(layers, tuple) and len(layers) == 2 and all(isinstance(layer, int) for layer in layers)
+    if not is_pair or not 0 <= layers[0] < layers[1]:  # type: ignore[index]
         raise ValueError(f"layers are {layers!r}; expected (start, stop) with 0 <= start < stop")
 
 

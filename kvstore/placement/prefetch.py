@@ -162,7 +162,7 @@ class PrefetchQueue:
         ------
         ValueError : `deadline_s` is negative or no number.
         """
-        if deadline_s is not None and not deadline_s >= 0:
+        if deadline_s is not None and not (isinstance(deadline_s, (int, float)) and deadline_s >= 0):
             raise ValueError(f"deadline_s is {deadline_s!r}; expected seconds from now, 0 or more, or None")
         until_s = math.inf if deadline_s is None else self._clock() + deadline_s
         prefetch = Prefetch(self._placement, keys, until_s, self._ended, self._clock)

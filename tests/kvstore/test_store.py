@@ -154,6 +154,59 @@ def test_locate_prefix_names_the_tiers_of_leading_chunks(store: KVStore) -> None
     assert store.locate_prefix([]) == () == store.locate_prefix([make_key(4), make_key(5)])
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s: s.get("a" * 32), "key is 'aaa"),
+        (lambda s: s.get(b"short"), "key is b'short'"),
+        (lambda s: s.get(None), "key is None"),
+        (lambda s: s.delete(b"short"), "key is b'short'"),
+        (lambda s: s.put(b"short", make_chunk(1)), "key is b'short'"),
+        (lambda s: s.put(make_key(1), None), "chunk is NoneType; expected a KVChunk"),
+        (lambda s: s.put(make_key(1), make_chunk(1), ttl_s=0), "ttl_s is 0; expected a finite number above 0"),
+        (lambda s: s.put(make_key(1), make_chunk(1), ttl_s="1"), "ttl_s is '1'; expected a finite number above 0"),
+        (lambda s: s.put(make_key(1), make_chunk(1), recompute_s=-1), "recompute_s is -1; expected a finite number"),
+        (lambda s: s.match(make_key(1)), "keys is b"),
+        (lambda s: s.locate_prefix("abc"), "keys is 'abc'; expected a list of keys"),
+        (lambda s: s.prefetch(make_key(1)), "keys is b"),
+        (lambda s: s.pinned(make_key(1)), "keys is b"),
+        (lambda s: s.pinned(None), "keys is None"),
+        (lambda s: s.explain(make_key(1)), "keys is b"),
+        (lambda s: s.pinned([], deadline_s=0), "deadline_s is 0; expected a finite number above 0"),
+        (lambda s: s.read(make_key(1), layers=(2, 1)), r"layers are \(2, 1\); expected \(start, stop\)"),
+        (lambda s: s.read(make_key(1), layers=3), "layers are 3; expected"),
+        (lambda s: s.read(make_key(1), layers=("a", "b")), "layers are"),
+        (lambda s: s.read(make_key(1), [1, 2]), r"positions are \[1, 2\]; expected a tensor"),
+        (lambda s: s.read(make_key(1), torch.zeros(5)), r"positions are torch.float32 \[5\]; expected a tensor"),
+        (lambda s: s.read(make_key(1), timeout_s="1"), "timeout_s is '1'; expected seconds"),
+        (lambda s: s.prefetch([], deadline_s="1"), "deadline_s is '1'; expected seconds"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_one_line(
+    store: KVStore, call: Callable[[KVStore], object], message: str
+) -> None:
+    store.put(make_key(1), make_chunk(1))
+    with pytest.raises(ValueError, match=message) as refused:
+        call(store)
+    assert "\n" not in str(refused.value)
+    assert holds(store.get(make_key(1)), 1) and store.stats().pinned == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"timeout_s": 0}, "timeout_s is 0; expected seconds above 0"),
+        ({"timeout_s": "1"}, "timeout_s is '1'; expected seconds above 0"),
+        ({"policy": "fifo"}, "policy is 'fifo'; expected one of default, lru, prefix-lru"),
+    ],
+)
+def test_wrong_settings_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KVStore([HostTier(None)], **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="tiers is one tier, 'host'; expected a list"):
+        KVStore(HostTier(None))  # type: ignore[arg-type]
+
+
 def test_eviction_takes_the_least_recently_used(store: KVStore) -> None:
     for number in range(3):
         store.put(make_key(number), make_chunk(number))
