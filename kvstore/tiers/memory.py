@@ -93,14 +93,17 @@ class MemoryTier(Generic[C]):
 
     def put(self, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo = NOTHING) -> int:
         self._expect_open()
+        if self._is_torn or self._held_bytes is None:
+            self._counted_bytes()
         replaced = self._find(key)
-        self._expect_room(blob.nbytes, replaced)
+        if blob.leased:  # it would be copied in vain
+            self._expect_room(blob.nbytes, replaced)
         with self._guard:
             try:
                 chunk = self._memory.hold(blob, replaced)
                 with self._lock:
                     self._expect_open()
-                    self._expect_room(chunk.nbytes, self._find(key))  # other threads may have come first
+                    self._expect_room(chunk.nbytes, self._find(key))
                     self._change(key, (chunk, info))
                 self._memory.keep()
             except BaseException:
@@ -151,11 +154,12 @@ class MemoryTier(Generic[C]):
         self._held_bytes = None
         if entry is not None:
             self._table[key] = entry
-            self._table.move_to_end(key)
             held_bytes += entry[0].nbytes
         elif old is not None:
             del self._table[key]
         if old is not None:
+            if entry is not None:
+                self._table.move_to_end(key)
             held_bytes -= old[0].nbytes
             self._memory.release(old[0])
         self._held_bytes = held_bytes
@@ -173,8 +177,11 @@ class MemoryTier(Generic[C]):
             return self._held_bytes
 
     def _expect_room(self, nbytes: int, replaced: C | None) -> None:
-        limit_bytes, held_bytes = self._memory.limit_bytes, self._counted_bytes()
-        if limit_bytes is not None and held_bytes - (0 if replaced is None else replaced.nbytes) + nbytes > limit_bytes:
+        limit_bytes = self._memory.limit_bytes
+        if limit_bytes is None:
+            return
+        held_bytes = self._counted_bytes()
+        if held_bytes - (0 if replaced is None else replaced.nbytes) + nbytes > limit_bytes:
             raise TierFullError(
                 f"tier {self.name!r}: {nbytes} bytes do not fit, {held_bytes} of {limit_bytes} are used",
                 needed_bytes=nbytes,
