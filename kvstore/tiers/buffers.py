@@ -12,7 +12,7 @@ _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device, not just the
 
 
 class Pinning:
-    """Keeps plain memory pinned; ends with the last tensor over `tensor()`, which keeps it alive."""
+    """Keeps plain memory pinned for as long as a tensor made by `tensor()` refers to it."""
 
     def __init__(self, memory: Tensor) -> None:
         cudart = torch.cuda.cudart()
@@ -25,7 +25,7 @@ class Pinning:
 
     def __del__(self) -> None:
         if hasattr(self, "_memory"):
-            self._unregister(self._memory.data_ptr())  # an error could be told to nobody, and means an exiting process
+            self._unregister(self._memory.data_ptr())  # no caller is left to report an error to
 
     def tensor(self) -> Tensor:
         data = self._memory.data_ptr(), False

@@ -14,11 +14,10 @@ class DeviceTier(MemoryTier[SlabChunk]):
     """Holds the layered tensors of chunks in one buffer on a device, allocated at the start.
 
     `put` copies on a stream of its own and returns when the chunk is there. `get` copies nothing: the layered tensors
-    are views of the buffer, on the device, ready for every stream; read-only. They stay valid for as long as they are
-    referred to, also when the chunk has been evicted; its space is free when the last view is gone and the devices have
-    done what was queued until then, for which a `put` that needs the space waits. So no stream has to be told of
-    another, and who wants a `put` never to wait gives the tier room to spare. While a CUDA graph is being captured, do
-    not `put`.
+    are read-only views of the buffer on the device, ready for every stream. They stay valid for as long as they are
+    referred to, also when the chunk has been evicted. Its space is free when the last view is gone and the devices have
+    done what was queued until then; a `put` that needs the space waits for that, so streams need not be synchronised.
+    Give the tier room to spare if `put` must not wait. Do not `put` while a CUDA graph is being captured.
 
     What is not layered (token ids, positions) stays in host memory and is not counted.
 

@@ -58,7 +58,7 @@ class SlabChunk:
     released : the tier holds it no longer, or another chunk took its place.
     leases : references to the leases that are not over; each removes itself.
     lent : a number that grows when the chunk is lent, if devices may read it.
-    settled : what `lent` was when the devices were last waited for, while nobody was reading.
+    settled : what `lent` was when the devices were last waited for, while no lease was left.
     """
 
     rest: EncodedChunk
@@ -193,7 +193,7 @@ class Slab:
             return self._arena.used_bytes - sum(chunk.nbytes for chunk in self._settling)
 
     def release(self, chunk: SlabChunk) -> None:
-        """Its range is free as soon as nobody reads it. Releasing again does nothing."""
+        """Its range is free as soon as the last lease is gone. Releasing again does nothing."""
         self._expect_not_within()
         with self._guard, self._lock:
             self._collect()
@@ -258,7 +258,7 @@ class Slab:
             return offset is not None
 
     def _settle(self, wait: Callable[[], None], replaced: SlabChunk | None) -> None:
-        """Waits for the devices, so that what nobody was reading when this began can be written again."""
+        """Waits for the devices, so that what was not lent when this began can be written again."""
         with self._guard, self._lock:
             self._collect()
             idle = [replaced] if replaced is not None and not replaced.leases else []
@@ -318,7 +318,7 @@ class Slab:
 
     @contextmanager
     def _device_errors(self, verb: str) -> Iterator[None]:
-        """The one place where what torch says of a device becomes what a tier says."""
+        """Maps the errors that torch raises for a device to those of a tier."""
         try:
             yield
         except RuntimeError as exc:

@@ -109,7 +109,7 @@ class GroupCommit:
             thread.join()
 
     def _wait(self, opened: SyncRound) -> None:
-        """Returns when the round is durable, and runs it if nobody does; raises what it raised."""
+        """Returns when the round is durable, and runs it if no other thread does; raises what it raised."""
         with LockGuard(opened.lock, self._turn), opened.lock:
             if not opened.is_done:
                 with self._turn:

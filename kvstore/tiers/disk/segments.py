@@ -9,7 +9,7 @@ Who may write a range `[offset, offset + taken)` of a segment, or give it back:
     a whole segment     the process that appends to it, which holds its lock; then any process that finds no chunk in it
 
 Offsets of a segment and numbers of segments are never used again, so punching a range that has left the journal, or
-unlinking a segment that nobody appends to and that has no chunk, is right at any later time.
+unlinking a segment that no process appends to and that has no chunk, is right at any later time.
 
 A file is closed, and unlocked, when nothing refers to it any more: no thread that reads or writes, and no table here.
 """
@@ -178,7 +178,7 @@ class Segments:
                 self._retry_later(location)
 
     def discard(self, number: int, journal: Journal) -> bool:
-        """Unlinks a segment if it has no chunk and nobody appends to it; whether it is gone."""
+        """Unlinks a segment if it has no chunk and no process appends to it; whether it is gone."""
         self._readers.pop(number, None)
         file = self.claim(number)
         if file is None or journal.has_live(number):  # asked last: who appended may have done so until it was claimed

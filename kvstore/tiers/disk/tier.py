@@ -49,12 +49,12 @@ class DiskTier:
     """Segments in a directory that several processes share; every read verifies what it returns.
 
     A chunk is visible complete or not at all, also after kill -9. What one process puts or deletes, the others see at
-    their next call. Opening replays the journal and reads no payload. The space of a chunk that is deleted or replaced
+    their next call. Opening reads the journal and no payload. The space of a chunk that is deleted or replaced
     is given back at once (by punching holes; where the file system cannot, segments that are more than half dead are
     compacted), or in the classes `batch` and `sync` after the next sync, while others go on reading.
 
     After a power loss nothing that a read returns is wrong: what did not reach the device whole is found by its
-    checksums, and is a miss. Which chunks are still there is a matter of the durability of the process that put them:
+    checksums, and is a miss. Which chunks are still there depends on the durability of the process that put them:
 
     `cache`
         Nothing is synced. Recent chunks may be gone, and recently deleted ones may be back.
@@ -372,7 +372,7 @@ class DiskTier:
             )
 
     def _error(self, verb: str, exc: OSError, needed_bytes: int = 0) -> KVLoomError:
-        """The one place where what the operating system says becomes what a tier says."""
+        """Maps an error of the operating system to one of a tier."""
         message = f"tier {self.name!r} cannot {verb} in {self.path}: {exc}"
         if exc.errno in NO_SPACE:
             return TierNoSpaceError(message, needed_bytes=needed_bytes)
