@@ -578,8 +578,8 @@ def test_readings_that_are_over_do_not_pile_up(tier: MemoryTier[Any]) -> None:
     for _ in range(1000):
         tier.get(make_key(1))
     gc.collect()
-    assert not [thing for thing in gc.get_objects() if isinstance(thing, slab.Lease)]
-    (chunk,) = (thing for thing in gc.get_objects() if isinstance(thing, slab.SlabChunk) and not thing.released)
+    assert not [thing for thing in gc.get_objects() if type(thing) is slab.Lease]
+    (chunk,) = (thing for thing in gc.get_objects() if type(thing) is slab.SlabChunk and not thing.released)
     assert chunk.leases == set()
 
 

@@ -274,6 +274,7 @@ def cached(tier: DiskTier) -> None:
         tier.cached.get(make_key(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", DISK_STEPS)
 @pytest.mark.parametrize("durability", ["cache", "batch"])
 @pytest.mark.parametrize("operation", ["open", "close"])
