@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..capabilities import Allocator
 from ..kernels.machine_code import compiled
 from ..kernels.simd import VECTOR_LENGTH, broadcast, fence, load, look_up, part, store, stream, widen
-from .dequantise import Codes, Grid, RotaryAngles, channel_error, fresh_memory
+from .codes import Codes, Grid, RotaryAngles, channel_error, fresh_memory
 from .outliers import high_bits
 
 _BYTES_PER_THREAD = 1 << 22  # starting a thread takes as long as making a quarter of this

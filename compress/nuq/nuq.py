@@ -17,7 +17,8 @@ from ..envelope import cpu_copy, expect_tensor, open_envelope, seal
 from ..exact import put_exact
 from ..kernels.ops import pack_bits, packed_bytes
 from ..rotation import KeyRotation, unrotated
-from .dequantise import Codes, Grid, RotaryAngles, dequantise, fresh_memory
+from .codes import Codes, Grid, RotaryAngles, fresh_memory
+from .dequantise import dequantise
 from .outliers import MAX_CHANNELS, channel_bytes, outliers_per_token, pack_channels
 from .quantise import by_token, code, code_in_ranges
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..selector import Pooling
 from .ops import compiled_for_cpu
+from .thresholds import thresholds
 
 CODE_BITS = (12, 16)
 
@@ -194,14 +195,6 @@ def vq_select(
     at = found == threshold[:, None]
     chosen = (found > threshold[:, None]) | at & (at.cumsum(1) > skipped[:, None])
     return chosen.nonzero()[:, 1].view(len(packed), budget)
-
-
-def thresholds(importance: Tensor, counts: Tensor, budget: int) -> tuple[Tensor, Tensor]:
-    """The least importance that is taken, `[H]`, and how many of the tokens with it are not taken."""
-    ordered, order = importance.sort(dim=1, descending=True)
-    reached = counts.gather(1, order).cumsum(1)
-    threshold = ordered.gather(1, (reached < budget).sum(1, keepdim=True))
-    return threshold[:, 0], (counts * (importance >= threshold)).sum(1) - budget
 
 
 def _check_bits(bits: int) -> None:

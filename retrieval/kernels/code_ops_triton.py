@@ -17,7 +17,7 @@ try:
 except ImportError as exc:
     raise ImportError("kernels need Triton: pip install 'kvloom[triton]'") from exc
 
-from .code_ops import thresholds
+from .thresholds import thresholds
 
 _BLOCK = 1024
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from kvloom.calibration.model_profile import Profile
 from kvloom.compress.kernels.ops import pack_bits
 from kvloom.compress.nuq import dequantise as dequantise_module
-from kvloom.compress.nuq.dequantise import Codes, Grid, RotaryAngles, dequantise, dequantise_slowly
+from kvloom.compress.nuq.codes import Codes, Grid, RotaryAngles
+from kvloom.compress.nuq.dequantise import dequantise, dequantise_slowly
 from kvloom.compress.nuq.nuq import NuqCodec
 from kvloom.compress.nuq.nuq_fit import fit_layer
 from kvloom.compress.nuq.outliers import channel_bytes, outliers_per_token, pack_channels, unpack_channels
