@@ -324,16 +324,23 @@ class KVStore:
         found = self._find(key, None, lambda blob: blob)
         return None if found is None else found[0]
 
-    @_recovering
     def match(self, keys: Sequence[ChunkKey]) -> int:
         """How many leading keys are stored, unexpired, in tiers that answer.
 
         Reads no chunk: one that is corrupt, or lossy without a certificate, shows itself only to `read`.
         """
-        self._expect_open()
-        _check_keys(keys)
-        self._placement.follow_changes()
-        return self._catalog.match(keys)
+        try:  # as `_recovering` does, without another call: a look-up takes few microseconds
+            if self._closed:
+                self._expect_open()
+            if isinstance(keys, (bytes, str)) or keys is None:
+                _check_keys(keys)
+            for tier in self._tier_ios:
+                if tier.may_have_changes:
+                    tier.follow_changes()
+            return self._catalog.match(keys)
+        except BaseException:
+            self._recover()
+            raise
 
     @_recovering
     def locate_prefix(self, keys: Sequence[ChunkKey]) -> tuple[str, ...]:

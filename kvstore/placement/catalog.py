@@ -57,6 +57,7 @@ class Catalog:
         clock: Callable[[], float],
     ) -> None:
         self.states = [TierState(tier, make_policy, quotas) for tier in tiers]
+        self._guarded = [state for state in self.states if isinstance(state.tier, GuardedTier)]
         self._clock = clock
         self._lock = threading.RLock()  # of all that follows, and of what is in it
         self._is_torn = False
@@ -77,9 +78,9 @@ class Catalog:
 
     def match(self, keys: Sequence[ChunkKey]) -> int:
         """How many leading keys are in some tier that answers, unexpired."""
-        available = [state for state in self.states if state.is_available]
         now_s = self._clock()
-        if len(available) < len(self.states):
+        if not all(state.is_available for state in self._guarded):
+            available = [state for state in self.states if state.is_available]
             with self._lock:
                 for count, key in enumerate(keys):
                     if not any(state.has(key, now_s) for state in available):

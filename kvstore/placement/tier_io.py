@@ -205,6 +205,11 @@ class TierIO:
         """Chunks that the tier may hold until it answers, although the catalog does not."""
         return frozenset() if self._guard is None else self._guard.doubtful()
 
+    @property
+    def may_have_changes(self) -> bool:
+        """False if `follow_changes` has nothing to do."""
+        return self._shared is not None or bool(self._interrupted)
+
     def follow_changes(self, *, timeout_s: float | None = _CHANGES_S) -> None:
         """Enter into the catalog what other processes did to the tier, and what interrupted calls have left.
 
