@@ -1,8 +1,8 @@
 """Names of chunks: chained for reuse by position, position-free for reuse by text.
 
 Both are BLAKE3 keyed with 32 bytes derived from the spec's fingerprint and the tenant's secret salt: another model,
-geometry, dtype, rope table, shard or tenant never meets the same key, and who does not know the salt cannot probe for
-what a tenant has stored. Tokens enter as little-endian int64. Keys are part of the on-disk format and stay as they
+geometry, dtype, rope table, shard or tenant never meets the same key, and without the salt it cannot be probed what a
+tenant has stored. Tokens enter as little-endian int64. Keys are part of the on-disk format and stay as they
 are across releases.
 """
 

@@ -47,7 +47,7 @@ class Deadline(threading.local):
 
 
 class Within:
-    """Sets a deadline and restores the one before. Whoever an exception keeps from `__exit__` clears the deadline."""
+    """Sets a deadline and restores the one before. If an exception passes `__exit__` by, `Deadline.clear` is due."""
 
     __slots__ = ("_before_s", "_deadline", "_until_s")
 

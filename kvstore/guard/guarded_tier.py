@@ -27,13 +27,13 @@ _DOUBTFUL_CHUNKS = 1024
 class _Call(Generic[T]):
     """One call of a tier. Until it has ended, the lock of the guarded tier guards all but `operation` and `ended`."""
 
-    # state      begun_at_s  given_up  is_over  who goes on with it
+    # state      begun_at_s  given_up  is_over  what goes on with it
     # queued     None        False     False    the next worker that is free
     # withdrawn  None        True      False    the worker that finds it, by doing nothing
     # running    set         False     False    its worker
     # late       set         True      False    its worker, which throws the result away
     # done       set         False     True     the caller, who takes the result
-    # settled    set         True      True     whoever deletes the chunk that it was to write
+    # settled    set         True      True     the worker that deletes the chunk that it was to write
 
     __slots__ = ("begun_at_s", "ended", "error", "given_up", "is_over", "operation", "result", "writes")
 

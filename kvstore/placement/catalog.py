@@ -293,7 +293,7 @@ class Catalog:
         return changes or []
 
     def stats(self) -> tuple[tuple[TierStats, ...], dict[str, int], dict[str, int], int]:
-        """Of the tiers; misses by reason; puts by outcome; chunks that those wrote."""
+        """Counts of the tiers, misses by reason, puts by outcome, and how many chunks those puts wrote."""
         with self._lock:
             tiers = tuple(state.stats() for state in self.states)
             return tiers, dict(self._misses), dict(self._puts), self._writes

@@ -161,7 +161,7 @@ class TierIO:
     def remove(self, key: ChunkKey, why: Removal) -> Residency | None:
         """Delete from the tier, unless `Catalog.remove` says that it may not go; what this call has deleted.
 
-        The chunk leaves the catalog first: whoever pins it later does not count on this copy.
+        The chunk leaves the catalog first: a later pin does not count on this copy.
 
         Raises
         ------

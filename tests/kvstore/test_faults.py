@@ -400,6 +400,7 @@ print("leaving", threading.active_count())
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_forked_and_leaving_processes(tmp_path: Path) -> None:
     """A forked process has no threads and waits for none; one that leaves does not wait for what is stuck."""
     done = subprocess.run(
@@ -563,7 +564,7 @@ class FaultMachine(RuleBasedStateMachine):
         assert guard.threads <= 4 and guard.running <= 4
 
 
-TestFaultMachine = FaultMachine.TestCase
+TestFaultMachine = pytest.mark.slow(FaultMachine.TestCase)
 TestFaultMachine.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
 
 

@@ -137,6 +137,7 @@ def test_density_learns_a_loop_that_defeats_lru() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_density_forgets_when_habits_change() -> None:
     """First what was used once never returns and the rest does; then it is the other way round."""
     draw = random.Random(1)
@@ -179,7 +180,7 @@ def put_chain(store: KVStore, numbers: range) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_store_respects_pins_and_keeps_its_books(policy: str) -> None:
+def test_store_respects_pins_and_its_catalog_is_right(policy: str) -> None:
     with KVStore([HostTier(3 * CHUNK_BYTES)], policy=policy) as store:
         put_chain(store, range(3))
         with store.pinned([make_key(0), make_key(2)]):

@@ -497,6 +497,7 @@ for number in range(100_000):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_kill_in_the_middle_of_puts(tmp_path: Path) -> None:
     script = KILLED.format(path=str(tmp_path))
     child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
@@ -627,7 +628,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.kept = self.stored & {key for keys, _ in self.pins for key in keys}
 
 
-TestStoreMachine = StoreMachine.TestCase
+TestStoreMachine = pytest.mark.slow(StoreMachine.TestCase)
 TestStoreMachine.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
 
 

@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -263,5 +264,5 @@ class FullStoreMachine(RuleBasedStateMachine):
         self.before = dict(now)
 
 
-TestFullStoreMachine = FullStoreMachine.TestCase
+TestFullStoreMachine = pytest.mark.slow(FullStoreMachine.TestCase)
 TestFullStoreMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
