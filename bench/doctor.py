@@ -29,6 +29,8 @@ EXTRAS = {  # modules that each brings
     "retrieval": ("faiss", "numba"),
     "triton": ("triton",),
     "service": ("fastapi", "uvicorn", "httptools", "pydantic_settings", "prometheus_client"),
+    "events": ("zmq", "msgspec"),
+    "telemetry": ("opentelemetry",),
     "metrics": ("prometheus_client",),
     "bench": ("transformers", "tokenizers", "matplotlib"),
     "bench-peers": ("lmdb",),
