@@ -13,7 +13,7 @@ ENGINES ?= .venv-engines
 help:
 	@echo "make demo       install what is needed into $(VENV) and answer questions over cached documents"
 	@echo "make test       install the developer tools too and run the whole default test suite"
-	@echo "make quick      the tests that are not slow, of every folder: under a minute"
+	@echo "make quick      some fast tests of every folder: under a minute"
 	@echo "make check      ruff, its formatter and mypy --strict"
 	@echo "make engines    one environment per inference engine in $(ENGINES) (stock vLLM: minutes, about 4 GB)"
 	@echo "make test-engines  the tests that run real engines, each in its own environment"
@@ -30,8 +30,18 @@ demo: $(VENV)/demo.stamp
 test: $(VENV)/dev.stamp
 	$(NAME)/pytest -q
 
+# Of every room the files that say most in the least time.
+QUICK := $(addprefix tests/project/test_,core.py layout.py output_file.py report.py rope.py screen.py) tests/identity \
+  $(addprefix tests/kvstore/test_,keys.py store.py quota.py prefetch.py tier_codecs.py certificate.py) \
+  $(addprefix tests/tiers/test_,tiers.py disk.py) $(addprefix tests/compress/test_,codecs.py registry.py lossless.py lowrank.py ops.py) \
+  $(addprefix tests/retrieval/test_,attention.py cascade.py landmarks.py clusters.py) tests/blend tests/hf/test_connector.py \
+  $(addprefix tests/serving/test_,planner.py settings.py step_filter.py transfers.py) \
+  $(addprefix tests/vllm/test_,paged_layers.py events.py) tests/certify/test_certificate_gate.py \
+  $(addprefix tests/bench/test_,results.py ruler.py worlds.py eviction_policies.py) \
+  $(addprefix tests/service/test_,settings.py credentials.py)
+
 quick: $(VENV)/dev.stamp
-	$(NAME)/pytest -q -m "not slow and not torture" --durations=10 --durations-min=1
+	$(NAME)/pytest -q -m "not slow and not torture" --durations=10 --durations-min=1 $(QUICK)
 
 # Engines pin what they need, so each has an environment of its own; ENGINES=... may name a folder that outlives checkouts.
 engines: $(ENGINES)/vllm.stamp
