@@ -127,9 +127,9 @@ def test_both_have_one_name(llm: Any, folder: Path) -> None:
     """Certificates without a name of the model are accepted for it, too: the engine would not have started."""
     rag = connector(folder)
     with rag.store:
-        assert worker().spec == rag.spec
+        assert worker().info.spec == rag.spec
     assert rag.spec.model_id == folder_name(BUNDLED_MODEL)
-    assert worker().fusion_ratio == RATIO
+    assert worker().info.fusion_ratio == RATIO
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 def name_in(engine: Any) -> str:
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    name: str = get_kv_transfer_group().worker.spec.model_id
+    name: str = get_kv_transfer_group().worker.info.spec.model_id
     engine.llm_engine.engine_core.shutdown()
     return name
 
