@@ -1,4 +1,4 @@
-"""Profiles: what calibration fitted to one model (levels, thresholds, smoothing, bases), in a safetensors file."""
+"""Profiles: what calibration fitted to one model (levels, thresholds, bases), in a safetensors file."""
 
 from __future__ import annotations
 

@@ -21,11 +21,6 @@ def _nuq(sample: LayerSample) -> Mapping[str, Tensor]:
     return found
 
 
-def _kv4(sample: LayerSample) -> Mapping[str, Tensor]:
-    is_interleaved = sample.spec.rope is not None and sample.spec.rope.interleaved
-    return {"smooth.keys": _function("compress.kv4", "fit_smoothing")(sample.keys, interleaved=is_interleaved)}
-
-
 def _lowrank(sample: LayerSample) -> Mapping[str, Tensor]:
     gram = _function("compress.gram", "GramMatrix").from_keys(sample.keys.flatten(1))
     found: Mapping[str, Tensor] = _function("compress.lowrank", "fit_layer")(gram)
@@ -47,7 +42,6 @@ def _absent(modules: Iterable[str]) -> list[str]:
 
 _NEEDS: Mapping[str, tuple[str, ...]] = {
     "nuq": ("..compress.nuq.nuq_fit",),
-    "kv4": ("..compress.kv4",),
     "lowrank": ("..compress.gram", "..compress.lowrank"),
     "vq": ("..retrieval.vq.vq_fit", "faiss"),
 }
@@ -55,7 +49,5 @@ LEFT_OUT: Mapping[str, list[str]] = {method: missing for method, needs in _NEEDS
 """Methods that learn nothing here, and the modules that they lack."""
 
 LAYER_FITS: Mapping[str, LayerFit] = {
-    method: fit
-    for method, fit in (("nuq", _nuq), ("kv4", _kv4), ("lowrank", _lowrank), ("vq", _vq))
-    if method not in LEFT_OUT
+    method: fit for method, fit in (("nuq", _nuq), ("lowrank", _lowrank), ("vq", _vq)) if method not in LEFT_OUT
 }

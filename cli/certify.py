@@ -35,7 +35,7 @@ def calibrate(
     model_id: ModelId = None,
     dtype: Dtype = None,
 ) -> None:
-    """Learn a model's keys and values from text: the profile that nuq, lowrank, kv4 and vq need."""
+    """Learn a model's keys and values from text: the profile that nuq, lowrank and vq need."""
     if not text:
         raise ValueError("no text; name files or folders of it with --text")
     from ..certify.calibrate import CalibrateOptions, run_calibrate

@@ -78,7 +78,8 @@ def read_exact(
         raise CodecError(f"{codec} chunk contradicts itself: {prefix} of {D} channels in {dtype} do not fit its spec")
     if L == 0:
         return torch.arange(0), rows[:, :, :0]
-    first, unusual = tokens[0].cpu().long(), E - (T - covered)
+    tokens = tokens.cpu()  # once: each question of a device waits for it
+    first, unusual = tokens[0].long(), E - (T - covered)
     if (
         unusual < 0
         or not bool((tokens == tokens[:1]).all())

@@ -86,14 +86,12 @@ def dequantize(
     covered: int,
     *,
     rotation: KeyRotation | None = None,
-    smooth: Tensor | None = None,
 ) -> Tensor:
     """A tensor `[L, H, T, D]`: its first `covered` tokens from codes, the others as `take_exact` kept them.
 
     Parameters
     ----------
     rotation : None for values, and for keys without rotary positions.
-    smooth : `[L, H, D]` float32, multiplied into the channels before they are rotated.
 
     Raises
     ------
@@ -116,7 +114,6 @@ def dequantize(
         scale.flatten(0, 1),
         zero.flatten(0, 1),
         out.flatten(0, 1)[:, :covered],
-        smooth=None if smooth is None else smooth.flatten(0, 1),
         cos=cos,
         sin=sin,
         interleaved=rotation is not None and rotation.rope.interleaved,

@@ -152,7 +152,7 @@ def _bytes_8b(profile: Profile, tokens: int) -> dict[str, float]:
     without_values = KVChunk(keys_alone, chunk.token_ids, chunk.positions, chunk.keys, chunk.values[..., :0])
     low_rank = LowRankCodec(factor_bits=4, profile=Profile(keys_alone, profile.tensors))
     found["lowrank4, keys"] = halves[0] / stored_bytes(low_rank, without_values)
-    for name in ("int8", "int4", "kv4", "fp8"):
+    for name in ("int8", "int4", "fp8"):
         found[name] = sum(halves) / stored_bytes(codec_by_name(name), chunk)
     return found
 
@@ -162,7 +162,7 @@ def _speeds(profile: Profile, folder: Path, sizes: Sizes, bar: Progress) -> tupl
     codecs: dict[str, Codec] = {RAW: RawCodec()}
     codecs |= {name: codec_by_name(name, profile) for name in (f"nuq{bits}" for bits in WIDTHS)}
     cold = cold_hits(folder, codecs, tokens=sizes.tokens, chunks=sizes.cold_chunks, rounds=sizes.rounds, bar=bar)
-    codecs |= {name: codec_by_name(name) for name in ("int8", "int4", "kv4", "fp8", "lossless")}
+    codecs |= {name: codec_by_name(name) for name in ("int8", "int4", "fp8", "lossless")}
     codecs["lowrank4"] = LowRankCodec(factor_bits=4, profile=profile)
     memory = in_memory(codecs, tokens=sizes.tokens, rounds=sizes.rounds, bar=bar)
     return [cold, *memory], *factor_time(tokens=sizes.factor_tokens)

@@ -111,10 +111,10 @@ class _Checks:
         N, T, D = codes.shape
         packed = bit_ops.pack_bits(codes, bits)
         scale, zero = self._numbers(N, T, 1).half(), self._numbers(N, T, 1).half()
-        levels, smooth = self._numbers(N, 1 << bits), self._numbers(N, D)
+        levels = self._numbers(N, 1 << bits)
         cos, sin = _rope(D, interleaved).cos_sin(torch.arange(T))
         true, found = torch.empty(N, T, D, dtype=dtype), torch.empty(N, T, D, dtype=dtype, device=self.device)
-        tables: dict[str, Any] = {"levels": levels, "smooth": smooth, "cos": cos, "sin": sin}
+        tables: dict[str, Any] = {"levels": levels, "cos": cos, "sin": sin}
         bit_ops.dequantize_rotate(packed, bits, scale, zero, true, interleaved=interleaved, **tables)
         arguments = (self._on(packed), bits, self._on(scale), self._on(zero), found)
         on_device: dict[str, Any] = {name: self._on(table) for name, table in tables.items()}

@@ -92,12 +92,11 @@ def dequantize_rotate(
     out: Tensor,
     *,
     levels: Tensor | None = None,
-    smooth: Tensor | None = None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     interleaved: bool = False,
 ) -> None:
-    """Writes numbers from packed codes: unpack, `(level * scale + zero) * smooth` in float32, rotate, round once.
+    """Writes numbers from packed codes: unpack, `level * scale + zero` in float32, rotate, round once.
 
     Parameters
     ----------
@@ -106,7 +105,6 @@ def dequantize_rotate(
         and C divides D.
     out : `[N, T, D]` of a floating dtype; its rows (the last dimension) are contiguous, but may lie apart.
     levels : `[N, 2 ** bits]` float32, what each code stands for; None for the code itself.
-    smooth : `[N, D]` float32; None for 1.
     cos, sin : `[T, D / 2]` float32 (`RopeSpec.cos_sin`); None leaves the numbers as they are.
     interleaved : channel pairs are (2i, 2i + 1) instead of (i, i + D / 2).
 
@@ -114,7 +112,7 @@ def dequantize_rotate(
     ------
     ValueError : a shape or dtype is another.
     """
-    _check_dequantize(packed, bits, scale, zero, out, levels, smooth, cos, sin)
+    _check_dequantize(packed, bits, scale, zero, out, levels, cos, sin)
     if out.numel() == 0:
         return
     if packed.is_cuda:
@@ -122,7 +120,7 @@ def dequantize_rotate(
 
         with torch.cuda.device(packed.device):
             ops_triton.dequantize_rotate(
-                packed, bits, scale, zero, out, levels=levels, smooth=smooth, cos=cos, sin=sin, interleaved=interleaved
+                packed, bits, scale, zero, out, levels=levels, cos=cos, sin=sin, interleaved=interleaved
             )
         return
     (N, T, D), (_, G, C) = out.shape, scale.shape
@@ -133,8 +131,6 @@ def dequantize_rotate(
         x = codes.float() if levels is None else levels[rows, None].expand(-1, T, -1).gather(2, codes.long())
         runs = x.view(-1, G, T // G, C, D // C)
         runs.mul_(scale[rows, :, None, :, None].float()).add_(zero[rows, :, None, :, None].float())
-        if smooth is not None:
-            x.mul_(smooth[rows, None])
         out[rows] = x if cos is None or sin is None else rotate_pairs(x, cos, sin, interleaved)
 
 
@@ -154,7 +150,6 @@ def _check_dequantize(
     zero: Tensor,
     out: Tensor,
     levels: Tensor | None,
-    smooth: Tensor | None,
     *angles: Tensor | None,
 ) -> None:
     _check_bits(bits)
@@ -172,8 +167,6 @@ def _check_dequantize(
         raise ValueError(f"scale is {list(scale.shape)}; its runs must divide {T} tokens and {D} channels")
     if levels is not None and (levels.dtype != torch.float32 or levels.shape != (N, 1 << bits)):
         raise ValueError(f"levels are {levels.dtype} {list(levels.shape)}; expected torch.float32 [{N}, {1 << bits}]")
-    if smooth is not None and (smooth.dtype != torch.float32 or smooth.shape != (N, D)):
-        raise ValueError(f"smooth is {smooth.dtype} {list(smooth.shape)}; expected torch.float32 [{N}, {D}]")
     _check_angles(T, D, *angles)
 
 

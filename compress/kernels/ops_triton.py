@@ -48,7 +48,6 @@ def dequantize_rotate(
     out: Tensor,
     *,
     levels: Tensor | None = None,
-    smooth: Tensor | None = None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     interleaved: bool = False,
@@ -61,7 +60,6 @@ def dequantize_rotate(
         scale.contiguous(),
         zero.contiguous(),
         _or(levels, out),
-        _or(smooth, out),
         _or(cos, out),
         _or(sin, out),
         out,
@@ -72,7 +70,6 @@ def dequantize_rotate(
         C,
         BITS=bits,
         HAS_LEVELS=levels is not None,
-        HAS_SMOOTH=smooth is not None,
         ROTATES=cos is not None,
         INTERLEAVED=interleaved,
         BLOCK_TOKENS=tokens,
@@ -170,23 +167,18 @@ def _number(
     scale,
     zero,
     levels,
-    smooth,
     channel,
     eighth,
     run,
     mask,
     BITS: tl.constexpr,
     HAS_LEVELS: tl.constexpr,
-    HAS_SMOOTH: tl.constexpr,
 ):
     """Dequantised channels in float32; `run` is the offset of their scale and zero."""
     code = _code(row, channel, eighth, mask, BITS)
     x = tl.load(levels + code, mask=mask, other=0.0) if HAS_LEVELS else code.to(tl.float32)
     x = x * tl.load(scale + run, mask=mask, other=0.0).to(tl.float32)
-    x = x + tl.load(zero + run, mask=mask, other=0.0).to(tl.float32)
-    if HAS_SMOOTH:
-        x = x * tl.load(smooth + channel, mask=mask, other=0.0)
-    return x
+    return x + tl.load(zero + run, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -195,7 +187,6 @@ def _dequantize_rotate(
     scale,
     zero,
     levels,
-    smooth,
     cos,
     sin,
     out,
@@ -207,7 +198,6 @@ def _dequantize_rotate(
     C,
     BITS: tl.constexpr,
     HAS_LEVELS: tl.constexpr,
-    HAS_SMOOTH: tl.constexpr,
     ROTATES: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -228,18 +218,17 @@ def _dequantize_rotate(
     eighth = (D + 7) // 8
     codes = packed + (row * T + token) * eighth * BITS
     levels += row * (1 << BITS)
-    smooth += row * D
     run = (row * G + token // (T // G)) * C
     mask_a = (token < T) & (pair < half) & (first < D)
     mask_b = (token < T) & (pair < half) & (second < D)
     width = D // C
     a = _number(
-        codes, scale, zero, levels, smooth, first + token * 0, eighth, run + first // width, mask_a,
-        BITS, HAS_LEVELS, HAS_SMOOTH,
+        codes, scale, zero, levels, first + token * 0, eighth, run + first // width, mask_a,
+        BITS, HAS_LEVELS,
     )  # fmt: skip
     b = _number(
-        codes, scale, zero, levels, smooth, second + token * 0, eighth, run + second // width, mask_b,
-        BITS, HAS_LEVELS, HAS_SMOOTH,
+        codes, scale, zero, levels, second + token * 0, eighth, run + second // width, mask_b,
+        BITS, HAS_LEVELS,
     )  # fmt: skip
     target = out + row * out_row + token * out_token
     _store_pairs(a, b, cos, sin, target, token, pair, half, first, second, mask_a, mask_b, ROTATES)

@@ -50,9 +50,8 @@ def test_dequantize_and_rotate_by_hand() -> None:
     assert out.tolist() == [[[2.5, 19.0], [6.5, -1.0]]]
     dequantize_rotate(packed, 2, scale, zero, out, cos=cos, sin=sin)
     assert out.tolist() == [[[2.5, 19.0], [1.0, 6.5]]]
-    levels, smooth = torch.tensor([[-1.0, 0.0, 0.25, 4.0]]), torch.tensor([[1.0, 100.0]])
-    dequantize_rotate(packed, 2, scale, zero, out, levels=levels, smooth=smooth)
-    assert out.tolist() == [[[0.5, 150.0], [8.5, -1100.0]]]
+    dequantize_rotate(packed, 2, scale, zero, out, levels=torch.tensor([[-1.0, 0.0, 0.25, 4.0]]))
+    assert out.tolist() == [[[0.5, 1.5], [8.5, -11.0]]]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +62,6 @@ def test_dequantize_and_rotate_by_hand() -> None:
         ("zero", torch.zeros(3, 2, 2)),
         ("out", torch.zeros(3, 8, 4).transpose(1, 2)),
         ("levels", torch.zeros(3, 15)),
-        ("smooth", torch.zeros(8)),
         ("cos", torch.zeros(4, 8)),
         ("sin", None),
     ],

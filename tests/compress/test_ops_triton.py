@@ -61,7 +61,6 @@ def test_packing_of_nothing_and_of_strides() -> None:
     dtype=st.sampled_from(FLOATS),
     scale_dtype=st.sampled_from([torch.float16, torch.float32]),
     has_levels=st.booleans(),
-    is_smooth=st.booleans(),
     turns=st.booleans(),
     interleaved=st.booleans(),
     seed=st.integers(0, 99),
@@ -73,7 +72,6 @@ def test_dequantize_rotate(
     dtype: torch.dtype,
     scale_dtype: torch.dtype,
     has_levels: bool,
-    is_smooth: bool,
     turns: bool,
     interleaved: bool,
     seed: int,
@@ -83,7 +81,6 @@ def test_dequantize_rotate(
     scale, zero = (torch.randn(N, *runs, generator=random).to(scale_dtype) / 2**bits for _ in range(2))
     tables: dict[str, Tensor | None] = {
         "levels": torch.randn(N, 1 << bits, generator=random) if has_levels else None,
-        "smooth": torch.rand(N, dim, generator=random) + 0.5 if is_smooth else None,
     }
     if turns:
         tables |= zip(("cos", "sin"), angles(T, dim), strict=True)
@@ -134,8 +131,8 @@ for bits in (3, 8):
 sizes = dict(out_token="i32", T="i32", D="i32")
 for has, bits in ((False, 4), (True, 3)):
     turn = dict(cos=f32, sin=f32, out=f16)
-    tables = dict(packed=u8, scale=f16, zero=f16, levels=f32, smooth=f32, out_row="i32", G="i32", C="i32")
-    build(k._dequantize_rotate, tables | turn | sizes, BITS=bits, HAS_LEVELS=has, HAS_SMOOTH=has, ROTATES=has,
+    tables = dict(packed=u8, scale=f16, zero=f16, levels=f32, out_row="i32", G="i32", C="i32")
+    build(k._dequantize_rotate, tables | turn | sizes, BITS=bits, HAS_LEVELS=has, ROTATES=has,
           INTERLEAVED=has, BLOCK_TOKENS=32, BLOCK_PAIRS=64)
 print("compiled")
 """

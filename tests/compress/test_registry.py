@@ -9,8 +9,10 @@ from kvloom.calibration.model_profile import Profile
 from kvloom.compress import registry as catalog
 from kvloom.compress.raw import RawCodec
 from kvloom.compress.registry import CODECS, codec_by_name
-from kvloom.core import Codec
-from kvloom.testing import SPEC
+from kvloom.core import Codec, EncodedChunk
+from kvloom.kvstore.store import KVStore
+from kvloom.kvstore.tiers.host import HostTier
+from kvloom.testing import SPEC, make_chunk, make_key
 
 PROFILE = Profile(SPEC, {})
 LOSSLESS = {"raw", "lossless"}
@@ -49,6 +51,21 @@ def test_unknown_names_are_answered_with_the_known() -> None:
         with pytest.raises(ValueError, match="unknown codec") as error:
             codec_by_name(name, PROFILE)
         assert all(known in str(error.value) for known in CODECS)
+
+
+def test_withdrawn_names_are_answered_with_what_is_better() -> None:
+    with pytest.raises(ValueError, match=r"'kv4' is withdrawn: .* use int4 or nuq4"):
+        codec_by_name("kv4", PROFILE)
+    assert not catalog.WITHDRAWN.keys() & CODECS.keys()
+
+
+def test_a_stored_chunk_of_a_withdrawn_codec_is_a_miss() -> None:
+    """What an earlier release wrote as `kv4`: no error of the application, no wrong byte."""
+    key, tier = make_key(1), HostTier(1 << 20)
+    written = RawCodec().encode(make_chunk(1))
+    tier.put(key, EncodedChunk("kv4", written.tensors, written.meta, written.layered))
+    with KVStore([tier]) as store:
+        assert store.get(key) is None
 
 
 @pytest.mark.parametrize("name", ["nuq4", "nuq3", "nuq2", "lowrank", "lowrank4+nuq4", "lossless+nuq2"])
