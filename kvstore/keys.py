@@ -2,12 +2,15 @@
 
 Both are BLAKE3 keyed with 32 bytes derived from the spec's fingerprint and the tenant's secret salt: another model,
 geometry, dtype, rope table, shard or tenant never meets the same key, and without the salt it cannot be probed what a
-tenant has stored. Tokens enter as little-endian int64. Keys are part of the on-disk format and stay as they
-are across releases.
+tenant has stored. Keys are part of the on-disk format and stay as they are across releases.
+
+The chain of a prefix is made of page hashes, which name tokens alone: SGLang's, as it tells a storage backend nothing
+else of a request. A chunk is named alike by an engine that has the tokens and by one that only gives their hashes.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -22,11 +25,56 @@ TokenIds: TypeAlias = "Tensor | NDArray[np.integer] | Sequence[int]"
 
 KEY_BYTES = 32
 _CONTEXT = "kvloom chunk keys, version 2"
+_MAX_UINT32 = 2**32 - 1
 
 
-def prefix_keys(
-    spec: KVSpec, token_ids: TokenIds, *, chunk_tokens: int, salt: bytes = b"", after: ChunkKey | None = None
-) -> list[ChunkKey]:
+def page_hashes(token_ids: TokenIds, *, chunk_tokens: int, after: bytes | None = None) -> list[bytes]:
+    """SHA-256 of every whole chunk of a prompt and everything before it: of the hash before and the tokens, uint32.
+
+    These are the hashes of SGLang 0.5 (`srt/mem_cache/cpp_utils/hash_binding.cpp`) for a page of `chunk_tokens`. A page
+    with a token beyond 32 bits is hashed as a byte 0xff and uint64; all are little-endian.
+
+    Parameters
+    ----------
+    token_ids : `[T]` non-negative integers; the last `T % chunk_tokens` have no hash.
+    chunk_tokens : tokens a chunk.
+    after : hash of the chunk that `token_ids` continue: a text that grows is hashed once. None if they begin it.
+
+    Raises
+    ------
+    ValueError : `token_ids` are not a row of token ids, `chunk_tokens` is below 1, or `after` is no hash.
+    """
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens is {chunk_tokens}; expected at least 1")
+    if after is not None:
+        _check_page_hash(after, "after")
+    tokens = _token_row(token_ids, "token_ids")
+    whole = len(tokens) - len(tokens) % chunk_tokens
+    pages = tokens[:whole].reshape(-1, chunk_tokens)
+    is_wide: NDArray[np.bool_] = np.any(pages > _MAX_UINT32, axis=1)
+    narrow = pages.astype("<u4").tobytes()
+    parent, hashes, step = after or b"", [], 4 * chunk_tokens
+    for i, wide in enumerate(is_wide):
+        row = b"\xff" + pages[i].tobytes() if wide else narrow[i * step : (i + 1) * step]
+        parent = hashlib.sha256(parent + row).digest()
+        hashes.append(parent)
+    return hashes
+
+
+def page_keys(spec: KVSpec, hashes: Sequence[bytes], *, chunk_tokens: int, salt: bytes = b"") -> list[ChunkKey]:
+    """Keys of the chunks of a prompt whose `page_hashes` are known; see `prefix_keys`.
+
+    Raises
+    ------
+    ValueError : a hash is none.
+    """
+    for each in hashes:
+        _check_page_hash(each, "hashes")
+    secret, domain = _secret(spec, salt), b"prefix, version 3" + chunk_tokens.to_bytes(8, "little")
+    return [ChunkKey(blake3(domain + each, key=secret).digest()) for each in hashes]
+
+
+def prefix_keys(spec: KVSpec, token_ids: TokenIds, *, chunk_tokens: int, salt: bytes = b"") -> list[ChunkKey]:
     """Keys of the whole chunks of a prompt, each standing for its tokens and everything before them.
 
     Parameters
@@ -34,31 +82,16 @@ def prefix_keys(
     token_ids : `[T]` non-negative integers; the last `T % chunk_tokens` have no key.
     chunk_tokens : tokens a chunk.
     salt : secret of the tenant.
-    after : key of the chunk that `token_ids` continue, of the same spec and salt: a text that grows is hashed once.
-        None if they begin it.
 
     Raises
     ------
-    ValueError : `token_ids` are not a row of token ids, `chunk_tokens` is below 1, or `after` is no key.
+    ValueError : `token_ids` are not a row of token ids, or `chunk_tokens` is below 1.
     """
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens is {chunk_tokens}; expected at least 1")
-    tokens = _token_row(token_ids, "token_ids")
-    secret = _secret(spec, salt)
-    if after is None:
-        parent = blake3(b"prefix", key=secret).digest()
-    else:
-        check_key(after, "after")
-        parent = after
-    keys = []
-    for end in range(chunk_tokens, len(tokens) + 1, chunk_tokens):
-        parent = blake3(parent + tokens[end - chunk_tokens : end].tobytes(), key=secret).digest()
-        keys.append(ChunkKey(parent))
-    return keys
+    return page_keys(spec, page_hashes(token_ids, chunk_tokens=chunk_tokens), chunk_tokens=chunk_tokens, salt=salt)
 
 
 def content_key(spec: KVSpec, token_ids: TokenIds, *, lead_ids: TokenIds = (), salt: bytes = b"") -> ChunkKey:
-    """Key of a chunk that was computed on its own and may be placed anywhere.
+    """Key of a chunk that was computed on its own and may be placed anywhere. Tokens enter as little-endian int64.
 
     Parameters
     ----------
@@ -105,6 +138,11 @@ def _token_row(token_ids: TokenIds, name: str) -> NDArray[np.int64]:
     if row.min() < 0 or row.max() > np.iinfo(np.int64).max:
         raise ValueError(f"{name} reaches from {row.min()} to {row.max()}; expected token ids from 0 within int64")
     return np.ascontiguousarray(row, dtype="<i8")
+
+
+def _check_page_hash(value: object, name: str) -> None:
+    if not isinstance(value, bytes) or len(value) != hashlib.sha256().digest_size:
+        raise ValueError(f"{name} has {value!r}; expected 32 bytes made by page_hashes")
 
 
 def check_key(key: object, name: str) -> None:

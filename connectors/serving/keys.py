@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ...core import ChunkKey, KVSpec
-from ...kvstore.keys import TokenIds, content_key, prefix_keys
+from ...kvstore.keys import TokenIds, content_key, page_hashes, page_keys
 from ..identity.requests import chunk_salt
 from .messages import RankKeys
 from .settings import ServingSettings
@@ -58,6 +58,7 @@ class PrefixKeys:
         self._token_ids = token_ids
         self._salt = salt
         self._chunk_tokens = chunk_tokens
+        self._last_hash: bytes | None = None
         self._rows: list[list[ChunkKey]] = [[] for _ in specs]
 
     def __len__(self) -> int:
@@ -66,13 +67,14 @@ class PrefixKeys:
 
     def extend(self) -> None:
         """To every chunk that is whole by now."""
-        done, whole = len(self), len(self._token_ids) // self._chunk_tokens
+        size = self._chunk_tokens
+        done, whole = len(self), len(self._token_ids) // size
         if done < whole:
-            row = self._token_ids[done * self._chunk_tokens : whole * self._chunk_tokens]
-            token_ids = np.asarray(row, dtype=np.int64)
+            row = np.asarray(self._token_ids[done * size : whole * size], dtype=np.int64)
+            hashes = page_hashes(row, chunk_tokens=size, after=self._last_hash)
+            self._last_hash = hashes[-1]
             for spec, keys in zip(self._specs, self._rows, strict=True):
-                after = keys[-1] if keys else None
-                keys += prefix_keys(spec, token_ids, chunk_tokens=self._chunk_tokens, salt=self._salt, after=after)
+                keys += page_keys(spec, hashes, chunk_tokens=size, salt=self._salt)
 
     def of(self, chunk: int) -> tuple[ChunkKey, ...]:
         """Of one chunk, for each rank."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kvloom.core import ChunkKey, KVChunk, KVSpec, RopeSpec
 from kvloom.kvstore import keys as kvstore_keys
-from kvloom.kvstore.keys import content_key, prefix_keys
+from kvloom.kvstore.keys import content_key, page_hashes, page_keys, prefix_keys
 from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.disk.tier import DiskTier
 from kvloom.testing import SPEC, make_chunk
@@ -21,6 +21,12 @@ from ..project.test_core import OTHER_SPECS
 
 GOLDEN_SPEC = KVSpec("tiny@1", 3, 2, 8, torch.float32, RopeSpec((1.0, 0.1, 0.01, 0.001)))
 
+GOLDEN_HASHES = [
+    "34fb5c825de7ca4aea6e712f19d439c1da0c92c37b423936c5f618545ca4fa1f",
+    "c57b445f90651b9a650e516ab2238c965b21af35608a31c303e6d9e407f2915c",
+]
+GOLDEN_WIDE = "66af2f218931e670270f1b4ea79f49befb670188f60c94856ed7a1743298f181"
+
 token_lists = st.lists(st.integers(0, 2**63 - 1), max_size=20)
 
 
@@ -28,8 +34,8 @@ def test_golden_values() -> None:
     """These are in everybody's stores: a change here orphans them all."""
     found = [key.hex() for key in prefix_keys(GOLDEN_SPEC, [1, 2, 3, 4, 5], chunk_tokens=2, salt=b"tenant")]
     assert found == [
-        "d436e2991c3d37d1cc8e0d479e2374abfee51051b8a5491f67928e29abb24a60",
-        "c57a97058f246d8988d00813990ecf0dab985da40fdbb4db88ce5e8d4d66dce1",
+        "3178ed1cb2e61a7a669ca58e8dcce6f861c41aed2a307b81e1214917ef19e52d",
+        "c9c26b3c3b3908cc4952eb078202b696a94f4fcef866f3427d0c7d917b82df3b",
     ]
     assert (
         content_key(GOLDEN_SPEC, [1, 2, 3], salt=b"tenant").hex()
@@ -43,11 +49,27 @@ def test_golden_values() -> None:
 
 def test_a_text_that_grows_is_hashed_once() -> None:
     tokens = list(range(10))
-    keys = prefix_keys(SPEC, tokens, chunk_tokens=3, salt=b"s")
-    continued = prefix_keys(SPEC, tokens[3:], chunk_tokens=3, salt=b"s", after=keys[0])
-    assert [keys[0], *continued] == keys
-    with pytest.raises(ValueError, match="after is b'short'"):
-        prefix_keys(SPEC, tokens, chunk_tokens=3, after=ChunkKey(b"short"))
+    hashes = page_hashes(tokens, chunk_tokens=3)
+    continued = page_hashes(tokens[3:], chunk_tokens=3, after=hashes[0])
+    assert [hashes[0], *continued] == hashes
+    keys = page_keys(SPEC, hashes, chunk_tokens=3, salt=b"s")
+    assert keys == prefix_keys(SPEC, tokens, chunk_tokens=3, salt=b"s")
+    with pytest.raises(ValueError, match="after has b'short'"):
+        page_hashes(tokens, chunk_tokens=3, after=b"short")
+    with pytest.raises(ValueError, match="hashes has 'text'"):
+        page_keys(SPEC, ["text"], chunk_tokens=3)  # type: ignore[list-item]
+
+
+def test_page_hashes_are_those_of_sglang() -> None:
+    """Computed by SGLang 0.5.23's own module; tests/engines/sglang compares many."""
+    assert [each.hex() for each in page_hashes([1, 2, 3, 4, 5], chunk_tokens=2)] == GOLDEN_HASHES
+    assert page_hashes([1, 2**32], chunk_tokens=2)[0].hex() == GOLDEN_WIDE
+
+
+def test_pages_of_another_length_have_other_keys() -> None:
+    """SGLang's hashes of pairs of tokens (drafts) are those of twice as many tokens: the length tells them apart."""
+    (pairs,) = page_hashes([1, 2, 2, 3], chunk_tokens=4)
+    assert page_keys(SPEC, [pairs], chunk_tokens=2) != page_keys(SPEC, [pairs], chunk_tokens=4)
 
 
 @given(token_lists, st.integers(1, 7))
