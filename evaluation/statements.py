@@ -65,22 +65,31 @@ def is_held_out(name: str) -> bool:
 
 _TWO_WORDS = [f"{first} {last}" for first in _FIRST_WORDS for last in _LAST_WORDS]
 _HELD_OUT, _TRAINING = ([n for n in _TWO_WORDS if is_held_out(n) == held_out] for held_out in (True, False))
+_SPLIT_NAMES = {
+    split: [n for n in _HELD_OUT if hashlib.blake2b(n.encode(), digest_size=2).digest()[1] % 2 == odd]
+    for odd, split in enumerate(("tune", "check"))
+}
 
 
-def draw_names(rng: random.Random, count: int, *, held_out: bool) -> list[str]:
+def draw_names(rng: random.Random, count: int, *, held_out: bool, split: str | None = None) -> list[str]:
     """`count` different names: two words, and in training a tenth of one word.
+
+    Parameters
+    ----------
+    split : only held-out names of this split, `tune` or `check`; None for all of them.
 
     Raises
     ------
     ValueError : there are not so many names.
     """
-    known = len(_HELD_OUT) if held_out else len(_TRAINING) + len(PLAIN_NAMES)
+    held = _HELD_OUT if split is None else _SPLIT_NAMES[split]
+    known = len(held) if held_out else len(_TRAINING) + len(PLAIN_NAMES)
     if count > known:
         raise ValueError(f"{count} names are wanted, only {known} can be made")
     names: dict[str, None] = {}
     while len(names) < count:
         plain = not held_out and rng.random() < 0.1
-        names[rng.choice(PLAIN_NAMES if plain else _HELD_OUT if held_out else _TRAINING)] = None
+        names[rng.choice(PLAIN_NAMES if plain else held if held_out else _TRAINING)] = None
     return list(names)
 
 
@@ -89,6 +98,11 @@ def draw_value(rng: random.Random, attribute: str) -> str:
     if digits is None:
         return rng.choice(WORD_ATTRIBUTES[attribute])
     return str(rng.randrange(10 ** (digits - 1), 10**digits))
+
+
+def draw_number(rng: random.Random) -> str:
+    """A value of four digits."""
+    return str(rng.randrange(1000, 10_000))
 
 
 def name_ends() -> tuple[str, ...]:

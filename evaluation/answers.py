@@ -1,0 +1,129 @@
+"""Scores of answers: right or not, their loss, how far the distribution is from full attention's; with intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from ..connectors.hf.generation import cache_argument
+from .intervals import Floats, paired_bootstrap
+from .questions import Question
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer, its tokens given one by one (teacher forcing).
+
+    Attributes
+    ----------
+    group : of the question, see there.
+    right : whether greedy decoding gives the gold answer, word for word: each of its tokens is the most likely one
+        behind those before it. None for kinds without right and wrong answers.
+    values_right : share of the values that greedy decoding gives behind the gold answer so far; None likewise.
+    nll : of the gold answer, nats a token.
+    kl : of each of its tokens' distributions to full attention's, nats, mean.
+    """
+
+    kind: str
+    number: int
+    group: str
+    right: bool | None
+    values_right: float | None
+    nll: float
+    kl: float
+
+
+def score_answer(question: Question, logits: Tensor, exact: Tensor) -> Answer:
+    """Score the distributions `[A, V]` of the gold answer's tokens, beside those of full attention."""
+    gold = torch.tensor(question.answer, device=logits.device)
+    if not logits.shape == exact.shape or len(gold) != len(logits):
+        raise ValueError(
+            f"logits have shapes {list(logits.shape)} and {list(exact.shape)}; expected [{len(gold)}, V] twice"
+        )
+    p, q = (each.double().log_softmax(-1) for each in (exact, logits))
+    hits = (q.argmax(-1) == gold).tolist()
+    rights = [all(hits[first:last]) for first, last in question.values]
+    return Answer(
+        question.kind,
+        question.number,
+        question.group,
+        all(hits) if rights else None,
+        sum(rights) / len(rights) if rights else None,
+        float(-q.gather(-1, gold[:, None]).mean()),
+        float((p.exp() * (p - q)).sum(-1).clamp(min=0).mean()),
+    )
+
+
+@torch.no_grad()
+def full_logits(model: PreTrainedModel, question: Question) -> Tensor:
+    """Distributions `[A, V]` of the answer's tokens under full attention, by the model's own forward pass."""
+    ids = torch.tensor([[*question.context, *question.forced]], device=model.device)
+    logits: Tensor = model(ids, logits_to_keep=len(question.answer), use_cache=False).logits[0]
+    return logits.float()
+
+
+@torch.no_grad()
+def cached_logits(model: PreTrainedModel, cache: DynamicCache, question: Question) -> Tensor:
+    """The same behind a cache of the context, which then holds question and answer, too."""
+    ids = torch.tensor([question.forced], device=model.device)
+    held = {cache_argument(): cache}
+    logits: Tensor = model(ids, logits_to_keep=len(question.answer), **held).logits[0]
+    return logits.float()
+
+
+def by_group(answers: Sequence[Answer], name: str) -> list[float]:
+    """Means of `right`, `values_right`, `nll` or `kl` over the questions of each group, in the order of the groups."""
+    groups: dict[str, list[float]] = {}
+    for answer in answers:
+        value = getattr(answer, name)
+        groups.setdefault(answer.group, []).append(math.nan if value is None else float(value))
+    return [sum(values) / len(values) for values in groups.values()]
+
+
+def mean_of(answers: Sequence[Answer], name: str) -> tuple[float, float, float]:
+    """Mean with its 95 % interval, groups drawn anew."""
+    return paired_bootstrap(by_group(answers, name), statistic=_mean)
+
+
+def gap_closed(
+    naive: Sequence[Answer], full: Sequence[Answer], other: Sequence[Answer], name: str = "nll"
+) -> tuple[float, float, float]:
+    """Share of the gap between naive reuse (0) and full prefill (1) that another method closes, on the same questions.
+
+    With a paired bootstrap interval; NaN where there is no gap. `name` as for `by_group`.
+    """
+    return paired_bootstrap(*(by_group(answers, name) for answers in (naive, full, other)), statistic=_share_closed)
+
+
+def ratio_of(a: Sequence[Answer], b: Sequence[Answer], name: str = "kl") -> tuple[float, float, float]:
+    """Mean of `a` over that of `b`, on the same questions, with a paired bootstrap interval."""
+    return paired_bootstrap(by_group(a, name), by_group(b, name), statistic=_ratio)
+
+
+def difference_of(a: Sequence[Answer], b: Sequence[Answer], name: str = "nll") -> tuple[float, float, float]:
+    """Mean of `a` less that of `b`, on the same questions, with a paired bootstrap interval."""
+    return paired_bootstrap(by_group(a, name), by_group(b, name))
+
+
+def answers_from(rows: Sequence[Mapping[str, object]]) -> list[Answer]:
+    """Answers out of the mappings that `dataclasses.asdict` made of them, for measurements in several processes."""
+    return [Answer(**{name: row[name] for name in Answer.__dataclass_fields__}) for row in rows]  # type: ignore[arg-type]
+
+
+def _mean(values: Floats) -> float:
+    return float(values.mean())
+
+
+def _share_closed(naive: Floats, full: Floats, other: Floats) -> float:
+    gap = float(naive.mean() - full.mean())
+    return float(naive.mean() - other.mean()) / gap if gap else math.nan
+
+
+def _ratio(a: Floats, b: Floats) -> float:
+    return float(np.divide(a.mean(), b.mean()))
