@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from .. import __version__
+from ..connectors.serving.worker.threads import compute_alone
 from ..core import Tier
 from ..kvstore.tiers.disk.tier import DiskTier
 from ..kvstore.tiers.host import HostTier
@@ -130,7 +131,7 @@ def create_app(settings: ServiceSettings, tiers: Sequence[Tier] | None = None) -
         audit=AuditLog(directory / "audit.jsonl" if settings.audit else None),
         pins=Pins(store, settings.max_pinned_keys),
         jobs=Jobs(),
-        threads=ThreadPoolExecutor(16, "kvloom-service"),
+        threads=ThreadPoolExecutor(16, "kvloom-service", compute_alone),
         followers=ThreadPoolExecutor(512, "kvloom-jobs"),
         transfers=TransferTurns(settings.max_transfers),
         engine=EmbeddedEngine(settings.models, store, tenants, recompute_ratio=settings.recompute_ratio),

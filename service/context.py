@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Annotated, TypeVar
@@ -105,20 +105,20 @@ class Caller:
     keys: KeySpace
 
 
-def context_of(request: Request) -> ServiceContext:
+async def context_of(request: Request) -> ServiceContext:  # async: FastAPI would run it in a thread
     context: ServiceContext = request.app.state.context
     return context
 
 
-def _needs(scope: str) -> Callable[[Request], Caller]:
-    def caller(request: Request) -> Caller:
+def _needs(scope: str) -> Callable[[Request], Awaitable[Caller]]:
+    async def caller(request: Request) -> Caller:
         credential: Credential | None = request.scope.get("credential")
         if credential is None:
             raise ProblemError(401, "unauthorized", "a valid bearer token is needed")
         if scope not in credential.scopes:
             raise ProblemError(403, "forbidden", f"the token does not have the scope {scope!r}")
         tenant: Tenant = request.scope["tenant"]
-        return Caller(credential, tenant, context_of(request).tenants.key_space(tenant.pool))
+        return Caller(credential, tenant, request.app.state.context.tenants.key_space(tenant.pool))
 
     caller.__name__ = f"needs_{scope}"
     return caller

@@ -24,10 +24,8 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ..kvstore.encoding.buffer_pool import BufferPool
+from ..kvstore.encoding.copies import copy_bytes
 from ..kvstore.tiers.arena import Arena
 from .containers import Container, IncomingContainer
 from .problems import ProblemError
@@ -47,7 +45,7 @@ class Session:
     id: str
     pool: str
     ticket: bytes
-    memory: Tensor
+    memory: memoryview
     descriptor: int
     arena: Arena
     opened_at_s: float
@@ -131,7 +129,7 @@ class SharedMemory:
             descriptor = os.memfd_create("kvloom", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(descriptor, self.session_bytes)
             fcntl.fcntl(descriptor, _F_ADD_SEALS, _SEALS)
-            memory = torch.frombuffer(mmap.mmap(descriptor, self.session_bytes), dtype=torch.uint8)
+            memory = memoryview(mmap.mmap(descriptor, self.session_bytes))
             session = Session(
                 secrets.token_hex(16),
                 pool,
@@ -162,9 +160,8 @@ class SharedMemory:
             session.leases[lease.id] = offset
         end = offset
         for buffer in container.buffers:
-            if len(buffer):
-                session.memory[end : end + len(buffer)].copy_(_tensor_of(buffer))
-                end += len(buffer)
+            copy_bytes(session.memory[end : end + len(buffer)], buffer)
+            end += len(buffer)
         return lease
 
     def take(self, session: Session, offset: int, nbytes: int, pool: BufferPool) -> IncomingContainer:
@@ -172,7 +169,7 @@ class SharedMemory:
         if not self.session_bytes // 2 <= offset <= offset + nbytes <= self.session_bytes:
             raise ProblemError(422, "range", "the range is not within the client's half of the shared memory")
         incoming = IncomingContainer(pool, nbytes)
-        _tensor_of(incoming.view).copy_(session.memory[offset : offset + nbytes])
+        copy_bytes(incoming.view, session.memory[offset : offset + nbytes])
         incoming.filled_bytes = nbytes
         return incoming
 
@@ -250,8 +247,3 @@ def _give_back(session: Session, lease_id: int) -> None:
         if offset is not None:
             session.arena.release(offset)
 
-
-def _tensor_of(view: memoryview) -> Tensor:
-    if view.readonly:
-        view = memoryview(bytearray(view))  # a header: torch would warn of memory that it must not write
-    return torch.frombuffer(view, dtype=torch.uint8)

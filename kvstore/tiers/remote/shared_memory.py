@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ....errors import TierUnavailableError
+from ...encoding.copies import copy_bytes
 from ..arena import Arena
 
 _LEASE_BYTES = 8
@@ -72,7 +73,8 @@ class SharedMemorySession:
             try:
                 if os.fstat(descriptors[0]).st_size != nbytes:
                     raise OSError("the service gave memory of another size")
-                self._memory = torch.frombuffer(mmap.mmap(descriptors[0], nbytes), dtype=torch.uint8)
+                self._view = memoryview(mmap.mmap(descriptors[0], nbytes))
+                self._memory = torch.frombuffer(self._view, dtype=torch.uint8)
             finally:
                 for descriptor in descriptors:
                     os.close(descriptor)
@@ -105,9 +107,8 @@ class SharedMemorySession:
         try:
             end = self._half_bytes + offset
             for buffer in buffers:
-                if len(buffer):
-                    self._memory[end : end + len(buffer)].copy_(_tensor_of(buffer))
-                    end += len(buffer)
+                copy_bytes(self._view[end : end + len(buffer)], buffer)
+                end += len(buffer)
             yield self._half_bytes + offset
         finally:
             with self._lock:
@@ -126,8 +127,3 @@ class SharedMemorySession:
         """Ends the session. What was read stays valid as long as somebody has it."""
         self._socket.close()
 
-
-def _tensor_of(view: memoryview) -> Tensor:
-    if view.readonly:
-        view = memoryview(bytearray(view))  # a header: torch would warn of memory that it must not write
-    return torch.frombuffer(view, dtype=torch.uint8)
