@@ -246,4 +246,3 @@ def _give_back(session: Session, lease_id: int) -> None:
         offset = session.leases.pop(lease_id, None)
         if offset is not None:
             session.arena.release(offset)
-

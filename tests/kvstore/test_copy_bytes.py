@@ -38,7 +38,11 @@ def test_no_other_thread_is_woken() -> None:
         "print(len(os.listdir('/proc/self/task')) - before)"
     )
     ours, torchs = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "2"}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
     ).stdout.split()
     assert (ours, torchs) == ("0", "1")
 

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from ....core import NOTHING, ChunkInfo, ChunkKey, EncodedChunk
 from ....errors import (
-    ChunkCorruptError,
     KVLoomError,
     TierFullError,
     TierTimeoutError,
@@ -29,7 +28,7 @@ from ....errors import (
 )
 from ...encoding.buffer_pool import BufferPool
 from ...format import read_container, to_buffers
-from .http import Answer, BodyBuffer, HttpPool
+from .http import Answer, HttpPool, ReadAt, TakeBody
 from .shared_memory import SharedMemorySession
 
 T = TypeVar("T")
@@ -92,22 +91,6 @@ class _Token:
                     raise TierUnavailableError(f"token file {self._file} cannot be read: {exc}") from exc
                 self._checked_at_s = time.monotonic()
             return f"Bearer {self._token}"
-
-
-class _Pooled(BodyBuffer):
-    """Takes a body in memory that was used before."""
-
-    def __init__(self, buffers: BufferPool, most_bytes: int) -> None:
-        self._buffers = buffers
-        self._most_bytes = most_bytes
-        self.data: Tensor | None = None
-
-    def memory(self, nbytes: int) -> memoryview:
-        if nbytes > self._most_bytes:
-            raise ServiceError(200, "too-large", f"a chunk of {nbytes} bytes; at most {self._most_bytes} are taken")
-        self.data = self._buffers.empty(nbytes)
-        view: memoryview = self.data.numpy().data
-        return view
 
 
 class KVLoomClient:
@@ -212,9 +195,21 @@ class KVLoomClient:
         session = self._shared()
         if session is not None:
             headers = {**headers, "KVLoom-Shared-Memory": session.id}
-        buffer = _Pooled(self._buffers, self._max_chunk_bytes)
+
+        def take(answered: Mapping[str, str], nbytes: int, read_at: ReadAt) -> EncodedChunk | bytes:
+            """The chunk, verified as it comes, or what the service says of the memory that it lends."""
+            if nbytes > self._max_chunk_bytes:
+                raise ServiceError(
+                    200, "too-large", f"a chunk of {nbytes} bytes; at most {self._max_chunk_bytes} are taken"
+                )
+            if session is None or not answered.get("content-type", "").startswith(_LEASE_MEDIA_TYPE):
+                return read_container(read_at, nbytes, key, self._buffers.empty)
+            told = bytearray(nbytes)
+            read_at(memoryview(told), 0)
+            return bytes(told)
+
         try:
-            answer = self._ask("GET", f"/v1/chunks/{key.hex()}", headers=headers, buffer=buffer)
+            answer = self._ask("GET", f"/v1/chunks/{key.hex()}", headers=headers, take=take)
         except TierUnavailableError:
             if session is not None:
                 self._unshare(session)  # it may have lent what this process has not been told
@@ -225,17 +220,11 @@ class KVLoomClient:
         if answer.status == 404:
             return None
         self._expect(answer, 200, 206)
-        data, is_lent = buffer.data, False
-        if data is None:
-            raise ChunkCorruptError(f"service {self.url} gave no container")
-        if session is not None and answer.headers.get("content-type", "").startswith(_LEASE_MEDIA_TYPE):
-            data, is_lent = self._lent(session, data), True
-
-        def in_place(_: memoryview, offset: int) -> None:
-            """The bytes are there already."""
-
-        blob = read_container(in_place, data.nbytes, key, lambda _: data)
-        return replace(blob, leased=True) if is_lent else blob
+        if session is None or isinstance(answer.taken, EncodedChunk):
+            chunk: EncodedChunk = answer.taken
+            return chunk
+        data = self._lent(session, answer.taken)
+        return replace(read_container(_in_place, data.nbytes, key, lambda _: data), leased=True)
 
     # ---------------------------------------------------------------------------------------- shared memory
 
@@ -293,9 +282,9 @@ class KVLoomClient:
             return None
         return answer
 
-    def _lent(self, session: SharedMemorySession, told: Tensor) -> Tensor:
+    def _lent(self, session: SharedMemorySession, told: bytes) -> Tensor:
         try:
-            lease = json.loads(told.numpy().tobytes())
+            lease = json.loads(told)
             return session.borrowed(int(lease["lease"]), int(lease["offset"]), int(lease["nbytes"]))
         except (LookupError, TypeError, ValueError) as exc:
             raise TierUnavailableError(f"service {self.url} lends something that is no range") from exc
@@ -427,7 +416,7 @@ class KVLoomClient:
         body: Sequence[memoryview | bytes] = (),
         body_bytes: int | None = None,
         json_body: object = None,
-        buffer: BodyBuffer | None = None,
+        take: TakeBody | None = None,
         once_within_s: float | None = None,
     ) -> Answer:
         """The last answer, or the last error, within the deadline. What is busy or out of reach is asked again."""
@@ -443,7 +432,7 @@ class KVLoomClient:
         for tries_left in range(self._retries if once_within_s is None else 0, -1, -1):
             try:
                 answer = self._http.request(
-                    method, path, headers=sent, body=body, body_bytes=body_bytes, buffer=buffer, until_s=until_s
+                    method, path, headers=sent, body=body, body_bytes=body_bytes, take=take, until_s=until_s
                 )
                 self._has_answered = True
             except TierUnavailableError as exc:
@@ -526,6 +515,10 @@ class AsyncKVLoomClient:
 
     async def _run(self, function: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+
+
+def _in_place(_: memoryview, offset: int) -> None:
+    """The bytes are there already."""
 
 
 def _entry(fields: Mapping[str, Any]) -> RemoteEntry:

@@ -126,4 +126,3 @@ class SharedMemorySession:
     def close(self) -> None:
         """Ends the session. What was read stays valid as long as somebody has it."""
         self._socket.close()
-
