@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def test_a_target_that_is_too_small_or_read_only_is_refused() -> None:
         copy_bytes(memoryview(b"read"), memoryview(b"four"))
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted in /proc")
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
 def test_no_other_thread_is_woken() -> None:
     """torch's copy starts a team of OpenMP threads; this one must not."""
     code = (
