@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .kvstore.tiers.remote.client import KVLoomClient as KVLoomClient
     from .kvstore.tiers.remote.tier import RemoteTier as RemoteTier
     from .kvstore.tiers.shared import SharedTier as SharedTier
+    from .rag.corpus import Corpus as Corpus
     from .retrieval.settings import Retrieval as Retrieval
 
 _HOME = {
@@ -41,6 +42,7 @@ _HOME = {
     "Certificate": "calibration.certificate",
     "ChunkKey": "core",
     "Codec": "core",
+    "Corpus": "rag.corpus",
     "DeviceTier": "kvstore.tiers.device",
     "DiskTier": "kvstore.tiers.disk.tier",
     "EncodedChunk": "core",

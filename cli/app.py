@@ -12,7 +12,7 @@ import typer
 from .. import __version__
 from ..errors import KVLoomError
 from ..service import command as service
-from . import bench, certify
+from . import bench, certify, rag
 
 COLUMNS = (40, 1000)  # what a terminal may say of its width; anything else is as good as nothing said
 
@@ -30,6 +30,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(rag.ask)
 app.command()(bench.demo)
 app.add_typer(bench.app)
 app.command()(certify.calibrate)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate, chain, takewhile
 from typing import Any
 from uuid import uuid4
 
@@ -52,10 +53,24 @@ class Precomputed:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FusedContext:
-    """A fused context: its token ids (`[S]`, lead and documents) and what the blender made of them."""
+    """A fused context.
+
+    Attributes
+    ----------
+    token_ids : `[S]`, lead and documents.
+    blended : KV of them.
+    exact_documents : leading documents whose KV of this very context was stored.
+    computed_tokens : tokens of documents that were computed rather than loaded, mean over the layers.
+    stored_s : seconds that computing what was loaded took once, as far as the store remembers.
+    is_exact : whether all KV is that of a full prefill.
+    """
 
     token_ids: Tensor
     blended: BlendedContext
+    exact_documents: int
+    computed_tokens: float
+    stored_s: float
+    is_exact: bool
 
 
 class TransformersConnector:
@@ -80,6 +95,9 @@ class TransformersConnector:
     salt : the tenant's secret, part of every key.
     separator : ends every document that does not end with it.
     pack_tokens : documents are packed into forward passes of about this many tokens.
+    reuse_contexts : begin every context with the documents whose KV behind the same beginning is stored, which is
+        exact, and at ratio 1 store each document as it is in its context. Off, every context is fused from documents
+        that were computed alone.
     certificates : permit approximate retrieval, see `kvloom certify --retrieval`.
     allow_uncertified : use it without a certificate all the same; warns every time.
 
@@ -101,6 +119,7 @@ class TransformersConnector:
         salt: bytes = b"",
         separator: str = "\n",
         pack_tokens: int = 4096,
+        reuse_contexts: bool = False,
         certificates: Sequence[Certificate] = (),
         allow_uncertified: bool = False,
     ) -> None:
@@ -118,6 +137,7 @@ class TransformersConnector:
         self.store = store
         self.blender = blender or Blender()
         self.layers = TransformersModel(self.model, model_id=model_id)
+        self._reuses_contexts = reuse_contexts
         self._salt = chunk_salt(tenant=salt)
         self._tokenization = Tokenization(tokenizer, valid_text(separator, "separator"))
         self._vocabulary: int = self.model.config.vocab_size
@@ -220,36 +240,101 @@ class TransformersConnector:
     def fuse(self, documents: Sequence[TokenIds], *, blender: Blender | None = None) -> FusedContext:
         """KV of documents (token ids) in this order, behind the lead tokens; what is not stored is computed and stored.
 
+        With `reuse_contexts`, leading documents whose KV in this context is stored are loaded and exact; at ratio 1 the
+        others are stored as they are in this context.
+
         Chunks that turn out corrupt, gone or too slow while they are read are computed again and the fusion starts
         over, so that a damaged store costs time, never the answer.
         """
         rows, blender = self._checked(documents), blender or self.blender
         self.layers.refresh()
-        by_key = {self._key_of(ids): ids for ids in rows}
-        held: dict[ChunkKey, KVChunk] = {}
-        keys, chunks = [self._key_of(ids) for ids in rows], [list(ids) for ids in rows]
-        if self.lead_ids:
-            keys.insert(0, content_key(self.spec, self.lead_ids, salt=self._salt))
-            chunks.insert(0, list(self.lead_ids))
-            held[keys[0]] = self._lead
-        context = torch.tensor(list(chain.from_iterable(chunks)))
-        starts = list(accumulate(map(len, chunks[:-1]), initial=0))
-        with self.store.pinned(list(by_key)):
-            self._compute_missing({key: ids for key, ids in by_key.items() if key not in self.store}, held)
+        alone = [self._key_of(ids) for ids in rows]
+        in_context = self._context_keys(rows if self._reuses_contexts else rows[:1])
+        lead = [list(self.lead_ids)] if self.lead_ids else []
+        lead_keys = [content_key(self.spec, ids, salt=self._salt) for ids in lead]
+        held = dict.fromkeys(lead_keys, self._lead) if lead else {}
+        context = torch.tensor(list(chain.from_iterable([*lead, *rows])))
+        starts = list(accumulate(map(len, [*lead, *rows][:-1]), initial=0))
+        in_full = blender.recompute_ratio >= 1.0
+        lost: set[ChunkKey] = set()
+        computed_tokens = 0.0
+        with self.store.pinned([*alone, *in_context[1:]]):
             while True:
+                stored = (key not in lost and key in self.store for key in in_context)
+                exact = sum(takewhile(bool, stored))
+                # The first document has nothing before it: alone, its KV is already that of this context.
+                begun = max(exact, 1)
+                loaded = [*in_context[:exact], *alone[exact : begun if in_full else None]]
+                missing = {
+                    key: ids
+                    for key, ids in zip(loaded[exact:], rows[exact:], strict=False)
+                    if key not in held and (key in lost or key not in self.store)
+                }
+                computed_tokens += sum(map(len, missing.values()))
+                self._compute_missing(missing, held)
+                began_s = time.perf_counter()
                 try:
                     blended = blender.blend(
                         self.layers,
                         context,
                         starts,
-                        StoreSource(self.store, keys, starts, len(context), held),
-                        exact_tokens=len(self.lead_ids) + len(rows[0]),
+                        StoreSource(
+                            self.store, [*lead_keys, *loaded, *alone[len(loaded) :]], starts, len(context), held
+                        ),
+                        exact_tokens=len(self.lead_ids) + sum(map(len, rows[:begun])),
                         device=self.layers.device,
                     )
-                except LostChunksError as lost:
-                    self._compute_missing({key: by_key[key] for key in lost.keys}, held)
-                else:
-                    return FusedContext(context, blended)
+                    break
+                except LostChunksError as error:
+                    lost |= error.keys
+            if in_full and self._reuses_contexts:
+                self._store_in_context(rows, in_context, begun, blended, time.perf_counter() - began_s)
+        return FusedContext(
+            context,
+            blended,
+            exact_documents=exact,
+            computed_tokens=computed_tokens + blended.computed_tokens,
+            stored_s=sum(each.recompute_s or 0.0 for each in self.store.explain([k for k in loaded if k not in held])),
+            is_exact=in_full or blended.candidates == 0,
+        )
+
+    def has_context(self, documents: Sequence[TokenIds]) -> bool:
+        """Whether the store has the KV of the last of these documents (token ids) as it is behind all others.
+
+        So an order of documents can be found that begins with what need not be computed.
+        """
+        self.layers.refresh()
+        rows = self._checked(documents)
+        return self._context_keys(rows)[-1] in self.store
+
+    def _context_keys(self, rows: Sequence[Sequence[int]]) -> list[ChunkKey]:
+        """Keys of documents as they are in this context: each behind the lead tokens and the documents before it."""
+        before = list(self.lead_ids)
+        keys = []
+        for ids in rows:
+            keys.append(content_key(self.spec, ids, lead_ids=before, salt=self._salt))
+            before += ids
+        return keys
+
+    def _store_in_context(
+        self,
+        rows: Sequence[Sequence[int]],
+        keys: Sequence[ChunkKey],
+        first: int,
+        blended: BlendedContext,
+        spent_s: float,
+    ) -> None:
+        """Stores the documents from `first` on, computed in full behind all before, where the store has room."""
+        start = len(self.lead_ids) + sum(map(len, rows[:first]))
+        token_s = spent_s / max(1, len(blended.keys[0, 0]) - start)
+        for i in range(first, len(rows)):
+            stop = start + len(rows[i])
+            keys_here, values_here = (each[:, :, start:stop].cpu() for each in (blended.keys, blended.values))
+            positions = torch.arange(start, stop)
+            chunk = KVChunk(self.spec, torch.tensor(list(rows[i])), positions, keys_here, values_here)
+            with suppress(TierError):  # the answer does not depend on it; the store has counted the fault
+                self.store.put(keys[i], chunk, after=keys[i - 1], recompute_s=token_s * len(rows[i]))
+            start = stop
 
     def _compute_missing(self, missing: Mapping[ChunkKey, Sequence[int]], held: dict[ChunkKey, KVChunk]) -> None:
         """Compute, hold for this request, and store where the store has room."""

@@ -14,9 +14,9 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from ...connectors.hf.answering import Generation, Prompt, Sampling, chat_prompt
 from ..context import Caller, Context, Reader, ServiceContext
 from ..documents.engine import URGENT
-from ..documents.generation import Generation, Prompt, Sampling, chat_prompt
 from ..problems import ProblemError, problem_of
 from .documents import DocumentRef, document_texts, finished
 

@@ -14,9 +14,9 @@ from fastapi import APIRouter, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response, StreamingResponse
 
+from ...connectors.hf.answering import Generation, Prompt, Sampling
 from ..context import Caller, Context, Reader, ServiceContext, Writer
 from ..documents.engine import BACKGROUND, URGENT
-from ..documents.generation import Generation, Prompt, Sampling
 from ..documents.registry import StoredDocument
 from ..jobs import Job
 from ..problems import ProblemError, not_found

@@ -26,6 +26,7 @@ PACKAGES = (
     "connectors",
     "evaluation",
     "kvstore",
+    "rag",
     "retrieval",
     "service",
     "testing",
@@ -51,11 +52,12 @@ MAY_IMPORT = {
     "kvstore": BASE | {"compress"},
     "testing": BASE | METHODS | {"kvstore"},
     "connectors": BASE | METHODS | {"kvstore"},
+    "rag": BASE | METHODS | {"kvstore", "connectors"},
     "service": BASE | METHODS | {"kvstore", "connectors", "__init__"},
     "evaluation": BASE | METHODS | {"kvstore", "connectors", "__init__"},
     "certify": BASE | METHODS | {"kvstore", "connectors", "evaluation", "__init__"},
-    "bench": BASE | METHODS | {"kvstore", "connectors", "evaluation", "certify", "__init__"},
-    "cli": BASE | METHODS | {"kvstore", "connectors", "evaluation", "certify", "bench", "service", "__init__"},
+    "bench": BASE | METHODS | {"kvstore", "connectors", "evaluation", "certify", "rag", "__init__"},
+    "cli": BASE | METHODS | {"kvstore", "connectors", "evaluation", "certify", "bench", "rag", "service", "__init__"},
 }
 READS_ENVIRONMENT = {"connectors", "service", "evaluation", "certify", "bench", "cli"}
 

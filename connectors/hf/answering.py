@@ -1,4 +1,4 @@
-"""One answer: documents fused, the question computed over them, tokens as they come, and what the cache has saved."""
+"""Answers over fused documents: tokens as they come, what the cache has saved, and several questions in one batch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from .connector import FusedContext, TransformersConnector
 
 Finish: TypeAlias = Literal["stop", "length", "cancelled"]
 
@@ -51,13 +54,14 @@ class Usage:
 class Generation:
     """A request for an answer, as the engine's thread serves it; `cancel` from any thread ends it at the next token."""
 
-    connector: Callable[[], Any]
+    connector: Callable[[], TransformersConnector]
     documents: Sequence[str]
     prompt: Prompt
     sampling: Sampling
     on_text: Callable[[str], None] = lambda _: None
     usage: Usage = field(default_factory=Usage)
     finish: Finish = "stop"
+    is_exact: bool = True
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def cancel(self) -> None:
@@ -72,13 +76,13 @@ class Generation:
         """
         import torch
 
-        from ...connectors.hf.generation import generation_call
+        from .generation import generation_call
 
         connector = self.connector()
         model, tokenizer = connector.model, connector.tokenizer
         began_s = time.perf_counter()
         if self.documents:
-            inputs, cache = self._assembled(connector)
+            inputs, cache = connector.as_inputs(*self.fused())
         else:
             ids = [*connector.lead_ids, *connector.encode_question(self.prompt.before + self.prompt.text)]
             if not ids:
@@ -110,8 +114,9 @@ class Generation:
         )
         return text.finish(drop_last=bool(new_ids) and new_ids[-1] in call.end_ids)
 
-    def _assembled(self, connector: Any) -> tuple[dict[str, Any], Any]:
-        """As `TransformersConnector.assemble`, and what came out of the store for it."""
+    def fused(self) -> tuple[FusedContext, list[int]]:
+        """The documents, fused, and the token ids that follow them; `usage` and `is_exact` say what that took."""
+        connector = self.connector()
         encoded = [connector.encode_document(text) for text in self.documents]
         if self.prompt.before:
             encoded.insert(0, connector.encode_question(self.prompt.before))
@@ -123,19 +128,86 @@ class Generation:
             raise ValueError(
                 f"documents and prompt have {total} tokens, the model's context {connector.layers.max_tokens}"
             )
-        keys = [connector.key_of(ids) for ids in encoded]
-        found = [connector.store.locate(key) is not None for key in keys]
-        known = connector.store.explain(keys)
         began_s = time.perf_counter()
         context = connector.fuse(encoded)
         spent_s = time.perf_counter() - began_s
-        stored = sum(len(ids) for ids, there in zip(encoded, found, strict=True) if there)
-        computed = round(context.blended.computed_tokens)
-        self.usage.recomputed_tokens = min(computed, sum(map(len, encoded)))
-        self.usage.reused_tokens = max(0, stored - min(computed, stored))
-        once_s = sum(each.recompute_s or 0.0 for each, there in zip(known, found, strict=True) if there)
-        self.usage.saved_s = max(0.0, once_s - spent_s)
-        return connector.as_inputs(context, question_ids)  # type: ignore[no-any-return]
+        documents_tokens = sum(map(len, encoded))
+        self.usage.recomputed_tokens = min(documents_tokens, round(context.computed_tokens))
+        self.usage.reused_tokens = documents_tokens - self.usage.recomputed_tokens
+        self.usage.saved_s = max(0.0, context.stored_s - spent_s)
+        self.is_exact = context.is_exact
+        return context, question_ids
+
+
+def answer_together(generations: Sequence[Generation], *, batch_tokens: int = 16384) -> list[str]:
+    """Greedy answers to several questions, decoded in batches; each is what the question gets alone.
+
+    Layers with a sliding window count positions by columns, which padding shifts: such models answer one by one.
+
+    Parameters
+    ----------
+    generations : of one connector, with documents and at temperature 0; nothing is streamed. `usage` and `finish` of
+        each are set; `prompt_s` is the batch's.
+    batch_tokens : a batch holds contexts of at most this many tokens, padding included.
+
+    Raises
+    ------
+    ValueError : a prompt or document cannot be used, or a temperature is not 0.
+    """
+    import torch
+
+    from .batching import padded_batch
+    from .generation import generation_call
+
+    if wrong := [each.sampling.temperature for each in generations if each.sampling.temperature > 0]:
+        raise ValueError(f"temperature is {wrong[0]}; several questions are answered greedily")
+    texts: list[str] = [""] * len(generations)
+    if not generations:
+        return texts
+    connector = generations[0].connector()
+    if any(window is not None for window in connector.layers.window_tokens):
+        return [each.run() for each in generations]
+    model, tokenizer = connector.model, connector.tokenizer
+    for batch in _batches([sum(map(len, each.documents)) for each in generations], batch_tokens):
+        began_s = time.perf_counter()
+        rows = [generations[i].fused() for i in batch]
+        prompt_tokens = [len(context.token_ids) + len(question) for context, question in rows]
+        room = connector.layers.max_tokens - max(prompt_tokens)
+        most = max(min(generations[i].sampling.max_tokens, room) for i in batch)
+        if most < 1:
+            raise ValueError(f"a prompt has {max(prompt_tokens)} tokens, which leaves no room for an answer")
+        call = generation_call(model, tokenizer, {}, max_new_tokens=most)
+        pad_id = call.config.pad_token_id or 0
+        inputs, cache = padded_batch(rows, pad_id=pad_id)
+        watch = [_Text(tokenizer, generations[i].sampling.stop, lambda _: None, lambda: False, began_s) for i in batch]
+        columns = inputs["input_ids"].shape[1]
+        limits = [generations[i].sampling.max_tokens for i in batch]
+        criteria = [*call.criteria, _stopping_rows(watch, limits, columns)]
+        with torch.no_grad():
+            output = call.run(model, cache, type(call.criteria)(criteria), **inputs)
+        for row, i in enumerate(batch):
+            generation, text = generations[i], watch[row]
+            new_ids = output[row, columns:].tolist()[: generation.sampling.max_tokens]
+            end = next((at for at, token in enumerate(new_ids) if token in call.end_ids), None)
+            new_ids = new_ids if end is None else new_ids[: end + 1]
+            text.set(new_ids if end is None else new_ids[:-1])
+            texts[i] = text.finish(drop_last=False)
+            generation.usage.prompt_tokens = prompt_tokens[row]
+            generation.usage.completion_tokens = len(new_ids)
+            generation.usage.prompt_s = (text.first_s or time.perf_counter()) - began_s
+            generation.finish = "stop" if end is not None or text.is_stopped else "length"
+    return texts
+
+
+def _batches(sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Indices by size, similar ones together, so that little is padding; characters stand for tokens, three to one."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        if batches and (len(batches[-1]) + 1) * max(1, sizes[batches[-1][0]] // 3) <= most:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
 
 
 class _Text:
@@ -168,6 +240,11 @@ class _Text:
         held = max((len(each) - 1 for each in self._stop), default=0)  # what may be the start of a stop string
         if not self._text.endswith("\ufffd"):  # the rest of a character is still to come
             self._tell(len(self._text) if self.is_stopped else len(self._text) - held)
+
+    def set(self, ids: Sequence[int]) -> None:
+        """These are all tokens, whatever was added before."""
+        self._ids, self.is_stopped = list(ids), False
+        self._update(self._ids)
 
     def finish(self, *, drop_last: bool) -> str:
         """The whole text; an end token is none of it."""
@@ -220,6 +297,24 @@ def _stopping(text: _Text) -> Any:
         def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
             del scores
             return torch.full((input_ids.shape[0],), text.ends, dtype=torch.bool, device=input_ids.device)
+
+    return Stopping()
+
+
+def _stopping_rows(watch: Sequence[_Text], limits: Sequence[int], columns: int) -> Any:
+    """Ends each row of a batch after its stop string or its number of tokens; the prompt has `columns` tokens."""
+    import torch
+    from transformers import StoppingCriteria
+
+    class Stopping(StoppingCriteria):
+        def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+            del scores
+            ends = []
+            for text, limit, row in zip(watch, limits, input_ids[:, columns:].tolist(), strict=True):
+                if not text.is_stopped and len(row) <= limit:
+                    text.add(row[-1:])
+                ends.append(text.ends or len(row) >= limit)
+            return torch.tensor(ends, dtype=torch.bool, device=input_ids.device)
 
     return Stopping()
 

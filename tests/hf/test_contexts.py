@@ -1,0 +1,136 @@
+"""Contexts that begin as earlier ones did, and several questions in one batch."""
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from kvloom.blend.blender import Blender
+from kvloom.connectors.hf.answering import Generation, Prompt, Sampling, answer_together
+from kvloom.connectors.hf.connector import TransformersConnector
+from kvloom.core import ChunkKey
+from kvloom.kvstore.store import KVStore
+from kvloom.kvstore.tiers.host import HostTier
+
+from ..support.models import DOCUMENTS, QUESTION, make_model, make_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return make_model("llama")
+
+
+def connect(model: PreTrainedModel, ratio: float, store: KVStore | None = None) -> TransformersConnector:
+    return TransformersConnector(
+        model,
+        make_tokenizer(bos=True),
+        store or KVStore([HostTier(None)]),
+        Blender(recompute_ratio=ratio),
+        model_id="m",
+        reuse_contexts=True,
+    )
+
+
+def test_a_context_that_begins_as_another_did_is_exact_as_far_as_that(model: PreTrainedModel) -> None:
+    store = KVStore([HostTier(None)])
+    exact, fusing = connect(model, 1.0, store), connect(model, 0.0, store)
+    rows = [exact.encode_document(text) for text in DOCUMENTS]
+    whole = exact.fuse(rows)
+    assert whole.is_exact and whole.exact_documents == 0
+    again = exact.fuse(rows)
+    assert again.exact_documents == 4 and again.computed_tokens == 0 and again.stored_s > 0
+    assert torch.equal(again.blended.keys, whole.blended.keys)
+    assert torch.equal(again.blended.values, whole.blended.values)
+    mixed = fusing.fuse([rows[0], rows[1], rows[3]])  # the last document was never third
+    assert mixed.exact_documents == 2 and not mixed.is_exact
+    shared = sum(map(len, rows[:2])) + len(exact.lead_ids)
+    assert torch.equal(mixed.blended.keys[:, :, :shared], whole.blended.keys[:, :, :shared])
+    assert fusing.fuse(rows).is_exact  # all four stand as they did
+
+
+def test_nothing_but_the_same_beginning_is_taken_for_it(model: PreTrainedModel) -> None:
+    store = KVStore([HostTier(None)])
+    exact, fusing = connect(model, 1.0, store), connect(model, 0.0, store)
+    rows = [exact.encode_document(text) for text in DOCUMENTS]
+    exact.fuse(rows)
+    assert fusing.fuse([rows[1], rows[0], rows[2]]).exact_documents <= 1
+    assert exact.has_context(rows[:3]) and not exact.has_context([rows[1], rows[0]])
+    other = TransformersConnector(
+        model, make_tokenizer(bos=True), store, model_id="m", salt=b"another tenant", reuse_contexts=True
+    )
+    assert not other.has_context(rows[:2])
+
+
+def test_full_prefill_computes_no_document_twice(model: PreTrainedModel) -> None:
+    """At ratio 1, documents behind the first are computed in context only."""
+    rag = connect(model, 1.0)
+    rows = [rag.encode_document(text) for text in DOCUMENTS]
+    context = rag.fuse(rows)
+    assert context.computed_tokens <= sum(map(len, rows))
+    assert rag.key_of(rows[0]) in rag.store and rag.key_of(rows[1]) not in rag.store
+
+
+def test_a_lost_document_of_a_context_is_computed_again(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rag = connect(model, 1.0)
+    rows = [rag.encode_document(text) for text in DOCUMENTS]
+    whole = rag.fuse(rows)
+    unreadable: set[ChunkKey] = {rag._context_keys(rows)[2]}
+    read = KVStore.read
+
+    def losing(self: KVStore, key: ChunkKey, *args: object, **options: object) -> object:
+        return None if key in unreadable else read(self, key, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(KVStore, "read", losing)
+    again = rag.fuse(rows)
+    assert again.exact_documents == 2
+    assert torch.allclose(again.blended.keys, whole.blended.keys, atol=1e-5)
+    assert torch.allclose(again.blended.values, whole.blended.values, atol=1e-5)
+
+
+@pytest.mark.parametrize("ratio", [0.3, 1.0])
+@pytest.mark.parametrize("bos", [True, False])
+def test_together_as_one_by_one(model: PreTrainedModel, ratio: float, bos: bool) -> None:
+    rag = TransformersConnector(
+        model, make_tokenizer(bos=bos), KVStore([HostTier(None)]), Blender(recompute_ratio=ratio), model_id="m"
+    )
+    asked = [
+        (DOCUMENTS[:1], "Why?"),
+        (DOCUMENTS, QUESTION),
+        (DOCUMENTS[2:], "Where does her brother sell the honey, and on which day of the week?"),
+        (DOCUMENTS[::-1], "And the loom?"),
+    ]
+
+    def generations() -> list[Generation]:
+        return [
+            Generation(lambda: rag, documents, Prompt(f"\n{question}"), Sampling(5 + 4 * i))
+            for i, (documents, question) in enumerate(asked)
+        ]
+
+    alone, together = generations(), generations()
+    expected = [each.run() for each in alone]
+    assert answer_together(together) == expected
+    assert len(set(expected)) > 1
+    for one, other in zip(alone, together, strict=True):
+        assert (one.finish, one.usage.prompt_tokens, one.usage.completion_tokens) == (
+            other.finish,
+            other.usage.prompt_tokens,
+            other.usage.completion_tokens,
+        )
+    assert answer_together(generations(), batch_tokens=1) == expected  # a batch of one each
+
+
+def test_together_with_windows_as_one_by_one() -> None:
+    model = make_model("mistral", sliding_window=16)
+    rag = connect(model, 1.0)
+    asked = [(DOCUMENTS, QUESTION), (DOCUMENTS[:2], "Why?")]
+    generations = [Generation(lambda: rag, documents, Prompt(q), Sampling(6)) for documents, q in asked]
+    expected = [Generation(lambda: rag, documents, Prompt(q), Sampling(6)).run() for documents, q in asked]
+    assert answer_together(generations) == expected
+
+
+def test_together_is_greedy(model: PreTrainedModel) -> None:
+    rag = connect(model, 1.0)
+    with pytest.raises(ValueError, match=r"temperature is 0\.5"):
+        answer_together([Generation(lambda: rag, DOCUMENTS, Prompt("?"), Sampling(4, temperature=0.5))])
+    assert answer_together([]) == []
