@@ -28,6 +28,7 @@ EXTRAS = {  # modules that each brings
     "compress": ("zstandard", "numba"),
     "retrieval": ("faiss", "numba"),
     "triton": ("triton",),
+    "rag": ("transformers", "semantic_text_splitter", "pypdf", "bs4", "charset_normalizer"),
     "service": ("fastapi", "uvicorn", "httptools", "pydantic_settings", "prometheus_client"),
     "events": ("zmq", "msgspec"),
     "telemetry": ("opentelemetry",),

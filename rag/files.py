@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ _MARKDOWN = (".md", ".markdown", ".mdx")
 _MOST_BYTES = 256 << 20
 # What files that are no Unicode are written in. Among all that are known, rare ones are taken for them by mistake.
 _ENCODINGS = ["cp1252", "cp1250", "cp1251", "shift_jis", "gb18030", "big5", "euc_kr", "euc_jp", "koi8_r"]
+_SPACES = re.compile(r"\s+")
+_BLOCKS = ("p", "h1", "h2", "h3", "h4", "h5", "h6", "section", "article", "table", "ul", "ol", "pre", "blockquote")
 _LOOKED_AT = 8192  # bytes; a file with a zero byte among its first ones is no text
 
 
@@ -123,9 +126,12 @@ def _html(text: str, title: str) -> tuple[str, str]:
     stated = page.title.get_text(" ", strip=True) if page.title else ""
     if page.head:
         page.head.decompose()
-    for tag in page(["p", "div", "li", "tr", "br", "h1", "h2", "h3", "h4", "h5", "h6", "section", "article", "table"]):
-        tag.append("\n\n" if tag.name in ("p", "section", "article", "table") or tag.name[0] == "h" else "\n")
-    lines = [" ".join(line.split()) for line in page.get_text().splitlines()]
+    for piece in page.find_all(string=True):  # where a line ends in the source says nothing, outside of <pre>
+        if piece.find_parent("pre") is None:
+            piece.replace_with(_SPACES.sub(" ", piece))
+    for tag in page([*_BLOCKS, "br", "li", "tr", "div"]):
+        tag.append("\n\n" if tag.name in _BLOCKS else "\n")
+    lines = [line.strip() for line in page.get_text().splitlines()]
     body = "\n".join(line for i, line in enumerate(lines) if line or (i and lines[i - 1]))
     return stated or title, body.strip()
 

@@ -144,4 +144,4 @@ def test_large_files_are_cut_at_borders(tmp_path: Path, model: PreTrainedModel) 
         for passage in passages:
             body = passage.text.removeprefix("large\n")
             assert text[passage.start : passage.stop] == body and body.startswith("## Part")
-        assert "".join(text[p.start : p.stop] for p in passages).split() == text.split()
+        assert " ".join(text[p.start : p.stop] for p in passages).split() == text.split()
