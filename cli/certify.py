@@ -60,7 +60,10 @@ RETRIEVAL, EXTENT, LIMITS = "With --retrieval", "What is measured on", "Limits, 
 BELONGS_TO = {  # options that say nothing in the other cases
     "ratios": ("fusion",),
     **dict.fromkeys(
-        ("budget_ratio", "budget_tokens", "sink_tokens", "window_tokens", "dense_layers", "pooling", "parameter"),
+        (
+            *("budget_ratio", "coverage", "budget_tokens", "sink_tokens", "window_tokens", "dense_layers", "pooling"),
+            "parameter",
+        ),
         ("retrieval",),
     ),
     **dict.fromkeys(
@@ -98,6 +101,14 @@ def certify(
             metavar="SHARE", rich_help_panel=RETRIEVAL, help="Tokens chosen for each KV head; 0.03 is 3 % of them."
         ),
     ] = 0.03,
+    coverage: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            rich_help_panel=RETRIEVAL,
+            help="Attend to the fewest of the chosen tokens that hold this share of the attention.",
+        ),
+    ] = None,
     budget_tokens: Annotated[
         int, typer.Option(metavar="N", rich_help_panel=RETRIEVAL, help="Tokens chosen at least.")
     ] = 0,
@@ -191,6 +202,7 @@ def certify(
         decoding = Retrieval(
             retrieval,
             budget_ratio=budget_ratio,
+            coverage=coverage,
             budget_tokens=budget_tokens,
             sink_tokens=sink_tokens,
             window_tokens=window_tokens,

@@ -11,6 +11,7 @@ from ..connectors.hf.model import TransformersModel
 from ..connectors.hf.retrieval.plan import layer_shape
 from ..core import KVChunk
 from ..retrieval.attention import attend, attend_at, attend_selected
+from ..retrieval.coverage import covering
 from ..retrieval.selector import LearnsFromQueries, choose
 from ..retrieval.settings import CHUNK_TOKENS, Retrieval
 from .forcing import QUERIES, QUERY_POSITIONS, Approximation, as_it_is
@@ -47,6 +48,11 @@ def through_retrieval(retrieval: Retrieval, layers: TransformersModel) -> Approx
             query = queries[:, place]
             part = attend(query, *_near(keys, values, start, stop, position), scale=shape.scale)
             selection = choose(selector, query, position, retrieval.budget(len(selector)))
+            if retrieval.coverage is not None and selection.ids.shape[1]:
+                rows = selection.ids.clamp(min=0)[..., None].expand(-1, -1, keys.shape[-1])
+                chosen = keys.gather(1, rows)
+                limits = {"coverage": retrieval.coverage, "scale": shape.scale}
+                selection = covering(selection, chosen, query, part[1], **limits)
             attend_ids = partial(attend_at, query, keys, values, scale=shape.scale)
             part = attend_selected(part, selection, attend_ids)
             out[:, place] = part[0].to(out.dtype)

@@ -81,6 +81,16 @@ class PagedKV:
             values[head, place] = self._values[page][head, token[head, place]]
         return keys, values
 
+    def keys_at(self, ids: Tensor) -> Tensor:
+        """Copies of the keys of rows `ids`, `[H, K, D]`; see `gather`."""
+        self._check(ids)
+        keys = self._keys[0].new_zeros(*ids.shape, self._keys[0].shape[2])
+        kernel = compiled_for_cpu()
+        if kernel is None:
+            return self.gather(ids)[0]
+        kernel.gather_rows(self._addresses(), self.page_tokens, ids, keys)
+        return keys
+
     def attend(self, queries: Tensor, ids: Tensor, *, scale: float) -> PartialAttention:
         """Attention of one query token (`[Hq, D]`) over the rows `ids`, see `gather_attend` of ops.py."""
         self._check(ids)

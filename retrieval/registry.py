@@ -107,6 +107,7 @@ METHODS: dict[str, MakeSelector] = {
     "landmarks+factor": _landmarks_factor,
     "clusters": _from_class(".clusters", "ClusterIndex"),
     "graph": _graph,
+    "quantized": _from_class(".quantized.quantized", "QuantizedKeyIndex"),
     "sketch": _from_class(".sketch.sketch", "SketchIndex"),
     "vq": _vq,
 }

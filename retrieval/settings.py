@@ -29,8 +29,10 @@ class Retrieval:
 
     Attributes
     ----------
-    method : a name of `retrieval.registry.METHODS`.
+    method : a name of `retrieval.registry.METHODS`; the default is the one that loses least on a pretrained model.
     budget_ratio : tokens chosen for each KV head and step, as a share of those between sinks and window.
+    coverage : of the tokens chosen, attend to the fewest that hold this share of the attention, sinks and window
+        included (see `coverage.covering`); `budget_ratio` is then a bound. None attends to all that are chosen.
     budget_tokens : choose at least this many.
     sink_tokens : number of first tokens that are always attended to; a multiple of 8.
     window_tokens : least number of last tokens that are always attended to; there may be `CHUNK_TOKENS` more, since
@@ -47,8 +49,9 @@ class Retrieval:
     TypeError, ValueError : a field of the wrong type or value; the message names it.
     """
 
-    method: str
+    method: str = "quantized"
     budget_ratio: float = 0.03
+    coverage: float | None = None
     budget_tokens: int = 0
     sink_tokens: int = 16
     window_tokens: int = 128
@@ -71,6 +74,12 @@ class Retrieval:
         if not 0.0 <= float(self.budget_ratio) <= 1.0:
             raise ValueError(f"budget_ratio is {self.budget_ratio}; expected a share between 0 and 1")
         object.__setattr__(self, "budget_ratio", float(self.budget_ratio))
+        if self.coverage is not None:
+            if isinstance(self.coverage, bool) or not isinstance(self.coverage, Real):
+                raise TypeError(f"coverage is {self.coverage!r}; expected a number above 0, at most 1, or None")
+            if not 0.0 < float(self.coverage) <= 1.0:
+                raise ValueError(f"coverage is {self.coverage}; expected a share above 0, at most 1")
+            object.__setattr__(self, "coverage", float(self.coverage))
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is None and name == "break_even_tokens":
@@ -92,7 +101,7 @@ class Retrieval:
     @property
     def is_exact(self) -> bool:
         """Whether the budget covers everything, so that nothing is approximated."""
-        return self.budget_ratio >= 1.0
+        return self.budget_ratio >= 1.0 and (self.coverage is None or self.coverage >= 1.0)
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -106,6 +115,8 @@ class Retrieval:
             "pooling": self.pooling,
             "parameters": dict(self.parameters),
             "profile": None if self.profile is None else self.profile.fingerprint,
+            # named only where it is set, so that certificates made before there was one stay valid
+            **({} if self.coverage is None else {"coverage": self.coverage}),
         }
 
     @property
@@ -146,5 +157,7 @@ def require_certificate(gate: CertificateGate, retrieval: Retrieval, spec: KVSpe
     """
     if not retrieval.is_exact:
         what = f"retrieval {retrieval.method!r} at a budget of {retrieval.budget_ratio:.1%}"
+        if retrieval.coverage is not None:
+            what += f" and a coverage of {retrieval.coverage:.1%}"
         gate.require(retrieval.form, spec, what, f"--retrieval {retrieval.method}")
     return gate.covering(retrieval.form, spec)

@@ -70,7 +70,9 @@ def vq_select(
 
 
 def _first(band_starts: Sequence[int], packed: Tensor) -> Tensor:
-    return torch.tensor([*band_starts, 0], device=packed.device)  # never empty, since the kernel takes a pointer
+    if not band_starts:  # the kernel takes a pointer, but reads nothing; no copy, which a captured graph cannot hold
+        return torch.zeros(1, dtype=torch.int64, device=packed.device)
+    return torch.tensor(band_starts, device=packed.device)
 
 
 @triton.jit

@@ -114,7 +114,8 @@ def tile_scores(queries: Tensor, tiles: Tensor, firsts: Tensor, counts: Tensor, 
 def top_pooled(scores: Tensor, kv_heads: int, k: int, *, pooling: Pooling = "max") -> Tensor:
     """The k candidates of each KV head with the largest `pooled` softmax; the last ones among equals.
 
-    Sums below the smallest normal float32 may count as equal.
+    Sums below the smallest normal float32 may count as equal; on a device, importances are compared in steps of 1/2048
+    nat, and those below exp(-32) are equal.
 
     Parameters
     ----------
@@ -136,10 +137,10 @@ def top_pooled(scores: Tensor, kv_heads: int, k: int, *, pooling: Pooling = "max
     if k == 0 or k >= count:
         return torch.arange(min(k, count), device=scores.device).expand(kv_heads, -1).contiguous()
     if scores.is_cuda:
-        from . import ops_triton
+        from . import top_triton
 
         with torch.cuda.device(scores.device):
-            return ops_triton.top_pooled(scores, kv_heads, k, pooling)
+            return top_triton.top_pooled(scores, kv_heads, k, pooling)
     kernel = compiled_for_cpu()
     if kernel is not None:
         ids: Tensor = kernel.top_pooled(scores, kv_heads, k, pooling)
@@ -223,10 +224,10 @@ def gather_attend(queries: Tensor, keys: Tensor, values: Tensor, ids: Tensor, *,
     if not ids.numel():
         return empty_attention(queries.shape[0], values.shape[-1], queries.device)
     if queries.is_cuda:
-        from . import ops_triton
+        from . import attend_triton
 
         with torch.cuda.device(queries.device):
-            return ops_triton.gather_attend(queries, keys, values, ids, scale)
+            return attend_triton.gather_attend(queries, keys, values, ids, scale)
     kernel = compiled_for_cpu()
     if kernel is None:
         return attend_at(queries, keys, values, ids, scale=scale)

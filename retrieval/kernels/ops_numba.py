@@ -24,6 +24,7 @@ from .rows_numba import (
     run,
     tile_of_four,
     widen,
+    widen_apart,
 )
 
 _AHEAD = 12  # rows prefetched: about as many loads as a core has under way at a time
@@ -47,21 +48,29 @@ def gather_attend(
     v_dim: int,
     ids: Tensor,
     scale: float,
+    *,
+    channel_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See ops.py. `pages` `[P, 6]` int64: `row_addresses` of each page's keys, then values; ids are in range."""
+    """See ops.py. `pages` `[P, 6]` int64: `row_addresses` of each page's keys, then values; ids are in range.
+
+    `channel_bytes`: from channel to channel of a key; None where they are side by side.
+    """
     Hq, H = queries.shape[0], ids.shape[0]
     out, lse = torch.empty(Hq, v_dim), torch.empty(Hq)
+    step = dtypes[0].itemsize if channel_bytes is None else channel_bytes
     run(
         _attend, _grouped(queries, H, scale), queries.shape[1], pages, max(1, page_tokens), *map(KINDS.get, dtypes),
-        ids.contiguous().numpy(), out.numpy().reshape(H, Hq // H, v_dim), lse.numpy().reshape(H, Hq // H),
+        step, ids.contiguous().numpy(), out.numpy().reshape(H, Hq // H, v_dim), lse.numpy().reshape(H, Hq // H),
     )  # fmt: skip
     return out, lse
 
 
-def gather_rows(pages: np.ndarray[Any, Any], page_tokens: int, ids: Tensor, keys: Tensor, values: Tensor) -> None:
+def gather_rows(
+    pages: np.ndarray[Any, Any], page_tokens: int, ids: Tensor, keys: Tensor, values: Tensor | None = None
+) -> None:
     """Copies rows of pages to contiguous `[H, K, D]` and `[H, K, Dv]`; rows of -1 are not written."""
     numbers = ids.contiguous().numpy()
-    for first, out in ((0, keys), (3, values)):
+    for first, out in ((0, keys), *([] if values is None else [(3, values)])):
         row_bytes = out.shape[-1] * out.element_size()
         run(_copy_rows, pages, first, max(1, page_tokens), numbers, out.data_ptr(), row_bytes)
 
@@ -142,6 +151,7 @@ def _attend_head(
     page_tokens: Any,
     key_kind: Any,
     value_kind: Any,
+    channel_bytes: Any,
     ids: Any,
     out: Any,
     lse: Any,
@@ -160,6 +170,7 @@ def _attend_head(
         lse[:] = -np.inf
         return
     key_bytes, value_bytes = D * _u(4 if key_kind == 0 else 2), v_dim * _u(4 if value_kind == 0 else 2)
+    channel, is_apart = _u(channel_bytes), _u(channel_bytes) * D != key_bytes
     padded, width = (
         (D + _u(VECTOR_LENGTH - 1)) // _u(VECTOR_LENGTH) * _u(VECTOR_LENGTH),
         max(D, v_dim) + _u(VECTOR_LENGTH),
@@ -167,11 +178,15 @@ def _attend_head(
     rows = np.zeros(_u(_ROWS) * width, np.float32)
     scores, bits = np.empty((G, count), np.float32), np.empty(count, np.int32)
     found = np.empty(_ROWS * _ROWS, np.float32)
-    for n in range(min(count, _u(_AHEAD))):
-        _prefetch_row(keys[n], key_bytes)
+    if not is_apart:
+        for n in range(min(count, _u(_AHEAD))):
+            _prefetch_row(keys[n], key_bytes)
     for n in range(_u(0), count, _u(_ROWS)):
         some = min(_u(_ROWS), count - n)
         for i in range(some):
+            if is_apart:  # a line for each channel, as many loads as a core has under way
+                widen_apart(keys[n + i], key_kind, D, channel, rows, i * width)
+                continue
             if n + i + _u(_AHEAD) < count:
                 _prefetch_row(keys[n + i + _u(_AHEAD)], key_bytes)
             widen(keys[n + i], key_kind, D, rows, i * width)
@@ -209,10 +224,13 @@ def _attend_head(
 
 @compiled(parallel=True)
 def _attend(
-    queries: Any, dim: Any, pages: Any, page_tokens: Any, key_kind: Any, value_kind: Any, ids: Any, out: Any, lse: Any
-) -> None:
+    queries: Any, dim: Any, pages: Any, page_tokens: Any, key_kind: Any, value_kind: Any, channel_bytes: Any, ids: Any,
+    out: Any, lse: Any,
+) -> None:  # fmt: skip
     for h in prange(len(queries)):
-        _attend_head(queries[h], dim, h, pages, page_tokens, key_kind, value_kind, ids[h], out[h], lse[h])
+        _attend_head(
+            queries[h], dim, h, pages, page_tokens, key_kind, value_kind, channel_bytes, ids[h], out[h], lse[h]
+        )
 
 
 @compiled()

@@ -289,6 +289,20 @@ def widen(address: Any, kind: Any, count: Any, out: Any, o: Any) -> None:
 
 
 @compiled()
+def widen_apart(address: Any, kind: Any, count: Any, step: Any, out: Any, o: Any) -> None:
+    """The same of numbers that lie `step` bytes from one another."""
+    if kind == 0:
+        for i in range(count):
+            _widen_one_float(address + i * step, out, o + i)
+    elif kind == 1:
+        for i in range(count):
+            _widen_one_half(address + i * step, out, o + i)
+    else:
+        for i in range(count):
+            _widen_one_bfloat(address + i * step, out, o + i)
+
+
+@compiled()
 def exp_less(x: Any, shift: Any, count: Any, bits: Any) -> None:
     """`x[:count] = exp(x - shift)` where that is at most 1, to 2 units in the last place; `bits` is room for as many
     int32. What is below `exp(-87)` becomes that.

@@ -37,12 +37,12 @@ def test_every_part_passes_at_the_smallest_size(tmp_path: Path) -> None:
     kernels = {row["name"].partition(",")[0] for row in parts["kernels"]["rows"]}
     assert kernels == {
         *("pack_bits", "unpack_bits", "dequantize_rotate"),
-        *("landmark_scores", "tile_scores", "top_pooled", "rebuild_keys", "gather_attend"),
+        *("landmark_scores", "tile_scores", "top_pooled", "rebuild_keys", "gather_attend", "quantized_scores"),
         *("code_counts", "vq_scores", "vq_select"),
     }
     assert all(row["ratio"] > 0 for row in parts["copies"]["rows"])
     sparse = [row for row in parts["decode"]["rows"] if "recovered_share" in row]
-    assert len(sparse) == 3 and all(0.5 < row["recovered_share"] <= 1 for row in sparse)
+    assert len(sparse) == 4 and all(0.5 < row["recovered_share"] <= 1 for row in sparse)
 
 
 @pytest.mark.slow

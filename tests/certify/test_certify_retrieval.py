@@ -35,7 +35,9 @@ def methods(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::kvloom.errors.UncertifiedWarning")
-@pytest.mark.parametrize("options", [{}, {"dense_layers": 2, "sink_tokens": 0}, {"pooling": "sum"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"dense_layers": 2, "sink_tokens": 0}, {"pooling": "sum"}, {"coverage": 0.6}], ids=str
+)
 def test_what_is_measured_is_what_a_session_does(options: dict[str, object]) -> None:
     """Logits of an answer in the middle of which a chunk leaves the window."""
     rag = connect(make())

@@ -320,6 +320,7 @@ def test_what_is_no_retrieval(rag: TransformersConnector) -> None:
     for wrong, words in (
         ({"method": None}, "method is None; expected a name"),
         ({"budget_ratio": "0.1"}, "budget_ratio is '0.1'; expected a number between 0 and 1"),
+        ({"coverage": "0.9"}, "coverage is '0.9'; expected a number above 0"),
         ({"budget_ratio": float("nan")}, "budget_ratio is nan; expected a share between 0 and 1"),
         ({"budget_ratio": True}, "budget_ratio is True; expected a number"),
         ({"budget_tokens": 1.5}, "budget_tokens is 1.5; expected an integer"),

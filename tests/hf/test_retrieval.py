@@ -124,9 +124,23 @@ def test_a_budget_of_everything_is_stock_generate(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4], ids=["one group", "no groups"])
-@pytest.mark.parametrize("method", ["random", "landmarks", "factor", "landmarks+factor"])
+@pytest.mark.parametrize("method", ["random", "landmarks", "factor", "landmarks+factor", "quantized"])
 def test_other_heads_and_methods(kv_heads: int, method: str) -> None:
     assert_as_stock(connect(make(num_key_value_heads=kv_heads)), prompts(700, 350), Retrieval(method, **ALL))
+
+
+@pytest.mark.parametrize("method", ["exact", "landmarks", "quantized"])
+def test_a_coverage_prunes_what_any_method_chose(rag: TransformersConnector, method: str) -> None:
+    """To nothing lost at all of it, to fewer tokens at less; the certificate's form and the explanation name it."""
+    asked, rows = prompts(700), []
+    for coverage in (None, 1.0, 0.9, 0.5):
+        retrieval = Retrieval(method, budget_ratio=0.3, coverage=coverage, break_even_tokens=0)
+        out = rag.generate(asked, retrieval=retrieval, max_new_tokens=6)
+        rows.append((out.counts[0].chosen_tokens, out.token_ids))
+        assert (f"pruned to {coverage or 0:.1%}" in out.explanations[0]) == (coverage is not None)
+        assert ('"coverage"' in retrieval.form[1]) == (coverage is not None)
+    fixed, all_of_it, most, half = rows
+    assert fixed == all_of_it and 0 < half[0] < most[0] < fixed[0]
 
 
 @pytest.mark.parametrize("variant", ["window", "window in some layers", "tied wide heads"])
@@ -692,6 +706,7 @@ def test_what_cannot_be_asked_is_refused(rag: TransformersConnector) -> None:
     for wrong, words in (
         ({"method": "psychic"}, "no retrieval method 'psychic'; known: clusters, exact"),
         ({"budget_ratio": 1.5}, "budget_ratio is 1.5"),
+        ({"coverage": 0.0}, "coverage is 0.0; expected a share above 0"),
         ({"budget_tokens": -1}, "budget_tokens is -1"),
         ({"window_tokens": 0}, "window_tokens is 0"),
         ({"sink_tokens": 12}, "multiple of 8 below 256"),

@@ -13,14 +13,20 @@ from torch import Tensor
 
 from kvloom.core import RopeSpec
 from kvloom.retrieval.attention import attend_at
-from kvloom.retrieval.kernels import code_ops, ops
+from kvloom.retrieval.kernels import code_ops, ops, quantized_ops
 from kvloom.retrieval.selector import LayerShape, pooled
 
 from .test_ops import apart, factor_of, numbers, scores_at, some_ids
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'kvloom[triton]'")
 
-from kvloom.retrieval.kernels import code_ops_triton, ops_triton
+from kvloom.retrieval.kernels import (
+    attend_triton,
+    code_ops_triton,
+    ops_triton,
+    quantized_ops_triton,
+    top_triton,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # of queries and what they meet; the interpreter multiplies bfloat16 by its bits, so there one of the two is widened
@@ -80,20 +86,34 @@ def test_tile_scores(heads, rank, lengths, query_dtype, seed) -> None:
 
 
 @pytest.mark.parametrize("pooling", ["max", "sum"])
-@pytest.mark.parametrize(("count", "k"), [(2, 1), (16, 15), (70, 7), (70, 40)])
-def test_top_pooled(count: int, k: int, pooling: str) -> None:
-    scores = 3 * numbers(6, count, seed=k)
-    ids = ops_triton.top_pooled(on(scores), 2, k, pooling, block=16).cpu()  # the interpreter takes seconds to sort more
+@pytest.mark.parametrize("spread", [0.001, 3.0, 30.0])
+@pytest.mark.parametrize(("count", "k"), [(2, 1), (16, 15), (70, 7), (70, 40), (1500, 1), (3000, 700)])
+def test_top_pooled(count: int, k: int, spread: float, pooling: str) -> None:
+    scores = spread * numbers(6, count, seed=k)
+    ids = top_triton.top_pooled(on(scores), 2, k, pooling, block=16 if count < 100 else 1024).cpu()
     assert ids.shape == (2, k)
-    assert bool((ids.diff(dim=1) > 0).all())
+    assert bool((ids.diff(dim=1) > 0).all()) and int(ids.min()) >= 0 and int(ids.max()) < count
     weights = pooled(scores.double(), LayerShape(2, 3, 1, 1.0), pooling)
-    torch.testing.assert_close(weights.gather(1, ids).sum(1), weights.topk(k, dim=1).values.sum(1), rtol=1e-5, atol=0)
+    taken = weights.gather(1, ids)
+    # steps of 1/2048 nat, and float32 logarithms
+    torch.testing.assert_close(taken.sum(1), weights.topk(k, dim=1).values.sum(1), rtol=5e-4, atol=1e-13)
+    left = weights.scatter(1, ids, -1.0)
+    assert bool((left.amax(1) <= taken.amin(1) * 1.0006 + 2e-14).all())
+
+
+def test_top_pooled_takes_the_parts_of_rows() -> None:
+    """What was summed when the scores were made, in other pieces, gives the same choice."""
+    scores = 4 * numbers(4, 512, seed=1)
+    pieces = scores.view(4, 2, 256)
+    parts = torch.stack((pieces.amax(2), (pieces - pieces.amax(2, keepdim=True)).exp().sum(2)))
+    found = top_triton.top_pooled(on(scores), 2, 37, "max", parts=on(parts))
+    assert torch.equal(found, top_triton.top_pooled(on(scores), 2, 37, "max", block=64))
 
 
 @pytest.mark.parametrize("pooling", ["max", "sum"])
 def test_top_pooled_prefers_the_last_of_equals(pooling: str) -> None:
     scores = torch.tensor([[2.0, 0.0, 2.0, 2.0, -math.inf], [0.0, -0.0, 0.0, 0.0, 0.0]])
-    assert ops_triton.top_pooled(on(scores), 1, 2, pooling, block=16).tolist() == [[2, 3]]
+    assert top_triton.top_pooled(on(scores), 1, 2, pooling, block=16).tolist() == [[2, 3]]
 
 
 @settings(max_examples=30)
@@ -138,7 +158,7 @@ def test_gather_attend(heads, dims, count, dtypes, strides, seed) -> None:
     true = attend_at(queries, keys, values, ids, scale=D**-0.5)
     if strides:
         keys, values = apart(keys), apart(values)
-    out, lse = ops_triton.gather_attend(on(queries), on(keys), on(values), on(ids), D**-0.5)
+    out, lse = attend_triton.gather_attend(on(queries), on(keys), on(values), on(ids), D**-0.5)
     # weights are rounded to the dtype of the values if that is all there is
     torch.testing.assert_close(out.cpu(), true[0], rtol=1e-4, atol=2 * torch.finfo(dtype).eps)
     torch.testing.assert_close(lse.cpu(), true[1], rtol=1e-5, atol=1e-5)
@@ -147,11 +167,44 @@ def test_gather_attend(heads, dims, count, dtypes, strides, seed) -> None:
 def test_attention_to_nothing() -> None:
     ids = torch.full((2, 300), -1)
     ids[1, 299] = 3
-    out, lse = ops_triton.gather_attend(
+    out, lse = attend_triton.gather_attend(
         on(torch.ones(4, 8)), on(torch.ones(2, 5, 8)), on(torch.ones(2, 5, 3)), on(ids), 1.0
     )
     assert out.tolist() == [[0.0] * 3] * 2 + [[1.0] * 3] * 2
     assert lse.tolist() == [-math.inf] * 2 + [8.0] * 2
+
+
+@pytest.mark.parametrize(("sinks", "window", "count"), [(0, 0, 5), (4, 0, 1), (1, 1, 70), (16, 33, 0), (3, 40, 130)])
+def test_sinks_and_window_are_attended_to_with_what_was_chosen(sinks: int, window: int, count: int) -> None:
+    queries, keys, values = numbers(6, 24, seed=0), numbers(2, 300, 24, seed=1), numbers(2, 300, 8, seed=2)
+    ids = sinks + some_ids(2, 300 - sinks - window, count, 3) if count else torch.empty(2, 0, dtype=torch.int64)
+    ids = torch.where(ids < sinks, -1, ids)
+    ends = torch.cat((torch.arange(sinks), torch.arange(300 - window, 300))).expand(2, -1)
+    true = attend_at(queries, keys, values, torch.cat((ends, ids), 1), scale=0.2)
+    found = attend_triton.gather_attend(on(queries), on(keys), on(values), on(ids), 0.2, sinks=sinks, window=window)
+    torch.testing.assert_close([part.cpu() for part in found], list(true), rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    heads=st.tuples(st.integers(1, 2), st.sampled_from([1, 3, 4, 20])),
+    dim=st.sampled_from([5, 32, 40]),
+    groups=st.integers(1, 2),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+    seed=st.integers(0, 99),
+)
+def test_quantized_scores(heads, dim, groups, dtype, seed) -> None:
+    (H, G) = heads
+    keys = numbers(H, groups, 256, dim, seed=seed) + 1
+    means = keys.mean(2).half()
+    words, scales = quantized_ops.quantize_keys(keys, means.float())
+    queries = numbers(H * G, dim, seed=seed + 1, dtype=dtype)
+    true = quantized_ops.quantized_scores(queries, words, scales, means, scale=0.3)
+    room = [torch.cat((part, part), 1)[:, :groups] for part in (words, scales, means)]
+    found, parts = quantized_ops_triton.quantized_scores(on(queries), *map(on, room), 0.3)
+    torch.testing.assert_close(found.cpu(), true, rtol=2e-3, atol=1e-2)  # queries in half precision
+    top, total = parts.cpu()
+    torch.testing.assert_close((top + total.log()).logsumexp(1), found.cpu().logsumexp(1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -189,7 +242,8 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kvloom.retrieval.kernels import code_ops_triton as c, ops_triton as k
+from kvloom.retrieval.kernels import attend_triton as a, code_ops_triton as c, ops_triton as k
+from kvloom.retrieval.kernels import quantized_ops_triton as q, top_triton as t
 
 def build(kernel, types, **constants):
     for name, value in constants.items():
@@ -200,16 +254,25 @@ def build(kernel, types, **constants):
     source = ASTSource(kernel, {name: types[name] for name in names}, values)
     assert triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
 
-u8, i8, f16, f32, i64 = "*u8", "*i8", "*fp16", "*fp32", "*i64"
+u8, i8, f16, f32, i32, i64 = "*u8", "*i8", "*fp16", "*fp32", "*i32", "*i64"
 for of_queries in (f16, f32):
     one = of_queries == f16
     build(k._landmark_scores, dict(queries=of_queries, rows=f16, scores=f32, scale="fp32"),
           IS_ONE_DTYPE=one, BLOCK=64, BLOCK_GROUP=16, BLOCK_DIM=32)
     build(k._tile_scores, dict(queries=of_queries, tiles=f16, ids=i64, scores=f32, scale="fp32"),
           IS_ONE_DTYPE=one, TILE=16, BLOCK=128, BLOCK_GROUP=16, BLOCK_RANK=32)
-    build(k._gather_attend, dict(queries=of_queries, keys=f16, values=f16, ids=i64, out=f32, lse=f32, scale="fp32"),
-          IS_ONE_DTYPE=one, SPLIT=256, BLOCK=32, BLOCK_GROUP=16, BLOCK_DIM=128, BLOCK_V_DIM=128)
-build(k._top, dict(scores=f32, lse=f32, best=i64, least="i64"), ADDS=True, BLOCK=1024)
+    build(q._quantized_scores, dict(queries=of_queries, words=i32, scales=f16, means=f16, scores=f32, parts=f32,
+          scale="fp32"), W=8, SIZE=256, BLOCK_GROUP=16)
+    for split in (64, 256):
+        build(a._gather_attend, dict(queries=of_queries, keys=f16, values=f16, ids=i64, out=f32, lse=f32, scale="fp32"),
+              IS_ONE_DTYPE=one, SPLIT=split, BLOCK=32, BLOCK_GROUP=16, BLOCK_DIM=128, BLOCK_V_DIM=128)
+build(a._merge, dict(outs=f32, lses=f32, out=f32, lse=f32), SPLITS=64, BLOCK=16, BLOCK_V_DIM=128)
+build(t._parts, dict(scores=f32, parts=f32), BLOCK=1024)
+for adds in (True, False):
+    build(t._pool, dict(scores=f32, parts=f32, steps=i32, held=i32), ADDS=adds, PARTS=512, BLOCK=1024, BINS=256)
+build(t._count_low, dict(steps=i32, held=i32), BLOCK=1024, BINS=256)
+build(t._count_blocks, dict(steps=i32, held=i32, counts=i32), BLOCK=1024, BINS=256)
+build(t._write, dict(steps=i32, held=i32, counts=i32, ids=i64), BLOCKS=128, BLOCK=1024, BINS=256)
 for factor, bits, scales in ((f16, 8, False), (i8, 8, True), (u8, 4, True)):
     tables = dict(factor=factor, basis=f16, ids=i64, scale=f32, bias=f32, cos=f32, sin=f32, keys=f16)
     build(k._rebuild_keys, tables, BITS=bits, SCALES=scales, SHIFTS=scales, ROTATES=True, INTERLEAVED=scales,

@@ -63,7 +63,6 @@ def test_settings_have_the_names_of_retrieval(tmp_path: Path) -> None:
         ({"retrieval": {"method": "landmarks", "budget": 3}}, "'budget'; known are method, budget_ratio,"),
         ({"retrieval": {"method": "landmarks", "profile": "p"}}, "'profile'; known are"),
         ({"retrival": LANDMARKS}, "'retrival'; known are retrieval"),
-        ({"retrieval": {}}, "names no method"),
         ({"retrieval": {"method": "landmark"}}, "no retrieval method 'landmark'; known: clusters"),
         ({"retrieval": {"method": "vq"}}, "needs a profile"),
         ({"retrieval": {**LANDMARKS, "budget_ratio": "3%"}}, "budget_ratio is '3%'; expected a number from 0 to 1"),

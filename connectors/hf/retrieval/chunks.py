@@ -16,6 +16,7 @@ from ....core import ChunkKey, KVChunk
 from ....errors import TierError
 from ....retrieval.attention import PartialAttention, attend_selected
 from ....retrieval.context_index import ContextIndex
+from ....retrieval.coverage import covering
 from ....retrieval.paged_kv import PagedKV
 from ....retrieval.selector import choose
 from ....retrieval.settings import CHUNK_TOKENS
@@ -170,6 +171,10 @@ class IndexedChunks:
         if self.index.learns:
             self._step_queries[layer].append(asked)
         selection = choose(selector, asked, position, budget)
+        coverage = self._plan.retrieval.coverage
+        if coverage is not None:
+            keys = self._pages[layer].keys_at(selection.ids)
+            selection = covering(selection, keys, asked, near[1].cpu(), coverage=coverage, scale=scale)
         self._counts.read_bytes += selection.read_bytes
         self._counts.chosen_tokens += int((selection.ids >= 0).sum())
         return attend_selected(near, selection, partial(self._pages[layer].attend, asked, scale=scale))

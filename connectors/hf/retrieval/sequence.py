@@ -191,8 +191,9 @@ class DecodedSequence:
         if not self.stop:
             return f"dense: {self.length:,} tokens fit sinks and window"
         covered = self.stop - retrieval.sink_tokens
+        share = "" if retrieval.coverage is None else f", pruned to {retrieval.coverage:.1%} of the attention"
         return (
-            f"{retrieval.method}: {retrieval.budget(covered):,} of {covered:,} tokens for each KV head, beside "
+            f"{retrieval.method}: {retrieval.budget(covered):,} of {covered:,} tokens for each KV head{share}, beside "
             f"{retrieval.sink_tokens} sinks and the last {self.length - self.stop:,}"
         )
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ....errors import KVLoomError
 from ....retrieval.attention import PartialAttention, attend, attend_selected
+from ....retrieval.coverage import covering
 from ....retrieval.selector import LayerShape, LearnsFromQueries, Selection, choose
 from ....retrieval.settings import Retrieval
 from ..paged_layers import GATHERS, Packing, unpacked
@@ -244,7 +245,7 @@ class PagedRetrieval:
         index = self._index_of(row, cache) if self.stop(row.position) else None
         if index is not None:
             try:
-                chosen = self._choose(index, row, queries)
+                chosen = self._choose(index, row, queries, cache)
                 self.counts.rows += 1
                 return _Choice(index.stop, chosen)
             except (ValueError, KVLoomError) as exc:
@@ -252,12 +253,17 @@ class PagedRetrieval:
         self.counts.refused_rows += 1
         return _Choice(0, _NOTHING)
 
-    def _choose(self, index: _RowIndex, row: DecodeRow, queries: Tensor) -> Selection:
+    def _choose(self, index: _RowIndex, row: DecodeRow, queries: Tensor, cache: Tensor) -> Selection:
         asked = queries.detach().to("cpu", torch.float32)
         if self.learns:
             index.asked.append(asked)
         budget = self.retrieval.budget(len(index.selector))
         chosen = choose(index.selector, asked, row.position, budget)
+        if self.retrieval.coverage is not None:
+            near = self._attend_near(row, index.stop, queries, cache)[1]
+            keys = self._rows_at(row, cache, chosen.ids)[0]
+            limits = {"coverage": self.retrieval.coverage, "scale": self.shape.scale}
+            chosen = covering(chosen, keys, queries, near, **limits)
         self.counts.chosen_tokens += int(np.count_nonzero(chosen.ids.numpy() >= 0))
         self.counts.read_bytes += chosen.read_bytes
         if self.on_choice is not None:
@@ -302,8 +308,12 @@ class PagedRetrieval:
         return attend(queries, keys[:, :last], values[:, :last], scale=self.shape.scale, visible=visible)
 
     def _attend_at(self, row: DecodeRow, queries: Tensor, cache: Tensor, ids: Tensor) -> PartialAttention:
-        ids = ids.to(cache.device)
-        rows = ids.clamp(min=0)
+        keys, values = self._rows_at(row, cache, ids)
+        return attend(queries, keys, values, scale=self.shape.scale, visible=ids.to(cache.device) >= 0)
+
+    def _rows_at(self, row: DecodeRow, cache: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys `[H, K, D]` and values of the chosen tokens `ids`; those of -1 are undefined."""
+        rows = ids.to(cache.device).clamp(min=0)
         numbers = row.blocks.to(cache.device)[rows // self.block_tokens]
         keys, values = GATHERS[self.packing](cache, self.shape.head_dim, numbers, rows % self.block_tokens)
-        return attend(queries, keys, values, scale=self.shape.scale, visible=ids >= 0)
+        return keys, values

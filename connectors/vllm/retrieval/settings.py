@@ -34,8 +34,9 @@ _OWN = ("certificates", "allow_uncertified", "model_id")
 class _Given:
     """The JSON of `RetrievalSettings`. The defaults have no meaning: entries that are not given are left to it."""
 
-    method: Name
+    method: Name = ""
     budget_ratio: Ratio = 0.0
+    coverage: Ratio | None = None
     budget_tokens: NonNegative = 0
     sink_tokens: NonNegative = 0
     window_tokens: Count = 1
@@ -81,11 +82,8 @@ class RetrievalSettings:
         if values is None:
             return None
         where = f"{_WHERE}['retrieval']"
-        if isinstance(values, Mapping):
-            if isinstance(path := values.get("certificates"), str):
-                values = {**values, "certificates": [path]}
-            if "method" not in values:
-                raise ValueError(f"{where} names no method")
+        if isinstance(values, Mapping) and isinstance(path := values.get("certificates"), str):
+            values = {**values, "certificates": [path]}
         given = checked(_Given, values, where)
         if given.method == "vq":
             raise ValueError("method is 'vq', which needs a profile; vLLM's ranks cannot divide one")

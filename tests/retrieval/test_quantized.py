@@ -1,0 +1,150 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvloom.retrieval.kernels import quantized_ops
+from kvloom.retrieval.kernels.quantized_ops import (
+    channel_mixing,
+    dequantize_keys,
+    quantize_keys,
+    quantized_scores,
+)
+from kvloom.retrieval.quantized.quantized import QuantizedKeyIndex
+from kvloom.retrieval.selector import LayerShape, Selector, pooled, top_ids
+from kvloom.testing import SHAPE, SelectorContract, make_context
+
+
+class TestQuantizedKeyIndex(SelectorContract):
+    mass = 0.8
+
+    def make_selector(self, shape: LayerShape, start: int = 0) -> Selector:
+        return QuantizedKeyIndex(shape, start=start)
+
+
+def made(heads: int, groups: int, dim: int, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Words, scales and means of random keys, and those of them that are all alike have a scale of 0."""
+    random = torch.Generator().manual_seed(seed)
+    keys = torch.randn(heads, groups, 256, dim, generator=random) * 3 + 1
+    keys[0, 0, 5] = keys[0, 0].mean(0).half().float()
+    means = keys.mean(2).half()
+    keys[0, 0, 5] = means[0, 0].float()
+    return *quantize_keys(keys, means.float()), means
+
+
+@pytest.mark.parametrize("dim", [1, 3, 24, 64, 80, 128])
+def test_the_mixing_is_orthonormal_and_spreads_each_channel(dim: int) -> None:
+    mix = channel_mixing(dim)
+    torch.testing.assert_close(mix @ mix.T, torch.eye(dim))
+    assert float(mix.abs().max()) == pytest.approx((dim & -dim) ** -0.5)
+
+
+def test_the_product_of_a_key_with_its_code_is_exact() -> None:
+    random = torch.Generator().manual_seed(0)
+    keys = torch.randn(2, 3, 256, 64, generator=random)
+    means = keys.mean(2)
+    read = dequantize_keys(*quantize_keys(keys, means), means)
+    rest = keys - means[:, :, None]
+    torch.testing.assert_close((rest * (read - means[:, :, None])).sum(-1), rest.square().sum(-1), rtol=1e-3, atol=0)
+    # two bits of a normal distribution lose 12 % of its variance
+    share = float((read - keys).square().sum() / rest.square().sum())
+    assert 0.10 < share < 0.16
+
+
+def test_codes_are_two_bits_in_the_order_of_channels() -> None:
+    keys = torch.full((1, 1, 256, 16), -10.0)
+    keys[0, 0, 3, 15], keys[0, 0, 3, 2] = 10.0, 10.0
+    words, _ = quantize_keys(keys, torch.zeros(1, 1, 16))
+    codes = [(int(words[0, 0, 0, 3]) >> (2 * i)) & 3 for i in range(16)]
+    assert codes[15] > codes[0] and codes[2] == codes[15] and len(set(codes)) == 2
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    heads=st.tuples(st.integers(1, 2), st.sampled_from([1, 2, 3, 4, 5, 7])),
+    dim=st.sampled_from([5, 16, 24, 64, 128]),
+    groups=st.integers(1, 2),
+    seed=st.integers(0, 9),
+)
+def test_scores_of_every_kernel(heads: tuple[int, int], dim: int, groups: int, seed: int) -> None:
+    """The compiled kernel against torch over the keys that the codes stand for; words lie in a larger memory."""
+    H, G = heads
+    words, scales, means = made(H, groups, dim, seed=seed)
+    room = [torch.cat((part, part), 1)[:, :groups] for part in (words, scales, means)]
+    queries = torch.randn(H * G, dim, generator=torch.Generator().manual_seed(seed + 1))
+    keys = dequantize_keys(words, scales, means).flatten(1, 2)
+    true = (queries.view(H, G, dim) @ keys.mT).flatten(0, 1) * 0.3
+    torch.testing.assert_close(quantized_scores(queries, *room, scale=0.3), true, rtol=1e-4, atol=1e-4)
+
+
+def test_without_numba_torch_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    words, scales, means = made(2, 2, 32)
+    queries = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
+    found = quantized_scores(queries, words, scales, means, scale=1.0)
+    monkeypatch.setattr(quantized_ops, "compiled_for_cpu", lambda _: None)
+    torch.testing.assert_close(quantized_scores(queries, words, scales, means, scale=1.0), found, rtol=1e-4, atol=1e-4)
+
+
+def test_wrong_tensors_are_refused() -> None:
+    words, scales, means = made(2, 1, 32)
+    queries = torch.zeros(4, 32)
+    with pytest.raises(ValueError, match="words are"):
+        quantized_scores(queries, words.long(), scales, means, scale=1.0)
+    with pytest.raises(ValueError, match="queries are"):
+        quantized_scores(torch.zeros(3, 32), words, scales, means, scale=1.0)
+    with pytest.raises(ValueError, match="scales are"):
+        quantized_scores(queries, words, scales.float(), means, scale=1.0)
+    with pytest.raises(ValueError, match="means are"):
+        quantized_scores(queries, words, scales, means[:1], scale=1.0)
+    assert quantized_scores(queries, words[:, :0], scales[:, :0], means[:, :0], scale=1.0).shape == (4, 0)
+
+
+@pytest.mark.parametrize("start", [0, 16, 255, 256, 300])
+def test_it_chooses_by_roughly_the_scores_of_the_keys(start: int) -> None:
+    """Of what exact search chooses, most; the tokens of the last, incomplete group are scored exactly."""
+    keys, values, queries = make_context(start + 900, seed=start)
+    index = QuantizedKeyIndex(SHAPE, start=start)
+    index.add(keys[:, start:], values[:, start:])
+    scores = (queries.view(2, 2, -1) @ keys[:, start:].mT).flatten(0, 1) * SHAPE.scale
+    found, first = index.scores(queries)
+    assert bool((found[:, : start - first] == -math.inf).all())
+    found = found[:, start - first :]
+    by_keys = (queries.view(2, 2, -1) @ index.approximate_keys.mT).flatten(0, 1) * SHAPE.scale
+    torch.testing.assert_close(found, by_keys, rtol=1e-3, atol=1e-3)
+    tail = (start + 900) % 256
+    torch.testing.assert_close(found[:, -tail:], scores[:, -tail:], rtol=1e-4, atol=1e-4)
+    assert float((found - scores).square().mean() / scores.var()) < 0.2
+    true = top_ids(pooled(scores, SHAPE), 60, start)
+    ids = index.select(queries, start + 900, 60).ids
+    assert all(len(set(a) & set(b)) > 40 for a, b in zip(true.tolist(), ids.tolist(), strict=True))
+
+
+def test_channels_far_larger_than_the_others_cost_nothing() -> None:
+    """Keys of large models have such channels, which are nearly the same for all tokens."""
+    keys, values, queries = make_context(512)
+    plain, shifted = QuantizedKeyIndex(SHAPE), QuantizedKeyIndex(SHAPE)
+    plain.add(keys, values)
+    keys = keys.clone()
+    keys[..., 3] += 50.0
+    shifted.add(keys, values)
+    queries[:, 3] = 0.0
+    a, b = plain.scores(queries)[0], shifted.scores(queries)[0]
+    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+    assert float((a - b).square().mean() / a.var()) < 0.1
+
+
+def test_an_eighth_of_the_bytes_of_keys() -> None:
+    shape = LayerShape(2, 2, 128, 1.0)
+    index = QuantizedKeyIndex(shape)
+    keys = torch.randn(2, 1024, 128, generator=torch.Generator().manual_seed(0))
+    index.add(keys, keys)
+    assert index.held_bytes <= 1.15 * keys.numel() * 2 / 8
+
+
+def test_means_beyond_half_precision_are_refused() -> None:
+    index = QuantizedKeyIndex(SHAPE)
+    with pytest.raises(ValueError, match="range of float16"):
+        index.add(torch.full((2, 256, 32), 1e6), torch.zeros(2, 256, 32))
+    assert len(index) == 0
