@@ -1,4 +1,4 @@
-"""The store of a vLLM worker, as its settings describe it, and what they bring to justify approximations."""
+"""The store of a worker of an engine, as its settings describe it, and what they bring to justify approximations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ....kvstore.store import KVStore
 from ....kvstore.tiers.disk.tier import DiskTier
 from ....kvstore.tiers.host import HostTier
 from ....kvstore.tiers.remote.tier import RemoteTier
-from ..settings import ServingSettings
+from ..store_settings import StoreSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class QualityRecords:
     certificates: tuple[Certificate, ...]
 
     @classmethod
-    def of(cls, settings: ServingSettings) -> QualityRecords:
+    def of(cls, settings: StoreSettings) -> QualityRecords:
         """Those that the settings name.
 
         Raises
@@ -43,7 +43,7 @@ class QualityRecords:
         return certified_ratio(CertificateGate(self.certificates), spec, check_layer=check_layer)
 
 
-def open_store(settings: ServingSettings, spec: KVSpec, papers: QualityRecords) -> KVStore:
+def open_store(settings: StoreSettings, spec: KVSpec, papers: QualityRecords) -> KVStore:
     """One rank's store.
 
     Raises
@@ -56,7 +56,9 @@ def open_store(settings: ServingSettings, spec: KVSpec, papers: QualityRecords) 
     if papers.profile is not None:
         papers.profile.check_serves(spec)
     codecs = _codecs(settings, papers)
-    tiers: list[Tier] = [HostTier(settings.host_bytes // spec.shard[1])]
+    tiers: list[Tier] = []
+    if settings.host_bytes is not None:
+        tiers.append(HostTier(settings.host_bytes // spec.shard[1]))
     if settings.disk_path is not None:
         tiers.append(DiskTier(settings.disk_path, settings.disk_bytes))
     if settings.remote_url is not None:
@@ -74,18 +76,19 @@ def open_store(settings: ServingSettings, spec: KVSpec, papers: QualityRecords) 
     except UncertifiedError as exc:
         store.close()
         others = sorted({each.model_id for each in papers.certificates} - {spec.model_id})
+        there = f"; those that are there are for {', '.join(others)}" if others else ""
         raise UncertifiedError(
-            f"{exc}. In vLLM: name in certificates the file that `kvloom certify` makes of the served folder, or with "
-            f"`--model-id {spec.model_id}`" + (f"; those that are there are for {', '.join(others)}" if others else "")
+            f"{exc}. In an engine: name in certificates the file that `kvloom certify` makes of the served folder, or "
+            f"with `--model-id {spec.model_id}`{there}"
         ) from exc
     return store
 
 
-def is_lossy(settings: ServingSettings, papers: QualityRecords) -> bool:
+def is_lossy(settings: StoreSettings, papers: QualityRecords) -> bool:
     """Whether some tier's codec loses something."""
     return not all(codec.is_lossless for codec in _codecs(settings, papers).values())
 
 
-def _codecs(settings: ServingSettings, papers: QualityRecords) -> Mapping[str, Codec]:
+def _codecs(settings: StoreSettings, papers: QualityRecords) -> Mapping[str, Codec]:
     names = {"host": settings.host_codec, "disk": settings.disk_codec}
     return {tier: codec_by_name(name, papers.profile) for tier, name in names.items() if name is not None}

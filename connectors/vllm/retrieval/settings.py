@@ -12,14 +12,14 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from ....calibration.certificate import Certificate
 from ....retrieval.settings import Retrieval
-from ...serving.settings import (
+from ...serving.settings import ServingSettings
+from ...serving.store_settings import (
     CHECKED,
     Count,
     FilePaths,
     Name,
     NonNegative,
     Ratio,
-    ServingSettings,
     Switch,
     Text,
     checked,
