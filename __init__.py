@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from .kvstore.store import KVStore as KVStore
     from .kvstore.tiers.device import DeviceTier as DeviceTier
     from .kvstore.tiers.disk.tier import DiskTier as DiskTier
+    from .kvstore.tiers.distributed.redis_tier import RedisTier as RedisTier
+    from .kvstore.tiers.distributed.tier import Sharing as Sharing
     from .kvstore.tiers.host import HostTier as HostTier
     from .kvstore.tiers.remote.client import AsyncKVLoomClient as AsyncKVLoomClient
     from .kvstore.tiers.remote.client import KVLoomClient as KVLoomClient
@@ -58,7 +60,9 @@ _HOME = {
     "RawCodec": "compress.raw",
     "Retrieval": "retrieval.settings",
     "RopeSpec": "core",
+    "RedisTier": "kvstore.tiers.distributed.redis_tier",
     "RemoteTier": "kvstore.tiers.remote.tier",
+    "Sharing": "kvstore.tiers.distributed.tier",
     "SharedTier": "kvstore.tiers.shared",
     "Tier": "core",
     "TransformersConnector": "connectors.hf.connector",

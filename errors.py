@@ -38,6 +38,10 @@ class TierNoSpaceError(TierFullError):
     """The file system under a tier is full, or a quota on it, whatever the capacity of the tier itself."""
 
 
+class ChunkTooLargeError(TierFullError):
+    """A tier takes no chunk of this size, however much room it has."""
+
+
 class TierReadOnlyError(TierError):
     """A tier that was opened read-only was asked to write or delete a chunk."""
 
@@ -57,6 +61,10 @@ class TierTimeoutError(TierUnavailableError):
     def __init__(self, message: str, *, begun: bool) -> None:
         super().__init__(message)
         self.begun = begun
+
+
+class ChunkUnreachableError(TierError):
+    """A tier answers, but not for this chunk: the node that holds it does not, though others do."""
 
 
 class UncertifiedError(KVLoomError):

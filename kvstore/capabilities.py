@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from ..core import ChunkKey, EncodedChunk, Entry
@@ -62,6 +63,32 @@ class ReportsChanges(Protocol):
 
     def changes(self) -> list[Entry | ChunkKey]:
         """What others put (an entry) or removed (its key) since the last call, in order; microseconds if nothing."""
+        ...
+
+
+@runtime_checkable
+class FindsChunks(Protocol):
+    """Optional capability of a tier: others write to it, and it can only be asked for chunks that are wanted.
+
+    Attributes
+    ----------
+    recheck_s : a chunk that it did not have is not asked for again within this time.
+    """
+
+    @property
+    def recheck_s(self) -> float: ...
+    def find(self, keys: Sequence[ChunkKey]) -> list[Entry | None]:
+        """What it holds of each key, in few exchanges for all; reads no payload."""
+        ...
+
+
+@runtime_checkable
+class CountsItself(Protocol):
+    """Optional capability of a tier: it counts what only it can see."""
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """By field of `TierStats`; microseconds."""
         ...
 
 

@@ -253,6 +253,18 @@ def read_header(read_at: ReadAt, total_bytes: int, key: ChunkKey) -> Header:
         raise ChunkCorruptError(f"header is not of this format: {exc!r}") from exc
 
 
+def layer_ranges(header: Header, start: int, stop: int) -> list[tuple[int, int]]:
+    """The ranges `[begin, end)` of the container that `read_layers` reads, without empty ones."""
+    ranges = []
+    for stored in header.tensors.values():
+        sections, size = range(len(stored.checksums)), stored.section_bytes
+        if stored.layered:
+            sections = sections[start:stop]
+        if size and len(sections):
+            ranges.append((stored.offset + sections.start * size, stored.offset + sections.stop * size))
+    return ranges
+
+
 def read_layers(read_at: ReadAt, header: Header, start: int, stop: int, empty: Empty = _fresh) -> EncodedChunk:
     """Layers `[start, stop)` of a chunk as `EncodedChunk.layers` gives them; one read for each tensor.
 

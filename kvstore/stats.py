@@ -40,6 +40,9 @@ class TierStats:
     timeouts : operations that were given up because the tier did not answer in time.
     errors : operations that failed for any other reason, or were not begun because the tier is stalled or down.
     recoveries : times that the tier was down, and answered again.
+    unreachable : chunks that the tier knows and could not give, because the node that holds them does not answer. They
+        count as departures, too, and are looked for again later.
+    fewer_replicas : chunks that were stored with fewer replicas than asked for.
     """
 
     name: str
@@ -69,6 +72,8 @@ class TierStats:
     timeouts: int = 0
     errors: int = 0
     recoveries: int = 0
+    unreachable: int = 0
+    fewer_replicas: int = 0
     added_bytes: int = 0
     removed_bytes: int = 0
 

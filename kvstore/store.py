@@ -170,6 +170,7 @@ class KVStore:
             CertificateGate(certificates, allow_uncertified=allow_uncertified),
         )
         self._placement = Placement(self._catalog, self._tier_ios, self._codecs, deadline)
+        self._finds = any(tier.finder is not None for tier in self._tier_ios)
         self._prefetches = PrefetchQueue(self._placement, clock=monotonic)
         self._closed = False
         self._closed_tiers: set[str] = set()
@@ -337,7 +338,11 @@ class KVStore:
             for tier in self._tier_ios:
                 if tier.may_have_changes:
                     tier.follow_changes()
-            return self._catalog.match(keys)
+            count = self._catalog.match(keys)
+            if self._finds and count < len(keys):
+                self._placement.look_for_prefix(keys, count)
+                count = self._catalog.match(keys)
+            return count
         except BaseException:
             self._recover()
             raise
@@ -348,6 +353,8 @@ class KVStore:
         self._expect_open()
         _check_keys(keys)
         self._placement.follow_changes()
+        if self._finds:
+            self._placement.look_for_prefix(keys, self._catalog.match(keys))
         return tuple(state.tier.name for state in self._catalog.locate(keys))
 
     def locate(self, key: ChunkKey) -> str | None:

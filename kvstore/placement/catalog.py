@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
-from ...core import ChunkInfo, ChunkKey, Tier
+from ...core import ChunkInfo, ChunkKey, Entry, Tier
 from ..eviction.policy import EvictionPolicy
 from ..guard.guarded_tier import GuardedTier
 from ..guard.locks import release_owned
@@ -212,6 +212,15 @@ class Catalog:
             self._enter(state, key, nbytes, info)
             state.count(**counts)
             self._is_torn = False
+
+    def discover(self, state: TierState, entry: Entry) -> None:
+        """A chunk of which this store did not know is in the tier; nothing if it has been written here meanwhile."""
+        with self._lock:
+            if entry.key not in state.residencies:
+                self._begin()
+                self._enter(state, entry.key, entry.nbytes, entry.info)
+                state.count(arrivals=1)
+                self._is_torn = False
 
     def remove(self, state: TierState, key: ChunkKey, why: Removal) -> Residency | None:
         """A chunk is in the tier no longer; what it was. None if it was not there.

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from ...core import ChunkInfo, ChunkKey, EncodedChunk
-from ...errors import CodecError, SpecMismatchError, TierError, TierFullError
+from ...errors import ChunkTooLargeError, CodecError, SpecMismatchError, TierError, TierFullError
 from ..encoding.tier_codecs import TierCodecs
 from ..guard.deadline import Deadline
 from .catalog import Catalog, Pinned
 from .tier_io import TierIO
 
+_FIRST_LOOK = 32  # keys
 _VAIN_EVICTIONS = 2  # of as many bytes as are needed, although by the catalog there was space
 
 
@@ -83,6 +84,8 @@ class Placement:
     def promote_stored(self, key: ChunkKey) -> bool:
         """Promote a chunk from where it is, if it is stored; False if the first tier has no space, though it might."""
         self.follow_changes()
+        if not self._catalog.locate([key]):
+            self.look_for([key])
         if self._catalog.locate([key]) not in ([], [self._tiers[0].state]):
             for tier in self._tiers[1:]:
                 blob, *_ = tier.read(key)
@@ -94,6 +97,23 @@ class Placement:
         """Have the catalog follow what other processes did to shared tiers."""
         for tier in self._tiers:
             tier.follow_changes()
+
+    def look_for(self, keys: Sequence[ChunkKey]) -> bool:
+        """Ask tiers that others write to for these keys; whether that found any that was not known."""
+        found = [tier.finder.look_for(keys) for tier in self._tiers if tier.finder is not None]
+        return any(found)
+
+    def look_for_prefix(self, keys: Sequence[ChunkKey], known: int) -> None:
+        """The same for the leading keys, of which the catalog knows the first `known`: as far as they go on.
+
+        More are asked for at a time as more are found: most look-ups find nothing.
+        """
+        step = _FIRST_LOOK
+        while known < len(keys) and self.look_for(keys[known : known + step]):
+            found = self._catalog.match(keys)
+            if found < known + step:
+                return
+            known, step = found, 4 * step
 
     def count_in_first(self, keys: Iterable[ChunkKey]) -> int:
         """How many of the keys the first tier holds."""
@@ -137,7 +157,7 @@ class Placement:
                 return
             except TierFullError as exc:
                 needed_bytes = exc.needed_bytes
-                if needed_bytes > state.most_bytes(info.namespace):
+                if isinstance(exc, ChunkTooLargeError) or needed_bytes > state.most_bytes(info.namespace):
                     raise
                 if self._remove_expired(tier):
                     continue

@@ -17,6 +17,7 @@ from typing import Literal, TypeAlias
 from ...core import ChunkInfo, ChunkKey, EncodedChunk, Entry, Tier
 from ...errors import (
     ChunkCorruptError,
+    ChunkUnreachableError,
     CodecError,
     TierError,
     TierFullError,
@@ -25,11 +26,12 @@ from ...errors import (
     TierTimeoutError,
     TierUnavailableError,
 )
-from ..capabilities import ChecksItself, ReadsLayers, ReportsChanges
+from ..capabilities import ChecksItself, FindsChunks, ReadsLayers, ReportsChanges
 from ..guard.deadline import Deadline, DeadlineLock
 from ..guard.guarded_tier import GuardedTier
 from ..guard.locks import release_owned
 from .catalog import Catalog, Removal
+from .finder import Finder
 from .tier_state import Residency
 
 Fault: TypeAlias = Literal["expired", "corrupt", "timeout", "unavailable"]
@@ -56,6 +58,10 @@ class TierIO:
     tier : a tier that may stall is a `GuardedTier`; it tells this object what it does on its own.
     deadline : of the calling thread.
     clock : seconds, monotonic; for how often warnings are logged.
+
+    Attributes
+    ----------
+    finder : what asks the tier for chunks that others have put; None for a tier that cannot be asked.
     """
 
     def __init__(
@@ -77,6 +83,9 @@ class TierIO:
         watched = tier if self._guard is None else self._guard.tier
         self._layer_reader = tier if isinstance(tier, ReadsLayers) else None
         self._shared = watched if isinstance(watched, ReportsChanges) else None
+        self.finder = (
+            Finder(tier, watched, self.state, catalog, self.failed, clock) if isinstance(watched, FindsChunks) else None
+        )
         self._clock = clock
         locks = [threading.RLock() for _ in range(_STRIPES)]
         self._owned = (*locks, collecting := threading.RLock())
@@ -103,6 +112,8 @@ class TierIO:
         if (found is None or found == "expired") and self._shared is not None:
             self.follow_changes()  # others may have put it; what they removed, the tier says
             found = self._catalog.read(self.state, key, is_use=is_use)
+        if found is None and self.finder is not None and self.finder.look_for([key]):
+            found = self._catalog.read(self.state, key, is_use=is_use)
         if found is None:
             return None, None, None
         try:
@@ -117,6 +128,13 @@ class TierIO:
         except ChunkCorruptError as exc:
             self.discard(key, exc)
             return None, "corrupt", None
+        except ChunkUnreachableError as exc:
+            self.warn(exc)
+            self._catalog.count(self.state, unreachable=1)
+            self._catalog.remove(self.state, key, "departures")
+            if self.finder is not None:
+                self.finder.forget(key)
+            return None, "unavailable", None
         except TierError as exc:
             self.failed(exc)
             if found == "expired":

@@ -9,6 +9,7 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from ...core import ChunkInfo, ChunkKey, Entry, Tier
+from ..capabilities import CountsItself
 from ..eviction.policy import EvictionPolicy
 from ..guard.guarded_tier import GuardedTier
 from ..stats import TierStats
@@ -87,6 +88,8 @@ class TierState:
         self.reports_sizes = True
         self.counts: Counter[str] = Counter()
         self._guard = tier if isinstance(tier, GuardedTier) else None
+        bare = tier if self._guard is None else self._guard.tier
+        self._own_counts = bare if isinstance(bare, CountsItself) else None
         self._make_policy = make_policy
         self._quotas = quotas
         self.rebuild()
@@ -220,6 +223,7 @@ class TierState:
             sum(by_namespace.values()),
             by_namespace,
             **self.counts,
+            **({} if self._own_counts is None else self._own_counts.counts),
         )
 
     def check(self, held_by_tier: Iterable[Entry], doubtful: Container[ChunkKey]) -> list[str]:

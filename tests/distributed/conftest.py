@@ -1,0 +1,1 @@
+from .servers import redis  # noqa: F401
