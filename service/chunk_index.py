@@ -5,9 +5,10 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Protocol
 
 from ..core import ChunkInfo, ChunkKey
@@ -26,7 +27,7 @@ def listed_bytes(container_bytes: int) -> int:
 
 @dataclass(slots=True)
 class ListedChunk:
-    """A chunk of the service. `sequence` orders writes; `etag` is None until it was put or read here."""
+    """A chunk of the service. `sequence` orders writes of its pool; `etag` is None until it was put or read here."""
 
     key: ChunkKey
     nbytes: int
@@ -43,12 +44,20 @@ class ListedChunk:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A chunk of a pool is there from now on (or written anew), or is gone (`chunk` None)."""
+    """A chunk is there from now on (or written anew), or is gone (`chunk` None)."""
 
     sequence: int
-    pool: str
     key: ChunkKey
     chunk: ListedChunk | None
+
+
+class _Pool:
+    """Chunks and changes of one pool, numbered by themselves: nothing here tells of others, or grows with them."""
+
+    def __init__(self) -> None:
+        self.chunks: OrderedDict[ChunkKey, ListedChunk] = OrderedDict()
+        self.log: deque[Change] = deque(maxlen=_LOGGED_CHANGES)
+        self.sequence = 0
 
 
 class OnMove(Protocol):
@@ -60,16 +69,15 @@ class ChunkIndex:
 
     Attributes
     ----------
-    epoch : names this run of the service; sequences of another run mean nothing.
+    epoch : names this run of the service; sequences of another run mean nothing, and those of another pool neither.
     """
 
     def __init__(self, store: ServedStore) -> None:
         self.epoch = secrets.token_hex(4)
         self._store = store
         self._lock = threading.Lock()
-        self._chunks: OrderedDict[ChunkKey, ListedChunk] = OrderedDict()
-        self._log: deque[Change] = deque(maxlen=_LOGGED_CHANGES)
-        self._sequence = 0
+        self._chunks: dict[ChunkKey, ListedChunk] = {}
+        self._pools: defaultdict[str, _Pool] = defaultdict(_Pool)
         self._generation = store.generation
         self._rescanned_at_s = float("-inf")
         self._arriving: dict[ChunkKey, tuple[ListedChunk, Sequence[int]]] = {}
@@ -77,9 +85,10 @@ class ChunkIndex:
         with self._lock:
             self._rescan()
 
-    @property
-    def sequence(self) -> int:
-        return self._sequence
+    def sequence(self, pool: str) -> int:
+        """Of the pool's last change."""
+        with self._lock:
+            return self._pools[pool].sequence
 
     def __len__(self) -> int:
         return len(self._chunks)
@@ -105,12 +114,9 @@ class ChunkIndex:
         """A put of this chunk has succeeded."""
         with self._lock:
             chunk = self._chunks.get(key)
-            self._sequence += 1
             tiers = set() if chunk is None else chunk.tiers
             reads = 0 if chunk is None else chunk.reads
-            self._chunks[key] = found = ListedChunk(key, nbytes, info, self._sequence, tiers, etag, reads)
-            self._chunks.move_to_end(key)
-            self._log.append(Change(self._sequence, found.pool, key, found))
+            self._enter(ListedChunk(key, nbytes, info, 0, tiers, etag, reads))
             self._catch_up()
             self._arriving.pop(key, None)
 
@@ -123,39 +129,32 @@ class ChunkIndex:
         """Chunks of a pool, least recently written first, of higher sequence than `after`."""
         self.catch_up()
         with self._lock:
-            found: list[ListedChunk] = []
-            for chunk in self._chunks.values():
-                if chunk.sequence > after and chunk.tiers and chunk.pool == pool:
-                    found.append(chunk)
-                    if len(found) == limit:
-                        break
-            return found
+            later = (each for each in self._pools[pool].chunks.values() if each.sequence > after and each.tiers)
+            return list(islice(later, limit))
 
     def count(self, pool: str) -> int:
         """Chunks of a pool."""
         self.catch_up()
         with self._lock:
-            return sum(chunk.pool == pool for chunk in self._chunks.values())
+            return len(self._pools[pool].chunks)
 
     def changes(self, pool: str, after: int, *, limit: int = 1000) -> tuple[list[Change], int] | None:
         """Changes of a pool since `after`, and the sequence up to which these are all; None if they are forgotten."""
         self.catch_up()
         with self._lock:
-            if after < self._sequence and (not self._log or self._log[0].sequence > after + 1):
+            known = self._pools[pool]
+            if after < known.sequence and (not known.log or known.log[0].sequence > after + 1):
                 return None
-            found: list[Change] = []
-            for change in self._log if after < self._sequence else ():
-                if change.sequence > after and change.pool == pool:
-                    found.append(change)
-                    if len(found) == limit:
-                        return found, change.sequence
-            return found, self._sequence
+            later = (change for change in known.log if change.sequence > after) if after < known.sequence else ()
+            found = list(islice(later, limit))
+            return found, found[-1].sequence if len(found) == limit else known.sequence
 
     def keys_in(self, namespace: str) -> list[ChunkKey]:
         """Store keys of a namespace as the store names it."""
         self.catch_up()
         with self._lock:
-            return [chunk.key for chunk in self._chunks.values() if chunk.info.namespace == namespace]
+            found = self._pools[client_namespace(namespace)[0]].chunks.values()
+            return [chunk.key for chunk in found if chunk.info.namespace == namespace]
 
     def _catch_up(self) -> None:
         if self._generation != self._store.generation:
@@ -179,11 +178,22 @@ class ChunkIndex:
         if unknown and time.monotonic() - self._rescanned_at_s > _RESCAN_INTERVAL_S:
             self._rescan()  # chunks of other processes
 
+    def _enter(self, chunk: ListedChunk) -> None:
+        """As the last that was written."""
+        pool = self._pools[chunk.pool]
+        pool.sequence += 1
+        chunk.sequence = pool.sequence
+        self._chunks[chunk.key] = pool.chunks[chunk.key] = chunk
+        pool.chunks.move_to_end(chunk.key)
+        pool.log.append(Change(pool.sequence, chunk.key, chunk))
+
     def _gone(self, keys: Iterable[ChunkKey]) -> None:
         for key in keys:
             chunk = self._chunks.pop(key)
-            self._sequence += 1
-            self._log.append(Change(self._sequence, chunk.pool, key, None))
+            pool = self._pools[chunk.pool]
+            pool.chunks.pop(key, None)
+            pool.sequence += 1
+            pool.log.append(Change(pool.sequence, key, None))
 
     def _rescan(self) -> None:
         """Compares with what the tiers list: at the start, after tiers changed, and for chunks of other workers."""
@@ -192,11 +202,7 @@ class ChunkIndex:
         for tier in reversed(self._store.tiers):  # the slowest holds nearly all, in order of writing
             for entry in tier.entries():
                 if entry.key not in self._chunks:
-                    self._sequence += 1
-                    nbytes = listed_bytes(entry.nbytes)
-                    chunk = ListedChunk(entry.key, nbytes, entry.info, self._sequence)
-                    self._chunks[entry.key] = chunk
-                    self._log.append(Change(self._sequence, chunk.pool, entry.key, chunk))
+                    self._enter(ListedChunk(entry.key, listed_bytes(entry.nbytes), entry.info, 0))
                 found.setdefault(entry.key, set()).add(tier.name)
         for key, chunk in self._chunks.items():
             chunk.tiers = found.get(key, set())

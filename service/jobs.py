@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -14,7 +13,7 @@ from .problems import ProblemError, not_found
 
 State: TypeAlias = Literal["running", "finished", "failed", "cancelled"]
 
-_REMEMBERED = 4096
+_REMEMBERED = 1024  # of each tenant
 _MOST_RUNNING = 256
 
 
@@ -36,23 +35,24 @@ class Job:
 
 
 class Jobs:
-    """The jobs of all tenants; the oldest that have ended are forgotten. Every method may be called from any thread."""
+    """The jobs of all tenants; of each, the oldest that have ended are forgotten. From any thread."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
-        self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._jobs: dict[str, Job] = {}
 
     def add(self, pool: str, kind: str, cancel: Callable[[], object], **progress: Any) -> Job:
         """Raises `ProblemError` if a tenant has too many running."""
         with self._condition:
-            running = sum(job.pool == pool and job.state == "running" for job in self._jobs.values())
+            own = [job for job in self._jobs.values() if job.pool == pool]
+            ended = [job for job in own if job.state != "running"]
+            running = len(own) - len(ended)
             if running >= _MOST_RUNNING:
                 raise ProblemError(429, "too-many-jobs", f"{running} jobs are running; wait for one to end")
             job = Job(secrets.token_hex(16), pool, kind, cancel, time.time(), progress=progress)
             self._jobs[job.id] = job
-            for old in list(self._jobs.values())[: max(len(self._jobs) - _REMEMBERED, 0)]:
-                if old.state != "running":
-                    del self._jobs[old.id]
+            for old in ended[: max(len(own) + 1 - _REMEMBERED, 0)]:
+                del self._jobs[old.id]
         return job
 
     def get(self, pool: str, job_id: str, kind: str | None = None) -> Job:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from ..kvstore.tiers.disk.tier import DiskTier
@@ -19,23 +20,40 @@ from .access.tenants import TenantFile
 from .chunk_index import ListedChunk
 from .served_store import ServedStore
 
-_REMEMBERED = 1 << 14
+_REMEMBERED = 1 << 12  # of each pool
 
 
 @dataclass(frozen=True, slots=True)
 class KVEvent:
-    """One event of a tenant's pool; `fields` as vLLM names them, with keys as bytes."""
+    """One event; `fields` as vLLM names them, with keys as bytes and tokens as any sequence of integers."""
 
     sequence: int
-    pool: str
     at_s: float
-    fields: dict[str, Any]
+    fields: Mapping[str, Any]
+
+    def as_vllm(self) -> dict[str, Any]:
+        """As vLLM encodes it."""
+        found = dict(self.fields)
+        if "token_ids" in found:
+            found["token_ids"] = list(found["token_ids"])
+        return found
 
     def as_json(self) -> dict[str, Any]:
         """With keys as hexadecimal digits."""
-        parent = self.fields.get("parent_block_hash")
-        told = {**self.fields, "block_hashes": [key.hex() for key in self.fields["block_hashes"]]}
-        return {**told, "parent_block_hash": parent.hex()} if parent is not None else told
+        found = self.as_vllm()
+        if "block_hashes" in found:
+            found["block_hashes"] = [key.hex() for key in found["block_hashes"]]
+        if found.get("parent_block_hash") is not None:
+            found["parent_block_hash"] = found["parent_block_hash"].hex()
+        return found
+
+
+class _Pool:
+    """The events of late of one pool, numbered by themselves: the numbers tell nothing of others."""
+
+    def __init__(self) -> None:
+        self.events: deque[KVEvent] = deque(maxlen=_REMEMBERED)
+        self.sequence = 0
 
 
 class KVEvents:
@@ -45,13 +63,12 @@ class KVEvents:
         self._store = store
         self._tenants = tenants
         self._lock = threading.Lock()
-        self._events: deque[KVEvent] = deque(maxlen=_REMEMBERED)
-        self._sequence = 0
+        self._pools: defaultdict[str, _Pool] = defaultdict(_Pool)
 
-    @property
-    def sequence(self) -> int:
-        """Of the last event."""
-        return self._sequence
+    def sequence(self, pool: str) -> int:
+        """Of the pool's last event."""
+        with self._lock:
+            return self._pools[pool].sequence
 
     def moved(self, chunk: ListedChunk, tier: str, token_ids: Sequence[int], *, is_there: bool) -> None:
         """A chunk has entered a tier, or left it. `token_ids` may be empty: they are known when it is put."""
@@ -68,7 +85,7 @@ class KVEvents:
                 "type": "BlockStored",
                 **fields,
                 "parent_block_hash": None if after is None else keys.to_client(after),
-                "token_ids": list(token_ids),
+                "token_ids": token_ids,
                 "block_size": len(token_ids),
                 "lora_id": None,
                 "lora_name": None,
@@ -76,13 +93,25 @@ class KVEvents:
         else:
             fields = {"type": "BlockRemoved", **fields}
         with self._lock:
-            self._sequence += 1
-            self._events.append(KVEvent(self._sequence, chunk.pool, time.time(), fields))
+            pool = self._pools[chunk.pool]
+            pool.sequence += 1
+            pool.events.append(KVEvent(pool.sequence, time.time(), fields))
 
-    def since(self, sequence: int, pool: str | None = None) -> list[KVEvent]:
-        """Events after this one, of one pool or of all; what is forgotten is left out."""
+    def since(self, sequence: int, pool: str) -> list[KVEvent]:
+        """Events of a pool after this one.
+
+        If some of them are forgotten, or `sequence` is of another run of the service, the first says that all is
+        cleared: whoever follows knows nothing any more, rather than something wrong.
+        """
         with self._lock:
-            return [each for each in self._events if each.sequence > sequence and pool in (None, each.pool)]
+            known = self._pools[pool]
+            if sequence == known.sequence:
+                return []
+            if sequence > known.sequence or not known.events or known.events[0].sequence > sequence + 1:
+                first = known.events[0].sequence if known.events else known.sequence + 1
+                return [KVEvent(first - 1, time.time(), {"type": "AllBlocksCleared"}), *known.events]
+            start = sequence + 1 - known.events[0].sequence
+            return list(islice(known.events, start, None))
 
     def _is_disk(self, name: str) -> bool:
         return any(isinstance(tier, DiskTier) for tier in self._store.tiers if tier.name == name)
@@ -124,11 +153,11 @@ class EventPublisher:
         self._socket.close(linger=200)
 
     def _publish(self) -> None:
-        last, number = self._events.sequence, 0
+        last, number = self._events.sequence(self._pool), 0
         while not self._ended.wait(self._interval_s):
             found = self._events.since(last, self._pool)
             if found:
                 last = found[-1].sequence
-                batch = [time.time(), [each.fields for each in found], None]
+                batch = [time.time(), [each.as_vllm() for each in found], None]
                 self._socket.send_multipart((b"", number.to_bytes(8, "big"), self._encode(batch)))
                 number += 1

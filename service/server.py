@@ -16,6 +16,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from .access.certificate import Certificate
 from .access.credentials import TokenFile
 from .app import create_app
 from .protocol import limited_protocol
@@ -23,6 +24,7 @@ from .self_check import check_settings
 from .settings import ServiceSettings
 
 _LOG = logging.getLogger("kvloom.service")
+_TICKS = 20  # of a tenth of a second
 
 
 def serve(settings: ServiceSettings, *, say: Callable[[str], None]) -> None:
@@ -48,16 +50,24 @@ def serve(settings: ServiceSettings, *, say: Callable[[str], None]) -> None:
         tokens = TokenFile(directory / "tokens.json")
         is_first = not tokens.entries()
         check_settings(settings, has_tokens=not is_first)
+        certificate_of(settings)
         with listen(settings.host, settings.port) as sock:
             scheme = "https" if settings.uses_tls else "http"
             host, port = sock.getsockname()[:2]
-            url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
-            say(f"kvloom serves {url}, chunks and tokens in {directory}")
+            everywhere = host in ("0.0.0.0", "::")  # noqa: S104  only said
+            name = socket.gethostname() if everywhere else f"[{host}]" if ":" in host else host
+            url = f"{scheme}://{name}:{port}"
+            at = " at every address of this host" if everywhere else ""
+            say(f"kvloom serves {url}{at}, chunks and tokens in {directory}")
+            say(f"dashboard: {url}/")
             if is_first:
                 token = tokens.create("default", ("read", "write", "admin"))
                 say(f"token, shown only now: {token}")
                 say(f'try: curl -H "Authorization: Bearer {token}" {url}/v1/stats')
+            else:
+                say("another token: kvloom token create --scope read --scope write")
             run(settings, sock)
+            say("kvloom has stopped: requests have ended, chunks are on disk")
 
 
 def run(settings: ServiceSettings, sock: socket.socket) -> None:
@@ -65,11 +75,35 @@ def run(settings: ServiceSettings, sock: socket.socket) -> None:
     app = create_app(settings)
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda *_: None)  # uvicorn raises them again after an orderly end
-    _Server(server_config(settings, app)).run(sockets=[sock])
+    _Server(server_config(settings, app), certificate_of(settings)).run(sockets=[sock])
+
+
+def certificate_of(settings: ServiceSettings) -> Certificate | None:
+    """None without TLS. Raises as `Certificate`."""
+    if settings.tls_certificate is None or settings.tls_key is None:
+        return None
+    password = settings.tls_key_password
+    return Certificate(
+        settings.tls_certificate, settings.tls_key, None if password is None else password.get_secret_value()
+    )
 
 
 class _Server(uvicorn.Server):
-    """Says that it drains as soon as it is asked to end."""
+    """Says that it drains as soon as it is asked to end, and looks for a new certificate every two seconds."""
+
+    def __init__(self, config: uvicorn.Config, certificate: Certificate | None) -> None:
+        super().__init__(config)
+        self._certificate = certificate
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.should_exit and self.started:  # asked to end meanwhile, after which uvicorn forgets to
+            await self.shutdown(sockets)
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._certificate is not None and self.config.ssl is not None and counter % _TICKS == 0:
+            self._certificate.renew(self.config.ssl)
+        return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         app: Any = self.config.app

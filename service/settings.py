@@ -156,8 +156,8 @@ class LoadedSettings:
     origins: Mapping[str, str]
 
     def lines(self) -> list[str]:
-        """`name = value  # origin`, one for each setting, in the form of a TOML file; secrets are masked."""
-        return [f"{name} = {_toml(getattr(self.settings, name))}  # {self.origins[name]}" for name in self.origins]
+        """`name = value  # origin` for each setting, a file that says the same; unset and secret ones are comments."""
+        return [_line(name, getattr(self.settings, name), origin) for name, origin in self.origins.items()]
 
 
 def load_settings(file: Path | None = None, flags: Mapping[str, Any] | None = None) -> LoadedSettings:
@@ -204,15 +204,29 @@ def _problem(error: Any, origins: Mapping[str, str]) -> str:
     return f"{name} is {shown} ({origins.get(name, 'given')}): {text}"
 
 
-def _toml(value: object) -> str:
+def _line(name: str, value: object, origin: str) -> str:
     if value is None:
-        return '""'
+        return f"# {name} is not set  # {origin}"
     if isinstance(value, SecretStr):
-        return '"***"'
+        return f"# {name} is secret  # {origin}"
+    if name.endswith("_bytes") and isinstance(value, int):
+        return f'{name} = "{_size(value)}"  # {origin}'
+    return f"{name} = {_toml(value)}  # {origin}"
+
+
+def _size(nbytes: int) -> str:
+    """The shortest text that `parse_bytes` reads as this size."""
+    unit, factor = max(
+        ((unit, factor) for unit, factor in _UNITS.items() if unit and not nbytes % factor), key=lambda pair: pair[1]
+    )
+    return f"{nbytes // factor}{unit}" if nbytes else "0B"
+
+
+def _toml(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{_toml(key)} = {_toml(item)}" for key, item in value.items()) + "}"
     if isinstance(value, int | float):
         return repr(value)
     return '"' + str(value).replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -81,9 +81,10 @@ class StoreSettings:
     host_bytes : size of the host tier, for all ranks of this engine together; None for no host tier.
     disk_path : folder of a `DiskTier`, shared by all engines that name it; None for none.
     disk_bytes : most bytes of chunks in that folder; None for no limit.
-    remote_url : `http://host:port` of a kvloom service, the slowest tier, shared by all engines that name it and a
-        token of one tenant; None for none. An engine starts, and goes on, without it.
+    remote_url : `https://host:port` (`http` on this host) of a kvloom service, the slowest tier, shared by all engines
+        that name it and a token of one tenant; None for none. An engine starts, and goes on, without it.
     remote_token_file : file with a token of that service, read again when it changes.
+    remote_ca_file : certificates (PEM) to trust there; None for those of the system.
     host_codec, disk_codec : codec of the chunks in that tier, a name of `compress.registry`; None stores them as they
         are.
     profile : file of the model's `Profile`, for codecs that need one.
@@ -100,6 +101,7 @@ class StoreSettings:
     disk_bytes: Size | None = None
     remote_url: Name | None = None
     remote_token_file: FilePath | None = None
+    remote_ca_file: FilePath | None = None
     host_codec: Name | None = None
     disk_codec: Name | None = None
     profile: FilePath | None = None
@@ -120,6 +122,10 @@ class StoreSettings:
                 raise ValueError(f"{name} is given without disk_path; name the folder that it is for")
         if (self.remote_url is None) != (self.remote_token_file is None):
             raise ValueError("remote_url and remote_token_file belong together; give both or neither")
+        if self.remote_ca_file is not None and not (self.remote_url or "").startswith("https://"):
+            raise ValueError(
+                f"remote_ca_file is given and remote_url is {self.remote_url!r}; expected https://host:port"
+            )
         return self
 
 

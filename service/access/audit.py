@@ -12,10 +12,14 @@ from typing import Any
 
 _LOG = logging.getLogger("kvloom.service")
 _MOST_BYTES = 64 << 20
+_KEPT_FILES = 8
+_STRANGERS_PER_S = 20
 
 
 class AuditLog:
-    """Appends to a private file, which moves to `NAME.1` when it has grown to 64 MiB. From any thread and process.
+    """Appends to a private file, which moves to `NAME.1` when it has grown to 64 MiB, and so on to `NAME.8`.
+
+    From any thread and process.
 
     Parameters
     ----------
@@ -26,6 +30,22 @@ class AuditLog:
         self._path = path
         self._lock = threading.Lock()
         self._descriptor: int | None = None
+        self._second = 0  # of what follows
+        self._strangers = 0
+        self._left_out = 0
+
+    def write_stranger(self, **event: Any) -> None:
+        """As `write`, at most twenty lines a second: who has no token cannot fill the log. It says what is missing."""
+        with self._lock:
+            second = int(time.monotonic())
+            if second != self._second:
+                self._second, self._strangers = second, 0
+            self._strangers += 1
+            if self._strangers > _STRANGERS_PER_S:
+                self._left_out += 1
+                return
+            left_out, self._left_out = self._left_out, 0
+        self.write(**event, **({"left_out_before": left_out} if left_out else {}))
 
     def write(self, **event: Any) -> None:
         """One line; a disk that refuses it is logged, and changes nothing for the client."""
@@ -52,6 +72,10 @@ class AuditLog:
             os.close(self._descriptor)
             self._descriptor = None
             if stat.st_nlink and path.exists() and path.stat().st_ino == stat.st_ino:
+                for number in range(_KEPT_FILES - 1, 0, -1):
+                    older = path.with_name(f"{path.name}.{number}")
+                    if older.exists():
+                        older.replace(path.with_name(f"{path.name}.{number + 1}"))
                 path.replace(path.with_name(f"{path.name}.1"))
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         self._descriptor = os.open(path, flags, 0o600)

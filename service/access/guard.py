@@ -82,8 +82,8 @@ class _Request:
                 credential = self._verified()
                 known = self._context.tenants.get(credential.tenant)
                 rate = known.requests_per_s or self._context.settings.tenant_requests_per_s
-                self._context.limits.enter(known.pool, rate)
-                tenant = known.pool
+                self._context.limits.enter(known.name, rate)
+                tenant = known.name
                 self._scope["credential"] = credential
                 self._scope["tenant"] = known
             self._check_size()
@@ -172,14 +172,11 @@ class _Request:
         )  # fmt: skip
         is_change = method not in ("GET", "HEAD", "OPTIONS") and route not in _LOOKUPS
         if is_change or self._status in (401, 403, 429):
-            self._context.audit.write(
-                request=self._id,
-                token=None if credential is None else credential.token_id,
-                tenant=None if credential is None else credential.tenant,
-                method=method,
-                route=route,
-                status=self._status,
-            )
+            event = {"request": self._id, "method": method, "route": route, "status": self._status}
+            if credential is None:
+                self._context.audit.write_stranger(token=None, tenant=None, **event)
+            else:
+                self._context.audit.write(token=credential.token_id, tenant=credential.tenant, **event)
 
 
 _LOOKUPS = frozenset({"/v1/match", "/v1/explain"})

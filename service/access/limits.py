@@ -106,21 +106,33 @@ class TransferTurns:
 
 
 class UploadBudget:
-    """Bytes of bodies that are on their way in, all together. For the event loop's thread alone."""
+    """Bytes of bodies that are on their way in. For the event loop's thread alone.
 
-    def __init__(self, most_bytes: int) -> None:
-        self._most_bytes = most_bytes
+    Parameters
+    ----------
+    most_bytes : all together.
+    most_of_tenant_bytes : of one tenant, so that nobody keeps the others out.
+    """
+
+    def __init__(self, most_bytes: int, most_of_tenant_bytes: int) -> None:
+        self._most_bytes, self._most_of_tenant_bytes = most_bytes, most_of_tenant_bytes
         self.used_bytes = 0
+        self._of_tenant: Counter[str] = Counter()
 
     @contextmanager
-    def taking(self, nbytes: int) -> Iterator[None]:
+    def taking(self, tenant: str, nbytes: int) -> Iterator[None]:
         """Raises `ProblemError` if so much more may not come in now."""
-        if self.used_bytes + nbytes > self._most_bytes:
+        mine_bytes = self._of_tenant[tenant]
+        if self.used_bytes + nbytes > self._most_bytes or mine_bytes + nbytes > self._most_of_tenant_bytes:
             raise ProblemError(
                 503, "busy", "too many bodies are on their way; try again later", headers={"Retry-After": "1"}
             )
         self.used_bytes += nbytes
+        self._of_tenant[tenant] += nbytes
         try:
             yield
         finally:
             self.used_bytes -= nbytes
+            self._of_tenant[tenant] -= nbytes
+            if not self._of_tenant[tenant]:
+                del self._of_tenant[tenant]

@@ -60,14 +60,21 @@ class EmbeddedEngine:
         self._connectors: dict[tuple[str, str], Any] = {}
         self._work: queue.PriorityQueue[tuple[int, int, _Work | None]] = queue.PriorityQueue()
         self._numbers = itertools.count()
+        self._lock = threading.Lock()
+        self._questions = 0  # that wait
         self._thread = threading.Thread(target=self._serve, name="kvloom-engine", daemon=True)
         if self.models:
             self._thread.start()
 
     def submit(self, function: Callable[[], T], *, urgency: int) -> Future[T]:
-        """What the engine's thread makes of `function`. Raises `ProblemError` if too much is waiting."""
-        if self._work.qsize() >= _MOST_WAITING:
-            raise ProblemError(503, "busy", "too much is waiting for the model", headers={"Retry-After": "5"})
+        """What the engine's thread makes of `function`. Raises `ProblemError` if too many questions are waiting.
+
+        Documents that wait to be precomputed keep no question out.
+        """
+        with self._lock:
+            if urgency == URGENT and self._questions >= _MOST_WAITING:
+                raise ProblemError(503, "busy", "too much is waiting for the model", headers={"Retry-After": "5"})
+            self._questions += urgency == URGENT
         work = _Work(function, Future())
         self._work.put((urgency, next(self._numbers), work))
         return work.future
@@ -113,9 +120,11 @@ class EmbeddedEngine:
 
     def _serve(self) -> None:
         while True:
-            _, _, work = self._work.get()
+            urgency, _, work = self._work.get()
             if work is None:
                 return
+            with self._lock:
+                self._questions -= urgency == URGENT
             work.run()
 
     def _model(self, name: str) -> tuple[Any, Any]:

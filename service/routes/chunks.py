@@ -6,6 +6,8 @@ import base64
 import hashlib
 import re
 import time
+from array import array
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
@@ -14,7 +16,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ...core import ChunkInfo, ChunkKey
+from ...core import ChunkInfo, ChunkKey, EncodedChunk
 from ..access.tenants import client_namespace, store_namespace
 from ..chunk_index import ListedChunk, listed_bytes
 from ..containers import MEDIA_TYPE, Container, IncomingContainer, layers_container, num_layers
@@ -107,16 +109,14 @@ async def put_chunk(
     if session_id is not None and shared_range is not None:
         incoming = await _taken(context, caller, session_id, shared_range)
     else:
-        incoming = await _received(request, context)
+        incoming = await _received(request, context, caller)
     if content_digest is not None:
         await context.run(lambda: _check_digest(content_digest, incoming.view[: incoming.filled_bytes]))
 
     def store() -> str:
         blob, header = incoming.chunk(client_key)
         etag = context.containers.note(stored_key, blob, header)
-        tokens = blob.tensors.get("token_ids")
-        is_row = tokens is not None and tokens.ndim == 1 and tokens.dtype == torch.int64
-        context.index.expect(stored_key, info, tokens.tolist() if tokens is not None and is_row else ())
+        context.index.expect(stored_key, info, _token_ids(blob))
         try:
             with context.store.use() as kvstore:
                 kvstore.put_encoded(stored_key, blob, info)
@@ -236,7 +236,7 @@ async def list_chunks(
     epoch, after = _cursor(cursor)
     if cursor and epoch != context.index.epoch:
         raise ProblemError(410, "gone", "the service has started anew since; list from the beginning")
-    up_to = context.index.sequence
+    up_to = context.index.sequence(caller.tenant.pool)
     chunks = await context.run(lambda: context.index.chunks(caller.tenant.pool, after=after, limit=limit))
     is_complete = len(chunks) < limit
     last = up_to if is_complete else chunks[-1].sequence
@@ -298,12 +298,12 @@ class ContainerResponse(Response):
             await send({"type": "http.response.body", "body": b""})
 
 
-async def _received(request: Request, context: ServiceContext) -> IncomingContainer:
+async def _received(request: Request, context: ServiceContext, caller: Caller) -> IncomingContainer:
     """The body in one buffer. Waits for its turn before it reads, so that few clients fill memory at a time."""
     length = request.headers.get("content-length")
     if length is None or not length.isdigit():
         raise ProblemError(411, "length-required", "a chunk needs a Content-Length")
-    with context.uploads.taking(int(length)):
+    with context.uploads.taking(caller.tenant.name, int(length)):
         async with context.transfers.turn():
             incoming = IncomingContainer(context.buffers, int(length))
             async for piece in request.stream():
@@ -322,9 +322,17 @@ async def _taken(context: ServiceContext, caller: Caller, session_id: str, text:
     if nbytes > context.settings.max_body_bytes:
         raise ProblemError(413, "too-large", f"the chunk is larger than {context.settings.max_body_bytes} bytes")
     session = context.shared_memory.session(caller.tenant.pool, session_id)
-    with context.uploads.taking(nbytes):
+    with context.uploads.taking(caller.tenant.name, nbytes):
         async with context.transfers.turn():
             return await context.run(lambda: context.shared_memory.take(session, offset, nbytes, context.buffers))
+
+
+def _token_ids(blob: EncodedChunk) -> Sequence[int]:
+    """Those of the chunk, for events; none if it has no row of them."""
+    tokens = blob.tensors.get("token_ids")
+    if tokens is None or tokens.ndim != 1 or tokens.dtype != torch.int64:
+        return ()
+    return array("q", tokens.numpy().tobytes())  # a fourth of a list of integers
 
 
 def _located(context: ServiceContext, key: ChunkKey) -> str | None:

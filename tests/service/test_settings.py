@@ -69,10 +69,13 @@ def test_show_prints_a_file_that_says_the_same_and_no_secret(tmp_path: Path, mon
     shown = CliRunner().invoke(app, ["config", "show", "--port", "5", "--set", "models.tiny=/models/tiny"])
     assert shown.exit_code == 0 and "hunter2" not in shown.output
     lines = shown.output.splitlines()
-    assert 'tls_key_password = "***"  # KVLOOM_TLS_KEY_PASSWORD' in lines and "port = 5  # flag" in lines
-    assert 'models = {tiny = "/models/tiny"}  # flag' in lines
+    assert "# tls_key_password is secret  # KVLOOM_TLS_KEY_PASSWORD" in lines and "port = 5  # flag" in lines
+    assert 'models = {"tiny" = "/models/tiny"}  # flag' in lines and 'host_bytes = "4GiB"  # default' in lines
     again = tmp_path / "again.toml"
-    again.write_text("\n".join(line for line in lines if not line.split(" = ")[1].startswith('""')))
-    monkeypatch.delenv("KVLOOM_TLS_KEY_PASSWORD")
-    loaded = load_settings(again).settings
-    assert loaded.port == 5 and loaded.models == {"tiny": Path("/models/tiny")} and loaded.host_bytes == 4 << 30
+    again.write_text(shown.output)
+    first = load_settings(None, {"port": 5, "models": {"tiny": "/models/tiny"}}).settings
+    for name in ("TLS_CERTIFICATE", "TLS_KEY", "TLS_KEY_PASSWORD"):
+        monkeypatch.delenv(f"KVLOOM_{name}")
+    loaded = load_settings(again)
+    assert {*loaded.origins.values()} == {"default", str(again)}
+    assert loaded.settings.model_dump(exclude={"tls_key_password"}) == first.model_dump(exclude={"tls_key_password"})

@@ -62,8 +62,14 @@ def open_store(settings: StoreSettings, spec: KVSpec, papers: QualityRecords) ->
     if settings.disk_path is not None:
         tiers.append(DiskTier(settings.disk_path, settings.disk_bytes))
     if settings.remote_url is not None:
-        token_file, timeout_s = settings.remote_token_file, settings.load_timeout_s
-        tiers.append(RemoteTier(settings.remote_url, token_file=token_file, timeout_s=timeout_s))
+        tiers.append(
+            RemoteTier(
+                settings.remote_url,
+                token_file=settings.remote_token_file,
+                ca_file=settings.remote_ca_file,
+                timeout_s=settings.load_timeout_s,
+            )
+        )
     store = KVStore(
         tiers,
         tier_codecs=codecs,

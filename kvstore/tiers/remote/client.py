@@ -107,14 +107,16 @@ class KVLoomClient:
     token_file : a file with one instead, read again when it changes.
     timeout_s : seconds until a request is given up, retries included.
     retries : further tries.
-    tls : certificates to trust, if not the system's.
+    ca_file : certificates (PEM) to trust instead of the system's: the service's own, or those of whoever signed it.
+    tls : everything about TLS instead, such as a certificate of the client's own.
     shared_memory : move chunks through shared memory where the service offers it; None if the URL is of this host.
         Where it cannot be had, chunks go over HTTP.
     max_chunk_bytes : a longer container is refused, so that a service cannot fill this process's memory.
 
     Raises
     ------
-    ValueError : the URL is none, there is not one of `token` and `token_file`, or a number is out of range.
+    ValueError : the URL is none, there is not one of `token` and `token_file`, a number is out of range, or `ca_file`
+        holds no certificate.
     """
 
     def __init__(
@@ -125,6 +127,7 @@ class KVLoomClient:
         token_file: str | Path | None = None,
         timeout_s: float = 10.0,
         retries: int = 2,
+        ca_file: str | Path | None = None,
         tls: ssl.SSLContext | None = None,
         max_chunk_bytes: int = 1 << 30,
         shared_memory: bool | None = None,
@@ -133,12 +136,14 @@ class KVLoomClient:
             raise ValueError(f"timeout_s is {timeout_s}; expected seconds above 0")
         if retries < 0:
             raise ValueError(f"retries is {retries}; expected 0 or more")
+        if ca_file is not None and tls is not None:
+            raise ValueError("expected at most one of ca_file and tls")
         self.timeout_s = timeout_s
         self.url = url
         self._retries = retries
         self._max_chunk_bytes = max_chunk_bytes
         self._token = _Token(token, None if token_file is None else Path(token_file))
-        self._http = HttpPool(url, tls=tls)
+        self._http = HttpPool(url, tls=_trusting(ca_file, url) if tls is None else tls)
         self._buffers = BufferPool()
         if shared_memory is None:
             shared_memory = urlsplit(url).hostname in _THIS_HOST
@@ -519,6 +524,19 @@ class AsyncKVLoomClient:
 
 def _in_place(_: memoryview, offset: int) -> None:
     """The bytes are there already."""
+
+
+def _trusting(ca_file: str | Path | None, url: str) -> ssl.SSLContext | None:
+    """TLS that trusts the certificates of a file and no others; None for no file."""
+    if ca_file is None:
+        return None
+    if not url.startswith("https://"):
+        raise ValueError(f"ca_file is given and url is {url!r}; expected https://host:port with it")
+    path = Path(ca_file).expanduser()
+    try:
+        return ssl.create_default_context(cafile=str(path))
+    except OSError as exc:  # a file that is none, or without a certificate
+        raise ValueError(f"ca_file {path} holds no certificate that can be read: {exc}") from exc
 
 
 def _entry(fields: Mapping[str, Any]) -> RemoteEntry:

@@ -24,7 +24,7 @@ class RemoteTier:
 
     Parameters
     ----------
-    url, token, token_file, timeout_s, retries, tls : as for `KVLoomClient`.
+    url, token, token_file, timeout_s, retries, ca_file, tls : as for `KVLoomClient`.
     poll_interval_s : the service is asked what others have changed at most so often.
 
     Raises
@@ -44,12 +44,19 @@ class RemoteTier:
         name: str = "remote",
         timeout_s: float = 5.0,
         retries: int = 1,
+        ca_file: str | Path | None = None,
         tls: ssl.SSLContext | None = None,
         poll_interval_s: float = 0.05,
     ) -> None:
         self.name = name
         self.client = KVLoomClient(
-            url, token=token, token_file=token_file, timeout_s=timeout_s, retries=retries, tls=tls
+            url,
+            token=token,
+            token_file=token_file,
+            timeout_s=timeout_s,
+            retries=retries,
+            ca_file=ca_file,
+            tls=tls,
         )
         self.cached = _ChangesOnly(poll_interval_s)
         self._lock = threading.Lock()  # of what follows
