@@ -45,7 +45,7 @@ from .routes import (
     pins,
     shared_memory,
 )
-from .self_check import problems_of
+from .self_check import check_directory, problems_of
 from .served_store import ServedStore
 from .settings import ServiceSettings
 from .shared_memory import SharedMemory
@@ -85,6 +85,7 @@ def open_tiers(settings: ServiceSettings) -> list[Tier]:
         tiers.append(HostTier(settings.host_bytes, pinned=False))
     if settings.disk_bytes:
         folder = settings.directory / "chunks"
+        folder.mkdir(mode=0o700, exist_ok=True)
         tiers.append(DiskTier(folder, settings.disk_bytes, durability=settings.durability))
     if not tiers:
         raise ValueError("host_bytes and disk_bytes are 0; give room in memory or on disk")
@@ -104,6 +105,7 @@ def create_app(settings: ServiceSettings, tiers: Sequence[Tier] | None = None) -
     """
     directory = settings.directory
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    check_directory(directory)
     tenants = TenantFile(directory / "tenants.json")
     namespaces = NamespaceFile(JsonFile(directory / "namespaces.json"))
     store = ServedStore(
@@ -160,7 +162,7 @@ def create_app(settings: ServiceSettings, tiers: Sequence[Tier] | None = None) -
 @asynccontextmanager
 async def _life(app: FastAPI) -> AsyncIterator[None]:
     context: ServiceContext = app.state.context
-    context.problems += await context.run(lambda: problems_of(context.settings, context.store))
+    context.problems += await context.run(lambda: problems_of(context.store))
     for problem in context.problems:
         _LOG.error("self-check: %s", problem)
     context.shared_memory.start()

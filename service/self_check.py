@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import stat
+from pathlib import Path
 
 import torch
 
@@ -11,6 +12,8 @@ from ..core import ChunkKey, EncodedChunk
 from ..errors import KVLoomError
 from .served_store import ServedStore
 from .settings import ServiceSettings
+
+_PRIVATE = ("tokens.json", "tenants.json", "namespaces.json", "audit.jsonl*", "documents.sqlite*", "chunks", "tiers")
 
 
 def check_settings(settings: ServiceSettings, *, has_tokens: bool) -> None:
@@ -29,14 +32,29 @@ def check_settings(settings: ServiceSettings, *, has_tokens: bool) -> None:
         )
 
 
-def problems_of(settings: ServiceSettings, store: ServedStore) -> list[str]:
-    """What is wrong, in words: private files that others may read, and tiers that do not give back what they take."""
-    private = (settings.directory, settings.directory / "tokens.json", settings.directory / "tenants.json")
-    problems = [
-        f"{path} can be read by other users of this machine; run: chmod go= {path}"
-        for path in private
-        if path.exists() and path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO)
-    ]
+def check_directory(directory: Path) -> None:
+    """Makes what the service keeps there its owner's alone.
+
+    Raises
+    ------
+    ValueError : others may write into the directory, and so could replace its tokens; or it holds files of somebody else.
+    """
+    if directory.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ValueError(
+            f"directory is {directory}, into which other users may write: give the service a folder of its own, or run "
+            f"chmod go-w {directory}"
+        )
+    for path in [path for pattern in _PRIVATE for path in directory.glob(pattern)]:
+        if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            try:
+                path.chmod(0o700 if path.is_dir() else 0o600)
+            except OSError as exc:
+                raise ValueError(f"{path} can be read by others, and cannot be made private: {exc.strerror}") from exc
+
+
+def problems_of(store: ServedStore) -> list[str]:
+    """What is wrong, in words: tiers that do not give back what they take."""
+    problems = []
     for tier in store.tiers:
         key = ChunkKey(secrets.token_bytes(32))
         data = torch.randint(0, 256, (1000,), dtype=torch.uint8)

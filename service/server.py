@@ -40,6 +40,7 @@ def serve(settings: ServiceSettings, *, say: Callable[[str], None]) -> None:
     OSError : the address cannot be used.
     """
     directory = settings.directory
+    os.umask(0o077)  # whatever this process writes is its owner's alone
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     configure_log(settings)
     with open(directory / ".service.lock", "a+") as lock:  # noqa: PTH123  held as long as the process lives

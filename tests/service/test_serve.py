@@ -1,12 +1,14 @@
 """`kvloom serve` as a process: first start, refusals, restart, an orderly end."""
 
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from kvloom.service.access.credentials import TokenFile
 from kvloom.testing.chunks import make_blob, make_key, same_blob
 
 from .serving import service_process
@@ -47,3 +49,32 @@ def test_an_address_that_others_reach_needs_tls_and_tokens(tmp_path: Path) -> No
     options = ["--set", f"tls_certificate={tmp_path}/a.pem", "--set", f"tls_key={tmp_path}/b.pem"]
     refused = run("serve", "--directory", str(tmp_path / "kv"), "--host", "0.0.0.0", "--port", "0", *options)
     assert refused.returncode == 2 and "kvloom token create" in refused.stderr
+
+
+def test_what_lies_in_the_directory_is_its_owners_alone(tmp_path: Path) -> None:
+    directory = tmp_path / "kv"
+    directory.mkdir(mode=0o755)
+    old = TokenFile(directory / "tokens.json").create("default", ["read"])
+    (directory / "tokens.json").chmod(0o644)
+    with service_process(directory) as service:
+        assert service.ask("GET", "/v1/stats", token=old).status == 200
+        service.client().put(make_key(1), make_blob(1))
+        others = [path for path in directory.rglob("*") if path.stat().st_mode & 0o077 and path.parent == directory]
+        assert others == [] and directory.stat().st_mode & 0o777 == 0o755
+        assert service.stop() == 0 and service.lines[-1].startswith("kvloom has stopped")
+    directory.chmod(0o775)
+    refused = run("serve", "--directory", str(directory), "--port", "0")
+    assert refused.returncode == 2 and f"chmod go-w {directory}" in refused.stderr
+
+
+def test_an_end_that_is_asked_for_during_the_start_is_orderly(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [*KVLOOM, "serve", "--directory", str(tmp_path / "kv"), "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None and "serves http" in process.stdout.readline()
+        process.send_signal(signal.SIGTERM)  # it listens, and is about to load the rest
+        out, err = process.communicate(timeout=120)
+    assert process.returncode in (0, -signal.SIGTERM) and "Traceback" not in err, err

@@ -43,8 +43,8 @@ class Bed:
         self.model = make_model(folder / "model")
         self.certificate = Certificate(folder / "tls")
         self.directory = folder / "kv"
-        tokens = TokenFile(self.directory / "tokens.json")
         self.directory.mkdir()
+        tokens = TokenFile(self.directory / "tokens.json")
         self.token_file = folder / "team-a.token"
         self.token_file.write_text(tokens.create("team-a", ["read", "write"]))
         self.stranger = tokens.create("team-b", ["read", "write"])
