@@ -172,11 +172,15 @@ class _Request:
         )  # fmt: skip
         is_change = method not in ("GET", "HEAD", "OPTIONS") and route not in _LOOKUPS
         if is_change or self._status in (401, 403, 429):
-            event = {"request": self._id, "method": method, "route": route, "status": self._status}
-            if credential is None:
-                self._context.audit.write_stranger(token=None, tenant=None, **event)
-            else:
-                self._context.audit.write(token=credential.token_id, tenant=credential.tenant, **event)
+            audit = self._context.audit
+            (audit.write_stranger if credential is None else audit.write)(
+                request=self._id,
+                token=None if credential is None else credential.token_id,
+                tenant=None if credential is None else credential.tenant,
+                method=method,
+                route=route,
+                status=self._status,
+            )
 
 
 _LOOKUPS = frozenset({"/v1/match", "/v1/explain"})
