@@ -37,7 +37,7 @@ def check_directory(directory: Path) -> None:
 
     Raises
     ------
-    ValueError : others may write into the directory, and so could replace its tokens; or it holds files of somebody else.
+    ValueError : others may write into the directory, and so could replace its tokens; or a file cannot be made private.
     """
     if directory.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise ValueError(

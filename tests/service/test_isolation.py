@@ -111,9 +111,10 @@ def test_a_follower_that_comes_back_is_told_what_it_missed(tmp_path: Path) -> No
             client.put(make_key(number), make_blob(number))
         run = service.context.index.epoch
         assert follow(service, f"{run}.1") == [(f"{run}.2", "BlockStored"), (f"{run}.3", "BlockStored")]
-        assert follow(service, f"{run}.3") == [] and service.ask(
-            "GET", "/v1/events", headers={"Last-Event-ID": "seven"}
-        ).status == 422
+        assert (
+            follow(service, f"{run}.3") == []
+            and service.ask("GET", "/v1/events", headers={"Last-Event-ID": "seven"}).status == 422
+        )
     with service_in_thread(tmp_path, [HostTier(None)]) as service, service.client() as client:
         client.put(make_key(9), make_blob(9))
         kinds = [kind for _, kind in follow(service, f"{run}.3")]
@@ -196,7 +197,9 @@ def test_the_audit_log_keeps_its_last_files(tmp_path: Path, monkeypatch: pytest.
     log.close()
     files = sorted(tmp_path.iterdir())
     assert [path.name for path in files] == ["audit.jsonl", *(f"audit.jsonl.{n}" for n in range(1, 9))]
-    numbers = [json.loads(line)["number"] for path in [*files[:0:-1], files[0]] for line in path.read_text().splitlines()]
+    numbers = [
+        json.loads(line)["number"] for path in [*files[:0:-1], files[0]] for line in path.read_text().splitlines()
+    ]
     assert numbers == list(range(numbers[0], 1000)), "nothing in between is missing"
     assert all(path.stat().st_mode & 0o777 == 0o600 for path in files)
 

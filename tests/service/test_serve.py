@@ -76,5 +76,5 @@ def test_an_end_that_is_asked_for_during_the_start_is_orderly(tmp_path: Path) ->
     ) as process:
         assert process.stdout is not None and "serves http" in process.stdout.readline()
         process.send_signal(signal.SIGTERM)  # it listens, and is about to load the rest
-        out, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=120)
     assert process.returncode in (0, -signal.SIGTERM) and "Traceback" not in err, err
