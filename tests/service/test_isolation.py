@@ -126,9 +126,8 @@ def test_a_tenant_cannot_take_the_whole_budget_of_uploads() -> None:
     with budget.taking("greedy", 60):
         with pytest.raises(ProblemError, match="try again"), budget.taking("greedy", 1):
             pass
-        with budget.taking("other", 40):
-            with pytest.raises(ProblemError, match="try again"), budget.taking("third", 1):
-                pass
+        with budget.taking("other", 40), pytest.raises(ProblemError, match="try again"), budget.taking("third", 1):
+            pass
     with budget.taking("third", 60):
         assert budget.used_bytes == 60
     assert budget.used_bytes == 0
@@ -197,9 +196,8 @@ def test_the_audit_log_keeps_its_last_files(tmp_path: Path, monkeypatch: pytest.
     log.close()
     files = sorted(tmp_path.iterdir())
     assert [path.name for path in files] == ["audit.jsonl", *(f"audit.jsonl.{n}" for n in range(1, 9))]
-    numbers = [
-        json.loads(line)["number"] for path in [*files[:0:-1], files[0]] for line in path.read_text().splitlines()
-    ]
+    lines = [line for path in [*files[:0:-1], files[0]] for line in path.read_text().splitlines()]
+    numbers = [json.loads(line)["number"] for line in lines]
     assert numbers == list(range(numbers[0], 1000)), "nothing in between is missing"
     assert all(path.stat().st_mode & 0o777 == 0o600 for path in files)
 
