@@ -59,9 +59,32 @@ def retrieval(
     sizes: Annotated[
         str | None, typer.Option(metavar="TOKENS", help="Contexts on the bundled model, e.g. 4096,8192.")
     ] = None,
+    model: Annotated[
+        Path | None, typer.Option(metavar="DIR", callback=folder_path, help="A pretrained model instead, and it alone.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With --model: cpu or cuda; default: a GPU if there is one.")
+    ] = None,
+    questions: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="With --model: questions of each kind; default: 100.")
+    ] = None,
+    context_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="With --model: tokens of a context; default: 4096.")
+    ] = None,
 ) -> None:
     """What choosing tokens loses and saves."""
     tokens = None if sizes is None else read_token_counts(sizes, "--sizes")
+    if model is not None:
+        if tokens is not None:
+            raise typer.BadParameter("is about the bundled model; leave it out", param_hint="--sizes")
+        from ..bench.retrieval.pretrained_run import run as run_pretrained
+
+        found = run_pretrained(model, device=device, quick=quick, questions=questions, context_tokens=context_tokens)
+        _finish(found, json, report)
+        return
+    for name, value in (("--device", device), ("--questions", questions), ("--context-tokens", context_tokens)):
+        if value is not None:
+            raise typer.BadParameter("needs --model", param_hint=name)
     from ..bench.retrieval.run import run
 
     _finish(run(quick=quick, sizes=tokens), json, report)
