@@ -17,8 +17,8 @@ class LayerSample:
     ----------
     keys : `[N, H, D]` float32, before rotation: `rope.shift(keys, -positions)`.
     values : `[N, H, Dv]` float32.
-    key_fisher, value_fisher : of the same shapes, the squared gradients of the language-model loss (nats, summed over a
-        sequence): the diagonal of the Fisher information.
+    key_fisher, value_fisher : `[F, H, D]`, `[F, H, Dv]` of the first F tokens, the squared gradients of the
+        language-model loss (nats, summed over a sequence): the diagonal of the Fisher information.
     query_moments : `[H, D, D]` float64, mean of the outer products of all queries of a group with themselves, before
         rotation; text and strings alike.
     further_keys : `[N', H, D]` float32, keys over random strings, which are unlike text but are often retrieved.

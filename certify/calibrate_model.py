@@ -27,7 +27,8 @@ from ..calibration.model_profile import Profile
 from ..compress.rotation import unrotated
 from ..connectors.hf.model import TransformersModel
 from ..errors import EngineError
-from .method_fits import LAYER_FITS, LayerFit
+from .method_fits import LAYER_FITS, Fit
+from .profile_parts import ProfileParts
 
 _HEAD_TOKENS = 256  # whose logits are computed at once: a vocabulary of 128,000 makes each of them half a megabyte
 _MEMORY_BYTES = 2 << 30
@@ -38,8 +39,9 @@ def calibrate(
     windows: Sequence[Sequence[int]],
     *,
     model_id: str | None = None,
-    layer_fits: Mapping[str, LayerFit] = LAYER_FITS,
+    layer_fits: Mapping[str, Fit] = LAYER_FITS,
     strings: Sequence[Sequence[int]] = (),
+    gradient_windows: int | None = None,
     skip_tokens: int = 1,
     memory_bytes: int = _MEMORY_BYTES,
     meta: Mapping[str, str] | None = None,
@@ -59,6 +61,8 @@ def calibrate(
     layer_fits : by method, what is to be learned.
     strings : further token sequences, see `string_windows`: only their keys and queries count, and only for
         methods that want them.
+    gradient_windows : so many of the windows, evenly spaced, tell what errors cost; None for all of them. A backward
+        pass takes three times as long as a forward pass, and costs are much the same everywhere in a text.
     skip_tokens : first tokens of every sequence that are no samples: attention sinks are unlike all others.
     memory_bytes : hidden states that take more than this are kept in a temporary file.
     meta : goes into the profile with what this function adds: sequences, tokens, loss, date.
@@ -79,9 +83,12 @@ def calibrate(
             f"{skip_tokens + 1} and at most {layers.max_tokens} tokens"
         )
     spec, all_bounds = layers.spec, list(pairwise(accumulate(lengths, initial=0)))
-    bounds, further = all_bounds[: len(windows)], all_bounds[len(windows) :]
+    text_bounds, further = all_bounds[: len(windows)], all_bounds[len(windows) :]
+    chosen = _spread(len(windows), gradient_windows)
+    bounds = [text_bounds[i] for i in chosen]
+    others = [bound for i, bound in enumerate(text_bounds) if i not in chosen]
     ids = torch.tensor(list(chain.from_iterable((*windows, *strings))))
-    text_tokens = bounds[-1][1]
+    text_tokens = text_bounds[-1][1]
     width = model.config.hidden_size
     with _memory((spec.num_layers + 1, len(ids), width), model.dtype, memory_bytes) as borders:
         for a, b in all_bounds:
@@ -91,21 +98,20 @@ def calibrate(
         for a, b in bounds:
             gradient[a:b], lost = _loss_gradient(model, borders[-1, a:b].to(model.device), ids[a:b].to(model.device))
             loss += lost
-        loss /= text_tokens - len(bounds)
+        loss /= sum(b - a - 1 for a, b in bounds)
         if not math.isfinite(loss):
             raise EngineError(f"the model's loss over the text is {loss}; expected a finite number")
-        found: list[dict[str, Tensor]] = []
+        parts = ProfileParts(spec, layer_fits)
         for layer in reversed(range(spec.num_layers)):
             queries = _QueryMoments(layers)
-            more_keys = _keys(layers, layer, borders[layer], further, skip_tokens, queries, model.device)
-            kept = _backward(
+            more_keys, _ = _keys_values(layers, layer, borders[layer], further, skip_tokens, queries, model.device)
+            more = _keys_values(layers, layer, borders[layer], others, skip_tokens, queries, model.device)
+            keys, values, *fisher = _backward(
                 layers, layer, borders[layer], gradient, bounds, skip_tokens, queries, model.device, advance
             )
-            sample = LayerSample(spec, *kept, queries.mean(), more_keys)
-            found.append({name: t for fit in layer_fits.values() for name, t in fit(sample).items()})
+            keys, values = torch.cat((keys, more[0])), torch.cat((values, more[1]))
+            parts.add(layer, LayerSample(spec, keys, values, *fisher, queries.mean(), more_keys))
             advance("fit", text_tokens)
-    found.reverse()
-    tensors = {name: torch.stack([tensors[name] for tensors in found]).contiguous() for name in found[0]}
     about = {
         **(meta or {}),
         "sequences": str(len(windows)),
@@ -114,15 +120,27 @@ def calibrate(
         "loss": f"{loss:.4f}",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    return Profile(spec, tensors, about)
+    return Profile(spec, parts.tensors(), about)
 
 
 def stage_units(
-    layers: int, windows: Sequence[Sequence[int]], *, strings: Sequence[Sequence[int]] = ()
+    layers: int,
+    windows: Sequence[Sequence[int]],
+    *,
+    strings: Sequence[Sequence[int]] = (),
+    gradient_windows: int | None = None,
 ) -> dict[str, int]:
     """Sum of what `advance` is called with, by stage."""
     tokens, further = (layers * sum(map(len, sequences)) for sequences in (windows, strings))
-    return {"forward": tokens + further, "backward": tokens, "fit": tokens}
+    backward = layers * sum(len(windows[i]) for i in _spread(len(windows), gradient_windows))
+    return {"forward": tokens + further, "backward": backward, "fit": tokens}
+
+
+def _spread(count: int, wanted: int | None) -> list[int]:
+    """`wanted` of `count` numbers, evenly spaced; all of them for None or too many."""
+    if wanted is None or wanted >= count:
+        return list(range(count))
+    return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
 
 
 @contextmanager
@@ -184,7 +202,7 @@ def _backward(
 
 
 @torch.no_grad()
-def _keys(
+def _keys_values(
     layers: TransformersModel,
     layer: int,
     inputs: Tensor,
@@ -192,18 +210,19 @@ def _keys(
     skip_tokens: int,
     moments: _QueryMoments,
     device: torch.device,
-) -> Tensor:
-    """Keys `[N, H, D]` of one layer before rotation, and its queries into `moments`."""
+) -> tuple[Tensor, Tensor]:
+    """Keys before rotation `[N, H, D]` and values `[N, H, Dv]` of one layer, and its queries into `moments`."""
     spec = layers.spec
-    kept = [torch.empty(0, spec.num_kv_heads, spec.head_dim)]
+    kept = [(torch.empty(0, spec.num_kv_heads, spec.head_dim), torch.empty(0, spec.num_kv_heads, spec.value_dim))]
     for a, b in bounds:
         positions = torch.arange(b - a, device=device)
-        queries, keys, _ = layers.qkv(layer, inputs[a:b].to(device), positions)
+        queries, keys, values = layers.qkv(layer, inputs[a:b].to(device), positions)
         moments.add(queries[:, skip_tokens:], positions[skip_tokens:])
-        if spec.rope is not None:
-            keys = spec.rope.shift(keys.float(), -positions)
-        kept.append(keys.transpose(0, 1)[skip_tokens:].float().cpu())
-    return torch.cat(kept)
+        pair = unrotated(spec, keys, positions), values
+        keys, values = (t.transpose(0, 1)[skip_tokens:].float().cpu() for t in pair)
+        kept.append((keys, values))
+    keys, values = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    return keys, values
 
 
 class _QueryMoments:

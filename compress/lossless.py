@@ -22,9 +22,8 @@ from ..errors import CodecError
 from .envelope import Envelope, open_envelope, seal
 from .raw import RawCodec
 from .streams import STREAM_LAYERED, STREAM_NAMES, pack_streams, unpack_streams
+from .zstd import check_level, decompress
 
-_LARGEST_RATIO = 1 << 15  # four bytes of zstd stand for a block of 128 KiB at most
-_LARGEST_WINDOW_BYTES = 1 << 27
 _PREFIX = "inner."  # of the inner codec's tensors without a layer dimension, which are kept
 _COMMON = ("token_ids", "positions")
 _DTYPES = {
@@ -58,8 +57,7 @@ class LosslessCodec:
     name: ClassVar[str] = "lossless"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.level <= 22:
-            raise ValueError(f"level is {self.level}; expected 1 to 22")
+        check_level(self.level)
 
     @property
     def is_lossless(self) -> bool:
@@ -138,23 +136,9 @@ def _planes(tensor: Tensor) -> list[bytes]:
 def _read_tensor(dtype: torch.dtype, shape: tuple[int, ...], streams: list[Iterator[memoryview]]) -> Tensor:
     """`[L, *shape]`; takes the next streams of each layer."""
     numel = prod(shape)
-    planes = [[_decompress(next(layer), numel) for _ in range(dtype.itemsize)] for layer in streams]
+    planes = [[decompress(next(layer), numel) for _ in range(dtype.itemsize)] for layer in streams]
     numbers = np.empty((len(streams), numel, dtype.itemsize), np.uint8)
     for layer, parts in enumerate(planes):
         for place, part in enumerate(parts):
             numbers[layer, :, place] = np.frombuffer(part, np.uint8)
     return torch.from_numpy(numbers).reshape(-1).view(dtype).reshape(len(streams), *shape)
-
-
-def _decompress(stream: memoryview, expected_bytes: int) -> bytes:
-    try:
-        said_bytes = zstandard.get_frame_parameters(stream).content_size
-        if said_bytes != expected_bytes or expected_bytes > _LARGEST_RATIO * len(stream):
-            raise CodecError(f"zstd stream of {len(stream)} bytes says {said_bytes}; expected {expected_bytes}")
-        zstd = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW_BYTES)
-        data = zstd.decompress(stream, max_output_size=expected_bytes, allow_extra_data=False)
-    except zstandard.ZstdError as exc:
-        raise CodecError(f"zstd stream of {len(stream)} bytes cannot be read: {exc}") from exc
-    if len(data) != expected_bytes:
-        raise CodecError(f"zstd stream gave {len(data)} bytes; expected {expected_bytes}")
-    return data

@@ -76,6 +76,7 @@ CODECS: Mapping[str, Make] = {
     **{f"int{bits}": _grouped(bits) for bits in (8, 4, 2)},
     "fp8": lambda _: _class("fp8", "Fp8Codec")(),
     **_NUQ,
+    "transform": lambda profile: _class("transform.transform", "TransformCodec")(_wanted(profile, "transform")),
     "lowrank": _lowrank("lowrank", None, lambda _: RawCodec()),
     **{f"lowrank4+{name}": _lowrank(f"lowrank4+{name}", 4, make) for name, make in _NUQ.items()},
     **{f"lossless+{name}": _lossless(make) for name, make in _NUQ.items()},

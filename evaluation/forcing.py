@@ -61,7 +61,8 @@ def through_codec(codec: Codec, *, chunk_tokens: int = CHUNK_TOKENS) -> Approxim
         values = torch.cat([piece.values for piece in pieces], dim=2).to(chunk.keys.device)
         return KVChunk(chunk.spec, chunk.token_ids, chunk.positions, keys, values, chunk.first_layer)
 
-    return Approximation(codec.name, parameters_of(codec), approximate)
+    is_layerwise = not getattr(codec, "codes_whole_chunks", False)
+    return Approximation(codec.name, parameters_of(codec), approximate, is_layerwise)
 
 
 def split(chunk: KVChunk, tokens: int) -> list[KVChunk]:
