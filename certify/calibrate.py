@@ -15,7 +15,14 @@ from ..evaluation.models import load_model
 from ..evaluation.page import Row, Table
 from ..evaluation.screen import output, print_table, progress
 from ..evaluation.texts import read_texts
-from ..evaluation.windows import SEQUENCE_TOKENS, SEQUENCES, STRINGS_RATIO, string_windows, token_windows
+from ..evaluation.windows import (
+    GRADIENT_SEQUENCES,
+    SEQUENCE_TOKENS,
+    SEQUENCES,
+    STRINGS_RATIO,
+    string_windows,
+    token_windows,
+)
 from ..retrieval.vq.vq_fit import CENTROIDS, distance_bands, fit_layer
 from .calibrate_model import calibrate, stage_units
 from .method_fits import LAYER_FITS, LEFT_OUT
@@ -33,6 +40,7 @@ class CalibrateOptions:
     texts : files and folders of text like that which will be served.
     model : a Hugging Face folder; None for the bundled reference model.
     sequences, tokens : of calibration; less if the text is short.
+    gradients : so many of the sequences tell what errors cost.
     centroids : of each KV head's codebook, at most; fewer if there are few tokens.
     model_id, dtype : as for `CertifyOptions`.
     """
@@ -42,6 +50,7 @@ class CalibrateOptions:
     model: Path | None = None
     sequences: int = SEQUENCES
     tokens: int = SEQUENCE_TOKENS
+    gradients: int = GRADIENT_SEQUENCES
     centroids: int = CENTROIDS
     model_id: str | None = None
     dtype: str | None = None
@@ -68,7 +77,9 @@ def run_calibrate(options: CalibrateOptions) -> Profile:
         if "vq" in fits:
             bands = distance_bands(model.config.max_position_embeddings)
             fits["vq"] = partial(fit_layer, centroids=options.centroids, bands=bands)
-        totals = stage_units(model.config.num_hidden_layers, windows, strings=strings)
+        totals = stage_units(
+            model.config.num_hidden_layers, windows, strings=strings, gradient_windows=options.gradients
+        )
         bars = {stage: bar.add_task(_STAGES[stage], total=total) for stage, total in totals.items()}
         profile = calibrate(
             model,
@@ -76,6 +87,7 @@ def run_calibrate(options: CalibrateOptions) -> Profile:
             model_id=options.model_id,
             layer_fits=fits,
             strings=strings,
+            gradient_windows=options.gradients,
             meta={"texts": ", ".join(str(path) for path in options.texts), "version": __version__},
             advance=lambda stage, done: bar.advance(bars[stage], done),
         )

@@ -106,11 +106,11 @@ def calibrate(
             queries = _QueryMoments(layers)
             more_keys, _ = _keys_values(layers, layer, borders[layer], further, skip_tokens, queries, model.device)
             more = _keys_values(layers, layer, borders[layer], others, skip_tokens, queries, model.device)
-            keys, values, *fisher = _backward(
+            keys, values, key_fisher, value_fisher = _backward(
                 layers, layer, borders[layer], gradient, bounds, skip_tokens, queries, model.device, advance
             )
             keys, values = torch.cat((keys, more[0])), torch.cat((values, more[1]))
-            parts.add(layer, LayerSample(spec, keys, values, *fisher, queries.mean(), more_keys))
+            parts.add(layer, LayerSample(spec, keys, values, key_fisher, value_fisher, queries.mean(), more_keys))
             advance("fit", text_tokens)
     about = {
         **(meta or {}),

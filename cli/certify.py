@@ -27,15 +27,18 @@ def calibrate(
         Path, typer.Option("-o", "--out", metavar="FILE", callback=output_path, help="Write the profile here.")
     ],
     text: Texts = None,
-    sequences: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences; fewer if the text is short.")] = 16,
+    sequences: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences; fewer if the text is short.")] = 8,
     tokens: Annotated[int, typer.Option(metavar="N", min=16, help="Tokens of each sequence.")] = 2048,
+    gradients: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Sequences that tell what errors cost; they take most of the time.")
+    ] = 2,
     centroids: Annotated[
         int, typer.Option(metavar="N", min=1, max=65536, help="Centroids of each codebook of vq, at most.")
     ] = 4096,
     model_id: ModelId = None,
     dtype: Dtype = None,
 ) -> None:
-    """Learn a model's keys and values from text: the profile that nuq, lowrank and vq need."""
+    """Learn a model's keys and values from text: the profile that nuq, transform, lowrank and vq need."""
     if not text:
         raise ValueError("no text; name files or folders of it with --text")
     from ..certify.calibrate import CalibrateOptions, run_calibrate
@@ -47,6 +50,7 @@ def calibrate(
             out=out,
             sequences=sequences,
             tokens=tokens,
+            gradients=gradients,
             centroids=centroids,
             model_id=model_id,
             dtype=dtype,

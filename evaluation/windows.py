@@ -14,7 +14,8 @@ except ImportError as error:
 
 from ..connectors.identity.requests import lead_of
 
-SEQUENCES, SEQUENCE_TOKENS = 16, 2048  # KVQuant, section 4
+SEQUENCES, SEQUENCE_TOKENS = 8, 2048  # KVQuant, section 4, has 16 of them
+GRADIENT_SEQUENCES = 2  # of them: what errors cost is much the same everywhere, and gradients take most of the time
 LEAST_TOKENS = 512  # of a text; from less nothing is learned that holds for another
 STRINGS_RATIO = 0.25  # tokens of random strings for each token of text: A2ATS has 16K for 64K
 

@@ -29,7 +29,7 @@ class FitOptions:
     scale_weights : weigh errors as they are in the tensor (`F s^2`), not as they are after scaling (`F`).
     """
 
-    samples: int = 8192
+    samples: int = 4096
     rounds: int = 3
     nonuniform: bool = True
     fisher: bool = True

@@ -70,12 +70,14 @@ def unpack(frames: Sequence[memoryview], rows: int, columns: int) -> Words:
     found = np.zeros((rows, columns), np.int16)
     for number, c in enumerate(_SHARED, start=1):
         here = classes == number
-        size = int(here.sum()) * columns
-        found[here] = _unshared(_read(frames[number], -(-size // c.count)), c)[:size].reshape(-1, columns)
+        count = int(here.sum())
+        numbers = _unshared(_read(frames[number], -(-count * columns // c.count)), c)
+        found[here] = numbers[: count * columns].reshape(count, columns)
     here = classes == _WIDE
-    size = int(here.sum()) * columns
+    count = int(here.sum())
+    size = count * columns
     words = np.stack([_read(frame, size) for frame in frames[_WIDE:]], 1).reshape(-1).view("<u2")
-    found[here] = _unzigzag(words).reshape(-1, columns)
+    found[here] = _unzigzag(words).reshape(count, columns)
     return found
 
 
@@ -89,8 +91,8 @@ def _read(frame: memoryview, size: int) -> Bytes:
 
 def _shared(rows: Words, c: _Class) -> Bytes:
     digits = (rows.reshape(-1) + c.largest).astype(np.uint8)
-    digits = np.pad(digits, (0, -len(digits) % c.count), constant_values=c.largest).reshape(-1, c.count)
-    found: Bytes = (digits * c.states ** np.arange(c.count)).sum(1).astype(np.uint8)
+    filled = np.pad(digits, (0, -len(digits) % c.count), constant_values=c.largest).reshape(-1, c.count)
+    found: Bytes = (filled * c.states ** np.arange(c.count)).sum(1).astype(np.uint8)
     return found
 
 

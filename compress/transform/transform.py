@@ -47,9 +47,8 @@ class TransformCodec:
     step : of a coefficient, in square roots of nats a token: half the sum of the squared errors, `step ** 2 / 24` for
         each coefficient that is not 0 throughout, is about what they cost.
     sink_tokens : tokens at positions below this are kept exact; 4 in the paper.
-    recent_tokens : the last so many tokens of a chunk are kept exact; 128 in the paper, whose chunk is the whole context
-        of a conversation. 0: the end of a stored chunk is not the end of a context, and what a request asks behind it
-        is computed exactly.
+    recent_tokens : the last so many tokens of a chunk are kept exact; 128 in the paper, whose chunk is a conversation.
+        0: the end of a stored chunk is not the end of a context, and what is asked behind it is computed exactly.
     max_residual : relative error of a token's weighted numbers, over all layers, above which it is kept exact.
     level : of zstd, 1 (fast) to 22 (small).
 
@@ -94,7 +93,9 @@ class TransformCodec:
         spec = chunk.spec
         self.profile.check_serves(spec)
         if len(chunk.keys) != spec.num_layers:
-            raise CodecError(f"chunk holds {len(chunk.keys)} of {spec.num_layers} layers; transform encodes all at once")
+            raise CodecError(
+                f"chunk holds {len(chunk.keys)} of {spec.num_layers} layers; transform encodes all at once"
+            )
         tables = _Tables.of(self.profile, spec)
         exact = unusual_tokens(chunk.keys) | unusual_tokens(chunk.values)
         exact = exact | (chunk.positions < self.sink_tokens).to(exact.device)

@@ -1,11 +1,13 @@
 """The transform codec (KVTC): shared bases, one step, packed integers."""
 
+import hashlib
 from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,7 +24,7 @@ from kvloom.kvstore.format import from_bytes, to_bytes
 from kvloom.testing import SPEC, CodecContract, make_chunk, make_key, same_bits, same_blob
 from kvloom.testing.codec import SPECS
 
-from ..support.coding import accepted, digest, with_meta, with_tensors
+from ..support.coding import accepted, with_meta, with_tensors
 
 
 def make_profile(spec: KVSpec = SPEC, *, layers: int = 2, tokens: int = 400, seed: int = 1) -> Profile:
@@ -45,10 +47,10 @@ class TestTransform(CodecContract):
 
 
 class TestCoarseTransform(CodecContract):
-    tolerance = 0.35
+    tolerance = 0.4
 
     def make_codec(self, spec: KVSpec) -> TransformCodec:
-        return TransformCodec(make_profile(spec), step=1.0, sink_tokens=0, max_residual=1.0)
+        return TransformCodec(make_profile(spec), step=0.8, sink_tokens=0, max_residual=1.0)
 
 
 # -------------------------------------------------------------------------------------------------------- integers
@@ -87,7 +89,7 @@ def test_frames_are_not_believed() -> None:
         [views[1], *views[1:]],  # classes of another number of rows
         [*views[:2], views[1], *views[3:]],  # a stream where there are no numbers
         [views[0], memoryview(b"torn"), *views[2:]],
-        [views[0], memoryview(pack(np.full((5, 1), 9, np.int16), 3)[4]), *views[2:]],  # a byte beyond its states
+        [views[0], memoryview(pack(np.full((5, 1), 120, np.int16), 3)[4]), *views[2:]],  # a byte beyond its states
     ):
         with pytest.raises(CodecError):
             unpack(wrong, 3, 7)
@@ -107,7 +109,9 @@ def test_layers_of_a_group_share_what_they_have_in_common() -> None:
         parts = ProfileParts(spec, {"transform": GroupFit(lambda _: layers, fit_group)})
         for layer in (1, 0):
             k, v = (t[layer].transpose(0, 1) for t in (keys, values))
-            parts.add(layer, LayerSample(spec, k, v, torch.ones_like(k), torch.ones_like(v), torch.zeros(2, 8, 8), k[:0]))
+            parts.add(
+                layer, LayerSample(spec, k, v, torch.ones_like(k), torch.ones_like(v), torch.zeros(2, 8, 8), k[:0])
+            )
         codec = TransformCodec(Profile(spec, parts.tensors()), step=0.1, sink_tokens=0)
         blob = codec.encode(chunk)
         assert (codec.decode(blob).keys - keys).norm() < 0.05 * keys.norm()
@@ -117,19 +121,21 @@ def test_layers_of_a_group_share_what_they_have_in_common() -> None:
 
 
 def test_errors_go_where_they_cost_least() -> None:
-    """A channel that costs 100 times as much is kept ten times as exactly."""
+    """A channel that costs 100 times as much is kept several times as exactly; some weight is shared by all."""
     spec = KVSpec("one@1", 1, 1, 8, torch.float32, None)
     random = torch.Generator().manual_seed(0)
     keys, values = (torch.randn(2000, 1, 8, generator=random) for _ in range(2))
     cost = torch.ones(2000, 1, 8)
     cost[..., 3] = 100.0
-    tables = fit_group([LayerSample(spec, keys, values, cost, torch.ones_like(cost), torch.zeros(1, 8, 8), keys[:0])], 0)
+    tables = fit_group(
+        [LayerSample(spec, keys, values, cost, torch.ones_like(cost), torch.zeros(1, 8, 8), keys[:0])], 0
+    )
     codec = TransformCodec(Profile(spec, tables), step=0.5, sink_tokens=0)
     rows = [t.transpose(0, 1)[None, :, :300] for t in (keys, values)]
     chunk = KVChunk(spec, torch.arange(300), torch.arange(300), *rows)
     errors = (codec.decode(codec.encode(chunk)).keys - chunk.keys)[0, 0].square().mean(0).sqrt()
     others = errors[[0, 1, 2, 4, 5, 6, 7]].mean()
-    assert 0.07 * others < errors[3] < 0.15 * others
+    assert 0.1 * others < errors[3] < 0.2 * others
 
 
 def test_a_smaller_step_takes_more_bytes_and_loses_less() -> None:
@@ -226,23 +232,49 @@ def test_spoiled_chunks_are_refused() -> None:
 
 
 def test_golden() -> None:
-    """Stored chunks must stay readable: a change of this is a change of the format."""
+    """Stored chunks must stay readable. Not compared as bytes: another zstd may write others for the same numbers."""
     channels = SPEC.num_kv_heads * (SPEC.head_dim + SPEC.value_dim)
     tables = {
         "transform.basis": torch.eye(3 * channels).view(3, channels, -1).half(),
-        "transform.mean": torch.zeros(3, channels),
-        "transform.weight": torch.ones(3, channels),
+        "transform.mean": torch.full((3, channels), 0.5),
+        "transform.weight": torch.full((3, channels), 2.0),
         "transform.group": torch.zeros(3, dtype=torch.int64),
     }
-    chunk = make_chunk(1, tokens=11, spec=replace(SPEC, rope=None))
-    blob = TransformCodec(Profile(chunk.spec, tables), step=0.25, sink_tokens=2).encode(chunk)
-    decoded = TransformCodec(Profile(chunk.spec, tables), step=3.0).decode(blob)
-    assert (decoded.keys - chunk.keys).abs().max() <= 0.25 * 0.85
-    assert digest(with_tensors(blob, codes=torch.zeros(0))) == "GOLDEN"
+    spec = replace(SPEC, rope=None)
+    blob = TransformCodec(Profile(spec, tables), step=0.25).encode(make_chunk(1, tokens=4, spec=spec))
+    sizes, codes, rows = [], b"", np.zeros((3 * channels, 4), np.int16)
+    rows[:7] = [
+        [0, 1, -1, 0],
+        [2, -2, 0, 1],
+        [7, -3, 4, 0],
+        [100, -127, 0, 5],
+        [300, -300, 0, LARGEST],
+        [1] * 4,
+        [-7] * 4,
+    ]
+    for frame in pack(rows, 1):
+        sizes.append(len(frame))
+        codes += frame
+    assert hashlib.blake2b(
+        b"".join(map(zstandard.decompress, filter(None, pack(rows, 1)))), digest_size=8
+    ).hexdigest() == ("b0009ffd32d25208")
+    own = with_tensors(
+        blob,
+        frames=torch.tensor([sizes], dtype=torch.int32),
+        codes=torch.frombuffer(bytearray(codes), dtype=torch.uint8),
+    )
+    own = with_tensors(
+        own, **{f"{half}_exact_tokens": torch.zeros(3, 0, dtype=torch.int32) for half in ("keys", "values")}
+    )
+    empty = torch.zeros(3, spec.num_kv_heads, 0, spec.head_dim)
+    own = with_tensors(own, keys_exact=empty, values_exact=empty)
+    found = TransformCodec(Profile(spec, tables), step=3.0).decode(own).keys[0, 0]  # the chunk's own step counts
+    expected = (torch.from_numpy(rows[:8].T.astype(np.float32)) + 0.1 * torch.from_numpy(np.sign(rows[:8].T))) * 0.25
+    assert torch.allclose(found, expected / 2.0 + 0.5)
 
 
 def test_groups_are_of_about_equal_size() -> None:
-    assert [group_layers(30, 384), group_layers(32, 2048), group_layers(7, 10), group_layers(11, 10)] == [10, 4, 7, 6]
+    assert [group_layers(30, 384), group_layers(32, 2048), group_layers(7, 10), group_layers(11, 10)] == [6, 4, 4, 6]
     assert group_layers(80, 100_000) == 1
 
 
