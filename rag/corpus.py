@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from queue import Queue
 from typing import Any, Self
 
 import numpy as np
@@ -29,7 +28,8 @@ from .answers import INSTRUCTIONS, Added, Answer, question_prompt
 from .catalog import Catalog, Passage, StoredDocument
 from .files import Skipped, files_in, read_file, state_of
 from .ordering import order_for_reuse
-from .searching import Embedding, embedded, packaged_embedding, search
+from .pieces import pieces_of
+from .searching import Embedding, embedded, nearest, packaged_embedding, search
 from .splitting import Splitter
 
 _PROBE = "kvloom: which embedding is this?"
@@ -53,6 +53,12 @@ class Corpus:
         with its package. Without one, passages are found by words (BM25).
     instructions : what the model is told behind the passages, if it has a chat template.
     host_bytes, disk_bytes : sizes of the tiers that are made here.
+
+    Attributes
+    ----------
+    connector : the model with its store.
+    embedding : the function from texts to vectors, if there is one.
+    answering : lock that is held while the model computes.
 
     Raises
     ------
@@ -80,7 +86,7 @@ class Corpus:
             tokenizer = tokenizer or loaded
         elif tokenizer is None:
             raise TypeError("tokenizer is missing; give the model's tokenizer, or the model as a folder")
-        self._embedding = packaged_embedding(embedding) if isinstance(embedding, str) else embedding
+        self.embedding = packaged_embedding(embedding) if isinstance(embedding, str) else embedding
         self._instructions = instructions
         self._splitter = Splitter(tokenizer, passage_tokens)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +102,7 @@ class Corpus:
             self._pins: dict[str, ExitStack] = {}
             undo.callback(self._unpin_all)
             self._undo = undo.pop_all()
-        self._answering = threading.Lock()
+        self.answering = threading.Lock()
         self._changing = threading.Lock()
         for document in self._catalog.documents():
             if document.is_pinned:
@@ -123,6 +129,7 @@ class Corpus:
         metadata: Sequence[Mapping[str, Any]] | None = None,
         ttl_s: float | None = None,
         pin: bool = False,
+        whole: bool = False,
         precompute: bool = True,
         progress: bool = False,
     ) -> Added:
@@ -136,6 +143,7 @@ class Corpus:
         metadata : JSON objects that come back with each passage; None takes those of a framework's documents.
         ttl_s : seconds after which the documents are removed.
         pin : keep their KV in the store, whatever else is read, as long as the corpus is open.
+        whole : make one passage of each document, however long.
         precompute : compute their KV now, not when a question first needs it.
         progress : show a progress bar.
 
@@ -177,8 +185,12 @@ class Corpus:
             for i in chosen
         ]  # fmt: skip
         with self._changing:
-            return self._put([(document, texts[i], False) for document, i in zip(prepared, chosen, strict=True)],
-                             precompute=precompute, progress=progress)  # fmt: skip
+            return self._put(
+                [(document, texts[i], False) for document, i in zip(prepared, chosen, strict=True)],
+                whole=whole,
+                precompute=precompute,
+                progress=progress,
+            )
 
     def add_files(
         self, *paths: str | Path, ttl_s: float | None = None, pin: bool | None = None, precompute: bool = True,
@@ -291,7 +303,7 @@ class Corpus:
         texts = [passage.text for passage in self._catalog.passages()]
         if not texts:
             return 0
-        with self._answering:
+        with self.answering:
             return self.connector.precompute(texts, progress=progress).tokens
 
     # ---------------------------------------------------------------------------------------------- questions
@@ -300,17 +312,33 @@ class Corpus:
         """The passages that fit a question best, best first."""
         _expect_question(question)
         self._forget_expired()
-        return search(self._catalog, question, positive_count(passages, "passages"), self._embedding)
+        return search(self._catalog, question, positive_count(passages, "passages"), self.embedding)
+
+    def nearest(self, text: str, *, passages: int = 5) -> list[Passage]:
+        """The passages whose vectors are nearest to a text's, with the cosine as score.
+
+        Raises
+        ------
+        ValueError : the corpus has no embedding.
+        """
+        if self.embedding is None:
+            raise ValueError("the corpus has no embedding; open it with one")
+        self._forget_expired()
+        return nearest(self._catalog, text, positive_count(passages, "passages"), self.embedding)
 
     def ordered(self, passages: Sequence[Passage]) -> list[Passage]:
         """Passages in the order that reuses most, see `order_for_reuse`."""
-        rows = {each.number: self.connector.encode_document(each.text) for each in passages}
-        ordered, _ = order_for_reuse(
-            passages,
-            lambda run: self.connector.has_context([rows[each.number] for each in run]),
-            lambda each: len(rows[each.number]),
+        return [passages[i] for i in self.order_of([each.text for each in passages])]
+
+    def order_of(self, texts: Sequence[str]) -> list[int]:
+        """Indices of texts in the order that reuses most: first a run that is stored as one context's beginning."""
+        rows = [self.connector.encode_document(text) for text in texts]
+        ordered, run = order_for_reuse(
+            range(len(rows)),
+            lambda indices: self.connector.has_context([rows[i] for i in indices]),
+            lambda i: len(rows[i]),
         )
-        return ordered
+        return ordered if run > 1 else list(range(len(rows)))
 
     def ask(
         self,
@@ -337,9 +365,24 @@ class Corpus:
         LookupError : no passage fits the question.
         """
         generation, chosen = self._generation(question, passages, max_new_tokens, sources, order_for_reuse, on_text)
-        with self._answering:
+        with self.answering:
             text = generation.run()
         return Answer(text.strip(), tuple(chosen), generation.finish, generation.usage, generation.is_exact)
+
+    def answer_from(
+        self,
+        texts: Sequence[str],
+        question: str,
+        *,
+        max_new_tokens: int = 128,
+        on_text: Callable[[str], None] = lambda _: None,
+    ) -> Answer:
+        """As `ask`, from any texts in this order; those that the store has are not computed again."""
+        _expect_question(question)
+        passages = [Passage(0, "", 0, len(text), document_text(text, f"texts[{i}]")) for i, text in enumerate(texts)]
+        return self.ask(
+            question, sources=passages, order_for_reuse=False, max_new_tokens=max_new_tokens, on_text=on_text
+        )
 
     def answer_many(
         self, questions: Sequence[str], *, passages: int = 5, max_new_tokens: int = 128, order_for_reuse: bool = True
@@ -356,7 +399,7 @@ class Corpus:
             self._generation(question, passages, max_new_tokens, None, order_for_reuse, lambda _: None)
             for question in questions
         ]
-        with self._answering:
+        with self.answering:
             texts = answer_together([generation for generation, _ in prepared])
         return [
             Answer(text.strip(), tuple(chosen), generation.finish, generation.usage, generation.is_exact)
@@ -368,33 +411,7 @@ class Corpus:
 
         Leaving the loop early ends the computation at the next token.
         """
-        pieces: Queue[str | Answer | BaseException] = Queue()
-        left = threading.Event()
-
-        def tell(piece: str) -> None:
-            if left.is_set():
-                raise _LeftError
-            pieces.put(piece)
-
-        def work() -> None:
-            try:
-                pieces.put(self.ask(question, on_text=tell, **options))
-            except BaseException as error:  # noqa: BLE001  raised where the pieces are read
-                pieces.put(error)
-
-        thread = threading.Thread(target=work, name="kvloom-answer", daemon=True)
-        thread.start()
-        try:
-            while True:
-                piece = pieces.get()
-                if isinstance(piece, BaseException):
-                    raise piece
-                yield piece
-                if isinstance(piece, Answer):
-                    return
-        finally:
-            left.set()
-            thread.join()
+        yield from pieces_of(lambda tell: self.ask(question, on_text=tell, **options))
 
     # -------------------------------------------------------------------------------------------------------
 
@@ -429,7 +446,14 @@ class Corpus:
         texts = [passage.text for passage in chosen]
         return Generation(lambda: self.connector, texts, prompt, sampling, on_text), chosen
 
-    def _put(self, documents: Sequence[tuple[StoredDocument, str, bool]], *, precompute: bool, progress: bool) -> Added:
+    def _put(
+        self,
+        documents: Sequence[tuple[StoredDocument, str, bool]],
+        *,
+        whole: bool = False,
+        precompute: bool,
+        progress: bool,
+    ) -> Added:
         """Splits, embeds and stores documents that differ from what is held."""
         added: list[str] = []
         updated: list[str] = []
@@ -441,14 +465,14 @@ class Corpus:
                 unchanged.append(document.id)
                 self._catalog.update(replace(document, added_at_s=held.added_at_s))
                 continue
-            bounds = self._splitter.split(text, is_markdown=is_markdown)
+            bounds = [(0, len(text))] if whole else self._splitter.split(text, is_markdown=is_markdown)
             heading = f"{document.title}\n" if document.title else ""
             passages = [(start, stop, heading + text[start:stop]) for start, stop in bounds]
             for _, _, passage in passages:
                 self.connector.encode_document(passage)  # refused here, before anything is changed
             vectors = None
-            if self._embedding is not None:
-                vectors = embedded(self._embedding, [passage for _, _, passage in passages])
+            if self.embedding is not None:
+                vectors = embedded(self.embedding, [passage for _, _, passage in passages])
             before = self._texts_of(document.id)
             self._unpin(document.id)
             self._catalog.replace(document, passages, vectors)
@@ -457,7 +481,7 @@ class Corpus:
             texts += [passage for _, _, passage in passages]
         computed = 0
         if precompute and texts:
-            with self._answering:
+            with self.answering:
                 computed = self.connector.precompute(texts, progress=progress).tokens
         for document, _, _ in documents:
             self._unpin(document.id)
@@ -508,9 +532,9 @@ class Corpus:
 
     def _check_embedding(self) -> None:
         """Vectors of another embedding would find the wrong passages without an error."""
-        if self._embedding is None:
+        if self.embedding is None:
             return
-        probe = embedded(self._embedding, [_PROBE])[0]
+        probe = embedded(self.embedding, [_PROBE])[0]
         held = self._catalog.fact("embedding")
         if held is None:
             if self._catalog.documents():
@@ -528,10 +552,6 @@ def corpus_name(documents: Path, model: Path, embedding: str | None) -> str:
     """A folder's name for the corpus of some documents, as one model and one embedding read them."""
     state = json.dumps([str(documents.resolve()), str(model.resolve()), embedding])
     return blake3(state.encode()).hexdigest(length=12)
-
-
-class _LeftError(Exception):
-    """Nobody reads the answer any more."""
 
 
 def _document(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any, TypeAlias
 
@@ -37,7 +38,7 @@ def packaged_embedding(name: str) -> Embedding:
         raise ValueError(f"embedding is {name!r}; expected a function of texts, or 'wordllama'")
     if find_spec("wordllama") is None:
         raise ImportError("embedding 'wordllama' needs its package: pip install wordllama", name="wordllama")
-    from wordllama import WordLlama  # type: ignore[import-not-found, unused-ignore]
+    from wordllama import WordLlama
 
     model: Any = WordLlama.load(disable_download=True)
     return lambda texts: np.asarray(model.embed(list(texts), norm=True), dtype=np.float32)
@@ -71,27 +72,34 @@ def search(catalog: Catalog, question: str, count: int, embedding: Embedding | N
     by_words = catalog.match(telling, max(count, 50))
     scores = dict(by_words)
     if embedding is not None:
-        numbers, vectors = catalog.vectors()
-        if numbers:
-            query = embedded(embedding, [question])[0]
-            if len(query) != vectors.shape[1]:
-                raise ValueError(
-                    f"the embedding gives vectors of {len(query)} numbers, the corpus holds vectors of "
-                    f"{vectors.shape[1]}; use the embedding that the corpus was made with"
-                )
-            near = np.argsort(-(vectors @ query), kind="stable")[: max(count, 50)]
-            by_angle = [numbers[i] for i in near]
-            scores = dict.fromkeys([*scores, *by_angle], 0.0)
-            for ranking in ([number for number, _ in by_words], by_angle):
-                for rank, number in enumerate(ranking):
-                    scores[number] += 1.0 / (_RANK_OFFSET + 1 + rank)
+        by_angle = [number for number, _ in _by_angle(catalog, question, max(count, 50), embedding)]
+        scores = dict.fromkeys([*scores, *by_angle], 0.0)
+        for ranking in ([number for number, _ in by_words], by_angle):
+            for rank, number in enumerate(ranking):
+                scores[number] += 1.0 / (_RANK_OFFSET + 1 + rank)
     best = sorted(scores, key=lambda number: (-scores[number], number))[:count]
-    found = catalog.by_number(best)
-    return [_scored(found[number], scores[number]) for number in best if number in found]
+    return _passages(catalog, [(number, scores[number]) for number in best])
 
 
-def _scored(passage: Passage, score: float) -> Passage:
-    return Passage(
-        passage.number, passage.document_id, passage.start, passage.stop, passage.text, passage.title, passage.source,
-        passage.metadata, score,
-    )  # fmt: skip
+def nearest(catalog: Catalog, text: str, count: int, embedding: Embedding) -> list[Passage]:
+    """The passages whose vectors have the smallest angle to a text's, with its cosine as score."""
+    return _passages(catalog, _by_angle(catalog, text, count, embedding))
+
+
+def _by_angle(catalog: Catalog, text: str, count: int, embedding: Embedding) -> list[tuple[int, float]]:
+    numbers, vectors = catalog.vectors()
+    if not numbers:
+        return []
+    query = embedded(embedding, [text])[0]
+    if len(query) != vectors.shape[1]:
+        raise ValueError(
+            f"the embedding gives vectors of {len(query)} numbers, the corpus holds vectors of {vectors.shape[1]}; "
+            "use the embedding that the corpus was made with"
+        )
+    cosines = vectors @ query
+    return [(numbers[i], float(cosines[i])) for i in np.argsort(-cosines, kind="stable")[:count]]
+
+
+def _passages(catalog: Catalog, scored: Sequence[tuple[int, float]]) -> list[Passage]:
+    found = catalog.by_number([number for number, _ in scored])
+    return [replace(found[number], score=score) for number, score in scored if number in found]
