@@ -3,54 +3,17 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..connectors.hf import loading
 from .environment import BUNDLED_MODEL
-
-DEVICES = ("cpu", "cuda")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_model(
     folder: Path | None, *, dtype: str | None = None, device: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A local model and its tokenizer.
-
-    Parameters
-    ----------
-    folder : of the model; None for the bundled one.
-    dtype : one of `DTYPES`, `auto` for the model's own; None for float32 on a CPU, where it is exact, and the model's
-        own on a GPU.
-    device : one of `DEVICES`; None for a GPU if there is one.
-
-    Raises
-    ------
-    ValueError : there is no usable Hugging Face folder, no such dtype, or no such device.
-    """
-    if device is not None and device.partition(":")[0] not in DEVICES:
-        raise ValueError(f"device is {device!r}; expected one of {', '.join(DEVICES)}")
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
-    folder = BUNDLED_MODEL if folder is None else folder
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"no model in {folder}; expected a local Hugging Face folder with config.json and weights")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
-    if cuda and not torch.cuda.is_available():
-        raise ValueError(f"device is {device!r}, but torch finds no GPU; expected cpu")
-    dtype = dtype or ("auto" if cuda else "float32")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, dtype=dtype, attn_implementation="sdpa"
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"cannot load the model in {folder}: {error}") from error
-    torch.nn.Module.to(model, device or ("cuda" if cuda else "cpu"))
-    return model.eval(), tokenizer
+    """As `connectors.hf.loading.load_model`; no folder means the bundled model."""
+    return loading.load_model(BUNDLED_MODEL if folder is None else folder, dtype=dtype, device=device)
 
 
 def token_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int]:

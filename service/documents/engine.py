@@ -129,22 +129,12 @@ class EmbeddedEngine:
 
     def _model(self, name: str) -> tuple[Any, Any]:
         if name not in self._loaded:
-            import torch
-            from transformers import AutoModelForCausalLM, AutoTokenizer
+            from ...connectors.hf.loading import load_model
 
-            folder = self.models[name]
             _LOG.info("loading model %s", name)
             try:
-                tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-                model = AutoModelForCausalLM.from_pretrained(
-                    folder,
-                    local_files_only=True,
-                    dtype="auto" if torch.cuda.is_available() else torch.float32,
-                    use_safetensors=True,
-                )
-            except (OSError, ValueError, KeyError) as exc:
+                self._loaded[name] = load_model(self.models[name])
+            except ValueError as exc:
                 _LOG.error("model %s cannot be loaded: %s", name, exc)
                 raise ProblemError(503, "no-model", f"model {name!r} cannot be loaded; the log says why") from exc
-            torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
-            self._loaded[name] = model.eval(), tokenizer
         return self._loaded[name]

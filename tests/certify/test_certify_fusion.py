@@ -13,7 +13,7 @@ from kvloom.calibration.certificate_gate import CertificateGate
 from kvloom.certify.fusion import smallest_passing
 from kvloom.connectors.identity.weights import folder_name
 from kvloom.core import KVSpec, RopeSpec
-from kvloom.evaluation.models import BUNDLED_MODEL
+from kvloom.evaluation.environment import BUNDLED_MODEL
 
 from .test_certify import run
 

@@ -20,7 +20,7 @@ from kvloom.calibration.codec_form import parameters_of
 from kvloom.compress.registry import codec_by_name
 from kvloom.connectors.hf.connector import TransformersConnector
 from kvloom.connectors.identity.weights import folder_name
-from kvloom.evaluation.models import BUNDLED_MODEL
+from kvloom.evaluation.environment import BUNDLED_MODEL
 from kvloom.evaluation.workload import task_cases
 from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.disk.tier import DiskTier
