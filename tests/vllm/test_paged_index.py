@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvloom.connectors.vllm.paged_layers import GATHERS, PACKINGS, find_packing, unpacked
+from kvloom.connectors.vllm.retrieval import in_place
 from kvloom.connectors.vllm.retrieval.paged_index import PagedRetrieval
 from kvloom.connectors.vllm.retrieval.rows import DecodeRow, PromptPart, kept_queries, window_grid
 from kvloom.retrieval.attention import attend
@@ -344,6 +345,45 @@ def testindexes_learn_from_the_queries_of_their_own_prompt(monkeypatch: pytest.M
     positions = torch.cat([where for _, where in seen])
     assert positions.tolist() == list(range(0, 600, 16))
     assert torch.equal(torch.cat([asked for asked, _ in seen], 1), queries[positions].transpose(0, 1))
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_tokens_are_read_where_they_lie_or_copied_first(packing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without numba, copies: the same attention."""
+    torch.manual_seed(2)
+    paged, found = paged_of(packing), []
+    row, cache, *_ = filled(paged)
+    query = torch.randn(H * G, D)
+    assert in_place.rows_in_place(PACKINGS[packing], cache, D) is not None
+    found.append(attended(paged, 0, row, query, cache))
+    monkeypatch.setattr(in_place, "compiled_for_cpu", lambda: None)
+    assert in_place.rows_in_place(PACKINGS[packing], cache, D) is None
+    found.append(attended(paged, 1, row, query, cache))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_views_that_are_copies_are_not_read_in_place() -> None:
+    cache = torch.zeros(4, H, N, 2 * D)
+    copying = lambda blocks, key_dim, _: (blocks[..., :key_dim].clone(), blocks[..., key_dim:])  # noqa: E731
+    assert in_place.rows_in_place(copying, cache, D) is None
+    assert in_place.rows_in_place(PACKINGS["side by side"], cache.double(), D) is None
+
+
+def test_an_index_is_made_while_the_prompt_is_computed() -> None:
+    """In pieces; the first decoded token finds it, and learning methods wait for the whole prompt."""
+    paged = paged_of()
+    row, cache, keys, values = filled(paged)
+    for step, length in enumerate((200, 330, 600)):
+        paged.grow(step, [DecodeRow(0, 0, length - 1, row.blocks[: -(-length // N)])], cache)
+        assert [index.stop for index in paged.indexes] == ([] if length < 300 else [paged.stop(length - 1)])
+    (index,) = paged.indexes
+    query = torch.randn(H * G, D)
+    found = attended(paged, 3, row, query, cache)
+    assert paged.indexes == [index] and paged.counts.indexes == 1
+    assert torch.allclose(found, expected(paged, query, keys, values), atol=1e-5)
+    learning = paged_of(method="sketch")
+    learning.grow(0, [row], cache)
+    assert not learning.indexes
 
 
 def test_what_leaves_the_window_together_is_whole_blocks() -> None:

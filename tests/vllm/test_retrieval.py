@@ -150,12 +150,13 @@ def test_rows_that_decode_behind_long_contexts_are_sorted_out() -> None:
     """Not prompts that end in a single token, not drafts, not short contexts."""
     found = sorted_rows(MIXED, [paged_of()], 600)
     assert found is not None
-    rows, others, prompt = found
+    rows, others, prompt, growing = found
     assert [(row.number, row.token, row.position) for row in rows] == [(0, 0, 699), (5, 46, 999)]
     assert rows[0].blocks.tolist() == list(range(22))
     assert rows[1].blocks.tolist() == list(range(250, 282))
     assert others == [1, 2, 3, 4]
     assert prompt is None, "landmarks and exact search learn nothing from queries"
+    assert [(row.number, row.position, len(row.blocks)) for row in growing] == [(1, 639, 20), (2, 899, 29)]
 
 
 def test_steps_that_are_the_backends_alone() -> None:
@@ -213,7 +214,7 @@ class Ours(RetrievingImpl, Stock):
 
 def test_every_token_is_attended_to_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows with an index by it, the others by the backend, each in its place; a layer without indexes as ever."""
-    rows, others, _ = sorted_rows(MIXED, [paged_of()], 600) or ([], [], None)
+    rows, others, _, _ = sorted_rows(MIXED, [paged_of()], 600) or ([], [], None, [])
     dense, tokens = batch_of(MIXED, others)
     metadata = SimpleNamespace(kvloom=Split(1, rows, dense, tokens, None))
     query = torch.randn(47, H * G, D)

@@ -26,11 +26,12 @@ from ....retrieval.coverage import covering
 from ....retrieval.selector import LayerShape, LearnsFromQueries, Selection, choose
 from ....retrieval.settings import Retrieval
 from ..paged_layers import GATHERS, Packing, unpacked
+from .in_place import rows_in_place
 from .rows import BlockKernel, DecodeRow, PromptPart, RowWrites, virtual_rows, window_grid
 
 _LOG = logging.getLogger("kvloom")
 _IDLE_STEPS = 64  # of the engine; then nobody decodes behind these blocks any more
-_TOUCHED_LIMIT = 32.0  # a token of a whole block costs so much less than one that is gathered, on a processor
+_TOUCHED_LIMIT = 8.0  # a token of a whole block costs so much less than one that is gathered, on a processor
 
 
 class _RowIndex:
@@ -131,7 +132,7 @@ class PagedRetrieval:
 
         With a kernel, a KV head attends to all tokens of the blocks that hold some of those chosen for it: more than
         was asked for. Where that would be more than `touched_limit` times as many, and where the selector estimates
-        the rest, the chosen tokens are gathered.
+        the rest, the chosen tokens are read one by one: where they lie, by a compiled kernel, or else from copies.
 
         Parameters
         ----------
@@ -157,6 +158,18 @@ class PagedRetrieval:
             found = kernel(grouped, cache, table.to(cache.device), lengths.to(cache.device))
             out[places] = found.view(len(places), *out.shape[1:])
         return out
+
+    def grow(self, step: int, rows: Sequence[DecodeRow], cache: Tensor) -> None:
+        """Indexes what prompts have computed so far, so that the first decoded token finds its index made.
+
+        Not for methods that learn from queries, which are built from the whole prompt.
+        """
+        if self.learns:
+            return
+        self._begin(step)
+        for row in rows:
+            if self.stop(row.position):
+                self._index_of(row, cache)
 
     def stop(self, position: int) -> int:
         """How far an index reaches for a token at `position`; what is behind is near. 0 for not at all."""
@@ -287,9 +300,23 @@ class PagedRetrieval:
 
     def _attend_to(self, row: DecodeRow, choice: _Choice, queries: Tensor, cache: Tensor) -> Tensor:
         """Of exactly the tokens that were chosen: `[Hq, Dv]`."""
+        places = None if choice.chosen.rest is not None else rows_in_place(self.packing, cache, self.shape.head_dim)
+        if places is not None:
+            ids = self._everything(row, choice)
+            return places.attend(queries, row.blocks, self.block_tokens, ids, self.shape.scale).to(queries.dtype)
         near = self._attend_near(row, choice.stop, queries, cache)
         attend_ids = partial(self._attend_at, row, queries, cache)
         return attend_selected(near, choice.chosen, attend_ids)[0].to(queries.dtype)
+
+    def _everything(self, row: DecodeRow, choice: _Choice) -> Tensor:
+        """Ids of sinks, chosen tokens and window, `[H, K]`."""
+        near = torch.cat((torch.arange(self._sinks(choice.stop)), torch.arange(choice.stop, row.position + 1)))
+        ids = choice.chosen.ids
+        return (
+            torch.cat((near.expand(self.shape.kv_heads, -1), ids), 1)
+            if ids.numel()
+            else near.expand(self.shape.kv_heads, -1)
+        )
 
     def _sinks(self, stop: int) -> int:
         return self.retrieval.sink_tokens if stop else 0

@@ -34,6 +34,7 @@ class Split:
     dense : metadata of the others, as the backend makes it; None if there are none.
     dense_tokens : theirs, `[T]` int64.
     prompt : tokens of prompts, for indexes that learn from their queries.
+    growing : prompts beyond the break-even, as far as they will be computed behind this step.
     """
 
     step: int
@@ -41,6 +42,7 @@ class Split:
     dense: Any
     dense_tokens: Tensor
     prompt: PromptPart | None
+    growing: Sequence[DecodeRow] = ()
 
 
 class RetrievingBuilder:
@@ -57,13 +59,13 @@ class RetrievingBuilder:
         found = sorted_rows(common_attn_metadata, self.retrieving.layers, self.retrieving.break_even_tokens)
         if found is None:
             return metadata
-        rows, dense_rows, prompt = found
+        rows, dense_rows, prompt, growing = found
         self.steps += 1
         dense, tokens = None, torch.empty(0, dtype=torch.int64)
         if rows and dense_rows:
             part, tokens = batch_of(common_attn_metadata, dense_rows)
             dense = stock(0, part, fast_build)
-        setattr(metadata, _SPLIT, Split(self.steps, rows, dense, tokens, prompt))
+        setattr(metadata, _SPLIT, Split(self.steps, rows, dense, tokens, prompt, growing))
         return metadata
 
 
@@ -96,6 +98,7 @@ class RetrievingImpl:
         if split.prompt is not None and ours.learns:
             ours.heard(split.prompt, query)
         if not split.rows:
+            ours.grow(split.step, split.growing, kv_cache)
             return stock(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
         if split.dense is not None:
             tokens = split.dense_tokens.to(query.device)
@@ -105,6 +108,7 @@ class RetrievingImpl:
         tokens = [row.token for row in split.rows]
         found = self.retrieve(ours, layer, split.step, split.rows, query[tokens], kv_cache)
         output[tokens] = found.view(len(tokens), *output.shape[1:])
+        ours.grow(split.step, split.growing, kv_cache)  # last: an index that a row decodes with is not a prompt's
         return output
 
     def retrieve(
@@ -117,8 +121,9 @@ class RetrievingImpl:
 
 def sorted_rows(
     cam: Any, layers: Sequence[PagedRetrieval], break_even_tokens: int
-) -> tuple[list[DecodeRow], list[int], PromptPart | None] | None:
-    """The rows of a step: those that go through indexes, the numbers of the others, and queries to be kept.
+) -> tuple[list[DecodeRow], list[int], PromptPart | None, list[DecodeRow]] | None:
+    """The rows of a step: those that go through indexes, the numbers of the others, queries to be kept, and prompts
+    whose indexes may grow.
 
     Parameters
     ----------
@@ -137,6 +142,7 @@ def sorted_rows(
     learns = any(layer.learns for layer in layers)
     rows: list[DecodeRow] = []
     others: list[int] = []
+    growing: list[DecodeRow] = []
     tokens: list[int] = []
     positions: list[int] = []
     blocks: list[int] = []
@@ -146,10 +152,11 @@ def sorted_rows(
             continue
         position = length - 1
         if end - begin == 1 and not is_prompt[number] and position >= break_even_tokens and first.stop(position):
-            row = cam.block_table_tensor[number, : position // first.block_tokens + 1]
-            rows.append(DecodeRow(number, begin, position, row.to("cpu", torch.int64, copy=True)))
+            rows.append(_row(cam, number, begin, position, first.block_tokens))
             continue
         others.append(number)
+        if not learns and is_prompt[number] and position >= break_even_tokens and first.stop(position):
+            growing.append(_row(cam, number, begin, position, first.block_tokens))
         if learns and is_prompt[number]:
             kept = kept_queries(length - (end - begin), length)
             row = cam.block_table_tensor[number].tolist()
@@ -157,7 +164,12 @@ def sorted_rows(
             positions += kept
             blocks += [row[at // first.block_tokens] for at in kept]
     prompt = PromptPart(torch.tensor(tokens), torch.tensor(positions), blocks) if tokens else None
-    return (rows, others, prompt) if rows or prompt is not None else None
+    return (rows, others, prompt, growing) if rows or growing or prompt is not None else None
+
+
+def _row(cam: Any, number: int, token: int, position: int, block_tokens: int) -> DecodeRow:
+    blocks = cam.block_table_tensor[number, : position // block_tokens + 1]
+    return DecodeRow(number, token, position, blocks.to("cpu", torch.int64, copy=True))
 
 
 def batch_of(cam: Any, rows: Sequence[int]) -> tuple[Any, Tensor]:
