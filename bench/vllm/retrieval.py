@@ -210,9 +210,11 @@ def _skip_attention_of_prompts() -> None:
 
     stock = CPUAttentionBackendImpl.forward
 
-    def forward(self: Any, layer: Any, query: Any, key: Any, value: Any, cache: Any, metadata: Any, output: Any) -> Any:
-        if metadata is None or metadata.max_query_len == 1:
-            return stock(self, layer, query, key, value, cache, metadata, output)
+    def forward(
+        self: Any, layer: Any, q: Any, k: Any, v: Any, cache: Any, attn_metadata: Any, output: Any, **more: Any
+    ) -> Any:
+        if attn_metadata is None or attn_metadata.max_query_len == 1:
+            return stock(self, layer, q, k, v, cache, attn_metadata, output, **more)
         return output.zero_()
 
     CPUAttentionBackendImpl.forward = forward
