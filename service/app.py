@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -185,6 +186,7 @@ async def _upkeep(context: ServiceContext) -> None:
         try:
             await context.run(context.pins.follow)
             await context.run(context.index.catch_up)
+            await context.run(lambda: context.recent.note(context.store.stats, time.time()))
         except Exception:  # noqa: BLE001  the next round may do better
             _LOG.exception("upkeep failed")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections import OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -58,6 +58,7 @@ class _Pool:
         self.chunks: OrderedDict[ChunkKey, ListedChunk] = OrderedDict()
         self.log: deque[Change] = deque(maxlen=_LOGGED_CHANGES)
         self.sequence = 0
+        self.reads: Counter[str] = Counter()  # of each namespace, since the service started
 
 
 class OnMove(Protocol):
@@ -95,6 +96,18 @@ class ChunkIndex:
 
     def get(self, key: ChunkKey) -> ListedChunk | None:
         return self._chunks.get(key)
+
+    def read(self, chunk: ListedChunk) -> None:
+        """A client has read the chunk."""
+        with self._lock:
+            chunk.reads += 1
+            self._pools[chunk.pool].reads[chunk.info.namespace] += 1
+
+    def namespace_reads(self, pool: str | None) -> Counter[str]:
+        """Reads by namespace as the store names it, of one pool or of all, since the service started."""
+        with self._lock:
+            pools = list(self._pools.values()) if pool is None else [self._pools[pool]]
+            return sum((each.reads for each in pools), Counter())
 
     def follow(self, on_move: OnMove) -> None:
         """From now on `on_move` is told of each chunk that enters or leaves a tier, and of its tokens if it was put."""

@@ -28,6 +28,7 @@ from .kv_events import EventPublisher, KVEvents
 from .latencies import Latencies
 from .pins import Pins
 from .problems import ProblemError
+from .recent import RecentMoments
 from .served_store import ServedStore
 from .settings import ServiceSettings
 from .shared_memory import SharedMemory
@@ -65,6 +66,7 @@ class ServiceContext:
     containers: ContainerCache = field(default_factory=ContainerCache)
     telemetry: Telemetry = field(default_factory=lambda: Telemetry(None))
     health: TierHealth = field(default_factory=TierHealth)
+    recent: RecentMoments = field(default_factory=RecentMoments)
     idempotency: Idempotency = field(default_factory=Idempotency)
     is_draining: bool = False
     problems: list[str] = field(default_factory=list)

@@ -2,7 +2,6 @@
 
 const INTERVAL_MS = 2000;
 const REMEMBERED = 90;
-const fillings = new Map(); // by tier: used ratios of late
 let before = null; // the last answer, for rates
 let timer = 0;
 
@@ -36,15 +35,40 @@ function bar(ratio, text, isBad = false) {
   return box;
 }
 
-function line(ratios) {
+// A line over the last minutes. `values` are between 0 and `top`; the newest is at the right.
+function line(values, top, label) {
   const picture = drawn("svg", {
-    class: "line", role: "img", viewBox: `0 0 ${REMEMBERED - 1} 1`, preserveAspectRatio: "none",
-    "aria-label": `from ${percent(ratios[0])} to ${percent(ratios[ratios.length - 1])} filled`,
+    class: "line", role: "img", viewBox: `0 0 ${REMEMBERED - 1} 1`, preserveAspectRatio: "none", "aria-label": label,
   });
-  const start = REMEMBERED - ratios.length;
-  const points = ratios.map((ratio, index) => `${start + index},${(1 - 0.94 * ratio - 0.03).toFixed(4)}`);
-  picture.append(drawn("path", { d: `M${points.join("L")}` }));
+  const start = REMEMBERED - values.length;
+  const points = values.map((value, index) => `${start + index},${(0.97 - 0.94 * (top ? value / top : 0)).toFixed(4)}`);
+  if (values.length > 1) {
+    picture.append(drawn("path", { class: "area", d: `M${start},1L${points.join("L")}L${REMEMBERED - 1},1Z` }));
+    picture.append(drawn("path", { d: `M${points.join("L")}` }));
+  }
   return picture;
+}
+
+function fact(name, value) {
+  const pair = make("div");
+  pair.append(make("dt", name), make("dd", value));
+  return pair;
+}
+
+// What a count grew by a second, from each moment to the next.
+function growth(moments, value) {
+  return moments.slice(1).map((each, index) => {
+    const elapsed = each.at_s - moments[index].at_s;
+    return elapsed > 0 ? Math.max(0, value(each) - value(moments[index])) / elapsed : 0;
+  });
+}
+
+function chart(title, values, top, text) {
+  const box = make("figure");
+  const words = make("figcaption");
+  words.append(make("span", title), make("strong", text));
+  box.append(words, line(values, top, `${title}: ${text}`));
+  return box;
 }
 
 function rows(id, found, columns, empty) {
@@ -88,16 +112,13 @@ function show(told) {
     facts.push(["Pinned chunks", count(service.pinned)]);
     facts.push(["Shared-memory clients", count(service.shared_memory_clients)]);
   }
-  at("overview").replaceChildren(...facts.map(([name, value]) => {
-    const pair = make("div");
-    pair.append(make("dt", name), make("dd", value));
-    return pair;
-  }));
+  at("overview").replaceChildren(...facts.map(([name, value]) => fact(name, value)));
   if (service) showService(service, elapsed);
-  const largest = Math.max(1, ...told.namespaces.map((each) => each.nbytes));
+  const mostRead = Math.max(1, ...told.namespaces.map((each) => each.reads));
   rows("namespaces", told.namespaces, [
     (each) => each.namespace || "(without a name)",
-    (each) => bar(each.nbytes / largest, ""),
+    (each) => bar(each.reads / mostRead, ""),
+    number((each) => count(each.reads)),
     number((each) => size(each.nbytes)),
   ], "Nothing is stored.");
   const hottest = Math.max(1, ...told.documents.map((each) => each.uses));
@@ -111,25 +132,43 @@ function show(told) {
   at("updated").textContent = new Date(1000 * told.at_s).toLocaleTimeString();
 }
 
-function showService(service, elapsed) {
-  for (const tier of service.tiers) {
-    const ratio = tier.capacity_bytes ? tier.used_bytes / tier.capacity_bytes : 0;
-    const known = fillings.get(tier.name) ?? [];
-    fillings.set(tier.name, [...known, ratio].slice(-REMEMBERED));
+function showTier(tier, service, elapsed) {
+  const box = make("li");
+  const title = make("h3", tier.name);
+  title.append(" ", make("span", tier.is_healthy ? "answers" : "failing", { class: `health ${tier.is_healthy ? "ok" : "failing"}` }));
+  const ratio = tier.capacity_bytes ? tier.used_bytes / tier.capacity_bytes : 0;
+  const filled = bar(ratio, tier.capacity_bytes ? percent(ratio) : "no limit");
+  const room = make("p", tier.capacity_bytes ? `${size(tier.used_bytes)} of ${size(tier.capacity_bytes)}` : size(tier.used_bytes), { class: "note" });
+  const past = service.recent.map((each) => each.filled[tier.name] ?? 0);
+  const trend = past.length ? `from ${percent(past[0])} to ${percent(past[past.length - 1])} filled` : "not yet known how it filled";
+  const facts = make("dl", undefined, { class: "small" });
+  facts.append(fact("Chunks", count(tier.chunks)));
+  for (const [name, key] of [["Hits", "hits"], ["Evictions", "evictions"], ["Demotions", "demotions"], ["Errors", "errors"]]) {
+    facts.append(fact(name, rate(tier.name, tier, key, elapsed)));
   }
-  rows("tiers", service.tiers, [
-    (tier) => tier.name,
-    (tier) => make("span", tier.is_healthy ? "answers" : "failing", { class: `health ${tier.is_healthy ? "ok" : "failing"}` }),
-    (tier) => {
-      const ratio = tier.capacity_bytes ? tier.used_bytes / tier.capacity_bytes : 0;
-      return bar(ratio, tier.capacity_bytes ? percent(ratio) : size(tier.used_bytes));
-    },
-    (tier) => line(fillings.get(tier.name)),
-    number((tier) => count(tier.chunks)),
-    number((tier) => rate(tier.name, tier, "hits", elapsed)),
-    number((tier) => rate(tier.name, tier, "evictions", elapsed)),
-    number((tier) => rate(tier.name, tier, "demotions", elapsed)),
-  ], "");
+  box.append(title, filled, room, line(past, 1, trend), facts);
+  return box;
+}
+
+function showRecent(moments) {
+  const looked = growth(moments, (each) => each.lookups);
+  const hit = growth(moments, (each) => each.hits);
+  const ratios = looked.map((each, index) => (each ? hit[index] / each : 0));
+  const evicted = growth(moments, (each) => each.evictions);
+  const demoted = growth(moments, (each) => each.demotions);
+  const sum = (values) => values.reduce((total, each) => total + each, 0);
+  const last = (values) => `${(values[values.length - 1] ?? 0).toFixed(1)} / s`;
+  at("recent").replaceChildren(
+    chart("Look-ups", looked, Math.max(1, ...looked), last(looked)),
+    chart("Hit ratio", ratios, 1, sum(looked) ? percent(sum(hit) / sum(looked)) : "no look-ups"),
+    chart("Evictions", evicted, Math.max(1, ...evicted), last(evicted)),
+    chart("Demotions", demoted, Math.max(1, ...demoted), last(demoted)),
+  );
+}
+
+function showService(service, elapsed) {
+  at("tiers").replaceChildren(...service.tiers.map((tier) => showTier(tier, service, elapsed)));
+  showRecent(service.recent);
   const total = Math.max(1, service.lookups);
   const outcomes = service.tiers.map((tier) => ({ name: `hit in ${tier.name}`, count: tier.counts.hits, isBad: false }));
   for (const [reason, missed] of Object.entries(service.misses)) outcomes.push({ name: `miss: ${reason}`, count: missed, isBad: true });
@@ -176,7 +215,6 @@ function signOut(reason = "") {
   sessionStorage.removeItem("token");
   clearTimeout(timer);
   before = null;
-  fillings.clear();
   at("figures").hidden = true;
   at("sign-out").hidden = true;
   at("sign-in").hidden = false;

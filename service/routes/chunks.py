@@ -165,7 +165,7 @@ async def get_chunk(
         if blob is None:
             raise not_found("the chunk")
         if known is not None:
-            known.reads += 1
+            context.index.read(known)
         layers = num_layers(blob)
         span = _span(part, "layers", layers)
         if span is not None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from importlib.resources import files
 
 from fastapi import APIRouter
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from starlette.responses import Response
 
 from ..access.tenants import client_namespace
@@ -31,14 +32,29 @@ class TierState(TierSummary):
 
 
 class NamespaceState(BaseModel):
+    """`nbytes` of its chunks, each counted once; `reads` over HTTP since the service started."""
+
     namespace: str
     nbytes: int
+    reads: int
 
 
 class DocumentHeat(BaseModel):
     id: str
     uses: int
     state: str
+
+
+class MomentState(BaseModel):
+    """How full tiers were, and what had been counted, at one moment of the last minutes."""
+
+    model_config = ConfigDict(from_attributes=True)
+    at_s: float
+    filled: dict[str, float]
+    lookups: int
+    hits: int
+    evictions: int
+    demotions: int
 
 
 class ServiceState(BaseModel):
@@ -52,6 +68,7 @@ class ServiceState(BaseModel):
     shared_memory_clients: int
     tiers: list[TierState]
     latencies: dict[str, dict[str, float]]
+    recent: list[MomentState]
 
 
 class Figures(BaseModel):
@@ -99,7 +116,10 @@ def _figures(context: ServiceContext, pool: str | None) -> Figures:
             if pool in (None, owner):
                 shown = namespace if pool is not None else name
                 sizes[shown] = max(sizes.get(shown, 0), nbytes)  # the same chunks lie in several tiers
-    largest = sorted(sizes.items(), key=lambda item: -item[1])[:_SHOWN]
+    reads: Counter[str] = Counter()
+    for name, count in context.index.namespace_reads(pool).items():
+        reads[name if pool is None else client_namespace(name)[1]] += count
+    hottest = sorted(sizes, key=lambda name: (-reads[name], -sizes[name]))[:_SHOWN]
     documents = context.documents.hottest(_SHOWN, pool)
     service = None
     if pool is None:
@@ -117,12 +137,13 @@ def _figures(context: ServiceContext, pool: str | None) -> Figures:
                 for tier in stats.tiers
             ],
             latencies=context.latencies.quantiles(),
+            recent=[MomentState.model_validate(each) for each in context.recent.all()],
         )
     return Figures(
         at_s=time.time(),
         is_draining=context.is_draining,
         chunks=len(context.index) if pool is None else context.index.count(pool),
-        namespaces=[NamespaceState(namespace=name, nbytes=nbytes) for name, nbytes in largest],
+        namespaces=[NamespaceState(namespace=name, nbytes=sizes[name], reads=reads[name]) for name in hottest],
         documents=[DocumentHeat(id=each.id, uses=each.uses, state=each.state) for each in documents],
         service=service,
     )

@@ -99,7 +99,14 @@ def chromium() -> Iterator[Page]:
     to_browser, from_us = os.pipe()
     to_us, from_browser = os.pipe()
     with tempfile.TemporaryDirectory() as profile:
-        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-pipe"]
+        options = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--no-first-run",
+            "--hide-scrollbars",
+            "--remote-debugging-pipe",
+        ]
         # The browser reads from descriptor 3 and writes to 4.
         shell = f'exec "$0" "$@" 3<&{to_browser} 4>&{from_browser}'
         command = ["bash", "-c", shell, program, *options, f"--user-data-dir={profile}", "about:blank"]

@@ -10,6 +10,7 @@ import pytest
 from kvloom.core import ChunkInfo
 from kvloom.kvstore.tiers.disk.tier import DiskTier
 from kvloom.kvstore.tiers.host import HostTier
+from kvloom.service.documents.registry import StoredDocument
 from kvloom.testing.chunks import make_blob, make_key
 
 from .browser import Page, chromium
@@ -18,6 +19,7 @@ from .serving import Service, service_in_thread
 pytestmark = pytest.mark.slow
 
 PICTURES = os.environ.get("KVLOOM_TEST_PICTURES")
+SHOWN_S = 40.0 if PICTURES else 4.0
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +36,12 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
             for number in range(30):
                 client.get(make_key(number))
             client.match([make_key(1)])
+        documents = service.context.documents
+        for name, uses in (("faq", 3), ("handbook", 7), ("new", 0)):
+            each = StoredDocument("default", "tiny", name, "text", 5, bytes(32), "ready" if uses else "registered")
+            documents.add([each])
+            for _ in range(uses):
+                documents.used(each)
         yield service
 
 
@@ -67,11 +75,16 @@ def test_the_figures_are_those_of_the_service(page: Page, service: Service) -> N
     assert "token" not in page.run("location.href")
     stats = service.context.store.stats()
     assert f"Hit ratio\n{100 * stats.hits / stats.lookups:.0f} %" in text
-    rows = page.run("[...document.querySelectorAll('#tiers tr')].map(row => row.innerText)")
-    assert len(rows) == 2 and rows[0].startswith("host") and "answers" in rows[0]
-    for row, tier in zip(rows, stats.tiers, strict=True):
-        cells = row.split("\t")
-        assert str(tier.chunks) in cells and any(cell.startswith(str(tier.hits)) for cell in cells)
+    cards = page.run("[...document.querySelectorAll('#tiers li')].map(card => card.innerText)")
+    assert len(cards) == 2 and cards[0].startswith("host") and "answers" in cards[0]
+    for card, tier in zip(cards, stats.tiers, strict=True):
+        words = card.split()
+        for name, value in (("Chunks", tier.chunks), ("Hits", tier.hits), ("Evictions", tier.evictions)):
+            assert words[words.index(name) + 1] == str(value), card
+    warmest = page.run("document.querySelector('#namespaces tr').innerText")
+    assert warmest.split() == ["default/rag", "16", "384", "KiB"]
+    hottest = page.run("[...document.querySelectorAll('#documents tr')].map(row => row.innerText)")
+    assert [row.split("\t")[0] for row in hottest] == ["handbook", "faq", "new"] and "7" in hottest[0].split("\t")
     assert "miss: absent" in text and "default/rag" in text and "POST /v1/match" in text
     assert page.errors == []
     assert all(url.startswith((service.url, "data:")) for url in page.requests)
@@ -99,7 +112,7 @@ def test_by_keyboard_alone(page: Page, service: Service) -> None:
     for _ in range(6):
         page.press("Tab", 9)
         stops.append(page.run(FOCUSED))
-    assert {"DIV#tiers-title", "DIV#documents-title"} <= set(stops)
+    assert {"DIV#latency-title", "DIV#namespaces-title", "DIV#documents-title"} <= set(stops)
     page.run("document.getElementById('sign-out').focus()")
     page.press("Enter", 13, "\r")
     page.wait("!document.getElementById('sign-in').hidden && document.activeElement.id === 'token'")
@@ -112,7 +125,7 @@ def test_what_a_screen_reader_finds(page: Page, service: Service) -> None:
     found = {(node["role"]["value"], node.get("name", {}).get("value", "")) for node in nodes if not node["ignored"]}
     roles = {role for role, _ in found}
     assert {"banner", "main", "contentinfo", "heading", "table", "rowheader", "columnheader", "status"} <= roles
-    assert {("heading", title) for title in ("Overview", "Tiers", "Hits and misses", "Namespaces")} <= found
+    assert {("heading", title) for title in ("Overview", "Tiers", "host answers", "Hits and misses")} <= found
     assert any(role == "image" and "filled" in name for role, name in found)
     assert not [name for role, name in found if role in ("button", "textbox", "image", "table") and not name]
 
@@ -128,7 +141,16 @@ def test_a_tenant_sees_its_own(page: Page, service: Service) -> None:
 
 def test_every_width_shows_all_without_scrolling_sideways(page: Page, service: Service) -> None:
     signed_in(page, service)
-    time.sleep(2.5)
+    with service.client(shared_memory=False) as client:  # something to look at: tiers fill, and drain
+        for number in range(40):
+            client.put(make_key(600 + number), make_blob(600 + number, numbers=5000))
+            client.get(make_key(600 + number % 7))
+            time.sleep(SHOWN_S / 60)
+        for number in range(40):
+            client.delete(make_key(600 + number))
+            time.sleep(SHOWN_S / 120)
+    page.wait("document.querySelectorAll('#recent path').length === 8")
+    page.wait("document.querySelectorAll('#tiers path').length === 4")
     for width, height, dark in ((1440, 1000, False), (800, 1100, True), (390, 1800, False)):
         data = page.picture(width, height, dark=dark)
         assert data[:4] == b"\x89PNG"
