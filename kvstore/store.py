@@ -325,6 +325,18 @@ class KVStore:
         found = self._find(key, None, lambda blob: blob)
         return None if found is None else found[0]
 
+    @_recovering
+    def get_at_hand(self, key: ChunkKey) -> EncodedChunk | None:
+        """As `get_encoded`, for a chunk that lies in a first tier that cannot stall; None for others, and no miss.
+
+        For a caller that must not wait for a disk or a network, such as an event loop.
+        """
+        self._expect_open()
+        first = self._tier_ios[0]
+        if isinstance(first.tier, GuardedTier) or self._catalog.locate([key]) != [first.state]:
+            return None
+        return self.get_encoded(key)
+
     def match(self, keys: Sequence[ChunkKey]) -> int:
         """How many leading keys are stored, unexpired, in tiers that answer.
 
@@ -355,6 +367,15 @@ class KVStore:
         self._placement.follow_changes()
         if self._finds:
             self._placement.look_for_prefix(keys, self._catalog.match(keys))
+        return tuple(state.tier.name for state in self._catalog.locate(keys))
+
+    @_recovering
+    def locate_at_hand(self, keys: Sequence[ChunkKey]) -> tuple[str, ...] | None:
+        """As `locate_prefix`; None if what other processes have done would have to be read before."""
+        self._expect_open()
+        _check_keys(keys)
+        if any(tier.has_changes() for tier in self._tier_ios):
+            return None
         return tuple(state.tier.name for state in self._catalog.locate(keys))
 
     def locate(self, key: ChunkKey) -> str | None:

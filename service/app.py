@@ -42,10 +42,12 @@ from .routes import (
     documents,
     events,
     health,
+    lists,
     lookups,
     pins,
     shared_memory,
 )
+from .routes.short_way import ShortWay
 from .self_check import check_directory, problems_of
 from .served_store import ServedStore
 from .settings import ServiceSettings
@@ -57,6 +59,7 @@ _UPKEEP_INTERVAL_S = 0.5
 
 _ROUTES = (
     chunks,
+    lists,
     lookups,
     pins,
     shared_memory,
@@ -136,6 +139,7 @@ def create_app(settings: ServiceSettings, tiers: Sequence[Tier] | None = None) -
         jobs=Jobs(),
         threads=ThreadPoolExecutor(16, "kvloom-service", compute_alone),
         followers=ThreadPoolExecutor(512, "kvloom-jobs"),
+        movers=ThreadPoolExecutor(2 * settings.max_transfers, "kvloom-bodies"),
         transfers=TransferTurns(settings.max_transfers),
         engine=EmbeddedEngine(settings.models, store, tenants, recompute_ratio=settings.recompute_ratio),
         documents=DocumentRegistry(directory / "documents.sqlite"),
@@ -152,6 +156,7 @@ def create_app(settings: ServiceSettings, tiers: Sequence[Tier] | None = None) -
         redirect_slashes=False,
     )
     app.state.context = context
+    app.router.routes.insert(0, ShortWay())
     for each in _ROUTES:
         app.include_router(each.router)
     problems.install(app)
@@ -197,6 +202,7 @@ def close(context: ServiceContext) -> None:
     context.pins.close()
     context.engine.close()
     context.threads.shutdown(wait=True, cancel_futures=True)
+    context.movers.shutdown(wait=True, cancel_futures=True)
     context.store.close()
     context.followers.shutdown(wait=False, cancel_futures=True)
     if context.publisher is not None:

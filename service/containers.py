@@ -31,14 +31,19 @@ class Container:
     total_bytes: int
     etag: str
 
-    def pieces(self, start: int, stop: int) -> list[memoryview]:
-        """Bytes `[start, stop)` in pieces of at most `PIECE_BYTES`, none copied."""
+    def parts(self, start: int, stop: int) -> list[memoryview]:
+        """Bytes `[start, stop)`, from one buffer after the other, none copied."""
         found, begin = [], 0
         for buffer in self.buffers:
-            low, high = max(start - begin, 0), min(stop - begin, len(buffer))
-            found += [buffer[at : min(at + PIECE_BYTES, high)] for at in range(low, high, PIECE_BYTES)]
+            found.append(buffer[max(start - begin, 0) : max(stop - begin, 0)])
             begin += len(buffer)
-        return found
+        return [part for part in found if len(part)]
+
+    def pieces(self, start: int, stop: int) -> list[memoryview]:
+        """As `parts`, in pieces of at most `PIECE_BYTES`."""
+        return [
+            part[at : at + PIECE_BYTES] for part in self.parts(start, stop) for at in range(0, len(part), PIECE_BYTES)
+        ]
 
 
 class IncomingContainer:
@@ -108,8 +113,8 @@ class ContainerCache:
                     self._headers.popitem(last=False)
         return etag
 
-    def container(self, key: ChunkKey, client_key: ChunkKey, blob: EncodedChunk) -> Container:
-        """The container of a chunk of the store, under its client's key.
+    def known(self, key: ChunkKey, blob: EncodedChunk) -> Container | None:
+        """The container of a chunk of the store whose header is known; reads no byte of it.
 
         Parameters
         ----------
@@ -118,15 +123,25 @@ class ContainerCache:
         with self._lock:
             known = self._headers.get(key)
         first = next(iter(blob.tensors.values()), None)
-        if known is not None and first is not None and known[0]() is first:
-            _, header, etag = known
-            names = sorted(blob.tensors, key=lambda name: (-blob.tensors[name].dtype.itemsize, name))
-            data = [_bytes_of(blob.tensors[name]) for name in names]
-        else:
-            header, *data = to_buffers(client_key, blob)
-            etag = self.note(key, blob, header)
-        buffers = (header, *data)
+        if known is None or first is None or known[0]() is not first:
+            return None
+        _, header, etag = known
+        names = sorted(blob.tensors, key=lambda name: (-blob.tensors[name].dtype.itemsize, name))
+        buffers = (header, *(_bytes_of(blob.tensors[name]) for name in names))
         return Container(buffers, sum(map(len, buffers)), etag)
+
+    def container(self, key: ChunkKey, client_key: ChunkKey, blob: EncodedChunk) -> Container:
+        """The container of a chunk of the store, under its client's key; sums what is not known.
+
+        Parameters
+        ----------
+        key : of the store.
+        """
+        known = self.known(key, blob)
+        if known is not None:
+            return known
+        buffers = tuple(to_buffers(client_key, blob))
+        return Container(buffers, sum(map(len, buffers)), self.note(key, blob, buffers[0]))
 
 
 def layers_container(client_key: ChunkKey, blob: EncodedChunk, start: int, stop: int) -> Container:

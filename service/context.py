@@ -10,6 +10,7 @@ from typing import Annotated, TypeVar
 
 from fastapi import Depends, Request
 from pydantic import BaseModel
+from starlette.types import Scope
 
 from ..core import ChunkKey
 from ..kvstore.encoding.buffer_pool import BufferPool
@@ -54,6 +55,7 @@ class ServiceContext:
     jobs: Jobs
     threads: ThreadPoolExecutor
     followers: ThreadPoolExecutor
+    movers: ThreadPoolExecutor
     transfers: TransferTurns
     uploads: UploadBudget
     namespaces: NamespaceFile
@@ -112,15 +114,25 @@ async def context_of(request: Request) -> ServiceContext:  # async: FastAPI woul
     return context
 
 
+def caller_of(scope: Scope, needed: str) -> Caller:
+    """Who has sent a request that the guard has let through.
+
+    Raises
+    ------
+    ProblemError : 401 without a token, 403 if it does not have the scope `needed`.
+    """
+    credential: Credential | None = scope.get("credential")
+    if credential is None:
+        raise ProblemError(401, "unauthorized", "a valid bearer token is needed")
+    if needed not in credential.scopes:
+        raise ProblemError(403, "forbidden", f"the token does not have the scope {needed!r}")
+    tenant: Tenant = scope["tenant"]
+    return Caller(credential, tenant, scope["app"].state.context.tenants.key_space(tenant.pool))
+
+
 def _needs(scope: str) -> Callable[[Request], Awaitable[Caller]]:
     async def caller(request: Request) -> Caller:
-        credential: Credential | None = request.scope.get("credential")
-        if credential is None:
-            raise ProblemError(401, "unauthorized", "a valid bearer token is needed")
-        if scope not in credential.scopes:
-            raise ProblemError(403, "forbidden", f"the token does not have the scope {scope!r}")
-        tenant: Tenant = request.scope["tenant"]
-        return Caller(credential, tenant, request.app.state.context.tenants.key_space(tenant.pool))
+        return caller_of(request.scope, scope)
 
     caller.__name__ = f"needs_{scope}"
     return caller

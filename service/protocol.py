@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from httptools import HttpRequestParser
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
+
+from .body_socket import EXTENSION, BodySocket
 
 
 def limited_protocol(*, max_header_bytes: int, header_timeout_s: float, max_connections: int) -> type[asyncio.Protocol]:
@@ -59,6 +62,15 @@ def limited_protocol(*, max_header_bytes: int, header_timeout_s: float, max_conn
                 self.transport.abort()
                 return
             super().on_headers_complete()
+            if self.scheme == "http":  # what is encrypted has to pass the server
+                self.scope["extensions"] = {EXTENSION: BodySocket(self, self.cycle)}  # type: ignore[dict-item]
+
+        def body_was_received(self, cycle: RequestResponseCycle) -> None:
+            """A body has been taken from the socket past the parser, which would go on to wait for it."""
+            cycle.more_body = False
+            self._in_header = True
+            self.parser = HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
 
         def on_message_complete(self) -> None:
             self._in_header = True

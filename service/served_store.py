@@ -98,9 +98,17 @@ class ServedStore:
         try:
             yield store
         finally:
-            with self._condition:
-                self._users -= 1
-                self._condition.notify_all()
+            self._leave()
+
+    def get_at_hand(self, key: ChunkKey) -> EncodedChunk | None:
+        """As `KVStore.get_at_hand`; None also while the store is being replaced."""
+        with self._use_now() as store:
+            return None if store is None else store.get_at_hand(key)
+
+    def locate_at_hand(self, keys: Sequence[ChunkKey]) -> tuple[str, ...] | None:
+        """As `KVStore.locate_at_hand`; None also while the store is being replaced."""
+        with self._use_now() as store:
+            return None if store is None else store.locate_at_hand(keys)
 
     def replace(self, tiers: Sequence[Tier] | None = None, quotas: Mapping[str, Quota] | None = None) -> None:
         """Goes on with other tiers or quotas. Closes tiers that are no longer among them, after their chunks moved on.
@@ -152,6 +160,28 @@ class ServedStore:
             self._store.close()
             for tier in reversed(self._tiers):
                 tier.close()
+
+    @contextmanager
+    def _use_now(self) -> Iterator[KVStore | None]:
+        """As `use`, but gives None rather than wait."""
+        store: KVStore | None = None
+        if not self._blocked and self._condition.acquire(blocking=False):
+            try:
+                if not self._blocked:
+                    self._users += 1
+                    store = self._store
+            finally:
+                self._condition.release()
+        try:
+            yield store
+        finally:
+            if store is not None:
+                self._leave()
+
+    def _leave(self) -> None:
+        with self._condition:
+            self._users -= 1
+            self._condition.notify_all()
 
     def _open(self) -> KVStore:
         store = KVStore([kept_open(tier) for tier in self._tiers], quotas=self._quotas, timeout_s=self._timeout_s)

@@ -228,6 +228,12 @@ class TierIO:
         """False if `follow_changes` has nothing to do."""
         return self._shared is not None or bool(self._interrupted)
 
+    def has_changes(self) -> bool:
+        """Whether `follow_changes` has something to read or to remove, as far as can be told without waiting."""
+        if self._interrupted:
+            return True
+        return self._shared is not None and self.state.is_available and self._has_foreign_changes()
+
     def follow_changes(self, *, timeout_s: float | None = _CHANGES_S) -> None:
         """Enter into the catalog what other processes did to the tier, and what interrupted calls have left.
 
@@ -235,9 +241,7 @@ class TierIO:
         """
         if self._interrupted:
             self._remove_interrupted()
-        if self._shared is None or not self.state.is_available:
-            return
-        if not (self._changes or self._lost_changes or self._guard is None or self._guard.has_changes()):
+        if self._shared is None or not self.state.is_available or not self._has_foreign_changes():
             return
         try:
             if self._guard is None:
@@ -270,6 +274,9 @@ class TierIO:
         release_owned(*self._owned)
         if self._guard is not None:
             self._guard.recover()
+
+    def _has_foreign_changes(self) -> bool:
+        return bool(self._changes or self._lost_changes) or self._guard is None or self._guard.has_changes()
 
     def _collect(self, tier: Tier) -> None:
         """Runs where the tier is called, to its end also if the caller gives up: a tier reports a change only once."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..body_socket import body_socket
 from ..context import ServiceContext
 from ..problems import ProblemError
 from .credentials import Credential
@@ -139,7 +140,7 @@ class _Request:
             known = {name for name, _ in headers}
             headers += [pair for pair in _HEADERS if pair[0] not in known]
             headers.append((b"kvloom-request-id", self._id.encode()))
-            if not self._is_read and self._scope["method"] in ("PUT", "POST", "PATCH"):
+            if not self._body_is_read and self._scope["method"] in ("PUT", "POST", "PATCH"):
                 headers.append((b"connection", b"close"))  # a body that nobody reads must not be taken for a request
             message = {**message, "headers": headers}
         elif message["type"] == "http.response.body":
@@ -149,6 +150,11 @@ class _Request:
                 await self._send(message)  # waits while the client reads nothing
         except TimeoutError as exc:
             raise ConnectionAbortedError(f"request {self._id} was given up: its client reads nothing") from exc
+
+    @property
+    def _body_is_read(self) -> bool:
+        body = body_socket(self._scope)
+        return self._is_read or (body is not None and body.is_received)
 
     async def _wait_for_quantum(self) -> None:
         quantum_s = self._context.settings.latency_quantum_s
@@ -163,6 +169,10 @@ class _Request:
 
     def _note(self, credential: Credential | None) -> None:
         spent_s = time.monotonic() - self._began_s
+        body = body_socket(self._scope)
+        if body is not None:
+            self._received_bytes += body.received_bytes
+            self._sent_bytes += body.sent_bytes
         route = getattr(self._scope.get("route"), "path", "unknown")
         method = self._scope["method"]
         self._context.latencies.observe(method, route, self._status, spent_s)

@@ -1,4 +1,4 @@
-"""Chunks: put, get, look at, delete, list, and follow what changes."""
+"""Chunks: put, get, look at, delete."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
-from fastapi import APIRouter, Header, Path, Query, Request
+from fastapi import APIRouter, Header, Path, Request
 from pydantic import BaseModel
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from ...core import ChunkInfo, ChunkKey, EncodedChunk
-from ..access.tenants import client_namespace, store_namespace
-from ..chunk_index import ListedChunk, listed_bytes
-from ..containers import MEDIA_TYPE, Container, IncomingContainer, layers_container, num_layers
+from ..access.tenants import store_namespace
+from ..chunk_bodies import ContainerResponse, received, taken
+from ..chunk_index import listed_bytes
+from ..containers import MEDIA_TYPE, Container, layers_container, num_layers
 from ..context import Caller, Context, Reader, ServiceContext, Writer, parse_key
 from ..problems import ProblemError, not_found
 
@@ -32,23 +32,9 @@ SessionId = Annotated[
     Header(alias="KVLoom-Shared-Memory", pattern="^[0-9a-f]{32}$", description="Session of shared memory to use."),
 ]
 LEASE_MEDIA_TYPE = "application/vnd.kvloom.lease+json"
-_CURSOR = r"^[0-9a-f]{8}\.[0-9]{1,15}$"
-_CURSOR_OR_NONE = r"^([0-9a-f]{8}\.[0-9]{1,15})?$"
 _RANGE = re.compile(r"(bytes|layers)=(\d*)-(\d*)")
 _DIGEST = re.compile(r"(sha-256|sha-512)=:([A-Za-z0-9+/=]+):")
 _BODY: dict[str, Any] = {"content": {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}}
-
-
-class ChunkEntry(BaseModel):
-    """A chunk of a list. `nbytes` counts its container in steps of 4 KiB; `tiers` are those that hold it."""
-
-    key: str
-    namespace: str
-    nbytes: int
-    after: str | None
-    expires_at_s: float | None
-    recompute_s: float | None
-    tiers: list[str]
 
 
 class LeaseInfo(BaseModel):
@@ -57,21 +43,6 @@ class LeaseInfo(BaseModel):
     lease: int
     offset: int
     nbytes: int
-
-
-class ChunkList(BaseModel):
-    """Chunks, least recently written first. `cursor` continues the list, or says where changes begin."""
-
-    chunks: list[ChunkEntry]
-    cursor: str
-    is_complete: bool
-
-
-class ChangeList(BaseModel):
-    """What was written or went away since a cursor, in order: an entry, or the key of what is gone."""
-
-    changes: list[ChunkEntry | str]
-    cursor: str
 
 
 @router.put(
@@ -103,13 +74,16 @@ async def put_chunk(
     deadlines = [expires_at_s, None if ttl_s is None else time.time() + ttl_s, context.namespaces.expiry(name)]
     expiry = min((each for each in deadlines if each is not None), default=None)
     info = ChunkInfo(None if after is None else caller.keys.to_store(parse_key(after)), name, expiry, recompute_s)
-    existed = await context.run(lambda: _located(context, stored_key)) is not None
+    known = context.index.get(stored_key)
+    existed = known is not None and bool(known.tiers)
+    if if_none_match is not None:
+        existed = await context.run(lambda: _located(context, stored_key)) is not None
     if if_none_match is not None and existed:
         raise ProblemError(412, "exists", "the chunk is stored already")
     if session_id is not None and shared_range is not None:
-        incoming = await _taken(context, caller, session_id, shared_range)
+        incoming = await taken(context, caller, session_id, shared_range)
     else:
-        incoming = await _received(request, context, caller)
+        incoming = await received(request, context, caller)
     if content_digest is not None:
         await context.run(lambda: _check_digest(content_digest, incoming.view[: incoming.filled_bytes]))
 
@@ -172,10 +146,16 @@ async def get_chunk(
             return layers_container(client_key, blob, *span), layers
         return context.containers.container(stored_key, client_key, blob), layers
 
-    try:
-        container, layers = await context.run(fetch)
-    except ValueError as exc:
-        raise ProblemError(416, "range", str(exc)) from exc
+    at_hand = None if part is not None else _at_hand(context, stored_key)
+    if at_hand is not None:
+        container, layers = at_hand, 0
+        if known is not None:
+            known.reads += 1
+    else:
+        try:
+            container, layers = await context.run(fetch)
+        except ValueError as exc:
+            raise ProblemError(416, "range", str(exc)) from exc
     if known is not None and known.etag is None and part is None:
         known.etag = container.etag
     headers = {"ETag": container.etag, "Accept-Ranges": "bytes, layers"}
@@ -225,114 +205,18 @@ async def delete_chunk(key: Key, context: Context, caller: Writer) -> Response:
     return Response(status_code=204)
 
 
-@router.get("/v1/chunks", summary="List chunks")
-async def list_chunks(
-    context: Context,
-    caller: Reader,
-    cursor: Annotated[str, Query(pattern=_CURSOR_OR_NONE)] = "",
-    limit: Annotated[int, Query(ge=1, le=10000)] = 1000,
-) -> ChunkList:
-    """The tenant's chunks, in pages. The cursor of the last page is where `/v1/changes` goes on."""
-    epoch, after = _cursor(cursor)
-    if cursor and epoch != context.index.epoch:
-        raise ProblemError(410, "gone", "the service has started anew since; list from the beginning")
-    up_to = context.index.sequence(caller.tenant.pool)
-    chunks = await context.run(lambda: context.index.chunks(caller.tenant.pool, after=after, limit=limit))
-    is_complete = len(chunks) < limit
-    last = up_to if is_complete else chunks[-1].sequence
-    return ChunkList(
-        chunks=[_entry(caller, chunk) for chunk in chunks],
-        cursor=f"{context.index.epoch}.{last}",
-        is_complete=is_complete,
-    )
-
-
-@router.get("/v1/changes", summary="What was written or went away since a cursor")
-async def list_changes(
-    context: Context,
-    caller: Reader,
-    cursor: Annotated[str, Query(pattern=_CURSOR)],
-    limit: Annotated[int, Query(ge=1, le=10000)] = 1000,
-) -> ChangeList:
-    """In order. 410 if the cursor is too old: list the chunks anew then."""
-    epoch, after = _cursor(cursor)
-    found = None
-    if epoch == context.index.epoch:
-        found = await context.run(lambda: context.index.changes(caller.tenant.pool, after, limit=limit))
-    if found is None:
-        raise ProblemError(410, "gone", "changes since then are forgotten; list the chunks anew")
-    changes, last = found
-    return ChangeList(
-        changes=[
-            caller.keys.to_client(change.key).hex() if change.chunk is None else _entry(caller, change.chunk)
-            for change in changes
-        ],
-        cursor=f"{context.index.epoch}.{last}",
-    )
-
-
-class ContainerResponse(Response):
-    """A container, or bytes `[start, stop)` of it, streamed from where it lies. Waits for its turn to move bytes."""
-
-    def __init__(
-        self,
-        context: ServiceContext,
-        container: Container,
-        start: int,
-        stop: int,
-        status: int,
-        headers: dict[str, str],
-        *,
-        is_head: bool = False,
-    ) -> None:
-        super().__init__(None, status, {**headers, "Content-Length": str(stop - start)}, media_type=MEDIA_TYPE)
-        self._context = context
-        self._pieces = [] if is_head else container.pieces(start, stop)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        del scope, receive
-        async with self._context.transfers.turn():
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            for piece in self._pieces:
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
-
-
-async def _received(request: Request, context: ServiceContext, caller: Caller) -> IncomingContainer:
-    """The body in one buffer. Waits for its turn before it reads, so that few clients fill memory at a time."""
-    length = request.headers.get("content-length")
-    if length is None or not length.isdigit():
-        raise ProblemError(411, "length-required", "a chunk needs a Content-Length")
-    with context.uploads.taking(caller.tenant.name, int(length)):
-        async with context.transfers.turn():
-            incoming = IncomingContainer(context.buffers, int(length))
-            async for piece in request.stream():
-                try:
-                    incoming.append(piece)
-                except ValueError as exc:
-                    raise ProblemError(400, "length", str(exc)) from exc
-    if incoming.filled_bytes != int(length):
-        raise ProblemError(400, "length", f"{incoming.filled_bytes} bytes came of {length} that were announced")
-    return incoming
-
-
-async def _taken(context: ServiceContext, caller: Caller, session_id: str, text: str) -> IncomingContainer:
-    """A copy of what the client has written to shared memory, `OFFSET-LENGTH`."""
-    offset, nbytes = map(int, text.split("-"))
-    if nbytes > context.settings.max_body_bytes:
-        raise ProblemError(413, "too-large", f"the chunk is larger than {context.settings.max_body_bytes} bytes")
-    session = context.shared_memory.session(caller.tenant.pool, session_id)
-    with context.uploads.taking(caller.tenant.name, nbytes):
-        async with context.transfers.turn():
-            return await context.run(lambda: context.shared_memory.take(session, offset, nbytes, context.buffers))
-
-
 def _token_ids(blob: EncodedChunk) -> Sequence[int]:
     """Those of the chunk, for events; none if it has no row of them."""
     tokens = blob.tensors.get("token_ids")
     if tokens is None or tokens.ndim != 1 or tokens.dtype != torch.int64:
         return ()
     return array("q", tokens.numpy().tobytes())  # a fourth of a list of integers
+
+
+def _at_hand(context: ServiceContext, key: ChunkKey) -> Container | None:
+    """A whole chunk that nothing has to be waited for, and nothing summed."""
+    blob = context.store.get_at_hand(key)
+    return None if blob is None else context.containers.known(key, blob)
 
 
 def _located(context: ServiceContext, key: ChunkKey) -> str | None:
@@ -346,24 +230,6 @@ def _namespace(caller: Caller, namespace: str) -> str:
         return store_namespace(caller.tenant.pool, text)
     except (UnicodeError, ValueError) as exc:
         raise ProblemError(422, "invalid", f"KVLoom-Namespace is no name: {exc}") from exc
-
-
-def _entry(caller: Caller, chunk: ListedChunk) -> ChunkEntry:
-    info = chunk.info
-    return ChunkEntry(
-        key=caller.keys.to_client(chunk.key).hex(),
-        namespace=client_namespace(info.namespace)[1],
-        nbytes=chunk.nbytes,
-        after=None if info.after is None else caller.keys.to_client(info.after).hex(),
-        expires_at_s=info.expires_at_s,
-        recompute_s=info.recompute_s,
-        tiers=sorted(chunk.tiers),
-    )
-
-
-def _cursor(text: str) -> tuple[str, int]:
-    epoch, _, number = text.partition(".")
-    return epoch, int(number or 0)
 
 
 def _span(part: str | None, unit: str, length: int) -> tuple[int, int] | None:

@@ -107,12 +107,14 @@ async def match(body: Keys, context: Context, caller: Reader) -> Match:
     """In order: the first key that is not stored ends the match. Reads no chunk."""
     keys = stored_keys(context, caller, body.keys)
 
-    def look_up() -> Match:
+    def look_up() -> tuple[str, ...]:
         with context.store.use() as store:
-            tiers = store.locate_prefix(keys)
-        return Match(matched=len(tiers), tiers=list(tiers))
+            return store.locate_prefix(keys)
 
-    return await context.run(look_up)
+    tiers = context.store.locate_at_hand(keys)
+    if tiers is None:
+        tiers = await context.run(look_up)
+    return Match(matched=len(tiers), tiers=list(tiers))
 
 
 @router.post("/v1/explain", summary="What became of chunks")

@@ -72,3 +72,31 @@ def test_the_quota_of_a_namespace_covers_what_is_below_it() -> None:
             store.put_encoded(make_key(number), make_blob(number), ChunkInfo(namespace="team/vip"))
         assert store.stats().tiers[0].namespace_bytes["team/vip"] == 5 * nbytes
         assert store.check() == []
+
+
+def test_what_is_at_hand_is_what_nothing_has_to_be_waited_for(tmp_path: Path) -> None:
+    """Chunks in memory are; those on disk alone, and those of a first tier on disk, are not, and are no misses."""
+    blob = make_blob(1)
+    with KVStore([HostTier(blob.nbytes), DiskTier(tmp_path / "disk")]) as store:
+        store.put_encoded(make_key(1), blob)
+        found = store.get_at_hand(make_key(1))
+        assert found is not None and same_blob(found, blob)
+        store.put_encoded(make_key(2), make_blob(2))
+        keys = [make_key(1), make_key(2), make_key(3)]
+        held, absent = (keys[0], keys[1]) if store.locate(keys[0]) == "host" else (keys[1], keys[0])
+        assert store.get_at_hand(absent) is None and store.get_at_hand(keys[2]) is None
+        assert store.get_at_hand(held) is not None
+        assert store.locate_at_hand([held, absent, keys[2]]) == ("host", "disk")
+        stats = store.stats()
+        assert stats.hits == 2 and not stats.misses
+    with KVStore([DiskTier(tmp_path / "disk")]) as store:
+        assert store.get_at_hand(make_key(1)) is None and store.get_encoded(make_key(1)) is not None
+
+
+def test_what_others_have_put_is_not_located_at_once(tmp_path: Path) -> None:
+    with KVStore([DiskTier(tmp_path)]) as one, KVStore([DiskTier(tmp_path)]) as other:
+        assert one.locate_at_hand([make_key(1)]) == ()
+        other.put_encoded(make_key(1), make_blob(1))
+        assert one.locate_at_hand([make_key(1)]) is None
+        assert one.locate_prefix([make_key(1)]) == ("disk",)
+        assert one.locate_at_hand([make_key(1)]) == ("disk",)
