@@ -51,8 +51,8 @@ from .routes.short_way import ShortWay
 from .self_check import check_directory, problems_of
 from .served_store import ServedStore
 from .settings import ServiceSettings
-from .shared_memory import SharedMemory
 from .telemetry import Telemetry
+from .transfer.shared_memory import SharedMemory
 
 _LOG = logging.getLogger("kvloom.service")
 _UPKEEP_INTERVAL_S = 0.5

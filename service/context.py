@@ -20,7 +20,6 @@ from .access.limits import RequestLimits, TransferTurns, UploadBudget
 from .access.namespaces import NamespaceFile
 from .access.tenants import KeySpace, Tenant, TenantFile
 from .chunk_index import ChunkIndex
-from .containers import ContainerCache
 from .documents.engine import EmbeddedEngine
 from .documents.registry import DocumentRegistry
 from .idempotency import Idempotency
@@ -32,9 +31,10 @@ from .problems import ProblemError
 from .recent import RecentMoments
 from .served_store import ServedStore
 from .settings import ServiceSettings
-from .shared_memory import SharedMemory
 from .telemetry import Telemetry
 from .tier_health import TierHealth
+from .transfer.containers import ContainerCache
+from .transfer.shared_memory import SharedMemory
 
 T = TypeVar("T")
 

@@ -19,9 +19,9 @@ from fastapi import FastAPI
 from .access.certificate import Certificate
 from .access.credentials import TokenFile
 from .app import create_app
-from .protocol import limited_protocol
 from .self_check import check_settings
 from .settings import ServiceSettings
+from .transfer.protocol import limited_protocol
 
 _LOG = logging.getLogger("kvloom.service")
 _TICKS = 20  # of a tenth of a second

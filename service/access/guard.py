@@ -15,9 +15,9 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..body_socket import body_socket
 from ..context import ServiceContext
 from ..problems import ProblemError
+from ..transfer.body_socket import body_socket
 from .credentials import Credential
 
 _LOG = logging.getLogger("kvloom.service")

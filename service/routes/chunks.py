@@ -17,11 +17,11 @@ from starlette.responses import Response
 
 from ...core import ChunkInfo, ChunkKey, EncodedChunk
 from ..access.tenants import store_namespace
-from ..chunk_bodies import ContainerResponse, received, taken
 from ..chunk_index import listed_bytes
-from ..containers import MEDIA_TYPE, Container, layers_container, num_layers
 from ..context import Caller, Context, Reader, ServiceContext, Writer, parse_key
 from ..problems import ProblemError, not_found
+from ..transfer.chunk_bodies import ContainerResponse, received, taken
+from ..transfer.containers import MEDIA_TYPE, Container, layers_container, num_layers
 
 router = APIRouter(tags=["chunks"])
 

@@ -21,7 +21,7 @@ import xxhash
 from kvloom.core import ChunkKey
 from kvloom.errors import ChunkCorruptError
 from kvloom.kvstore.encoding.buffer_pool import BufferPool
-from kvloom.service.containers import IncomingContainer
+from kvloom.service.transfer.containers import IncomingContainer
 from kvloom.testing.chunks import make_blob, make_key
 
 KEY = ChunkKey(make_key(1))

@@ -1,4 +1,4 @@
-"""Memory that this process shares with a service on the same host; see `service/shared_memory.py` for the protocol."""
+"""Memory that this process shares with a service on this host; `service/transfer/shared_memory.py` has the protocol."""
 
 from __future__ import annotations
 

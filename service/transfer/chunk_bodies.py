@@ -8,10 +8,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from ..context import Caller, ServiceContext
+from ..problems import ProblemError
 from .body_socket import BodySocket, body_socket
 from .containers import MEDIA_TYPE, Container, IncomingContainer
-from .context import Caller, ServiceContext
-from .problems import ProblemError
 
 
 class ContainerResponse(Response):

@@ -12,10 +12,10 @@ import torch
 import xxhash
 from torch import Tensor
 
-from ..core import ChunkKey, EncodedChunk
-from ..errors import ChunkCorruptError
-from ..kvstore.encoding.buffer_pool import BufferPool
-from ..kvstore.format import read_container, to_buffers
+from ...core import ChunkKey, EncodedChunk
+from ...errors import ChunkCorruptError
+from ...kvstore.encoding.buffer_pool import BufferPool
+from ...kvstore.format import read_container, to_buffers
 
 MEDIA_TYPE = "application/vnd.kvloom.chunk"
 PIECE_BYTES = 1 << 18

@@ -24,11 +24,11 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..kvstore.encoding.buffer_pool import BufferPool
-from ..kvstore.encoding.copies import copy_bytes
-from ..kvstore.tiers.arena import Arena
+from ...kvstore.encoding.buffer_pool import BufferPool
+from ...kvstore.encoding.copies import copy_bytes
+from ...kvstore.tiers.arena import Arena
+from ..problems import ProblemError
 from .containers import Container, IncomingContainer
-from .problems import ProblemError
 
 _LOG = logging.getLogger("kvloom.service")
 _TICKET_BYTES = 32

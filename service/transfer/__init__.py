@@ -1,0 +1,1 @@
+"""How chunks move between clients and memory: sockets, shared memory, containers."""
