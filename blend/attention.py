@@ -4,9 +4,85 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Queries attended at once. A block sees the keys up to its own last position only, so that no more than half a block's
-# mask is wasted work; 256 measured best on a CPU among 64 to 4,096.
-_BLOCK_TOKENS = 256
+# Queries attended at once on a CPU. A block sees the keys up to its own last position only, so that no more than half a
+# block's mask is wasted work; 128 measured best among 32 to 4,096.
+_BLOCK_TOKENS = 128
+_DEVICE_BLOCK_TOKENS = 2048  # elsewhere: launching a kernel costs more than masked keys
+_KEPT_MASK_BYTES = 64 << 20
+
+
+class ScatteredAttention:
+    """Attention in which the query at position p sees exactly the keys at positions <= p, for one row of positions.
+
+    The mask goes by position, not by the place of a query among the queries: aligning a triangle to the last query, as
+    the code released with CacheBlend does, lets scattered queries see the future. Made once for all layers that attend
+    from the same positions, so that masks are made once.
+
+    Parameters
+    ----------
+    positions : `[N]` int64, ascending.
+    window_tokens : keys further back than this, the query's own included, are not seen; None for no limit.
+    """
+
+    def __init__(self, positions: Tensor, *, window_tokens: int | None = None) -> None:
+        self._positions, self._window_tokens = positions, window_tokens
+        self._on_cpu = positions.device.type == "cpu"
+        self._bounds: list[int] = positions.tolist()
+        count, bounds = len(self._bounds), self._bounds
+        self._is_run = bool(count) and bounds[-1] - bounds[0] + 1 == count > bounds[0] and window_tokens is None
+        self._block_tokens = _BLOCK_TOKENS if self._on_cpu else _DEVICE_BLOCK_TOKENS
+        self._masks: dict[int, Tensor] = {}
+        self._mask_bytes = 0
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, *, scale: float) -> Tensor:
+        """Attention of queries `[Hq, N, D]` to keys `[H, S, D]` and values `[H, S, Dv]`, all after rotary embedding:
+        `[Hq, N, Dv]`. The key at index j stands at position j, and every query's position is below S.
+        """
+        if self._is_run:
+            return _dense_attention(queries, keys, values, self._bounds[0], scale)
+        query_heads, count, dim = queries.shape
+        kv_heads, group = keys.shape[0], query_heads // keys.shape[0]
+        out = queries.new_empty(kv_heads, group, count, values.shape[-1])
+        grouped = queries.reshape(kv_heads, group, count, dim)
+        for start in range(0, count, self._block_tokens):
+            stop = min(start + self._block_tokens, count)
+            first, last = self._seen(start, stop)
+            visible, block = self._mask(start, stop), grouped[:, :, start:stop]
+            k, v = keys[:, first:last], values[:, first:last]
+            if self._on_cpu:  # a mask that all heads share, and keys that are expanded without a copy
+                k, v = (t[:, None].expand(kv_heads, group, *t.shape[1:]) for t in (k, v))
+                out[:, :, start:stop] = F.scaled_dot_product_attention(block, k, v, attn_mask=visible, scale=scale)
+                continue
+            # The query heads of a group share their keys, so they are one longer list of queries.
+            attended = F.scaled_dot_product_attention(
+                block.reshape(1, kv_heads, group * (stop - start), dim),
+                k[None],
+                v[None],
+                attn_mask=visible.repeat(group, 1),
+                scale=scale,
+            )
+            out[:, :, start:stop] = attended.view(kv_heads, group, stop - start, -1)
+        return out.flatten(0, 1)
+
+    def _seen(self, start: int, stop: int) -> tuple[int, int]:
+        """The keys `[first, last)` that some query of a block sees."""
+        window = self._window_tokens
+        first = 0 if window is None else max(0, self._bounds[start] - window + 1)
+        return first, self._bounds[stop - 1] + 1
+
+    def _mask(self, start: int, stop: int) -> Tensor:
+        """Which of the keys of a block each of its queries sees: bool."""
+        if start in self._masks:
+            return self._masks[start]
+        first, last = self._seen(start, stop)
+        here, keys = self._positions[start:stop, None], torch.arange(first, last, device=self._positions.device)
+        visible = keys <= here
+        if self._window_tokens is not None:
+            visible &= keys > here - self._window_tokens
+        if self._mask_bytes + visible.nbytes <= _KEPT_MASK_BYTES:
+            self._masks[start] = visible
+            self._mask_bytes += visible.nbytes
+        return visible
 
 
 def causal_attention(
@@ -18,10 +94,7 @@ def causal_attention(
     scale: float,
     window_tokens: int | None = None,
 ) -> Tensor:
-    """Attention in which the query at position p sees exactly the keys at positions <= p.
-
-    The mask goes by position, not by the place of a query among the queries: aligning a triangle to the last query, as
-    the code released with CacheBlend does, lets scattered queries see the future.
+    """`ScatteredAttention` for one layer.
 
     Parameters
     ----------
@@ -36,32 +109,7 @@ def causal_attention(
     -------
     Tensor : `[Hq, N, Dv]`.
     """
-    query_heads, count, dim = queries.shape
-    kv_heads, group = keys.shape[0], query_heads // keys.shape[0]
-    out = queries.new_empty(kv_heads, group, count, values.shape[-1])
-    grouped = queries.view(kv_heads, group, count, dim)
-    key_positions = torch.arange(keys.shape[1], device=keys.device)
-    bounds = positions.cpu()
-    if window_tokens is None and count and int(bounds[-1] - bounds[0]) + 1 == count > int(bounds[0]):
-        return _dense_attention(queries, keys, values, int(bounds[0]), scale)
-    for start in range(0, count, _BLOCK_TOKENS):
-        stop = min(start + _BLOCK_TOKENS, count)
-        last = int(bounds[stop - 1]) + 1
-        first = 0 if window_tokens is None else max(0, int(bounds[start]) - window_tokens + 1)
-        here = positions[start:stop, None]
-        visible = key_positions[first:last] <= here
-        if window_tokens is not None:
-            visible &= key_positions[first:last] > here - window_tokens
-        # The query heads of a group share their keys, so they are one longer list of queries: no copy of keys a head.
-        attended = F.scaled_dot_product_attention(
-            grouped[:, :, start:stop].reshape(1, kv_heads, group * (stop - start), dim),
-            keys[None, :, first:last],
-            values[None, :, first:last],
-            attn_mask=visible.repeat(group, 1),
-            scale=scale,
-        )
-        out[:, :, start:stop] = attended.view(kv_heads, group, stop - start, -1)
-    return out.flatten(0, 1)
+    return ScatteredAttention(positions, window_tokens=window_tokens)(queries, keys, values, scale=scale)
 
 
 def _dense_attention(queries: Tensor, keys: Tensor, values: Tensor, first: int, scale: float) -> Tensor:

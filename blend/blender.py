@@ -1,4 +1,5 @@
-"""One context from independently computed chunks: CacheBlend (arXiv 2405.16444), without the errors of its code.
+"""One context from independently computed chunks: CacheBlend (arXiv 2405.16444), without the errors of its code, and
+with choices that it does not have: at another layer, and by what the question attends to.
 
 Steps of one layer, for the tokens that still have a hidden state ("active"):
 
@@ -7,12 +8,14 @@ Steps of one layer, for the tokens that still have a hidden state ("active"):
     keep the most deviating ones       -> only they attend, by position, over the mixed K, V, and go on
 
 A token that drops out has no hidden state any more and cannot come back, so the sets nest. In layer 0, K and V depend
-on the token alone and differ by rounding only; one full layer must be computed before tokens can be chosen. The last
+on the token alone and differ by rounding only; full layers must be computed before deviations say something. CacheBlend
+looks at layer 1. What binds tokens of different documents shows in layer 2 first, because attention in layer 1 makes it
+(decision 105), so that `check_layer` is 2 here, and `kvloom certify --fusion` finds the best one for a model. The last
 layer needs its K and V, but no attention.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Real
@@ -22,8 +25,9 @@ import torch
 from torch import Tensor
 
 from ..core import LayerwiseModel
-from .attention import causal_attention
-from .choosers import CHOOSERS, CandidateTokens, Chooser, by_deviation, kv_deviation
+from .attention import ScatteredAttention
+from .choosers import CHOOSERS, CandidateTokens, Chooser, by_deviation, by_deviation_and_question, kv_deviation
+from .question import QUESTION_TOKENS, question_scores
 
 
 class LayerSource(Protocol):
@@ -50,6 +54,7 @@ class BlendedContext:
     attended_tokens : per layer, number of tokens that ran through its attention and feed-forward.
     fresh : per layer, positions whose K and V were computed here.
     candidates : number of tokens that could have been recomputed: all but the exact ones.
+    asked_tokens : of the question, that ran through all layers for the choice.
     """
 
     keys: Tensor
@@ -57,11 +62,35 @@ class BlendedContext:
     attended_tokens: tuple[int, ...]
     fresh: tuple[Tensor, ...]
     candidates: int
+    asked_tokens: int = 0
 
     @property
     def computed_tokens(self) -> float:
-        """Number of tokens computed rather than loaded, mean over the layers, the full first layer included."""
-        return sum(self.attended_tokens) / len(self.attended_tokens)
+        """Number of tokens computed rather than loaded, mean over the layers: full first layers and the question that
+        was asked for the choice included.
+        """
+        return sum(self.attended_tokens) / len(self.attended_tokens) + self.asked_tokens
+
+
+class _Question:
+    """The question's attention to a context, computed when it is asked for first."""
+
+    def __init__(
+        self, model: LayerwiseModel, ids: Tensor, keys: Tensor, values: Tensor, ready: Callable[[int], object]
+    ) -> None:
+        self._arguments = model, ids, keys, values, ready
+        self._scores: Tensor | None = None
+        self._tokens = min(len(ids), QUESTION_TOKENS)
+
+    @property
+    def asked_tokens(self) -> int:
+        return 0 if self._scores is None else self._tokens
+
+    def scores(self) -> Tensor:
+        """See `question_scores`."""
+        if self._scores is None:
+            self._scores = question_scores(*self._arguments)
+        return self._scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +104,14 @@ class Blender:
     chooser : which tokens those are, see `choosers`.
     spread_ratio : the share falls linearly over the layers, from `(1 + spread_ratio)` to `(1 - spread_ratio)` times
         `recompute_ratio` (the paper's gradual filter); less where that would exceed all tokens.
+    check_layer : the first layer whose deviations are looked at, from 1 on; all layers before it are computed for all
+        tokens by choosers that need deviations.
     """
 
-    recompute_ratio: float = 0.15
-    chooser: Chooser = by_deviation
-    spread_ratio: float = 0.3
+    recompute_ratio: float = 0.10
+    chooser: Chooser = by_deviation_and_question
+    spread_ratio: float = 0.0
+    check_layer: int = 2
 
     def __post_init__(self) -> None:
         for name in ("recompute_ratio", "spread_ratio"):
@@ -88,6 +120,10 @@ class Blender:
                 raise TypeError(f"{name} is {value!r}; expected a number between 0 and 1")
             if not 0.0 <= float(value) <= 1.0:
                 raise ValueError(f"{name} is {value}; expected a share between 0 and 1")
+        if isinstance(self.check_layer, bool) or not isinstance(self.check_layer, int):
+            raise TypeError(f"check_layer is {self.check_layer!r}; expected an integer from 1")
+        if self.check_layer < 1:
+            raise ValueError(f"check_layer is {self.check_layer}; expected a layer from 1: layer 0 never deviates")
         if not callable(self.chooser):
             known = ", ".join(CHOOSERS)
             raise TypeError(
@@ -95,12 +131,20 @@ class Blender:
             )
 
     def layer_ratio(self, layer: int, num_layers: int) -> float:
-        """Share of the candidates that is computed in `layer`: falls over layers 1 to L - 2, mean `recompute_ratio`."""
-        ratio = self.recompute_ratio
+        """Share of the candidates that is computed in `layer`: falls from the check layer to layer L - 2, mean
+        `recompute_ratio`.
+        """
+        ratio, first = self.recompute_ratio, self._first_check(num_layers)
         spread = min(self.spread_ratio, (1.0 - ratio) / ratio if ratio else 0.0)
-        steps = max(1, num_layers - 3)
-        place = min(max(layer - 1, 0), steps) / steps
-        return ratio * (1.0 + spread * (1.0 - 2.0 * place)) if num_layers > 3 else ratio
+        steps = num_layers - 2 - first
+        if steps < 1:
+            return ratio
+        place = min(max(layer - first, 0), steps) / steps
+        return ratio * (1.0 + spread * (1.0 - 2.0 * place))
+
+    def _first_check(self, num_layers: int) -> int:
+        """The check layer of a model of so many layers: one after it must have attention that is worth leaving out."""
+        return max(1, min(self.check_layer, num_layers - 2))
 
     @torch.inference_mode(False)  # the loader's thread has modes of its own and may not write into inference tensors
     @torch.no_grad()
@@ -112,6 +156,7 @@ class Blender:
         source: LayerSource,
         *,
         exact_tokens: int = 0,
+        question_ids: Tensor | None = None,
         device: torch.device | str = "cpu",
     ) -> BlendedContext:
         """Fuse the chunks of one context.
@@ -123,15 +168,18 @@ class Blender:
         chunk_starts : first position of every chunk, ascending from 0; all tokens are cached.
         source : delivers the cached KV, keys rotated to their positions in this context.
         exact_tokens : leading tokens whose cached KV is that of this very context (a prefix hit); never recomputed.
+        question_ids : `[Q]` int64, what follows the context, for choosers that go by it; None if it is not known.
 
         Raises
         ------
-        ValueError : `chunk_starts` or `exact_tokens` do not fit `token_ids`, or the chooser returns something else than
-            ascending indices of its tokens.
-        TypeError : `token_ids` is no one-dimensional tensor of integers.
+        ValueError : `chunk_starts` or `exact_tokens` do not fit `token_ids`, the chooser needs a question and there is
+            none, or it returns something else than ascending indices of its tokens.
+        TypeError : `token_ids` or `question_ids` is no one-dimensional tensor of integers.
         """
-        if not isinstance(token_ids, Tensor) or token_ids.ndim != 1 or token_ids.is_floating_point():
-            raise TypeError(f"token_ids is {_described(token_ids)}; expected a tensor [S] of integers")
+        for name, ids in (("token_ids", token_ids), ("question_ids", question_ids)):
+            is_row = isinstance(ids, Tensor) and ids.ndim == 1 and not ids.is_floating_point()
+            if not is_row and not (ids is None and name == "question_ids"):
+                raise TypeError(f"{name} is {_described(ids)}; expected a tensor of integers in one dimension")
         spec, total = model.spec, len(token_ids)
         starts = torch.tensor(list(chunk_starts), dtype=torch.int64)
         if not len(starts) or int(starts[0]) != 0 or bool((starts.diff() <= 0).any()) or int(starts[-1]) >= total:
@@ -143,50 +191,96 @@ class Blender:
         values = torch.empty(layers, spec.num_kv_heads, total, spec.value_dim, dtype=spec.dtype, device=device)
         chunk_of = torch.searchsorted(starts, torch.arange(total), right=True) - 1
         offsets = (torch.arange(total) - starts[chunk_of]).to(device)
-        candidates = total - exact_tokens
-        active = torch.arange(exact_tokens, total, device=device)
-        active = active[self._keep(CandidateTokens(active, offsets[active], None), 0, layers, candidates)]
-        hidden = model.embed(token_ids.to(device)[active])
+        needed = exact_tokens if self.recompute_ratio >= 1.0 else total  # what is computed anyway need not be loaded
+        loader = ThreadPoolExecutor(1, thread_name_prefix="kvloom-load")
+        try:
+            loads = [
+                loader.submit(source.load, layer, keys[layer, :, :needed], values[layer, :, :needed])
+                for layer in range(layers)
+            ]
+            question = None
+            if question_ids is not None and len(question_ids):
+                question = _Question(model, question_ids, keys, values, lambda layer: loads[layer].result())
+            attended, fresh = self._compute(
+                model, token_ids.to(device), offsets, exact_tokens, keys, values, lambda n: loads[n].result(), question
+            )
+        finally:
+            loader.shutdown(cancel_futures=True)
+        asked = 0 if question is None else question.asked_tokens
+        return BlendedContext(keys, values, tuple(attended), tuple(fresh), total - exact_tokens, asked)
+
+    def _compute(
+        self,
+        model: LayerwiseModel,
+        token_ids: Tensor,
+        offsets: Tensor,
+        exact_tokens: int,
+        keys: Tensor,
+        values: Tensor,
+        ready: Callable[[int], object],
+        question: _Question | None,
+    ) -> tuple[list[int], list[Tensor]]:
+        """Compute and choose, layer by layer, into `keys` and `values`; `attended_tokens` and `fresh` of the context.
+
+        `ready` is called before a layer of the cached KV is read.
+        """
+        layers, total = model.spec.num_layers, len(token_ids)
+        candidates, check = total - exact_tokens, self._first_check(layers)
+        active = torch.arange(exact_tokens, total, device=token_ids.device)
+
+        def tokens(deviation: Tensor | None) -> CandidateTokens:
+            now = active
+            attention = None if question is None else lambda: question.scores()[now]
+            return CandidateTokens(now, offsets[now], deviation, attention)
+
+        active = active[self._keep(tokens(None), 0, layers, candidates)]
+        hidden = model.embed(token_ids[active])
         attended: list[int] = []
         fresh: list[Tensor] = []
-        needed = exact_tokens if self.recompute_ratio >= 1.0 else total  # what is computed anyway need not be loaded
-        with ThreadPoolExecutor(1, thread_name_prefix="kvloom-load") as loader:
-            pending = loader.submit(source.load, 0, keys[0, :, :needed], values[0, :, :needed])
-            for layer in range(layers):
-                pending.result()
-                if layer + 1 < layers:
-                    ahead = layer + 1
-                    pending = loader.submit(source.load, ahead, keys[ahead, :, :needed], values[ahead, :, :needed])
-                fresh.append(active)
-                attended.append(0)
-                if not len(active):
-                    continue
-                q, k, v = model.qkv(layer, hidden, active)
-                cached_k, cached_v = keys[layer][:, active], values[layer][:, active]
-                keys[layer][:, active] = k
-                values[layer][:, active] = v
-                if layer + 1 == layers:
-                    break
-                if layer > 0 and needed == total:
-                    tokens = CandidateTokens(active, offsets[active], kv_deviation(k, cached_k, v, cached_v))
-                    kept = self._keep(tokens, layer, layers, candidates)
-                    if len(kept) < len(active):
-                        active, hidden, q = active[kept], hidden[kept], q[:, kept]
-                attended[layer] = len(active)
-                if len(active):
-                    window = model.window_tokens[layer]
-                    out = causal_attention(
-                        q, keys[layer], values[layer], active, scale=model.scale, window_tokens=window
-                    )
-                    hidden = model.finish(layer, hidden, out)
-        return BlendedContext(keys, values, tuple(attended), tuple(fresh), candidates)
+        attentions: dict[int | None, ScatteredAttention] = {}  # by window, of the active tokens
+        for layer in range(layers):
+            ready(layer)
+            fresh.append(active)
+            attended.append(0)
+            if not len(active):
+                continue
+            q, k, v = model.qkv(layer, hidden, active)
+            # A slice is copied many times faster than rows by index.
+            place = active if len(active) < candidates else slice(exact_tokens, total)
+            can_choose = layer >= check and self._count(layer, layers, candidates) < len(active)
+            deviation = None
+            if can_choose and layer + 1 < layers:
+                deviation = kv_deviation(k, keys[layer][:, place], v, values[layer][:, place])
+            keys[layer][:, place] = k
+            values[layer][:, place] = v
+            if layer + 1 == layers:
+                break
+            if deviation is not None:
+                kept = self._keep(tokens(deviation), layer, layers, candidates)
+                if len(kept) < len(active):
+                    active, hidden, q = active[kept], hidden[kept], q[:, kept]
+                    attentions.clear()
+            attended[layer] = len(active)
+            if len(active):
+                window = model.window_tokens[layer]
+                if window not in attentions:
+                    attentions[window] = ScatteredAttention(active, window_tokens=window)
+                out = attentions[window](q, keys[layer], values[layer], scale=model.scale)
+                hidden = model.finish(layer, hidden, out)
+        return attended, fresh
+
+    def _count(self, layer: int, num_layers: int, candidates: int) -> int:
+        """How many tokens go through the attention of `layer`."""
+        return (
+            candidates if self.recompute_ratio >= 1.0 else math.ceil(self.layer_ratio(layer, num_layers) * candidates)
+        )
 
     def _keep(self, tokens: CandidateTokens, layer: int, num_layers: int, candidates: int) -> Tensor:
         """Indices of the tokens that go through the attention of `layer`."""
         everything = torch.arange(len(tokens), device=tokens.positions.device)
         if self.recompute_ratio >= 1.0:
             return everything
-        count = min(len(tokens), math.ceil(self.layer_ratio(layer, num_layers) * candidates))
+        count = min(len(tokens), self._count(layer, num_layers, candidates))
         kept = self.chooser(tokens, count) if count else everything[:0]
         if kept is None:
             return everything
@@ -200,6 +294,10 @@ class Blender:
                 f"{len(tokens)}, or None"
             )
         return kept
+
+
+CACHEBLEND = Blender(0.15, by_deviation, spread_ratio=0.3, check_layer=1)
+"""As published: tokens are chosen by deviation, first at layer 1, and become fewer from layer to layer."""
 
 
 def _described(found: object) -> str:

@@ -1,8 +1,8 @@
 """Which tokens of a fused context are recomputed: choosers, plain functions of one signature.
 
 A chooser takes the tokens that may still be chosen and the number to keep, and returns indices into them, or None as
-long as it cannot choose yet. The blender calls it before every layer; from layer 1 on the deviations are known. To add
-one, write a function of this signature, name its source, and enter it in `CHOOSERS`.
+long as it cannot choose yet. The blender calls it before every layer; from the check layer on the deviations are known.
+To add one, write a function of this signature, name its source, and enter it in `CHOOSERS`.
 """
 
 from collections.abc import Callable
@@ -20,12 +20,15 @@ class CandidateTokens:
     ----------
     positions : `[N]` int64, in the fused context.
     offsets : `[N]` int64, in the token's own chunk.
-    deviation : `[N]` float32, how far the cached KV is from the KV computed in context; None before layer 1.
+    deviation : `[N]` float32, how far the cached KV is from the KV computed in context; None before the check layer.
+    attention : gives `[N]` float32, how much the question attends to the tokens, see `question.question_scores`. The
+        question runs through the model when this is called first, and not before. None if no question was given.
     """
 
     positions: Tensor
     offsets: Tensor
     deviation: Tensor | None
+    attention: Callable[[], Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -81,6 +84,38 @@ def by_deviation(tokens: CandidateTokens, count: int) -> Tensor | None:
     return tokens.deviation.topk(count).indices.sort().values
 
 
+def by_question(tokens: CandidateTokens, count: int) -> Tensor | None:
+    """The `count` tokens that the question attends to most, in the cache as it is: naively fused before layer 0.
+
+    Needs no deviations, so that no layer is computed for all tokens. ProphetKV (arXiv 2602.02579) chooses like this, by
+    the mean over the question's tokens, and FusionRAG (arXiv 2601.12904); here the last token counts as much as all
+    together, and a token lends its score to its neighbours.
+
+    Raises
+    ------
+    ValueError : no question was given.
+    """
+    if tokens.attention is None:
+        raise ValueError("tokens cannot be chosen by the question, because none was given: give question_ids")
+    return tokens.attention().topk(count).indices.sort().values
+
+
+def by_deviation_and_question(tokens: CandidateTokens, count: int) -> Tensor | None:
+    """Half of the tokens by deviation, then the other half by the question's attention to what is left.
+
+    Deviation finds what documents bind to one another, whatever is asked; the question finds what this answer needs.
+    Without a question, all are chosen by deviation.
+    """
+    if tokens.deviation is None:
+        return None
+    if tokens.attention is None:
+        return by_deviation(tokens, count)
+    chosen = tokens.deviation.topk(count - count // 2).indices
+    left = tokens.attention().clone()
+    left[chosen] = -torch.inf
+    return torch.cat((chosen, left.topk(count // 2).indices)).sort().values
+
+
 def first_tokens(tokens: CandidateTokens, count: int) -> Tensor | None:
     """The first tokens of every chunk, equally many: EPIC's LegoLink (arXiv 2410.15332). Needs no deviations.
 
@@ -118,6 +153,8 @@ def deviation_and_first(tokens: CandidateTokens, count: int, *, first: int = 2) 
 
 CHOOSERS: dict[str, Chooser] = {
     "deviation": by_deviation,
+    "question": by_question,
+    "deviation+question": by_deviation_and_question,
     "first": first_tokens,
     "random": random_tokens,
     "none": no_tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -29,7 +30,7 @@ from ...errors import TierError
 from ...kvstore.keys import content_key
 from ...kvstore.store import KVStore
 from ...retrieval.settings import Retrieval
-from ..identity.requests import chunk_salt, lead_of
+from ..identity.requests import chunk_salt, natural_lead
 from .documents import Document, document_text, document_texts, valid_text
 from .generation import generation_call
 from .identity import unwrapped
@@ -40,6 +41,8 @@ from .retrieval.plan import RetrievalPlanner
 from .retrieval.session import Generated, Session
 from .source import LostChunksError, StoreSource
 from .tokenization import Tokenization
+
+_LOG = logging.getLogger("kvloom")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,9 @@ class TransformersConnector:
     blender : how they are fused; None for `Blender()`.
     model_id : names the weights as they are now; None for the name of the model's folder if it holds them, and
         otherwise one made of their values.
-    lead_ids : tokens in front of every context; None for the BOS if the tokenizer puts one in front of a text.
+    lead_ids : tokens in front of every context; None for the tokenizer's own, see `natural_lead`. Behind none at all,
+        which warns, the first token of every document becomes a sink of attention and documents break when they are
+        moved.
     salt : the tenant's secret, part of every key.
     separator : ends every document that does not end with it.
     pack_tokens : documents are packed into forward passes of about this many tokens.
@@ -142,9 +147,14 @@ class TransformersConnector:
         self._tokenization = Tokenization(tokenizer, valid_text(separator, "separator"))
         self._vocabulary: int = self.model.config.vocab_size
         if lead_ids is None:
-            self.lead_ids = lead_of(self._tokenization.tokenizer)
+            self.lead_ids = natural_lead(self._tokenization.tokenizer)
         else:
             self.lead_ids = tuple(token_ids(lead_ids, "lead_ids", vocabulary=self._vocabulary))
+        if not self.lead_ids:
+            _LOG.warning(
+                "documents are computed behind no lead tokens: the first token of each becomes a sink of attention, and "
+                "answers over fused documents suffer; give lead_ids, a BOS or the beginning of a prompt"
+            )
         self._prefill = Prefill(
             self.layers, lead_ids=self.lead_ids, pack_tokens=positive_count(pack_tokens, "pack_tokens")
         )
@@ -237,16 +247,28 @@ class TransformersConnector:
 
     # -------------------------------------------------------------------------------------------------- fuse
 
-    def fuse(self, documents: Sequence[TokenIds], *, blender: Blender | None = None) -> FusedContext:
+    def fuse(
+        self,
+        documents: Sequence[TokenIds],
+        *,
+        question_ids: TokenIds | None = None,
+        blender: Blender | None = None,
+    ) -> FusedContext:
         """KV of documents (token ids) in this order, behind the lead tokens; what is not stored is computed and stored.
 
         With `reuse_contexts`, leading documents whose KV in this context is stored are loaded and exact; at ratio 1 the
         others are stored as they are in this context.
 
+        `question_ids` are the tokens that will follow, of which a blender may make its choice: the context then suits
+        this question best, and should not be kept for another one. Without them, it goes by deviation alone.
+
         Chunks that turn out corrupt, gone or too slow while they are read are computed again and the fusion starts
         over, so that a damaged store costs time, never the answer.
         """
         rows, blender = self._checked(documents), blender or self.blender
+        question = None
+        if question_ids is not None:
+            question = torch.tensor(token_ids(question_ids, "question_ids", vocabulary=self._vocabulary)).long()
         self.layers.refresh()
         alone = [self._key_of(ids) for ids in rows]
         in_context = self._context_keys(rows if self._reuses_contexts else rows[:1])
@@ -282,6 +304,7 @@ class TransformersConnector:
                             self.store, [*lead_keys, *loaded, *alone[len(loaded) :]], starts, len(context), held
                         ),
                         exact_tokens=len(self.lead_ids) + sum(map(len, rows[:begun])),
+                        question_ids=question,
                         device=self.layers.device,
                     )
                     break
@@ -378,7 +401,7 @@ class TransformersConnector:
                 f"documents and question have {total} tokens, the model's context {self.layers.max_tokens}; "
                 "give fewer or shorter documents"
             )
-        return self.as_inputs(self.fuse(encoded), question_ids)
+        return self.as_inputs(self.fuse(encoded, question_ids=question_ids), question_ids)
 
     def as_inputs(self, context: FusedContext, question_ids: TokenIds) -> tuple[dict[str, Tensor], DynamicCache]:
         """What `generate` takes, from a fused context and the tokens that follow it."""
@@ -464,7 +487,7 @@ class TransformersConnector:
         context = self.fuse(documents, blender=blender)
         # Two choosers of the user's own may bear one name: what they chose must not lie under one key.
         chooser = next((name for name, known in CHOOSERS.items() if known is blender.chooser), uuid4().hex)
-        way = f"fused {blender.recompute_ratio} {blender.spread_ratio} {chooser}"
+        way = f"fused {blender.recompute_ratio} {blender.spread_ratio} {blender.check_layer} {chooser}"
         keys = [self._key_of(ids).hex() for ids in documents]
         session.start_with(context.token_ids, context.blended.keys, context.blended.values, f"{way} {keys}")
 

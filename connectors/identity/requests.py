@@ -37,3 +37,21 @@ def lead_of(tokenizer: Any) -> tuple[int, ...]:
     """The tokens in front of every context: the BOS if the tokenizer puts one in front of a text, otherwise none."""
     first = list(tokenizer("").input_ids)[:1]
     return tuple(first) if first == [tokenizer.bos_token_id] else ()
+
+
+def natural_lead(tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that stand before the documents of a prompt as its model knows it: what the chat template puts in front
+    of the user's text, with BOS and system prompt, otherwise the BOS, otherwise none.
+
+    None also where a template changes or refuses what it is given.
+    """
+    mark = "kvloom-documents"
+    if getattr(tokenizer, "chat_template", None):
+        try:
+            text = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
+        except Exception:  # noqa: BLE001  a template is a program of the model's author
+            return lead_of(tokenizer)
+        before, found, _ = str(text).partition(mark)
+        if found and before:
+            return tuple(tokenizer(before, add_special_tokens=False).input_ids)
+    return lead_of(tokenizer)

@@ -11,17 +11,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from kvloom.blend.attention import causal_attention
-from kvloom.blend.blender import BlendedContext, Blender
+from kvloom.blend.blender import CACHEBLEND, BlendedContext, Blender
 from kvloom.blend.choosers import CHOOSERS, by_deviation, first_tokens, no_tokens, random_tokens
+from kvloom.blend.question import question_scores
 from kvloom.connectors.hf.model import TransformersModel
 
 from ..support.models import CONFIGS, ROPES, VARIANTS, WINDOW_TOKENS, Prefill, make_model, make_variant, prefill
 
 LENGTHS = (17, 21, 13)  # longer and shorter than the sliding window of the variants
 BOS = [0]
+QUESTION = torch.tensor([5, 77, 130, 9])
 
 
 @dataclass
@@ -50,8 +52,14 @@ class Case:
     exact_tokens: int
 
     def blend(self, blender: Blender, *, exact_tokens: int | None = None) -> BlendedContext:
-        exact_tokens = self.exact_tokens if exact_tokens is None else exact_tokens
-        return blender.blend(self.model, self.token_ids, self.starts, self.naive, exact_tokens=exact_tokens)
+        return blender.blend(
+            self.model,
+            self.token_ids,
+            self.starts,
+            self.naive,
+            exact_tokens=self.exact_tokens if exact_tokens is None else exact_tokens,
+            question_ids=QUESTION,
+        )
 
     def error(self, context: BlendedContext) -> float:
         """Distance to full prefill as a share of that of naive reuse."""
@@ -188,7 +196,7 @@ def test_identical_chunks_twice() -> None:
 
 @given(st.floats(0.0, 1.0), st.floats(0.0, 1.0), st.integers(3, 80))
 def test_layer_ratios_fall_and_average_to_the_ratio(ratio: float, spread: float, layers: int) -> None:
-    blender = Blender(recompute_ratio=ratio, spread_ratio=spread)
+    blender = Blender(recompute_ratio=ratio, spread_ratio=spread, check_layer=1)
     shares = [blender.layer_ratio(layer, layers) for layer in range(1, layers - 1)]
     assert math.isclose(sum(shares) / len(shares), ratio, abs_tol=1e-9)
     assert all(later <= earlier for earlier, later in pairwise(shares))
@@ -196,19 +204,21 @@ def test_layer_ratios_fall_and_average_to_the_ratio(ratio: float, spread: float,
 
 
 def test_layer_ratios_reach_the_spread() -> None:
-    blender = Blender(recompute_ratio=0.2, spread_ratio=0.5)
+    blender = Blender(recompute_ratio=0.2, spread_ratio=0.5, check_layer=1)
     assert [blender.layer_ratio(layer, 6) for layer in range(1, 5)] == pytest.approx([0.3, 7 / 30, 1 / 6, 0.1])
 
 
-@pytest.mark.parametrize("name", ["deviation", "random", "deviation+first", "first"])
+@pytest.mark.parametrize("name", ["deviation", "random", "deviation+first", "deviation+question", "question", "first"])
 @pytest.mark.parametrize("ratio", [0.1, 0.37, 0.8])
 def test_sets_nest_and_follow_the_ratios(name: str, ratio: float) -> None:
     case = make_case(make_model("llama", num_hidden_layers=7))
-    blender = Blender(recompute_ratio=ratio, chooser=CHOOSERS[name])
+    blender = Blender(recompute_ratio=ratio, chooser=CHOOSERS[name], spread_ratio=0.3, check_layer=1)
     context = case.blend(blender)
     everything, layers = context.candidates, 7
     gradual = [math.ceil(blender.layer_ratio(layer, layers) * everything) for layer in range(1, layers - 1)]
-    first = gradual[0] if name == "first" else everything  # a chooser without deviations chooses before layer 0
+    first = (
+        gradual[0] if name in ("first", "question") else everything
+    )  # a chooser without deviations chooses before layer 0
     assert context.attended_tokens == (first, *gradual, 0)
     assert abs(sum(gradual) / len(gradual) / everything - ratio) <= 1 / everything
     sets = [set(fresh.tolist()) for fresh in context.fresh]
@@ -238,12 +248,72 @@ def test_fresh_rows_are_new_and_the_others_are_not_touched(case: Case, name: str
                 assert float(towards) < 0.9
 
 
-def test_layer_one_is_exact_after_one_full_layer(case: Case) -> None:
-    """All of layer 1 has been computed to compare it, so all of it is kept."""
-    context = case.blend(Blender(recompute_ratio=0.05))
-    assert torch.allclose(context.keys[1], case.full.keys[1], atol=1e-5)
-    assert torch.allclose(context.values[1], case.full.values[1], atol=1e-5)
-    assert not torch.allclose(context.keys[2], case.full.keys[2], atol=1e-2)
+@pytest.mark.parametrize("check_layer", [1, 2, 3])
+def test_the_check_layer_is_exact_after_full_layers(check_layer: int) -> None:
+    """All of it has been computed to compare it, so all of it is kept."""
+    case = make_case(make_model("llama", num_hidden_layers=6))
+    context = case.blend(Blender(recompute_ratio=0.05, check_layer=check_layer))
+    for layer in range(check_layer + 1):
+        assert torch.allclose(context.keys[layer], case.full.keys[layer], atol=1e-5)
+        assert torch.allclose(context.values[layer], case.full.values[layer], atol=1e-5)
+    assert not torch.allclose(context.keys[check_layer + 1], case.full.keys[check_layer + 1], atol=1e-2)
+    chosen = math.ceil(0.05 * context.candidates)
+    assert context.attended_tokens == (*[context.candidates] * check_layer, *[chosen] * (5 - check_layer), 0)
+
+
+# -------------------------------------------------------------------------------------------------------- question
+
+
+def test_the_question_alone_computes_no_full_layer(case: Case) -> None:
+    context = case.blend(Blender(recompute_ratio=0.3, chooser=CHOOSERS["question"]))
+    chosen = math.ceil(0.3 * context.candidates)
+    assert context.attended_tokens == (chosen, chosen, chosen, 0)
+    assert context.asked_tokens == len(QUESTION)
+    assert context.computed_tokens == chosen * 3 / 4 + len(QUESTION)
+
+
+def test_the_question_chooses_what_it_attends_to(case: Case) -> None:
+    """Against attention by the model itself over the naive cache."""
+    model = case.model.model
+    model.set_attn_implementation("eager")
+    try:
+        pairs = zip(case.naive.keys, case.naive.values, strict=True)
+        cache = DynamicCache([(k[None].clone(), v[None].clone()) for k, v in pairs])
+        with torch.no_grad():
+            out = model(QUESTION[None], past_key_values=cache, output_attentions=True)
+    finally:
+        model.set_attn_implementation("sdpa")
+    weights = torch.stack(out.attentions)[:, 0, :, :, : len(case.token_ids)].sum(dim=(0, 1))
+    score = weights.sum(0) + len(QUESTION) * weights[-1]
+    spread = torch.stack((score, score.roll(1).index_fill(0, torch.tensor([0]), 0.0), score.roll(-1))).amax(0)
+    spread[-1] = score[-2:].max()
+    found = question_scores(case.model, QUESTION, case.naive.keys, case.naive.values, lambda _: None)
+    assert torch.allclose(found, spread, rtol=1e-4, atol=1e-5)
+    context = case.blend(Blender(recompute_ratio=0.2, chooser=CHOOSERS["question"]))
+    count = math.ceil(0.2 * context.candidates)
+    expected = case.exact_tokens + spread[case.exact_tokens :].topk(count).indices
+    assert context.fresh[-1].tolist() == expected.sort().values.tolist()
+
+
+def test_without_a_question(case: Case) -> None:
+    def blend(name: str) -> BlendedContext:
+        blender = Blender(recompute_ratio=0.3, chooser=CHOOSERS[name])
+        return blender.blend(case.model, case.token_ids, case.starts, case.naive, exact_tokens=case.exact_tokens)
+
+    with pytest.raises(ValueError, match="give question_ids"):
+        blend("question")
+    assert torch.equal(blend("deviation+question").keys, blend("deviation").keys)
+
+
+def test_nobody_asks_who_does_not_need_the_answer(case: Case) -> None:
+    assert case.blend(Blender(recompute_ratio=0.3, chooser=by_deviation)).asked_tokens == 0
+    assert case.blend(Blender(recompute_ratio=1.0)).asked_tokens == 0
+
+
+@pytest.mark.parametrize("question", [[1, 2], torch.tensor([[1]]), torch.tensor([0.5])])
+def test_refuses_what_is_no_question(case: Case, question: object) -> None:
+    with pytest.raises(TypeError, match="question_ids"):
+        Blender().blend(case.model, case.token_ids, case.starts, case.naive, question_ids=question)
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
@@ -281,7 +351,7 @@ def test_deviation_mends_what_is_planted_and_random_does_not(seed: int) -> None:
     for tensor in (keys, values):
         tensor[:, :, planted] += torch.randn(tensor[:, :, planted].shape, generator=random)
     case.naive = Placed(keys, values)
-    share = Blender(recompute_ratio=4 / candidates, spread_ratio=0.0)
+    share = Blender(recompute_ratio=4 / candidates, chooser=by_deviation)
     context = case.blend(share)
     assert context.fresh[-1].tolist() == planted.sort().values.tolist()
     assert_full(context, case.full)
@@ -352,7 +422,7 @@ def test_load_errors_propagate(case: Case, layer: int, ratio: float) -> None:
     source = Failing(case.naive.keys, case.naive.values)
     with pytest.raises(OSError, match="the disk is gone"):
         Blender(recompute_ratio=ratio).blend(case.model, case.token_ids, case.starts, source)
-    assert source.asked == list(range(layer)) and _loader_threads() == []
+    assert layer not in source.asked and _loader_threads() == []
 
 
 def test_compute_errors_propagate(case: Case) -> None:
@@ -401,8 +471,14 @@ def test_refuses_shares_outside_one(name: str, value: float) -> None:
         Blender(**{name: value})
 
 
-def test_default_is_the_papers() -> None:
-    assert Blender() == Blender(recompute_ratio=0.15, chooser=by_deviation)
+@pytest.mark.parametrize(("value", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)])
+def test_refuses_what_is_no_check_layer(value: object, error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"check_layer is .*; expected"):
+        Blender(check_layer=value)
+
+
+def test_the_papers_method_is_at_hand() -> None:
+    assert Blender(0.15, by_deviation, spread_ratio=0.3, check_layer=1) == CACHEBLEND
 
 
 @pytest.mark.parametrize("name", ["recompute_ratio", "spread_ratio"])
@@ -413,7 +489,7 @@ def test_refuses_what_is_no_share(name: str, value: object) -> None:
 
 
 def test_refuses_a_chooser_by_name() -> None:
-    with pytest.raises(TypeError, match=r"chooser is 'deviation'; expected a function, such as .* deviation, first"):
+    with pytest.raises(TypeError, match=r"chooser is 'deviation'; expected a function, such as .* deviation, question"):
         Blender(chooser="deviation")
 
 

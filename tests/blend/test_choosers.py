@@ -12,6 +12,8 @@ from kvloom.blend.choosers import (
     CHOOSERS,
     CandidateTokens,
     by_deviation,
+    by_deviation_and_question,
+    by_question,
     deviation_and_first,
     first_tokens,
     kv_deviation,
@@ -24,16 +26,28 @@ CHUNK_TOKENS = 10
 
 def make_tokens(count: int, *, chunk_tokens: int = CHUNK_TOKENS, seed: int = 0) -> CandidateTokens:
     """Tokens of chunks of `chunk_tokens` behind 7 others, with distinct random deviations."""
-    deviation = torch.randperm(count, generator=torch.Generator().manual_seed(seed)) + 1.0
-    return CandidateTokens(torch.arange(7, 7 + count), torch.arange(count) % chunk_tokens, deviation)
+    generator = torch.Generator().manual_seed(seed)
+    deviation, attention = (torch.randperm(count, generator=generator) + 1.0 for _ in range(2))
+    offsets = torch.arange(count) % chunk_tokens
+    return CandidateTokens(torch.arange(7, 7 + count), offsets, deviation, lambda: attention)
 
 
 def pick(tokens: CandidateTokens, chosen: Tensor) -> CandidateTokens:
-    return CandidateTokens(tokens.positions[chosen], tokens.offsets[chosen], tokens.deviation[chosen])
+    positions, offsets, deviation = (t[chosen] for t in (tokens.positions, tokens.offsets, tokens.deviation))
+    attention = tokens.attention()[chosen]
+    return CandidateTokens(positions, offsets, deviation, lambda: attention)
 
 
 def test_table_names_all() -> None:
-    assert set(CHOOSERS.values()) == {by_deviation, first_tokens, random_tokens, no_tokens, deviation_and_first}
+    assert set(CHOOSERS.values()) == {
+        by_deviation,
+        by_question,
+        by_deviation_and_question,
+        first_tokens,
+        random_tokens,
+        no_tokens,
+        deviation_and_first,
+    }
 
 
 @pytest.mark.parametrize("name", [name for name in CHOOSERS if name != "none"])
@@ -49,7 +63,7 @@ def test_right_size_sorted_distinct_and_nested(name: str, count: int, seed: int,
         tokens = pick(tokens, chosen[: max(1, keep - 1)])
 
 
-@pytest.mark.parametrize("chooser", [by_deviation, random_tokens, deviation_and_first])
+@pytest.mark.parametrize("chooser", [by_deviation, by_deviation_and_question, random_tokens, deviation_and_first])
 def test_waits_for_deviations(chooser: object) -> None:
     tokens = make_tokens(20)
     assert chooser(CandidateTokens(tokens.positions, tokens.offsets, None), 5) is None
@@ -62,6 +76,17 @@ def test_by_deviation_finds_the_planted() -> None:
     assert torch.equal(by_deviation(tokens, 5), planted)
     order = tokens.deviation.argsort(descending=True)
     assert set(by_deviation(tokens, 12).tolist()) == set(order[:12].tolist())
+
+
+@given(count=st.integers(1, 40), seed=st.integers(0, 99))
+def test_question_and_deviation_share_the_budget(count: int, seed: int) -> None:
+    tokens = make_tokens(40, seed=seed)
+    attention = tokens.attention()
+    assert set(by_question(tokens, count).tolist()) == set(attention.argsort(descending=True)[:count].tolist())
+    most = tokens.deviation.argsort(descending=True)[: count - count // 2].tolist()
+    rest = [index for index in attention.argsort(descending=True).tolist() if index not in most]
+    assert by_deviation_and_question(tokens, count).tolist() == sorted([*most, *rest[: count // 2]])
+    assert torch.equal(attention, tokens.attention())  # read, not written
 
 
 @given(chunks=st.integers(1, 6), count=st.integers(1, 50))

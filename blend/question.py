@@ -1,0 +1,90 @@
+"""How much a question attends to the tokens of a fused context: what a chooser that knows the question goes by."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..core import LayerwiseModel
+
+QUESTION_TOKENS = 256
+"""Last tokens of a question that are asked with: a longer one is mostly more context."""
+
+_BLOCK_WEIGHTS = 1 << 26  # attention weights in memory at once
+
+
+def question_scores(
+    model: LayerwiseModel, question_ids: Tensor, keys: Tensor, values: Tensor, ready: Callable[[int], object]
+) -> Tensor:
+    """Attention of a question to every token of a context: `[S]` float32.
+
+    The question runs through all layers behind the context. With `A[t]` the weights of its token t, summed over layers
+    and heads, the score is `sum_t A[t] + Q * A[Q - 1]`: the last token, from which the answer is sampled, counts as
+    much as all together. Every token then gets the largest score among itself and its two neighbours, because what
+    binds a value often stands right before it.
+
+    Parameters
+    ----------
+    question_ids : `[Q]` int64, at least one; only the last `QUESTION_TOKENS` are used.
+    keys, values : `[L, H, S, D]` and `[L, H, S, Dv]`, rotated to positions 0 to S - 1. Read only.
+    ready : called before a layer of them is read.
+    """
+    device, total = keys.device, keys.shape[2]
+    ids = question_ids[-QUESTION_TOKENS:].to(device)
+    positions = torch.arange(total, total + len(ids), device=device)
+    hidden = model.embed(ids)
+    score = torch.zeros(total, device=device)
+    for layer in range(model.spec.num_layers):
+        q, k, v = model.qkv(layer, hidden, positions)
+        ready(layer)
+        context = torch.cat((keys[layer], k), dim=1), torch.cat((values[layer], v), dim=1)
+        out, weights = attention_with_weights(q, *context, scale=model.scale, window_tokens=model.window_tokens[layer])
+        score += weights[:total]
+        if layer + 1 < model.spec.num_layers:
+            hidden = model.finish(layer, hidden, out)
+    return with_neighbours(score)
+
+
+def attention_with_weights(
+    queries: Tensor, keys: Tensor, values: Tensor, *, scale: float, window_tokens: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of the last Q of S tokens, and what it attends to.
+
+    Parameters
+    ----------
+    queries : `[Hq, Q, D]`, of the last tokens.
+    keys, values : `[H, S, D]` and `[H, S, Dv]`.
+    scale, window_tokens : as for `causal_attention`.
+
+    Returns
+    -------
+    tuple : outputs `[Hq, Q, Dv]`, and weights `[S]` float32, summed over heads and queries, the last one Q times more.
+    """
+    query_heads, count, _ = queries.shape
+    kv_heads, total, _ = keys.shape
+    grouped = queries.reshape(kv_heads, query_heads // kv_heads, count, -1)
+    out = queries.new_empty(*grouped.shape[:3], values.shape[-1])
+    seen = torch.arange(total, device=keys.device)
+    attended = torch.zeros(total, device=keys.device)
+    step = max(1, _BLOCK_WEIGHTS // (query_heads * total))
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        here = torch.arange(total - count + start, total - count + stop, device=keys.device)[:, None]
+        hidden = seen > here
+        if window_tokens is not None:
+            hidden |= seen <= here - window_tokens
+        block = grouped[:, :, start:stop].flatten(1, 2)
+        scores = (block @ keys.mT).float().view(kv_heads, -1, stop - start, total) * scale
+        weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
+        out[:, :, start:stop] = (weights.flatten(1, 2).to(values.dtype) @ values).view(*scores.shape[:3], -1)
+        by_query = weights.sum(dim=(0, 1))
+        attended += by_query.sum(0)
+        if stop == count:
+            attended += count * by_query[-1]
+    return out.flatten(0, 1), attended
+
+
+def with_neighbours(score: Tensor) -> Tensor:
+    """`[S]` -> `[S]`: the largest of each token's own score and its two neighbours'."""
+    return F.max_pool1d(score[None, None], 3, stride=1, padding=1)[0, 0]
