@@ -118,6 +118,9 @@ def _dense_attention(queries: Tensor, keys: Tensor, values: Tensor, first: int, 
     It aligns its triangle to the first query, so that `first` queries of zeros stand in for the ones not asked for.
     """
     last = first + queries.shape[1]
+    if queries.device.type != "cpu":
+        # Kernels for float32 on devices know no groups: without this, all scores are written out.
+        keys, values = (t.repeat_interleave(len(queries) // len(t), dim=0) for t in (keys[:, :last], values[:, :last]))
     attended = F.scaled_dot_product_attention(
         F.pad(queries, (0, 0, first, 0))[None],
         keys[None, :, :last],

@@ -27,7 +27,7 @@ from torch import Tensor
 from ..core import LayerwiseModel
 from .attention import ScatteredAttention
 from .choosers import CHOOSERS, CandidateTokens, Chooser, by_deviation, by_deviation_and_question, kv_deviation
-from .question import QUESTION_TOKENS, question_scores
+from .question import QUESTION_TOKENS, question_attention
 
 
 class LayerSource(Protocol):
@@ -86,10 +86,10 @@ class _Question:
     def asked_tokens(self) -> int:
         return 0 if self._scores is None else self._tokens
 
-    def scores(self) -> Tensor:
-        """See `question_scores`."""
+    def attention(self) -> Tensor:
+        """See `question_attention`."""
         if self._scores is None:
-            self._scores = question_scores(*self._arguments)
+            self._scores = question_attention(*self._arguments)
         return self._scores
 
 
@@ -179,7 +179,7 @@ class Blender:
         for name, ids in (("token_ids", token_ids), ("question_ids", question_ids)):
             is_row = isinstance(ids, Tensor) and ids.ndim == 1 and not ids.is_floating_point()
             if not is_row and not (ids is None and name == "question_ids"):
-                raise TypeError(f"{name} is {_described(ids)}; expected a tensor of integers in one dimension")
+                raise TypeError(f"{name} is {_described(ids)}; expected a tensor [S] of integers")
         spec, total = model.spec, len(token_ids)
         starts = torch.tensor(list(chunk_starts), dtype=torch.int64)
         if not len(starts) or int(starts[0]) != 0 or bool((starts.diff() <= 0).any()) or int(starts[-1]) >= total:
@@ -230,7 +230,7 @@ class Blender:
 
         def tokens(deviation: Tensor | None) -> CandidateTokens:
             now = active
-            attention = None if question is None else lambda: question.scores()[now]
+            attention = None if question is None else lambda: question.attention()[:, now]
             return CandidateTokens(now, offsets[now], deviation, attention)
 
         active = active[self._keep(tokens(None), 0, layers, candidates)]

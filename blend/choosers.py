@@ -21,8 +21,8 @@ class CandidateTokens:
     positions : `[N]` int64, in the fused context.
     offsets : `[N]` int64, in the token's own chunk.
     deviation : `[N]` float32, how far the cached KV is from the KV computed in context; None before the check layer.
-    attention : gives `[N]` float32, how much the question attends to the tokens, see `question.question_scores`. The
-        question runs through the model when this is called first, and not before. None if no question was given.
+    attention : gives `[2, N]` float32, how much the question attends to the tokens, see `question.question_attention`.
+        The question runs through the model when this is called first, and not before. None if no question was given.
     """
 
     positions: Tensor
@@ -87,17 +87,26 @@ def by_deviation(tokens: CandidateTokens, count: int) -> Tensor | None:
 def by_question(tokens: CandidateTokens, count: int) -> Tensor | None:
     """The `count` tokens that the question attends to most, in the cache as it is: naively fused before layer 0.
 
-    Needs no deviations, so that no layer is computed for all tokens. ProphetKV (arXiv 2602.02579) chooses like this, by
-    the mean over the question's tokens, and FusionRAG (arXiv 2601.12904); here the last token counts as much as all
-    together, and a token lends its score to its neighbours.
+    Needs no deviations, so that no layer is computed for all tokens. The question's last token, from which the answer
+    is sampled, counts as much as all together, and a token lends its score to its two neighbours, because what binds a
+    value often stands right before it.
 
     Raises
     ------
     ValueError : no question was given.
     """
-    if tokens.attention is None:
-        raise ValueError("tokens cannot be chosen by the question, because none was given: give question_ids")
-    return tokens.attention().topk(count).indices.sort().values
+    return _question_scores(tokens).topk(count).indices.sort().values
+
+
+def by_mean_attention(tokens: CandidateTokens, count: int) -> Tensor | None:
+    """The `count` tokens that the question's tokens attend to most on average: the selection of ProphetKV (arXiv
+    2602.02579), as far as its paper tells, and of FusionRAG (arXiv 2601.12904).
+
+    Raises
+    ------
+    ValueError : no question was given.
+    """
+    return _attention(tokens)[0].topk(count).indices.sort().values
 
 
 def by_deviation_and_question(tokens: CandidateTokens, count: int) -> Tensor | None:
@@ -111,7 +120,7 @@ def by_deviation_and_question(tokens: CandidateTokens, count: int) -> Tensor | N
     if tokens.attention is None:
         return by_deviation(tokens, count)
     chosen = tokens.deviation.topk(count - count // 2).indices
-    left = tokens.attention().clone()
+    left = _question_scores(tokens)
     left[chosen] = -torch.inf
     return torch.cat((chosen, left.topk(count // 2).indices)).sort().values
 
@@ -151,9 +160,26 @@ def deviation_and_first(tokens: CandidateTokens, count: int, *, first: int = 2) 
     return ranked.topk(count).indices.sort().values
 
 
+def _attention(tokens: CandidateTokens) -> Tensor:
+    if tokens.attention is None:
+        raise ValueError("tokens cannot be chosen by the question, because none was given: give question_ids")
+    return tokens.attention()
+
+
+def _question_scores(tokens: CandidateTokens) -> Tensor:
+    """See `by_question`."""
+    scores = _attention(tokens).sum(0)
+    is_next = tokens.positions.diff() == 1
+    best = scores.clone()
+    best[1:] = torch.maximum(best[1:], scores[:-1].where(is_next, scores[1:]))
+    best[:-1] = torch.maximum(best[:-1], scores[1:].where(is_next, scores[:-1]))
+    return best
+
+
 CHOOSERS: dict[str, Chooser] = {
     "deviation": by_deviation,
     "question": by_question,
+    "mean attention": by_mean_attention,
     "deviation+question": by_deviation_and_question,
     "first": first_tokens,
     "random": random_tokens,

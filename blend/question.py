@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import LayerwiseModel
@@ -14,15 +13,13 @@ QUESTION_TOKENS = 256
 _BLOCK_WEIGHTS = 1 << 26  # attention weights in memory at once
 
 
-def question_scores(
+def question_attention(
     model: LayerwiseModel, question_ids: Tensor, keys: Tensor, values: Tensor, ready: Callable[[int], object]
 ) -> Tensor:
-    """Attention of a question to every token of a context: `[S]` float32.
+    """Attention of a question to every token of a context: `[2, S]` float32.
 
-    The question runs through all layers behind the context. With `A[t]` the weights of its token t, summed over layers
-    and heads, the score is `sum_t A[t] + Q * A[Q - 1]`: the last token, from which the answer is sampled, counts as
-    much as all together. Every token then gets the largest score among itself and its two neighbours, because what
-    binds a value often stands right before it.
+    The question runs through all layers behind the context. Weights are summed over layers and heads; the first row is
+    their mean over the question's tokens, the second those of its last token.
 
     Parameters
     ----------
@@ -34,16 +31,16 @@ def question_scores(
     ids = question_ids[-QUESTION_TOKENS:].to(device)
     positions = torch.arange(total, total + len(ids), device=device)
     hidden = model.embed(ids)
-    score = torch.zeros(total, device=device)
+    score = torch.zeros(2, total, device=device)
     for layer in range(model.spec.num_layers):
         q, k, v = model.qkv(layer, hidden, positions)
         ready(layer)
         context = torch.cat((keys[layer], k), dim=1), torch.cat((values[layer], v), dim=1)
         out, weights = attention_with_weights(q, *context, scale=model.scale, window_tokens=model.window_tokens[layer])
-        score += weights[:total]
+        score += weights[:, :total]
         if layer + 1 < model.spec.num_layers:
             hidden = model.finish(layer, hidden, out)
-    return with_neighbours(score)
+    return score
 
 
 def attention_with_weights(
@@ -59,14 +56,14 @@ def attention_with_weights(
 
     Returns
     -------
-    tuple : outputs `[Hq, Q, Dv]`, and weights `[S]` float32, summed over heads and queries, the last one Q times more.
+    tuple : outputs `[Hq, Q, Dv]`, and weights `[2, S]` float32, summed over heads: mean of the queries, the last one.
     """
     query_heads, count, _ = queries.shape
     kv_heads, total, _ = keys.shape
     grouped = queries.reshape(kv_heads, query_heads // kv_heads, count, -1)
     out = queries.new_empty(*grouped.shape[:3], values.shape[-1])
     seen = torch.arange(total, device=keys.device)
-    attended = torch.zeros(total, device=keys.device)
+    attended = torch.zeros(2, total, device=keys.device)
     step = max(1, _BLOCK_WEIGHTS // (query_heads * total))
     for start in range(0, count, step):
         stop = min(start + step, count)
@@ -79,12 +76,6 @@ def attention_with_weights(
         weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
         out[:, :, start:stop] = (weights.flatten(1, 2).to(values.dtype) @ values).view(*scores.shape[:3], -1)
         by_query = weights.sum(dim=(0, 1))
-        attended += by_query.sum(0)
-        if stop == count:
-            attended += count * by_query[-1]
+        attended[0] += by_query.sum(0) / count
+        attended[1] = by_query[-1]
     return out.flatten(0, 1), attended
-
-
-def with_neighbours(score: Tensor) -> Tensor:
-    """`[S]` -> `[S]`: the largest of each token's own score and its two neighbours'."""
-    return F.max_pool1d(score[None, None], 3, stride=1, padding=1)[0, 0]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ..blend.certified_ratio import FUSION, choosing_once, parameters_of_fusion
+from ..blend.method import FUSION, FusionMethod
 from ..calibration.certificate import Certificate, Figure
 from ..connectors.hf.connector import TransformersConnector
 from ..evaluation.fused_answers import FULL, HOST_BYTES, Method, Score, score
@@ -55,7 +55,7 @@ class FusionOptions:
 def certify_fusion(options: FusionOptions) -> Certificate:
     """Measure every ratio, print the table, write the certificate of the smallest that passes, and return it.
 
-    Each task's documents are computed alone, and fused (`choosing_once`); the answer must be right word for word,
+    Each task's documents are computed alone, and fused (`FusionMethod`); the answer must be right word for word,
     beside full prefill on the same task. Ratios are judged from the largest down, to the first that does not pass: what
     is certified are those before it, of which each had to pass for the next one to be asked, so that asking several
     does not make it more likely that one passes by chance. If even the largest does not, the certificate is of that
@@ -72,7 +72,7 @@ def certify_fusion(options: FusionOptions) -> Certificate:
     kinds = task_kinds(options.tasks)
     if not kinds:
         raise ValueError("tasks are none; fusion is certified by the answers to tasks")
-    methods = [FULL, *(Method(f"{ratio:.0%}", blender=choosing_once(ratio)) for ratio in ratios)]
+    methods = [FULL, *(Method(f"{ratio:.0%}", blender=FusionMethod(ratio).blender) for ratio in ratios)]
     found: dict[str, list[Score]] = {}
     with KVStore([HostTier(HOST_BYTES)]) as store, progress() as bar:
         loading = bar.add_task("loading the model", total=1, logged=False)
@@ -108,7 +108,7 @@ def certify_fusion(options: FusionOptions) -> Certificate:
         "limits": {"task_loss": options.task_loss},
     }
     made = [
-        certificate(connector.spec, (FUSION, parameters_of_fusion(ratio)), figures[ratio], conditions)
+        certificate(connector.spec, (FUSION, FusionMethod(ratio).parameters), figures[ratio], conditions)
         for ratio in ratios
     ]
     chosen = smallest_passing([one.passed for one in made])

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..connectors.identity.requests import lead_of
+from ..connectors.identity.requests import chat_parts, lead_of
 from .statements import FOUR_DIGITS
-
-_PLACE = "KVLOOMPLACE"  # stands for what a user says while a chat template is taken apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,18 +105,3 @@ def frame_of(tokenizer: PreTrainedTokenizerBase) -> Frame:
     opening, closing = parts
     lead_ids = tuple(tokenizer(opening, add_special_tokens=False, verbose=False).input_ids)
     return Frame(lead_ids, closing, True, INSTRUCTIONS)
-
-
-def chat_parts(tokenizer: Any) -> tuple[str, str] | None:
-    """The chat template's text before and behind the words of a single user; None without a template, or if the words
-    do not stand in it exactly once.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    said = [{"role": "user", "content": _PLACE}]
-    try:
-        text = str(tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True))
-    except Exception:  # noqa: BLE001  a template is a program of its author's, which may raise anything
-        return None
-    opening, found, closing = text.partition(_PLACE)
-    return (opening, closing) if found and _PLACE not in closing else None

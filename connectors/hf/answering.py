@@ -129,7 +129,7 @@ class Generation:
                 f"documents and prompt have {total} tokens, the model's context {connector.layers.max_tokens}"
             )
         began_s = time.perf_counter()
-        context = connector.fuse(encoded)
+        context = connector.fuse(encoded, question_ids=question_ids)
         spent_s = time.perf_counter() - began_s
         documents_tokens = sum(map(len, encoded))
         self.usage.recomputed_tokens = min(documents_tokens, round(context.computed_tokens))

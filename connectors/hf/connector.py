@@ -152,8 +152,8 @@ class TransformersConnector:
             self.lead_ids = tuple(token_ids(lead_ids, "lead_ids", vocabulary=self._vocabulary))
         if not self.lead_ids:
             _LOG.warning(
-                "documents are computed behind no lead tokens: the first token of each becomes a sink of attention, and "
-                "answers over fused documents suffer; give lead_ids, a BOS or the beginning of a prompt"
+                "documents are computed behind no lead tokens: the first token of each becomes a sink of attention, "
+                "and answers over fused documents suffer; give lead_ids, a BOS or the beginning of a prompt"
             )
         self._prefill = Prefill(
             self.layers, lead_ids=self.lead_ids, pack_tokens=positive_count(pack_tokens, "pack_tokens")

@@ -20,9 +20,18 @@ class Prefill:
     ----------
     lead_ids : tokens in front of every document.
     pack_tokens : a forward pass computes documents of about this many tokens.
+    to_device : where chunks go; None leaves them where they are computed.
     """
 
-    def __init__(self, layers: TransformersModel, *, lead_ids: Sequence[int], pack_tokens: int) -> None:
+    def __init__(
+        self,
+        layers: TransformersModel,
+        *,
+        lead_ids: Sequence[int],
+        pack_tokens: int,
+        to_device: torch.device | str | None = "cpu",
+    ) -> None:
+        self._to_device = to_device
         self._layers, self._lead_ids, self._pack_tokens = layers, tuple(lead_ids), pack_tokens
 
     def documents(self, documents: Mapping[ChunkKey, Sequence[int]]) -> Iterator[tuple[ChunkKey, KVChunk, float]]:
@@ -67,8 +76,8 @@ class Prefill:
         keys, values = [], []
         for layer in range(spec.num_layers):
             q, k, v = layers.qkv(layer, hidden, positions)
-            keys.append(k.cpu())
-            values.append(v.cpu())
+            keys.append(k if self._to_device is None else k.to(self._to_device))
+            values.append(v if self._to_device is None else v.to(self._to_device))
             if layer + 1 < spec.num_layers:
                 alone = [
                     causal_attention(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+_PLACE = "KVLOOMPLACE"  # stands for what a user says while a chat template is taken apart
 _PARTS = ("tenant", "epoch", "cache_salt", "adapter", "decoding")
 
 
@@ -40,18 +41,25 @@ def lead_of(tokenizer: Any) -> tuple[int, ...]:
 
 
 def natural_lead(tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that stand before the documents of a prompt as its model knows it: what the chat template puts in front
-    of the user's text, with BOS and system prompt, otherwise the BOS, otherwise none.
-
-    None also where a template changes or refuses what it is given.
+    """The tokens before the documents of a prompt as the model knows prompts: what the chat template puts before a
+    user's words, the BOS and a system prompt included; without a template the BOS, if there is one.
     """
-    mark = "kvloom-documents"
-    if getattr(tokenizer, "chat_template", None):
-        try:
-            text = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
-        except Exception:  # noqa: BLE001  a template is a program of the model's author
-            return lead_of(tokenizer)
-        before, found, _ = str(text).partition(mark)
-        if found and before:
-            return tuple(tokenizer(before, add_special_tokens=False).input_ids)
-    return lead_of(tokenizer)
+    parts = chat_parts(tokenizer)
+    if parts is None or not parts[0]:
+        return lead_of(tokenizer)
+    return tuple(tokenizer(parts[0], add_special_tokens=False).input_ids)
+
+
+def chat_parts(tokenizer: Any) -> tuple[str, str] | None:
+    """The chat template's text before and behind the words of a single user; None without a template, or if the words
+    do not stand in it exactly once.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    said = [{"role": "user", "content": _PLACE}]
+    try:
+        text = str(tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True))
+    except Exception:  # noqa: BLE001  a template is a program of its author's, which may raise anything
+        return None
+    opening, found, closing = text.partition(_PLACE)
+    return (opening, closing) if found and _PLACE not in closing else None

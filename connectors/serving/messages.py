@@ -13,6 +13,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ...blend.method import FusionMethod
 from ...core import ChunkKey, KVSpec
 from ...kvstore.placement.catalog import PlacementChange
 
@@ -27,13 +28,13 @@ FoundTiers: TypeAlias = "tuple[str, ...]"
 class WorkerInfo:
     """What the scheduler's half has to know of a worker.
 
-    `fusion_ratio`: the smallest ratio that certificates permit. `token`: names the worker's connector, for a scheduler
+    `fusion`: how it fuses, with the ratio that certificates permit. `token`: names the worker's connector, for a scheduler
     in the same process.
     """
 
     spec: KVSpec
     may_fuse: bool = False
-    fusion_ratio: float = 1.0
+    fusion: FusionMethod = FusionMethod(1.0, "deviation", 2)
     token: str = ""
 
 
@@ -104,6 +105,8 @@ class Fusion:
     Every rank first fetches documents and reports which it found (`StepReport.found_documents`). It computes only when
     an `Advance` says so: ranks compute together and must not wait for each other within a step.
 
+    `question`: the tokens that follow the documents, for a choice that goes by them; None for one that does not.
+
     `chosen`: positions that an equal fusion recomputed whose KV is there up to `start`, to go on with its choice; None:
     the tokens are to be chosen.
     """
@@ -117,6 +120,7 @@ class Fusion:
     ratio: float
     blocks: tuple[int, ...]
     chosen: NDArray[np.int32] | None = None
+    question: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,11 @@ class ServingSettings(StoreSettings):
     fusion_ratio : share of the tokens of documents that a fused request recomputes, unless the request sets it; 1 is
         exact. `"certified"` takes the smallest share that a certificate permits for this model, and 1 without one.
     fusion_slice_tokens : tokens that one step of the engine computes of a fusion, beside its other work.
-    check_layer : layer whose keys and values choose the tokens that a fusion recomputes.
+    fusion_select : how these tokens are chosen: by their `deviation`, so that all questions share a fusion; by what the
+        `question` attends to, the fastest; or by both. Fusions that know their question are shared with nothing but
+        equal prompts. None takes what the certificate says, and `deviation` without one.
+    check_layer : layer whose keys and values are compared for the deviation. None takes the certificate's, and 2
+        without one.
     lead_ids : tokens that begin every prompt; None for the BOS if the tokenizer puts one in front of a text. A document
         is stored when it follows them at the start of a prompt, and is found in any context.
     separator_ids : tokens between documents. In a request without `documents`, the text between two separators is a
@@ -55,7 +59,14 @@ class ServingSettings(StoreSettings):
         "certified"
     )
     fusion_slice_tokens: Count = 512
-    check_layer: Count = 1
+    fusion_select: (
+        Annotated[
+            Literal["deviation", "question", "deviation+question"],
+            Field(description="one of deviation, question, deviation+question"),
+        ]
+        | None
+    ) = None
+    check_layer: Count | None = None
     lead_ids: TokenIds | None = None
     separator_ids: TokenIds = ()
     match_tokens: NonNegative = 0

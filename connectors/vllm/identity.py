@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from ...core import RopeSpec
 from ...errors import EngineError
-from ..identity.requests import chunk_salt, lead_of
+from ..identity.requests import chunk_salt, natural_lead
 from ..identity.rope import settled_rope
 from ..identity.weights import canonical_config, folder_name, model_folder, weight_files, windows_of, with_state
 from .adapters import OpenAdapters
@@ -111,7 +111,7 @@ def engine_lead(model_config: Any) -> tuple[int, ...]:
             revision=model_config.tokenizer_revision,
             trust_remote_code=model_config.trust_remote_code,
         )
-        return lead_of(tokenizer)
+        return natural_lead(tokenizer)
     except Exception as exc:  # noqa: BLE001  whatever a foreign tokenizer raises: there is none, then
         _LOG.info(
             "the tokenizer of %s cannot be asked for a BOS (%s): documents are taken to stand at the very start of a "

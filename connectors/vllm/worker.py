@@ -71,7 +71,7 @@ def open_worker(settings: ServingSettings, token: str, vllm_config: Any, kv_cach
         v_head_dim=None if cache.v_head_dim == cache.head_dim else cache.v_head_dim,
         shard=(rank, ranks),
     )
-    ratio = records.fusion_ratio(spec, check_layer=settings.check_layer)
+    method = records.fusion(settings, spec)
     transfers = Transfers(
         open_store(settings, spec, records),
         cache,
@@ -93,12 +93,12 @@ def open_worker(settings: ServingSettings, token: str, vllm_config: Any, kv_cach
             EnginePasses(vllm_config, group.kv_cache_spec, model, cache),
             cache,
             slice_tokens=settings.fusion_slice_tokens,
-            check_layer=settings.check_layer,
+            method=method,
             sum_over_ranks=_sum_over_ranks if ranks > 1 else None,
             is_lossy=is_lossy(settings, records),
         )
     if fuser is not None and settings.fusion_ratio == "certified":
-        _LOG.info("fusions compute %.0f %% of the tokens of documents", 100 * ratio)
+        _LOG.info("fusions compute %.0f %% of the tokens of documents", 100 * method.ratio)
     layer_loads = LayerLoads(
         transfers.store,
         transfers.offers,
@@ -110,7 +110,7 @@ def open_worker(settings: ServingSettings, token: str, vllm_config: Any, kv_cach
         count=transfers.count,
     )
     numbers = {layer.layer_name: i for i, layer in enumerate(layers)}
-    info = WorkerInfo(spec, fuser is not None, ratio, token)
+    info = WorkerInfo(spec, fuser is not None, method, token)
     return Worker(info, transfers, layer_loads, numbers, fuser, adapters)
 
 

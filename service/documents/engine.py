@@ -97,6 +97,7 @@ class EmbeddedEngine:
         if found is None:
             from ...blend.blender import Blender
             from ...connectors.hf.connector import TransformersConnector
+            from ...connectors.identity.requests import lead_of
 
             loaded, tokenizer = self._model(model)
             found = self._connectors[model, pool] = TransformersConnector(
@@ -104,6 +105,7 @@ class EmbeddedEngine:
                 tokenizer,
                 TenantStore(self._store, self._tenants.key_space(pool), store_namespace(pool, "documents")),
                 Blender(recompute_ratio=self._recompute_ratio),
+                lead_ids=lead_of(tokenizer),  # what a chat has before its documents is a part of its own prompt
             )
         return found
 

@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from kvloom.blend.attention import causal_attention
 from kvloom.blend.blender import CACHEBLEND, BlendedContext, Blender
 from kvloom.blend.choosers import CHOOSERS, by_deviation, first_tokens, no_tokens, random_tokens
-from kvloom.blend.question import question_scores
+from kvloom.blend.question import question_attention
 from kvloom.connectors.hf.model import TransformersModel
 
 from ..support.models import CONFIGS, ROPES, VARIANTS, WINDOW_TOKENS, Prefill, make_model, make_variant, prefill
@@ -217,7 +217,7 @@ def test_sets_nest_and_follow_the_ratios(name: str, ratio: float) -> None:
     everything, layers = context.candidates, 7
     gradual = [math.ceil(blender.layer_ratio(layer, layers) * everything) for layer in range(1, layers - 1)]
     first = (
-        gradual[0] if name in ("first", "question") else everything
+        gradual[0] if name in ("first", "question", "mean attention") else everything
     )  # a chooser without deviations chooses before layer 0
     assert context.attended_tokens == (first, *gradual, 0)
     assert abs(sum(gradual) / len(gradual) / everything - ratio) <= 1 / everything
@@ -284,11 +284,14 @@ def test_the_question_chooses_what_it_attends_to(case: Case) -> None:
     finally:
         model.set_attn_implementation("sdpa")
     weights = torch.stack(out.attentions)[:, 0, :, :, : len(case.token_ids)].sum(dim=(0, 1))
-    score = weights.sum(0) + len(QUESTION) * weights[-1]
+    score = weights.mean(0) + weights[-1]
     spread = torch.stack((score, score.roll(1).index_fill(0, torch.tensor([0]), 0.0), score.roll(-1))).amax(0)
     spread[-1] = score[-2:].max()
-    found = question_scores(case.model, QUESTION, case.naive.keys, case.naive.values, lambda _: None)
-    assert torch.allclose(found, spread, rtol=1e-4, atol=1e-5)
+    found = question_attention(case.model, QUESTION, case.naive.keys, case.naive.values, lambda _: None)
+    assert torch.allclose(found, torch.stack((weights.mean(0), weights[-1])), rtol=1e-4, atol=1e-5)
+    spread[case.exact_tokens] = score[
+        case.exact_tokens : case.exact_tokens + 2
+    ].max()  # what may not be chosen lends none
     context = case.blend(Blender(recompute_ratio=0.2, chooser=CHOOSERS["question"]))
     count = math.ceil(0.2 * context.candidates)
     expected = case.exact_tokens + spread[case.exact_tokens :].topk(count).indices

@@ -13,6 +13,7 @@ from kvloom.blend.choosers import (
     CandidateTokens,
     by_deviation,
     by_deviation_and_question,
+    by_mean_attention,
     by_question,
     deviation_and_first,
     first_tokens,
@@ -27,14 +28,15 @@ CHUNK_TOKENS = 10
 def make_tokens(count: int, *, chunk_tokens: int = CHUNK_TOKENS, seed: int = 0) -> CandidateTokens:
     """Tokens of chunks of `chunk_tokens` behind 7 others, with distinct random deviations."""
     generator = torch.Generator().manual_seed(seed)
-    deviation, attention = (torch.randperm(count, generator=generator) + 1.0 for _ in range(2))
+    deviation, *rows = (torch.randperm(count, generator=generator) + 1.0 for _ in range(3))
+    attention = torch.stack(rows)
     offsets = torch.arange(count) % chunk_tokens
     return CandidateTokens(torch.arange(7, 7 + count), offsets, deviation, lambda: attention)
 
 
 def pick(tokens: CandidateTokens, chosen: Tensor) -> CandidateTokens:
     positions, offsets, deviation = (t[chosen] for t in (tokens.positions, tokens.offsets, tokens.deviation))
-    attention = tokens.attention()[chosen]
+    attention = tokens.attention()[:, chosen]
     return CandidateTokens(positions, offsets, deviation, lambda: attention)
 
 
@@ -42,6 +44,7 @@ def test_table_names_all() -> None:
     assert set(CHOOSERS.values()) == {
         by_deviation,
         by_question,
+        by_mean_attention,
         by_deviation_and_question,
         first_tokens,
         random_tokens,
@@ -81,12 +84,26 @@ def test_by_deviation_finds_the_planted() -> None:
 @given(count=st.integers(1, 40), seed=st.integers(0, 99))
 def test_question_and_deviation_share_the_budget(count: int, seed: int) -> None:
     tokens = make_tokens(40, seed=seed)
-    attention = tokens.attention()
-    assert set(by_question(tokens, count).tolist()) == set(attention.argsort(descending=True)[:count].tolist())
+    both = tokens.attention().sum(0)
+    attention = torch.stack([both[max(0, i - 1) : i + 2].max() for i in range(40)])
+    assert attention[by_question(tokens, count)].sum() == attention.sort(descending=True).values[:count].sum()
     most = tokens.deviation.argsort(descending=True)[: count - count // 2].tolist()
-    rest = [index for index in attention.argsort(descending=True).tolist() if index not in most]
-    assert by_deviation_and_question(tokens, count).tolist() == sorted([*most, *rest[: count // 2]])
-    assert torch.equal(attention, tokens.attention())  # read, not written
+    chosen = by_deviation_and_question(tokens, count).tolist()
+    assert set(most) <= set(chosen) and len(chosen) == count
+    left = [index for index in range(40) if index not in most]
+    asked = sorted(attention[index].item() for index in chosen if index not in most)
+    assert asked == sorted(attention[left].tolist())[len(left) - count // 2 :]
+    assert torch.equal(both, tokens.attention().sum(0))  # read, not written
+    mean = tokens.attention()[0]
+    assert set(by_mean_attention(tokens, count).tolist()) == set(mean.argsort(descending=True)[:count].tolist())
+
+
+def test_scores_go_to_neighbours_only() -> None:
+    positions = torch.tensor([3, 4, 7, 8, 9])
+    attention = torch.tensor([[0.0, 9.0, 1.0, 2.0, 3.0], [0.0] * 5])
+    tokens = CandidateTokens(positions, torch.zeros(5, dtype=torch.int64), None, lambda: attention)
+    assert by_question(tokens, 2).tolist() == [0, 1]
+    assert by_question(tokens, 4).tolist() == [0, 1, 3, 4], "7 is no neighbour of 4"
 
 
 @given(chunks=st.integers(1, 6), count=st.integers(1, 50))

@@ -104,6 +104,7 @@ class FusionTracker:
             request.ratio,
             tuple(blocks),
             self._choices.get(request.plan) if start > state.first else None,
+            request.question,
         )
 
     def decline(self, request_id: str) -> None:

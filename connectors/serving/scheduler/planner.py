@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ....blend.method import FusionMethod
 from ....core import ChunkKey, KVSpec
 from ..keys import Keys
 from ..messages import FoundTiers, Load, Loaded, LookUp, Revocation, Scheduled, StepPlan, StepReport, both
@@ -69,7 +70,7 @@ class Planner:
     specs : geometry of each rank's cache, by rank.
     block_tokens : of the engine.
     look_up : answers a look-up at once; None where the workers are other processes, which answer in a later step.
-    fusion_ratio : what certificates permit, for settings that ask for that.
+    fusion : how workers fuse, with the ratio that certificates permit, for settings that ask for that.
     may_load, may_save : whether the role of this engine lets it load, and store.
     clock : monotonic seconds.
     """
@@ -81,7 +82,7 @@ class Planner:
         block_tokens: int,
         look_up: Callable[[LookUp], FoundTiers] | None = None,
         *,
-        fusion_ratio: float = 1.0,
+        fusion: FusionMethod = FusionMethod(1.0, "deviation", 2),
         may_load: bool = True,
         may_save: bool = True,
         clock: Callable[[], float] = time.monotonic,
@@ -90,13 +91,14 @@ class Planner:
         self._block_tokens = block_tokens
         self._ranks = len(specs)
         self._look_up = look_up
-        self._fusion_ratio = fusion_ratio if settings.fusion_ratio == "certified" else settings.fusion_ratio
+        given = settings.fusion_ratio
+        self._fusion = fusion if given == "certified" else replace(fusion, ratio=given)
         self._may_load, self._may_save = may_load, may_save
         self._clock = clock
         journal = None if settings.disk_path is None else Path(settings.disk_path, f"documents.{settings.match_tokens}")
         known = KnownDocuments(settings.match_tokens, journal) if settings.match_tokens else None
         self._keys = Keys(settings, specs)
-        self._reader = RequestReader(settings, self._keys, known, block_tokens, self._fusion_ratio)
+        self._reader = RequestReader(settings, self._keys, known, block_tokens, self._fusion)
         self._rate = PrefillRate(clock)
         self._saves = SaveTracker(settings.chunk_tokens, block_tokens, known)
         self._fusions = FusionTracker(len(specs), block_tokens)
@@ -180,7 +182,7 @@ class Planner:
         self._keys.renew()
         # Nobody else finds what is stored from now on, so that its documents are kept out of the journal.
         known = KnownDocuments(self._settings.match_tokens) if self._settings.match_tokens else None
-        self._reader = RequestReader(self._settings, self._keys, known, self._block_tokens, self._fusion_ratio)
+        self._reader = RequestReader(self._settings, self._keys, known, self._block_tokens, self._fusion)
         self._saves.reset(known)
         self._fusions.reset()
         self._lookups.clear()

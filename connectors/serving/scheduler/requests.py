@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from blake3 import blake3
+from numpy.typing import NDArray
 
+from ....blend.method import NEEDS_QUESTION, FusionMethod
+from ....blend.question import QUESTION_TOKENS
 from ....core import ChunkKey
 from ..keys import Keys, PrefixKeys
 from ..messages import Document
@@ -26,6 +29,7 @@ class Request:
     inexact : the first token whose KV is not what plain computation gives; None if there is none.
     digest : 32 bytes that stand for everything that a fusion's KV depends on: which tokens are recomputed depends on
         all of them. Empty where all is exact.
+    question : the tokens behind the documents, if tokens are chosen by them; otherwise None.
     plan : the same together with the request's salt: requests of one plan share their fusion.
     """
 
@@ -39,6 +43,7 @@ class Request:
     keys: PrefixKeys
     digest: bytes = b""
     plan: bytes = b""
+    question: NDArray[np.int64] | None = None
 
 
 class RequestReader:
@@ -50,7 +55,7 @@ class RequestReader:
     keys : makes the keys of the engine's requests.
     known : stored documents, to be found in prompts that name none; None to look for none.
     block_tokens : of the engine.
-    fusion_ratio : for requests that give no ratio.
+    fusion : how workers fuse; its ratio is for requests that give none.
     """
 
     def __init__(
@@ -59,13 +64,13 @@ class RequestReader:
         keys: Keys,
         known: KnownDocuments | None,
         block_tokens: int,
-        fusion_ratio: float,
+        fusion: FusionMethod,
     ) -> None:
         self._settings = settings
         self._keys = keys
         self._known = known
         self._block_tokens = block_tokens
-        self._fusion_ratio = fusion_ratio
+        self._fusion = fusion
 
     def read(
         self,
@@ -80,7 +85,7 @@ class RequestReader:
         salt, settings = self._keys.salt(identity), self._settings
         may_fuse = may_fuse and options.load
         spans = options.documents or documents_between(token_ids, settings.separator_ids)
-        ratio = self._fusion_ratio if options.ratio is None else options.ratio
+        ratio = self._fusion.ratio if options.ratio is None else options.ratio
         if not spans and ratio < 1.0 and may_fuse:
             spans = self._stored_spans(token_ids, salt, is_stored)
         documents = tuple(
@@ -95,7 +100,11 @@ class RequestReader:
             # The engine tells fused blocks from exact ones by the hash of a whole block of the prompt.
             has_whole_block = len(token_ids) // self._block_tokens > inexact // self._block_tokens
             inexact = inexact if may_fuse and has_whole_block else None
-        digest = b"" if inexact is None else self._digest(token_ids, documents, ratio)
+        question = None
+        if inexact is not None and self._fusion.select in NEEDS_QUESTION:
+            behind = np.asarray(token_ids[documents[-1].stop :], dtype=np.int64)
+            question = behind[-QUESTION_TOKENS:] if len(behind) else None
+        digest = b"" if inexact is None else self._digest(token_ids, documents, ratio, question)
         return Request(
             token_ids,
             len(token_ids),
@@ -107,13 +116,22 @@ class RequestReader:
             self._keys.prefixes(token_ids, salt),
             digest,
             b"" if inexact is None else blake3(salt + digest).digest(),
+            question,
         )
 
-    def _digest(self, token_ids: Sequence[int], documents: Sequence[Document], ratio: float) -> bytes:
+    def _digest(
+        self,
+        token_ids: Sequence[int],
+        documents: Sequence[Document],
+        ratio: float,
+        question: NDArray[np.int64] | None,
+    ) -> bytes:
         spans = [(document.start, document.stop) for document in documents]
-        plan = ("kvloom fusion", ratio, self._settings.check_layer, self._keys.lead_ids, spans)
+        how = self._fusion
+        plan = ("kvloom fusion", ratio, how.select, how.check_layer, self._keys.lead_ids, spans)
         fused_ids = np.asarray(token_ids[: spans[-1][1]], dtype="<i8")
-        return blake3(repr(plan).encode() + fused_ids.tobytes()).digest()
+        asked = b"" if question is None else question.astype("<i8").tobytes()
+        return blake3(repr(plan).encode() + fused_ids.tobytes() + asked).digest()
 
     def _stored_spans(
         self, token_ids: Sequence[int], salt: bytes, is_stored: Callable[[ChunkKey], bool]

@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -34,7 +35,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ....blend.choosers import CandidateTokens, Chooser, by_deviation, deviation_of, squares
+from ....blend.choosers import CHOOSERS, CandidateTokens, by_deviation, deviation_of, squares
+from ....blend.method import FusionMethod
 from ....errors import EngineError
 from ..messages import Advance, Fusion, Loaded
 from .arrivals import Arrival, Fetched
@@ -60,6 +62,13 @@ class Passes(Protocol):
     def keys_and_values(
         self, layer: int, token_ids: NDArray[np.int64], positions: Tensor, blocks: Sequence[int]
     ) -> tuple[Tensor, Tensor]: ...
+    def question_attention(
+        self, question_ids: NDArray[np.int64], first: int, context_tokens: int, blocks: Sequence[int]
+    ) -> Tensor:
+        """As `blend.question.question_attention`, of tokens from position `first` on to the `context_tokens` that the
+        blocks hold; writes no KV.
+        """
+        ...
 
 
 class TokenCache(Protocol):
@@ -96,10 +105,9 @@ class Fuser:
     transfers : fetches documents.
     passes, cache : the engine's.
     slice_tokens : tokens through all layers in one step of the engine.
-    check_layer : where tokens are chosen, from 1 on.
+    method : how tokens are chosen; their number is that of each request.
     sum_over_ranks : adds up a tensor of the tensor-parallel ranks; None for a single rank.
     is_lossy : documents may come from a tier whose codec loses something.
-    choose : how tokens are chosen.
     """
 
     def __init__(
@@ -109,22 +117,22 @@ class Fuser:
         cache: TokenCache,
         *,
         slice_tokens: int,
-        check_layer: int,
+        method: FusionMethod,
         sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
         is_lossy: bool = False,
-        choose: Chooser = by_deviation,
     ) -> None:
         layers = cache.num_layers
         self._transfers = transfers
         self.passes = passes
         self._cache = cache
-        self._check_layer = min(check_layer, layers - 1)
+        self._select = method.select
+        # A choice by the question alone needs no deviations: only the first layer is looked at, to see that it is right.
+        self._check_layer = 0 if method.select == "question" else min(method.check_layer, layers - 1)
         self._slice_tokens = min(slice_tokens, passes.max_tokens)
         # A slice of choosing costs as much as one of computing: it runs through fewer layers.
         self._probe_tokens = min(self._slice_tokens * layers // (self._check_layer + 1), passes.max_tokens)
         self._sum_over_ranks = sum_over_ranks
         self._is_lossy = is_lossy
-        self._choose_tokens = choose
         self._jobs: dict[str, _Job] = {}
         self._over: list[Arrival] = []
         self.is_trusted = True
@@ -231,10 +239,23 @@ class Fuser:
         positions = job.probed[is_candidate]
         starts = torch.tensor([document.start for document in fusion.documents])
         offsets = positions - starts[torch.searchsorted(starts, positions, right=True) - 1]
-        tokens = CandidateTokens(positions, offsets, deviation_of(rows[:4, is_candidate]))
-        chosen = self._choose_tokens(tokens, math.ceil(fusion.ratio * len(positions)))
+        attention, choose = None, CHOOSERS[self._select]
+        if fusion.question is not None:
+            attention = partial(self._attention, fusion, positions)
+        elif self._select == "question":  # there is none
+            choose = by_deviation
+        tokens = CandidateTokens(positions, offsets, deviation_of(rows[:4, is_candidate]), attention)
+        chosen = choose(tokens, math.ceil(fusion.ratio * len(positions)))
         kept = positions if chosen is None else positions[chosen]
         job.computed = torch.cat((job.probed[~is_candidate], kept)).sort().values
+
+    def _attention(self, fusion: Fusion, positions: Tensor) -> Tensor:
+        """How much the question attends to tokens at `positions`, see `CandidateTokens`: `[2, T]`."""
+        if fusion.question is None:
+            raise ValueError(f"request {fusion.request_id} has no question")
+        first = fusion.documents[-1].stop
+        rows = self.passes.question_attention(fusion.question, first, fusion.stop, fusion.blocks).cpu()
+        return (rows if self._sum_over_ranks is None else self._sum_over_ranks(rows))[:, positions]
 
     def _probe(self, fusion: Fusion, positions: Tensor) -> Tensor:
         """`squares` at the check layer, and `|dK|^2` and `|K|^2` of the first: `[6, T]`."""

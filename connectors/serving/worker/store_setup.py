@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ....blend.certified_ratio import certified_ratio
+from ....blend.method import FusionMethod, certified_fusion
 from ....calibration.certificate import Certificate
 from ....calibration.certificate_gate import CertificateGate
 from ....calibration.model_profile import Profile
@@ -38,9 +38,13 @@ class QualityRecords:
         profile = None if settings.profile is None else Profile.load(Path(settings.profile))
         return cls(profile, tuple(Certificate.load(Path(path)) for path in settings.certificates))
 
-    def fusion_ratio(self, spec: KVSpec, *, check_layer: int) -> float:
-        """See `certified_ratio`."""
-        return certified_ratio(CertificateGate(self.certificates), spec, check_layer=check_layer)
+    def fusion(self, settings: ServingSettings, spec: KVSpec) -> FusionMethod:
+        """How documents are fused: as the settings say, otherwise as the cheapest certificate does, otherwise by the
+        deviation at layer 2, whose fusions all questions share. Its ratio is the certified one, 1 without.
+        """
+        select, check_layer = settings.fusion_select, settings.check_layer
+        found = certified_fusion(CertificateGate(self.certificates), spec, select=select, check_layer=check_layer)
+        return found or FusionMethod(1.0, select or "deviation", check_layer or 2)
 
 
 def open_store(settings: StoreSettings, spec: KVSpec, papers: QualityRecords) -> KVStore:

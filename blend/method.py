@@ -1,0 +1,105 @@
+"""How a fusion chooses the tokens that it recomputes, as settings and certificates state it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..calibration.certificate_gate import CertificateGate
+from ..calibration.codec_form import canonical_json
+from ..core import KVSpec
+from .blender import Blender
+from .choosers import CHOOSERS
+
+FUSION = "fusion"
+"""Stands in these certificates in place of a codec's name."""
+
+ENGINE_CHOICES = ("deviation", "deviation+question", "question")
+"""Choosers, by their names in `CHOOSERS`, that serving engines know, too."""
+
+NEEDS_QUESTION = ("question", "deviation+question", "mean attention")
+
+
+@dataclass(frozen=True, slots=True)
+class FusionMethod:
+    """A fusion that chooses tokens once and computes these tokens in all further layers.
+
+    Serving engines fuse like this, because a token cannot leave their batch between two layers. Certificates are
+    measured and bound to it.
+
+    Attributes
+    ----------
+    ratio : share of the documents' tokens that is recomputed, 0 to 1; 1 is exact.
+    select : name of the chooser.
+    check_layer : whose keys and values it compares; without a meaning for `question`.
+    """
+
+    ratio: float
+    select: str = "deviation+question"
+    check_layer: int = 2
+
+    def __post_init__(self) -> None:
+        if self.select not in CHOOSERS:
+            raise ValueError(f"select is {self.select!r}; expected one of {', '.join(CHOOSERS)}")
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        """The parameters that a certificate of this fusion states, beside the model."""
+        return {"ratio": self.ratio, "select": self.select, "check_layer": self.check_layer}
+
+    @property
+    def blender(self) -> Blender:
+        return Blender(self.ratio, CHOOSERS[self.select], spread_ratio=0.0, check_layer=self.check_layer)
+
+    @property
+    def full_layers(self) -> int:
+        """Layers that are computed for every token before tokens are chosen."""
+        return self.check_layer if "deviation" in self.select else 0
+
+    def cost_ratio(self, num_layers: int, *, question_ratio: float = 0.0) -> float:
+        """Share of full prefill's tokens that run through a layer, mean over layers.
+
+        `question_ratio`: the question's tokens over the documents', where it is asked for the choice.
+        """
+        asked = question_ratio if self.select in NEEDS_QUESTION else 0.0
+        return (self.full_layers + self.ratio * (num_layers - 1 - self.full_layers)) / num_layers + asked
+
+    def at_cost(self, cost_ratio: float, num_layers: int, *, question_ratio: float = 0.0) -> FusionMethod | None:
+        """The same method with the ratio that makes it cost as much; None if no ratio does."""
+        free = replace(self, ratio=0.0).cost_ratio(num_layers, question_ratio=question_ratio)
+        left = num_layers - 1 - self.full_layers
+        ratio = (cost_ratio - free) * num_layers / left if left > 0 else math.nan
+        return replace(self, ratio=round(min(ratio, 1.0), 3)) if ratio > 0 else None
+
+
+def certified_fusion(
+    gate: CertificateGate, spec: KVSpec, *, select: str | None = None, check_layer: int | None = None
+) -> FusionMethod | None:
+    """The cheapest fusion that a certificate covers for a model; None if none does.
+
+    A certificate of the whole model covers each rank of tensor parallelism: ranks choose tokens together.
+
+    Parameters
+    ----------
+    select, check_layer : the only ones wanted; None for any.
+    """
+    whole = replace(spec, num_kv_heads=spec.num_kv_heads * spec.shard[1], shard=(0, 1))
+    found = []
+    for one in gate.certificates:
+        method = _method_of(one.parameters) if one.codec == FUSION else None
+        if method is None or gate.covering((FUSION, canonical_json(method.parameters)), whole) is None:
+            continue
+        if select in (None, method.select) and check_layer in (None, method.check_layer):
+            found.append(method)
+    return min(found, key=lambda method: method.cost_ratio(spec.num_layers), default=None)
+
+
+def _method_of(parameters: Mapping[str, Any]) -> FusionMethod | None:
+    """The method of which a certificate states these parameters; None if it is none that engines know."""
+    ratio, select, check_layer = (parameters.get(name) for name in ("ratio", "select", "check_layer"))
+    is_sound = isinstance(ratio, float | int) and 0.0 <= ratio <= 1.0 and isinstance(check_layer, int)
+    if not is_sound or select not in ENGINE_CHOICES or len(parameters) != 3:
+        return None
+    return FusionMethod(float(ratio), str(select), check_layer)
