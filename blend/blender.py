@@ -26,7 +26,16 @@ from torch import Tensor
 
 from ..core import LayerwiseModel
 from .attention import ScatteredAttention
-from .choosers import CHOOSERS, CandidateTokens, Chooser, by_deviation, by_deviation_and_question, kv_deviation
+from .choosers import (
+    CHOOSERS,
+    CandidateTokens,
+    Chooser,
+    by_deviation,
+    by_deviation_and_question,
+    deviation_of,
+    squares,
+    value_deviation_of,
+)
 from .question import QUESTION_TOKENS, question_attention
 
 
@@ -228,10 +237,12 @@ class Blender:
         candidates, check = total - exact_tokens, self._first_check(layers)
         active = torch.arange(exact_tokens, total, device=token_ids.device)
 
-        def tokens(deviation: Tensor | None) -> CandidateTokens:
+        def tokens(rows: Tensor | None) -> CandidateTokens:
             now = active
             attention = None if question is None else lambda: question.attention()[:, now]
-            return CandidateTokens(now, offsets[now], deviation, attention)
+            if rows is None:
+                return CandidateTokens(now, offsets[now], None, attention)
+            return CandidateTokens(now, offsets[now], deviation_of(rows), attention, value_deviation_of(rows))
 
         active = active[self._keep(tokens(None), 0, layers, candidates)]
         hidden = model.embed(token_ids[active])
@@ -248,15 +259,15 @@ class Blender:
             # A slice is copied many times faster than rows by index.
             place = active if len(active) < candidates else slice(exact_tokens, total)
             can_choose = layer >= check and self._count(layer, layers, candidates) < len(active)
-            deviation = None
+            rows = None
             if can_choose and layer + 1 < layers:
-                deviation = kv_deviation(k, keys[layer][:, place], v, values[layer][:, place])
+                rows = squares(k, keys[layer][:, place], v, values[layer][:, place])
             keys[layer][:, place] = k
             values[layer][:, place] = v
             if layer + 1 == layers:
                 break
-            if deviation is not None:
-                kept = self._keep(tokens(deviation), layer, layers, candidates)
+            if rows is not None:
+                kept = self._keep(tokens(rows), layer, layers, candidates)
                 if len(kept) < len(active):
                     active, hidden, q = active[kept], hidden[kept], q[:, kept]
                     attentions.clear()

@@ -21,6 +21,7 @@ class CandidateTokens:
     positions : `[N]` int64, in the fused context.
     offsets : `[N]` int64, in the token's own chunk.
     deviation : `[N]` float32, how far the cached KV is from the KV computed in context; None before the check layer.
+    value_deviation : `[N]` float32, the same of the values alone.
     attention : gives `[2, N]` float32, how much the question attends to the tokens, see `question.question_attention`.
         The question runs through the model when this is called first, and not before. None if no question was given.
     """
@@ -29,6 +30,7 @@ class CandidateTokens:
     offsets: Tensor
     deviation: Tensor | None
     attention: Callable[[], Tensor] | None = None
+    value_deviation: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -77,11 +79,35 @@ def deviation_of(rows: Tensor) -> Tensor:
     return total.sqrt()
 
 
+def value_deviation_of(rows: Tensor) -> Tensor:
+    """The part of values in the deviation of every token: `sqrt(|dV|^2 / mean |V|^2)`, from the `squares`."""
+    _, _, off_values, values = rows
+    return (off_values / values.mean().clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
+
+
 def by_deviation(tokens: CandidateTokens, count: int) -> Tensor | None:
     """The `count` tokens of highest KV deviation: CacheBlend (arXiv 2405.16444, section 4.3)."""
     if tokens.deviation is None:
         return None
     return tokens.deviation.topk(count).indices.sort().values
+
+
+def by_values(tokens: CandidateTokens, count: int) -> Tensor | None:
+    """The `count` tokens whose values deviate most, as the code released with CacheBlend has it.
+
+    Keys of a document computed near its lead tokens deviate everywhere once it stands far from them, and hide in layer
+    1 what other documents have changed; values show it (decision 106).
+    """
+    if tokens.value_deviation is None:
+        return None
+    return tokens.value_deviation.topk(count).indices.sort().values
+
+
+def by_values_and_question(tokens: CandidateTokens, count: int) -> Tensor | None:
+    """As `by_deviation_and_question`, with the deviation of values alone."""
+    if tokens.value_deviation is None:
+        return None
+    return _and_question(tokens, tokens.value_deviation, count)
 
 
 def by_question(tokens: CandidateTokens, count: int) -> Tensor | None:
@@ -117,12 +143,17 @@ def by_deviation_and_question(tokens: CandidateTokens, count: int) -> Tensor | N
     """
     if tokens.deviation is None:
         return None
-    if tokens.attention is None:
-        return by_deviation(tokens, count)
-    chosen = tokens.deviation.topk(count - count // 2).indices
-    left = _question_scores(tokens)
-    left[chosen] = -torch.inf
-    return torch.cat((chosen, left.topk(count // 2).indices)).sort().values
+    return _and_question(tokens, tokens.deviation, count)
+
+
+def _and_question(tokens: CandidateTokens, deviation: Tensor, count: int) -> Tensor:
+    by_question = 0 if tokens.attention is None else count // 2
+    chosen = deviation.topk(count - by_question).indices
+    if by_question:
+        left = _question_scores(tokens)
+        left[chosen] = -torch.inf
+        chosen = torch.cat((chosen, left.topk(by_question).indices))
+    return chosen.sort().values
 
 
 def first_tokens(tokens: CandidateTokens, count: int) -> Tensor | None:
@@ -178,6 +209,8 @@ def _question_scores(tokens: CandidateTokens) -> Tensor:
 
 CHOOSERS: dict[str, Chooser] = {
     "deviation": by_deviation,
+    "values": by_values,
+    "values+question": by_values_and_question,
     "question": by_question,
     "mean attention": by_mean_attention,
     "deviation+question": by_deviation_and_question,

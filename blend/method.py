@@ -16,10 +16,11 @@ from .choosers import CHOOSERS
 FUSION = "fusion"
 """Stands in these certificates in place of a codec's name."""
 
-ENGINE_CHOICES = ("deviation", "deviation+question", "question")
+ENGINE_CHOICES = ("deviation", "values", "deviation+question", "values+question", "question")
 """Choosers, by their names in `CHOOSERS`, that serving engines know, too."""
 
-NEEDS_QUESTION = ("question", "deviation+question", "mean attention")
+NEEDS_QUESTION = ("question", "deviation+question", "values+question", "mean attention")
+_WITHOUT_DEVIATION = ("question", "mean attention", "first", "none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class FusionMethod:
     @property
     def full_layers(self) -> int:
         """Layers that are computed for every token before tokens are chosen."""
-        return self.check_layer if "deviation" in self.select else 0
+        return 0 if self.select in _WITHOUT_DEVIATION else self.check_layer
 
     def cost_ratio(self, num_layers: int, *, question_ratio: float = 0.0) -> float:
         """Share of full prefill's tokens that run through a layer, mean over layers.
@@ -72,6 +73,10 @@ class FusionMethod:
         left = num_layers - 1 - self.full_layers
         ratio = (cost_ratio - free) * num_layers / left if left > 0 else math.nan
         return replace(self, ratio=round(min(ratio, 1.0), 3)) if ratio > 0 else None
+
+
+EXACT = FusionMethod(1.0, "deviation")
+"""Everything is computed, as long as nothing else is certified or asked for."""
 
 
 def certified_fusion(
@@ -99,7 +104,7 @@ def certified_fusion(
 def _method_of(parameters: Mapping[str, Any]) -> FusionMethod | None:
     """The method of which a certificate states these parameters; None if it is none that engines know."""
     ratio, select, check_layer = (parameters.get(name) for name in ("ratio", "select", "check_layer"))
-    is_sound = isinstance(ratio, float | int) and 0.0 <= ratio <= 1.0 and isinstance(check_layer, int)
-    if not is_sound or select not in ENGINE_CHOICES or len(parameters) != 3:
+    if not isinstance(ratio, float | int) or not isinstance(check_layer, int) or len(parameters) != 3:
         return None
-    return FusionMethod(float(ratio), str(select), check_layer)
+    is_known = 0.0 <= ratio <= 1.0 and select in ENGINE_CHOICES
+    return FusionMethod(float(ratio), str(select), check_layer) if is_known else None

@@ -3,13 +3,13 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ..blend.blender import Blender
+from ..blend.blender import CACHEBLEND, Blender
 from ..blend.choosers import CHOOSERS
 from ..connectors.hf.connector import TransformersConnector
 from ..connectors.hf.generation import cache_argument
@@ -45,7 +45,8 @@ NAIVE = Method("naive reuse", blender=Blender(0.0))
 def blend(ratio: float, chooser: str = "deviation") -> Method:
     """CacheBlend at this recompute ratio, or another chooser of tokens in its place."""
     name = "CacheBlend" if chooser == "deviation" else {"first": "first tokens"}.get(chooser, chooser)
-    return Method(f"{name} {ratio:.0%}", blender=Blender(ratio, CHOOSERS[chooser]))
+    blender = replace(CACHEBLEND, recompute_ratio=ratio, chooser=CHOOSERS[chooser])
+    return Method(f"{name} {ratio:.0%}", blender=blender)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,7 +80,7 @@ def answer(connector: TransformersConnector, method: Method, case: Case, *, new_
     cached = len(documents) if method.cached_documents is None else method.cached_documents
     rest = [token for ids in documents[cached:] for token in ids] + question
     if cached:
-        context = connector.fuse(documents[:cached], blender=method.blender)
+        context = connector.fuse(documents[:cached], question_ids=rest, blender=method.blender)
         inputs, cache = connector.as_inputs(context, rest)
         input_ids = inputs["input_ids"][:, cache.get_seq_length() :]
         computed = context.blended.computed_tokens + len(rest)

@@ -84,7 +84,7 @@ class Generation:
         if self.documents:
             inputs, cache = connector.as_inputs(*self.fused())
         else:
-            ids = [*connector.lead_ids, *connector.encode_question(self.prompt.before + self.prompt.text)]
+            ids = [*connector.lead_ids, *self._behind_lead(self.prompt.before + self.prompt.text)]
             if not ids:
                 raise ValueError("the prompt is empty")
             row = torch.tensor([ids], device=model.device)
@@ -114,12 +114,19 @@ class Generation:
         )
         return text.finish(drop_last=bool(new_ids) and new_ids[-1] in call.end_ids)
 
+    def _behind_lead(self, text: str) -> list[int]:
+        """Token ids of a prompt's beginning without the lead tokens, which the connector puts first itself."""
+        connector = self.connector()
+        ids: list[int] = connector.encode_question(text) if text else []
+        lead = list(connector.lead_ids)
+        return ids[len(lead) :] if lead and ids[: len(lead)] == lead else ids
+
     def fused(self) -> tuple[FusedContext, list[int]]:
         """The documents, fused, and the token ids that follow them; `usage` and `is_exact` say what that took."""
         connector = self.connector()
         encoded = [connector.encode_document(text) for text in self.documents]
-        if self.prompt.before:
-            encoded.insert(0, connector.encode_question(self.prompt.before))
+        if before := self._behind_lead(self.prompt.before):
+            encoded.insert(0, before)
         question_ids = connector.encode_question(self.prompt.text)
         if not question_ids:
             raise ValueError("the prompt is empty; at least one token must follow the documents")

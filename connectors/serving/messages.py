@@ -13,7 +13,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ...blend.method import FusionMethod
+from ...blend.method import EXACT, FusionMethod
 from ...core import ChunkKey, KVSpec
 from ...kvstore.placement.catalog import PlacementChange
 
@@ -28,13 +28,13 @@ FoundTiers: TypeAlias = "tuple[str, ...]"
 class WorkerInfo:
     """What the scheduler's half has to know of a worker.
 
-    `fusion`: how it fuses, with the ratio that certificates permit. `token`: names the worker's connector, for a scheduler
-    in the same process.
+    `fusion`: how it fuses, with the ratio that certificates permit. `token`: names the worker's connector, for a
+    scheduler in the same process.
     """
 
     spec: KVSpec
     may_fuse: bool = False
-    fusion: FusionMethod = FusionMethod(1.0, "deviation", 2)
+    fusion: FusionMethod = EXACT
     token: str = ""
 
 

@@ -38,9 +38,9 @@ class ServingSettings(StoreSettings):
     fusion_ratio : share of the tokens of documents that a fused request recomputes, unless the request sets it; 1 is
         exact. `"certified"` takes the smallest share that a certificate permits for this model, and 1 without one.
     fusion_slice_tokens : tokens that one step of the engine computes of a fusion, beside its other work.
-    fusion_select : how these tokens are chosen: by their `deviation`, so that all questions share a fusion; by what the
-        `question` attends to, the fastest; or by both. Fusions that know their question are shared with nothing but
-        equal prompts. None takes what the certificate says, and `deviation` without one.
+    fusion_select : how these tokens are chosen: by their `deviation`, or that of their `values` alone, so that all
+        questions share a fusion; by what the `question` attends to, the fastest; or by both. Fusions that know their
+        question are shared with nothing but equal prompts. None takes the certificate's, and `deviation` without one.
     check_layer : layer whose keys and values are compared for the deviation. None takes the certificate's, and 2
         without one.
     lead_ids : tokens that begin every prompt; None for the BOS if the tokenizer puts one in front of a text. A document
@@ -61,8 +61,8 @@ class ServingSettings(StoreSettings):
     fusion_slice_tokens: Count = 512
     fusion_select: (
         Annotated[
-            Literal["deviation", "question", "deviation+question"],
-            Field(description="one of deviation, question, deviation+question"),
+            Literal["deviation", "values", "question", "deviation+question", "values+question"],
+            Field(description="one of deviation, values, question, deviation+question, values+question"),
         ]
         | None
     ) = None

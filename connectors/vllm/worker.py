@@ -71,7 +71,7 @@ def open_worker(settings: ServingSettings, token: str, vllm_config: Any, kv_cach
         v_head_dim=None if cache.v_head_dim == cache.head_dim else cache.v_head_dim,
         shard=(rank, ranks),
     )
-    method = records.fusion(settings, spec)
+    method = records.fusion(spec, select=settings.fusion_select, check_layer=settings.check_layer)
     transfers = Transfers(
         open_store(settings, spec, records),
         cache,

@@ -128,8 +128,8 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
 
 
 @pytest.mark.slow
-def test_blend_benchmark_writes_every_figure(model_dir: Path) -> None:
-    result = run_blend(quick=True, model_dir=model_dir)
+def test_blend_benchmark_writes_every_figure() -> None:
+    result = run_blend(quick=True)
     assert result.metrics["tokens_identical_at_1"].value == 1.0
     assert result.metrics["max_abs_dlogit_at_1"].value < 1e-4
     for name in ("gap_closed_at_0.05", "gap_closed_at_0.15", "gap_closed_random_at_0.15", "smallest_ratio_closing_0.9"):
@@ -138,6 +138,22 @@ def test_blend_benchmark_writes_every_figure(model_dir: Path) -> None:
         metric = result.metrics[name]
         assert metric.low is not None and 0 < metric.low <= metric.value
     assert json.loads(result.to_json())["rows"]
+
+
+@pytest.mark.slow
+def test_blend_benchmark_of_a_model(model_dir: Path) -> None:
+    """Every figure, at the cost of CacheBlend or below: no method wins by computing more."""
+    result = run_blend(quick=True, model_dir=model_dir)
+    for share in ("0.15", "0.30"):
+        for name in ("real_gap_closed", "real_cacheblend_gap_closed", "real_multihop_gap_closed", "real_ttft_speedup"):
+            assert f"{name}_at_{share}" in result.metrics
+    assert result.metrics["real_musique_kl_at_0.15_vs_cacheblend"].value > 0
+    rows = json.loads(result.to_json())["rows"]
+    assert {row["kind"] for row in rows} == {"astride", "multihop", "extract", "text"}
+    computed = {row["method"]: row["computed_ratio"] for row in rows if row["kind"] == "astride"}
+    assert set(computed) >= {"kvloom at 15%", "CacheBlend 15%", "EPIC at 15%", "ProphetKV at 15%", "random at 15%"}
+    for share in ("15%", "30%"):
+        assert 0 < computed[f"kvloom at {share}"] <= 1.25 * computed[f"CacheBlend {share}"]
 
 
 def make_score(method: Method, exact: list[bool]) -> Score:

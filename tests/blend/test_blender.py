@@ -492,7 +492,7 @@ def test_refuses_what_is_no_share(name: str, value: object) -> None:
 
 
 def test_refuses_a_chooser_by_name() -> None:
-    with pytest.raises(TypeError, match=r"chooser is 'deviation'; expected a function, such as .* deviation, question"):
+    with pytest.raises(TypeError, match=r"chooser is 'deviation'; expected a function, such as .* deviation, values"):
         Blender(chooser="deviation")
 
 

@@ -15,29 +15,45 @@ from kvloom.blend.choosers import (
     by_deviation_and_question,
     by_mean_attention,
     by_question,
+    by_values,
+    by_values_and_question,
     deviation_and_first,
+    deviation_of,
     first_tokens,
     kv_deviation,
     no_tokens,
     random_tokens,
+    squares,
+    value_deviation_of,
 )
 
 CHUNK_TOKENS = 10
 
 
+WAITING = (
+    by_deviation,
+    by_deviation_and_question,
+    by_values,
+    by_values_and_question,
+    random_tokens,
+    deviation_and_first,
+)
+
+
 def make_tokens(count: int, *, chunk_tokens: int = CHUNK_TOKENS, seed: int = 0) -> CandidateTokens:
     """Tokens of chunks of `chunk_tokens` behind 7 others, with distinct random deviations."""
     generator = torch.Generator().manual_seed(seed)
-    deviation, *rows = (torch.randperm(count, generator=generator) + 1.0 for _ in range(3))
+    deviation, values, *rows = (torch.randperm(count, generator=generator) + 1.0 for _ in range(4))
     attention = torch.stack(rows)
     offsets = torch.arange(count) % chunk_tokens
-    return CandidateTokens(torch.arange(7, 7 + count), offsets, deviation, lambda: attention)
+    return CandidateTokens(torch.arange(7, 7 + count), offsets, deviation, lambda: attention, values)
 
 
 def pick(tokens: CandidateTokens, chosen: Tensor) -> CandidateTokens:
-    positions, offsets, deviation = (t[chosen] for t in (tokens.positions, tokens.offsets, tokens.deviation))
+    rows = tokens.positions, tokens.offsets, tokens.deviation, tokens.value_deviation
+    positions, offsets, deviation, values = (t[chosen] for t in rows)
     attention = tokens.attention()[:, chosen]
-    return CandidateTokens(positions, offsets, deviation, lambda: attention)
+    return CandidateTokens(positions, offsets, deviation, lambda: attention, values)
 
 
 def test_table_names_all() -> None:
@@ -45,6 +61,8 @@ def test_table_names_all() -> None:
         by_deviation,
         by_question,
         by_mean_attention,
+        by_values,
+        by_values_and_question,
         by_deviation_and_question,
         first_tokens,
         random_tokens,
@@ -66,7 +84,10 @@ def test_right_size_sorted_distinct_and_nested(name: str, count: int, seed: int,
         tokens = pick(tokens, chosen[: max(1, keep - 1)])
 
 
-@pytest.mark.parametrize("chooser", [by_deviation, by_deviation_and_question, random_tokens, deviation_and_first])
+@pytest.mark.parametrize(
+    "chooser",
+    WAITING,
+)
 def test_waits_for_deviations(chooser: object) -> None:
     tokens = make_tokens(20)
     assert chooser(CandidateTokens(tokens.positions, tokens.offsets, None), 5) is None
@@ -96,6 +117,18 @@ def test_question_and_deviation_share_the_budget(count: int, seed: int) -> None:
     assert torch.equal(both, tokens.attention().sum(0))  # read, not written
     mean = tokens.attention()[0]
     assert set(by_mean_attention(tokens, count).tolist()) == set(mean.argsort(descending=True)[:count].tolist())
+
+
+def test_values_alone() -> None:
+    """Keys that deviate everywhere hide nothing from it; without a question it is all of the choice."""
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 2, 30, 8, generator=generator)
+    other_keys, other_values = keys + torch.randn(2, 30, 8, generator=generator), values.clone()
+    other_values[:, [4, 9, 21]] += 0.1
+    rows = squares(keys, other_keys, values, other_values)
+    tokens = CandidateTokens(torch.arange(30), torch.arange(30), deviation_of(rows), None, value_deviation_of(rows))
+    assert by_values(tokens, 3).tolist() == by_values_and_question(tokens, 3).tolist() == [4, 9, 21]
+    assert by_deviation(tokens, 3).tolist() != [4, 9, 21]
 
 
 def test_scores_go_to_neighbours_only() -> None:

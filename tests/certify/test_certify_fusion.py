@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvloom.blend.certified_ratio import FUSION, certified_ratio, choosing_once, parameters_of_fusion
+from kvloom.blend.choosers import CHOOSERS
+from kvloom.blend.method import EXACT, FUSION, FusionMethod, certified_fusion
 from kvloom.calibration.certificate import Certificate, Figure
 from kvloom.calibration.certificate_gate import CertificateGate
 from kvloom.certify.fusion import smallest_passing
@@ -30,15 +31,15 @@ def test_ratios_are_judged_from_the_largest_down(passed: str, index: int) -> Non
     assert smallest_passing([letter == "y" for letter in passed]) == index
 
 
-def permitted(*certificates: Certificate, spec: KVSpec = SPEC, check_layer: int = 1) -> float:
-    return certified_ratio(CertificateGate(certificates), spec, check_layer=check_layer)
+def permitted(*certificates: Certificate, spec: KVSpec = SPEC, check_layer: int | None = None) -> float:
+    return (certified_fusion(CertificateGate(certificates), spec, check_layer=check_layer) or EXACT).ratio
 
 
 def test_what_a_certificate_permits() -> None:
-    good = Certificate(SPEC, FUSION, parameters_of_fusion(0.15), {"alias_loss": PASSED})
+    good = Certificate(SPEC, FUSION, FusionMethod(0.15).parameters, {"alias_loss": PASSED})
     assert permitted() == 1.0
     assert permitted(good) == permitted(Certificate.from_json(good.to_json())) == 0.15
-    assert permitted(good, check_layer=2) == 1.0, "tokens chosen elsewhere are other tokens"
+    assert permitted(good, check_layer=1) == 1.0, "tokens chosen elsewhere are other tokens"
     assert permitted(good, spec=replace(SPEC, num_kv_heads=SPEC.num_kv_heads // 2, shard=(1, 2))) == 0.15
     assert permitted(good, spec=replace(SPEC, model_id="another")) == 1.0
     for other in (
@@ -48,9 +49,11 @@ def test_what_a_certificate_permits() -> None:
         {"parameters": {**good.parameters, "select": "random"}},
         {"parameters": {**good.parameters, "ratio": [0.15]}},
         {"parameters": {**good.parameters, "ratio": 1.5}},
+        {"parameters": {**good.parameters, "check_layer": 1.5}},
+        {"parameters": {**good.parameters, "more": 1}},
     ):
         assert permitted(replace(good, **other)) == 1.0
-        assert permitted(replace(good, **other), good, replace(good, parameters=parameters_of_fusion(0.3))) == 0.15
+        assert permitted(replace(good, **other), good, replace(good, parameters=FusionMethod(0.3).parameters)) == 0.15
 
 
 @pytest.mark.slow
@@ -70,5 +73,17 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 def test_tokens_are_chosen_once() -> None:
-    blender = choosing_once(0.3)
+    blender = FusionMethod(0.3, "question", 3).blender
+    assert (blender.chooser, blender.check_layer) == (CHOOSERS["question"], 3)
     assert {blender.layer_ratio(layer, 12) for layer in range(1, 11)} == {0.3}
+
+
+def test_methods_at_equal_cost() -> None:
+    """Of 30 layers, CacheBlend at 15 % computes one for all tokens, and none of the last."""
+    published = FusionMethod(0.15, "deviation", 1).cost_ratio(30)
+    assert published == pytest.approx((1 + 0.15 * 28) / 30)
+    later = FusionMethod(0.5, "deviation", 3).at_cost(published, 30)
+    assert later is not None and later.cost_ratio(30) == pytest.approx(published, abs=1e-3) and later.ratio < 0.1
+    asked = FusionMethod(0.5, "question").at_cost(published, 30, question_ratio=0.02)
+    assert asked is not None and asked.cost_ratio(30, question_ratio=0.02) == pytest.approx(published, abs=1e-3)
+    assert FusionMethod(0.5, "deviation", 6).at_cost(published, 30) is None, "six full layers cost more alone"

@@ -14,7 +14,7 @@ pytest.importorskip(
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvloom.blend.blender import Blender
-from kvloom.blend.certified_ratio import FUSION, parameters_of_fusion
+from kvloom.blend.method import FUSION, FusionMethod
 from kvloom.calibration.certificate import Certificate, Figure
 from kvloom.calibration.codec_form import parameters_of
 from kvloom.compress.registry import codec_by_name
@@ -82,7 +82,7 @@ def cases(folder: Path) -> list[Case]:
 def certificates(folder: Path, cases: list[Case]) -> list[str]:
     """As `kvloom certify FOLDER` makes them, without a name of the model."""
     rag, codec = connector(folder), codec_by_name("int8")
-    forms = {"fusion": (FUSION, parameters_of_fusion(RATIO)), "codec": (codec.name, parameters_of(codec))}
+    forms = {"fusion": (FUSION, FusionMethod(RATIO).parameters), "codec": (codec.name, parameters_of(codec))}
     paths = []
     with rag.store:
         for name, (kind, parameters) in forms.items():
@@ -129,7 +129,7 @@ def test_both_have_one_name(llm: Any, folder: Path) -> None:
     with rag.store:
         assert worker().info.spec == rag.spec
     assert rag.spec.model_id == folder_name(BUNDLED_MODEL)
-    assert worker().info.fusion_ratio == RATIO
+    assert worker().info.fusion.ratio == RATIO
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])

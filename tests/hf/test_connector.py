@@ -216,10 +216,12 @@ def test_documents_in_another_order_and_again(rag: TransformersConnector) -> Non
 def test_the_question_is_computed_in_full(model: PreTrainedModel, ratio: float) -> None:
     """Logits of every question token are the model's own over the fused cache; regression of a suffix length of 1."""
     rag = connect(model, blender=Blender(recompute_ratio=ratio))
-    keys, values = fused(rag)
+    documents = [rag.encode_document(document) for document in DOCUMENTS]
     answers = []
     for question in (QUESTION, "Who writes down every ship?"):
         ids = make_tokenizer(bos=False)(question).input_ids
+        blended = rag.fuse(documents, question_ids=ids).blended
+        keys, values = blended.keys, blended.values
         inputs, cache = rag.assemble(DOCUMENTS, question)
         assert len(ids) > 3 and cache.get_seq_length() == keys.shape[2] == inputs["input_ids"].shape[1] - len(ids)
         pairs = [(k[None].clone(), v[None].clone()) for k, v in zip(keys, values, strict=True)]
@@ -229,6 +231,25 @@ def test_the_question_is_computed_in_full(model: PreTrainedModel, ratio: float) 
         assert torch.allclose(found, expected, atol=1e-5)
         answers.append(found[-1])
     assert float((answers[0] - answers[1]).abs().max()) > 0.1
+
+
+def test_the_question_has_a_say_in_what_is_recomputed(model: PreTrainedModel) -> None:
+    rag = connect(model, blender=Blender(recompute_ratio=0.3))
+    documents = [rag.encode_document(document) for document in DOCUMENTS]
+    fresh = [
+        rag.fuse(documents, question_ids=question).blended.fresh[-1].tolist()
+        for question in (None, rag.encode_question(QUESTION), torch.tensor(rag.encode_question("Why? Why? Why?")))
+    ]
+    assert fresh[0] != fresh[1] != fresh[2] and len({len(each) for each in fresh}) == 1
+    with pytest.raises(ValueError, match="question_ids has token id"):
+        rag.fuse(documents, question_ids=[10**6])
+
+
+def test_no_lead_warns(model: PreTrainedModel, caplog: pytest.LogCaptureFixture) -> None:
+    connect(model)
+    assert not caplog.records
+    connect(model, bos=False)
+    assert "behind no lead tokens" in caplog.text
 
 
 def test_question_of_one_token(rag: TransformersConnector) -> None:

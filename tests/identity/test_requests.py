@@ -2,7 +2,7 @@
 
 from itertools import product
 
-from kvloom.connectors.identity.requests import chunk_salt, lead_of
+from kvloom.connectors.identity.requests import chunk_salt, lead_of, natural_lead
 
 from ..support.models import make_tokenizer
 
@@ -27,3 +27,15 @@ def test_parts_may_be_put_together_in_order() -> None:
 def test_lead_tokens_are_the_tokenizers() -> None:
     assert lead_of(make_tokenizer(bos=True)) == (0,)
     assert lead_of(make_tokenizer(bos=False)) == ()
+
+
+def test_the_natural_lead_is_what_a_chat_template_puts_in_front() -> None:
+    plain, chat = make_tokenizer(bos=True), make_tokenizer(bos=True)
+    assert natural_lead(plain) == lead_of(plain)
+    chat.chat_template = "you are {{ messages[0]['role'] }}: {{ messages[0]['content'] }} answer:"
+    assert natural_lead(chat) == tuple(chat("you are user: ", add_special_tokens=False).input_ids) != ()
+    for broken in ("{{ raise_exception('no') }}", "nothing of it", "{{ messages[0]['content'] | upper }}"):
+        chat.chat_template = broken
+        assert natural_lead(chat) == (0,)
+    chat.chat_template = "{{ messages[0]['content'] }} end"
+    assert natural_lead(chat) == (0,), "nothing before the text"

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvloom.blend.method import EXACT, FusionMethod
 from kvloom.connectors.serving.messages import Advance, FoundTiers, Fusion, Loaded, LookUp, Scheduled, StepReport
 from kvloom.connectors.serving.scheduler import fusions
 from kvloom.connectors.serving.scheduler.planner import Planner
@@ -251,6 +252,25 @@ def test_a_fusion_takes_all_up_to_the_last_document() -> None:
     assert shelf.asked == []
 
 
+@pytest.mark.parametrize("select", ["deviation", "deviation+question", "question"])
+def test_a_choice_by_the_question_is_of_its_question(select: str) -> None:
+    """The question, and not what is generated behind it, enters the plan and reaches the workers."""
+    documents = replace(PLAIN, documents=((10, 20), (24, 36)), ratio=0.2)
+    plan = Planner(
+        ServingSettings.of({"chunk_tokens": CHUNK}), (SPEC,), BLOCK, Shelf(), fusion=FusionMethod(1.0, select)
+    )
+    digests = []
+    for name, tokens in (("r", [*range(40)]), ("s", [*range(36), 7, 7, 7, 7]), ("t", [*range(40)])):
+        plan.open(name, tokens, b"", documents)
+        digests.append(plan.fusion_digest(name))
+        assert plan.matched_tokens(name, 0) == 36
+        plan.allocated(name, 36, blocks_for(40))
+        (fusion,) = plan.plan_step([]).fusions
+        expected = None if select == "deviation" else tokens[36:]
+        assert (None if fusion.question is None else fusion.question.tolist()) == expected
+    assert digests[0] == digests[2] and (digests[0] == digests[1]) == (select == "deviation")
+
+
 def test_separators_say_where_documents_are() -> None:
     tokens = [*range(1, 7), 99, *range(11, 20), 99, *range(21, 30), 99, 5, 6]
     plan = planner(Shelf(), separator_ids=[99], fusion_ratio=0.5)
@@ -327,7 +347,11 @@ def test_requests_that_say_nothing_are_fused_as_certified() -> None:
         ({"fusion_ratio": 0.3}, 0.15, None, 0.3),
     ):
         plan = Planner(
-            ServingSettings.of({"chunk_tokens": CHUNK, **settings}), (SPEC,), BLOCK, Shelf(), fusion_ratio=ratio
+            ServingSettings.of({"chunk_tokens": CHUNK, **settings}),
+            (SPEC,),
+            BLOCK,
+            Shelf(),
+            fusion=replace(EXACT, ratio=ratio),
         )
         inexact = plan.open("r", tokens, b"", RequestOptions(documents=((8, 16), (16, 32)), ratio=asked))
         assert (inexact is None) is (expected == 1.0)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvloom.blend.certified_ratio import FUSION, parameters_of_fusion
+from kvloom.blend.method import EXACT, FUSION, FusionMethod
 from kvloom.calibration.certificate import Certificate, Figure
 from kvloom.calibration.codec_form import parameters_of
 from kvloom.calibration.model_profile import Profile
@@ -97,13 +97,15 @@ def test_profiles_are_of_the_model(tmp_path: Path) -> None:
         opened(SPEC, host_codec="nuq4")
 
 
-def test_the_certified_ratio(tmp_path: Path) -> None:
-    """The smallest, of this model, for whole models and their shards alike; without any, everything is computed."""
-    files = [write(tmp_path, f"f{ratio}", SPEC, FUSION, parameters_of_fusion(ratio)) for ratio in (0.3, 0.15)]
-    other = write(tmp_path, "other", replace(SPEC, model_id="another"), FUSION, parameters_of_fusion(0.01))
+def test_the_certified_fusion(tmp_path: Path) -> None:
+    """The cheapest, of this model, for whole models and their shards alike; without any, everything is computed."""
+    methods = [FusionMethod(0.3, "deviation"), FusionMethod(0.15, "deviation"), FusionMethod(0.15, "question")]
+    files = [write(tmp_path, f"f{i}", SPEC, FUSION, method.parameters) for i, method in enumerate(methods)]
+    other = write(tmp_path, "other", replace(SPEC, model_id="another"), FUSION, FusionMethod(0.01).parameters)
     papers = QualityRecords.of(ServingSettings.of({"certificates": [*files, other]}))
-    assert papers.fusion_ratio(SPEC, check_layer=1) == 0.15
-    assert papers.fusion_ratio(replace(SPEC, num_kv_heads=1, shard=(1, 2)), check_layer=1) == 0.15
-    assert papers.fusion_ratio(SPEC, check_layer=2) == 1.0
-    assert papers.fusion_ratio(replace(SPEC, head_dim=8), check_layer=1) == 1.0
-    assert QualityRecords.of(ServingSettings()).fusion_ratio(SPEC, check_layer=1) == 1.0
+    assert papers.fusion(SPEC) == methods[2]
+    assert papers.fusion(SPEC, select="deviation") == methods[1]
+    assert papers.fusion(replace(SPEC, num_kv_heads=1, shard=(1, 2)), select="deviation") == methods[1]
+    assert papers.fusion(SPEC, check_layer=1) == FusionMethod(1.0, "deviation", 1)
+    assert papers.fusion(replace(SPEC, head_dim=8)) == EXACT
+    assert QualityRecords.of(ServingSettings()).fusion(SPEC) == EXACT

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kvloom.blend.choosers import deviation_of, kv_deviation, squares
+from kvloom.blend.method import FusionMethod
 from kvloom.connectors.serving.messages import Advance, Document, Fusion
 from kvloom.connectors.serving.worker.arrivals import Fetched
 from kvloom.connectors.serving.worker.fuser import Fuser, first_slice, stage
@@ -97,6 +98,7 @@ class Passes:
     def __init__(self, cache: Any) -> None:
         self.cache = cache
         self.computed: list[list[int]] = []
+        self.asked: list[tuple[list[int], int]] = []
         generator = torch.Generator().manual_seed(0)
         self.truth = torch.randn(2, LAYERS, H, 100, D, generator=generator)
 
@@ -107,6 +109,11 @@ class Passes:
     def keys_and_values(self, layer: int, token_ids: Any, positions: Tensor, blocks: Any) -> tuple[Tensor, Tensor]:
         self._write(positions, blocks, layer)
         return self.truth[0, layer][:, positions], self.truth[1, layer][:, positions]
+
+    def question_attention(self, question_ids: Any, first: int, context_tokens: int, blocks: Any) -> Tensor:
+        """Attends to multiples of eleven."""
+        self.asked.append((question_ids.tolist(), first))
+        return (torch.arange(context_tokens) % 11 == 0).float().expand(2, -1)
 
     def _write(self, positions: Tensor, blocks: Sequence[int], layers: int) -> None:
         from kvloom.connectors.vllm.paged_layers import write_layer
@@ -144,11 +151,21 @@ class Shelves:
         self.counts |= counts
 
 
-def fuse(fusion: Fusion, slice_tokens: int, noise: float = 0.0, *, is_lossy: bool = False) -> tuple[Fuser, Passes, Any]:
+DEVIATION = FusionMethod(0.15, "deviation", 1)
+
+
+def fuse(
+    fusion: Fusion,
+    slice_tokens: int,
+    noise: float = 0.0,
+    *,
+    is_lossy: bool = False,
+    method: FusionMethod = DEVIATION,
+) -> tuple[Fuser, Passes, Any]:
     cache = Cache().paged
     passes = Passes(cache)
     shelves = Shelves(cache, passes, noise)
-    fuser = Fuser(shelves, passes, cache, slice_tokens=slice_tokens, check_layer=1, is_lossy=is_lossy)  # type: ignore[arg-type]
+    fuser = Fuser(shelves, passes, cache, slice_tokens=slice_tokens, method=method, is_lossy=is_lossy)  # type: ignore[arg-type]
     fuser.begin(fusion)
     assert fuser.fetched() == {"r": (True,) * len(fusion.documents)}
     assert fuser.fetched() == {}, "told of once"
@@ -207,6 +224,34 @@ def test_those_that_differ_most_are_computed() -> None:
     assert {p % 7 for p in computed} <= {5, 6}, "noise grows with the position modulo 7"
 
 
+@pytest.mark.parametrize(("select", "most"), [("question", 5), ("deviation+question", 4)])
+def test_the_question_chooses_too(select: str, most: int) -> None:
+    """Multiples of eleven and what stands next to them; with the deviation, those that differ most in the other half.
+    The first layer is still compared with what was stored."""
+    fusion = replace(fusion_of(0, 56, 0, [(0, 56)], 8 / 56), question=np.array([7, 8]))
+    fuser, passes, _ = fuse(fusion, 64, method=FusionMethod(0.15, select, 1))
+    computed = [p for part in passes.computed for p in part]
+    assert len(computed) == 8 and fuser.is_trusted and passes.asked == [([7, 8], 56)]
+    near = [p for p in computed if min(p % 11, 11 - p % 11) <= 1]
+    assert len(near) >= most
+    if select == "question":
+        assert near == computed
+    else:
+        assert sum(p % 7 in (5, 6) for p in computed) >= 4
+    fuser, passes, _ = fuse(fusion, 64, noise=0.1, method=FusionMethod(0.15, select, 1))
+    assert not fuser.is_trusted and [p for part in passes.computed for p in part] == list(range(56))
+
+
+def test_without_a_question_deviation_chooses() -> None:
+    """A prompt may end with its last document; a choice by the question alone has then looked at layer 0 only."""
+    fusion = fusion_of(0, 56, 0, [(0, 56)], 8 / 56)
+    _, passes, _ = fuse(fusion, 64, method=FusionMethod(0.15, "deviation+question", 1))
+    computed = [p for part in passes.computed for p in part]
+    assert len(computed) == 8 and {p % 7 for p in computed} <= {5, 6} and not passes.asked
+    _, passes, _ = fuse(fusion, 64, method=FusionMethod(0.15, "question", 1))
+    assert len([p for part in passes.computed for p in part]) == 8 and not passes.asked
+
+
 def test_a_rotation_that_is_not_understood_costs_time_only(caplog: pytest.LogCaptureFixture) -> None:
     fusion = fusion_of(0, 40, 4, [(4, 40)], 0.25)
     fuser, passes, cache = fuse(fusion, 64, noise=0.1)
@@ -220,7 +265,7 @@ def test_a_rotation_that_is_not_understood_costs_time_only(caplog: pytest.LogCap
 def test_a_pass_that_fails_costs_the_fusion_not_the_engine() -> None:
     cache = Cache().paged
     passes = Passes(cache)
-    fuser = Fuser(Shelves(cache, passes), passes, cache, slice_tokens=64, check_layer=1)  # type: ignore[arg-type]
+    fuser = Fuser(Shelves(cache, passes), passes, cache, slice_tokens=64, method=DEVIATION)  # type: ignore[arg-type]
 
     def broken(*_: object) -> None:
         raise RuntimeError("out of memory")
@@ -238,7 +283,7 @@ def test_a_pass_that_fails_costs_the_fusion_not_the_engine() -> None:
 def test_a_cancelled_fusion_is_told_of_and_computes_nothing_more() -> None:
     cache = Cache().paged
     passes = Passes(cache)
-    fuser = Fuser(Shelves(cache, passes), passes, cache, slice_tokens=4, check_layer=1)  # type: ignore[arg-type]
+    fuser = Fuser(Shelves(cache, passes), passes, cache, slice_tokens=4, method=DEVIATION)  # type: ignore[arg-type]
     fuser.begin(fusion_of(0, 40, 0, [(0, 40)], 0.5))
     fuser.advance(Advance("r", (True,)))
     fuser.cancel("r")

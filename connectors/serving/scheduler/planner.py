@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ....blend.method import FusionMethod
+from ....blend.method import EXACT, FusionMethod
 from ....core import ChunkKey, KVSpec
 from ..keys import Keys
 from ..messages import FoundTiers, Load, Loaded, LookUp, Revocation, Scheduled, StepPlan, StepReport, both
@@ -82,7 +82,7 @@ class Planner:
         block_tokens: int,
         look_up: Callable[[LookUp], FoundTiers] | None = None,
         *,
-        fusion: FusionMethod = FusionMethod(1.0, "deviation", 2),
+        fusion: FusionMethod = EXACT,
         may_load: bool = True,
         may_save: bool = True,
         clock: Callable[[], float] = time.monotonic,

@@ -35,7 +35,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ....blend.choosers import CHOOSERS, CandidateTokens, by_deviation, deviation_of, squares
+from ....blend.choosers import CHOOSERS, CandidateTokens, by_deviation, deviation_of, squares, value_deviation_of
 from ....blend.method import FusionMethod
 from ....errors import EngineError
 from ..messages import Advance, Fusion, Loaded
@@ -126,7 +126,7 @@ class Fuser:
         self.passes = passes
         self._cache = cache
         self._select = method.select
-        # A choice by the question alone needs no deviations: only the first layer is looked at, to see that it is right.
+        # A choice by the question alone needs no deviations: only the first layer is looked at, which has to be right.
         self._check_layer = 0 if method.select == "question" else min(method.check_layer, layers - 1)
         self._slice_tokens = min(slice_tokens, passes.max_tokens)
         # A slice of choosing costs as much as one of computing: it runs through fewer layers.
@@ -244,7 +244,8 @@ class Fuser:
             attention = partial(self._attention, fusion, positions)
         elif self._select == "question":  # there is none
             choose = by_deviation
-        tokens = CandidateTokens(positions, offsets, deviation_of(rows[:4, is_candidate]), attention)
+        of_kv = rows[:4, is_candidate]
+        tokens = CandidateTokens(positions, offsets, deviation_of(of_kv), attention, value_deviation_of(of_kv))
         chosen = choose(tokens, math.ceil(fusion.ratio * len(positions)))
         kept = positions if chosen is None else positions[chosen]
         job.computed = torch.cat((job.probed[~is_candidate], kept)).sort().values

@@ -38,11 +38,10 @@ class QualityRecords:
         profile = None if settings.profile is None else Profile.load(Path(settings.profile))
         return cls(profile, tuple(Certificate.load(Path(path)) for path in settings.certificates))
 
-    def fusion(self, settings: ServingSettings, spec: KVSpec) -> FusionMethod:
-        """How documents are fused: as the settings say, otherwise as the cheapest certificate does, otherwise by the
+    def fusion(self, spec: KVSpec, *, select: str | None = None, check_layer: int | None = None) -> FusionMethod:
+        """How documents are fused: as is asked for, otherwise as the cheapest certificate says, otherwise by the
         deviation at layer 2, whose fusions all questions share. Its ratio is the certified one, 1 without.
         """
-        select, check_layer = settings.fusion_select, settings.check_layer
         found = certified_fusion(CertificateGate(self.certificates), spec, select=select, check_layer=check_layer)
         return found or FusionMethod(1.0, select or "deviation", check_layer or 2)
 

@@ -9,7 +9,8 @@ quantised weights and tensor parallelism, without a line that knows the model.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from types import FrameType
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ....blend.question import attention_with_weights
 from ....errors import EngineError
 from ..paged_layers import PagedLayers
 
@@ -83,6 +85,54 @@ class EnginePasses:
             hook.remove()
         raise EngineError(f"the model ran through without asking attention layer {module.layer_name}")
 
+    def question_attention(
+        self, question_ids: NDArray[np.int64], first: int, context_tokens: int, blocks: Sequence[int]
+    ) -> Tensor:
+        """How much a question attends to the context in its blocks: `[2, context_tokens]` float32, see
+        `blend.question.question_attention`; of this rank's heads.
+
+        The question's own keys and values need no slots: its attention is computed here, in place of the backend's,
+        which gives no weights. A backend's own extras (a soft cap, say) are left out; only the choice depends on it.
+
+        Parameters
+        ----------
+        first : position of the question's first token.
+        """
+        from vllm.forward_context import set_forward_context
+
+        cache, device = self._cache, self._cache.device
+        weights = torch.zeros(2, context_tokens, device=device)
+        positions = torch.arange(first, first + len(question_ids), device=device)
+
+        def attend(index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            layer = cache.layers[index]
+            q, k, v = (
+                part.view(len(positions), -1, dim).transpose(0, 1)
+                for part, dim in ((query, cache.head_dim), (key, cache.head_dim), (value, cache.v_head_dim))
+            )
+            stored_keys, stored_values = cache.read_layer(index, blocks, 0, context_tokens)
+            out, seen = attention_with_weights(
+                q,
+                torch.cat((stored_keys, k), dim=1),
+                torch.cat((stored_values, v), dim=1),
+                scale=float(layer.impl.scale),
+                window_tokens=getattr(layer, "sliding_window", None),
+            )
+            weights.add_(seen[:, :context_tokens])
+            return out.transpose(0, 1).reshape(len(positions), -1)
+
+        with (
+            _attending(cache.layers, attend),
+            set_forward_context(None, self._config, num_tokens=len(positions), skip_compiled=True),
+        ):
+            self._model(
+                input_ids=torch.from_numpy(question_ids).to(device, torch.int32),
+                positions=positions,
+                intermediate_tensors=None,
+                inputs_embeds=None,
+            )
+        return weights
+
     def _forward(
         self, token_ids: NDArray[np.int64], positions: Tensor, blocks: Sequence[int], *, skip_compiled: bool
     ) -> None:
@@ -126,6 +176,22 @@ class EnginePasses:
                 intermediate_tensors=None,
                 inputs_embeds=None,
             )
+
+
+@contextmanager
+def _attending(layers: Sequence[Any], attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """Attention layers compute `attend(index, query, key, value)` in place of their own forward."""
+
+    def replaced(index: int) -> Callable[..., Tensor]:
+        return lambda query, key, value, *_, **__: attend(index, query, key, value)
+
+    try:
+        for index, layer in enumerate(layers):
+            layer.forward = replaced(index)
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
 
 
 def runs_of(positions: Sequence[int]) -> list[tuple[int, int]]:

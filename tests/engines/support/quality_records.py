@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
-from kvloom.blend.certified_ratio import FUSION, parameters_of_fusion
+from kvloom.blend.method import FUSION, FusionMethod
 from kvloom.calibration.certificate import Certificate, Figure
 from kvloom.calibration.codec_form import parameters_of
 from kvloom.certify.calibrate_model import calibrate
@@ -30,7 +30,7 @@ def main(folder: Path) -> None:
     figures = {"kl": Figure(0.01, 0.0, 0.02, "nats/token", 0.1)}
     for name, form, parameters in (
         ("nuq4", nuq4.name, parameters_of(nuq4)),
-        ("fusion", FUSION, parameters_of_fusion(0.1)),
+        ("fusion", FUSION, FusionMethod(0.1).parameters),
     ):
         (folder / f"{name}.json").write_text(Certificate(spec, form, parameters, figures).to_json())
 
