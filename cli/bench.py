@@ -35,6 +35,19 @@ LMCachePython = Annotated[
 ]
 
 
+Pretrained = Annotated[
+    Path | None, typer.Option(metavar="DIR", callback=folder_path, help="A pretrained model instead, and it alone.")
+]
+Device = Annotated[
+    str | None, typer.Option(metavar="NAME", help="With --model: cpu or cuda; default: a GPU if there is one.")
+]
+Questions = Annotated[int | None, typer.Option(metavar="N", min=1, help="With --model: questions of each kind.")]
+Processes = Annotated[int, typer.Option(metavar="N", min=1, help="With --model: processes that share the work.")]
+Minutes = Annotated[
+    float | None, typer.Option(metavar="N", min=0.1, help="With --model: after them no question begins.")
+]
+
+
 @app.command()
 def blend(
     json: JsonFile = None,
@@ -61,8 +74,37 @@ def blend(
 
 
 @app.command()
-def codecs(json: JsonFile = None, report: ReportFile = None, quick: Quick = False, folder: DiskFolder = Path()) -> None:
+def codecs(
+    json: JsonFile = None,
+    report: ReportFile = None,
+    quick: Quick = False,
+    folder: DiskFolder = Path(),
+    model: Pretrained = None,
+    device: Device = None,
+    questions: Questions = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", callback=file_path, help="With --model: its profile; default: made here."),
+    ] = None,
+    processes: Processes = 1,
+    minutes: Minutes = None,
+) -> None:
     """Bytes, quality and speed of every codec."""
+    if model is not None:
+        from ..bench.codecs.pretrained import run as run_pretrained
+
+        found = run_pretrained(
+            model,
+            device=device,
+            quick=quick,
+            questions=questions,
+            profile=profile,
+            processes=processes,
+            minutes=minutes,
+        )
+        _finish(found, json, report)
+        return
+    _refuse_without_model(device=device, questions=questions, profile=profile, minutes=minutes)
     from ..bench.codecs.run import run
 
     _finish(run(quick=quick, folder=folder), json, report)
@@ -76,18 +118,14 @@ def retrieval(
     sizes: Annotated[
         str | None, typer.Option(metavar="TOKENS", help="Contexts on the bundled model, e.g. 4096,8192.")
     ] = None,
-    model: Annotated[
-        Path | None, typer.Option(metavar="DIR", callback=folder_path, help="A pretrained model instead, and it alone.")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="With --model: cpu or cuda; default: a GPU if there is one.")
-    ] = None,
-    questions: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="With --model: questions of each kind; default: 100.")
-    ] = None,
+    model: Pretrained = None,
+    device: Device = None,
+    questions: Questions = None,
     context_tokens: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="With --model: tokens of a context; default: 4096.")
     ] = None,
+    processes: Processes = 1,
+    minutes: Minutes = None,
 ) -> None:
     """What choosing tokens loses and saves."""
     tokens = None if sizes is None else read_token_counts(sizes, "--sizes")
@@ -96,12 +134,18 @@ def retrieval(
             raise typer.BadParameter("is about the bundled model; leave it out", param_hint="--sizes")
         from ..bench.retrieval.pretrained_run import run as run_pretrained
 
-        found = run_pretrained(model, device=device, quick=quick, questions=questions, context_tokens=context_tokens)
+        found = run_pretrained(
+            model,
+            device=device,
+            quick=quick,
+            questions=questions,
+            context_tokens=context_tokens,
+            processes=processes,
+            minutes=minutes,
+        )
         _finish(found, json, report)
         return
-    for name, value in (("--device", device), ("--questions", questions), ("--context-tokens", context_tokens)):
-        if value is not None:
-            raise typer.BadParameter("needs --model", param_hint=name)
+    _refuse_without_model(device=device, questions=questions, context_tokens=context_tokens, minutes=minutes)
     from ..bench.retrieval.run import run
 
     _finish(run(quick=quick, sizes=tokens), json, report)
@@ -137,6 +181,12 @@ def vllm(
     from ..bench.vllm.run import run
 
     _finish(run(quick=quick, folder=folder, lmcache_python=lmcache_python), json, report)
+
+
+def _refuse_without_model(**options: object) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise typer.BadParameter("needs --model", param_hint=f"--{name.replace('_', '-')}")
 
 
 def _finish(result: BenchResult, json: Path | None, report: Path | None = None) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..connectors.hf.generation import cache_argument
 from .intervals import Floats, paired_bootstrap
-from .questions import Question
+from .questions import Question, QuestionSampler
+
+KNOWN_RATIO = 0.5  # below it the exact model does not know a kind, and a loss would say nothing
+QUESTIONS, LIMIT_S = 6, 60.0
+_FIRST = 10**6 + 1  # numbers of questions that are measured nowhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +45,19 @@ class Answer:
 
 
 def score_answer(question: Question, logits: Tensor, exact: Tensor) -> Answer:
-    """Score the distributions `[A, V]` of the gold answer's tokens, beside those of full attention."""
-    gold = torch.tensor(question.answer, device=logits.device)
-    if not logits.shape == exact.shape or len(gold) != len(logits):
+    """Score the distributions `[A, V]` of the gold answer's tokens, beside those of full attention.
+
+    Without a gold answer they are those of the first token, `[1, V]`, and `nll` is NaN.
+    """
+    gold = torch.tensor(question.answer, dtype=torch.int64, device=logits.device)
+    if not logits.shape == exact.shape or max(1, len(gold)) != len(logits):
         raise ValueError(
-            f"logits have shapes {list(logits.shape)} and {list(exact.shape)}; expected [{len(gold)}, V] twice"
+            f"logits have shapes {list(logits.shape)} and {list(exact.shape)}; expected [{max(1, len(gold))}, V] twice"
         )
     p, q = (each.double().log_softmax(-1) for each in (exact, logits))
+    kl = float((p.exp() * (p - q)).sum(-1).clamp(min=0).mean())
+    if not len(gold):
+        return Answer(question.kind, question.number, question.group, None, None, math.nan, kl)
     hits = (q.argmax(-1) == gold).tolist()
     rights = [all(hits[first:last]) for first, last in question.values]
     return Answer(
@@ -56,7 +67,7 @@ def score_answer(question: Question, logits: Tensor, exact: Tensor) -> Answer:
         all(hits) if rights else None,
         sum(rights) / len(rights) if rights else None,
         float(-q.gather(-1, gold[:, None]).mean()),
-        float((p.exp() * (p - q)).sum(-1).clamp(min=0).mean()),
+        kl,
     )
 
 
@@ -75,6 +86,50 @@ def cached_logits(model: PreTrainedModel, cache: DynamicCache, question: Questio
     held = {cache_argument(): cache}
     logits: Tensor = model(ids, logits_to_keep=len(question.answer), **held).logits[0]
     return logits.float()
+
+
+def shares_right(
+    model: PreTrainedModel,
+    sampler: QuestionSampler,
+    kinds: Iterable[str],
+    *,
+    questions: int = QUESTIONS,
+    limit_s: float = LIMIT_S,
+    advance: Callable[[], object] = lambda: None,
+) -> dict[str, float]:
+    """Share of values that the model gives right under full attention, by kind, from a few questions.
+
+    A kind is decided as soon as the questions that are left cannot change whether it is known. Time is shared among
+    the kinds; whoever has none left is judged by what was asked, at least one question.
+
+    Parameters
+    ----------
+    questions : of each kind, at most.
+    limit_s : for all kinds together, exceeded by at most a question of each.
+    advance : called after each kind.
+    """
+    wanted = list(kinds)
+    end_s, found = time.monotonic() + limit_s, {}
+    for place, kind in enumerate(wanted):
+        now = time.monotonic()
+        stop_s = now + max(0.0, end_s - now) / (len(wanted) - place)
+        rights: list[float] = []
+        for number in range(questions):
+            question = sampler.sample(kind, _FIRST + number)
+            logits = full_logits(model, question)
+            rights.append(score_answer(question, logits, logits).values_right or 0.0)
+            least = sum(rights) / questions  # if all others were wrong
+            most = least + (questions - len(rights)) / questions
+            if least >= KNOWN_RATIO or most < KNOWN_RATIO or time.monotonic() >= stop_s:
+                break
+        found[kind] = sum(rights) / len(rights)
+        advance()
+    return found
+
+
+def known_kinds(shares: dict[str, float]) -> tuple[str, ...]:
+    """Kinds of which a model answers at least `KNOWN_RATIO`."""
+    return tuple(kind for kind, share in shares.items() if share >= KNOWN_RATIO)
 
 
 def by_group(answers: Sequence[Answer], name: str) -> list[float]:

@@ -145,7 +145,7 @@ class ForcedModel:
                 keys = torch.cat((prefix.keys[layer].to(device), keys), dim=1)
                 values = torch.cat((prefix.values[layer].to(device), values), dim=1)
             if self._keeps_queries:
-                asked.append(queries.cpu())
+                asked.append(queries)
             attended = None
             if attend is not None and prefix is not None:
                 attended = attend(layer, prefix, queries, keys, values, start)

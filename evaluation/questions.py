@@ -29,7 +29,7 @@ from .passages import Question as PassageQuestion
 from .tasks import Task, TaskSampler
 from .wording import Frame, frame_of
 
-MULTIHOP, TEXT = "multihop", "text"
+MULTIHOP, TEXT, OWN = "multihop", "text", "question"
 KINDS = (*TaskSampler.ALL_KINDS, MULTIHOP, TEXT)
 ANSWERED = TaskSampler.ALL_KINDS
 """Kinds whose answers are right or wrong; of the others NLL and KL tell."""
@@ -88,6 +88,11 @@ class QuestionSampler:
     num_documents : of equal length, about.
     seed : another one gives other questions.
     frame : what stands around them; None for the tokenizer's own.
+    texts : natural text to hide statements in; None for the bundled passages.
+
+    Raises
+    ------
+    ValueError : too few tokens, no such split, or `texts` hold no whole sentence to hide a statement in.
     """
 
     def __init__(
@@ -99,6 +104,7 @@ class QuestionSampler:
         num_documents: int = 8,
         seed: int = 0,
         frame: Frame | None = None,
+        texts: Sequence[str] | None = None,
     ) -> None:
         if num_documents < 2 or context_tokens < 16 * num_documents:
             raise ValueError(
@@ -108,6 +114,11 @@ class QuestionSampler:
         self.split, self.context_tokens, self.num_documents, self.seed = split, context_tokens, num_documents, seed
         self._tokenizer = tokenizer
         self._passages = load_questions(split)
+        if texts is None:
+            texts = [passage for asked in self._passages for passage in asked.passages]
+        self._filler = sentences(texts)
+        if not self._filler:
+            raise ValueError("the documents hold no whole sentences to hide facts in; ask about them with a question")
 
     def sample(self, kind: str, number: int) -> Question:
         """One question of a kind.
@@ -131,11 +142,17 @@ class QuestionSampler:
         """Several questions of a kind."""
         return [self.sample(kind, number) for number in numbers]
 
+    def about(self, documents: Sequence[str], question: str) -> Question:
+        """A user's own question about documents; nobody knows its answer."""
+        texts = [text if text.endswith("\n") else f"{text}\n" for text in documents]
+        asked = self.frame.wording.own_question.format(question=question)
+        placed = tuple(tuple(self._document_ids(text)) for text in texts)
+        return self._framed(Task(OWN, (), asked, ""), 0, placed, group=OWN)
+
     @cached_property
     def _tasks(self) -> TaskSampler:
-        filler = sentences(passage for asked in self._passages for passage in asked.passages)
         counted = cache(token_counter(self._tokenizer))
-        return TaskSampler(filler, counted, wording=self.frame.wording, split=self.split)
+        return TaskSampler(self._filler, counted, wording=self.frame.wording, split=self.split)
 
     @cached_property
     def _answerable(self) -> list[tuple[int, PassageQuestion]]:

@@ -23,7 +23,8 @@ class Wording:
     alias : another name for an entity.
     question, begun, answer : what is asked, how the answer is begun for the model, and what then must follow.
     list_question, list_begun, list_indent : asks for every fact of a context; the answer's lines are `name: value`.
-    text_question, text_begun : asks a question in plain words.
+    text_question, text_begun : asks a question in plain words, for an answer of a few.
+    own_question : a user's own question.
     """
 
     attributes: Sequence[str]
@@ -40,6 +41,7 @@ class Wording:
     list_indent: str
     text_question: str
     text_begun: str
+    own_question: str
 
 
 STATEMENTS = Wording(
@@ -57,6 +59,7 @@ STATEMENTS = Wording(
     list_indent=" ",
     text_question="\nQ: {question}\nA:",
     text_begun="",
+    own_question="\nQ: {question}\nA:",
 )
 """The bundled model's own language, which base models understand, too."""
 
@@ -75,6 +78,7 @@ INSTRUCTIONS = Wording(
     list_indent="",
     text_question="\nAnswer the question based on the text above. Give only the answer.\nQuestion: {question}",
     text_begun="Answer:",
+    own_question="\n{question}",
 )
 """RULER's needles (arXiv 2404.06654), for models that follow instructions."""
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,8 +15,8 @@ import numpy as np
 from ...evaluation.answers import Answer, difference_of, mean_of
 from ...evaluation.forcing import ForcedModel
 from ...evaluation.intervals import Floats, paired_bootstrap
-from ...evaluation.models import load_model
 from ...evaluation.page import Table
+from ..harness.pool import LoadedModel, ModelPool
 from ...evaluation.questions import QuestionSampler
 from ...evaluation.report import BenchResult, Metric, Target
 from ...evaluation.screen import progress
@@ -70,6 +72,8 @@ def run(
     quick: bool = False,
     questions: int | None = None,
     context_tokens: int | None = None,
+    processes: int = 1,
+    minutes: float | None = None,
 ) -> BenchResult:
     """Measure a model of a local folder.
 
@@ -78,46 +82,62 @@ def run(
     device : `cpu` or `cuda`; None for a GPU if there is one.
     questions : needles, half of each kind, and as many extractions; None for 100.
     context_tokens : of each context, about; None for 4,096, or less where the model's own context is shorter.
+    processes : that share the questions.
+    minutes : after which no question begins.
 
     Raises
     ------
     ValueError : there is no such model or device, or a number is out of range.
     """
     sizes = QUICK if quick else FULL
-    model, tokenizer = load_model(folder, device=device)
-    longest = int(model.config.max_position_embeddings) - 512
-    width = min(sizes.context_tokens, longest) if context_tokens is None else context_tokens
-    count = sizes.questions if questions is None else questions
-    if not _FACTS_TOKENS <= width <= longest or count < 1:
-        raise ValueError(
-            f"context_tokens is {width}, questions {count}; expected {_FACTS_TOKENS} to {longest}, and at least 1"
-        )
-    sampler = QuestionSampler(tokenizer, context_tokens=width, num_documents=4)
-    forced = ForcedModel(model, model_id="measured", keeps_queries=True)
-    ways = [Way(DEFAULT, ratio) for ratio in RATIOS]
-    ways += [Way(DEFAULT, BOUND_RATIO, coverage) for coverage in COVERAGES]
-    ways += [Way("exact", ratio) for ratio in EXACT_RATIOS]
-    missing = [] if find_spec("faiss") else ["sketch"]
-    others = [Way(method, ratio) for method in OTHERS if method not in missing for ratio in OTHER_RATIOS]
-    counts = dict(zip(KINDS, (-(-count // 2), max(1, count // 2), count), strict=True))
-    trials: list[Trial] = []
-    with progress() as bar:
-        for kind, of_kind in counts.items():
-            task = bar.add_task(f"{kind}, {width:,} tokens", total=of_kind)
-            for number in range(of_kind):
-                compared = kind in NEEDLES and number < sizes.others
-                trials += answered(forced, sampler.sample(kind, number), ways, others if compared else ())
-                bar.advance(task)
+    stop_s = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    with ModelPool(folder, device=device, processes=processes) as pool, progress() as bar:
+        longest = int(pool.here.model.config.max_position_embeddings) - 512
+        width = min(sizes.context_tokens, longest) if context_tokens is None else context_tokens
+        count = sizes.questions if questions is None else questions
+        if not _FACTS_TOKENS <= width <= longest or count < 1:
+            raise ValueError(
+                f"context_tokens is {width}, questions {count}; expected {_FACTS_TOKENS} to {longest}, and at least 1"
+            )
+        ways = [Way(DEFAULT, ratio) for ratio in RATIOS]
+        ways += [Way(DEFAULT, BOUND_RATIO, coverage) for coverage in COVERAGES]
+        ways += [Way("exact", ratio) for ratio in EXACT_RATIOS]
+        missing = [] if find_spec("faiss") else ["sketch"]
+        others = [Way(method, ratio) for method in OTHERS if method not in missing for ratio in OTHER_RATIOS]
+        counts = dict(zip(KINDS, (-(-count // 2), max(1, count // 2), count), strict=True))
+        # One of every kind before the next number, so that kinds end alike if time is up.
+        items = [
+            (kind, number, kind in NEEDLES and number < sizes.others)
+            for number in range(max(counts.values()))
+            for kind, of_kind in counts.items()
+            if number < of_kind
+        ]
+        task = bar.add_task(f"questions, {width:,} tokens", total=len(items))
+        measured = partial(_answered, width=width, ways=ways, others=others)
+        found = pool.map(measured, items, stop_s=stop_s, advance=lambda: bar.advance(task))
+        device = pool.here.model.device.type
+    trials = [trial for of_question in found for trial in of_question]
+    counts = {kind: sum(each == kind for each, *_ in items[: len(found)]) for kind in KINDS}
     metrics = _metrics(trials)
     rows = [{**asdict(t.way), "attended": t.attended, "context_tokens": width, **asdict(t.answer)} for t in trials]
     asked = ", ".join(f"{of_kind} of {kind}" for kind, of_kind in counts.items())
-    notes = [MEANING, f"{folder.name}: {asked}; {width:,} tokens; {model.device.type}."]
+    notes = [MEANING, f"{folder.name}: {asked}; {width:,} tokens; {device}."]
     notes += [f"{method}: not measured, a package is missing" for method in missing]
     few = {t.answer.number for t in trials if t.way.method in OTHERS}
     tables = [_table([t for t in trials if t.way.method not in OTHERS], width, None, "all questions")]
     if few:
         tables.append(_table(trials, width, few, f"every method, the first {len(few)} of each kind of needle"))
     return BenchResult("retrieval", metrics, rows, tables, (), TARGETS, notes, title=TITLE)
+
+
+def _answered(
+    loaded: LoadedModel, item: tuple[str, int, bool], *, width: int, ways: Sequence[Way], others: Sequence[Way]
+) -> list[Trial]:
+    """One question in every way, by `OTHERS` too if the item says so."""
+    kind, number, is_compared = item
+    forced = loaded.once("forced", lambda: ForcedModel(loaded.model, model_id="measured", keeps_queries=True))
+    sampler = loaded.once("sampler", lambda: QuestionSampler(loaded.tokenizer, context_tokens=width, num_documents=4))
+    return answered(forced, sampler.sample(kind, number), ways, others if is_compared else ())
 
 
 def _of(trials: Sequence[Trial], way: Way, kinds: Sequence[str]) -> list[Trial]:
