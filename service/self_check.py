@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import stat
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -17,7 +18,14 @@ _PRIVATE = ("tokens.json", "tenants.json", "namespaces.json", "audit.jsonl*", "d
 
 
 def check_settings(settings: ServiceSettings, *, has_tokens: bool) -> None:
-    """Raises `ValueError` for an address that other machines reach without TLS or without tokens made for it."""
+    """Raises `ValueError` for an address that other machines reach without TLS or without tokens made for it.
+
+    And for models without the packages that compute with them.
+    """
+    if settings.models and (find_spec("transformers") is None or find_spec("tokenizers") is None):
+        raise ValueError(
+            "models are given, and transformers is not installed: pip install 'kvloom[service,transformers]'"
+        )
     if settings.is_loopback:
         return
     if not settings.uses_tls:

@@ -8,17 +8,19 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from ...connectors.hf.answering import Generation, Prompt, Sampling, chat_prompt
 from ..context import Caller, Context, Reader, ServiceContext
 from ..documents.engine import URGENT
 from ..problems import ProblemError, problem_of
 from .documents import DocumentRef, document_texts, finished
+
+if TYPE_CHECKING:  # a service without an embedded engine has no transformers
+    from ...connectors.hf.answering import Generation, Prompt
 
 router = APIRouter(tags=["OpenAI-compatible"])
 
@@ -103,6 +105,8 @@ async def chat(body: ChatRequest, request: Request, context: Context, caller: Re
         body.max_tokens = body.max_completion_tokens
 
     def prompt() -> Prompt:
+        from ...connectors.hf.answering import chat_prompt
+
         tokenizer = context.engine.connector(model, caller.tenant.pool).tokenizer
         return chat_prompt(tokenizer, messages, has_documents=has_documents)
 
@@ -114,6 +118,8 @@ async def chat(body: ChatRequest, request: Request, context: Context, caller: Re
 async def complete(body: CompletionRequest, request: Request, context: Context, caller: Reader) -> Response:
     """As OpenAI's, greedy unless a temperature is given. Documents stand in front of the prompt."""
     model = context.engine.name_of(body.model)
+    from ...connectors.hf.answering import Prompt
+
     return await _answer(body, Prompt(body.prompt), request, context, caller, model, "text_completion")
 
 
@@ -129,6 +135,8 @@ async def _answer(
     refs = [DocumentRef(id=None, text=each) if isinstance(each, str) else each for each in body.documents]
     texts = await context.run(lambda: document_texts(context, caller, model, refs))
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    from ...connectors.hf.answering import Generation, Sampling
+
     sampling = Sampling(
         min(body.max_tokens or context.settings.max_new_tokens, context.settings.max_new_tokens),
         body.temperature or 0.0,

@@ -8,19 +8,21 @@ import json
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response, StreamingResponse
 
-from ...connectors.hf.answering import Generation, Prompt, Sampling
 from ..context import Caller, Context, Reader, ServiceContext, Writer
 from ..documents.engine import BACKGROUND, URGENT
 from ..documents.registry import StoredDocument
 from ..jobs import Job
 from ..problems import ProblemError, not_found
 from .pins import IdempotencyKey, JobInfo
+
+if TYPE_CHECKING:  # a service without an embedded engine has no transformers
+    from ...connectors.hf.answering import Generation
 
 router = APIRouter(tags=["documents"])
 
@@ -247,6 +249,8 @@ async def compose(body: Composition, request: Request, context: Context, caller:
             lambda: _load_info(context.engine.connector(model, pool), texts, body.question), urgency=URGENT
         )
         return Composed(answer=None, finish_reason=None, usage=None, load=await finished(request, load, None))
+    from ...connectors.hf.answering import Generation, Prompt, Sampling
+
     generation = Generation(
         partial(context.engine.connector, model, pool),
         texts,

@@ -1,5 +1,6 @@
 """`kvloom serve` as a process: first start, refusals, restart, an orderly end."""
 
+import os
 import re
 import signal
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from kvloom.service.access.credentials import TokenFile
+from kvloom.service.self_check import check_settings
+from kvloom.service.settings import ServiceSettings
 from kvloom.testing.chunks import make_blob, make_key, same_blob
 
 from .serving import service_process
@@ -78,3 +81,30 @@ def test_an_end_that_is_asked_for_during_the_start_is_orderly(tmp_path: Path) ->
         process.send_signal(signal.SIGTERM)  # it listens, and is about to load the rest
         _, err = process.communicate(timeout=120)
     assert process.returncode in (0, -signal.SIGTERM) and "Traceback" not in err, err
+
+
+WITHOUT = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {names!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+EXTRAS = ("transformers", "tokenizers", "openai", "zmq", "msgspec", "opentelemetry", "faiss", "numba", "zstandard")
+
+
+def test_it_needs_nothing_but_its_own_extra(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT.format(names=EXTRAS))
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    with service_process(tmp_path / "kv", env={"PYTHONPATH": path}) as service:
+        service.client().put(make_key(1), make_blob(1))
+        assert service.client().match([make_key(1)]) == 1
+        assert service.ask("POST", "/v1/completions", {"model": "x", "prompt": "x"}).status == 404
+        assert service.stop() == 0
+
+
+def test_models_need_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvloom.service.self_check.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'kvloom\[service,transformers\]'"):
+        check_settings(ServiceSettings(models={"tiny": Path("x")}), has_tokens=True)
