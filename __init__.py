@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from .kvstore.store import KVStore as KVStore
     from .kvstore.tiers.device import DeviceTier as DeviceTier
     from .kvstore.tiers.disk.tier import DiskTier as DiskTier
+    from .kvstore.tiers.distributed.mooncake_tier import MooncakeOptions as MooncakeOptions
+    from .kvstore.tiers.distributed.mooncake_tier import MooncakeTier as MooncakeTier
+    from .kvstore.tiers.distributed.object_tier import ObjectStoreTier as ObjectStoreTier
+    from .kvstore.tiers.distributed.object_tier import s3_store as s3_store
     from .kvstore.tiers.distributed.redis_tier import RedisTier as RedisTier
     from .kvstore.tiers.distributed.tier import Sharing as Sharing
     from .kvstore.tiers.host import HostTier as HostTier
@@ -55,6 +59,9 @@ _HOME = {
     "KVSpec": "core",
     "KVStore": "kvstore.store",
     "LayerwiseModel": "core",
+    "MooncakeOptions": "kvstore.tiers.distributed.mooncake_tier",
+    "MooncakeTier": "kvstore.tiers.distributed.mooncake_tier",
+    "ObjectStoreTier": "kvstore.tiers.distributed.object_tier",
     "Profile": "calibration.model_profile",
     "Quota": "kvstore.placement.quota",
     "RawCodec": "compress.raw",
@@ -69,6 +76,7 @@ _HOME = {
     "codec_by_name": "compress.registry",
     "content_key": "kvstore.keys",
     "prefix_keys": "kvstore.keys",
+    "s3_store": "kvstore.tiers.distributed.object_tier",
 }
 __version__ = "0.1.0"
 __all__ = ["__version__", *_HOME]

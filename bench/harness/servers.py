@@ -27,8 +27,16 @@ while status == 0:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    with socket.create_server((host, 0)) as probe:
-        return int(probe.getsockname()[1])
+    return free_ports(1, host)[0]
+
+
+def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
+    """Different ones."""
+    probes = [socket.create_server((host, 0)) for _ in range(count)]
+    ports = [int(probe.getsockname()[1]) for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
 
 
 class Server:
@@ -118,9 +126,9 @@ def make_bucket(server: Server, bucket: str) -> None:
 
 def mooncake_master(folder: Path, host: str = "127.0.0.1") -> Server:
     """Mooncake's master. Without nodes it stores nothing."""
-    port = free_port(host)
+    port, metrics_port = free_ports(2, host)
     command = [str(_program("mooncake_master")), f"-rpc_address={host}", f"-rpc_port={port}"]
-    command += [f"-metrics_host={host}", f"-metrics_port={free_port(host)}"]
+    command += [f"-metrics_host={host}", f"-metrics_port={metrics_port}"]
     return Server(command, port, folder / "mooncake-master.log", host)
 
 

@@ -1,1 +1,1 @@
-from .servers import redis  # noqa: F401
+from .servers import mooncake, open_tier, redis, s3  # noqa: F401

@@ -3,22 +3,20 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from kvloom.bench.harness.servers import Server, redis_server
+from kvloom.bench.harness.servers import Server, make_bucket, redis_server, s3_server
 from kvloom.core import KVChunk, Tier
 from kvloom.errors import TierError
 from kvloom.kvstore.store import KVStore
-from kvloom.kvstore.tiers.distributed.redis_tier import RedisTier
-from kvloom.kvstore.tiers.distributed.tier import Sharing
 from kvloom.testing import make_chunk, make_key, same_chunk
 
 from ..support.proxy import Proxy
-from .servers import a_prefix, expect
+from .servers import BUCKET, a_sharing, expect, redis_tier, s3_tier
 
 pytestmark = pytest.mark.slow
 
@@ -34,16 +32,25 @@ class Site:
     server: Server
     proxy: Proxy
     open_tier: Callable[[], Tier]
+    after_start: Callable[[], object] = field(default=lambda: None)
 
 
 def redis_site(folder: Path) -> Iterator[Site]:
     expect("redis")
     with redis_server(folder) as server, Proxy(server.port or 0) as proxy:
-        url, sharing = f"redis://127.0.0.1:{proxy.port}", Sharing(name="t", prefix=a_prefix(), recheck_s=0.0)
-        yield Site(server, proxy, lambda: RedisTier(url, sharing=sharing))
+        sharing = a_sharing()
+        yield Site(server, proxy, lambda: redis_tier(server, sharing, proxy.port))
 
 
-@pytest.fixture(params=[redis_site], ids=["redis"])
+def s3_site(folder: Path) -> Iterator[Site]:
+    expect("s3")
+    with s3_server(folder) as server, Proxy(server.port or 0) as proxy:
+        make_bucket(server, BUCKET)
+        sharing = a_sharing(timeout_s=TIMEOUT_S)
+        yield Site(server, proxy, lambda: s3_tier(server, sharing, proxy.port), lambda: make_bucket(server, BUCKET))
+
+
+@pytest.fixture(params=[redis_site, s3_site], ids=["redis", "s3"])
 def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
     yield from request.param(tmp_path)
 
@@ -105,6 +112,7 @@ def faults() -> dict[str, tuple[Callable[[Site], None], Callable[[Site], None]]]
 
     def start(site: Site) -> None:
         site.server.start()
+        site.after_start()
 
     def pause(site: Site) -> None:
         site.server.pause()
@@ -181,5 +189,6 @@ def test_a_store_opens_without_its_server(site: Site) -> None:
     assert store.match([make_key(1)]) == 0 and store.get(make_key(1)) is None
     assert time.monotonic() - began_s < 2 * (TIMEOUT_S + SLACK_S)
     site.server.start()
+    site.after_start()
     await_works(store)
     store.close()

@@ -1,4 +1,4 @@
-"""Redis as a tier: the contract, and what is particular to it."""
+"""What is particular to Redis as a tier."""
 
 import os
 import time
@@ -6,15 +6,14 @@ import time
 import pytest
 import redis as redis_py
 
-from kvloom.bench.harness.samples import encoded, sample_chunk, sample_key
 from kvloom.bench.harness.servers import Server, redis_server
-from kvloom.core import ChunkInfo, Tier
+from kvloom.core import ChunkInfo
 from kvloom.errors import ChunkCorruptError, ChunkTooLargeError, TierFullError, TierUnavailableError
 from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.distributed.redis_tier import RedisTier
 from kvloom.kvstore.tiers.distributed.tier import Sharing
 from kvloom.kvstore.tiers.host import HostTier
-from kvloom.testing import TierContract, make_blob, make_chunk, make_key, same_blob, same_chunk
+from kvloom.testing import make_blob, make_chunk, make_key
 
 from .servers import a_prefix
 
@@ -24,78 +23,6 @@ KIB, MIB = 1 << 10, 1 << 20
 def open_tier(server: Server, *, prefix: str | None = None, ttl_s: float | None = None, **sharing: object) -> RedisTier:
     sharing = {"name": "redis", "prefix": prefix or a_prefix(), "recheck_s": 0.0, **sharing}
     return RedisTier(f"redis://127.0.0.1:{server.port}/0", ttl_s=ttl_s, sharing=Sharing(**sharing))
-
-
-class TestRedisTier(TierContract):
-    server: Server
-
-    @pytest.fixture(autouse=True)
-    def served(self, redis: Server) -> None:
-        self.server = redis
-
-    def make_tier(self, capacity_bytes: int | None) -> Tier:
-        return open_tier(self.server, capacity_bytes=capacity_bytes)
-
-
-@pytest.mark.parametrize("nbytes", [64 * KIB, MIB, 4 * MIB, 16 * MIB])
-def test_bytes_come_back_as_they_were(redis: Server, nbytes: int) -> None:
-    key = sample_key(nbytes)
-    (blob,) = encoded({key: sample_chunk(nbytes, seed=nbytes)}).values()
-    writer, reader = (open_tier(redis, prefix=f"sizes-{nbytes}:") for _ in range(2))
-    writer.put(key, blob)
-    found = reader.get(key)
-    assert found is not None and same_blob(found, blob)
-    layers = reader.get_layers(key, 1, 3)
-    assert layers is not None and same_blob(layers, blob.layers(1, 3))
-    writer.close()
-    reader.close()
-
-
-def test_what_one_machine_puts_another_finds(redis: Server) -> None:
-    prefix = a_prefix()
-    stores = [KVStore([HostTier(None), open_tier(redis, prefix=prefix)]) for _ in range(2)]
-    one, other = stores
-    keys = [make_key(n) for n in range(100)]
-    assert other.match(keys) == 0
-    for n, key in enumerate(keys):
-        one.put(key, make_chunk(n), after=keys[n - 1] if n else None, namespace="rag", recompute_s=0.5)
-    assert other.match(keys) == 100 and other.locate_prefix(keys[:2]) == ("redis", "redis")
-    hit = other.read(keys[3])
-    assert hit is not None and same_chunk(hit.chunk, make_chunk(3)) and hit.recompute_s == 0.5
-    assert other.stats().tiers[1].arrivals == 100 and other.stats().tiers[1].namespace_bytes.keys() == {"rag"}
-    part = other.get(keys[5], layers=(1, 2))
-    assert part is not None and part.first_layer == 1
-    assert other.prefetch([make_key(7)]).result(10) == 1
-    one.delete(keys[50])
-    assert other.get(keys[50]) is None and other.stats().tiers[1].departures == 1
-    assert other.match(keys) == 50
-    for store in stores:
-        assert [each for each in store.check() if "disagrees" not in each] == []
-        store.close()
-
-
-def test_stores_of_other_prefixes_share_nothing(redis: Server) -> None:
-    one, other = open_tier(redis), open_tier(redis)
-    one.put(make_key(1), make_blob(1))
-    assert other.get(make_key(1)) is None and make_key(1) not in other
-    one.close()
-    other.close()
-
-
-def test_a_key_that_was_absent_is_asked_for_again_after_a_while(redis: Server) -> None:
-    prefix = a_prefix()
-    now_s = [0.0]
-    tier = open_tier(redis, prefix=prefix, recheck_s=5.0)
-    store = KVStore([tier], monotonic=lambda: now_s[0])
-    writer = open_tier(redis, prefix=prefix)
-    assert store.match([make_key(1)]) == 0
-    writer.put(make_key(1), make_blob(1))
-    now_s[0] = 4.9
-    assert store.match([make_key(1)]) == 0
-    now_s[0] = 5.1
-    assert store.match([make_key(1)]) == 1
-    store.close()
-    writer.close()
 
 
 def test_chunks_expire(redis: Server) -> None:
@@ -132,21 +59,6 @@ def test_damage_is_found(redis: Server) -> None:
     assert store.get(make_key(0)) is None
     assert store.stats().tiers[1].corruptions == 1 and not client.exists(names[0])
     store.close()
-
-
-def test_layers_of_a_chunk_that_was_replaced(redis: Server) -> None:
-    prefix = a_prefix()
-    tier, other = open_tier(redis, prefix=prefix), open_tier(redis, prefix=prefix)
-    tier.put(make_key(1), make_blob(1))
-    first = tier.get_layers(make_key(1), 0, 1)
-    other.put(make_key(1), make_blob(2, numbers=333))
-    second = tier.get_layers(make_key(1), 1, 2)
-    assert first is not None and same_blob(first, make_blob(1).layers(0, 1))
-    assert second is not None and same_blob(second, make_blob(2, numbers=333).layers(1, 2))
-    other.delete(make_key(1))
-    assert tier.get_layers(make_key(1), 2, 3) is None
-    tier.close()
-    other.close()
 
 
 def test_a_server_that_is_full(tmp_path_factory: pytest.TempPathFactory) -> None:
