@@ -161,7 +161,7 @@ def test_a_fault_costs_time_and_nothing_else(site: Site, fault: str) -> None:
     assert clients.longest_s < TIMEOUT_S + SLACK_S
     counts = store.stats().tiers[0]
     if fault != "cut":
-        assert counts.errors + counts.timeouts > 0 and counts.recoveries > 0
+        assert counts.errors + counts.timeouts > 0 and (counts.recoveries > 0 or fault == "slow")
         assert sum(store.stats().misses.values()) > 0
     store.close()
 

@@ -102,6 +102,7 @@ class _Cluster:
         self._memory: RegisteredMemory | None = None
         self._config = ReplicateConfig()
         self._config.replica_num = options.replicas
+        self._one_replica = ReplicateConfig()
         self._lock = threading.Lock()  # of what follows
         self._counts: Counter[str] = Counter()
         self._running: dict[int, tuple[str, float]] = {}  # reads by thread: of what, since when
@@ -120,10 +121,10 @@ class _Cluster:
             for part in parts:
                 view[end : (end := end + len(part))] = part
             until_s = time.monotonic() + _LATE_S
-            while True:  # a node that is dead is chosen until the master drops it; the next time another one may be
-                status = client.upsert_from(name, data.data_ptr(), nbytes, self._config)
-                if status not in _TRANSFER_FAILED or time.monotonic() > until_s:
-                    break
+            status = client.upsert_from(name, data.data_ptr(), nbytes, self._config)
+            # A dead node is chosen until the master drops it: one replica may find another node, two cannot avoid it.
+            while status in _TRANSFER_FAILED and time.monotonic() < until_s:
+                status = client.upsert_from(name, data.data_ptr(), nbytes, self._one_replica)
             if status in _NO_SPACE:
                 raise TierFullError(f"Mooncake has no room for {nbytes} bytes", needed_bytes=nbytes)
             self._expect(status, "put")
