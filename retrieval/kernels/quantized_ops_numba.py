@@ -45,11 +45,11 @@ def _place(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.stride(0) * tensor.element_size()
 
 
-def _sums(heads: int) -> Any:
-    """Intrinsic: `out[16 q + t]` becomes the weighted sum of the codes of token t, for some queries and 16 tokens.
+def _sums(heads: int, lanes: int) -> Any:
+    """Intrinsic: `out[lanes q + t]` becomes the weighted sum of the codes of token t, for some queries and tokens.
 
-    At the address `words` lie the words of 16 tokens, those of the next 16 channels a group's row behind them. Weights
-    are flat, those of query q from `first + q * width` on.
+    At the address `words` lie the words of as many tokens as there are lanes, those of the next 16 channels a group's
+    row behind them. Weights are flat, those of query q from `first + q * width` on.
     """
 
     def of_types(_typing: Any, weights: Any, first: Any, width: Any, words: Any, count: Any, out: Any) -> Any:
@@ -57,7 +57,7 @@ def _sums(heads: int) -> Any:
             from numba.core import cgutils
 
             _, first, width, words, count, _ = args
-            wide, whole = ir.VectorType(_FLOAT, VECTOR_LENGTH), ir.VectorType(_I32, VECTOR_LENGTH)
+            wide, whole = ir.VectorType(_FLOAT, lanes), ir.VectorType(_I32, lanes)
             of_weights, of_out = (
                 cgutils.create_struct_proxy(signature.args[n])(context, builder, args[n]).data for n in (0, 5)
             )
@@ -75,16 +75,16 @@ def _sums(heads: int) -> Any:
             sums = [builder.phi(wide) for _ in range(heads)]
             at.add_incoming(constant(0), before)
             for each in sums:
-                each.add_incoming(ir.Constant(wide, [0.0] * VECTOR_LENGTH), before)
+                each.add_incoming(ir.Constant(wide, [0.0] * lanes), before)
             address = builder.add(words, builder.mul(at, constant(4 * _GROUP)))
             row = builder.load(builder.inttoptr(address, whole.as_pointer()))
             row.align = 4
-            lower = builder.lshr(row, ir.Constant(whole, [2] * VECTOR_LENGTH))
-            empty, all_first = ir.Constant(wide, ir.Undefined), ir.Constant(whole, [0] * VECTOR_LENGTH)
+            lower = builder.lshr(row, ir.Constant(whole, [2] * lanes))
+            empty, all_first = ir.Constant(wide, ir.Undefined), ir.Constant(whole, [0] * lanes)
             totals = list(sums)
             for code in range(WORD_CODES):
                 held, bits = (row, code) if code <= _TOP else (lower, _TOP)
-                mask = ir.Constant(whole, [3 << (2 * bits)] * VECTOR_LENGTH)
+                mask = ir.Constant(whole, [3 << (2 * bits)] * lanes)
                 numbers = builder.sitofp(builder.and_(held, mask), wide)
                 place = builder.add(builder.mul(at, constant(WORD_CODES)), constant(code))
                 for q in range(heads):
@@ -100,7 +100,7 @@ def _sums(heads: int) -> Any:
             builder.cbranch(builder.icmp_unsigned("<", following, count), loop, done)
             builder.position_at_end(done)
             for q, total in enumerate(totals):
-                place = builder.gep(of_out, [constant(q * VECTOR_LENGTH)])
+                place = builder.gep(of_out, [constant(q * lanes)])
                 builder.store(total, builder.bitcast(place, wide.as_pointer())).align = 4
             return context.get_dummy_value()
 
@@ -110,7 +110,9 @@ def _sums(heads: int) -> Any:
     return intrinsic(of_types)
 
 
-_sums_of_two, _sums_of_four = _sums(2), _sums(4)
+# as many lanes as registers hold sums of: what is unpacked and spread serves more of them
+_WIDE = 2 * VECTOR_LENGTH
+_sums_of_two, _sums_of_four = _sums(2, _WIDE), _sums(4, VECTOR_LENGTH)
 
 
 @compiled()
@@ -129,17 +131,18 @@ def _score_group(
             middle[g] += queries[g, d]
         middle[g] *= np.float32(MIDDLE)
     found = np.empty(_u(4 * VECTOR_LENGTH), np.float32)
-    for tile in range(_u(0), _u(_GROUP), _u(VECTOR_LENGTH)):
-        for g in range(_u(0), G, _u(4)):
-            some = min(_u(4), G - g)
+    for g in range(_u(0), G, _u(4)):
+        some = min(_u(4), G - g)
+        lanes = _u(VECTOR_LENGTH) if some > _u(2) else _u(_WIDE)
+        for tile in range(_u(0), _u(_GROUP), lanes):
             if some > _u(2):
                 _sums_of_four(weights, g * width, width, words + tile * _u(4), _u(W), found)
             else:
                 _sums_of_two(weights, g * width, width, words + tile * _u(4), _u(W), found)
             for q in range(some):
                 less, more = middle[g + q], shared[g + q]
-                for i in range(_u(VECTOR_LENGTH)):
-                    value = (found[q * _u(VECTOR_LENGTH) + i] - less) * of_tokens[tile + i] + more
+                for i in range(lanes):
+                    value = (found[q * lanes + i] - less) * of_tokens[tile + i] + more
                     scores[g + q, _u(at) + tile + i] = value
 
 

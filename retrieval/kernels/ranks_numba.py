@@ -9,6 +9,7 @@ import numpy as np
 from .rows_numba import compiled
 
 _w = np.uint32
+_SAMPLED, _MANY = 16, 8192
 
 
 @compiled()
@@ -42,7 +43,30 @@ def threshold(ranks: Any, counts: Any, budget: Any) -> Any:
 
 @compiled()
 def largest(ranks: Any, ids: Any) -> None:
-    """Writes the positions of the `len(ids)` largest, ascending, the last among equals; `ranks` are bits of floats."""
+    """Writes the positions of the `len(ids)` largest, ascending, the last among equals; `ranks` are bits of floats.
+
+    Of many, those that are not above what one in sixteen says about the rest are left out first: one pass instead of
+    four. If that leaves too few, all are looked at.
+    """
+    count, wanted = len(ranks), len(ids)
+    of_sample = wanted // _SAMPLED + 4 * np.int64(np.sqrt(wanted // _SAMPLED)) + 8
+    if count >= _MANY and of_sample < count // _SAMPLED // 2:
+        sample = ranks[::_SAMPLED].copy()
+        least, _ = threshold(sample, np.ones(len(sample), np.int8), of_sample)
+        kept, places, found = np.empty(count, np.int32), np.empty(count, np.int32), 0
+        for n in range(count):
+            kept[found], places[found] = ranks[n], n
+            found += ordered(ranks[n]) >= least
+        if found >= wanted:
+            _largest(kept[:found], ids)
+            for n in range(wanted):
+                ids[n] = places[ids[n]]
+            return
+    _largest(ranks, ids)
+
+
+@compiled()
+def _largest(ranks: Any, ids: Any) -> None:
     least, skipped = threshold(ranks, np.ones(len(ranks), np.int8), len(ids))
     taken = 0
     for n in range(len(ranks)):

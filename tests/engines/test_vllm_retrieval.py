@@ -144,7 +144,8 @@ def test_an_index_that_lasts_is_one_made_anew(
     monkeypatch.setattr(PagedRetrieval, "_find", lambda self, row: None)
     decode_by(llm, FEW)
     assert storm(llm) == lasting
-    assert all(layer.counts.indexes == layer.counts.rows > 500 for layer in layers_of(llm))
+    # one for each row, and for each part of a prompt that is long enough
+    assert all(layer.counts.indexes >= layer.counts.rows > 500 for layer in layers_of(llm))
 
 
 def aborted(llm: Any) -> list[list[int]]:
