@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import secrets
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from safetensors import safe_open
 
 from ...core import RopeSpec
 from ...errors import EngineError
+from ..identity.loaded_weights import ANY_LENGTH, may_have_changed, private_name
 from ..identity.requests import chunk_salt, natural_lead
 from ..identity.rope import settled_rope
 from ..identity.weights import canonical_config, folder_name, model_folder, weight_files, windows_of, with_state
@@ -23,17 +22,12 @@ from .fusion.passes import running_model
 from .fusion.rope import rope_of
 
 _LOG = logging.getLogger("kvloom.identity")
+_WHERE = "kv_connector_extra_config"
 
 # That read the model's own weight files and nothing else; any other may bring weights from elsewhere.
 _LOAD_FORMATS = frozenset(
     {"auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", "mistral"}
 )
-
-# Their code in vLLM was read: what they compute does not depend on `max_model_len`, given the rope table.
-_ANY_LENGTH = frozenset(
-    {"llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "granite", "olmo2", "gemma", "glm4"}
-)
-_CLOCKS_S = 2.0  # by which a file system's clock may be behind the machine's
 
 
 def agreed_name(vllm_config: Any, layers: Sequence[Any], model_id: str | None) -> str:
@@ -75,7 +69,7 @@ def engine_name(name: str, vllm_config: Any, layers: Sequence[Any], rope: RopeSp
     dtype : of the cache.
     """
     model = vllm_config.model_config
-    length = None if rope is not None and model.hf_text_config.model_type in _ANY_LENGTH else model.max_model_len
+    length = None if rope is not None and model.hf_text_config.model_type in ANY_LENGTH else model.max_model_len
     return with_state(
         name,
         computes=None if model.dtype == dtype else str(model.dtype),
@@ -148,7 +142,9 @@ def request_identity(request: Any, adapters: OpenAdapters, decoding: bytes = b""
 def _weights_name(vllm_config: Any, layers: Sequence[Any]) -> str:
     model, load_format = vllm_config.model_config, str(vllm_config.load_config.load_format)
     if load_format not in _LOAD_FORMATS:
-        return _private(f"load_format {load_format!r} may bring weights from elsewhere than the model's folder")
+        return private_name(
+            _WHERE, f"load_format {load_format!r} may bring weights from elsewhere than the model's folder"
+        )
     folder = model_folder(model.model, model.revision)
     if folder is None:
         raise EngineError(
@@ -160,28 +156,11 @@ def _weights_name(vllm_config: Any, layers: Sequence[Any]) -> str:
     consolidated = load_format == "mistral" or has_both
     name = folder_name(folder, consolidated=consolidated)
     files = weight_files(folder, consolidated=consolidated)
-    if _newest_s(folder, files) > _process_start_s() - _CLOCKS_S and not _holds(layers, files):
-        return _private(f"files in {folder} have changed since this process began, and may not be what it has loaded")
+    if may_have_changed(folder, files) and not _holds(layers, files):
+        return private_name(
+            _WHERE, f"files in {folder} have changed since this process began, and may not be what it has loaded"
+        )
     return with_state(name, load_format="mistral" if consolidated else None)
-
-
-def _private(why: str) -> str:
-    _LOG.warning(
-        '%s: kvloom shares nothing with other engines and earlier runs; name the weights as "model_id" in '
-        "kv_connector_extra_config to share",
-        why,
-    )
-    return f"private-{secrets.token_hex(16)}"
-
-
-def _newest_s(folder: Path, files: Sequence[Path]) -> float:
-    """When the last of them was written, replaced or renamed."""
-    stats = [path.stat() for path in (*files, folder / "config.json") if path.exists()]
-    return max(max(stat.st_mtime, stat.st_ctime) for stat in stats)
-
-
-def _process_start_s() -> float:
-    return float(import_module("psutil").Process().create_time())  # vLLM needs it
 
 
 def _holds(layers: Sequence[Any], files: Sequence[Path]) -> bool:

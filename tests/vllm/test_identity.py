@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from kvloom.connectors.identity import loaded_weights
 from kvloom.connectors.identity.adapters import AdapterNames
 from kvloom.connectors.identity.weights import folder_name
 from kvloom.connectors.vllm import identity as vllm_identity
@@ -71,7 +72,7 @@ def write(folder: Path, seed: int = 0, *, name: str = "model", age_s: float = 0.
 @pytest.fixture
 def young(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process began after all files were written."""
-    monkeypatch.setattr(vllm_identity, "_process_start_s", lambda: time.time() + 60)
+    monkeypatch.setattr(loaded_weights, "process_start_s", lambda: time.time() + 60)
 
 
 # --------------------------------------------------------------------------------------------------------- weights

@@ -42,6 +42,15 @@ class Fetched:
     cost: RecomputeCost = field(default_factory=RecomputeCost)
 
 
-def fits(chunk: KVChunk, spec: KVSpec, count: int, first: int) -> bool:
-    """Whether a chunk is what was asked for: of this model and rank, `count` tokens from position `first` on."""
-    return chunk.spec == spec and len(chunk) == count and int(chunk.positions[0]) == first
+UNKNOWN = -1
+"""The position, and the id, of a token of which an engine has told neither."""
+
+
+def fits(chunk: KVChunk, spec: KVSpec, count: int, first: int | None = None) -> bool:
+    """Whether a chunk is what was asked for: of this model and rank, `count` tokens from position `first` on.
+
+    A chunk of a prefix whose position is unknown was named by everything before it, and stands where it was found.
+    """
+    if chunk.spec != spec or len(chunk) != count:
+        return False
+    return first is None or int(chunk.positions[0]) in (first, UNKNOWN)

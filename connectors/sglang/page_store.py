@@ -1,0 +1,193 @@
+"""Pages of SGLang in a `KVStore`, by their hashes. Imports no engine; never raises what a store may raise."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from ...core import ChunkKey, KVChunk, KVSpec
+from ...kvstore.keys import page_keys
+from ...kvstore.store import KVStore
+from ..identity.requests import chunk_salt
+from ..serving.worker.arrivals import UNKNOWN, fits
+from ..serving.worker.offers import OFFER_S
+from ..serving.worker.threads import compute_alone
+
+Page: TypeAlias = "tuple[Tensor, Tensor]"
+"""Keys `[L, H, T, D]` and values `[L, H, T, Dv]` in host memory of the engine."""
+
+T = TypeVar("T")
+
+_LOG = logging.getLogger("kvloom")
+
+
+class PageStore:
+    """What a rank's engine stores and finds, a page at a time. Every method may be called from any thread.
+
+    A fault is logged, counted and a miss: SGLang's threads call this, and must not end with us.
+
+    Parameters
+    ----------
+    store : owned, closed by `close`.
+    spec : of the pages.
+    page_tokens : tokens of a page.
+    salt : the tenant's secret.
+    load_timeout_s : longest time that a batch of pages may take; later ones are misses.
+    is_lossy : some tier's codec loses something. Such codecs undo the rotation of keys, so that pages whose position
+        SGLang does not tell are not stored.
+    """
+
+    def __init__(
+        self, store: KVStore, spec: KVSpec, *, page_tokens: int, salt: str, load_timeout_s: float, is_lossy: bool
+    ) -> None:
+        self.store = store
+        self.spec = spec
+        self._page_tokens = page_tokens
+        self._tenant = salt.encode()
+        self._epoch = b""
+        self._load_timeout_s = load_timeout_s
+        self._is_lossy = is_lossy
+        # By the last key of what they pin, oldest first, with when they were made.
+        self._pins: dict[ChunkKey, tuple[float, AbstractContextManager[None]]] = {}
+        self._lock = threading.Lock()  # of pins and counts
+        self._counts: Counter[str] = Counter()
+        self._thread = threading.local()
+
+    def renew(self) -> None:
+        """From now on nothing is found that was stored before, and no other process finds what this one stores."""
+        self._epoch = secrets.token_bytes(16)
+        self.count({"renewals": 1})
+
+    def keys(self, hashes: Sequence[str]) -> list[ChunkKey]:
+        """Keys of pages, by SGLang's hashes of them (64 hexadecimal digits)."""
+        salt = chunk_salt(tenant=self._tenant, epoch=self._epoch)
+        return page_keys(self.spec, list(map(bytes.fromhex, hashes)), chunk_tokens=self._page_tokens, salt=salt)
+
+    def find(self, hashes: Sequence[str]) -> int:
+        """How many leading pages are stored. They stay pinned until they are read, but not for long."""
+
+        def look_up() -> int:
+            keys = self.keys(hashes)
+            found = self.store.match(keys)
+            if found:
+                pin = self.store.pinned(keys[:found], deadline_s=OFFER_S)
+                pin.__enter__()
+                self._pin_instead(keys[found - 1], pin)
+            self.count({"lookups": 1, "lookup_pages": len(keys), "hit_pages": found})
+            return found
+
+        return self.guarded("a look-up", look_up, 0)
+
+    def read(self, hashes: Sequence[str], pages: Sequence[Page]) -> int:
+        """Copy stored pages into host memory, up to the first that is lost; how many."""
+        done = 0
+
+        def load() -> int:
+            nonlocal done
+            begun_s = time.monotonic()
+            keys = self.keys(hashes)
+            for key, (into_keys, into_values) in zip(keys, pages, strict=True):
+                remaining_s = begun_s + self._load_timeout_s - time.monotonic()
+                hit = self.store.read(key, timeout_s=remaining_s) if remaining_s > 0 else None
+                if hit is None or not fits(hit.chunk, self.spec, self._page_tokens):
+                    break
+                into_keys.copy_(hit.chunk.keys)
+                into_values.copy_(hit.chunk.values)
+                self.count({f"loaded_pages.{hit.tier}": 1})
+                done += 1
+            self._release(keys)
+            self.count({"loads": 1, "load_seconds": time.monotonic() - begun_s, "lost_pages": len(keys) - done})
+            return done
+
+        self.guarded("a load", load, 0)
+        return done
+
+    def write(self, hashes: Sequence[str], pages: Sequence[Page], before: Sequence[str] | None) -> bool:
+        """Store pages; whether all of them are stored then.
+
+        Parameters
+        ----------
+        before : hashes of the pages in front of these from the beginning of the request; None if SGLang does not say.
+        """
+        if before is None and self._is_lossy:
+            self.count({"failed_saves": 1})
+            self._warn_once(
+                "a lossy codec must know where a page stands: nothing is stored; give SGLang interface_v1: 1 and "
+                "hicache_storage_pass_prefix_keys: true in its extra config"
+            )
+            return False
+
+        def save() -> bool:
+            keys = self.keys(hashes)
+            parent = self.keys(before[-1:])[0] if before else None
+            start = None if before is None else len(before) * self._page_tokens
+            for i, (key, (keys_of_page, values)) in enumerate(zip(keys, pages, strict=True)):
+                if key not in self.store:
+                    positions = torch.full((self._page_tokens,), UNKNOWN)
+                    if start is not None:
+                        first = start + i * self._page_tokens
+                        positions = torch.arange(first, first + self._page_tokens)
+                    token_ids = torch.full((self._page_tokens,), UNKNOWN)
+                    self.store.put(key, KVChunk(self.spec, token_ids, positions, keys_of_page, values), after=parent)
+                    self.count({"saved_pages": 1})
+                parent = key
+            return True
+
+        is_saved = self.guarded("a save", save, False)
+        self.count({} if is_saved else {"failed_saves": 1})
+        return is_saved
+
+    def guarded(self, what: str, work: Callable[[], T], failed: T) -> T:
+        """What `work` gives; `failed` if it raises anything, which is logged and counted."""
+        if not hasattr(self._thread, "is_alone"):
+            self._thread.is_alone = True
+            compute_alone()
+        try:
+            return work()
+        except Exception:  # noqa: BLE001 - called in SGLang's threads, which must not end with us
+            self.count({"errors": 1})
+            _LOG.exception("%s of SGLang failed; it is a miss", what)
+            return failed
+
+    def counts(self) -> Mapping[str, float]:
+        """Since the beginning."""
+        with self._lock:
+            return dict(self._counts)
+
+    def count(self, counts: Mapping[str, float]) -> None:
+        with self._lock:
+            self._counts.update(counts)
+
+    def close(self) -> None:
+        """End all pins and close the store."""
+        self._release(list(self._pins))
+        self.store.close()
+
+    def _warn_once(self, text: str) -> None:
+        if not self._counts["warnings"]:
+            self.count({"warnings": 1})
+            _LOG.warning(text)
+
+    def _pin_instead(self, last: ChunkKey, pin: AbstractContextManager[None]) -> None:
+        """Hold a pin, and forget those that have ended by themselves, as nothing was read."""
+        now_s = time.monotonic()
+        overdue = [key for key, (made_s, _) in list(self._pins.items()) if made_s < now_s - OFFER_S]
+        self._release([*overdue, last])
+        with self._lock:
+            self._pins[last] = now_s, pin
+
+    def _release(self, keys: Sequence[ChunkKey]) -> None:
+        """End the pins that end with one of these keys."""
+        with self._lock:
+            ended = [self._pins.pop(key) for key in keys if key in self._pins]
+        for _, pin in ended:
+            pin.__exit__(None, None, None)

@@ -1,0 +1,40 @@
+"""Weights that change in a running engine: SGLang's storage is not told, so kvloom's plugin tells it.
+
+SGLang calls `register` once in each of its processes, through the entry point `sglang.srt.plugins`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+from weakref import WeakSet
+
+_UPDATES = ("disk", "distributed", "tensor", "ipc")
+_MANAGER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+
+
+class Renewable(Protocol):
+    """Something whose names of KV are over when the weights change."""
+
+    def renew(self) -> None: ...
+
+
+_OPEN: WeakSet[Renewable] = WeakSet()  # in this process; closed ones go by themselves
+
+
+def register() -> None:
+    """Ask SGLang to say when weights have been updated."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for source in _UPDATES:
+        HookRegistry.register(f"{_MANAGER}.update_weights_from_{source}", _renew_all, HookType.AFTER)
+
+
+def watch(storage: Renewable) -> None:
+    """Renew this one from now on."""
+    _OPEN.add(storage)
+
+
+def _renew_all(*_: object, **__: object) -> None:
+    """After an update, successful or not: a part of the weights may be new."""
+    for storage in list(_OPEN):
+        storage.renew()
