@@ -36,7 +36,7 @@ def hashes_of(tokens: list[int]) -> list[str]:
 
 
 def opened(layout: str, folder: Path, *, latent: bool = False, **extra: Any) -> Cache:
-    return Cache(layout, "dynamic", {**BACKEND, "disk_path": str(folder), **extra}, latent=latent)
+    return Cache(layout, "dynamic", {**BACKEND, "disk_path": str(folder), "model_id": "tiny", **extra}, latent=latent)
 
 
 def saved(cache: Cache, tokens: list[int], *, before: list[str] | None = None) -> list[torch.Tensor]:

@@ -133,6 +133,7 @@ def _latent_pools(layout: str) -> tuple[Any, Any]:
     )  # fmt: skip
     info = device.get_device_pool_infos()[0].buffer_info
     host = MLATokenToKVPoolHost(
-        info, 2.0, 0, PAGE, layout, device_capacity_tokens=TOKENS, start_layer=0, end_layer=LAYERS
-    )
+        info, 2.0, 0, PAGE, layout, device_capacity_tokens=TOKENS, start_layer=0, end_layer=LAYERS,
+        target_layer_num=LAYERS, override_kv_cache_dim=device.kv_cache_dim,
+    )  # fmt: skip
     return device, host

@@ -1,0 +1,54 @@
+"""Stock SGLang with three tiers: the same greedy tokens from all of them, after a restart, and through faults."""
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip(
+    "sglang", reason="stock SGLang is not installed here; `make test-engines` runs this in its own environment"
+)
+
+from ..support.engines import make_model, prompts
+from .support.engine import DEVICE_TOKENS, PAGE, engine, generate, push_out
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
+
+LENGTHS = (400, 161, 300)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture(scope="module")
+def plain(model: Path) -> list[list[int]]:
+    """What SGLang answers without a cache of any kind."""
+    with engine(model, None, enable_hierarchical_cache=False, disable_radix_cache=True) as running:
+        return [generate(running, prompt)[0] for prompt in prompts(3, LENGTHS)]
+
+
+def whole_pages(length: int) -> int:
+    return (length - 1) // PAGE * PAGE
+
+
+def test_every_tier_gives_the_same_tokens(model: Path, plain: list[list[int]], tmp_path: Path) -> None:
+    """Cold, device, host, storage; then storage again after a restart."""
+    texts = prompts(3, LENGTHS)
+    disk = {"disk_path": str(tmp_path / "kv"), "model_id": "tiny"}
+    with engine(model, disk) as running:
+        for where in ("", "device", "host", "storage"):
+            for text, answer in zip(texts, plain, strict=True):
+                tokens, details = generate(running, text)
+                assert tokens == answer, where
+                found = {name: count for name, count in details.items() if isinstance(count, int) and count}
+                assert found == ({where: whole_pages(len(text))} if where else {}), (where, details)
+            if where == "device":
+                push_out(running, 7, 2 * DEVICE_TOKENS)
+            elif where == "host":
+                push_out(running, 8, 6 * DEVICE_TOKENS)
+        assert details["storage_backend"] == "KVLoomStorage"
+    with engine(model, disk, hicache_mem_layout="page_first_direct", hicache_io_backend="direct") as running:
+        for text, answer in zip(texts, plain, strict=True):
+            tokens, details = generate(running, text)
+            assert tokens == answer and details["storage"] == whole_pages(len(text)), details
