@@ -25,13 +25,13 @@ from ...evaluation.answers import Answer, answers_from, difference_of, mean_of, 
 from ...evaluation.forcing import Approximation, ForcedModel, as_it_is, through_codec
 from ...evaluation.page import Row, Table
 from ...evaluation.passages import CHECK, TUNE, load_heldout, load_questions
-from ..harness.pool import LoadedModel, ModelPool
 from ...evaluation.quality import Limits, Measurement
 from ...evaluation.quality import measure as measure_language
 from ...evaluation.questions import ANSWERED, QuestionSampler
 from ...evaluation.report import BenchResult, Metric, Target
 from ...evaluation.screen import progress
 from ...evaluation.windows import SEQUENCES, token_windows
+from ..harness.pool import LoadedModel, ModelPool
 from .quality import WIDTHS, bits_of, kivi
 
 EXACT, WINDOW = "exact", "window"

@@ -16,11 +16,11 @@ from ...evaluation.answers import Answer, difference_of, mean_of
 from ...evaluation.forcing import ForcedModel
 from ...evaluation.intervals import Floats, paired_bootstrap
 from ...evaluation.page import Table
-from ..harness.pool import LoadedModel, ModelPool
 from ...evaluation.questions import QuestionSampler
 from ...evaluation.report import BenchResult, Metric, Target
 from ...evaluation.screen import progress
 from ...retrieval.settings import Retrieval
+from ..harness.pool import LoadedModel, ModelPool
 from .pretrained import DENSE, SINK_TOKENS, WINDOW_TOKENS, Trial, Way, answered, tokens_at_equal_loss
 
 DEFAULT = Retrieval().method

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from kvloom.evaluation.answers import known_kinds, shares_right
 from kvloom.bench.harness.pool import ModelPool
+from kvloom.evaluation.answers import known_kinds, shares_right
 from kvloom.evaluation.questions import QuestionSampler
 
 
