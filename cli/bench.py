@@ -74,37 +74,8 @@ def blend(
 
 
 @app.command()
-def codecs(
-    json: JsonFile = None,
-    report: ReportFile = None,
-    quick: Quick = False,
-    folder: DiskFolder = Path(),
-    model: Pretrained = None,
-    device: Device = None,
-    questions: Questions = None,
-    profile: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", callback=file_path, help="With --model: its profile; default: made here."),
-    ] = None,
-    processes: Processes = 1,
-    minutes: Minutes = None,
-) -> None:
+def codecs(json: JsonFile = None, report: ReportFile = None, quick: Quick = False, folder: DiskFolder = Path()) -> None:
     """Bytes, quality and speed of every codec."""
-    if model is not None:
-        from ..bench.codecs.pretrained import run as run_pretrained
-
-        found = run_pretrained(
-            model,
-            device=device,
-            quick=quick,
-            questions=questions,
-            profile=profile,
-            processes=processes,
-            minutes=minutes,
-        )
-        _finish(found, json, report)
-        return
-    _refuse_without_model(device=device, questions=questions, profile=profile, minutes=minutes)
     from ..bench.codecs.run import run
 
     _finish(run(quick=quick, folder=folder), json, report)
