@@ -123,11 +123,13 @@ def retrieval(
 
 
 @app.command()
-def service(json: JsonFile = None, report: ReportFile = None, quick: Quick = False) -> None:
-    """The service over shared memory and HTTP, beside a copy, a bare socket and Redis; what it loses under load."""
+def service(
+    json: JsonFile = None, report: ReportFile = None, quick: Quick = False, lmcache_python: LMCachePython = None
+) -> None:
+    """The service over shared memory and HTTP, beside a bare socket, Redis and LMCache; what it loses under load."""
     from ..bench.service.run import run
 
-    _finish(run(quick=quick), json, report)
+    _finish(run(quick=quick, lmcache_python=lmcache_python), json, report)
 
 
 @app.command()

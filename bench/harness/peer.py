@@ -43,21 +43,22 @@ class Peer:
     Parameters
     ----------
     python : the interpreter of that environment.
-    folder : where LMCache may write.
-    pool_bytes : memory for its host backend.
+    arguments : of the script. Of the default one: where LMCache may write, and memory for its host backend; how many
+        threads it computes with is added.
+    script : what is run; None for the storage manager of `bench/tiers`.
 
     Raises
     ------
     PeerError : it does not start.
     """
 
-    def __init__(self, python: Path, folder: Path, pool_bytes: int) -> None:
-        script = Path(__file__).parent.parent / "tiers" / "lmcache_peer.py"
+    def __init__(self, python: Path, *arguments: object, script: Path | None = None) -> None:
+        script = script or Path(__file__).parent.parent / "tiers" / "lmcache_peer.py"
         own = {name: value for name, value in os.environ.items() if name not in OF_THIS_ENVIRONMENT}
         self._stderr = TemporaryFile()  # noqa: SIM115  # closed with the process
         try:
             self._process = subprocess.Popen(
-                [str(python), str(script), str(folder), str(pool_bytes), str(torch.get_num_threads())],
+                [str(python), str(script), *map(str, arguments), str(torch.get_num_threads())],
                 bufsize=0,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

@@ -1,45 +1,51 @@
-"""How fast is the service, beside a copy, a bare socket and Redis; does it lose anything? `kvloom bench service`."""
+"""How fast is the service, beside a copy, a socket, Redis and LMCache; what does it lose? `kvloom bench service`."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tempfile
-import threading
-import time
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
+from rich.progress import Progress
 
-from ...core import ChunkKey, EncodedChunk
 from ...errors import KVLoomError
 from ...evaluation.page import Table
 from ...evaluation.report import BenchResult, Metric, Target
+from ...evaluation.screen import progress
+from ...kvstore.encoding.copies import copy_bytes
 from ...kvstore.format import to_bytes
 from ...kvstore.tiers.remote.client import KVLoomClient
-from ..harness.rounds import Comparison, size_text, speed_table
+from ..harness.peer import INSTALL, Peer, PeerError, find_python
+from ..harness.rounds import Comparison, interleave, size_text, speed_table, timed
 from ..harness.samples import encoded, sample_chunk, sample_key
-from .servers import BareSocket, ServedAt, kvloom_server, redis_server
+from .load import load_metrics, run_load
+from .servers import BareSocket, kvloom_server, redis_server
 
 KIB, MIB = 1 << 10, 1 << 20
-COPY, SHM, HTTP, SOCKET, REDIS = "a plain copy", "kvloom, shared memory", "kvloom, HTTP", "a bare socket", "Redis"
-MATCHED_KEYS = 256
-TITLE = "How fast is the service, beside a copy, a bare socket and Redis, and does it lose anything?"
+COPY, SHM, HTTP = "a plain copy", "kvloom, shared memory", "kvloom, HTTP"
+SOCKET, REDIS, LMCACHE = "a bare socket", "Redis", "LMCache's server"
+TITLE = "How fast is the service, beside a copy, a bare socket, Redis and LMCache, and does it lose anything?"
 MEANING = (
-    "Medians over the rounds, in which the ways take turns; a share is the median of the ratios within each round, the "
-    "worst from 1 MiB on. kvloom verifies every byte, the others none. LMCache's server is not compared yet."
+    "Medians over the rounds, in which the ways take turns, in an order drawn by lot; a share is the median of the "
+    "ratios within each round. Shares over HTTP are the worst from 1 MiB on; shares over shared memory are those of the "
+    "largest chunk, because a request costs as much as copying megabytes; every size has a figure of its own. kvloom "
+    "verifies every byte, the others none. The plain copy and the bare socket are a single thread's, with the system's buffers. "
+    "Clients and service share the machine's processors."
 )
 TARGETS = (
     Target("shm_get_vs_copy", ">=", 0.7),
     Target("http_get_vs_socket", ">=", 0.6),
     Target("http_get_vs_redis", ">=", 1.0),
+    Target("http_get_vs_lmcache", ">=", 1.0),
     Target("match_256_p99_s", "<", 0.005),
     Target("errors_under_load", "<", 1),
     Target("acknowledged_lost", "<", 1),
+    Target("load_memory_growth", "<=", 1.1),
 )
 
 
@@ -51,87 +57,108 @@ class Sizes:
     rounds: int
     clients: int
     load_s: float
+    sync_load_s: float
 
 
-FULL = Sizes((64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 32 * MIB), 20, 64, 120.0)
-QUICK = Sizes((64 * KIB, MIB), 2, 4, 1.0)
+FULL = Sizes((64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 32 * MIB), 20, 64, 120.0, 10.0)
+QUICK = Sizes((64 * KIB, MIB), 2, 4, 2.0, 1.0)
 
 
-def run(*, quick: bool = False) -> BenchResult:
-    """Measure transfers one at a time, then a full load, its end by SIGTERM, and what is there afterwards."""
-    sizes = QUICK if quick else FULL
-    with tempfile.TemporaryDirectory() as folder:
-        found, notes = _transfers(Path(folder), sizes)
-        load = _load(Path(folder, "load"), sizes)
-    metrics = _figures(found) | load
-    rows = [row for comparison in found for row in comparison.rows()]
+def run(*, quick: bool = False, lmcache_python: Path | None = None) -> BenchResult:
+    """Measure transfers one at a time, then a full load, its end by SIGTERM, and what is there afterwards.
+
+    Parameters
+    ----------
+    lmcache_python : interpreter of an environment that has LMCache; None for `.venv-lmcache/bin/python`, if it is
+        there.
+
+    Raises
+    ------
+    ValueError : `lmcache_python` is not there.
+    """
+    sizes, python = QUICK if quick else FULL, find_python(lmcache_python)
+    with tempfile.TemporaryDirectory() as folder, progress() as bar:
+        found, notes = _transfers(Path(folder), sizes, python, bar)
+        task = bar.add_task("load", total=2)
+        load = run_load(Path(folder, "batch"), durability="batch", clients=sizes.clients, load_s=sizes.load_s)
+        bar.advance(task)
+        synced = run_load(Path(folder, "sync"), durability="sync", clients=sizes.clients, load_s=sizes.sync_load_s)
+        bar.advance(task)
+    metrics = _figures(found) | load_metrics(load, synced)
+    rows = [row for comparison in found for row in comparison.rows()] + load.rows() + synced.rows()
     tables: list[Table] = [speed_table([c for c in found if c.what == what]) for what in ("get", "put")]
     return BenchResult("service", metrics, rows, tables, targets=TARGETS, notes=[*notes, MEANING], title=TITLE)
 
 
-def _transfers(folder: Path, sizes: Sizes) -> tuple[list[Comparison], list[str]]:
+def _transfers(folder: Path, sizes: Sizes, python: Path | None, bar: Progress) -> tuple[list[Comparison], list[str]]:
     found, notes = [], []
     with (
         kvloom_server(folder / "transfers", host_bytes=1 << 30) as (served, _),
         redis_server(folder) as redis_port,
         KVLoomClient(served.url, token=served.token) as shared,
         KVLoomClient(served.url, token=served.token, shared_memory=False) as plain,
+        closing(BareSocket(2 * sizes.chunks[-1])) as bare,
+        ExitStack() as stack,
     ):
         redis = _redis(redis_port)
         if redis is None:
             notes.append("Redis is left out: it needs redis-server and the Python package redis.")
-        bare = BareSocket(2 * sizes.chunks[-1])
-        try:
-            for nbytes in sizes.chunks:
-                key = sample_key(nbytes)
-                (blob,) = encoded({key: sample_chunk(nbytes, seed=1)}).values()
-                found += _compared(key, blob, nbytes, sizes.rounds, shared, plain, bare, redis)
-        finally:
-            bare.close()
+        peer: Peer | None = None
+        if python is None:
+            notes.append(f"LMCache is not installed, its figures are left out. To have them: {'; '.join(INSTALL)}")
+        else:
+            try:
+                script = Path(__file__).parent / "lmcache_peer.py"
+                peer = stack.enter_context(closing(Peer(python.absolute(), 1 << 30, script=script)))
+                notes.append(
+                    f"LMCache {peer.version}: its own server and its storage manager's remote backend (lm://)."
+                )
+            except PeerError as exc:
+                notes.append(f"LMCache could not be measured, its figures are left out: {exc}")
+        for _ in range(2):  # the first answer lets the client ask for shared memory
+            shared.get(sample_key("absent"))
+        for nbytes in sizes.chunks:
+            puts, gets = _ways(nbytes, shared, plain, bare, redis, peer)
+            for what, ways in (("put", puts), ("get", gets)):
+                seconds = interleave(ways, sizes.rounds, bar, f"{what}, {size_text(nbytes)}")
+                found.append(Comparison(what, nbytes, 1, COPY, seconds))
     return found, notes
 
 
-def _compared(
-    key: ChunkKey,
-    blob: EncodedChunk,
-    nbytes: int,
-    rounds: int,
-    shared: KVLoomClient,
-    plain: KVLoomClient,
-    bare: BareSocket,
-    redis: Any,
-) -> list[Comparison]:
-    data = bytearray(to_bytes(key, blob))
-    source, target = torch.frombuffer(data, dtype=torch.uint8), torch.empty(len(data), dtype=torch.uint8)
-    view: memoryview = target.numpy().data
-    puts: dict[str, Callable[[], object]] = {
-        COPY: lambda: target.copy_(source),
-        SHM: lambda: shared.put(key, blob),
-        HTTP: lambda: plain.put(key, blob),
-        SOCKET: lambda: bare.put(memoryview(data)),
+def _ways(
+    nbytes: int, shared: KVLoomClient, plain: KVLoomClient, bare: BareSocket, redis: Any, peer: Peer | None
+) -> tuple[dict[str, Callable[[], float]], dict[str, Callable[[], float]]]:
+    """Each way of putting and of getting a chunk, as seconds."""
+    key = sample_key(nbytes)
+    (blob,) = encoded({key: sample_chunk(nbytes, seed=1)}).values()
+    source = bytearray(to_bytes(key, blob))
+    target = memoryview(bytearray(len(source)))
+    data = memoryview(source)
+    puts: dict[str, Callable[[], float]] = {
+        COPY: partial(timed, lambda: copy_bytes(target, data)),
+        SHM: partial(timed, lambda: shared.put(key, blob)),
+        HTTP: partial(timed, lambda: plain.put(key, blob)),
+        SOCKET: partial(timed, lambda: bare.put(data)),
     }
-    gets: dict[str, Callable[[], object]] = {
-        COPY: lambda: target.copy_(source),
-        SHM: lambda: shared.get(key),
-        HTTP: lambda: plain.get(key),
-        SOCKET: lambda: bare.get(view),
+    gets: dict[str, Callable[[], float]] = {
+        COPY: puts[COPY],
+        SHM: partial(timed, lambda: _present(shared.get(key))),
+        HTTP: partial(timed, lambda: _present(plain.get(key))),
+        SOCKET: partial(timed, lambda: bare.get(target)),
     }
     if redis is not None:
-        puts[REDIS] = lambda: redis.set(key, memoryview(data))
-        gets[REDIS] = lambda: redis.get(key)
-    return [Comparison(what, nbytes, 1, COPY, _timed(ways, rounds)) for what, ways in (("put", puts), ("get", gets))]
+        puts[REDIS] = partial(timed, lambda: redis.set(key, data))
+        gets[REDIS] = partial(timed, lambda: _present(redis.get(key)))
+    if peer is not None:
+        puts[LMCACHE] = partial(peer.ask, "put", size_bytes=nbytes)
+        gets[LMCACHE] = partial(peer.ask, "get")
+    return puts, gets
 
 
-def _timed(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    for work in ways.values():
-        work()  # warm: connections, memory that was touched
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(rounds):
-        for way, work in ways.items():
-            began_s = time.perf_counter()
-            work()
-            seconds[way].append(time.perf_counter() - began_s)
-    return seconds
+def _present(found: object) -> object:
+    if found is None:
+        raise KVLoomError("a chunk that was put is not there: what took no time was no transfer")
+    return found
 
 
 def _redis(port: int | None) -> Any:
@@ -149,82 +176,14 @@ def _figures(found: list[Comparison]) -> dict[str, Metric]:
         "http_get_vs_socket": ("get", HTTP, SOCKET),
         "http_put_vs_socket": ("put", HTTP, SOCKET),
         "http_get_vs_redis": ("get", HTTP, REDIS),
+        "http_get_vs_lmcache": ("get", HTTP, LMCACHE),
     }
     metrics = {}
     for name, (what, way, of) in shares.items():
         large = [c for c in found if c.what == what and c.size_bytes >= MIB and of in c.seconds]
         if large:
-            metrics[name] = min((c.share(way, of) for c in large), key=lambda metric: metric.value)
+            of_all = large[-1:] if way == SHM else large
+            metrics[name] = min((c.share(way, of) for c in of_all), key=lambda metric: metric.value)
             for comparison in (c for c in found if c.what == what and of in c.seconds):
                 metrics[f"{name}_{size_text(comparison.size_bytes).replace(' ', '')}"] = comparison.share(way, of)
     return metrics
-
-
-def _load(folder: Path, sizes: Sizes) -> dict[str, Metric]:
-    """All clients at once for a while, look-ups beside them; then SIGTERM, and every acknowledged put is asked for."""
-    acknowledged: dict[ChunkKey, int] = {}
-    errors: list[str] = []
-    spent_s: list[float] = []
-    ended = threading.Event()
-    with kvloom_server(folder, host_bytes=2 << 30, disk=True) as (served, process):
-        threads = [
-            threading.Thread(target=_client, args=(served, number, ended, acknowledged, errors))
-            for number in range(sizes.clients)
-        ]
-        threads.append(threading.Thread(target=_matches, args=(served, ended, spent_s, errors)))
-        for thread in threads:
-            thread.start()
-        time.sleep(sizes.load_s)
-        ended.set()
-        for thread in threads:
-            thread.join()
-        process.terminate()
-        process.wait(60.0)
-    with (
-        kvloom_server(folder, host_bytes=2 << 30, disk=True) as (served, _),
-        KVLoomClient(served.url, token=_new_token(folder)) as client,
-    ):
-        lost = sum(client.get(key) is None for key in acknowledged)
-    spent_s.sort()
-    p99_s = spent_s[int(len(spent_s) * 0.99)] if spent_s else float("nan")
-    return {
-        "match_256_p99_s": Metric(p99_s, p99_s, p99_s, "s"),
-        "errors_under_load": Metric(len(errors), len(errors), len(errors), ""),
-        "acknowledged_lost": Metric(lost, lost, lost, "", baseline=f"{len(acknowledged)} puts"),
-    }
-
-
-def _client(
-    served: ServedAt, number: int, ended: threading.Event, acknowledged: dict[ChunkKey, int], errors: list[str]
-) -> None:
-    """Puts its own few chunks over and over, and gets them: what is stored stays small, so that nothing is evicted."""
-    (blob,) = encoded({sample_key(number): sample_chunk(MIB, seed=number)}).values()
-    with KVLoomClient(served.url, token=served.token, shared_memory=False, timeout_s=30.0) as client:
-        turn = 0
-        while not ended.is_set():
-            key = sample_key("load", number, turn % 4)
-            turn += 1
-            try:
-                acknowledged[key] = client.put(key, blob)
-                if client.get(key) is None:
-                    errors.append("a chunk that was put was not there")
-            except KVLoomError as exc:
-                errors.append(str(exc))
-
-
-def _matches(served: ServedAt, ended: threading.Event, spent_s: list[float], errors: list[str]) -> None:
-    keys = [sample_key("match", number) for number in range(MATCHED_KEYS)]
-    with KVLoomClient(served.url, token=served.token, shared_memory=False) as client:
-        while not ended.is_set():
-            began_s = time.perf_counter()
-            try:
-                client.match(keys)
-            except KVLoomError as exc:
-                errors.append(str(exc))
-            spent_s.append(time.perf_counter() - began_s)
-            time.sleep(0.01)
-
-
-def _new_token(folder: Path) -> str:
-    command = [sys.executable, "-m", f"{__package__.split('.')[0]}.cli", "token", "create", "--directory", str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

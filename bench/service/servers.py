@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+PACKAGE = __package__.split(".")[0]
 _START_S = 60.0
 _BARE = """
 import socket, sys
@@ -46,11 +47,11 @@ def free_port() -> int:
 
 @contextmanager
 def kvloom_server(
-    folder: Path, *, host_bytes: int, disk: bool = False
+    folder: Path, *, host_bytes: int, disk_bytes: int = 0, durability: str = "batch"
 ) -> Iterator[tuple[ServedAt, subprocess.Popen[str]]]:
-    """`kvloom serve`, in memory alone unless `disk`; it is asked to end at the end."""
-    command = [sys.executable, "-m", f"{__package__.split('.')[0]}.cli", "serve", "--directory", str(folder)]
-    options = [f"host_bytes={host_bytes}", f"disk_bytes={host_bytes if disk else 0}", "audit=false"]
+    """`kvloom serve`, in memory alone unless there are `disk_bytes`; it is asked to end at the end."""
+    command = [sys.executable, "-m", f"{PACKAGE}.cli", "serve", "--directory", str(folder)]
+    options = [f"host_bytes={host_bytes}", f"disk_bytes={disk_bytes}", f"durability={durability}", "audit=false"]
     command += ["--port", str(port := free_port()), *(part for each in options for part in ("--set", each))]
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
     is_first = not (folder / "tokens.json").exists()  # only then is a token shown
@@ -86,6 +87,12 @@ def redis_server(folder: Path) -> Iterator[int | None]:
         finally:
             process.terminate()
             process.wait(_START_S)
+
+
+def new_token(folder: Path) -> str:
+    """A token for the service of a folder."""
+    command = [sys.executable, "-m", f"{PACKAGE}.cli", "token", "create", "--directory", str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 class BareSocket:
