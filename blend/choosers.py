@@ -136,10 +136,10 @@ def by_mean_attention(tokens: CandidateTokens, count: int) -> Tensor | None:
 
 
 def by_deviation_and_question(tokens: CandidateTokens, count: int) -> Tensor | None:
-    """Half of the tokens by deviation, then the other half by the question's attention to what is left.
+    """Three quarters of the tokens by deviation, then the rest by the question's attention to what is left.
 
-    Deviation finds what documents bind to one another, whatever is asked; the question finds what this answer needs.
-    Without a question, all are chosen by deviation.
+    Deviation finds what documents bind to one another, whatever is asked; the question finds what this answer needs, in
+    few tokens. Without a question, all are chosen by deviation.
     """
     if tokens.deviation is None:
         return None
@@ -147,13 +147,36 @@ def by_deviation_and_question(tokens: CandidateTokens, count: int) -> Tensor | N
 
 
 def _and_question(tokens: CandidateTokens, deviation: Tensor, count: int) -> Tensor:
-    by_question = 0 if tokens.attention is None else count // 2
+    by_question = 0 if tokens.attention is None else count // 4
     chosen = deviation.topk(count - by_question).indices
-    if by_question:
-        left = _question_scores(tokens)
-        left[chosen] = -torch.inf
-        chosen = torch.cat((chosen, left.topk(by_question).indices))
-    return chosen.sort().values
+    return _and_rest(chosen, _question_scores(tokens), by_question) if by_question else chosen.sort().values
+
+
+def _and_rest(chosen: Tensor, scores: Tensor, count: int) -> Tensor:
+    """What is chosen, and `count` more by their scores `[N]`, which are changed."""
+    scores[chosen] = -torch.inf
+    return torch.cat((chosen, scores.topk(count).indices)).sort().values
+
+
+def by_first_and_question(tokens: CandidateTokens, count: int) -> Tensor | None:
+    """Half of the tokens are the first ones of every chunk, the other half what the question attends to most.
+
+    The first tokens go on with sentences that the chunk before begins (and EPIC's chooser mends nothing else); the
+    question finds what this answer needs, wherever it stands. Neither needs deviations: no layer is computed for all
+    tokens. Without a question, all are chosen by the deviation of values.
+    """
+    if tokens.attention is None:
+        return by_values(tokens, count)
+    firsts = tokens.offsets.argsort(stable=True)[: count - count // 2]
+    return _and_rest(firsts, _question_scores(tokens), count // 2)
+
+
+def by_first_and_values(tokens: CandidateTokens, count: int) -> Tensor | None:
+    """Half of the tokens are the first ones of every chunk, the other half by the deviation of values."""
+    if tokens.value_deviation is None:
+        return None
+    firsts = tokens.offsets.argsort(stable=True)[: count - count // 2]
+    return _and_rest(firsts, tokens.value_deviation.clone(), count // 2)
 
 
 def first_tokens(tokens: CandidateTokens, count: int) -> Tensor | None:
@@ -211,6 +234,8 @@ CHOOSERS: dict[str, Chooser] = {
     "deviation": by_deviation,
     "values": by_values,
     "values+question": by_values_and_question,
+    "first+values": by_first_and_values,
+    "first+question": by_first_and_question,
     "question": by_question,
     "mean attention": by_mean_attention,
     "deviation+question": by_deviation_and_question,

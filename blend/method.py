@@ -16,11 +16,19 @@ from .choosers import CHOOSERS
 FUSION = "fusion"
 """Stands in these certificates in place of a codec's name."""
 
-ENGINE_CHOICES = ("deviation", "values", "deviation+question", "values+question", "question")
+ENGINE_CHOICES = (
+    "deviation",
+    "values",
+    "first+values",
+    "deviation+question",
+    "values+question",
+    "first+question",
+    "question",
+)
 """Choosers, by their names in `CHOOSERS`, that serving engines know, too."""
 
-NEEDS_QUESTION = ("question", "deviation+question", "values+question", "mean attention")
-_WITHOUT_DEVIATION = ("question", "mean attention", "first", "none")
+NEEDS_QUESTION = ("question", "first+question", "deviation+question", "values+question", "mean attention")
+WITHOUT_DEVIATION = ("question", "first+question", "mean attention", "first", "none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +62,9 @@ class FusionMethod:
     def blender(self) -> Blender:
         return Blender(self.ratio, CHOOSERS[self.select], spread_ratio=0.0, check_layer=self.check_layer)
 
-    @property
-    def full_layers(self) -> int:
-        """Layers that are computed for every token before tokens are chosen."""
-        return 0 if self.select in _WITHOUT_DEVIATION else self.check_layer
+    def full_layers(self, num_layers: int) -> int:
+        """Layers that are computed for every token before tokens are chosen, in a model of so many layers."""
+        return 0 if self.select in WITHOUT_DEVIATION else max(0, min(self.check_layer, num_layers - 2))
 
     def cost_ratio(self, num_layers: int, *, question_ratio: float = 0.0) -> float:
         """Share of full prefill's tokens that run through a layer, mean over layers.
@@ -65,12 +72,13 @@ class FusionMethod:
         `question_ratio`: the question's tokens over the documents', where it is asked for the choice.
         """
         asked = question_ratio if self.select in NEEDS_QUESTION else 0.0
-        return (self.full_layers + self.ratio * (num_layers - 1 - self.full_layers)) / num_layers + asked
+        full = self.full_layers(num_layers)
+        return (full + self.ratio * (num_layers - 1 - full)) / num_layers + asked
 
     def at_cost(self, cost_ratio: float, num_layers: int, *, question_ratio: float = 0.0) -> FusionMethod | None:
         """The same method with the ratio that makes it cost as much; None if no ratio does."""
         free = replace(self, ratio=0.0).cost_ratio(num_layers, question_ratio=question_ratio)
-        left = num_layers - 1 - self.full_layers
+        left = num_layers - 1 - self.full_layers(num_layers)
         ratio = (cost_ratio - free) * num_layers / left if left > 0 else math.nan
         return replace(self, ratio=round(min(ratio, 1.0), 3)) if ratio > 0 else None
 
@@ -98,7 +106,7 @@ def certified_fusion(
             continue
         if select in (None, method.select) and check_layer in (None, method.check_layer):
             found.append(method)
-    return min(found, key=lambda method: method.cost_ratio(spec.num_layers), default=None)
+    return min(found, key=lambda method: (method.cost_ratio(spec.num_layers), method.ratio), default=None)
 
 
 def _method_of(parameters: Mapping[str, Any]) -> FusionMethod | None:

@@ -12,7 +12,8 @@ from ..evaluation.placed import FusionBed
 from ..evaluation.questions import Question
 
 CHECK_LAYERS = (1, 2, 3)
-SELECTS = ("deviation", "values", "deviation+question", "values+question")
+WITHOUT_FULL_LAYERS = ("question", "first+question")
+SELECTS = ("deviation", "values", "first+values", "deviation+question", "values+question")
 TUNED_KINDS = ("astride", "multihop")
 """What documents bind to one another, and what one question needs of them: methods that win one fail the other."""
 
@@ -37,7 +38,7 @@ class TriedMethod:
 
 def methods_at_cost(cost_ratio: float, num_layers: int, *, question_ratio: float) -> list[FusionMethod]:
     """Every method of the menu, with the ratio at which it computes as much as `cost_ratio` of full prefill."""
-    menu = [FusionMethod(1.0, "question", 1)]
+    menu = [FusionMethod(1.0, select, 1) for select in WITHOUT_FULL_LAYERS]
     menu += [FusionMethod(1.0, select, layer) for select in SELECTS for layer in CHECK_LAYERS if layer < num_layers - 1]
     found = (method.at_cost(cost_ratio, num_layers, question_ratio=question_ratio) for method in menu)
     return [method for method in found if method is not None and method.ratio < 1.0]

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...blend.blender import CACHEBLEND, Blender
 from ...blend.choosers import CHOOSERS
 from ...blend.method import FusionMethod
-from ...certify.fusion_method import TUNED_KINDS, TriedMethod, best_method, question_ratio_of
+from ...certify.fusion_method import TUNED_KINDS, WITHOUT_FULL_LAYERS, TriedMethod, best_method, question_ratio_of
 from ...evaluation.answers import Answer, gap_closed, mean_of, ratio_of
 from ...evaluation.page import Row, Table
 from ...evaluation.passages import CHECK, TUNE
@@ -159,7 +159,7 @@ def _tuning_table(tried: dict[float, list[TriedMethod]]) -> Table:
         [
             f"CacheBlend {budget:.0%}",
             one.method.select,
-            "" if one.method.select == "question" else str(one.method.check_layer),
+            "" if one.method.select in WITHOUT_FULL_LAYERS else str(one.method.check_layer),
             f"{one.method.ratio:.1%}",
             *(f"{one.closed[kind]:.2f}" if kind in one.closed else "" for kind in TUNED_KINDS),
             f"{one.mean_closed:.2f}",

@@ -47,7 +47,7 @@ MODEL_TARGETS = (
     Target("real_musique_kl_at_0.15_vs_cacheblend", "<=", 0.6),
     Target("real_ttft_speedup_at_0.15", ">=", 2.2),
 )
-DEVICE_QUESTIONS = QualitySizes(tune=24, check=200)
+DEVICE_QUESTIONS = QualitySizes(tune=16, check=200)
 CPU_QUESTIONS = QualitySizes(tune=4, check=6, context_tokens=800, kinds=("astride", "multihop"), budgets=(0.15, 0.30))
 QUICK_QUESTIONS = QualitySizes(tune=1, check=2, context_tokens=256, num_documents=4, budgets=(0.15, 0.30))
 SEED = 2611  # of the questions that are reported; nothing was ever tuned on it

@@ -217,7 +217,7 @@ def test_sets_nest_and_follow_the_ratios(name: str, ratio: float) -> None:
     everything, layers = context.candidates, 7
     gradual = [math.ceil(blender.layer_ratio(layer, layers) * everything) for layer in range(1, layers - 1)]
     first = (
-        gradual[0] if name in ("first", "question", "mean attention") else everything
+        gradual[0] if name in ("first", "question", "first+question", "mean attention") else everything
     )  # a chooser without deviations chooses before layer 0
     assert context.attended_tokens == (first, *gradual, 0)
     assert abs(sum(gradual) / len(gradual) / everything - ratio) <= 1 / everything

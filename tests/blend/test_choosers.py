@@ -13,6 +13,8 @@ from kvloom.blend.choosers import (
     CandidateTokens,
     by_deviation,
     by_deviation_and_question,
+    by_first_and_question,
+    by_first_and_values,
     by_mean_attention,
     by_question,
     by_values,
@@ -60,6 +62,8 @@ def test_table_names_all() -> None:
     assert set(CHOOSERS.values()) == {
         by_deviation,
         by_question,
+        by_first_and_question,
+        by_first_and_values,
         by_mean_attention,
         by_values,
         by_values_and_question,
@@ -108,15 +112,30 @@ def test_question_and_deviation_share_the_budget(count: int, seed: int) -> None:
     both = tokens.attention().sum(0)
     attention = torch.stack([both[max(0, i - 1) : i + 2].max() for i in range(40)])
     assert attention[by_question(tokens, count)].sum() == attention.sort(descending=True).values[:count].sum()
-    most = tokens.deviation.argsort(descending=True)[: count - count // 2].tolist()
+    most = tokens.deviation.argsort(descending=True)[: count - count // 4].tolist()
     chosen = by_deviation_and_question(tokens, count).tolist()
     assert set(most) <= set(chosen) and len(chosen) == count
     left = [index for index in range(40) if index not in most]
     asked = sorted(attention[index].item() for index in chosen if index not in most)
-    assert asked == sorted(attention[left].tolist())[len(left) - count // 2 :]
+    assert asked == sorted(attention[left].tolist())[len(left) - count // 4 :]
     assert torch.equal(both, tokens.attention().sum(0))  # read, not written
     mean = tokens.attention()[0]
     assert set(by_mean_attention(tokens, count).tolist()) == set(mean.argsort(descending=True)[:count].tolist())
+
+
+def test_first_tokens_and_others() -> None:
+    """Two chunks of ten: the first tokens of both, then what the question or the values find among the rest."""
+    tokens = make_tokens(20)
+    attention = torch.zeros(2, 20)
+    attention[0, [0, 7, 15]] = torch.tensor([9.0, 3.0, 2.0])
+    values = torch.zeros(20)
+    values[[10, 4, 18]] = torch.tensor([9.0, 3.0, 2.0])
+    positions = torch.arange(0, 40, 2)  # nobody has neighbours
+    tokens = CandidateTokens(positions, tokens.offsets, None, lambda: attention, values)
+    assert by_first_and_question(tokens, 4).tolist() == [0, 7, 10, 15]
+    assert by_first_and_values(tokens, 4).tolist() == [0, 4, 10, 18]
+    blind = CandidateTokens(positions, tokens.offsets, None, None, values)
+    assert by_first_and_question(blind, 2).tolist() == by_values(blind, 2).tolist() == [4, 10]
 
 
 def test_values_alone() -> None:

@@ -130,3 +130,15 @@ def test_documents_lie_between_separators(
 def test_wrong_options_are_refused(options: object) -> None:
     with pytest.raises(ValueError, match=r"expected|known are"):
         RequestOptions.of({"kvloom": options}, 5)
+
+
+def test_how_fusions_choose() -> None:
+    from typing import get_args
+
+    from kvloom.blend.method import ENGINE_CHOICES
+    from kvloom.connectors.serving.settings import FusionSelect
+
+    assert get_args(FusionSelect) == ENGINE_CHOICES
+    assert ServingSettings.of({"fusion_select": "first+question"}).fusion_select == "first+question"
+    with pytest.raises(ValueError, match="fusion_select is 'random'; expected one of deviation, values"):
+        ServingSettings.of({"fusion_select": "random"})

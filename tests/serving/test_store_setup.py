@@ -99,7 +99,7 @@ def test_profiles_are_of_the_model(tmp_path: Path) -> None:
 
 def test_the_certified_fusion(tmp_path: Path) -> None:
     """The cheapest, of this model, for whole models and their shards alike; without any, everything is computed."""
-    methods = [FusionMethod(0.3, "deviation"), FusionMethod(0.15, "deviation"), FusionMethod(0.15, "question")]
+    methods = [FusionMethod(0.3, "deviation"), FusionMethod(0.15, "deviation"), FusionMethod(0.1, "question")]
     files = [write(tmp_path, f"f{i}", SPEC, FUSION, method.parameters) for i, method in enumerate(methods)]
     other = write(tmp_path, "other", replace(SPEC, model_id="another"), FUSION, FusionMethod(0.01).parameters)
     papers = QualityRecords.of(ServingSettings.of({"certificates": [*files, other]}))

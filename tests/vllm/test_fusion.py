@@ -224,7 +224,7 @@ def test_those_that_differ_most_are_computed() -> None:
     assert {p % 7 for p in computed} <= {5, 6}, "noise grows with the position modulo 7"
 
 
-@pytest.mark.parametrize(("select", "most"), [("question", 5), ("deviation+question", 4)])
+@pytest.mark.parametrize(("select", "most"), [("question", 8), ("deviation+question", 2)])
 def test_the_question_chooses_too(select: str, most: int) -> None:
     """Multiples of eleven and what stands next to them; with the deviation, those that differ most in the other half.
     The first layer is still compared with what was stored."""
@@ -237,7 +237,7 @@ def test_the_question_chooses_too(select: str, most: int) -> None:
     if select == "question":
         assert near == computed
     else:
-        assert sum(p % 7 in (5, 6) for p in computed) >= 4
+        assert sum(p % 7 in (5, 6) for p in computed) >= 6
     fuser, passes, _ = fuse(fusion, 64, noise=0.1, method=FusionMethod(0.15, select, 1))
     assert not fuser.is_trusted and [p for part in passes.computed for p in part] == list(range(56))
 

@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ....blend.choosers import CHOOSERS, CandidateTokens, by_deviation, deviation_of, squares, value_deviation_of
-from ....blend.method import FusionMethod
+from ....blend.method import WITHOUT_DEVIATION, FusionMethod
 from ....errors import EngineError
 from ..messages import Advance, Fusion, Loaded
 from .arrivals import Arrival, Fetched
@@ -126,8 +126,8 @@ class Fuser:
         self.passes = passes
         self._cache = cache
         self._select = method.select
-        # A choice by the question alone needs no deviations: only the first layer is looked at, which has to be right.
-        self._check_layer = 0 if method.select == "question" else min(method.check_layer, layers - 1)
+        # A choice without deviations needs no full layers: only the first layer is looked at, which has to be right.
+        self._check_layer = 0 if method.select in WITHOUT_DEVIATION else min(method.check_layer, layers - 1)
         self._slice_tokens = min(slice_tokens, passes.max_tokens)
         # A slice of choosing costs as much as one of computing: it runs through fewer layers.
         self._probe_tokens = min(self._slice_tokens * layers // (self._check_layer + 1), passes.max_tokens)
@@ -242,7 +242,7 @@ class Fuser:
         attention, choose = None, CHOOSERS[self._select]
         if fusion.question is not None:
             attention = partial(self._attention, fusion, positions)
-        elif self._select == "question":  # there is none
+        elif self._select in WITHOUT_DEVIATION:  # there is none
             choose = by_deviation
         of_kv = rows[:4, is_candidate]
         tokens = CandidateTokens(positions, offsets, deviation_of(of_kv), attention, value_deviation_of(of_kv))
