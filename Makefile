@@ -44,12 +44,14 @@ quick: $(VENV)/dev.stamp
 	$(NAME)/pytest -q -m "not slow and not torture" --durations=10 --durations-min=1 $(QUICK)
 
 # Engines pin what they need, so each has an environment of its own; ENGINES=... may name a folder that outlives checkouts.
-engines: $(ENGINES)/vllm.stamp
+engines: $(ENGINES)/vllm.stamp $(ENGINES)/frameworks.stamp
 
 test-engines: engines
-	@$(ENGINES)/vllm/bin/python -c 'import kvloom, pathlib, sys; sys.exit(pathlib.Path(kvloom.__file__).parent != pathlib.Path.cwd())' \
-	|| $(ENGINES)/vllm/bin/python -m pip install --quiet --no-deps --editable .
-	$(ENGINES)/vllm/bin/python -m pytest -q -m engine tests/engines
+	@for each in vllm frameworks; do \
+	  $(ENGINES)/$$each/bin/python -c 'import kvloom, pathlib, sys; sys.exit(pathlib.Path(kvloom.__file__).parent != pathlib.Path.cwd())' \
+	  || $(ENGINES)/$$each/bin/python -m pip install --quiet --no-deps --editable . || exit; done
+	$(ENGINES)/frameworks/bin/python -m pytest -q -m engine tests/engines/frameworks
+	$(ENGINES)/vllm/bin/python -m pytest -q -m engine tests/engines --ignore=tests/engines/frameworks
 
 torture: $(VENV)/dev.stamp
 	$(NAME)/pytest -q -m torture
@@ -90,6 +92,10 @@ $(VENV)/torch.stamp: $(INPUTS)
 
 $(ENGINES)/vllm.stamp: tests/engines/vllm.sh $(INPUTS)
 	PYTHON=$(PYTHON) tests/engines/vllm.sh $(ENGINES)/vllm
+	@touch $@
+
+$(ENGINES)/frameworks.stamp: tests/engines/frameworks.sh $(INPUTS)
+	PYTHON=$(PYTHON) tests/engines/frameworks.sh $(ENGINES)/frameworks
 	@touch $@
 
 $(VENV)/demo.stamp: $(VENV)/torch.stamp

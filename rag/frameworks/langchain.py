@@ -196,7 +196,7 @@ class ChatKVLoom(BaseChatModel):
         params = super()._get_ls_params(stop=stop, **kwargs)
         params.update(
             ls_provider="kvloom",
-            ls_model_name=str(self._identifying_params["model"]),
+            ls_model_name=str(kwargs.get("model") or self._identifying_params["model"]),
             ls_temperature=self.temperature,
             ls_max_tokens=self.max_tokens,
         )

@@ -8,7 +8,7 @@ root=$(cd "$(dirname "$0")/../.." && pwd)
 [ -x "$folder/bin/python" ] || "${PYTHON:-python3}" -m venv "$folder"
 pip=("$folder/bin/python" -m pip --disable-pip-version-check)
 "${pip[@]}" install --quiet "$(grep '^torch==' "$root/constraints.txt")"
-"${pip[@]}" install --quiet --editable "$root[rag,langchain,llamaindex,haystack]" langchain-tests==1.1.9 pytest pytest-timeout \
+"${pip[@]}" install --quiet --editable "$root[rag,langchain,llamaindex,haystack]" langchain-tests==1.1.9 hypothesis pytest pytest-timeout \
   -c "$root/constraints.txt"
 "$folder/bin/python" - <<'PYTHON'
 from importlib.metadata import version

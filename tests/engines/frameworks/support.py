@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent.parent
 MODEL = ROOT / "bench" / "reference" / "model"
 RECORDS = {
     "alice": "Record: the code of Alice is 4821.\n",
-    "bob": "Record: the code of Bob is 7730.\n",
+    "harbour": "Every ship that enters the harbour is written down, with the code of its cargo.\n",
     "loom": "A loom holds the warp threads in place while the weft is woven through them.\n",
     "honey": "The brother keeps bees and sells the honey in town on Mondays.\n",
 }

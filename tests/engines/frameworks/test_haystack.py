@@ -68,7 +68,10 @@ def test_a_pipeline_survives_being_written_down(store: KVLoomDocumentStore) -> N
         read = Pipeline.loads(written)
     except DeserializationError:
         read = Pipeline.loads(written, allowed_modules=["kvloom.*"])
-    assert read.dumps() == written
+    both = [pipeline.to_dict(), read.to_dict()]
+    for each in both:
+        each["connections"].sort(key=str)
+    assert both[0] == both[1]
     (again,) = read.run(inputs)["generator"]["replies"]
     assert again.text == reply.text and again.meta["kvloom"]["recomputed_tokens"] == 0
     assert again.meta["usage"]["prompt_tokens_details"]["cached_tokens"] > 0

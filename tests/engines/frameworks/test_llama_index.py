@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Corpus]:
     with open_corpus(tmp_path_factory.mktemp("corpus")) as made:
-        documents = [Document(text=text, id_=name, metadata={"kind": "record"}) for name, text in RECORDS.items()]
+        documents = [Document(text=text, id_=name) for name, text in RECORDS.items()]
         splitter = SentenceSplitter(chunk_size=200, include_metadata=False)
         nodes = IngestionPipeline(transformations=[splitter, CorpusIngestion(corpus=made)]).run(documents=documents)
         assert len(nodes) == len(made.documents()) == 4
@@ -49,7 +49,7 @@ def test_a_query_engine_answers_over_cached_nodes(corpus: Corpus) -> None:
     assert response.source_nodes and response.metadata["kvloom"]["is_exact"]
     again = engine.query(QUESTION)
     assert str(again) == str(response) and again.metadata["kvloom"]["recomputed_tokens"] == 0
-    assert again.source_nodes[0].node.metadata["kind"] == "record"
+    assert again.source_nodes[0].node.metadata["document_id"] in {each.id for each in corpus.documents()}
     assert str(asyncio.run(engine.aquery(QUESTION))) == str(response)
 
 
