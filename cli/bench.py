@@ -74,8 +74,30 @@ def blend(
 
 
 @app.command()
-def codecs(json: JsonFile = None, report: ReportFile = None, quick: Quick = False, folder: DiskFolder = Path()) -> None:
+def codecs(
+    json: JsonFile = None,
+    report: ReportFile = None,
+    quick: Quick = False,
+    folder: DiskFolder = Path(),
+    model: Annotated[
+        Path | None, typer.Option(metavar="DIR", callback=folder_path, help="A pretrained model instead, and it alone.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With --model: cpu or cuda; default: a GPU if there is one.")
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(metavar="N", min=2, help="With --model: windows of text; default: 8.")
+    ] = None,
+) -> None:
     """Bytes, quality and speed of every codec."""
+    if model is not None:
+        from ..bench.codecs.pretrained import run as run_pretrained
+
+        _finish(run_pretrained(model, device=device, quick=quick, windows=windows), json, report)
+        return
+    for name, value in (("--device", device), ("--windows", windows)):
+        if value is not None:
+            raise typer.BadParameter("needs --model", param_hint=name)
     from ..bench.codecs.run import run
 
     _finish(run(quick=quick, folder=folder), json, report)

@@ -219,8 +219,8 @@ def heldout_windows(tokenizer: PreTrainedTokenizerBase, scope: Scope) -> list[li
 def bits_of(codec: Codec, context: KVChunk) -> float:
     """Bits for each number of a float16 chunk from the middle of a context, containers counted."""
     chunk = split(context, CHUNK_TOKENS)[1] if len(context) >= 2 * CHUNK_TOKENS else context
-    half = _half(chunk)
-    return 8 * stored_bytes(codec, half) / (half.keys.numel() + half.values.numel())
+    short = half(chunk)
+    return 8 * stored_bytes(codec, short) / (short.keys.numel() + short.values.numel())
 
 
 def stored_bytes(codec: Codec, chunk: KVChunk) -> int:
@@ -256,7 +256,8 @@ def _key_grams(forced: ForcedModel, windows: Sequence[Sequence[int]], *, rotated
     return grams
 
 
-def _half(chunk: KVChunk) -> KVChunk:
+def half(chunk: KVChunk) -> KVChunk:
+    """The chunk in float16, as an engine has it."""
     spec = replace(chunk.spec, dtype=torch.float16)
     return KVChunk(spec, chunk.token_ids, chunk.positions, chunk.keys.half(), chunk.values.half())
 
