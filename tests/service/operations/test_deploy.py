@@ -25,9 +25,9 @@ from kvloom.service.access.credentials import TokenFile
 from kvloom.service.settings import ServiceSettings
 from kvloom.testing.chunks import make_blob, make_key
 
-from .serving import Certificate, Service, service_in_thread
+from ..serving import Certificate, Service, service_in_thread
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 DEPLOY = ROOT / "deploy"
 MANIFESTS: list[dict[str, Any]] = list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
 POD = MANIFESTS[1]["spec"]["template"]["spec"]

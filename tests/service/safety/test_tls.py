@@ -19,7 +19,7 @@ from kvloom.service.access.certificate import Certificate as ServedCertificate
 from kvloom.service.access.credentials import TokenFile
 from kvloom.testing.chunks import make_blob, make_chunk, make_key, same_blob, same_chunk
 
-from .serving import Certificate, ServiceProcess, service_process
+from ..serving import Certificate, ServiceProcess, service_process
 
 pytestmark = [
     pytest.mark.slow,

@@ -21,7 +21,7 @@ from kvloom.service.problems import ProblemError
 from kvloom.service.served_store import ServedStore
 from kvloom.testing.chunks import make_blob, make_key
 
-from .serving import Service, service_in_thread
+from ..serving import Service, service_in_thread
 
 NBYTES = make_blob(0).nbytes
 

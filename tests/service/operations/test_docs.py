@@ -11,9 +11,9 @@ import pytest
 
 from kvloom.service.settings import ServiceSettings
 
-from .serving import service_in_thread
+from ..serving import service_in_thread
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "docs" / "service.md").read_text()
 
 
