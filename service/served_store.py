@@ -15,7 +15,7 @@ from ..kvstore.placement.quota import Quota
 from ..kvstore.stats import StoreStats, TierStats
 from ..kvstore.store import KVStore
 
-_CAPABILITIES = ("get_layers", "may_stall", "cached", "changes", "check", "flush")
+_CAPABILITIES = ("get_layers", "may_stall", "cached", "changes", "find", "recheck_s", "counts", "check", "flush")
 _STATE = {"name", "used_bytes", "capacity_bytes", "chunks", "held_bytes", "namespace_bytes"}
 COUNTERS = tuple(field.name for field in fields(TierStats) if field.name not in _STATE)
 

@@ -20,6 +20,8 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
+from ..tier_url import check_url, shown
+
 T = TypeVar("T")
 
 
@@ -81,9 +83,10 @@ class StoreSettings:
     host_bytes : size of the host tier, for all ranks of this engine together; None for no host tier.
     disk_path : folder of a `DiskTier`, shared by all engines that name it; None for none.
     disk_bytes : most bytes of chunks in that folder; None for no limit.
-    remote_url : `https://host:port` (`http` on this host) of a kvloom service, the slowest tier, shared by all engines
-        that name it and a token of one tenant; None for none. An engine starts, and goes on, without it.
-    remote_token_file : file with a token of that service, read again when it changes.
+    remote_url : the slowest tier, on other machines, shared by all engines that name it; None for none. A kvloom
+        service (`https://host:port`, or `http` on this host), Redis, S3 or Mooncake; see `tier_url.open_tier`. An
+        engine starts, and goes on, without it.
+    remote_token_file : file with a token of a kvloom service, read again when it changes.
     remote_ca_file : certificates (PEM) to trust there; None for those of the system.
     host_codec, disk_codec : codec of the chunks in that tier, a name of `compress.registry`; None stores them as they
         are.
@@ -120,11 +123,17 @@ class StoreSettings:
         for name in ("disk_codec", "disk_bytes"):
             if getattr(self, name) is not None and self.disk_path is None:
                 raise ValueError(f"{name} is given without disk_path; name the folder that it is for")
-        if (self.remote_url is None) != (self.remote_token_file is None):
-            raise ValueError("remote_url and remote_token_file belong together; give both or neither")
+        if self.remote_url is not None:
+            check_url(self.remote_url)
+        is_service = (self.remote_url or "").startswith(("http://", "https://"))
+        has_token = self.remote_token_file is not None or "token_file=" in (self.remote_url or "")
+        if is_service != has_token:
+            raise ValueError(
+                "remote_url of a kvloom service and remote_token_file belong together; give both or neither"
+            )
         if self.remote_ca_file is not None and not (self.remote_url or "").startswith("https://"):
             raise ValueError(
-                f"remote_ca_file is given and remote_url is {self.remote_url!r}; expected https://host:port"
+                f"remote_ca_file is given and remote_url is {shown(self.remote_url or '')!r}; expected https://host:port"
             )
         return self
 

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Path
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
+from ...connectors.tier_url import open_tier
 from ...core import Tier
 from ...kvstore.tiers.disk.tier import DiskTier
 from ...kvstore.tiers.host import HostTier
@@ -57,11 +58,15 @@ class TenantInfo(TenantRules):
 
 
 class TierRequest(BaseModel):
-    """A tier to attach. Folders are the service's own; `position` 0 is the fastest."""
+    """A tier to attach. Folders are the service's own; `position` 0 is the fastest.
+
+    `url` names one on other machines: Redis, S3, Mooncake, or another kvloom service. Its answer shows no password.
+    """
 
     model_config = ConfigDict(extra="forbid")
-    kind: Literal["host", "disk"]
-    capacity_bytes: Bytes
+    kind: Literal["host", "disk", "remote"]
+    capacity_bytes: Bytes | None = None
+    url: str | None = Field(None, max_length=2000)
     position: int | None = Field(None, ge=0, le=16)
 
 
@@ -192,8 +197,16 @@ def apply_quotas(context: ServiceContext) -> None:
 def _attach(context: ServiceContext, name: str, body: TierRequest) -> None:
     if any(tier.name == name for tier in context.store.tiers):
         raise ProblemError(409, "exists", f"there is a tier {name!r} already")
+    is_remote = body.kind == "remote"
+    if is_remote != (body.url is not None) or is_remote == (body.capacity_bytes is not None):
+        raise ProblemError(422, "invalid", "a tier of kind remote has a url, one of kind host or disk capacity_bytes")
     tier: Tier
-    if body.kind == "host":
+    if body.url is not None:
+        try:
+            tier = open_tier(body.url, name=name, timeout_s=context.settings.tier_timeout_s)
+        except (ValueError, ImportError, OSError) as exc:
+            raise ProblemError(422, "invalid", str(exc)) from exc
+    elif body.kind == "host":
         tier = HostTier(body.capacity_bytes, name=name, pinned=False)
     else:
         folder = context.settings.directory / "tiers" / name

@@ -16,7 +16,7 @@ from ....errors import UncertifiedError
 from ....kvstore.store import KVStore
 from ....kvstore.tiers.disk.tier import DiskTier
 from ....kvstore.tiers.host import HostTier
-from ....kvstore.tiers.remote.tier import RemoteTier
+from ...tier_url import open_tier
 from ..store_settings import StoreSettings
 
 
@@ -66,7 +66,7 @@ def open_store(settings: StoreSettings, spec: KVSpec, papers: QualityRecords) ->
         tiers.append(DiskTier(settings.disk_path, settings.disk_bytes))
     if settings.remote_url is not None:
         tiers.append(
-            RemoteTier(
+            open_tier(
                 settings.remote_url,
                 token_file=settings.remote_token_file,
                 ca_file=settings.remote_ca_file,
