@@ -75,5 +75,9 @@ class UncertifiedWarning(UserWarning):
     """An approximation is used for a model without a certificate, because `allow_uncertified` is True."""
 
 
+class JudgedWithoutTasksWarning(UserWarning):
+    """An approximation is used by a certificate that no task was judged for: text alone says that it loses little."""
+
+
 class EngineError(KVLoomError):
     """The engine (or model) broke its contract with kvloom, or is of a kind that kvloom does not support."""

@@ -17,6 +17,7 @@ from .model_profile import model_identity
 FORMAT_VERSION = 1
 
 _NUMBERS = ("value", "low", "high")
+_TASK = "_loss"  # ends the name of a figure of a task
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,16 @@ class Certificate:
         return any(f.limit is not None for f in figures) and all(f.passed for f in figures)
 
     @property
+    def tasks(self) -> tuple[str, ...]:
+        """Kinds of task whose answers were judged; none where the model answers no task, and text alone has judged."""
+        return tuple(name.removesuffix(_TASK) for name in self.figures if name.endswith(_TASK))
+
+    @property
+    def title(self) -> str:
+        """Names it for people, and says so if no task was judged."""
+        return f"{self.codec} on {self.model_id[:24]}" + ("" if self.tasks else ", judged without tasks")
+
+    @property
     def form(self) -> Form:
         return self.codec, canonical_json(self.parameters)
 
@@ -97,6 +108,7 @@ class Certificate:
         """JSON text for people and for `from_json`; numbers that are not finite become null."""
         whole = {
             "kvloom_certificate": FORMAT_VERSION,
+            "title": self.title,
             "model_id": self.model_id,
             "codec": self.codec,
             "parameters": dict(self.parameters),

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 
 from ..core import KVSpec
-from ..errors import UncertifiedError, UncertifiedWarning
+from ..errors import JudgedWithoutTasksWarning, UncertifiedError, UncertifiedWarning
 from .certificate import Certificate
 from .codec_form import Form
 
@@ -17,7 +17,8 @@ _CACHED = 256  # answers; a process sees few models and forms
 class CertificateGate:
     """Permits what a certificate covers, or everything if its owner says so.
 
-    Every method may be called from any thread, and takes no lock.
+    The first use of a certificate for which no task was judged warns, see `JudgedWithoutTasksWarning`. Every method may
+    be called from any thread, and takes no lock.
 
     Parameters
     ----------
@@ -32,6 +33,7 @@ class CertificateGate:
         self.certificates = tuple(certificates)
         self.allow_uncertified = allow_uncertified
         self.uncertified_uses = 0
+        self._has_warned = False
         self._answers: dict[tuple[Form, KVSpec], Certificate | None] = {}
         self._numbers = itertools.count(1)  # of uses; `next` is atomic
 
@@ -59,7 +61,16 @@ class CertificateGate:
         spec : of the model; None if it is unknown, which no certificate covers.
         what : names the approximation in the warning.
         """
-        if spec is not None and self.covering(form, spec) is not None:
+        certificate = None if spec is None else self.covering(form, spec)
+        if certificate is not None:
+            if not certificate.tasks and not self._has_warned:
+                self._has_warned = True
+                warnings.warn(
+                    f"{what} is used by the certificate {certificate.title!r}: it loses little on text, but whether it "
+                    "keeps answers was not judged; `kvloom certify --tasks` names tasks",
+                    JudgedWithoutTasksWarning,
+                    stacklevel=5,
+                )
             return True
         if self.allow_uncertified:
             self._count_use(what, "an unknown model" if spec is None else spec.model_id)

@@ -42,7 +42,7 @@ class CalibrateOptions:
     sequences, tokens : of calibration; less if the text is short.
     gradients : so many of the sequences tell what errors cost.
     centroids : of each KV head's codebook, at most; fewer if there are few tokens.
-    model_id, dtype : as for `CertifyOptions`.
+    model_id, dtype, device : as for `CertifyOptions`.
     """
 
     out: Path
@@ -54,6 +54,7 @@ class CalibrateOptions:
     centroids: int = CENTROIDS
     model_id: str | None = None
     dtype: str | None = None
+    device: str | None = None
 
 
 def run_calibrate(options: CalibrateOptions) -> Profile:
@@ -68,7 +69,7 @@ def run_calibrate(options: CalibrateOptions) -> Profile:
     began_s = time.perf_counter()
     with progress() as bar:
         loading = bar.add_task("loading the model", total=1, logged=False)
-        model, tokenizer = load_model(options.model, dtype=options.dtype)
+        model, tokenizer = load_model(options.model, dtype=options.dtype, device=options.device)
         bar.advance(loading)
         tokens = min(options.tokens, model.config.max_position_embeddings)
         windows = token_windows(tokenizer, texts, sequences=options.sequences, tokens=tokens)

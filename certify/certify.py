@@ -12,17 +12,19 @@ from ..compress.registry import codec_by_name
 from ..connectors.break_even import break_even
 from ..connectors.hf.retrieval.plan import layer_shape
 from ..core import Codec
+from ..evaluation.answers import known_kinds, shares_right
 from ..evaluation.forcing import CHUNK_TOKENS, Approximation, ForcedModel, through_codec
 from ..evaluation.models import load_model
 from ..evaluation.page import Table
 from ..evaluation.passages import load_heldout
 from ..evaluation.quality import AUTO, Limits, measure, task_kinds, task_trials
+from ..evaluation.questions import QuestionSampler
 from ..evaluation.screen import progress
 from ..evaluation.sparse import through_retrieval
 from ..evaluation.texts import read_texts
 from ..evaluation.windows import token_windows
 from ..retrieval.settings import Retrieval
-from .outcome import HEADS, QUESTION_TOKENS, certificate, finish, loss_rows
+from .outcome import HEADS, NO_TASK, QUESTION_TOKENS, certificate, finish, loss_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +38,12 @@ class CertifyOptions:
     retrieval : how decoding attends; without its profile, which is loaded from the file.
     profile : file made by `kvloom calibrate`, if one is needed.
     texts : files and folders of held-out text, which the profile has not seen; none: the bundled one.
-    tasks : kinds of task; `auto` for those of `KINDS` that the exact model knows.
+    tasks : kinds of task; `auto` for those of `AUTO_KINDS` that the exact model knows, which is asked first.
     windows, window_tokens : of held-out text.
     trials, context_tokens : of each kind of task; None for 1,024 tokens, and 2,048 behind retrieval.
     out : where the certificate goes; None for nowhere.
     model_id : names the weights, as the server will; None for the name of the folder, which servers have by default.
-    dtype : of the weights, as for `load_model`.
+    dtype, device : as for `load_model`.
     """
 
     codec: str | None = None
@@ -58,6 +60,7 @@ class CertifyOptions:
     out: Path | None = None
     model_id: str | None = None
     dtype: str | None = None
+    device: str | None = None
 
 
 def certify(options: CertifyOptions) -> Certificate:
@@ -76,7 +79,7 @@ def certify(options: CertifyOptions) -> Certificate:
     codec = None if options.codec is None else codec_by_name(options.codec, profile)
     with progress() as bar:
         loading = bar.add_task("loading the model", total=1, logged=False)
-        model, tokenizer = load_model(options.model, dtype=options.dtype)
+        model, tokenizer = load_model(options.model, dtype=options.dtype, device=options.device)
         forced = ForcedModel(model, model_id=options.model_id, keeps_queries=options.retrieval is not None)
         bar.advance(loading)
         longest = forced.layers.max_tokens
@@ -87,6 +90,15 @@ def certify(options: CertifyOptions) -> Certificate:
         context_tokens = min(
             options.context_tokens or (1024 if options.retrieval is None else 2048), longest - QUESTION_TOKENS
         )
+        skipped: dict[str, float] = {}
+        if AUTO in options.tasks:
+            asking = bar.add_task("asking which tasks the model knows", total=len(kinds))
+            sampler = QuestionSampler(tokenizer, context_tokens=context_tokens)
+            shares = shares_right(model, sampler, kinds, advance=lambda: bar.advance(asking))
+            kinds = known_kinds(shares)
+            skipped = {kind: share for kind, share in shares.items() if kind not in kinds}
+            if not kinds:
+                bar.console.print(f"kvloom: {NO_TASK}", markup=False, highlight=False)
         bars = {"windows": bar.add_task("held-out text", total=len(windows))}
         trials = {}
         for kind in kinds:
@@ -113,11 +125,11 @@ def certify(options: CertifyOptions) -> Certificate:
             "chunk_tokens": CHUNK_TOKENS,
             **conditions,
             "exact_match": {kind: sum(a for a, _ in pairs) / len(pairs) for kind, pairs in found.right.items()},
-            "skipped": found.skipped,
+            "skipped": skipped | found.skipped,
             "limits": asdict(options.limits),
         },
     )
-    table = Table(HEADS, loss_rows(made.figures), f"{approximation.name} on {made.model_id[:24]}", left=(0, 4))
+    table = Table(HEADS, loss_rows(made.figures), made.title, left=(0, 4))
     verdict = f"{approximation.name} {'may be used' if made.passed else 'stays refused'} for this model"
     return finish(made, table, verdict, options.out)
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from ..blend.method import FUSION, FusionMethod
 from ..calibration.certificate import Certificate, Figure
 from ..connectors.hf.connector import TransformersConnector
+from ..evaluation.answers import KNOWN_RATIO
 from ..evaluation.fused_answers import FULL, HOST_BYTES, Method, Score, score
 from ..evaluation.intervals import paired_share_difference
 from ..evaluation.models import load_model, token_counter
 from ..evaluation.page import Table
-from ..evaluation.quality import AUTO, KNOWN_RATIO, task_kinds
+from ..evaluation.quality import AUTO, KINDS, task_kinds
 from ..evaluation.screen import progress
 from ..evaluation.workload import task_cases
 from ..kvstore.store import KVStore
@@ -37,7 +38,7 @@ class FusionOptions:
     task_loss : limit, points of exact match as a share, at the bad end of the 95 % interval.
     out : where the certificate goes; None for nowhere.
     model_id : names the weights, as the server will; None for the name of the folder, which servers have by default.
-    dtype : of the weights, as for `load_model`.
+    dtype, device : as for `load_model`.
     """
 
     model: Path | None = None
@@ -50,6 +51,7 @@ class FusionOptions:
     out: Path | None = None
     model_id: str | None = None
     dtype: str | None = None
+    device: str | None = None
 
 
 def certify_fusion(options: FusionOptions) -> Certificate:
@@ -69,14 +71,14 @@ def certify_fusion(options: FusionOptions) -> Certificate:
     ratios = sorted(set(options.ratios))
     if not ratios or not 0.0 < ratios[0] <= ratios[-1] < 1.0:
         raise ValueError(f"ratios are {list(options.ratios)}; expected shares above 0 and below 1")
-    kinds = task_kinds(options.tasks)
+    kinds = KINDS if AUTO in options.tasks else task_kinds(options.tasks)
     if not kinds:
         raise ValueError("tasks are none; fusion is certified by the answers to tasks")
     methods = [FULL, *(Method(f"{ratio:.0%}", blender=FusionMethod(ratio).blender) for ratio in ratios)]
     found: dict[str, list[Score]] = {}
     with KVStore([HostTier(HOST_BYTES)]) as store, progress() as bar:
         loading = bar.add_task("loading the model", total=1, logged=False)
-        model, tokenizer = load_model(options.model, dtype=options.dtype)
+        model, tokenizer = load_model(options.model, dtype=options.dtype, device=options.device)
         bar.advance(loading)
         longest = min(options.context_tokens, model.config.max_position_embeddings - QUESTION_TOKENS)
         connector = TransformersConnector(model, tokenizer, store, model_id=options.model_id)

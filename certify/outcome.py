@@ -10,14 +10,15 @@ from typing import Any
 from .. import __version__
 from ..calibration.certificate import Certificate, Figure
 from ..core import KVSpec
+from ..evaluation.answers import KNOWN_RATIO
 from ..evaluation.page import Row, Table
-from ..evaluation.quality import KNOWN_RATIO
 from ..evaluation.report import write_text
 from ..evaluation.screen import output, print_table
 
 HEADS = ("loss", "value", "95 % interval", "limit", "verdict")
 UNPROVEN = "unproven"
-QUESTION_TOKENS = 128  # kept free of documents in the model's context
+QUESTION_TOKENS = 256  # kept free of documents in the model's context: a chat template, a question, an answer
+NO_TASK = "the model answers none of the tasks; it is judged by text alone, and the certificate will say so"
 
 
 def certificate(
@@ -43,6 +44,8 @@ def finish(found: Certificate, table: Table, verdict: str, out: Path | None) -> 
         for kind, share in found.conditions["skipped"].items()
     ]
     notes.append(f"{'passed' if found.passed else 'not passed'}: {verdict}")
+    if not found.tasks:
+        notes.append("judged without tasks: text alone; whoever uses this certificate is told so")
     if is_unproven(found.figures.values()):
         notes.append("unproven: the interval is too wide to tell; give more --trials, or more text")
     for note in notes:

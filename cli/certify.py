@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .options import (
+    Device,
     Dtype,
     ModelFolder,
     ModelId,
@@ -37,6 +38,7 @@ def calibrate(
     ] = 4096,
     model_id: ModelId = None,
     dtype: Dtype = None,
+    device: Device = None,
 ) -> None:
     """Learn a model's keys and values from text: the profile that nuq, transform, lowrank and vq need."""
     if not text:
@@ -54,6 +56,7 @@ def calibrate(
             centroids=centroids,
             model_id=model_id,
             dtype=dtype,
+            device=device,
         )
     )
 
@@ -95,6 +98,7 @@ def certify(
     ] = None,
     model_id: ModelId = None,
     dtype: Dtype = None,
+    device: Device = None,
     ratios: Annotated[
         str,
         typer.Option(metavar="SHARES", rich_help_panel="With --fusion", help="Shares of recomputed tokens to try."),
@@ -146,7 +150,7 @@ def certify(
         typer.Option(
             metavar="NAMES",
             rich_help_panel=EXTENT,
-            help="needle, needle8, record, alias; auto: those that the model knows; none.",
+            help="needle, needle8, record, alias, astride, extract; auto: what the model knows; none.",
         ),
     ] = "auto",
     trials: Annotated[int, typer.Option(metavar="N", min=1, rich_help_panel=EXTENT, help="Tasks of each kind.")] = 200,
@@ -191,6 +195,7 @@ def certify(
             out=out,
             model_id=model_id,
             dtype=dtype,
+            device=device,
         )
         if not certify_fusion(asked).passed:
             raise typer.Exit(1)
@@ -229,6 +234,7 @@ def certify(
         out=out,
         model_id=model_id,
         dtype=dtype,
+        device=device,
     )
     if not measure(options).passed:
         raise typer.Exit(1)

@@ -145,6 +145,7 @@ ModelId = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Name of the weights, as the server has it; default: the name of the folder."),
 ]
+Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu or cuda; default: a GPU if there is one.")]
 Dtype = Annotated[str | None, typer.Option(metavar="NAME", help="Precision: auto, float32, bfloat16 or float16.")]
 Texts = Annotated[
     list[Path] | None,

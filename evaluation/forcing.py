@@ -182,6 +182,10 @@ class ForcedModel:
         return exact_loss, other_loss, kl
 
     @torch.no_grad()
-    def answers(self, context: Tensor, answer: Tensor) -> bool:
-        """Whether greedy decoding gives `answer`, from the outputs `[A, E]` at the tokens before each of its own."""
-        return bool(torch.equal(self.logits(context).argmax(-1).cpu(), answer))
+    def hits(self, outputs: Tensor, answer: Tensor) -> Tensor:
+        """Which tokens of `answer` `[A]` greedy decoding gives behind those before them: bool, cpu.
+
+        From the outputs `[A, E]` at the tokens before each.
+        """
+        found: Tensor = self.logits(outputs).argmax(-1).cpu() == answer
+        return found

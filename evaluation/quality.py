@@ -12,16 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..calibration.certificate import Figure
-from ..connectors.identity.requests import lead_of
+from .answers import KNOWN_RATIO
 from .forcing import Approximation, ForcedModel, split
 from .intervals import Floats, paired_bootstrap, paired_share_difference
-from .models import token_counter
-from .tasks import TaskSampler
-from .workload import task_cases
+from .questions import ANSWERED, QuestionSampler
 
 KINDS = ("needle", "record", "alias")
+AUTO_KINDS = (*KINDS, "extract")
 AUTO, NONE = "auto", "none"
-KNOWN_RATIO = 0.5  # below it the exact model does not know a task, and a loss would say nothing
 _FIRST_TRIALS = 20  # after which that is asked
 
 
@@ -50,11 +48,17 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trial:
-    """A task in tokens: context `[C]`, the question behind it, the answer that must follow."""
+    """A task in tokens: context `[C]`, the question behind it, the answer that must follow.
+
+    Attributes
+    ----------
+    values : spans of the answer that count each; none: it is right or wrong as a whole.
+    """
 
     context: Tensor
     question: Tensor
     answer: Tensor
+    values: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -66,18 +70,21 @@ class Measurement:
     forced, prefix : mean losses of a window, exact and approximate, and its mean KL, in nats a token: with every key
         and value approximate (`ForcedModel.forced`; empty if `approximation` is not layerwise), and of the second half
         of a window over an approximate first half.
-    right : by kind of task, whether the exact and the approximate model answered, trial by trial.
+    right : by kind of task, whether the exact and the approximate model answered, trial by trial; of tasks with several
+        values the share of them.
     skipped : kinds that the exact model does not know, and how often it answered.
     """
 
     approximation: Approximation
     forced: list[tuple[float, float, float]] = field(default_factory=list)
     prefix: list[tuple[float, float, float]] = field(default_factory=list)
-    right: dict[str, list[tuple[bool, bool]]] = field(default_factory=dict)
+    right: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     skipped: dict[str, float] = field(default_factory=dict)
 
     def figures(self, limits: Limits = Limits()) -> dict[str, Figure]:
-        """Each loss with its interval: windows drawn anew for language, Agresti & Min for tasks."""
+        """Each loss with its interval: windows drawn anew for language, Agresti & Min for tasks, trials drawn anew for
+        tasks with several values.
+        """
         found: dict[str, Figure] = {}
         for prefix, rows in (("", self.forced), ("prefix_", self.prefix)):
             if rows:
@@ -86,10 +93,15 @@ class Measurement:
                 found[f"{prefix}perplexity_increase"] = Figure(*increase, "share", limits.perplexity_increase)
                 found[f"{prefix}kl"] = Figure(*paired_bootstrap(kl, statistic=_mean), "nats/token", limits.kl)
         for kind, pairs in self.right.items():
-            exact_right, other_right = zip(*pairs, strict=True)
-            loss = paired_share_difference(exact_right, other_right)
-            found[f"{kind}_loss"] = Figure(*loss, "share", limits.task_loss)
+            found[f"{kind}_loss"] = Figure(*_loss(pairs), "share", limits.task_loss)
         return found
+
+
+def _loss(pairs: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
+    exact, other = zip(*pairs, strict=True)
+    if all(share in (0, 1) for share in (*exact, *other)) or exact == other:
+        return paired_share_difference([share == 1 for share in exact], [share == 1 for share in other])
+    return paired_bootstrap(exact, other)
 
 
 def measure(
@@ -115,7 +127,7 @@ def measure(
         _language(model, torch.tensor(list(window)), found)
         advance("windows")
     for kind, of_kind in (trials or {}).items():
-        known: list[bool] = []
+        known: list[float] = []
         for number, trial in enumerate(of_kind, start=1):
             known.append(_answer(model, kind, trial, found))
             advance(kind)
@@ -129,7 +141,7 @@ def measure(
 
 
 def task_kinds(names: Sequence[str]) -> Sequence[str]:
-    """Kinds of task by name; `auto` is `KINDS`, of which those that a model does not know are left out; `none` is none.
+    """Kinds of task by name: `auto` is `AUTO_KINDS`, of which a model's unknown ones are left out; `none` is none.
 
     Raises
     ------
@@ -138,9 +150,9 @@ def task_kinds(names: Sequence[str]) -> Sequence[str]:
     if list(names) == [NONE]:
         return ()
     if list(names) == [AUTO]:
-        return KINDS
-    if unknown := [kind for kind in names if kind not in TaskSampler.KINDS]:
-        known = ", ".join((AUTO, NONE, *TaskSampler.KINDS))
+        return AUTO_KINDS
+    if unknown := [kind for kind in names if kind not in ANSWERED]:
+        known = ", ".join((AUTO, NONE, *ANSWERED))
         raise ValueError(f"tasks are {', '.join(unknown)}; expected some of {known}")
     return names
 
@@ -148,23 +160,16 @@ def task_kinds(names: Sequence[str]) -> Sequence[str]:
 def task_trials(
     tokenizer: PreTrainedTokenizerBase, kind: str, *, count: int, context_tokens: int, seed: int = 0
 ) -> list[Trial]:
-    """Tasks with known answers, hidden in the bundled text, for any model: see `TaskSampler`."""
-    counted = task_cases(
-        None, token_counter(tokenizer), kind=kind, count=count, context_tokens=context_tokens, seed=seed
-    )
-    lead = list(lead_of(tokenizer))
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        return ids
-
+    """Tasks with known answers, hidden in the bundled text, for any model: see `QuestionSampler`, split `check`."""
+    sampler = QuestionSampler(tokenizer, context_tokens=context_tokens, seed=seed)
     return [
         Trial(
-            torch.tensor(lead + encode("".join(case.documents))),
-            torch.tensor(encode(case.question)),
-            torch.tensor(encode(case.answer or "")),
+            torch.tensor(question.context),
+            torch.tensor(question.asked),
+            torch.tensor(question.answer),
+            question.values if len(question.values) > 1 else (),
         )
-        for case in counted
+        for question in sampler.samples(kind, range(count))
     ]
 
 
@@ -185,20 +190,26 @@ def _means(model: ForcedModel, exact: Tensor, other: Tensor, targets: Tensor) ->
     return exact_loss, other_loss, kl
 
 
-def _answer(model: ForcedModel, kind: str, trial: Trial, found: Sequence[Measurement]) -> bool:
-    """Record which models answered; returns whether the exact one did.
+def _answer(model: ForcedModel, kind: str, trial: Trial, found: Sequence[Measurement]) -> float:
+    """Record which models answered; returns whether the exact one did, or its share of the values.
 
     The answer's own tokens are given: greedy decoding gives the answer if and only if each of its tokens is the most
     likely one behind those before it.
     """
     context, _ = model.prefill(trial.context)
     rest = torch.cat((trial.question, trial.answer[:-1]))
-    exact = model.answers(model.continued(context, rest)[-len(trial.answer) :], trial.answer)
+    exact = _share(model, model.continued(context, rest), trial)
     for one in found:
         over = model.continued(one.approximation.approximate(context), rest, one.approximation.attend)
-        right = model.answers(over[-len(trial.answer) :], trial.answer)
-        one.right.setdefault(kind, []).append((exact, right))
+        one.right.setdefault(kind, []).append((exact, _share(model, over, trial)))
     return exact
+
+
+def _share(model: ForcedModel, outputs: Tensor, trial: Trial) -> float:
+    hits = model.hits(outputs[-len(trial.answer) :], trial.answer)
+    if not trial.values:
+        return bool(hits.all())
+    return sum(bool(hits[first:last].all()) for first, last in trial.values) / len(trial.values)
 
 
 def _perplexity_increase(other: Floats, exact: Floats) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -14,6 +15,8 @@ from .page import Table, cell_text
 
 MOST_KEPT = 24  # characters of a word that is not broken into two lines
 FILE_WIDTH = 120  # columns of text where output goes into a file or a pipe
+MOST_WIDE = 1000  # columns of a table there
+SAID_EVERY_S = 30.0  # how far a task is, where output goes into a file or a pipe
 
 
 def output() -> Console:
@@ -41,11 +44,18 @@ def print_table(console: Console, table: Table) -> None:
         )
     for row in rows:
         screen.add_row(*map(escape, row))
+    if not console.is_terminal:  # a file has no right edge at which a table would have to be squeezed
+        width = console.measure(screen, options=console.options.update(max_width=MOST_WIDE)).maximum
+        console = Console(file=console.file, width=max(console.width, width))
     console.print(screen)
 
 
 class StepProgress(Progress):
-    """Bars on a terminal; elsewhere one line for each task that begins, so that a log says what was done when."""
+    """Bars on a terminal; elsewhere a line for each task that begins, and now and then one that says how far it is."""
+
+    def __init__(self, *columns: Any, **options: Any) -> None:
+        super().__init__(*columns, **options)
+        self._said_s: dict[TaskID, float] = {}
 
     def add_task(self, description: str, *args: Any, logged: bool = True, **options: Any) -> TaskID:
         """As for `Progress`; a task that is not `logged` is shown on terminals only: it ends before wrong arguments are
@@ -53,7 +63,23 @@ class StepProgress(Progress):
         """
         if logged and not self.console.is_terminal:
             self.console.print(f"kvloom: {description}", markup=False, highlight=False)
-        return super().add_task(description, *args, **options)
+        task = super().add_task(description, *args, **options)
+        if logged:
+            self._said_s[task] = time.monotonic()
+        return task
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        """As for `Progress`."""
+        super().advance(task_id, advance)
+        now = time.monotonic()
+        if self.console.is_terminal or now - self._said_s.get(task_id, now) < SAID_EVERY_S:
+            return
+        self._said_s[task_id] = now
+        task = next((one for one in self.tasks if one.id == task_id), None)
+        if task is not None and task.total:
+            self.console.print(
+                f"kvloom: {task.description}: {task.completed:,.0f} of {task.total:,.0f}", markup=False, highlight=False
+            )
 
 
 def progress() -> StepProgress:

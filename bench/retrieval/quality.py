@@ -15,9 +15,9 @@ from torch.nn.functional import nll_loss
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...connectors.identity.requests import lead_of
+from ...evaluation.answers import KNOWN_RATIO
 from ...evaluation.models import token_counter
 from ...evaluation.passages import load_heldout, load_questions, sentences
-from ...evaluation.quality import KNOWN_RATIO
 from ...retrieval.selector import Selector
 from .attention_quality import AttentionProbe, AttentionQuality
 from .contexts import SINK_TOKENS, WINDOW_TOKENS, Context, ContextModel, fill

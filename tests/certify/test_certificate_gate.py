@@ -1,5 +1,6 @@
 """One answer to whether an approximation may be used for a model."""
 
+import json
 import threading
 from dataclasses import replace
 
@@ -7,10 +8,11 @@ import pytest
 
 from kvloom.calibration.certificate import Certificate, Figure
 from kvloom.calibration.certificate_gate import CertificateGate
-from kvloom.errors import UncertifiedError, UncertifiedWarning
+from kvloom.errors import JudgedWithoutTasksWarning, UncertifiedError, UncertifiedWarning
 from kvloom.testing import SPEC
 
-CERTIFICATE = Certificate(SPEC, "coarse", {"bits": 4}, {"kl": Figure(0.01, 0.0, 0.02, limit=0.03)})
+FIGURE = Figure(0.01, 0.0, 0.02, limit=0.03)
+CERTIFICATE = Certificate(SPEC, "coarse", {"bits": 4}, {"kl": FIGURE, "needle_loss": FIGURE})
 FORM = CERTIFICATE.form
 OTHER = ("coarse", '{"bits":3}')
 
@@ -35,6 +37,18 @@ def test_what_none_covers_is_refused(form: tuple[str, str], spec: object) -> Non
     with pytest.raises(UncertifiedError, match=expected):
         gate.require(form, spec, "the lossy codec 'coarse'", "--codec coarse")
     assert gate.uncertified_uses == 0
+
+
+def test_a_certificate_that_no_task_was_judged_for_says_so_and_warns_once() -> None:
+    assert CERTIFICATE.tasks == ("needle",) and CERTIFICATE.title == "coarse on tiny@1"
+    by_text = replace(CERTIFICATE, figures={"kl": FIGURE})
+    assert by_text.tasks == () and by_text.title == "coarse on tiny@1, judged without tasks"
+    assert json.loads(by_text.to_json())["title"] == by_text.title
+    assert Certificate.from_json(by_text.to_json()) == by_text
+    gate = CertificateGate([by_text])
+    with pytest.warns(JudgedWithoutTasksWarning, match="whether it keeps answers was not judged") as caught:
+        assert gate.use(FORM, SPEC, "it") and gate.use(FORM, SPEC, "it")
+    assert len(caught) == 1
 
 
 def test_an_unknown_model_is_covered_by_nothing() -> None:
