@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ....retrieval.attention import PartialAttention
 from ....retrieval.kernels.ops import compiled_for_cpu
 from ..paged_layers import Packing
 
@@ -23,18 +24,40 @@ class RowsInPlace:
     values: Tensor
     kernel: ModuleType
 
-    def attend(self, queries: Tensor, blocks: Tensor, block_tokens: int, ids: Tensor, scale: float) -> Tensor:
-        """Attention of queries `[Hq, D]` over the tokens `ids` `[H, K]` of a row of blocks `[n]`: `[Hq, Dv]` float32.
+    def attend(
+        self,
+        queries: Tensor,
+        blocks: Tensor,
+        block_tokens: int,
+        ids: Tensor,
+        *,
+        scale: float,
+        keys: Tensor | None = None,
+    ) -> PartialAttention:
+        """Attention of queries `[Hq, D]` over the tokens `ids` `[H, K]` of a row of blocks `[n]`.
 
         Ids are positions in the row; -1 is none.
+
+        Parameters
+        ----------
+        keys : `[H, S, D]`, a copy of the first keys of the row in the cache's dtype, which are read there; ids are
+            below S.
         """
+        if keys is not None:
+            blocks = blocks[: keys.shape[1] // block_tokens]
         numbers = blocks.numpy()
         pages = np.empty((len(numbers), 6), np.int64)
         for first, rows in ((0, self.keys), (3, self.values)):
             width = rows.element_size()
             pages[:, first] = rows.data_ptr() + numbers * (rows.stride(0) * width)
             pages[:, first + 1 : first + 3] = rows.stride(1) * width, rows.stride(2) * width
-        found: Tensor = self.kernel.gather_attend(
+        channel_bytes = self.keys.stride(3) * self.keys.element_size()
+        if keys is not None:
+            address, head_bytes, channel_bytes = keys.data_ptr(), keys.stride(0), keys.element_size()
+            row_bytes = keys.stride(1) * channel_bytes
+            pages[:, 0] = address + np.arange(len(numbers)) * (block_tokens * row_bytes)
+            pages[:, 1:3] = head_bytes * channel_bytes, row_bytes
+        found: PartialAttention = self.kernel.gather_attend(
             queries.float(),
             pages,
             block_tokens,
@@ -42,8 +65,8 @@ class RowsInPlace:
             self.values.shape[3],
             ids,
             scale,
-            channel_bytes=self.keys.stride(3) * self.keys.element_size(),
-        )[0]
+            channel_bytes=channel_bytes,
+        )
         return found
 
 

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ....errors import KVLoomError
-from ....retrieval.attention import PartialAttention, attend, attend_selected
+from ....retrieval.attention import PartialAttention, attend, attend_selected, merge
 from ....retrieval.coverage import covering
+from ....retrieval.growable import GrowableTensor
 from ....retrieval.selector import LayerShape, LearnsFromQueries, Selection, choose
 from ....retrieval.settings import Retrieval
 from ..paged_layers import GATHERS, Packing, unpacked
@@ -35,7 +36,11 @@ _TOUCHED_LIMIT = 8.0  # a token of a whole block costs so much less than one tha
 
 
 class _RowIndex:
-    """An index of the tokens before `stop` that lie in `blocks`, as those were when `stamps` were taken."""
+    """An index of the tokens before `stop` that lie in `blocks`, as those were when `stamps` were taken.
+
+    `keys` `[H, stop, D]`: a copy of theirs, token by token, where a cache holds keys channel by channel: there each
+    channel of a token is a line of memory of its own.
+    """
 
     def __init__(self, retrieval: Retrieval, shape: LayerShape, layer: int) -> None:
         self.selector = retrieval.selector(shape, layer)
@@ -44,6 +49,7 @@ class _RowIndex:
         self.stop = 0
         self.claimed = -1  # in which step
         self.is_broken = False
+        self.keys: GrowableTensor | None = None
         self.asked: list[Tensor] = []  # queries since it last grew, of neighbouring positions
 
     def begins(self, blocks: Tensor) -> bool:
@@ -54,10 +60,14 @@ class _RowIndex:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Choice:
-    """What a row attends to: `chosen` of what lies between the sinks and `stop`, and everything else."""
+    """What a row attends to: `chosen` of what lies between the sinks and `stop`, and everything else.
+
+    `keys` `[H, stop, D]`: a copy of those before `stop`, if there is one.
+    """
 
     stop: int
     chosen: Selection
+    keys: Tensor | None = None
 
 
 _NOTHING = Selection(torch.empty(0, 0, dtype=torch.int64), 0)
@@ -230,6 +240,10 @@ class PagedRetrieval:
         if not bool(stamps.all()):
             raise ValueError("some of its blocks were filled past the attention backend")
         keys, values = unpacked(self.packing, cache[blocks.to(cache.device)], self.shape.head_dim, self.value_dim)
+        places = rows_in_place(self.packing, cache, self.shape.head_dim)
+        if places is not None and places.keys.stride(3) != 1:
+            index.keys = index.keys or GrowableTensor(1)
+            index.keys.add(keys)
         skip = max(0, self.retrieval.sink_tokens - index.stop)
         index.selector.add(keys[:, skip:].cpu(), values[:, skip:].cpu())
         index.blocks, index.stamps = torch.cat((index.blocks, blocks)), torch.cat((index.stamps, stamps))
@@ -260,7 +274,7 @@ class PagedRetrieval:
             try:
                 chosen = self._choose(index, row, queries, cache)
                 self.counts.rows += 1
-                return _Choice(index.stop, chosen)
+                return _Choice(index.stop, chosen, None if index.keys is None else index.keys.all)
             except (ValueError, KVLoomError) as exc:
                 self._give_up(index, row, exc)
         self.counts.refused_rows += 1
@@ -274,7 +288,11 @@ class PagedRetrieval:
         chosen = choose(index.selector, asked, row.position, budget)
         if self.retrieval.coverage is not None:
             near = self._attend_near(row, index.stop, queries, cache)[1]
-            keys = self._rows_at(row, cache, chosen.ids)[0]
+            if index.keys is None:
+                keys = self._rows_at(row, cache, chosen.ids)[0]
+            else:
+                rows = chosen.ids.clamp(min=0)[..., None].expand(-1, -1, self.shape.head_dim)
+                keys = index.keys.all.gather(1, rows)
             limits = {"coverage": self.retrieval.coverage, "scale": self.shape.scale}
             chosen = covering(chosen, keys, queries, near, **limits)
         self.counts.chosen_tokens += int(np.count_nonzero(chosen.ids.numpy() >= 0))
@@ -302,16 +320,19 @@ class PagedRetrieval:
         """Of exactly the tokens that were chosen: `[Hq, Dv]`."""
         places = None if choice.chosen.rest is not None else rows_in_place(self.packing, cache, self.shape.head_dim)
         if places is not None:
-            ids = self._everything(row, choice)
-            return places.attend(queries, row.blocks, self.block_tokens, ids, self.shape.scale).to(queries.dtype)
+            scale, last = self.shape.scale, torch.arange(choice.stop, row.position + 1)
+            reading = partial(places.attend, queries, row.blocks, self.block_tokens, scale=scale)
+            if choice.keys is None:
+                return reading(self._with(choice, last))[0].to(queries.dtype)
+            near = reading(last.expand(self.shape.kv_heads, -1))
+            return merge([reading(self._with(choice), keys=choice.keys), near])[0].to(queries.dtype)
         near = self._attend_near(row, choice.stop, queries, cache)
         attend_ids = partial(self._attend_at, row, queries, cache)
         return attend_selected(near, choice.chosen, attend_ids)[0].to(queries.dtype)
 
-    def _everything(self, row: DecodeRow, choice: _Choice) -> Tensor:
-        """Ids of sinks, chosen tokens and window, `[H, K]`."""
-        near = torch.cat((torch.arange(self._sinks(choice.stop)), torch.arange(choice.stop, row.position + 1)))
-        ids = choice.chosen.ids
+    def _with(self, choice: _Choice, *more: Tensor) -> Tensor:
+        """Ids of sinks, `more` tokens and those chosen, `[H, K]`."""
+        near, ids = torch.cat((torch.arange(self._sinks(choice.stop)), *more)), choice.chosen.ids
         return (
             torch.cat((near.expand(self.shape.kv_heads, -1), ids), 1)
             if ids.numel()
