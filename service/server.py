@@ -21,6 +21,7 @@ from .access.credentials import TokenFile
 from .app import create_app
 from .self_check import check_settings
 from .settings import ServiceSettings
+from .transfer.body_socket import widen
 from .transfer.protocol import limited_protocol
 
 _LOG = logging.getLogger("kvloom.service")
@@ -144,6 +145,7 @@ def listen(host: str, port: int) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    widen(sock)  # and the connections that it accepts
     try:
         sock.bind((host, port))
         sock.listen(256)

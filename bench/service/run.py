@@ -32,10 +32,10 @@ SOCKET, REDIS, LMCACHE = "a bare socket", "Redis", "LMCache's server"
 TITLE = "How fast is the service, beside a copy, a bare socket, Redis and LMCache, and does it lose anything?"
 MEANING = (
     "Medians over the rounds, in which the ways take turns, in an order drawn by lot; a share is the median of the "
-    "ratios within each round. Shares over HTTP are the worst from 1 MiB on; those over shared memory are of the largest "
-    "chunk, because a request costs as much as copying megabytes; every size has a figure of its own. kvloom verifies "
-    "every byte, the others none. A plain copy and a bare socket are one thread's, with the system's buffers. Clients "
-    "and service share the machine's processors."
+    "ratios within each round. Shares over HTTP are the worst from 1 MiB on; those over shared memory are of the "
+    "largest chunk, because a request costs as much as copying megabytes; every size has a figure of its own. "
+    "kvloom verifies every byte, the others none. A plain copy and a bare socket are one thread's, with the "
+    "system's buffers. Clients and service share the machine's processors."
 )
 TARGETS = (
     Target("shm_get_vs_copy", ">=", 0.7),
