@@ -27,8 +27,8 @@ from ...blend.choosers import CHOOSERS
 from ...calibration.certificate import Certificate
 from ...core import ChunkKey, KVChunk, KVSpec
 from ...errors import TierError
+from ...kvstore.chunk_store import ChunkStore
 from ...kvstore.keys import content_key
-from ...kvstore.store import KVStore
 from ...retrieval.settings import Retrieval
 from ..identity.requests import chunk_salt, natural_lead
 from .documents import Document, document_text, document_texts, valid_text
@@ -116,7 +116,7 @@ class TransformersConnector:
         self,
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
-        store: KVStore,
+        store: ChunkStore,
         blender: Blender | None = None,
         *,
         model_id: str | None = None,
@@ -129,7 +129,7 @@ class TransformersConnector:
         allow_uncertified: bool = False,
     ) -> None:
         _expect("tokenizer", tokenizer, PreTrainedTokenizerBase)
-        _expect("store", store, KVStore)
+        _expect("store", store, ChunkStore)
         _expect("salt", salt, bytes)
         if blender is not None:
             _expect("blender", blender, Blender)

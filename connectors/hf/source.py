@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...core import ChunkKey, KVChunk
-from ...kvstore.store import KVStore
+from ...kvstore.chunk_store import ChunkStore
 
 
 class LostChunksError(Exception):
@@ -29,7 +29,7 @@ class StoreSource:
 
     def __init__(
         self,
-        store: KVStore,
+        store: ChunkStore,
         keys: Sequence[ChunkKey],
         starts: Sequence[int],
         total: int,

@@ -9,20 +9,19 @@ from torch import Tensor
 
 from ...core import ChunkKey, KVChunk, KVSpec
 from ...kvstore.history import Explanation
-from ...kvstore.store import Hit, KVStore
+from ...kvstore.store import Hit
 from ..access.tenants import KeySpace
 from ..served_store import ServedStore
 
 
-class TenantStore(KVStore):
+class TenantStore:
     """Every call goes to the store that is served at that moment, by keys of the tenant's space and into its namespace.
 
-    So another engine that names the same tenant's token, model and document finds what this one has precomputed. A
-    `KVStore` by its type alone: it holds no tiers, and closing it does nothing.
+    So another engine that names the same tenant's token, model and document finds what this one has precomputed. It
+    holds no chunk itself: it is a `ChunkStore` over the service's.
     """
 
     def __init__(self, served: ServedStore, keys: KeySpace, namespace: str) -> None:
-        # Without `super().__init__`: the state of a store is that of the one that is served.
         self._served = served
         self._keys = keys
         self._namespace = namespace
@@ -57,6 +56,20 @@ class TenantStore(KVStore):
     ) -> Hit | None:
         with self._served.use() as store:
             return store.read(self._keys.to_store(key), positions, layers=layers, timeout_s=timeout_s)
+
+    def get(
+        self,
+        key: ChunkKey,
+        positions: Tensor | None = None,
+        *,
+        layers: tuple[int, int] | None = None,
+        timeout_s: float | None = None,
+    ) -> KVChunk | None:
+        hit = self.read(key, positions, layers=layers, timeout_s=timeout_s)
+        return None if hit is None else hit.chunk
+
+    def __contains__(self, key: ChunkKey) -> bool:
+        return self.locate(key) is not None
 
     def match(self, keys: Sequence[ChunkKey]) -> int:
         with self._served.use() as store:

@@ -296,7 +296,7 @@ def test_what_makes_no_connector(model: PreTrainedModel) -> None:
     given = {"model": model, "tokenizer": tokenizer, "store": store, "model_id": "m"}
     for wrong, words in (
         ({"tokenizer": "gpt2"}, "tokenizer is of type str; expected PreTrainedTokenizerBase"),
-        ({"store": [HostTier(None)]}, "store is of type list; expected KVStore"),
+        ({"store": [HostTier(None)]}, "store is of type list; expected ChunkStore"),
         ({"blender": 0.15}, "blender is of type float; expected Blender"),
         ({"model_id": 7}, "model_id is of type int; expected str"),
         ({"salt": "secret"}, "salt is of type str; expected bytes"),

@@ -10,9 +10,14 @@ from pathlib import Path
 import pytest
 
 from kvloom.core import ChunkInfo
+from kvloom.kvstore.chunk_store import ChunkStore
 from kvloom.kvstore.format import from_bytes, to_bytes
+from kvloom.kvstore.placement.quota import Quota
 from kvloom.kvstore.tiers.host import HostTier
-from kvloom.testing.chunks import make_blob, make_key, same_blob
+from kvloom.service.access.tenants import KeySpace
+from kvloom.service.documents.tenant_store import TenantStore
+from kvloom.service.served_store import ServedStore
+from kvloom.testing.chunks import make_blob, make_chunk, make_key, same_blob, same_chunk
 
 from .serving import Service, service_in_thread
 
@@ -168,3 +173,26 @@ def test_full_tiers_evict_and_tell(tmp_path: Path) -> None:
         )
         big = make_blob(99, numbers=200_000)
         assert service.ask("PUT", f"/v1/chunks/{make_key(50).hex()}", to_bytes(make_key(50), big)).status == 507
+
+
+def test_a_tenant_has_a_store_of_its_own_over_the_one_that_is_served(tmp_path: Path) -> None:
+    """The embedded engine's view: every method of `ChunkStore`, in the tenant's key space, whatever store is served."""
+    served = ServedStore([HostTier(None)], quotas={}, timeout_s=1.0)
+    mine, theirs = (TenantStore(served, KeySpace(salt * 32), f"{salt.decode()}/documents") for salt in (b"a", b"b"))
+    assert isinstance(mine, ChunkStore)
+    key, chunk = make_key(1), make_chunk(1)
+    mine.put(key, chunk, recompute_s=0.5)
+    found = mine.get(key)
+    assert found is not None and same_chunk(found, chunk) and key in mine and mine.locate(key) == "host"
+    assert (mine.match([key]), mine.locate_prefix([key]), theirs.match([key])) == (1, ("host",), 0)
+    assert theirs.get(key) is None and key not in theirs and not theirs.delete(key)
+    assert mine.explain([key])[0].recompute_s == 0.5
+    with mine.pinned([key]), served.use() as store:
+        assert store.stats().pinned == 1
+        assert store.stats().tiers[0].namespace_bytes.keys() == {"a/documents"}
+    served.replace(quotas={"x": Quota(0.1, 0.5)})
+    hit = mine.read(key, layers=(0, 1))
+    assert hit is not None and hit.recompute_s == 0.5
+    mine.close()
+    assert mine.delete(key) and mine.read(key) is None
+    served.close()

@@ -64,9 +64,11 @@ def assert_all_there(directory: Path, load: Load) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
-def test_what_was_acknowledged_is_there_after_the_service_ended(tmp_path: Path, sign: int) -> None:
-    with service_process(tmp_path) as service:
+@pytest.mark.parametrize(
+    ("sign", "durability"), [(signal.SIGTERM, "batch"), (signal.SIGTERM, "sync"), (signal.SIGKILL, "batch")]
+)
+def test_what_was_acknowledged_is_there_after_the_service_ended(tmp_path: Path, sign: int, durability: str) -> None:
+    with service_process(tmp_path, "--set", f"durability={durability}") as service:
         load = Load(service)
         time.sleep(1.5)
         code = service.stop(sign)

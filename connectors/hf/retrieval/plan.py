@@ -12,7 +12,7 @@ from ....calibration.certificate_gate import CertificateGate
 from ....calibration.codec_form import Form
 from ....core import KVSpec
 from ....errors import EngineError
-from ....kvstore.store import KVStore
+from ....kvstore.chunk_store import ChunkStore
 from ....retrieval.selector import LayerShape
 from ....retrieval.settings import Retrieval, require_certificate
 from ...break_even import break_even
@@ -38,7 +38,7 @@ class RetrievalPlan:
     window_tokens: Sequence[int | None]
     retrieval: Retrieval
     break_even_tokens: int
-    store: KVStore
+    store: ChunkStore
     salt: bytes
     device: torch.device
     current_spec: Callable[[], KVSpec]
@@ -70,7 +70,7 @@ class RetrievalPlanner:
     def __init__(
         self,
         layers: TransformersModel,
-        store: KVStore,
+        store: ChunkStore,
         salt: bytes,
         certificates: Sequence[Certificate],
         *,
