@@ -31,7 +31,7 @@ from ...kvstore.format import to_buffers
 from ...kvstore.keys import content_key
 
 WIDTHS = (4, 3, 2)
-NAMED = ("int8", "int4", "fp8", *(f"nuq{bits}" for bits in WIDTHS))
+NAMED = ("int8", "int4", "fp8", *(f"nuq{bits}" for bits in WIDTHS), "transform")
 RANK_RATIOS = (0.125, 0.25, 0.375, 0.5)
 LOW_RANK, ROTATED_LOW_RANK = "low rank {:.3g}", "low rank after rotation {:.3g}"
 FITS: Mapping[str, FitOptions] = {

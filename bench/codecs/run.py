@@ -45,7 +45,7 @@ from .samples import CHUNK_TOKENS, SPEC_8B, chunk_8b, profile_8b
 from .speed import COLD_HIT, COPY, DECODE, cold_hits, factor_time, in_memory
 
 ABLATED_BITS = 3
-RAW = "raw"
+RAW, BEHIND = "raw", "prefix_perplexity_increase"
 FAMILIES = ("nuq", "KIVI", "uniform", "low rank after rotation", "low rank")  # one line of a plot each
 
 
@@ -215,22 +215,23 @@ def _loss_row(what: str, loss: Loss) -> dict[str, object]:
 
 
 def _loss_table(found: Sequence[Loss], title: str) -> Table:
-    rows: list[Row] = [[loss.name, f"{loss.bits:.2f}", *_loss_cells(loss)] for loss in found]
+    rows: list[Row] = [[loss.name, f"{loss.bits:.2f}", *_loss_cells(loss, _shown(found[0]))] for loss in found]
     return Table(["codec", "bits", *_loss_heads(found[0])], rows, title)
 
 
 def _shown(loss: Loss) -> list[str]:
-    return [name for name in loss.figures if not name.startswith("prefix_")]
+    return [name for name in loss.figures if name == BEHIND or not name.startswith("prefix_")]
 
 
 def _loss_heads(loss: Loss) -> list[str]:
-    words = {"kl": "KL, nats", "perplexity_increase": "perplexity, %"}
+    words = {"kl": "KL, nats", "perplexity_increase": "perplexity, %", BEHIND: "behind a coded half, %"}
     return [words.get(name, name.replace("_loss", " lost, %")) for name in _shown(loss)]
 
 
-def _loss_cells(loss: Loss) -> list[str]:
+def _loss_cells(loss: Loss, names: Sequence[str]) -> list[str]:
+    """One cell for each figure; empty where there is none: a layer alone cannot go through `transform`."""
     figures = loss.figures
-    return [f"{figures[n][0]:.4f}" if n == "kl" else _percent(*figures[n]) for n in _shown(loss)]
+    return ["" if n not in figures else f"{figures[n][0]:.4f}" if n == "kl" else _percent(*figures[n]) for n in names]
 
 
 def _percent(value: float, low: float, high: float) -> str:
@@ -248,7 +249,14 @@ def _rank_table(energy: Sequence[tuple[float, float, float]], quality: Sequence[
     rows: list[Row] = []
     for ratio, *shares in energy:
         for when, name, share in zip(("before", "after"), (LOW_RANK, ROTATED_LOW_RANK), shares, strict=True):
-            rows.append([f"{ratio:.1%}", when, f"{share:.2%}", *_loss_cells(losses_by_name[name.format(ratio)])])
+            rows.append(
+                [
+                    f"{ratio:.1%}",
+                    when,
+                    f"{share:.2%}",
+                    *_loss_cells(losses_by_name[name.format(ratio)], _shown(quality[0])),
+                ]
+            )
     heads = ["rank / width", "rotation", "energy of keys", *_loss_heads(quality[0])]
     return Table(heads, rows, "low-rank keys before and after rotation")
 
@@ -267,6 +275,8 @@ def _speed_table(comparison: Comparison) -> Table:
 def _plot(found: Sequence[Loss], title: str) -> Plot:
     series: dict[str, list[Point]] = {}
     for loss in found:
+        if "perplexity_increase" not in loss.figures:
+            continue
         value, low, high = loss.figures["perplexity_increase"]
         family = next((family for family in FAMILIES if loss.name.startswith(family)), loss.name)
         floor = 1e-5  # a logarithmic axis has no place for what is not worse at all
