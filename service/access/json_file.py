@@ -41,6 +41,7 @@ class JsonFile:
         lock = self.path.with_name(f".{self.path.name}.lock")
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
+            _give(descriptor, self.path.parent)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
         finally:
@@ -51,8 +52,16 @@ class JsonFile:
         temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             json.dump(content, file, indent=1)
+            _give(file.fileno(), self.path.parent)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self.path)
         stat = self.path.stat()
         self._stamp = stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+
+def _give(descriptor: int, directory: Path) -> None:
+    """What root writes belongs to whose the directory is: the service, which may run as somebody else, must read it."""
+    owner = directory.stat()
+    if os.geteuid() == 0 and owner.st_uid != 0:
+        os.fchown(descriptor, owner.st_uid, owner.st_gid)
