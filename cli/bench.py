@@ -52,15 +52,15 @@ Minutes = Annotated[
 def blend(
     json: JsonFile = None,
     quick: Quick = False,
-    model: Annotated[
-        Path | None, typer.Option(metavar="DIR", callback=folder_path, help="Model folder; default: the bundled one.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(metavar="DEVICE", help="cpu or cuda; default: a GPU if any.")] = None,
-    questions: Annotated[int | None, typer.Option(min=2, help="Questions of each kind, with --model.")] = None,
+    model: Pretrained = None,
+    device: Device = None,
+    questions: Annotated[int | None, typer.Option(metavar="N", min=2, help="With --model: of each kind.")] = None,
     kinds: Annotated[
         str | None, typer.Option(metavar="KINDS", help="Kinds of question, with --model, e.g. astride,multihop.")
     ] = None,
     times: Annotated[bool, typer.Option(help="Measure times to first token, with --model.")] = True,
+    processes: Processes = 1,
+    minutes: Minutes = None,
 ) -> None:
     """Fused documents beside full prefill: answers and time to first token, by ratio and length."""
     from ..bench.blend.quality import KINDS
@@ -69,7 +69,16 @@ def blend(
     names = [] if kinds is None else read_list(kinds, "--kinds")
     if unknown := [name for name in names if name not in KINDS]:
         raise typer.BadParameter(f"{', '.join(unknown)}; expected some of {', '.join(KINDS)}", param_hint="--kinds")
-    found = run(quick=quick, model_dir=model, device=device, questions=questions, kinds=names, timed=times)
+    found = run(
+        quick=quick,
+        model_dir=model,
+        device=device,
+        questions=questions,
+        kinds=names,
+        timed=times,
+        processes=processes,
+        minutes=minutes,
+    )
     _finish(found, json)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ...blend.blender import CACHEBLEND, Blender
 from ...blend.choosers import CHOOSERS
@@ -51,7 +51,7 @@ class FusionQuality:
 
 
 def measure_quality(
-    model: PreTrainedModel,
+    bed: FusionBed,
     tokenizer: PreTrainedTokenizerBase,
     sizes: QualitySizes,
     *,
@@ -67,7 +67,6 @@ def measure_quality(
     seed : of the questions; nothing was tuned on those of `check`, whatever it is.
     advance : called after each question, `quality_units` times.
     """
-    bed = FusionBed(model)
     tune, check = (
         QuestionSampler(
             tokenizer,

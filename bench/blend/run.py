@@ -8,6 +8,7 @@ match on the bundled model, in the loss of the answer on others.
 
 import math
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -30,6 +31,8 @@ from ...kvstore.tiers.disk.tier import DiskTier
 from ...kvstore.tiers.host import HostTier
 from ..demo.run import METHODS
 from ..harness.page_cache import drop_page_cache
+from ..harness.pool import ModelPool
+from .pooled import PooledBed
 from .quality import QualitySizes, measure_quality, quality_units
 
 RATIOS = (0.01, 0.02, 0.05, 0.10, 0.15)
@@ -84,6 +87,8 @@ def run(
     questions: int | None = None,
     kinds: Sequence[str] = (),
     timed: bool = True,
+    processes: int = 1,
+    minutes: float | None = None,
 ) -> BenchResult:
     """Measure every method.
 
@@ -95,27 +100,29 @@ def run(
     questions : of each kind, for a model of the user's own; None for what the device can do in some minutes.
     kinds : of question, for a model of the user's own, see `quality.KINDS`; none for all that the device has time for.
     timed : measure times, too, for a model of the user's own.
+    processes : that share its questions.
+    minutes : after which none of its questions begins, but for one of each kind.
     """
     if model_dir is not None:
-        return _of_model(model_dir, quick=quick, device=device, questions=questions, kinds=kinds, timed=timed)
+        with ModelPool(model_dir, device=device, processes=processes) as pool:
+            stop_s = math.inf if minutes is None else time.monotonic() + 60 * minutes
+            return _of_model(pool, quick=quick, questions=questions, kinds=kinds, timed=timed, stop_s=stop_s)
     return _of_bundled(quick=quick, device=device)
 
 
 def _of_model(
-    model_dir: Path, *, quick: bool, device: str | None, questions: int | None, kinds: Sequence[str], timed: bool
+    pool: ModelPool, *, quick: bool, questions: int | None, kinds: Sequence[str], timed: bool, stop_s: float
 ) -> BenchResult:
     """Quality at equal cost on questions of several kinds; times to first token at 4K tokens."""
+    model, tokenizer, bed = pool.here.model, pool.here.tokenizer, PooledBed(pool, stop_s=stop_s)
     with progress() as bar:
-        loading = bar.add_task("loading the model", total=1, logged=False)
-        model, tokenizer = load_model(model_dir, device=device)
-        bar.advance(loading)
         sizes = QUICK_QUESTIONS if quick else DEVICE_QUESTIONS if model.device.type == "cuda" else CPU_QUESTIONS
         if questions is not None:
             sizes = replace(sizes, check=questions)
         if kinds:
             sizes = replace(sizes, kinds=tuple(kinds))
         task = bar.add_task("questions", total=quality_units(sizes))
-        found = measure_quality(model, tokenizer, sizes, prefix="real_", seed=SEED, advance=lambda: bar.advance(task))
+        found = measure_quality(bed, tokenizer, sizes, prefix="real_", seed=SEED, advance=lambda: bar.advance(task))
         metrics, tables, rows = dict(found.metrics), list(found.tables), list(found.rows)
         if timed:
             scores = _times(model, tokenizer, found.methods, quick=quick, bar=bar)
