@@ -174,6 +174,14 @@ def tiers(
 
 
 @app.command()
+def sglang(json: JsonFile = None, quick: Quick = False, folder: DiskFolder = Path()) -> None:
+    """A prefix hit from storage in stock SGLang, beside HiCache's own files; runs in SGLang's environment."""
+    from ..bench.sglang.run import run
+
+    _finish(run(quick=quick, folder=folder), json)
+
+
+@app.command()
 def vllm(
     json: JsonFile = None,
     report: ReportFile = None,

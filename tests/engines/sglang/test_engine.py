@@ -1,5 +1,6 @@
 """Stock SGLang with three tiers: the same greedy tokens from all of them, after a restart, and through faults."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,23 @@ def test_every_tier_gives_the_same_tokens(model: Path, plain: list[list[int]], t
         for text, answer in zip(texts, plain, strict=True):
             tokens, details = generate(running, text)
             assert tokens == answer and details["storage"] == whole_pages(len(text)), details
+
+
+def test_random_failures_and_delays(model: Path, plain: list[list[int]], tmp_path: Path) -> None:
+    """SGLang's own injector around the backend: three of ten calls fail, each is late; no token is wrong."""
+    texts = prompts(3, LENGTHS)
+    faults = {"SGLANG_TEST_HICACHE_BACKEND_RANDOM_FAILURE": "0.3", "SGLANG_TEST_HICACHE_BACKEND_RANDOM_DELAY": "0.05"}
+    os.environ.update(faults)
+    hits = 0
+    try:
+        with engine(model, {"disk_path": str(tmp_path / "kv"), "model_id": "tiny"}) as running:
+            for _ in range(8):
+                for text, answer in zip(texts, plain, strict=True):
+                    tokens, details = generate(running, text)
+                    assert tokens == answer, details
+                    hits += details.get("storage", 0) > 0
+                running.flush_cache()
+            assert hits > 0, "the storage threads go on"
+    finally:
+        for name in faults:
+            del os.environ[name]
