@@ -79,6 +79,7 @@ def named(name: str, profile: Profile | None = None, **parameters: Any) -> Facto
 METHODS: Mapping[str, Factory] = {
     EXACT: named(EXACT),
     RANDOM: named(RANDOM),
+    "quantized": named("quantized"),
     "landmarks": named("landmarks"),
     "factor": named("factor"),
     "landmarks+factor": named("landmarks+factor"),
