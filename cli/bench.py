@@ -267,3 +267,17 @@ def doctor(folder: DiskFolder = Path(), json: JsonFile = None) -> None:
     from ..bench.doctor import diagnose
 
     _finish(diagnose(folder), json)
+
+
+@app.command()
+def rag(
+    json: JsonFile = None,
+    report: ReportFile = None,
+    quick: Quick = False,
+    model: Pretrained = None,
+    questions: Questions = None,
+) -> None:
+    """Questions over a corpus's cached KV beside a plain pipeline; the RAG frameworks that are installed, too."""
+    from ..bench.rag.run import run
+
+    _finish(run(quick=quick, model_dir=model, questions=questions), json, report)

@@ -49,6 +49,13 @@ class KVLoomDocumentStore:
         self._lock = threading.Lock()
         self._corpus: Corpus | None = None
 
+    @classmethod
+    def over(cls, corpus: Corpus) -> "KVLoomDocumentStore":
+        """A store over a corpus that is open; its owner closes it. It cannot be written into a pipeline's file."""
+        store = cls(str(corpus.folder), "")
+        store._corpus = corpus
+        return store
+
     @property
     def corpus(self) -> Corpus:
         """Opened when it is first needed: a pipeline can be read and written without its model."""

@@ -34,6 +34,7 @@ PACKAGES = (
 NOT_SHIPPED = (
     "bench/reference",
     "bench/results",
+    "bench/results/gpu",
 )  # code that trains the bundled model (which is shipped); last results
 MOST_FILES = 20
 SOURCES = sorted(
