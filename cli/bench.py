@@ -113,6 +113,14 @@ def codecs(
 
 
 @app.command()
+def distributed(json: JsonFile = None, report: ReportFile = None, quick: Quick = False) -> None:
+    """Redis, Mooncake and S3 as tiers, beside a bare client of each, and frozen."""
+    from ..bench.distributed.run import run
+
+    _finish(run(quick=quick), json, report)
+
+
+@app.command()
 def retrieval(
     json: JsonFile = None,
     report: ReportFile = None,
