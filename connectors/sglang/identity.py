@@ -54,9 +54,10 @@ def engine_spec(storage_config: Any, pool: Any, pages: HostPages, model_id: str 
     is_any_length = rope is not None and config.get("model_type") in ANY_LENGTH
     name = with_state(
         model_id if model_id is not None else _weights_name(folder, model),
+        # Two formats of 8 bits lie in the same integers.
         computes=None
         if model.kv_cache_dtype in ("auto", str(pages.dtype).removeprefix("torch."))
-        else str(model.dtype),
+        else f"{model.dtype} as {model.kv_cache_dtype}",
         max_model_len=None if is_any_length else (model.context_length or "the model's"),
         overrides=_given(model.json_model_override_args),
         quantization=_quantization(model, config),
