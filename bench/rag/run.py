@@ -33,9 +33,9 @@ MEANING = (
     "Questions over MuSiQue's Wikipedia passages (split to check with), their chunks found by words. Plain: the same "
     "chunks and prompt through transformers' own generate, nothing cached. Times to first token, plain over kvloom, "
     "median of the questions, from the host tier; the two take turns. Second question: the same chunks in another "
-    "order, beside the first, for which nothing was stored. Ordering: at ratio 1, share of the tokens of later questions over "
-    "the same chunks that are loaded exactly, less the same share in the order of relevance. Batch: answers of "
-    "`answer_many` equal to those one by one."
+    "order, beside the first, for which nothing was stored. Ordering: at ratio 1, share of the tokens of later "
+    "questions over the same chunks that are loaded exactly, less the same share in the order of relevance. Batch: "
+    "answers of `answer_many` equal to those one by one."
 )
 TARGETS = (
     *(Target(f"{name}_ttft_speedup", ">=", 1.5) for name in FRAMEWORKS),

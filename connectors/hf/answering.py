@@ -76,6 +76,7 @@ class Generation:
         """
         import torch
 
+        from ..identity.requests import lead_of
         from .generation import generation_call
 
         connector = self.connector()
@@ -84,7 +85,7 @@ class Generation:
         if self.documents:
             inputs, cache = connector.as_inputs(*self.fused())
         else:
-            ids = [*connector.lead_ids, *self._behind_lead(self.prompt.before + self.prompt.text)]
+            ids = [*lead_of(tokenizer), *connector.encode_question(self.prompt.before + self.prompt.text)]
             if not ids:
                 raise ValueError("the prompt is empty")
             row = torch.tensor([ids], device=model.device)
@@ -114,29 +115,33 @@ class Generation:
         )
         return text.finish(drop_last=bool(new_ids) and new_ids[-1] in call.end_ids)
 
-    def _behind_lead(self, text: str) -> list[int]:
-        """Token ids of a prompt's beginning without the lead tokens, which the connector puts first itself."""
+    def _opening(self, text: str) -> list[int]:
+        """Token ids of what a prompt begins with: the lead tokens if the text is theirs or empty, otherwise its own,
+        behind the BOS where the lead has one.
+        """
         connector = self.connector()
-        ids: list[int] = connector.encode_question(text) if text else []
         lead = list(connector.lead_ids)
-        return ids[len(lead) :] if lead and ids[: len(lead)] == lead else ids
+        ids: list[int] = connector.encode_question(text) if text else []
+        bos = connector.tokenizer.bos_token_id
+        if lead and lead[0] == bos and ids[:1] != [bos]:
+            ids.insert(0, bos)
+        return lead if not text else ids
 
     def fused(self) -> tuple[FusedContext, list[int]]:
         """The documents, fused, and the token ids that follow them; `usage` and `is_exact` say what that took."""
         connector = self.connector()
         encoded = [connector.encode_document(text) for text in self.documents]
-        if before := self._behind_lead(self.prompt.before):
-            encoded.insert(0, before)
+        opening = self._opening(self.prompt.before)
         question_ids = connector.encode_question(self.prompt.text)
         if not question_ids:
             raise ValueError("the prompt is empty; at least one token must follow the documents")
-        total = len(connector.lead_ids) + sum(map(len, encoded)) + len(question_ids)
+        total = len(opening) + sum(map(len, encoded)) + len(question_ids)
         if total > connector.layers.max_tokens:
             raise ValueError(
                 f"documents and prompt have {total} tokens, the model's context {connector.layers.max_tokens}"
             )
         began_s = time.perf_counter()
-        context = connector.fuse(encoded, question_ids=question_ids)
+        context = connector.fuse(encoded, opening_ids=opening, question_ids=question_ids)
         spent_s = time.perf_counter() - began_s
         documents_tokens = sum(map(len, encoded))
         self.usage.recomputed_tokens = min(documents_tokens, round(context.computed_tokens))

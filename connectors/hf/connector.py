@@ -251,6 +251,7 @@ class TransformersConnector:
         self,
         documents: Sequence[TokenIds],
         *,
+        opening_ids: TokenIds | None = None,
         question_ids: TokenIds | None = None,
         blender: Blender | None = None,
     ) -> FusedContext:
@@ -258,6 +259,9 @@ class TransformersConnector:
 
         With `reuse_contexts`, leading documents whose KV in this context is stored are loaded and exact; at ratio 1 the
         others are stored as they are in this context.
+
+        `opening_ids` stand in front of the documents in place of the lead tokens (a chat with a system message of its
+        own) and are computed here; then the first document is fused, too.
 
         `question_ids` are the tokens that will follow, of which a blender may make its choice: the context then suits
         this question best, and should not be kept for another one. Without them, it goes by deviation alone.
@@ -270,22 +274,26 @@ class TransformersConnector:
         if question_ids is not None:
             question = torch.tensor(token_ids(question_ids, "question_ids", vocabulary=self._vocabulary)).long()
         self.layers.refresh()
+        opening = list(self.lead_ids)
+        if opening_ids is not None:
+            opening = token_ids(opening_ids, "opening_ids", vocabulary=self._vocabulary)
+        is_lead = opening == list(self.lead_ids)
         alone = [self._key_of(ids) for ids in rows]
-        in_context = self._context_keys(rows if self._reuses_contexts else rows[:1])
-        lead = [list(self.lead_ids)] if self.lead_ids else []
+        in_context = self._context_keys(opening, rows if self._reuses_contexts else rows[: int(is_lead)])
+        lead = [opening] if opening else []
         lead_keys = [content_key(self.spec, ids, salt=self._salt) for ids in lead]
-        held = dict.fromkeys(lead_keys, self._lead) if lead else {}
+        held = {key: self._lead if is_lead else self._prefill.alone(opening) for key in lead_keys}
         context = torch.tensor(list(chain.from_iterable([*lead, *rows])))
         starts = list(accumulate(map(len, [*lead, *rows][:-1]), initial=0))
         in_full = blender.recompute_ratio >= 1.0
         lost: set[ChunkKey] = set()
         computed_tokens = 0.0
-        with self.store.pinned([*alone, *in_context[1:]]):
+        with self.store.pinned(list(dict.fromkeys([*alone, *in_context]))):
             while True:
                 stored = (key not in lost and key in self.store for key in in_context)
                 exact = sum(takewhile(bool, stored))
-                # The first document has nothing before it: alone, its KV is already that of this context.
-                begun = max(exact, 1)
+                # The first document has the lead tokens before it: alone, its KV is already that of this context.
+                begun = max(exact, int(is_lead))
                 loaded = [*in_context[:exact], *alone[exact : begun if in_full else None]]
                 missing = {
                     key: ids
@@ -303,7 +311,7 @@ class TransformersConnector:
                         StoreSource(
                             self.store, [*lead_keys, *loaded, *alone[len(loaded) :]], starts, len(context), held
                         ),
-                        exact_tokens=len(self.lead_ids) + sum(map(len, rows[:begun])),
+                        exact_tokens=len(opening) + sum(map(len, rows[:begun])),
                         question_ids=question,
                         device=self.layers.device,
                     )
@@ -311,7 +319,9 @@ class TransformersConnector:
                 except LostChunksError as error:
                     lost |= error.keys
             if in_full and self._reuses_contexts:
-                self._store_in_context(rows, in_context, begun, blended, time.perf_counter() - began_s)
+                start = len(opening) + sum(map(len, rows[:begun]))
+                spent_s = time.perf_counter() - began_s
+                self._store_in_context(rows[begun:], in_context[begun:], start, blended, spent_s)
         return FusedContext(
             context,
             blended,
@@ -328,11 +338,11 @@ class TransformersConnector:
         """
         self.layers.refresh()
         rows = self._checked(documents)
-        return self._context_keys(rows)[-1] in self.store
+        return self._context_keys(self.lead_ids, rows)[-1] in self.store
 
-    def _context_keys(self, rows: Sequence[Sequence[int]]) -> list[ChunkKey]:
-        """Keys of documents as they are in this context: each behind the lead tokens and the documents before it."""
-        before = list(self.lead_ids)
+    def _context_keys(self, opening: Sequence[int], rows: Sequence[Sequence[int]]) -> list[ChunkKey]:
+        """Keys of documents as they are in this context: each behind the opening and the documents before it."""
+        before = list(opening)
         keys = []
         for ids in rows:
             keys.append(content_key(self.spec, ids, lead_ids=before, salt=self._salt))
@@ -343,21 +353,22 @@ class TransformersConnector:
         self,
         rows: Sequence[Sequence[int]],
         keys: Sequence[ChunkKey],
-        first: int,
+        start: int,
         blended: BlendedContext,
         spent_s: float,
     ) -> None:
-        """Stores the documents from `first` on, computed in full behind all before, where the store has room."""
-        start = len(self.lead_ids) + sum(map(len, rows[:first]))
-        token_s = spent_s / max(1, len(blended.keys[0, 0]) - start)
-        for i in range(first, len(rows)):
-            stop = start + len(rows[i])
+        """Stores documents that were computed in full behind all before, from position `start` on, where the store has
+        room.
+        """
+        token_s = spent_s / max(1, sum(map(len, rows)))
+        before = None
+        for ids, key in zip(rows, keys, strict=True):
+            stop = start + len(ids)
             keys_here, values_here = (each[:, :, start:stop].cpu() for each in (blended.keys, blended.values))
-            positions = torch.arange(start, stop)
-            chunk = KVChunk(self.spec, torch.tensor(list(rows[i])), positions, keys_here, values_here)
+            chunk = KVChunk(self.spec, torch.tensor(list(ids)), torch.arange(start, stop), keys_here, values_here)
             with suppress(TierError):  # the answer does not depend on it; the store has counted the fault
-                self.store.put(keys[i], chunk, after=keys[i - 1], recompute_s=token_s * len(rows[i]))
-            start = stop
+                self.store.put(key, chunk, after=before, recompute_s=token_s * len(ids))
+            start, before = stop, key
 
     def _compute_missing(self, missing: Mapping[ChunkKey, Sequence[int]], held: dict[ChunkKey, KVChunk]) -> None:
         """Compute, hold for this request, and store where the store has room."""

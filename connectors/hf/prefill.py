@@ -49,7 +49,11 @@ class Prefill:
 
     def lead(self) -> KVChunk:
         """KV of the lead tokens."""
-        return self._compute([self._lead_ids], skip=0)[0]
+        return self.alone(self._lead_ids)
+
+    def alone(self, token_ids: Sequence[int]) -> KVChunk:
+        """KV of tokens with nothing before them."""
+        return self._compute([token_ids], skip=0)[0]
 
     def _packs(self, documents: Mapping[ChunkKey, Sequence[int]]) -> Iterator[dict[ChunkKey, Sequence[int]]]:
         pack: dict[ChunkKey, Sequence[int]] = {}

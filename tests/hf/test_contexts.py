@@ -75,7 +75,7 @@ def test_a_lost_document_of_a_context_is_computed_again(
     rag = connect(model, 1.0)
     rows = [rag.encode_document(text) for text in DOCUMENTS]
     whole = rag.fuse(rows)
-    unreadable: set[ChunkKey] = {rag._context_keys(rows)[2]}
+    unreadable: set[ChunkKey] = {rag._context_keys(rag.lead_ids, rows)[2]}
     read = KVStore.read
 
     def losing(self: KVStore, key: ChunkKey, *args: object, **options: object) -> object:
@@ -86,6 +86,35 @@ def test_a_lost_document_of_a_context_is_computed_again(
     assert again.exact_documents == 2
     assert torch.allclose(again.blended.keys, whole.blended.keys, atol=1e-5)
     assert torch.allclose(again.blended.values, whole.blended.values, atol=1e-5)
+
+
+@pytest.mark.parametrize("reuses", [False, True])
+def test_an_opening_stands_in_place_of_the_lead(model: PreTrainedModel, reuses: bool) -> None:
+    """At ratio 1 the context is a plain prompt's; below, the first document is no longer exact, and never taken so."""
+    rag = TransformersConnector(
+        model,
+        make_tokenizer(bos=True),
+        KVStore([HostTier(None)]),
+        Blender(recompute_ratio=1.0),
+        model_id="m",
+        reuse_contexts=reuses,
+    )
+    rows = [rag.encode_document(text) for text in DOCUMENTS[:3]]
+    opening = [*rag.lead_ids, *rag.encode_question("A harbour, in brief.")]
+    rag.precompute(DOCUMENTS)
+    for _ in range(2):  # the second time from what the first has stored
+        whole = rag.fuse(rows, opening_ids=opening)
+        ids = torch.tensor([[*opening, *(token for row in rows for token in row)]])
+        assert torch.equal(whole.token_ids, ids[0]) and whole.is_exact
+        with torch.no_grad():
+            expected = model(ids, use_cache=True).past_key_values
+        for layer in range(len(whole.blended.keys)):
+            assert torch.allclose(whole.blended.keys[layer], expected.layers[layer].keys[0], atol=1e-4)
+    assert whole.exact_documents == (3 if reuses else 0)
+    fused = rag.fuse(rows[::-1], opening_ids=opening, blender=Blender(recompute_ratio=0.0))
+    assert fused.blended.candidates == sum(map(len, rows)) and not fused.is_exact
+    same = rag.fuse(rows[:1], opening_ids=rag.lead_ids)
+    assert same.exact_documents == 1 and same.blended.candidates == 0
 
 
 @pytest.mark.parametrize("ratio", [0.3, 1.0])
