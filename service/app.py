@@ -143,7 +143,9 @@ def create_app(settings: ServiceSettings, tiers: Sequence[Tier] | None = None) -
         transfers=TransferTurns(settings.max_transfers),
         engine=EmbeddedEngine(settings.models, store, tenants, recompute_ratio=settings.recompute_ratio),
         documents=DocumentRegistry(directory / "documents.sqlite"),
-        shared_memory=SharedMemory(settings.shared_memory_bytes, settings.shared_memory_clients),
+        shared_memory=SharedMemory(
+            settings.shared_memory_bytes, settings.shared_memory_clients, pool_bytes=settings.shared_chunk_bytes
+        ),
         uploads=UploadBudget(settings.max_upload_bytes, max(settings.max_upload_bytes // 2, settings.max_body_bytes)),
     )
     app = FastAPI(

@@ -11,6 +11,7 @@ from typing import Annotated, TypeVar
 from fastapi import Depends, Request
 from pydantic import BaseModel
 from starlette.types import Scope
+from torch import Tensor
 
 from ..core import ChunkKey
 from ..kvstore.encoding.buffer_pool import BufferPool
@@ -72,6 +73,16 @@ class ServiceContext:
     idempotency: Idempotency = field(default_factory=Idempotency)
     is_draining: bool = False
     problems: list[str] = field(default_factory=list)
+
+    def memory_of(self, pool: str) -> Callable[[int], Tensor]:
+        """Where the memory of a pool's chunks comes from: what its clients can map, where there is room."""
+        shared = self.shared_memory.pool_memory(pool)
+
+        def empty(nbytes: int) -> Tensor:
+            found = None if shared is None else shared.empty(nbytes)
+            return self.buffers.empty(nbytes) if found is None else found
+
+        return empty
 
     async def once(
         self,

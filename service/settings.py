@@ -94,6 +94,10 @@ class ServiceSettings(BaseSettings):
         0.0, description="Look-ups answer at whole multiples of this time, so that timing tells less; 0 for at once."
     )
     shared_memory_bytes: Bytes = Field(256 << 20, description="Shared memory for one client on this host; 0 for none.")
+    shared_chunk_bytes: Bytes = Field(
+        1 << 30,
+        description="Chunks in memory that clients of their tenant on this host map; 0 for none.",
+    )
     shared_memory_clients: int = Field(16, ge=1, description="Clients that may hold shared memory at a time.")
 
     models: dict[str, LocalPath] = Field(

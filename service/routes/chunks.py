@@ -8,7 +8,7 @@ import re
 import time
 from array import array
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from fastapi import APIRouter, Header, Path, Request
@@ -38,11 +38,12 @@ _BODY: dict[str, Any] = {"content": {MEDIA_TYPE: {"schema": {"type": "string", "
 
 
 class LeaseInfo(BaseModel):
-    """Where a container lies in the session's shared memory, until the client gives the lease back."""
+    """Where a container lies until the client gives the lease back: in the session's memory, or in its pool's."""
 
     lease: int
     offset: int
     nbytes: int
+    memory: Literal["session", "pool"]
 
 
 @router.put(
@@ -178,10 +179,12 @@ async def get_chunk(
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{container.total_bytes}"
     if session_id is not None and (start, stop) == (0, container.total_bytes) and not is_head:
         session = context.shared_memory.session(caller.tenant.pool, session_id)
-        async with context.transfers.turn():
-            lease = await context.run(lambda: context.shared_memory.lend(session, container))
+        lease = context.shared_memory.lend_in_place(session, container)
+        if lease is None:
+            async with context.transfers.turn():
+                lease = await context.run(lambda: context.shared_memory.lend(session, container))
         if lease is not None:
-            told = LeaseInfo(lease=lease.id, offset=lease.offset, nbytes=lease.nbytes)
+            told = LeaseInfo(lease=lease.id, offset=lease.offset, nbytes=lease.nbytes, memory=lease.memory)
             return Response(told.model_dump_json(), status, headers, media_type=LEASE_MEDIA_TYPE)
     if want_digest is not None and "sha-256" in want_digest:
         pieces = container.pieces(start, stop)

@@ -68,7 +68,7 @@ async def received(request: Request, context: ServiceContext, caller: Caller) ->
     total_bytes = int(length)
     with context.uploads.taking(caller.tenant.name, total_bytes):
         async with context.transfers.turn():
-            incoming = IncomingContainer(context.buffers, total_bytes)
+            incoming = IncomingContainer(context.memory_of(caller.tenant.pool), total_bytes)
             body = body_socket(request.scope)
             if body is not None:
                 await _receive(body, incoming, context)
@@ -101,6 +101,7 @@ async def taken(context: ServiceContext, caller: Caller, session_id: str, text: 
     if nbytes > context.settings.max_body_bytes:
         raise ProblemError(413, "too-large", f"the chunk is larger than {context.settings.max_body_bytes} bytes")
     session = context.shared_memory.session(caller.tenant.pool, session_id)
+    memory = context.memory_of(caller.tenant.pool)
     with context.uploads.taking(caller.tenant.name, nbytes):
         async with context.transfers.turn():
-            return await context.run(lambda: context.shared_memory.take(session, offset, nbytes, context.buffers))
+            return await context.run(lambda: context.shared_memory.take(session, offset, nbytes, memory))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ...core import ChunkKey, EncodedChunk
 from ...errors import ChunkCorruptError
-from ...kvstore.encoding.buffer_pool import BufferPool
 from ...kvstore.format import read_container, to_buffers
 
 MEDIA_TYPE = "application/vnd.kvloom.chunk"
@@ -51,12 +50,12 @@ class IncomingContainer:
 
     Parameters
     ----------
-    pool : where the memory comes from; it goes back when the last tensor of the chunk is gone.
+    memory : where `[nbytes]` uint8 come from; they go back when the last tensor of the chunk is gone.
     total_bytes : of the whole container.
     """
 
-    def __init__(self, pool: BufferPool, total_bytes: int) -> None:
-        self._data: Tensor = pool.empty(total_bytes)
+    def __init__(self, memory: Callable[[int], Tensor], total_bytes: int) -> None:
+        self._data: Tensor = memory(total_bytes)
         self.view: memoryview = self._data.numpy().data
         self.filled_bytes = 0
 

@@ -3,7 +3,8 @@
 A client asks for a session over HTTP, with its token, and is told an abstract Unix socket and a ticket. On the socket
 it shows the ticket and gets the descriptor of a memory file that has no name and whose size is sealed. The first half
 is the service's: it copies chunks there, and lends each range until the client gives it back on the socket. The second
-half is the client's, for chunks that it puts. The kernel closes the socket when the client dies, however it dies, and
+half is the client's, for chunks that it puts. A second descriptor is of the memory in which the chunks of its pool lie
+(`PoolMemory`): those are lent without a copy. The kernel closes the socket when the client dies, however it dies, and
 that ends the session and all its leases. No session uses the memory of another, and the service trusts nothing that it
 finds there: what a client puts is copied before it is verified.
 """
@@ -20,27 +21,31 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from ...kvstore.encoding.buffer_pool import BufferPool
+from torch import Tensor
+
 from ...kvstore.encoding.copies import copy_bytes
 from ...kvstore.tiers.arena import Arena
 from ..problems import ProblemError
 from .containers import Container, IncomingContainer
+from .pool_memory import F_ADD_SEALS, SEAL_NOTHING_MORE, SEAL_SIZE, PoolMemory
 
 _LOG = logging.getLogger("kvloom.service")
 _TICKET_BYTES = 32
 _TICKET_S = 10.0
 _LEASE_BYTES = 8
-_SEALS = 0x0001 | 0x0002 | 0x0004  # of F_ADD_SEALS: no more seals, no shrinking, no growing
-_F_ADD_SEALS = 1033
 
 
 @dataclass(eq=False)
 class Session:
-    """The memory that one client shares with the service. `lock` guards `arena` and `leases`."""
+    """The memory that one client shares with the service. `lock` guards `arena`, `leases` and `borrowed_bytes`.
+
+    A lease is of a range of the session's memory, or of a container where it lies in that of the pool.
+    """
 
     id: str
     pool: str
@@ -50,18 +55,20 @@ class Session:
     arena: Arena
     opened_at_s: float
     lock: threading.Lock = field(default_factory=threading.Lock)
-    leases: dict[int, int] = field(default_factory=dict)
+    leases: dict[int, tuple[int, Container | None]] = field(default_factory=dict)
+    borrowed_bytes: int = 0
     next_lease: int = 1
     connection: socket.socket | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Bytes `[offset, offset + nbytes)` of a session's memory, the client's until it gives them back."""
+    """Bytes `[offset, offset + nbytes)` of a session's memory or its pool's, the client's until it gives them back."""
 
     id: int
     offset: int
     nbytes: int
+    memory: Literal["session", "pool"]
 
 
 class SharedMemory:
@@ -71,12 +78,15 @@ class SharedMemory:
     ----------
     session_bytes : of the memory of a session, both halves; 0 for none.
     most_sessions : at a time.
+    pool_bytes : of the memory of a pool's chunks; 0 for none.
     """
 
-    def __init__(self, session_bytes: int, most_sessions: int) -> None:
+    def __init__(self, session_bytes: int, most_sessions: int, *, pool_bytes: int = 0) -> None:
         self.session_bytes = session_bytes // (2 * mmap.PAGESIZE) * 2 * mmap.PAGESIZE
         self.name = f"kvloom-{secrets.token_hex(16)}"
         self._most_sessions = most_sessions
+        self._pool_bytes = pool_bytes
+        self._pools: dict[str, PoolMemory] = {}
         self._lock = threading.Lock()
         self._sessions: dict[str, Session] = {}
         self._listener: socket.socket | None = None
@@ -108,6 +118,12 @@ class SharedMemory:
             self._listener.close()
         for session in list(self._sessions.values()):
             self._end(session)
+        for memory in self._pools.values():
+            memory.close()
+
+    def pool_memory(self, pool: str) -> PoolMemory | None:
+        """The memory of a pool that has, or had, clients on this host."""
+        return self._pools.get(pool)
 
     def open(self, pool: str) -> Session:
         """A session of a tenant, whose ticket is good for ten seconds.
@@ -128,7 +144,7 @@ class SharedMemory:
                 raise ProblemError(429, "too-many-sessions", "all shared memory is taken; transfer over HTTP")
             descriptor = os.memfd_create("kvloom", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(descriptor, self.session_bytes)
-            fcntl.fcntl(descriptor, _F_ADD_SEALS, _SEALS)
+            fcntl.fcntl(descriptor, F_ADD_SEALS, SEAL_SIZE | SEAL_NOTHING_MORE)
             memory = memoryview(mmap.mmap(descriptor, self.session_bytes))
             session = Session(
                 secrets.token_hex(16),
@@ -140,6 +156,9 @@ class SharedMemory:
                 time.monotonic(),
             )
             self._sessions[session.id] = session
+            if self._pool_bytes and pool not in self._pools and len(self._pools) < self._most_sessions:
+                with suppress(OSError):  # a system that cannot seal it: chunks are copied into the session's memory
+                    self._pools[pool] = PoolMemory(self._pool_bytes)
         return session
 
     def session(self, pool: str, session_id: str) -> Session:
@@ -149,26 +168,44 @@ class SharedMemory:
             raise ProblemError(410, "no-session", "the session of shared memory has ended; open another")
         return found
 
+    def lend_in_place(self, session: Session, container: Container) -> Lease | None:
+        """Lends a container where it lies; None if that is not its pool's memory, or the client holds enough."""
+        pool = self._pools.get(session.pool)
+        offset = None if pool is None else pool.offset_of(container)
+        if offset is None:
+            return None
+        with session.lock:
+            if session.borrowed_bytes + container.total_bytes > self.session_bytes // 2:
+                return None
+            session.borrowed_bytes += container.total_bytes
+            lease = Lease(session.next_lease, offset, container.total_bytes, "pool")
+            session.next_lease += 1
+            session.leases[lease.id] = offset, container  # keeps its place
+        return lease
+
     def lend(self, session: Session, container: Container) -> Lease | None:
-        """Copies a container into the session's memory; None if it has no room for it now."""
+        """As `lend_in_place`; copies what lies elsewhere into the session's memory. None if that has no room now."""
+        lease = self.lend_in_place(session, container)
+        if lease is not None:
+            return lease
         with session.lock:
             offset = session.arena.allocate(container.total_bytes)
             if offset is None:
                 return None
-            lease = Lease(session.next_lease, offset, container.total_bytes)
+            lease = Lease(session.next_lease, offset, container.total_bytes, "session")
             session.next_lease += 1
-            session.leases[lease.id] = offset
+            session.leases[lease.id] = offset, None
         end = offset
         for buffer in container.buffers:
             copy_bytes(session.memory[end : end + len(buffer)], buffer)
             end += len(buffer)
         return lease
 
-    def take(self, session: Session, offset: int, nbytes: int, pool: BufferPool) -> IncomingContainer:
+    def take(self, session: Session, offset: int, nbytes: int, memory: Callable[[int], Tensor]) -> IncomingContainer:
         """A copy of what a client has put into its half. Raises `ProblemError` if it is not within that."""
         if not self.session_bytes // 2 <= offset <= offset + nbytes <= self.session_bytes:
             raise ProblemError(422, "range", "the range is not within the client's half of the shared memory")
-        incoming = IncomingContainer(pool, nbytes)
+        incoming = IncomingContainer(memory, nbytes)
         copy_bytes(incoming.view, session.memory[offset : offset + nbytes])
         incoming.filled_bytes = nbytes
         return incoming
@@ -197,7 +234,9 @@ class SharedMemory:
             session = self._claimed(ticket, connection)
             if session is None:
                 return
-            socket.send_fds(connection, [b"\1"], [session.descriptor])
+            pool = self._pools.get(session.pool)
+            descriptors = [session.descriptor, *([] if pool is None else [pool.descriptor])]
+            socket.send_fds(connection, [b"\1"], descriptors)
             rest = b""
             while piece := await loop.sock_recv(connection, 4096):
                 rest += piece
@@ -226,6 +265,8 @@ class SharedMemory:
                 return
         if session.leases:
             _LOG.info("a client of shared memory went with %d leases", len(session.leases))
+            with session.lock:
+                session.leases.clear()
         os.close(session.descriptor)
         if session.connection is not None:
             session.connection.close()
@@ -243,6 +284,8 @@ async def _receive(loop: asyncio.AbstractEventLoop, connection: socket.socket, n
 
 def _give_back(session: Session, lease_id: int) -> None:
     with session.lock:
-        offset = session.leases.pop(lease_id, None)
-        if offset is not None:
+        offset, container = session.leases.pop(lease_id, (None, None))
+        if container is not None:
+            session.borrowed_bytes -= container.total_bytes
+        elif offset is not None:
             session.arena.release(offset)

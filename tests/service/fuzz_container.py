@@ -79,7 +79,7 @@ def try_one(data: bytes) -> None:
     elif mode % 4:
         text, _, rest = data.partition(b"\n\n")
         data = sealed(text, rest)
-    incoming = IncomingContainer(POOL, len(data))
+    incoming = IncomingContainer(POOL.empty, len(data))
     incoming.append(data)
     try:
         blob, header = incoming.chunk(KEY)

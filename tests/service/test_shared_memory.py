@@ -1,5 +1,6 @@
 """Chunks through shared memory: the same bytes, verified, and nothing left behind by whoever dies."""
 
+import mmap
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from kvloom.errors import ChunkCorruptError
 from kvloom.kvstore.store import KVStore
@@ -69,10 +71,10 @@ def test_a_full_memory_falls_back_to_http(service: Service) -> None:
         client.put(make_key(1), blob)
         found = client.get(make_key(1))
         assert found is not None and not found.leased and same_blob(found, blob)
-        small = [make_blob(n, numbers=250_000) for n in range(6)]
+        small = [make_blob(n, numbers=250_000) for n in range(10)]
         for number, each in enumerate(small):
             client.put(make_key(10 + number), each)
-        held = [client.get(make_key(10 + number)) for number in range(6)]  # six of a megabyte, held, in four
+        held = [client.get(make_key(10 + number)) for number in range(10)]  # ten of a megabyte, held, in twice four
         assert all(each is not None and same_blob(each, small[n]) for n, each in enumerate(held))
         assert {each.leased for each in held if each is not None} == {True, False}
 
@@ -81,14 +83,16 @@ def test_what_lies_in_memory_is_verified(service: Service, monkeypatch: pytest.M
     with service.client() as client:
         client.put(make_key(1), make_blob(1))
         assert client.get(make_key(1)) is not None
-        lend = service.context.shared_memory.lend
+        memory = service.context.shared_memory.pool_memory("default")
+        lend = service.context.shared_memory.lend_in_place
 
         def spoil(session, container):
             lease = lend(session, container)
-            session.memory[lease.offset + lease.nbytes - 1] ^= 1
+            memory._memory[lease.offset + lease.nbytes - 1] ^= 1
             return lease
 
-        monkeypatch.setattr(service.context.shared_memory, "lend", spoil)
+        client.put(make_key(1), make_blob(1))  # now that the pool has memory, the chunk lies there
+        monkeypatch.setattr(service.context.shared_memory, "lend_in_place", spoil)
         with pytest.raises(ChunkCorruptError):
             client.get(make_key(1))
 
@@ -189,3 +193,55 @@ def test_a_service_without_shared_memory(tmp_path: Path) -> None:
         with KVLoomClient(service.url, token=service.token) as client:
             client.put(make_key(1), make_blob(1))
             assert client.get(make_key(1)) is not None
+
+
+def test_chunks_that_lie_in_the_memory_of_their_pool_are_not_copied(service: Service) -> None:
+    """Lent where they lie, for as long as somebody reads them; what was put before, or over HTTP by others, too."""
+    shared = service.context.shared_memory
+    with service.client(shared_memory=False) as other, service.client() as client:
+        other.put(make_key(1), make_blob(1, numbers=50_000))  # before there is such memory
+        client.get(make_key(9))
+        client.get(make_key(9))
+        memory = shared.pool_memory("default")
+        assert memory is not None and memory.used_bytes == 0
+        other.put(make_key(2), make_blob(2, numbers=50_000))
+        client.put(make_key(3), make_blob(3, numbers=50_000))
+        found = {number: client.get(make_key(number)) for number in (1, 2, 3)}
+        for number, blob in found.items():
+            assert blob is not None and blob.leased and same_blob(blob, make_blob(number, numbers=50_000))
+        (session,) = shared._sessions.values()
+        assert [container is None for _, container in session.leases.values()] == [True, False, False]
+        assert session.borrowed_bytes > 0 and memory.used_bytes > 2 * 50_000
+        other.delete(make_key(2))
+        other.put(make_key(4), make_blob(4, numbers=50_000))
+        assert found[2] is not None and same_blob(found[2], make_blob(2, numbers=50_000))  # its place was not taken
+        found.clear()
+        del blob
+        for _ in range(2):
+            client.get(make_key(9))
+        assert eventually(lambda: session.borrowed_bytes == 0 and not session.leases)
+
+
+def test_nobody_writes_through_the_memory_of_a_pool(service: Service) -> None:
+    """Neither through the descriptor that clients get nor through what they read; other pools have other memory."""
+    shared = service.context.shared_memory
+    with service.client() as client, service.client(service.new_token("other")) as stranger:
+        for each in (client, stranger):
+            each.get(make_key(9))
+            each.get(make_key(9))
+            each.put(make_key(1), make_blob(1))
+        mine, theirs = shared.pool_memory("default"), shared.pool_memory("other")
+        assert mine is not None and theirs is not None and mine is not theirs
+        with pytest.raises(OSError):
+            os.pwrite(mine.descriptor, b"x", 0)
+        with pytest.raises(OSError):
+            mmap.mmap(mine.descriptor, mine.nbytes)
+        with pytest.raises(OSError):
+            os.ftruncate(mine.descriptor, 4096)
+        found = client.get(make_key(1))
+        assert found is not None and found.leased
+        next(iter(found.tensors.values())).view(-1).view(torch.uint8)[0] ^= 255  # a page of its own from now on
+        with service.client() as another:
+            another.get(make_key(9))
+            again = another.get(make_key(1))
+            assert again is not None and again.leased and same_blob(again, make_blob(1))

@@ -290,7 +290,9 @@ class KVLoomClient:
     def _lent(self, session: SharedMemorySession, told: bytes) -> Tensor:
         try:
             lease = json.loads(told)
-            return session.borrowed(int(lease["lease"]), int(lease["offset"]), int(lease["nbytes"]))
+            return session.borrowed(
+                int(lease["lease"]), int(lease["offset"]), int(lease["nbytes"]), str(lease["memory"])
+            )
         except (LookupError, TypeError, ValueError) as exc:
             raise TierUnavailableError(f"service {self.url} lends something that is no range") from exc
 

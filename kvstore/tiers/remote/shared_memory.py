@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ....errors import TierUnavailableError
@@ -29,7 +30,7 @@ class _Borrowed:
 
     __slots__ = ("__array_interface__", "_ended", "_lease", "_memory")
 
-    def __init__(self, memory: Tensor, lease: int, ended: deque[int]) -> None:
+    def __init__(self, memory: NDArray[np.uint8], lease: int, ended: deque[int]) -> None:
         self._memory, self._lease, self._ended = memory, lease, ended
 
     def __del__(self) -> None:
@@ -39,10 +40,16 @@ class _Borrowed:
         self.__array_interface__ = {
             "shape": (self._memory.nbytes,),
             "typestr": "|u1",
-            "data": (self._memory.data_ptr(), False),
+            "data": (self._memory.ctypes.data, False),
             "version": 3,
         }
         return torch.from_numpy(np.asarray(self))
+
+
+def _private(descriptor: int) -> mmap.mmap:
+    """The memory behind a descriptor that nobody can write through: whoever writes here gets pages of its own."""
+    nbytes = os.fstat(descriptor).st_size
+    return mmap.mmap(descriptor, nbytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 class SharedMemorySession:
@@ -67,14 +74,16 @@ class SharedMemorySession:
             self._socket.settimeout(timeout_s)
             self._socket.connect("\0" + name)
             self._socket.sendall(ticket)
-            _, descriptors, _, _ = socket.recv_fds(self._socket, 1, 1)
+            _, descriptors, _, _ = socket.recv_fds(self._socket, 1, 2)
             if not descriptors:
                 raise OSError("the service gave no memory")
             try:
                 if os.fstat(descriptors[0]).st_size != nbytes:
                     raise OSError("the service gave memory of another size")
                 self._view = memoryview(mmap.mmap(descriptors[0], nbytes))
-                self._memory = torch.frombuffer(self._view, dtype=torch.uint8)
+                self._memories = {"session": np.frombuffer(self._view, np.uint8)[: self._half_bytes]}
+                if len(descriptors) > 1:
+                    self._memories["pool"] = np.frombuffer(_private(descriptors[1]), np.uint8)
             finally:
                 for descriptor in descriptors:
                     os.close(descriptor)
@@ -85,16 +94,21 @@ class SharedMemorySession:
         self._arena = Arena(self._half_bytes)
         self._ended: deque[int] = deque()
 
-    def borrowed(self, lease: int, offset: int, nbytes: int) -> Tensor:
+    def borrowed(self, lease: int, offset: int, nbytes: int, memory: str = "session") -> Tensor:
         """`[nbytes]` uint8: a range that the service has lent, given back when the last view of it is gone.
+
+        Parameters
+        ----------
+        memory : `session` for the service's half of the session's, `pool` for that in which the pool's chunks lie.
 
         Raises
         ------
-        TierUnavailableError : the range is not within the service's half.
+        TierUnavailableError : the range is not within that memory.
         """
-        if not 0 <= offset <= offset + nbytes <= self._half_bytes:
+        whole = self._memories.get(memory)
+        if whole is None or not 0 <= offset <= offset + nbytes <= len(whole):
             raise TierUnavailableError(f"the service lends [{offset}, {offset + nbytes}), which is not its own")
-        return _Borrowed(self._memory[offset : offset + nbytes], lease, self._ended).storage()
+        return _Borrowed(whole[offset : offset + nbytes], lease, self._ended).storage()
 
     @contextmanager
     def written(self, buffers: Sequence[memoryview], nbytes: int) -> Iterator[int | None]:
