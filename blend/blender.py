@@ -31,7 +31,7 @@ from .choosers import (
     CandidateTokens,
     Chooser,
     by_deviation,
-    by_deviation_and_question,
+    by_first_and_question,
     deviation_of,
     squares,
     value_deviation_of,
@@ -117,8 +117,8 @@ class Blender:
         tokens by choosers that need deviations.
     """
 
-    recompute_ratio: float = 0.10
-    chooser: Chooser = by_deviation_and_question
+    recompute_ratio: float = 0.15
+    chooser: Chooser = by_first_and_question
     spread_ratio: float = 0.0
     check_layer: int = 2
 

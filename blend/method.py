@@ -46,7 +46,7 @@ class FusionMethod:
     """
 
     ratio: float
-    select: str = "deviation+question"
+    select: str = "first+question"
     check_layer: int = 2
 
     def __post_init__(self) -> None:

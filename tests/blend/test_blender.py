@@ -252,7 +252,7 @@ def test_fresh_rows_are_new_and_the_others_are_not_touched(case: Case, name: str
 def test_the_check_layer_is_exact_after_full_layers(check_layer: int) -> None:
     """All of it has been computed to compare it, so all of it is kept."""
     case = make_case(make_model("llama", num_hidden_layers=6))
-    context = case.blend(Blender(recompute_ratio=0.05, check_layer=check_layer))
+    context = case.blend(Blender(recompute_ratio=0.05, chooser=by_deviation, check_layer=check_layer))
     for layer in range(check_layer + 1):
         assert torch.allclose(context.keys[layer], case.full.keys[layer], atol=1e-5)
         assert torch.allclose(context.values[layer], case.full.values[layer], atol=1e-5)
@@ -323,7 +323,7 @@ def test_refuses_what_is_no_question(case: Case, question: object) -> None:
 def test_shallow_models(layers: int) -> None:
     case = make_case(make_model("mistral", num_hidden_layers=layers))
     assert_full(case.blend(Blender(recompute_ratio=1.0)), case.full)
-    context = case.blend(Blender(recompute_ratio=0.3))
+    context = case.blend(Blender(recompute_ratio=0.3, chooser=by_deviation))
     assert context.attended_tokens[-1] == 0 and len(context.fresh) == layers
     if layers < 3:  # one full layer is what a choice needs: nothing is left to choose for
         assert_full(context, case.full)
