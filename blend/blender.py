@@ -10,7 +10,7 @@ Steps of one layer, for the tokens that still have a hidden state ("active"):
 A token that drops out has no hidden state any more and cannot come back, so the sets nest. In layer 0, K and V depend
 on the token alone and differ by rounding only; full layers must be computed before deviations say something. CacheBlend
 looks at layer 1. What binds tokens of different documents shows in layer 2 first, because attention in layer 1 makes it
-(decision 105), so that `check_layer` is 2 here, and `kvloom certify --fusion` finds the best one for a model. The last
+(decision 105): `check_layer` is a parameter, and `kvloom certify --fusion` finds the best one for a model. The last
 layer needs its K and V, but no attention.
 """
 

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ..blend.method import FUSION, FusionMethod
+from rich.progress import Progress
+
+from ..blend.method import ENGINE_CHOICES, FUSION, FusionMethod
 from ..calibration.certificate import Certificate, Figure
-from ..connectors.hf.connector import TransformersConnector
-from ..evaluation.answers import KNOWN_RATIO
-from ..evaluation.fused_answers import FULL, HOST_BYTES, Method, Score, score
+from ..evaluation.answers import KNOWN_RATIO, Answer
 from ..evaluation.intervals import paired_share_difference
-from ..evaluation.models import load_model, token_counter
+from ..evaluation.models import load_model
 from ..evaluation.page import Table
+from ..evaluation.passages import CHECK, TUNE
+from ..evaluation.placed import FusionBed
 from ..evaluation.quality import AUTO, KINDS, task_kinds
+from ..evaluation.questions import QuestionSampler
 from ..evaluation.screen import progress
-from ..evaluation.workload import task_cases
-from ..kvstore.store import KVStore
-from ..kvstore.tiers.host import HostTier
+from .fusion_method import TriedMethod, best_method
 from .outcome import HEADS, QUESTION_TOKENS, certificate, finish, loss_rows
 
+TUNED_RATIO = 0.15  # of CacheBlend: methods are compared at what it costs then
+TUNED_KINDS = ("record", "alias", "astride", "multihop")
 RATIOS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 
 
@@ -35,6 +38,9 @@ class FusionOptions:
     ratios : shares of the tokens of the documents that are recomputed, above 0 and below 1.
     tasks : kinds of task, see `task_kinds`; those that the model does not know with full prefill are left out.
     trials, context_tokens, num_documents : of each kind of task.
+    select, check_layer : how tokens are chosen, see `FusionMethod`; None for what does best at CacheBlend's cost on
+        questions that nothing is judged by, which may take longer than the rest. The certificate holds the choice.
+    tuned : such questions, of each kind.
     task_loss : limit, points of exact match as a share, at the bad end of the 95 % interval.
     out : where the certificate goes; None for nowhere.
     model_id : names the weights, as the server will; None for the name of the folder, which servers have by default.
@@ -47,6 +53,9 @@ class FusionOptions:
     trials: int = 200
     context_tokens: int = 1024
     num_documents: int = 8
+    select: str | None = None
+    check_layer: int | None = None
+    tuned: int = 8
     task_loss: float = 0.05
     out: Path | None = None
     model_id: str | None = None
@@ -65,57 +74,61 @@ def certify_fusion(options: FusionOptions) -> Certificate:
 
     Raises
     ------
-    ValueError : ratios are not between 0 and 1, a kind of task is unknown, or the model is not usable.
+    ValueError : nothing is chosen like that, ratios are not between 0 and 1, a kind of task is unknown, or the model is
+        not usable.
     EngineError : the model is of a kind that cannot be fused.
     """
     ratios = sorted(set(options.ratios))
     if not ratios or not 0.0 < ratios[0] <= ratios[-1] < 1.0:
         raise ValueError(f"ratios are {list(options.ratios)}; expected shares above 0 and below 1")
+    if options.select not in (None, *ENGINE_CHOICES):
+        raise ValueError(f"select is {options.select!r}; expected one of {', '.join(ENGINE_CHOICES)}")
     kinds = KINDS if AUTO in options.tasks else task_kinds(options.tasks)
     if not kinds:
         raise ValueError("tasks are none; fusion is certified by the answers to tasks")
-    methods = [FULL, *(Method(f"{ratio:.0%}", blender=FusionMethod(ratio).blender) for ratio in ratios)]
-    found: dict[str, list[Score]] = {}
-    with KVStore([HostTier(HOST_BYTES)]) as store, progress() as bar:
+    with progress() as bar:
         loading = bar.add_task("loading the model", total=1, logged=False)
         model, tokenizer = load_model(options.model, dtype=options.dtype, device=options.device)
         bar.advance(loading)
-        longest = min(options.context_tokens, model.config.max_position_embeddings - QUESTION_TOKENS)
-        connector = TransformersConnector(model, tokenizer, store, model_id=options.model_id)
+        bed = FusionBed(model, model_id=options.model_id)
+        longest = min(options.context_tokens, bed.layers.max_tokens - QUESTION_TOKENS)
+        tune, check = (
+            QuestionSampler(tokenizer, split=split, context_tokens=longest, num_documents=options.num_documents)
+            for split in (TUNE, CHECK)
+        )
+        method, tried = _method(options, bed, tune, bar)
+        blenders = {f"{ratio:g}": replace(method, ratio=ratio).blender for ratio in ratios}
+        found: dict[str, tuple[Sequence[Answer], list[Sequence[Answer]]]] = {}
         for kind in kinds:
-            cases = task_cases(
-                None,
-                token_counter(tokenizer),
-                kind=kind,
-                count=options.trials,
-                context_tokens=longest,
-                num_documents=options.num_documents,
+            task = bar.add_task(f"{kind} tasks", total=options.trials)
+            full, fused = bed.measure(
+                check.samples(kind, range(options.trials)), blenders, advance=partial(bar.advance, task)
             )
-            task = bar.add_task(f"{kind} tasks", total=len(cases))
-            for case in cases:
-                connector.precompute(list(case.documents))
-            found[kind] = score(connector, cases, methods, advance=partial(bar.advance, task))
-    known = {kind: scores for kind, scores in found.items() if scores[0].exact_match[kind] >= KNOWN_RATIO}
-    figures = {ratio: _figures(known, number, options.task_loss) for number, ratio in enumerate(ratios, start=1)}
+            found[kind] = full, [one.answers for one in fused]
+    exact = {kind: sum(_right(full)) / len(full) for kind, (full, _) in found.items()}
+    known = {kind: found[kind] for kind in found if exact[kind] >= KNOWN_RATIO}
+    figures = {ratio: _figures(known, number, options.task_loss) for number, ratio in enumerate(ratios)}
+    spec = bed.layers.spec
     conditions = {
         "trials": options.trials,
         "context_tokens": longest,
         "documents": options.num_documents,
-        "exact_match": {kind: scores[0].exact_match[kind] for kind, scores in known.items()},
-        "skipped": {kind: found[kind][0].exact_match[kind] for kind in found if kind not in known},
+        "exact_match": {kind: exact[kind] for kind in known},
+        "skipped": {kind: exact[kind] for kind in found if kind not in known},
         "losses": {
             f"{ratio:g}": {kind: figure.value for kind, figure in of_ratio.items()}
             for ratio, of_ratio in figures.items()
         },
+        "tried": [{**one.method.parameters, "gap_closed": dict(one.closed)} for one in tried],
         "limits": {"task_loss": options.task_loss},
     }
     made = [
-        certificate(connector.spec, (FUSION, FusionMethod(ratio).parameters), figures[ratio], conditions)
+        certificate(spec, (FUSION, replace(method, ratio=ratio).parameters), figures[ratio], conditions)
         for ratio in ratios
     ]
     chosen = smallest_passing([one.passed for one in made])
     rows = [[f"{ratio:.0%}", *row] for ratio, one in zip(ratios, made, strict=True) for row in loss_rows(one.figures)]
-    table = Table(["computed", *HEADS], rows, f"fusion on {connector.spec.model_id[:24]}", left=(1, 5))
+    table = Table(["computed", *HEADS], rows, f"fusion by {method.select} on {spec.model_id[:24]}", left=(1, 5))
     verdict = "no share is certified; fusions compute everything"
     if made[chosen].passed:
         verdict = f"{ratios[chosen]:.0%} of the tokens of documents have to be computed"
@@ -130,9 +143,31 @@ def smallest_passing(passed: Sequence[bool]) -> int:
     return index
 
 
-def _figures(known: dict[str, list[Score]], number: int, limit: float) -> dict[str, Figure]:
-    """Loss of one method on each task, with its interval (Agresti & Min)."""
+def _method(
+    options: FusionOptions, bed: FusionBed, tune: QuestionSampler, bar: Progress
+) -> tuple[FusionMethod, list[TriedMethod]]:
+    """How tokens are chosen, and what was tried to find that out. The ratio has no meaning yet."""
+    default = FusionMethod(TUNED_RATIO)
+    if options.select is not None or options.check_layer is not None:
+        return FusionMethod(
+            TUNED_RATIO, options.select or default.select, options.check_layer or default.check_layer
+        ), []
+    task = bar.add_task("choosing a method", total=options.tuned * len(TUNED_KINDS))
+    cost = FusionMethod(TUNED_RATIO, "deviation", 1).cost_ratio(bed.layers.spec.num_layers)
+    questions = {kind: tune.samples(kind, range(options.tuned)) for kind in TUNED_KINDS}
+    tried = best_method(bed, questions, cost, advance=partial(bar.advance, task))
+    return (tried[0].method if tried else default), tried
+
+
+def _right(answers: Sequence[Answer]) -> list[bool]:
+    return [bool(answer.right) for answer in answers]
+
+
+def _figures(
+    known: dict[str, tuple[Sequence[Answer], list[Sequence[Answer]]]], number: int, limit: float
+) -> dict[str, Figure]:
+    """Loss of one ratio on each task, with its interval (Agresti & Min)."""
     return {
-        f"{kind}_loss": Figure(*paired_share_difference(scores[0].known, scores[number].known), "share", limit)
-        for kind, scores in known.items()
+        f"{kind}_loss": Figure(*paired_share_difference(_right(full), _right(fused[number])), "share", limit)
+        for kind, (full, fused) in known.items()
     }

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..blend.method import NEEDS_QUESTION, FusionMethod
-from ..evaluation.answers import gap_closed
+from ..evaluation.answers import gap_closed, mean_of
 from ..evaluation.placed import FusionBed
 from ..evaluation.questions import Question
 
@@ -16,6 +16,8 @@ WITHOUT_FULL_LAYERS = ("question", "first+question")
 SELECTS = ("deviation", "values", "first+values", "deviation+question", "values+question")
 TUNED_KINDS = ("astride", "multihop")
 """What documents bind to one another, and what one question needs of them: methods that win one fail the other."""
+
+_LEAST_GAP = 0.02  # nats, between naive reuse and full prefill; of less, no share can be told
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +67,11 @@ def try_methods(
     blenders |= {str(number): method.blender for number, method in enumerate(methods)}
     for kind, of_kind in questions.items():
         full, (naive, *others) = bed.measure(of_kind, blenders, advance=advance)
+        loss = "kl" if kind == "multihop" else "nll"
+        if mean_of(naive.answers, loss)[0] - mean_of(full, loss)[0] < _LEAST_GAP:
+            continue
         for number, other in enumerate(others):
-            value = gap_closed(naive.answers, full, other.answers, "kl" if kind == "multihop" else "nll")[0]
+            value = gap_closed(naive.answers, full, other.answers, loss)[0]
             if math.isfinite(value):
                 closed[number][kind] = value
     tried = [TriedMethod(method, shares) for method, shares in zip(methods, closed, strict=True) if shares]

@@ -65,7 +65,7 @@ RETRIEVAL, EXTENT, LIMITS = "With --retrieval", "What is measured on", "Limits, 
 
 
 BELONGS_TO = {  # options that say nothing in the other cases
-    "ratios": ("fusion",),
+    **dict.fromkeys(("ratios", "select", "check_layer"), ("fusion",)),
     **dict.fromkeys(
         (
             *("budget_ratio", "coverage", "budget_tokens", "sink_tokens", "window_tokens", "dense_layers", "pooling"),
@@ -103,6 +103,18 @@ def certify(
         str,
         typer.Option(metavar="SHARES", rich_help_panel="With --fusion", help="Shares of recomputed tokens to try."),
     ] = "0.05,0.1,0.15,0.2,0.3,0.5",
+    select: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel="With --fusion",
+            help="How tokens are chosen: deviation, values, question, first+question, ...; default: what does best.",
+        ),
+    ] = None,
+    check_layer: Annotated[
+        int | None,
+        typer.Option(min=1, rich_help_panel="With --fusion", help="Layer whose keys and values are compared."),
+    ] = None,
     budget_ratio: Annotated[
         float,
         typer.Option(
@@ -188,6 +200,8 @@ def certify(
         asked = FusionOptions(
             model=model_folder(model),
             ratios=shares,
+            select=select,
+            check_layer=check_layer,
             tasks=kinds,
             trials=trials,
             context_tokens=context_tokens or 1024,

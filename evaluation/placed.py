@@ -64,11 +64,12 @@ class FusionBed:
     Parameters
     ----------
     model : a causal language model, on any device.
+    model_id : names the weights, as for `TransformersModel`.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, model_id: str | None = None) -> None:
         self.model = model
-        self.layers = TransformersModel(model, model_id="measured")
+        self.layers = TransformersModel(model, model_id=model_id)
 
     @torch.no_grad()
     def place(self, question: Question) -> PlacedDocuments:

@@ -12,12 +12,17 @@ from kvloom.blend.method import EXACT, FUSION, FusionMethod, certified_fusion
 from kvloom.calibration.certificate import Certificate, Figure
 from kvloom.calibration.certificate_gate import CertificateGate
 from kvloom.certify.fusion import smallest_passing
+from kvloom.certify.fusion_method import methods_at_cost, question_ratio_of, try_methods
 from kvloom.connectors.identity.weights import folder_name
 from kvloom.core import KVSpec, RopeSpec
 from kvloom.evaluation.environment import BUNDLED_MODEL
+from kvloom.evaluation.models import load_model
+from kvloom.evaluation.placed import FusionBed
+from kvloom.evaluation.questions import QuestionSampler
 
 from .test_certify import run
 
+BY_QUESTION = ("--select", "first+question")
 SPEC = KVSpec("model", 2, 2, 8, torch.float32, RopeSpec((1.0, 0.5, 0.25, 0.1)))
 PASSED, FAILED = Figure(0.0, -0.01, 0.01, "share", 0.05), Figure(0.0, -0.1, 0.1, "share", 0.05)
 
@@ -60,15 +65,28 @@ def test_what_a_certificate_permits() -> None:
 def test_the_command(tmp_path: Path) -> None:
     """Three trials prove nothing within 5 points; with a limit that they can prove, the smallest ratio is written."""
     out = tmp_path / "fusion.json"
-    small = ("--trials", 3, "--context-tokens", 256, "--tasks", "needle", "--ratios", "0.2,0.6")
-    assert run("certify", "reference", "--fusion", *small, "-o", out) == 1
+    small = (
+        "--trials",
+        3,
+        "--context-tokens",
+        256,
+        "--tasks",
+        "needle",
+        "--ratios",
+        "0.2,0.6",
+        "--select",
+        "first+question",
+    )
+    assert run("certify", "reference", "--fusion", *small, *BY_QUESTION, "-o", out) == 1
     assert not Certificate.load(out).passed
-    assert run("certify", "reference", "--fusion", *small, "-o", out, "--max-task-loss", 1.0) == 0
+    assert run("certify", "reference", "--fusion", *small, *BY_QUESTION, "-o", out, "--max-task-loss", 1.0) == 0
     certificate = Certificate.load(out)
     assert permitted(certificate, spec=certificate.spec) == 0.2
     assert certificate.model_id == folder_name(BUNDLED_MODEL), "as a server of the folder has it"
     assert set(json.loads(out.read_text())["conditions"]["losses"]) == {"0.2", "0.6"}
+    assert certificate.parameters == FusionMethod(0.2, "first+question").parameters
     assert run("certify", "reference", "--fusion", "--codec", "raw") == 2
+    assert run("certify", "reference", "--fusion", "--select", "guess") == 2
     assert run("certify", "reference", "--fusion", "--ratios", "1.5") == 2
 
 
@@ -87,3 +105,21 @@ def test_methods_at_equal_cost() -> None:
     asked = FusionMethod(0.5, "question").at_cost(published, 30, question_ratio=0.02)
     assert asked is not None and asked.cost_ratio(30, question_ratio=0.02) == pytest.approx(published, abs=1e-3)
     assert FusionMethod(0.5, "deviation", 6).at_cost(published, 30) is None, "six full layers cost more alone"
+
+
+@pytest.mark.slow
+def test_the_method_that_suits_the_bundled_model() -> None:
+    """It binds by keys of layer 2: who looks earlier closes nothing of an alias's gap, the question all of it."""
+    model, tokenizer = load_model(None)
+    bed = FusionBed(model)
+    questions = QuestionSampler(tokenizer, split="tune", context_tokens=512).samples("alias", range(4))
+    methods = [FusionMethod(0.15, "deviation", 1), FusionMethod(0.1, "question"), FusionMethod(0.15, "deviation", 2)]
+    tried = try_methods(bed, {"alias": questions}, methods)
+    closed = {one.method: one.closed["alias"] for one in tried}
+    assert closed[methods[1]] > 0.9 and closed[methods[2]] > 0.7 > closed[methods[0]]
+    assert tried[0].mean_closed == max(closed.values())
+    ratio = question_ratio_of(questions)
+    cost = FusionMethod(0.15, "deviation", 1).cost_ratio(30)
+    menu = methods_at_cost(cost, 30, question_ratio=ratio)
+    assert {(one.select, one.check_layer) for one in menu} >= {("deviation", 2), ("values", 1), ("first+question", 1)}
+    assert all(one.cost_ratio(30, question_ratio=ratio) == pytest.approx(cost, abs=1e-3) for one in menu)
