@@ -82,7 +82,8 @@ def deviation_of(rows: Tensor) -> Tensor:
 def value_deviation_of(rows: Tensor) -> Tensor:
     """The part of values in the deviation of every token: `sqrt(|dV|^2 / mean |V|^2)`, from the `squares`."""
     _, _, off_values, values = rows
-    return (off_values / values.mean().clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
+    relative: Tensor = off_values / values.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    return relative.sqrt()
 
 
 def by_deviation(tokens: CandidateTokens, count: int) -> Tensor | None:
