@@ -5,8 +5,11 @@ SGLang calls `register` once in each of its processes, through the entry point `
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 from weakref import WeakSet
+
+T = TypeVar("T")
 
 _UPDATES = ("disk", "distributed", "tensor", "ipc")
 _MANAGER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
@@ -26,7 +29,7 @@ def register() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     for source in _UPDATES:
-        HookRegistry.register(f"{_MANAGER}.update_weights_from_{source}", _renew_all, HookType.AFTER)
+        HookRegistry.register(f"{_MANAGER}.update_weights_from_{source}", _renewing, HookType.AROUND)
 
 
 def watch(storage: Renewable) -> None:
@@ -34,7 +37,10 @@ def watch(storage: Renewable) -> None:
     _OPEN.add(storage)
 
 
-def _renew_all(*_: object, **__: object) -> None:
-    """After an update, successful or not: a part of the weights may be new."""
-    for storage in list(_OPEN):
-        storage.renew()
+def _renewing(update: Callable[..., T], *args: object, **kwargs: object) -> T:
+    """An update of weights; afterwards, also if it failed, as a part of them may be new, nothing old is found."""
+    try:
+        return update(*args, **kwargs)
+    finally:
+        for storage in list(_OPEN):
+            storage.renew()
