@@ -8,12 +8,13 @@ INPUTS  := pyproject.toml constraints.txt
 ENGINES ?= .venv-engines
 
 .DEFAULT_GOAL := help
-.PHONY: real-model help demo test quick check engines test-engines torture docs reference clean
+.PHONY: audit real-model help demo test quick check engines test-engines torture docs reference clean
 
 help:
 	@echo "make demo       install what is needed into $(VENV) and answer questions over cached documents"
 	@echo "make test       install the developer tools too and run the whole default test suite"
 	@echo "make quick      some fast tests of every folder: under a minute"
+	@echo "make audit      known weaknesses of the service's packages, where advisories can be reached"
 	@echo "make check      ruff, its formatter and mypy --strict"
 	@echo "make engines    one environment per inference engine in $(ENGINES) (stock vLLM and SGLang: minutes, about 8 GB)"
 	@echo "make test-engines  the tests that run real engines, each in its own environment"
@@ -58,6 +59,10 @@ torture: $(VENV)/dev.stamp
 	$(NAME)/pytest -q -m torture
 
 # mypy finds the package by its name: a temporary folder holds a link `kvloom` to this one.
+# Skips, and says so, where no database of advisories can be reached.
+audit: $(VENV)/dev.stamp
+	$(NAME)/pytest -q -rs tests/service/safety/test_dependencies.py
+
 check: $(VENV)/dev.stamp
 	$(NAME)/ruff check .
 	$(NAME)/ruff format --check .
