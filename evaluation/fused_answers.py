@@ -13,6 +13,7 @@ from ..blend.blender import CACHEBLEND, Blender
 from ..blend.choosers import CHOOSERS
 from ..connectors.hf.connector import TransformersConnector
 from ..connectors.hf.generation import cache_argument
+from ..kvstore.store import KVStore
 from .intervals import spread
 from .workload import Case
 
@@ -100,7 +101,10 @@ def answer(connector: TransformersConnector, method: Method, case: Case, *, new_
 
 
 def _bytes_read(connector: TransformersConnector) -> Counter[str]:
-    return Counter({tier.name: tier.bytes_read for tier in connector.store.stats().tiers})
+    store = connector.store
+    if not isinstance(store, KVStore):
+        return Counter()  # a part of a served store, which tells nobody what it reads
+    return Counter({tier.name: tier.bytes_read for tier in store.stats().tiers})
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,6 +101,10 @@ class Frame:
     wording: Wording
 
 
+PLAIN = Frame((), "", False, STATEMENTS)
+"""For a model without a chat template; its lead is the tokenizer's."""
+
+
 def frame_of(tokenizer: PreTrainedTokenizerBase) -> Frame:
     """The frame for a tokenizer: by its chat template if it has one that can be taken apart, plain otherwise."""
     parts = chat_parts(tokenizer)

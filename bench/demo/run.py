@@ -19,7 +19,8 @@ from ...evaluation.page import Table
 from ...evaluation.report import BenchResult, Metric
 from ...evaluation.screen import progress
 from ...evaluation.texts import read_documents
-from ...evaluation.workload import Case, question_cases, task_cases
+from ...evaluation.wording import PLAIN, Frame, frame_of
+from ...evaluation.workload import Case, own_case, question_cases, task_cases
 from ...kvstore.store import KVStore
 from ...kvstore.tiers.disk.tier import DiskTier
 from ...kvstore.tiers.host import HostTier
@@ -51,7 +52,9 @@ class DemoOptions:
     curves: bool = False
 
 
-def demo_cases(options: DemoOptions, count_tokens: Callable[[str], int], max_tokens: int) -> list[Case]:
+def demo_cases(
+    options: DemoOptions, count_tokens: Callable[[str], int], max_tokens: int, *, frame: Frame = PLAIN
+) -> list[Case]:
     """The cases that the demo asks, see `DemoOptions`.
 
     Raises
@@ -61,34 +64,43 @@ def demo_cases(options: DemoOptions, count_tokens: Callable[[str], int], max_tok
     texts = None if options.docs is None else read_documents(options.docs)
     if options.question is not None:
         documents = tuple(texts) if texts is not None else question_cases(1)[0].documents
-        total = sum(map(count_tokens, documents)) + count_tokens(options.question) + NEW_TOKENS + 16
+        case = own_case(documents, options.question, frame=frame)
+        total = len(frame.lead_ids) + sum(map(count_tokens, documents)) + count_tokens(case.question) + NEW_TOKENS + 16
         if total > max_tokens:
             raise ValueError(
                 f"documents and question have about {total} tokens, the model's context {max_tokens}; "
                 "give fewer or shorter documents"
             )
-        return [Case("question", documents, f"\nQ: {options.question}\nA:")] * (2 if options.quick else 5)
-    context = min(512 if options.quick else 4480, max_tokens - 128)  # of which documents fill a little less
-    counts = {"record": 2, "alias": 1} if options.quick else {"record": 6, "alias": 4}
+        return [case] * (2 if options.quick else 5)
+    # Documents fill a little less. A model of the user's own may be many times as slow as the bundled one.
+    context = min(512 if options.quick else 4480 if options.model is None else 1024, max_tokens - 256)
+    second = "needle" if frame.is_chat else "alias"  # two hops are beyond small models of instructions
+    counts = {"record": 2, second: 1} if options.quick else {"record": 6, second: 4}
     cases = [
         case
         for kind, n in counts.items()
-        for case in task_cases(texts, count_tokens, kind=kind, count=n, context_tokens=context)
+        for case in task_cases(texts, count_tokens, kind=kind, count=n, context_tokens=context, frame=frame)
     ]
-    return cases if texts is not None else [*cases, *question_cases(1, passages=2 if options.quick else 10)]
+    if texts is not None:
+        return cases
+    return [*cases, *question_cases(1, passages=2 if options.quick or options.model is not None else 10, frame=frame)]
 
 
 def measure(options: DemoOptions, store_dir: Path, *, restarted: bool) -> tuple[list[Score], list[Case]]:
     """All methods on all cases; after a restart every chunk is read from the disk, past the page cache."""
     model, tokenizer = load_model(options.model)
     check_supported(model)
-    cases = demo_cases(options, token_counter(tokenizer), model.config.max_position_embeddings)
+    frame = frame_of(tokenizer)
+    cases = demo_cases(options, token_counter(tokenizer), model.config.max_position_embeddings, frame=frame)
     tiers: list[Tier] = [HostTier(HOST_BYTES), DiskTier(store_dir)]  # opened last: a wrong option leaves nothing behind
     with KVStore(tiers) as store, progress() as bar:
-        connector = TransformersConnector(model, tokenizer, store)
+        connector = TransformersConnector(model, tokenizer, store, lead_ids=frame.lead_ids)
         if not restarted:
             documents = list(dict.fromkeys(d for case in cases for d in case.documents))
-            connector.precompute(documents, progress=True)
+            computing = bar.add_task("computing documents", total=len(documents))
+            for document in documents:
+                connector.precompute([document])
+                bar.advance(computing)
             # A store that is kept may hold them from an earlier run, on the disk only.
             store.prefetch([connector.key_of(connector.encode_document(d)) for d in documents]).result()
         task = bar.add_task("answering after a restart" if restarted else "answering", total=len(cases))
@@ -147,6 +159,7 @@ _TITLES = {
 }
 _KINDS = {
     "record": "records (an entity is named in one document, its code stands in the next)",
+    "needle": "needles (one fact in natural text)",
     "alias": "aliases (two hops over two documents)",
     "question": "questions over documents as they are",
 }

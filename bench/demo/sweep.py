@@ -9,6 +9,7 @@ from ...evaluation.models import load_model, token_counter
 from ...evaluation.page import Plot, Point
 from ...evaluation.report import Metric
 from ...evaluation.texts import read_documents
+from ...evaluation.wording import frame_of
 from ...evaluation.workload import task_cases
 from ...kvstore.store import KVStore
 from ...kvstore.tiers.disk.tier import DiskTier
@@ -19,11 +20,11 @@ def sweep(model_dir: Path | None, docs: Path | None, store_dir: Path, *, quick: 
     """TTFT against the number of chunks, and exact match against the recompute ratio."""
     model, tokenizer = load_model(model_dir)
     texts = None if docs is None else read_documents(docs)
-    count_tokens = token_counter(tokenizer)
+    count_tokens, frame = token_counter(tokenizer), frame_of(tokenizer)
     times: dict[str, list[Point]] = {}
     quality: dict[str, list[Point]] = {}
     with KVStore([HostTier(HOST_BYTES), DiskTier(store_dir)]) as store:
-        connector = TransformersConnector(model, tokenizer, store)
+        connector = TransformersConnector(model, tokenizer, store, lead_ids=frame.lead_ids)
         longest = connector.layers.max_tokens - 128
         for chunks in (2, 4) if quick else (2, 4, 8, 16):
             context = min(chunks * (128 if quick else 512), longest)
@@ -35,6 +36,7 @@ def sweep(model_dir: Path | None, docs: Path | None, store_dir: Path, *, quick: 
                 context_tokens=context,
                 num_documents=chunks,
                 seed=1,
+                frame=frame,
             )
             connector.precompute([d for case in cases for d in case.documents])
             for s in score(connector, cases, [FULL, PREFIX, NAIVE, blend(0.15)]):
@@ -47,6 +49,7 @@ def sweep(model_dir: Path | None, docs: Path | None, store_dir: Path, *, quick: 
             count=2 if quick else 24,
             context_tokens=min(1024, longest),
             seed=2,
+            frame=frame,
         )
         connector.precompute([d for case in cases for d in case.documents])
         ratios = (0.0, 0.15, 1.0) if quick else (0.0, 0.02, 0.05, 0.1, 0.15, 0.3, 0.5, 1.0)

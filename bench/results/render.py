@@ -1,9 +1,9 @@
 """Renders `docs/benchmarks.md` from the last full run of every benchmark.
 
-    python -m kvloom.bench.results.render [RESULT.json ...]
+    python -m kvloom.bench.results.render [--model NAME] [RESULT.json ...]
 
 Results that are named, as `--json` wrote them, first replace those of their benchmarks in this folder, without their
-raw rows.
+raw rows. Those of `--model DIR` are kept apart under a name, for instance smollm2-135m, and come first.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +22,36 @@ from ...evaluation.report import Metric, Target, write_text
 RESULTS = Path(__file__).parent
 PAGE = ROOT / "docs" / "benchmarks.md"
 ORDER = ("blend", "tiers", "retrieval", "vllm", "codecs", "simulate")  # others follow by name
+ON = "-on-"  # between a benchmark and a pretrained model in the names of files
 COMMANDS = {"simulate": "kvloom simulate TRACE.jsonl"}
 INTRODUCTION = """# Benchmarks
 
 Made from `bench/results/*.json` by `make docs`; do not edit. Each section is one run; every figure stands beside its
 alternative from the same run. Absolute times depend on the machine; ratios travel better. Times are medians between
-their 10th and 90th percentile; shares and losses have 95 % intervals. To repeat a run and to put it here:
+their 10th and 90th percentile; shares and losses have 95 % intervals.
+
+Sections that name a model are of that pretrained model, and their figures of quality are the ones to go by. The others
+are of the bundled model: six layers, trained for these very tasks and initialised so that facts bind where CacheBlend
+looks; it is a fast test bed, and its figures of quality do not carry over to other models.
+To repeat a run and to put it here:
 
 ```sh
 kvloom bench NAME --json new.json
 .venv/bin/python -m kvloom.bench.results.render new.json
+kvloom bench NAME --model build/real-model --json real.json
+.venv/bin/python -m kvloom.bench.results.render --model smollm2-135m real.json
 ```
 """
 
 Json = Mapping[str, Any]
 
 
-def take_in(path: Path, folder: Path = RESULTS) -> None:
-    """Replace the result of the same benchmark in `folder`, without raw rows.
+def take_in(path: Path, folder: Path = RESULTS, *, model: str | None = None) -> None:
+    """Replace the result of the same benchmark, on the same model, in `folder`, without raw rows.
+
+    Parameters
+    ----------
+    model : a name for the pretrained model that was measured; None for the bundled one.
 
     Raises
     ------
@@ -53,19 +65,29 @@ def take_in(path: Path, folder: Path = RESULTS) -> None:
     if commit.endswith("-dirty"):
         raise ValueError(f"{path} was measured with uncommitted changes ({commit}); commit, and run it again")
     result.pop("rows", None)
-    write_text(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
+    stem = name if model is None else f"{name}{ON}{model}"
+    write_text(folder / f"{stem}.json", json.dumps(result, indent=1) + "\n")
 
 
 def render(folder: Path = RESULTS) -> str:
     """The whole page."""
     results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
-    names = [*(name for name in ORDER if name in results), *(name for name in results if name not in ORDER)]
-    return "\n".join([INTRODUCTION, *(_section(results[name]) for name in names)])
+    return "\n".join([INTRODUCTION, *(_section(results[stem], stem.partition(ON)[2]) for stem in _ordered(results))])
 
 
-def _section(result: Json) -> str:
-    title = result.get("title") or "Figures"
-    parts = [f"## {result['bench']}: {title[0].lower()}{title[1:]}", _origin(result)]
+def _ordered(stems: Iterable[str]) -> list[str]:
+    """By benchmark; of each the pretrained models first."""
+
+    def place(stem: str) -> tuple[int, str, bool, str]:
+        bench, _, model = stem.partition(ON)
+        return ORDER.index(bench) if bench in ORDER else len(ORDER), bench, not model, model
+
+    return sorted(stems, key=place)
+
+
+def _section(result: Json, model: str) -> str:
+    title, on = result.get("title") or "Figures", f" on {model}" if model else ""
+    parts = [f"## {result['bench']}{on}: {title[0].lower()}{title[1:]}", _origin(result)]
     metrics = {name: Metric(**fields) for name, fields in result["metrics"].items()}
     targets = [Target(**fields) for fields in result.get("targets", ())]
     parts.append(_figures(metrics, targets))
@@ -141,8 +163,10 @@ def _escaped(text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="*", metavar="RESULT.json")
-    for path in parser.parse_args().results:
-        take_in(path)
+    parser.add_argument("--model", metavar="NAME", help="of the pretrained model that the results are of")
+    given = parser.parse_args()
+    for path in given.results:
+        take_in(path, model=given.model)
     write_text(PAGE, render())
 
 

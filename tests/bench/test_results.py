@@ -52,6 +52,20 @@ def test_a_new_result_replaces_the_old_one(tmp_path: Path, monkeypatch: pytest.M
     assert "| a\\|b\\_c `d_e` | 1.235 |" in page and "Read \\*this\\*." in page
 
 
+def test_results_of_a_pretrained_model_stand_apart_and_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvloom.evaluation.report.commit", lambda: "a" * 40)
+    folder = tmp_path / "results"
+    folder.mkdir()
+    for model, value in ((None, 0.25), ("small-1b", 0.75)):
+        BenchResult("blend", {"gap": Metric(value)}, title="Is it right?").write(tmp_path / "new.json")
+        take_in(tmp_path / "new.json", folder, model=model)
+    assert {path.name for path in folder.iterdir()} == {"blend.json", "blend-on-small-1b.json"}
+    page = render(folder)
+    own, bundled = page.index("## blend on small-1b: is it right?"), page.index("## blend: is it right?")
+    assert own < page.index("0.75") < bundled < page.index("| gap | 0.25")
+    assert "do not carry over to other models" in page
+
+
 def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "new.json"
     for text, message in (
