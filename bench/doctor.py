@@ -13,6 +13,7 @@ import torch
 from ..evaluation.environment import BUNDLED_MODEL, devices, environment, memory_bytes, usable
 from ..evaluation.page import Row, Table
 from ..evaluation.report import BenchResult, Metric
+from .harness.servers import missing_for
 
 COPY_BYTES = 128 << 20
 DISK_BYTES = 32 << 20
@@ -42,6 +43,13 @@ EXTRAS = {  # modules that each brings
 }
 
 
+SERVERS = {
+    "redis": "redis-server --bind 127.0.0.1 --maxmemory 4gb --maxmemory-policy allkeys-lru",
+    "s3": "moto_server -H 127.0.0.1 -p 5090 (for tests; any S3 will do)",
+    "mooncake": "mooncake_master -rpc_address=127.0.0.1 -rpc_port=50051, and nodes, see docs/tiers.md",
+}
+
+
 def diagnose(folder: Path) -> BenchResult:
     """Measure this machine.
 
@@ -61,7 +69,7 @@ def diagnose(folder: Path) -> BenchResult:
         metrics["device_copy_speed"] = _device_copy_speed(source)
     plain_copy = metrics["host_copy_speed"].value
     metrics |= _disk_speeds(folder, baseline=plain_copy)
-    env, rows = environment(), [*_devices(), *_extras(), _model()]
+    env, rows = environment(), [*_devices(), *_extras(), *_servers(), _model()]
     shown: list[Row] = [[name, str(env[name] or "not installed")] for name in SHOWN]
     shown.append(["memory", f"{(memory_bytes() or 0) / 2**30:.1f} GiB"])
     shown += [[str(row["subject"]), str(row["finding"])] for row in rows]
@@ -135,6 +143,16 @@ def _extras() -> list[dict[str, object]]:
         missing = [module for module in modules if not usable(module)]
         finding = f'{", ".join(missing)} missing; run: pip install "kvloom[{extra}]"' if missing else "usable"
         rows.append({"subject": f"extra {extra}", "finding": finding})
+    return rows
+
+
+def _servers() -> list[dict[str, object]]:
+    """Servers for tiers on other machines that could be started here, and how."""
+    rows: list[dict[str, object]] = []
+    for kind, start in SERVERS.items():
+        missing = missing_for(kind)
+        finding = f"usable; start one: {start}" if missing is None else f"not on this machine; it needs: {missing}"
+        rows.append({"subject": f"server {kind}", "finding": finding})
     return rows
 
 
