@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ...evaluation.page import Table
+from ...evaluation.page import Row, Table
 from ...evaluation.report import BenchResult, Metric, Target
 from ..harness.page_cache import can_drop_page_cache, file_system
 from ..vllm.inputs import Shape, make_model
@@ -124,7 +124,7 @@ def _measured(backend: str, place: Path, sizes: Sizes) -> dict[str, Any]:
 
 def _table(found: dict[str, dict[str, Any]], can_be_cold: bool) -> Table:
     ways = {"computed_s": "computed", **({"cold_s": "cold"} if can_be_cold else {}), "warm_s": "warm"}
-    rows = []
+    rows: list[Row] = []
     for backend, times in found.items():
         cells = [1000 * Metric.of_samples(times[way], unit="s").value for way in ways]
         rows.append([backend, *cells])
