@@ -294,7 +294,9 @@ class TransformersConnector:
                 exact = sum(takewhile(bool, stored))
                 # The first document has the lead tokens before it: alone, its KV is already that of this context.
                 begun = max(exact, int(is_lead))
-                loaded = [*in_context[:exact], *alone[exact : begun if in_full else None]]
+                # At ratio 1 documents are computed in this context; alone they are of use for other ones, unless those
+                # are to begin alike.
+                loaded = [*in_context[:exact], *alone[exact : begun if in_full and self._reuses_contexts else None]]
                 missing = {
                     key: ids
                     for key, ids in zip(loaded[exact:], rows[exact:], strict=False)

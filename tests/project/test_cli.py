@@ -63,7 +63,8 @@ def test_runs_as_a_module_from_anywhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize("option", ["--dir", "--lmcache-python", "--report", "--sizes"])
 def test_options_of_another_benchmark_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("bench", "blend", option, "here") == 2
-    assert one_line(capsys) == f"kvloom: No such option: {option}; see kvloom bench blend --help"
+    said = one_line(capsys)
+    assert said.startswith(f"kvloom: No such option: {option}") and said.endswith("; see kvloom bench blend --help")
 
 
 @pytest.mark.parametrize("command", [[], ["bench"]])
