@@ -16,7 +16,7 @@ help:
 	@echo "make quick      some fast tests of every folder: under a minute"
 	@echo "make audit      known weaknesses of the service's packages, where advisories can be reached"
 	@echo "make check      ruff, its formatter and mypy --strict"
-	@echo "make engines    one environment per inference engine in $(ENGINES) (stock vLLM and SGLang: minutes, about 8 GB)"
+	@echo "make engines    one environment per inference engine in $(ENGINES) (stock vLLM, SGLang, LMCache: minutes, about 9 GB)"
 	@echo "make test-engines  the tests that run real engines, each in its own environment"
 	@echo "make torture    the long forms of the store's tests: kills, power losses, damage, stalls (hours)"
 	@echo "make docs       docs/benchmarks.md from the last results in bench/results"
@@ -45,15 +45,16 @@ quick: $(VENV)/dev.stamp
 	$(NAME)/pytest -q -m "not slow and not torture" --durations=10 --durations-min=1 $(QUICK)
 
 # Engines pin what they need, so each has an environment of its own; ENGINES=... may name a folder that outlives checkouts.
-engines: $(ENGINES)/vllm.stamp $(ENGINES)/frameworks.stamp $(ENGINES)/sglang.stamp
+engines: $(ENGINES)/vllm.stamp $(ENGINES)/frameworks.stamp $(ENGINES)/sglang.stamp $(ENGINES)/lmcache.stamp
 
 test-engines: engines
-	@for each in vllm frameworks sglang; do \
+	@for each in vllm frameworks sglang lmcache; do \
 	  $(ENGINES)/$$each/bin/python -c 'import kvloom, pathlib, sys; sys.exit(pathlib.Path(kvloom.__file__).parent != pathlib.Path.cwd())' \
 	  || $(ENGINES)/$$each/bin/python -m pip install --quiet --no-deps --editable . || exit; done
 	$(ENGINES)/frameworks/bin/python -m pytest -q -m engine tests/engines/frameworks
-	$(ENGINES)/vllm/bin/python -m pytest -q -m engine tests/engines --ignore=tests/engines/frameworks --ignore=tests/engines/sglang
+	$(ENGINES)/vllm/bin/python -m pytest -q -m engine tests/engines $(addprefix --ignore=tests/engines/,frameworks sglang lmcache)
 	$(ENGINES)/sglang/bin/python -m pytest -q -m engine tests/engines/sglang
+	$(ENGINES)/lmcache/bin/python -m pytest -q -m engine tests/engines/lmcache
 
 torture: $(VENV)/dev.stamp
 	$(NAME)/pytest -q -m torture
@@ -106,6 +107,10 @@ $(ENGINES)/frameworks.stamp: tests/engines/frameworks.sh $(INPUTS)
 
 $(ENGINES)/sglang.stamp: tests/engines/sglang.sh $(wildcard tests/engines/sglang/cpu/*.py tests/engines/sglang/cpu/*/*.py) $(INPUTS)
 	PYTHON=$(PYTHON) tests/engines/sglang.sh $(ENGINES)/sglang
+	@touch $@
+
+$(ENGINES)/lmcache.stamp: tests/engines/lmcache.sh $(INPUTS)
+	PYTHON=$(PYTHON) tests/engines/lmcache.sh $(ENGINES)/lmcache
 	@touch $@
 
 $(VENV)/demo.stamp: $(VENV)/torch.stamp

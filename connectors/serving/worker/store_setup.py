@@ -59,22 +59,8 @@ def open_store(settings: StoreSettings, spec: KVSpec, papers: QualityRecords) ->
     if papers.profile is not None:
         papers.profile.check_serves(spec)
     codecs = _codecs(settings, papers)
-    tiers: list[Tier] = []
-    if settings.host_bytes is not None:
-        tiers.append(HostTier(settings.host_bytes // spec.shard[1]))
-    if settings.disk_path is not None:
-        tiers.append(DiskTier(settings.disk_path, settings.disk_bytes))
-    if settings.remote_url is not None:
-        tiers.append(
-            open_tier(
-                settings.remote_url,
-                token_file=settings.remote_token_file,
-                ca_file=settings.remote_ca_file,
-                timeout_s=settings.load_timeout_s,
-            )
-        )
     store = KVStore(
-        tiers,
+        open_tiers(settings, shards=spec.shard[1]),
         tier_codecs=codecs,
         certificates=papers.certificates,
         allow_uncertified=settings.allow_uncertified,
@@ -91,6 +77,34 @@ def open_store(settings: StoreSettings, spec: KVSpec, papers: QualityRecords) ->
             f"with `--model-id {spec.model_id}`{there}"
         ) from exc
     return store
+
+
+def open_tiers(settings: StoreSettings, *, shards: int = 1) -> list[Tier]:
+    """Tiers of one rank, fastest first.
+
+    Parameters
+    ----------
+    shards : ranks that share `host_bytes`.
+
+    Raises
+    ------
+    TierError : the folder on disk cannot be used.
+    """
+    tiers: list[Tier] = []
+    if settings.host_bytes is not None:
+        tiers.append(HostTier(settings.host_bytes // shards))
+    if settings.disk_path is not None:
+        tiers.append(DiskTier(settings.disk_path, settings.disk_bytes))
+    if settings.remote_url is not None:
+        tiers.append(
+            open_tier(
+                settings.remote_url,
+                token_file=settings.remote_token_file,
+                ca_file=settings.remote_ca_file,
+                timeout_s=settings.load_timeout_s,
+            )
+        )
+    return tiers
 
 
 def is_lossy(settings: StoreSettings, papers: QualityRecords) -> bool:
