@@ -13,8 +13,8 @@ pip=("$folder/bin/python" -m pip --disable-pip-version-check)
 # alone, and then what its server and its storage import.
 "${pip[@]}" install --quiet "$(grep '^torch==' "$root/constraints.txt")"
 "${pip[@]}" install --quiet --no-deps "lmcache==$version"
-"${pip[@]}" install --quiet "$(grep '^torch==' "$root/constraints.txt")" aiofile aiofiles aiohttp cachetools fastapi httptools \
-  httpx huggingface_hub msgspec numba numpy nvtx opentelemetry-api opentelemetry-exporter-otlp \
+"${pip[@]}" install --quiet "$(grep '^torch==' "$root/constraints.txt")" aiofile aiofiles aiohttp cachetools cryptography \
+  fastapi grpcio httptools httpx huggingface_hub msgspec numba numpy nvtx opentelemetry-api opentelemetry-exporter-otlp \
   opentelemetry-exporter-prometheus opentelemetry-sdk prometheus-client psutil py-cpuinfo pydantic pyyaml pyzmq redis \
   requests safetensors sortedcontainers transformers uvicorn
 
