@@ -22,8 +22,11 @@ def version_of(distribution: str) -> str | None:
 
 
 def usable(module: str) -> bool:
-    """Whether a top-level module could be imported; does not import it."""
-    return find_spec(module) is not None
+    """Whether a module could be imported; does not import it, only the packages that it is in."""
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def commit() -> str:

@@ -100,6 +100,10 @@ class ServiceSettings(BaseSettings):
     )
     shared_memory_clients: int = Field(16, ge=1, description="Clients that may hold shared memory at a time.")
 
+    remote_tiers: dict[str, SecretStr] = Field(
+        default_factory=dict, description="Tiers on other machines that may be attached: URL by name."
+    )
+
     models: dict[str, LocalPath] = Field(
         default_factory=dict, description="Models of the embedded engine: folder by name."
     )
@@ -213,6 +217,8 @@ def _line(name: str, value: object, origin: str) -> str:
         return f"# {name} is not set  # {origin}"
     if isinstance(value, SecretStr):
         return f"# {name} is secret  # {origin}"
+    if isinstance(value, dict) and any(isinstance(each, SecretStr) for each in value.values()):
+        return f"# {name} is secret: {', '.join(value)}  # {origin}"
     if name.endswith("_bytes") and isinstance(value, int):
         return f'{name} = "{_size(value)}"  # {origin}'
     return f"{name} = {_toml(value)}  # {origin}"

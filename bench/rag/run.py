@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...connectors.hf.generation import generation_call
+from ...evaluation.environment import usable
 from ...evaluation.intervals import share_interval
 from ...evaluation.models import load_model
 from ...evaluation.page import Table
@@ -84,7 +84,7 @@ def run(*, quick: bool = False, model_dir: Path | None = None, questions: int | 
             metrics |= _second_question(corpus, said, sizes, bar)
         metrics |= _ordering(make, texts, said, sizes, bar)
     rows = [[name, metric.value, metric.low, metric.high, metric.unit] for name, metric in metrics.items()]
-    missing = [name for name, module in FRAMEWORKS.items() if not _is_installed(module)]
+    missing = [name for name, module in FRAMEWORKS.items() if not usable(module)]
     notes = [MEANING, f"model: {'the bundled one' if model_dir is None else model_dir.name}; {len(asked)} questions."]
     if missing:
         notes.append(f"Not installed here, so not measured: {', '.join(missing)}; `make engines` makes an environment.")
@@ -162,7 +162,7 @@ def _times(corpus: Corpus, questions: Sequence[str], sizes: Sizes, bar: StepProg
 def _frameworks(corpus: Corpus, questions: Sequence[str], sizes: Sizes, bar: StepProgress) -> dict[str, Metric]:
     found: dict[str, Metric] = {}
     for name, module in FRAMEWORKS.items():
-        if not _is_installed(module):
+        if not usable(module):
             continue
         task = bar.add_task(name, total=len(questions))
         speedups = []
@@ -240,10 +240,3 @@ def _ordering(
         "ordering_hit_gain": Metric(shares[True] - shares[False], unit="share", baseline=shares[False]),
         "ordered_tokens_reused": Metric(shares[True], unit="share", baseline=shares[False]),
     }
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False

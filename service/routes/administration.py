@@ -60,13 +60,13 @@ class TenantInfo(TenantRules):
 class TierRequest(BaseModel):
     """A tier to attach. Folders are the service's own; `position` 0 is the fastest.
 
-    `url` names one on other machines: Redis, S3, Mooncake, or another kvloom service. Its answer shows no password.
+    One of kind `remote` lies on other machines; the service's settings (`remote_tiers`) say where, under its name: no
+    request may name an address.
     """
 
     model_config = ConfigDict(extra="forbid")
     kind: Literal["host", "disk", "remote"]
     capacity_bytes: Bytes | None = None
-    url: str | None = Field(None, max_length=2000)
     position: int | None = Field(None, ge=0, le=16)
 
 
@@ -198,14 +198,19 @@ def _attach(context: ServiceContext, name: str, body: TierRequest) -> None:
     if any(tier.name == name for tier in context.store.tiers):
         raise ProblemError(409, "exists", f"there is a tier {name!r} already")
     is_remote = body.kind == "remote"
-    if is_remote != (body.url is not None) or is_remote == (body.capacity_bytes is not None):
-        raise ProblemError(422, "invalid", "a tier of kind remote has a url, one of kind host or disk capacity_bytes")
+    if is_remote == (body.capacity_bytes is not None):
+        raise ProblemError(
+            422, "invalid", "a tier of kind host or disk has capacity_bytes, one of kind remote has none"
+        )
     tier: Tier
-    if body.url is not None:
+    if is_remote:
+        url = context.settings.remote_tiers.get(name)
+        if url is None:
+            raise ProblemError(422, "invalid", f"the service's settings have no {name!r} among remote_tiers")
         try:
-            tier = open_tier(body.url, name=name, timeout_s=context.settings.tier_timeout_s)
+            tier = open_tier(url.get_secret_value(), name=name, timeout_s=context.settings.tier_timeout_s)
         except (ValueError, ImportError, OSError) as exc:
-            raise ProblemError(422, "invalid", str(exc)) from exc
+            raise ProblemError(422, "invalid", f"remote tier {name!r} cannot be opened: {exc}") from exc
     elif body.kind == "host":
         tier = HostTier(body.capacity_bytes, name=name, pinned=False)
     else:

@@ -92,17 +92,21 @@ def test_a_service_attaches_one_at_run_time(redis: Server, tmp_path: Path) -> No
     from ..service.serving import service_in_thread
 
     url = f"redis://127.0.0.1:{redis.port}/2"
-    with service_in_thread(tmp_path) as service:
+    tiers = {"far": url, "wrong": "redis://:pw@h?x=1"}
+    with service_in_thread(tmp_path, remote_tiers=tiers) as service:
         admin = service.new_token(scopes=("read", "write", "admin"))
         user = service.new_token()
-        assert service.ask("PUT", "/v1/tiers/far", {"kind": "remote", "url": url}, token=user).status == 403
-        wrong = service.ask("PUT", "/v1/tiers/far", {"kind": "remote", "url": "redis://:pw@h?x=1"}, token=admin)
+        assert service.ask("PUT", "/v1/tiers/far", {"kind": "remote"}, token=user).status == 403
+        wrong = service.ask("PUT", "/v1/tiers/wrong", {"kind": "remote"}, token=admin)
         assert wrong.status == 422 and "'x'" in str(wrong.json()) and "pw" not in str(wrong.json())
-        assert service.ask("PUT", "/v1/tiers/far", {"kind": "remote"}, token=admin).status == 422
-        assert service.ask("PUT", "/v1/tiers/far", {"kind": "remote", "url": url}, token=admin).status == 201
+        assert service.ask("PUT", "/v1/tiers/unknown", {"kind": "remote"}, token=admin).status == 422
+        assert service.ask("PUT", "/v1/tiers/far", {"kind": "remote", "url": url}, token=admin).status == 422
+        assert service.ask("PUT", "/v1/tiers/far", {"kind": "remote"}, token=admin).status == 201
         service.client().put(make_key(1), make_blob(1))
-        tiers = {each["name"]: each for each in service.ask("GET", "/v1/tiers", token=admin).json()}
-        assert tiers["far"]["chunks"] == 1
-    with service_in_thread(tmp_path / "other") as other:  # another machine's service, the same Redis
+        attached = {each["name"]: each for each in service.ask("GET", "/v1/tiers", token=admin).json()}
+        assert attached["far"]["chunks"] == 1
+    with service_in_thread(
+        tmp_path / "other", remote_tiers=tiers
+    ) as other:  # another machine's service, the same Redis
         admin = other.new_token(scopes=("read", "write", "admin"))
-        assert other.ask("PUT", "/v1/tiers/far", {"kind": "remote", "url": url}, token=admin).status == 201
+        assert other.ask("PUT", "/v1/tiers/far", {"kind": "remote"}, token=admin).status == 201

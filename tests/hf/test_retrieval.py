@@ -20,7 +20,13 @@ from kvloom.connectors.hf.retrieval import session as hf_session
 from kvloom.connectors.hf.retrieval.attention import IMPLEMENTATION, with_retrieval
 from kvloom.connectors.hf.retrieval.session import Session
 from kvloom.core import Tier
-from kvloom.errors import EngineError, SpecMismatchError, UncertifiedError, UncertifiedWarning
+from kvloom.errors import (
+    EngineError,
+    JudgedWithoutTasksWarning,
+    SpecMismatchError,
+    UncertifiedError,
+    UncertifiedWarning,
+)
 from kvloom.kvstore.keys import prefix_keys
 from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.disk.tier import DiskTier
@@ -528,6 +534,7 @@ def test_what_is_approximate_needs_a_certificate(model: PreTrainedModel) -> None
         rag.generate(ids, retrieval=retrieval)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", JudgedWithoutTasksWarning)  # of this certificate: by its loss on text alone
         rag.generate(ids, retrieval=Retrieval("means", **ALL), max_new_tokens=2)
         certified = connect(model, allow_uncertified=False, certificates=[certificate(rag, retrieval)])
         certified.generate(ids, retrieval=retrieval, max_new_tokens=2)

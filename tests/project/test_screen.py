@@ -16,7 +16,7 @@ TABLE = Table(
 
 
 def printed(width: int) -> str:
-    console = Console(file=io.StringIO(), width=width)
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
     print_table(console, TABLE)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
