@@ -18,6 +18,7 @@ from ..harness.page_cache import drop_page_cache
 
 PAGE_TOKENS = 64
 _SETTLE_S = 120.0
+_QUIET_S = 2.0
 
 
 def prompt(seed: int, tokens: int, vocabulary: int) -> list[int]:
@@ -57,7 +58,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
             _settle(folder)
         for name in ("cold_s", "warm_s"):
             for seed, answer in enumerate(answers):
-                engine.flush_cache()
+                _flush(engine)
                 if name == "cold_s":
                     drop_page_cache(folder)
                 spent_s, token, stored = _first_token(engine, prompt(seed, task["tokens"], task["vocabulary"]))
@@ -78,15 +79,25 @@ def _first_token(engine: Any, row: Sequence[int]) -> tuple[float, int, int]:
     return spent_s, int(output["output_ids"][0]), int(details.get("storage", 0))
 
 
+def _flush(engine: Any) -> None:
+    """Empty SGLang's own caches; it refuses as long as it is still at work on the request before."""
+    end_s = time.monotonic() + _SETTLE_S
+    while not engine.flush_cache().success:
+        if time.monotonic() > end_s:
+            raise TimeoutError(f"SGLang has not emptied its caches within {_SETTLE_S:.0f} s")
+        time.sleep(0.1)
+
+
 def _settle(folder: Path) -> None:
-    """Wait until nothing has been written for a while."""
-    end_s, size = time.monotonic() + _SETTLE_S, -1
+    """Wait until nothing has been written for two seconds: what is saved begins after the answer."""
+    end_s, size, since_s = time.monotonic() + _SETTLE_S, -1, time.monotonic()
     while time.monotonic() < end_s:
         now = sum(path.stat().st_blocks for path in folder.rglob("*") if path.is_file())
-        if now == size and now:
+        if now != size:
+            size, since_s = now, time.monotonic()
+        elif now and time.monotonic() - since_s > _QUIET_S:
             return
-        size = now
-        time.sleep(0.5)
+        time.sleep(0.2)
 
 
 if __name__ == "__main__":
