@@ -7,11 +7,12 @@ from collections import Counter
 from importlib.resources import files
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from starlette.responses import Response
 
 from ..access.tenants import client_namespace
 from ..context import Context, Reader, ServiceContext
+from ..recent import Moment
 from .lookups import TierSummary, tier_summary
 
 router = APIRouter(tags=["dashboard"])
@@ -45,18 +46,6 @@ class DocumentHeat(BaseModel):
     state: str
 
 
-class MomentState(BaseModel):
-    """How full tiers were, and what had been counted, at one moment of the last minutes."""
-
-    model_config = ConfigDict(from_attributes=True)
-    at_s: float
-    filled: dict[str, float]
-    lookups: int
-    hits: int
-    evictions: int
-    demotions: int
-
-
 class ServiceState(BaseModel):
     """Of the whole service, for operators."""
 
@@ -68,7 +57,7 @@ class ServiceState(BaseModel):
     shared_memory_clients: int
     tiers: list[TierState]
     latencies: dict[str, dict[str, float]]
-    recent: list[MomentState]
+    recent: list[Moment]
 
 
 class Figures(BaseModel):
@@ -137,7 +126,7 @@ def _figures(context: ServiceContext, pool: str | None) -> Figures:
                 for tier in stats.tiers
             ],
             latencies=context.latencies.quantiles(),
-            recent=[MomentState.model_validate(each) for each in context.recent.all()],
+            recent=context.recent.all(),
         )
     return Figures(
         at_s=time.time(),
