@@ -59,8 +59,8 @@ def ask(
     json: Annotated[bool, typer.Option("--json", help="Print the answer, its sources and the usage as JSON.")] = False,
 ) -> None:  # fmt: skip
     """Answer a question over your documents, sources cited. What was computed once is reused by the next question."""
-    from ..connectors.hf.loading import load_model
     from ..evaluation.environment import BUNDLED_MODEL
+    from ..evaluation.models import load_model
     from ..kvstore.store import KVStore
     from ..kvstore.tiers.disk.tier import DiskTier
     from ..kvstore.tiers.host import HostTier
@@ -85,9 +85,7 @@ def ask(
         ) as corpus,
     ):
         began_s = time.perf_counter()
-        added = corpus.add_files(
-            documents, forget_missing=True, precompute=True, progress=sys.stderr.isatty() and not json
-        )
+        added = corpus.add_files(documents, forget_missing=True, progress=sys.stderr.isatty() and not json)
         _tell_added(added, time.perf_counter() - began_s)
         if not corpus.documents():
             raise ValueError(f"there is no text in {documents}")

@@ -8,7 +8,6 @@ import torch
 
 try:
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-    from transformers.utils import logging as transformers_logging
 except ImportError as error:
     raise ImportError('kvloom.connectors.hf.loading needs transformers: pip install "kvloom[transformers]"') from error
 
@@ -20,8 +19,6 @@ def load_model(
     folder: Path, *, dtype: str | None = None, device: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model in evaluation mode and its tokenizer. Nothing is downloaded, and no code of the folder is run.
-
-    It silences transformers' own progress bars and warnings for the process.
 
     Parameters
     ----------
@@ -43,8 +40,6 @@ def load_model(
     cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
     if cuda and not torch.cuda.is_available():
         raise ValueError(f"device is {device!r}, but torch finds no GPU; expected cpu")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(
