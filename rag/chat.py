@@ -1,21 +1,17 @@
-"""Chats over documents of a corpus, as frameworks have them: messages in, text in pieces and usage out."""
+"""Chats over documents of a corpus, as frameworks have them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from ..connectors.hf.answering import Generation, Sampling, chat_prompt
 from .corpus import Corpus
 
 
-def chat(
-    corpus: Corpus,
-    messages: Sequence[Mapping[str, str]],
-    documents: Sequence[str],
-    sampling: Sampling,
-    on_text: Callable[[str], None] = lambda _: None,
-) -> tuple[str, Generation]:
-    """The next message of a chat, and the generation that made it (usage, how it ended, whether it is exact).
+def chat_generation(
+    corpus: Corpus, messages: Sequence[Mapping[str, str]], documents: Sequence[str], sampling: Sampling
+) -> Generation:
+    """What makes the next message of a chat, for `Corpus.run` or `pieces_of`; it then has the usage and how it ended.
 
     Parameters
     ----------
@@ -24,12 +20,10 @@ def chat(
 
     Raises
     ------
-    ValueError : there are no messages, or all is longer than the model's context.
+    ValueError : there are no messages.
     """
     if not messages:
         raise ValueError("messages is empty; give at least one")
     connector = corpus.connector
     prompt = chat_prompt(connector.tokenizer, [dict(message) for message in messages], has_documents=bool(documents))
-    generation = Generation(lambda: connector, list(documents), prompt, sampling, on_text)
-    with corpus.answering:
-        return generation.run(), generation
+    return Generation(lambda: connector, list(documents), prompt, sampling)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from .answers import INSTRUCTIONS, Added, Answer, question_prompt
 from .catalog import Catalog, Passage, StoredDocument
 from .files import Skipped, files_in, read_file, state_of
 from .ordering import order_for_reuse
-from .pieces import pieces_of
+from .pieces import pieces_async, pieces_of
 from .searching import Embedding, embedded, nearest, packaged_embedding, search
 from .splitting import Splitter
 
@@ -58,7 +59,6 @@ class Corpus:
     ----------
     connector : the model with its store.
     embedding : the function from texts to vectors, if there is one.
-    answering : lock that is held while the model computes.
 
     Raises
     ------
@@ -102,7 +102,7 @@ class Corpus:
             self._pins: dict[str, ExitStack] = {}
             undo.callback(self._unpin_all)
             self._undo = undo.pop_all()
-        self.answering = threading.Lock()
+        self._answering = threading.Lock()
         self._changing = threading.Lock()
         for document in self._catalog.documents():
             if document.is_pinned:
@@ -303,7 +303,7 @@ class Corpus:
         texts = [passage.text for passage in self._catalog.passages()]
         if not texts:
             return 0
-        with self.answering:
+        with self._answering:
             return self.connector.precompute(texts, progress=progress).tokens
 
     # ---------------------------------------------------------------------------------------------- questions
@@ -348,7 +348,6 @@ class Corpus:
         max_new_tokens: int = 128,
         sources: Sequence[Passage] | None = None,
         order_for_reuse: bool = True,
-        on_text: Callable[[str], None] = lambda _: None,
     ) -> Answer:
         """The model's greedy answer over the passages that fit best.
 
@@ -357,32 +356,25 @@ class Corpus:
         passages : how many; fewer if the model's context is too short for them.
         sources : the passages themselves, in this order, if they were found in another way.
         order_for_reuse : put passages first whose KV in this context is stored; False keeps the order of relevance.
-        on_text : called with each new piece of the answer.
 
         Raises
         ------
         ValueError : the question is empty, or longer than the model's context.
         LookupError : no passage fits the question.
         """
-        generation, chosen = self._generation(question, passages, max_new_tokens, sources, order_for_reuse, on_text)
-        with self.answering:
-            text = generation.run()
-        return Answer(text.strip(), tuple(chosen), generation.finish, generation.usage, generation.is_exact)
-
-    def answer_from(
-        self,
-        texts: Sequence[str],
-        question: str,
-        *,
-        max_new_tokens: int = 128,
-        on_text: Callable[[str], None] = lambda _: None,
-    ) -> Answer:
-        """As `ask`, from any texts in this order; those that the store has are not computed again."""
-        _expect_question(question)
-        passages = [Passage(0, "", 0, len(text), document_text(text, f"texts[{i}]")) for i, text in enumerate(texts)]
-        return self.ask(
-            question, sources=passages, order_for_reuse=False, max_new_tokens=max_new_tokens, on_text=on_text
+        generation, chosen = self._generation(
+            question,
+            passages=passages,
+            max_new_tokens=max_new_tokens,
+            sources=sources,
+            order_for_reuse=order_for_reuse,
         )
+        return _answer(self.run(generation), generation, chosen)
+
+    def run(self, generation: Generation) -> str:
+        """The answer that a generation makes, as soon as the model is free."""
+        with self._answering:
+            return generation.run()
 
     def answer_many(
         self, questions: Sequence[str], *, passages: int = 5, max_new_tokens: int = 128, order_for_reuse: bool = True
@@ -396,34 +388,48 @@ class Corpus:
         if isinstance(questions, str):
             raise TypeError("questions is one text; expected a list of questions")
         prepared = [
-            self._generation(question, passages, max_new_tokens, None, order_for_reuse, lambda _: None)
+            self._generation(
+                question, passages=passages, max_new_tokens=max_new_tokens, order_for_reuse=order_for_reuse
+            )
             for question in questions
         ]
-        with self.answering:
+        with self._answering:
             texts = answer_together([generation for generation, _ in prepared])
-        return [
-            Answer(text.strip(), tuple(chosen), generation.finish, generation.usage, generation.is_exact)
-            for text, (generation, chosen) in zip(texts, prepared, strict=True)
-        ]
+        return [_answer(text, *made) for text, made in zip(texts, prepared, strict=True)]
 
     def stream(self, question: str, **options: Any) -> Iterator[str | Answer]:
         """Pieces of the answer as they come, and at the end the `Answer`; options as for `ask`.
 
         Leaving the loop early ends the computation at the next token.
         """
-        yield from pieces_of(lambda tell: self.ask(question, on_text=tell, **options))
+        generation, chosen = self._generation(question, **options)
+        text = ""
+        for piece in pieces_of(generation, self.run):
+            text += piece
+            yield piece
+        yield _answer(text, generation, chosen)
+
+    async def astream(self, question: str, **options: Any) -> AsyncIterator[str | Answer]:
+        """`stream` without blocking the event loop."""
+        generation, chosen = await asyncio.to_thread(self._generation, question, **options)
+        text = ""
+        async for piece in pieces_async(generation, self.run):
+            text += piece
+            yield piece
+        yield _answer(text, generation, chosen)
 
     # -------------------------------------------------------------------------------------------------------
 
     def _generation(
         self,
         question: str,
-        passages: int,
-        max_new_tokens: int,
-        sources: Sequence[Passage] | None,
-        is_ordered: bool,
-        on_text: Callable[[str], None],
+        *,
+        passages: int = 5,
+        max_new_tokens: int = 128,
+        sources: Sequence[Passage] | None = None,
+        order_for_reuse: bool = True,
     ) -> tuple[Generation, list[Passage]]:
+        """What answers a question, and the passages in the order in which the model reads them; see `ask`."""
         found = list(sources) if sources is not None else self.search(question, passages=passages)
         _expect_question(question)
         if not found:
@@ -439,12 +445,12 @@ class Corpus:
             chosen.append(passage)
         if not chosen:
             raise ValueError(f"the question has {around} tokens, which leaves no room for a passage")
-        if is_ordered:
+        if order_for_reuse:
             chosen = self.ordered(chosen)
         stop = () if getattr(self.connector.tokenizer, "chat_template", None) else ("\n",)
         sampling = Sampling(positive_count(max_new_tokens, "max_new_tokens"), stop=stop)
         texts = [passage.text for passage in chosen]
-        return Generation(lambda: self.connector, texts, prompt, sampling, on_text), chosen
+        return Generation(lambda: self.connector, texts, prompt, sampling), chosen
 
     def _put(
         self,
@@ -481,7 +487,7 @@ class Corpus:
             texts += [passage for _, _, passage in passages]
         computed = 0
         if precompute and texts:
-            with self.answering:
+            with self._answering:
                 computed = self.connector.precompute(texts, progress=progress).tokens
         for document, _, _ in documents:
             self._unpin(document.id)
@@ -552,6 +558,15 @@ def corpus_name(documents: Path, model: Path, embedding: str | None) -> str:
     """A folder's name for the corpus of some documents, as one model and one embedding read them."""
     state = json.dumps([str(documents.resolve()), str(model.resolve()), embedding])
     return blake3(state.encode()).hexdigest(length=12)
+
+
+def passages_of(texts: Sequence[str]) -> list[Passage]:
+    """Any texts as passages, for `sources=`; those that the store has are not computed again."""
+    return [Passage(0, "", 0, len(text), document_text(text, f"texts[{i}]")) for i, text in enumerate(texts)]
+
+
+def _answer(text: str, generation: Generation, sources: Sequence[Passage]) -> Answer:
+    return Answer(text.strip(), tuple(sources), generation.finish, generation.usage, generation.is_exact)
 
 
 def _document(

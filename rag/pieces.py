@@ -1,63 +1,57 @@
-"""A computation that tells its result piece by piece, as an iterator."""
+"""An answer as an iterator over its pieces, plain and asynchronous."""
 
 from __future__ import annotations
 
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 
-T = TypeVar("T")
-_END = object()
-
-
-class LeftError(Exception):
-    """Nobody reads the pieces any more."""
+from ..connectors.hf.answering import Generation
 
 
-def pieces_of(run: Callable[[Callable[[str], None]], T]) -> Iterator[str | T]:
-    """What `run` tells piece by piece, computed in a thread, and at the end its result.
+def pieces_of(generation: Generation, run: Callable[[Generation], str]) -> Generator[str, None, None]:
+    """Pieces of an answer as they come; together they are the text that `run` gives.
 
-    Leaving the loop early ends the computation at the next piece.
+    It is computed in a thread. Leaving the loop early cancels it: it ends at the next token.
+
+    Parameters
+    ----------
+    run : computes the answer of the generation, whose `on_text` is set here.
     """
-    pieces: queue.Queue[Any] = queue.Queue()
-    left = threading.Event()
-
-    def tell(piece: str) -> None:
-        if left.is_set():
-            raise LeftError
-        pieces.put(piece)
+    pieces: queue.Queue[str | BaseException | None] = queue.Queue()
+    generation.on_text = pieces.put
 
     def work() -> None:
         try:
-            pieces.put((_END, run(tell)))
+            run(generation)
         except BaseException as error:  # noqa: BLE001  raised where the pieces are read
             pieces.put(error)
+        else:
+            pieces.put(None)
 
     thread = threading.Thread(target=work, name="kvloom-answer", daemon=True)
     thread.start()
     try:
-        while True:
-            piece = pieces.get()
+        while (piece := pieces.get()) is not None:
             if isinstance(piece, BaseException):
                 raise piece
-            if isinstance(piece, tuple):
-                yield piece[1]
-                return
             yield piece
     finally:
-        left.set()
+        generation.cancel()
         thread.join()
 
 
-async def pieces_async(run: Callable[[Callable[[str], None]], T]) -> AsyncIterator[str | T]:
+async def pieces_async(generation: Generation, run: Callable[[Generation], str]) -> AsyncIterator[str]:
     """`pieces_of` without blocking the event loop."""
     loop = asyncio.get_running_loop()
-    iterator = pieces_of(run)
-    end = object()
-    try:
-        while (piece := await loop.run_in_executor(None, next, iterator, end)) is not end:
-            yield piece  # type: ignore[misc]  # `end` is never given on
-    finally:
-        await loop.run_in_executor(None, iterator.close)  # type: ignore[attr-defined]  # a generator
+    pieces = pieces_of(generation, run)
+    # One thread: a cancelled reader leaves a call for the next piece behind, which must end before the iterator does.
+    with ThreadPoolExecutor(1, thread_name_prefix="kvloom-pieces") as reader:
+        try:
+            while (piece := await loop.run_in_executor(reader, next, pieces, None)) is not None:
+                yield piece
+        finally:
+            generation.cancel()
+            await loop.run_in_executor(reader, pieces.close)

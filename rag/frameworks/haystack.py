@@ -21,7 +21,7 @@ except ImportError as error:
     ) from error
 
 from ...connectors.hf.answering import Generation, Sampling
-from ..chat import chat
+from ..chat import chat_generation
 from ..corpus import Corpus
 
 _KEPT = "haystack"  # what a document is beside its text stands under this name in the corpus's metadata
@@ -243,13 +243,15 @@ class KVLoomChatGenerator:
             if callback is not None:
                 callback(StreamingChunk(content=piece, meta={"model": self.document_store.model}))
 
-        text, generation = chat(
-            self.document_store.corpus,
+        corpus = self.document_store.corpus
+        generation = chat_generation(
+            corpus,
             [{"role": message.role.value, "content": message.text or ""} for message in said],
             [each.content or "" for each in documents or ()],
             sampling,
-            tell,
         )
+        generation.on_text = tell
+        text = corpus.run(generation)
         return {"replies": [ChatMessage.from_assistant(text, meta=_meta(generation))]}
 
     def to_dict(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from pydantic import ConfigDict, Field, PrivateAttr
 
 from ...connectors.hf.answering import Generation, Sampling
 from ..catalog import Passage
-from ..chat import chat
+from ..chat import chat_generation
 from ..corpus import Corpus
 from ..pieces import pieces_async, pieces_of
 
@@ -211,8 +211,9 @@ class ChatKVLoom(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        text, generation = self._run(messages, stop, kwargs, lambda _: None)
         del run_manager
+        generation = self._generation(messages, stop, kwargs)
+        text = self.corpus.run(generation)
         return ChatResult(generations=[ChatGeneration(message=_message(text, generation))])
 
     def _stream(
@@ -222,11 +223,13 @@ class ChatKVLoom(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        for piece in pieces_of(lambda tell: self._run(messages, stop, kwargs, tell)):
-            chunk = _chunk(piece)
-            if run_manager is not None and chunk.text:
-                run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+        generation = self._generation(messages, stop, kwargs)
+        for piece in pieces_of(generation, self.corpus.run):
+            chunk = ChatGenerationChunk(message=AIMessageChunk(content=piece))
+            if run_manager is not None:
+                run_manager.on_llm_new_token(piece, chunk=chunk)
             yield chunk
+        yield _last_chunk(generation)
 
     async def _astream(
         self,
@@ -235,15 +238,15 @@ class ChatKVLoom(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        async for piece in pieces_async(lambda tell: self._run(messages, stop, kwargs, tell)):
-            chunk = _chunk(piece)
-            if run_manager is not None and chunk.text:
-                await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+        generation = self._generation(messages, stop, kwargs)
+        async for piece in pieces_async(generation, self.corpus.run):
+            chunk = ChatGenerationChunk(message=AIMessageChunk(content=piece))
+            if run_manager is not None:
+                await run_manager.on_llm_new_token(piece, chunk=chunk)
             yield chunk
+        yield _last_chunk(generation)
 
-    def _run(
-        self, messages: list[BaseMessage], stop: list[str] | None, options: dict[str, Any], tell: Any
-    ) -> tuple[str, Generation]:
+    def _generation(self, messages: list[BaseMessage], stop: list[str] | None, options: dict[str, Any]) -> Generation:
         documents = [each if isinstance(each, str) else each.page_content for each in options.get("documents") or ()]
         sampling = Sampling(
             options.get("max_tokens") or self.max_tokens,
@@ -252,7 +255,7 @@ class ChatKVLoom(BaseChatModel):
             self.seed if options.get("seed") is None else options["seed"],
             tuple(stop or self.stop or ()),
         )
-        return chat(self.corpus, [_as_message(message) for message in messages], documents, sampling, tell)
+        return chat_generation(self.corpus, [_as_message(message) for message in messages], documents, sampling)
 
 
 def _as_message(message: BaseMessage) -> dict[str, str]:
@@ -299,10 +302,7 @@ def _message(text: str, generation: Generation) -> AIMessage:
     return AIMessage(content=text, usage_metadata=_usage(generation), response_metadata=_facts(generation))
 
 
-def _chunk(piece: str | tuple[str, Generation]) -> ChatGenerationChunk:
-    if isinstance(piece, str):
-        return ChatGenerationChunk(message=AIMessageChunk(content=piece))
-    _, generation = piece
+def _last_chunk(generation: Generation) -> ChatGenerationChunk:
     return ChatGenerationChunk(
         message=AIMessageChunk(
             content="", usage_metadata=_usage(generation), response_metadata=_facts(generation), chunk_position="last"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, Self
 
@@ -44,9 +44,9 @@ except ImportError as error:
 from ...connectors.hf.answering import Generation, Sampling
 from ..answers import Answer
 from ..catalog import Passage
-from ..chat import chat
-from ..corpus import Corpus
-from ..pieces import pieces_async, pieces_of
+from ..chat import chat_generation
+from ..corpus import Corpus, passages_of
+from ..pieces import pieces_of
 
 
 def as_node(passage: Passage) -> NodeWithScore:
@@ -156,15 +156,17 @@ class CorpusSynthesizer(BaseSynthesizer):
 
     def get_response(self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any) -> Any:
         del response_kwargs
+        options = self._options(text_chunks)
         if not self._streaming:
-            return _AnswerText(self._answer(query_str, text_chunks, lambda _: None))
-        return self._pieces(query_str, text_chunks)
+            return _AnswerText(self._corpus.ask(query_str, **options))
+        return (piece for piece in self._corpus.stream(query_str, **options) if isinstance(piece, str))
 
     async def aget_response(self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any) -> Any:
         del response_kwargs
+        options = self._options(text_chunks)
         if not self._streaming:
-            return _AnswerText(await asyncio.to_thread(self._answer, query_str, text_chunks, lambda _: None))
-        return self._pieces_async(query_str, text_chunks)
+            return _AnswerText(await asyncio.to_thread(self._corpus.ask, query_str, **options))
+        return self._pieces_async(query_str, options)
 
     def get_response_from_messages(
         self, query_str: str, message_chunks: Sequence[ChatMessage], **response_kwargs: Any
@@ -177,16 +179,12 @@ class CorpusSynthesizer(BaseSynthesizer):
         texts = [message.content or "" for message in message_chunks]
         return await self.aget_response(query_str, texts, **response_kwargs)
 
-    def _answer(self, question: str, texts: Sequence[str], tell: Any) -> Answer:
-        return self._corpus.answer_from(texts, question, max_new_tokens=self._max_tokens, on_text=tell)
+    def _options(self, texts: Sequence[str]) -> dict[str, Any]:
+        """For `Corpus.ask`: these texts, in this order."""
+        return {"sources": passages_of(texts), "order_for_reuse": False, "max_new_tokens": self._max_tokens}
 
-    def _pieces(self, question: str, texts: Sequence[str]) -> Generator[str, None, None]:
-        for piece in pieces_of(lambda tell: self._answer(question, texts, tell)):
-            if isinstance(piece, str):
-                yield piece
-
-    async def _pieces_async(self, question: str, texts: Sequence[str]) -> AsyncGenerator[str, None]:
-        async for piece in pieces_async(lambda tell: self._answer(question, texts, tell)):
+    async def _pieces_async(self, question: str, options: dict[str, Any]) -> AsyncGenerator[str, None]:
+        async for piece in self._corpus.astream(question, **options):
             if isinstance(piece, str):
                 yield piece
 
@@ -230,42 +228,40 @@ class KVLoomLLM(CustomLLM):
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        text, generation = self._run(messages, kwargs, lambda _: None)
+        generation = self._generation(messages, kwargs)
+        text = self.corpus.run(generation)
         return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=text), raw=_raw(generation))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
-        def pieces() -> ChatResponseGen:
-            text = ""
-            for piece in pieces_of(lambda tell: self._run(messages, kwargs, tell)):
-                delta, raw = (piece, None) if isinstance(piece, str) else ("", _raw(piece[1]))
-                text += delta
-                message = ChatMessage(role=MessageRole.ASSISTANT, content=text)
-                yield ChatResponse(message=message, delta=delta, raw=raw)
-
-        return pieces()
+        for text, delta, raw in self._growing(messages, kwargs):
+            yield ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=text), delta=delta, raw=raw)
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         del formatted
-        text, generation = self._run([ChatMessage(role=MessageRole.USER, content=prompt)], kwargs, lambda _: None)
+        generation = self._generation([ChatMessage(role=MessageRole.USER, content=prompt)], kwargs)
+        text = self.corpus.run(generation)
         return CompletionResponse(text=text, raw=_raw(generation))
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         del formatted
+        for text, delta, raw in self._growing([ChatMessage(role=MessageRole.USER, content=prompt)], kwargs):
+            yield CompletionResponse(text=text, delta=delta, raw=raw)
 
-        def pieces() -> CompletionResponseGen:
-            text = ""
-            messages = [ChatMessage(role=MessageRole.USER, content=prompt)]
-            for piece in pieces_of(lambda tell: self._run(messages, kwargs, tell)):
-                delta, raw = (piece, None) if isinstance(piece, str) else ("", _raw(piece[1]))
-                text += delta
-                yield CompletionResponse(text=text, delta=delta, raw=raw)
+    def _growing(
+        self, messages: Sequence[ChatMessage], options: dict[str, Any]
+    ) -> Iterator[tuple[str, str, dict[str, Any] | None]]:
+        """Text so far, its last piece, and at the end what the answer took."""
+        generation = self._generation(messages, options)
+        text = ""
+        for piece in pieces_of(generation, self.corpus.run):
+            text += piece
+            yield text, piece, None
+        yield text, "", _raw(generation)
 
-        return pieces()
-
-    def _run(self, messages: Sequence[ChatMessage], options: dict[str, Any], tell: Any) -> tuple[str, Generation]:
+    def _generation(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> Generation:
         roles = {MessageRole.USER: "user", MessageRole.ASSISTANT: "assistant", MessageRole.SYSTEM: "system"}
         if wrong := [message.role for message in messages if message.role not in roles]:
             raise ValueError(f"a message has role {wrong[0]!r}; expected user, assistant or system")
@@ -279,7 +275,7 @@ class KVLoomLLM(CustomLLM):
             stop=tuple(options.get("stop") or ()),
         )
         said = [{"role": roles[message.role], "content": message.content or ""} for message in messages]
-        return chat(self.corpus, said, documents, sampling, tell)
+        return chat_generation(self.corpus, said, documents, sampling)
 
 
 class _AnswerText(str):

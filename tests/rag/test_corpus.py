@@ -1,5 +1,6 @@
 """A corpus of documents: what is added, changed, found, ordered and answered."""
 
+import asyncio
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -79,6 +80,37 @@ def test_a_stream_that_is_left_ends(corpus: Corpus) -> None:
     for _ in corpus.stream("What is the code of Falcon?", max_new_tokens=64):
         break
     assert corpus.ask("Who keeps bees?", max_new_tokens=4).sources  # the model is free again
+
+
+def test_an_asynchronous_stream_may_be_cancelled_at_any_piece(corpus: Corpus) -> None:
+    """A reader that waits for the next piece when it is cancelled leaves nothing running."""
+    corpus.add(DOCUMENTS)
+    expected = corpus.ask("What is the code of Falcon?", max_new_tokens=6).text
+
+    async def whole() -> str:
+        return "".join(
+            [
+                each
+                async for each in corpus.astream("What is the code of Falcon?", max_new_tokens=6)
+                if isinstance(each, str)
+            ]
+        )
+
+    async def cancelled() -> None:
+        async for _ in corpus.astream("What is the code of Falcon?", max_new_tokens=400):
+            await asyncio.sleep(0)
+
+    async def leave(after_s: float) -> None:
+        task = asyncio.create_task(cancelled())
+        await asyncio.sleep(after_s)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    assert asyncio.run(whole()).strip() == expected
+    for after_s in (0.0, 0.05, 0.2):
+        asyncio.run(leave(after_s))
+    assert corpus.ask("What is the code of Falcon?", max_new_tokens=6).text == expected
 
 
 def test_many_questions_as_one_by_one(corpus: Corpus) -> None:
