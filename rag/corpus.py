@@ -332,12 +332,12 @@ class Corpus:
 
     def order_of(self, texts: Sequence[str]) -> list[int]:
         """Indices of texts in the order that reuses most: first a run that is stored as one context's beginning."""
-        rows = [self.connector.encode_document(text) for text in texts]
-        ordered, run = order_for_reuse(
-            range(len(rows)),
-            lambda indices: self.connector.has_context([rows[i] for i in indices]),
-            lambda i: len(rows[i]),
-        )
+        return self._order_of([self.connector.encode_document(text) for text in texts])
+
+    def _order_of(self, rows: Sequence[Sequence[int]]) -> list[int]:
+        if len(rows) < 2:
+            return list(range(len(rows)))
+        ordered, run = order_for_reuse(range(len(rows)), self.connector.stored_contexts(rows), lambda i: len(rows[i]))
         return ordered if run > 1 else list(range(len(rows)))
 
     def ask(
@@ -438,15 +438,18 @@ class Corpus:
         around = len(self.connector.encode_question(prompt.before + prompt.text)) + len(self.connector.lead_ids)
         room = self.connector.layers.max_tokens - around - 1
         chosen: list[Passage] = []
+        rows: list[list[int]] = []
         for passage in found:
-            room -= len(self.connector.encode_document(passage.text))
+            row = self.connector.encode_document(passage.text)
+            room -= len(row)
             if room < 0:
                 break
             chosen.append(passage)
+            rows.append(row)
         if not chosen:
             raise ValueError(f"the question has {around} tokens, which leaves no room for a passage")
         if order_for_reuse:
-            chosen = self.ordered(chosen)
+            chosen = [chosen[i] for i in self._order_of(rows)]
         stop = () if getattr(self.connector.tokenizer, "chat_template", None) else ("\n",)
         sampling = Sampling(positive_count(max_new_tokens, "max_new_tokens"), stop=stop)
         texts = [passage.text for passage in chosen]
@@ -515,17 +518,15 @@ class Corpus:
 
     def _drop_chunks(self, texts: Iterable[str]) -> None:
         """Deletes the KV of texts that no passage has any more."""
-        for text in texts:
-            if not self._catalog.has_text(text):
-                self.connector.store.delete(self._key_of(text))
+        for key in self._keys_of([text for text in texts if not self._catalog.has_text(text)]):
+            self.connector.store.delete(key)
 
-    def _key_of(self, text: str) -> ChunkKey:
-        return self.connector.key_of(self.connector.encode_document(text))
+    def _keys_of(self, texts: Sequence[str]) -> list[ChunkKey]:
+        return self.connector.keys_of([self.connector.encode_document(text) for text in texts]) if texts else []
 
     def _pin(self, document_id: str) -> None:
         stack = self._pins.setdefault(document_id, ExitStack())
-        keys = [self._key_of(text) for text in self._texts_of(document_id)]
-        if keys:
+        if keys := self._keys_of(self._texts_of(document_id)):
             stack.enter_context(self.connector.store.pinned(keys))
 
     def _unpin(self, document_id: str) -> None:

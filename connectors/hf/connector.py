@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate, chain, takewhile
@@ -208,8 +208,12 @@ class TransformersConnector:
 
     def key_of(self, token_ids: TokenIds) -> ChunkKey:
         """Key under which the store holds a document of these tokens."""
+        return self.keys_of([token_ids])[0]
+
+    def keys_of(self, documents: Sequence[TokenIds]) -> list[ChunkKey]:
+        """Keys under which the store holds documents of these tokens."""
         self.layers.refresh()
-        return self._key_of(*self._checked([token_ids]))
+        return [self._key_of(ids) for ids in self._checked(documents)]
 
     def _key_of(self, ids: Sequence[int]) -> ChunkKey:
         return content_key(self.spec, ids, lead_ids=self.lead_ids, salt=self._salt)
@@ -333,14 +337,21 @@ class TransformersConnector:
             is_exact=in_full or blended.candidates == 0,
         )
 
-    def has_context(self, documents: Sequence[TokenIds]) -> bool:
-        """Whether the store has the KV of the last of these documents (token ids) as it is behind all others.
+    def stored_contexts(self, documents: Sequence[TokenIds]) -> Callable[[Sequence[int]], bool]:
+        """A test of orders of these documents (token ids): whether the store has the KV of the last one that an order
+        names, by index, as it is behind the others in that order, for the model as it is now.
 
-        So an order of documents can be found that begins with what need not be computed.
+        So an order can be found that begins with what need not be computed.
         """
         self.layers.refresh()
         rows = self._checked(documents)
-        return self._context_keys(self.lead_ids, rows)[-1] in self.store
+
+        def is_stored(order: Sequence[int]) -> bool:
+            *before, last = order
+            ids = [*self.lead_ids, *chain.from_iterable(rows[i] for i in before)]
+            return content_key(self.spec, rows[last], lead_ids=ids, salt=self._salt) in self.store
+
+        return is_stored
 
     def _context_keys(self, opening: Sequence[int], rows: Sequence[Sequence[int]]) -> list[ChunkKey]:
         """Keys of documents as they are in this context: each behind the opening and the documents before it."""

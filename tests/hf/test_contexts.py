@@ -53,11 +53,12 @@ def test_nothing_but_the_same_beginning_is_taken_for_it(model: PreTrainedModel) 
     rows = [exact.encode_document(text) for text in DOCUMENTS]
     exact.fuse(rows)
     assert fusing.fuse([rows[1], rows[0], rows[2]]).exact_documents <= 1
-    assert exact.has_context(rows[:3]) and not exact.has_context([rows[1], rows[0]])
+    is_stored = exact.stored_contexts(rows)
+    assert is_stored([0, 1, 2]) and not is_stored([1, 0])
     other = TransformersConnector(
         model, make_tokenizer(bos=True), store, model_id="m", salt=b"another tenant", reuse_contexts=True
     )
-    assert not other.has_context(rows[:2])
+    assert not other.stored_contexts(rows)([0, 1])
 
 
 def test_full_prefill_computes_no_document_twice(model: PreTrainedModel) -> None:

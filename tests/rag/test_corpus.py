@@ -37,7 +37,7 @@ def test_unchanged_documents_cost_nothing_and_changed_ones_are_computed_again(co
     assert first.added == ("a", "b", "c", "d") and first.computed_tokens > 50
     again = corpus.add(DOCUMENTS, ids=["a", "b", "c", "d"])
     assert again.unchanged == ("a", "b", "c", "d") and again.computed_tokens == 0
-    old = corpus._key_of(DOCUMENTS[0])
+    old = corpus._keys_of([DOCUMENTS[0]])[0]
     assert old in corpus.connector.store
     changed = corpus.add(["The harbour is closed today."], ids=["a"])
     assert changed.updated == ("a",) and changed.computed_tokens > 0
@@ -48,7 +48,7 @@ def test_unchanged_documents_cost_nothing_and_changed_ones_are_computed_again(co
 
 def test_a_text_that_two_documents_share_stays_until_both_are_gone(corpus: Corpus) -> None:
     corpus.add([DOCUMENTS[0], DOCUMENTS[0]], ids=["one", "two"])
-    key = corpus._key_of(DOCUMENTS[0])
+    key = corpus._keys_of([DOCUMENTS[0]])[0]
     assert corpus.remove(["one"]) == 1 and key in corpus.connector.store
     assert corpus.remove(["two", "never there"]) == 1 and key not in corpus.connector.store
 
@@ -153,7 +153,7 @@ def test_everything_is_there_after_a_restart(
 def test_documents_expire(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus.add([DOCUMENTS[0]], ttl_s=60.0)
     corpus.add([DOCUMENTS[1]])
-    key = corpus._key_of(DOCUMENTS[0])
+    key = corpus._keys_of([DOCUMENTS[0]])[0]
     now = __import__("time").time()
     monkeypatch.setattr("kvloom.rag.corpus.time.time", lambda: now + 61)
     assert [each.expires_at_s for each in corpus.documents()] == [None]
