@@ -98,6 +98,7 @@ class Catalog:
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.RLock()
+        self._vectors: tuple[tuple[int, int], list[int], NDArray[np.float32]] | None = None
         self._database = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=30.0)
         try:
             self._database.execute("PRAGMA journal_mode = WAL")
@@ -209,14 +210,17 @@ class Catalog:
             self._database.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
 
     def vectors(self) -> tuple[list[int], NDArray[np.float32]]:
-        """Numbers of the passages that have a vector, and the vectors `[P, E]`."""
+        """Numbers of passages that have a vector, and the vectors `[P, E]`; read again when the file has changed."""
         with self._lock:
-            rows = self._database.execute(
-                "SELECT number, vector FROM passages WHERE vector IS NOT NULL ORDER BY number"
-            ).fetchall()
-        if not rows:
-            return [], np.empty((0, 0), np.float32)
-        return [number for number, _ in rows], np.stack([np.frombuffer(vector, np.float32) for _, vector in rows])
+            (by_others,) = self._database.execute("PRAGMA data_version").fetchone()
+            state = (by_others, self._database.total_changes)
+            if self._vectors is None or self._vectors[0] != state:
+                rows = self._database.execute(
+                    "SELECT number, vector FROM passages WHERE vector IS NOT NULL ORDER BY number"
+                ).fetchall()
+                found = np.frombuffer(b"".join(vector for _, vector in rows), np.float32)
+                self._vectors = state, [number for number, _ in rows], found.reshape(len(rows), -1 if rows else 0)
+            return self._vectors[1], self._vectors[2]
 
     def by_number(self, numbers: Sequence[int]) -> dict[int, Passage]:
         marks = ",".join("?" * len(numbers))

@@ -189,6 +189,26 @@ def test_an_embedding_finds_what_words_do_not(
         Corpus(tmp_path / "other", model, tokenizer, embedding=lambda _: [1.0])  # type: ignore[list-item, return-value]
 
 
+def test_vectors_follow_every_change(
+    tmp_path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Those of this process and of another one that has the same corpus open."""
+    store = KVStore([HostTier(None)])
+    with (
+        Corpus(tmp_path, model, tokenizer, store=store, embedding=by_letters) as corpus,
+        Corpus(tmp_path, model, tokenizer, store=store, embedding=by_letters) as other,
+    ):
+        corpus.add(DOCUMENTS[:2], ids=["a", "b"])
+        assert {each.document_id for each in corpus.nearest("x", passages=9)} == {"a", "b"}
+        other.add(DOCUMENTS[2:3], ids=["c"])
+        assert {each.document_id for each in corpus.nearest("x", passages=9)} == {"a", "b", "c"}
+        corpus.remove(["a"])
+        assert {each.document_id for each in corpus.nearest("x", passages=9)} == {"b", "c"}
+        assert {each.document_id for each in other.nearest("x", passages=9)} == {"b", "c"}
+        corpus.remove(["b", "c"])
+        assert corpus.nearest("x", passages=9) == []
+
+
 @pytest.mark.parametrize(
     ("documents", "options", "message"),
     [
