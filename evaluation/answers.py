@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -164,11 +164,6 @@ def ratio_of(a: Sequence[Answer], b: Sequence[Answer], name: str = "kl") -> tupl
 def difference_of(a: Sequence[Answer], b: Sequence[Answer], name: str = "nll") -> tuple[float, float, float]:
     """Mean of `a` less that of `b`, on the same questions, with a paired bootstrap interval."""
     return paired_bootstrap(by_group(a, name), by_group(b, name))
-
-
-def answers_from(rows: Sequence[Mapping[str, object]]) -> list[Answer]:
-    """Answers out of the mappings that `dataclasses.asdict` made of them, for measurements in several processes."""
-    return [Answer(**{name: row[name] for name in Answer.__dataclass_fields__}) for row in rows]  # type: ignore[arg-type]
 
 
 def _mean(values: Floats) -> float:

@@ -146,13 +146,5 @@ class TokenFile:
         self._file.write({"tokens": [asdict(each) for each in self._entries.values()]})
 
 
-def read_token(path: Path) -> str:
-    """The token in a file, without white space around it. Raises `ValueError` if there is none."""
-    text = path.expanduser().read_text().strip()
-    if not text:
-        raise ValueError(f"token file {path} is empty; expected one token")
-    return text
-
-
 def _hash(secret: str) -> str:
     return hashlib.blake2b(secret.encode(), digest_size=32, person=b"kvloom token").hexdigest()
