@@ -1,4 +1,4 @@
-"""The other side of `lmcache_peer.py`: LMCache in its own environment, asked for seconds.
+"""The other side of `lmcache_process.py`: LMCache in its own environment, asked for seconds.
 
 python3 -m venv .venv-lmcache, and the further lines of `INSTALL`
 """
@@ -11,9 +11,11 @@ import selectors
 import subprocess
 import time
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile
 
 import torch
+
+from ...evaluation.environment import ROOT
 
 DEFAULT_PYTHON = Path(".venv-lmcache/bin/python")
 LMCACHE_VERSION = "0.5.6"
@@ -45,28 +47,31 @@ class Peer:
     python : the interpreter of that environment.
     arguments : of the script. Of the default one: where LMCache may write, and memory for its host backend; how many
         threads it computes with is added.
-    script : what is run; None for the storage manager of `bench/tiers`.
+    module : of kvloom, what is run; by default the storage manager of `bench/tiers`.
 
     Raises
     ------
     PeerError : it does not start.
     """
 
-    def __init__(self, python: Path, *arguments: object, script: Path | None = None) -> None:
-        script = script or Path(__file__).parent.parent / "tiers" / "lmcache_peer.py"
+    def __init__(self, python: Path, *arguments: object, module: str = "bench.tiers.lmcache_peer") -> None:
+        self._folder = TemporaryDirectory(prefix="kvloom-peer-")  # that environment need not have kvloom
+        (Path(self._folder.name) / "kvloom").symlink_to(ROOT, target_is_directory=True)
         own = {name: value for name, value in os.environ.items() if name not in OF_THIS_ENVIRONMENT}
         self._stderr = TemporaryFile()  # noqa: SIM115  # closed with the process
         try:
             self._process = subprocess.Popen(
-                [str(python), str(script), *map(str, arguments), str(torch.get_num_threads())],
+                [str(python), "-m", f"kvloom.{module}", *map(str, arguments), str(torch.get_num_threads())],
                 bufsize=0,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,
-                env=own | {"LMCACHE_TRACK_USAGE": "false", "LMCACHE_LOG_LEVEL": "ERROR"},
+                env=own
+                | {"PYTHONPATH": self._folder.name, "LMCACHE_TRACK_USAGE": "false", "LMCACHE_LOG_LEVEL": "ERROR"},
             )
         except OSError as exc:
             self._stderr.close()
+            self._folder.cleanup()
             raise PeerError(f"LMCache's process does not start: {exc}") from exc
         self._unread = b""
         try:
@@ -105,6 +110,7 @@ class Peer:
             self._process.kill()
             self._process.wait()
         self._stderr.close()
+        self._folder.cleanup()
 
     def _answer(self, timeout_s: float) -> dict[str, object]:
         pipe = self._process.stdout

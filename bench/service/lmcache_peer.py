@@ -1,6 +1,6 @@
 """LMCache's own server, and a client of it: one JSON object a line in and out. Runs in LMCache's own environment.
 
-    python lmcache_peer.py POOL_BYTES THREADS
+    python -m kvloom.bench.service.lmcache_peer POOL_BYTES THREADS
 
     {"do": "put", "size_bytes": N}   store a chunk in the server, and wait until it is there; the seconds it took
     {"do": "get"}                    fetch it from the server; the seconds until its bytes are in the client's memory
@@ -12,26 +12,20 @@ What comes back is compared with what was put, after the clock has stopped.
 from __future__ import annotations
 
 import ctypes
-import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 
 import torch
 from lmcache.utils import CacheEngineKey
 from lmcache.v1.config import LMCacheEngineConfig
-from lmcache.v1.event_manager import EventManager
 from lmcache.v1.memory_management import MemoryFormat
-from lmcache.v1.metadata import LMCacheMetadata
-from lmcache.v1.storage_backend.storage_manager import StorageManager
 
-LAYERS, HIDDEN = 8, 512
-GIB = 1 << 30
+from ..harness.lmcache_process import GIB, HIDDEN, LAYERS, serve, storage_manager
+
 BACKEND = "RemoteBackend"
 POLL_S, START_S, DRAIN_S = 0.001, 60.0, 60.0
 
@@ -61,18 +55,7 @@ class Peer:
             remote_url=f"lm://127.0.0.1:{port}",
             remote_serde="naive",
         )
-        metadata = LMCacheMetadata(
-            model_name="bench",
-            world_size=1,
-            local_world_size=1,
-            worker_id=0,
-            local_worker_id=0,
-            kv_dtype=torch.bfloat16,
-            kv_shape=(LAYERS, 2, 256, 8, HIDDEN // 8),
-            role="worker",
-            chunk_size=256,
-        )
-        self._manager = StorageManager(config, metadata, EventManager())
+        self._manager = storage_manager(config)
         self._remote = self._manager.storage_backends[BACKEND]
         self._numbers = iter(range(sys.maxsize))
         self._source = torch.empty(0)
@@ -129,23 +112,10 @@ def _await(port: int, process: subprocess.Popen[bytes]) -> None:
     raise RuntimeError(f"LMCache's server on port {port} did not start")
 
 
-def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # LMCache and its libraries write what they like to standard output
-    pool_bytes, threads = map(int, sys.argv[1:])
-    torch.set_num_threads(threads)
-    peer = Peer(pool_bytes)
-    verbs: dict[str, Callable[..., float]] = {"put": peer.put, "get": peer.get}
-    print(json.dumps({"version": version("lmcache")}), file=answers, flush=True)
-    for line in sys.stdin:
-        question = json.loads(line)
-        try:
-            answer: dict[str, object] = {"seconds": verbs[question.pop("do")](**question)}
-        except Exception as exc:  # noqa: BLE001  # every failure goes back to the caller
-            answer = {"error": f"{type(exc).__name__}: {exc}"}
-        print(json.dumps(answer), file=answers, flush=True)
-    peer.close()
+def start(pool_bytes: str) -> tuple[dict[str, Callable[..., float]], Callable[[], None]]:
+    peer = Peer(int(pool_bytes))
+    return {"put": peer.put, "get": peer.get}, peer.close
 
 
 if __name__ == "__main__":
-    main()
+    serve(start)

@@ -108,8 +108,8 @@ def _transfers(folder: Path, sizes: Sizes, python: Path | None, bar: Progress) -
             notes.append(f"LMCache is not installed, its figures are left out. To have them: {'; '.join(INSTALL)}")
         else:
             try:
-                script = Path(__file__).parent / "lmcache_peer.py"
-                peer = stack.enter_context(closing(Peer(python.absolute(), 1 << 30, script=script)))
+                peer = Peer(python.absolute(), 1 << 30, module="bench.service.lmcache_peer")
+                stack.enter_context(closing(peer))
                 notes.append(
                     f"LMCache {peer.version}: its own server and its storage manager's remote backend (lm://)."
                 )

@@ -1,6 +1,6 @@
 """LMCache's storage manager, driven over pipes: one JSON object a line in and out. Runs in LMCache's own environment.
 
-    python lmcache_peer.py FOLDER POOL_BYTES THREADS
+    python -m kvloom.bench.tiers.lmcache_peer FOLDER POOL_BYTES THREADS
 
     {"do": "put", "where": "disk", "size_bytes": N, "count": n}   store n chunks; the seconds it took
     {"do": "get", "where": "disk", "copy": true}                  read them; into the caller's buffers, or references
@@ -13,25 +13,19 @@ Every answer is `{"seconds": ...}` or `{"error": ...}`; the first line, before a
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 
 import torch
 from lmcache.utils import CacheEngineKey
 from lmcache.v1.config import LMCacheEngineConfig
-from lmcache.v1.event_manager import EventManager
 from lmcache.v1.memory_management import MemoryFormat
-from lmcache.v1.metadata import LMCacheMetadata
-from lmcache.v1.storage_backend.storage_manager import StorageManager
 
-LAYERS, HIDDEN = 8, 512
+from ..harness.lmcache_process import GIB, HIDDEN, LAYERS, serve, storage_manager
+
 BACKENDS = {"host": "LocalCPUBackend", "disk": "LocalDiskBackend"}
-GIB = 1 << 30
 POLL_S = 0.0001
 DRAIN_S = 60.0
 
@@ -53,18 +47,7 @@ class Peer:
             local_disk=folder,
             max_local_disk_size=64.0,
         )
-        metadata = LMCacheMetadata(
-            model_name="bench",
-            world_size=1,
-            local_world_size=1,
-            worker_id=0,
-            local_worker_id=0,
-            kv_dtype=torch.bfloat16,
-            kv_shape=(LAYERS, 2, 256, 8, HIDDEN // 8),
-            role="worker",
-            chunk_size=256,
-        )
-        self._manager = StorageManager(config, metadata, EventManager())
+        self._manager = storage_manager(config)
         self._disk = self._manager.storage_backends[BACKENDS["disk"]]
         self._sources: list[torch.Tensor] = []
         self._targets: list[torch.Tensor] = []
@@ -139,28 +122,10 @@ class Peer:
                 time.sleep(POLL_S)
 
 
-def main() -> None:
-    folder, pool_bytes, threads = sys.argv[1:]
-    torch.set_num_threads(int(threads))
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # LMCache and its libraries write what they like to standard output
+def start(folder: str, pool_bytes: str) -> tuple[dict[str, Callable[..., float]], Callable[[], None]]:
     peer = Peer(folder, int(pool_bytes))
-    verbs: dict[str, Callable[..., float]] = {
-        "put": peer.put,
-        "get": peer.get,
-        "drop_host": peer.drop_host,
-        "clear": peer.clear,
-    }
-    print(json.dumps({"version": version("lmcache")}), file=answers, flush=True)
-    for line in sys.stdin:
-        question = json.loads(line)
-        try:
-            answer: dict[str, object] = {"seconds": verbs[question.pop("do")](**question)}
-        except Exception as exc:  # noqa: BLE001  # every failure goes back to the caller
-            answer = {"error": f"{type(exc).__name__}: {exc}"}
-        print(json.dumps(answer), file=answers, flush=True)
-    peer.close()
+    return {"put": peer.put, "get": peer.get, "drop_host": peer.drop_host, "clear": peer.clear}, peer.close
 
 
 if __name__ == "__main__":
-    main()
+    serve(start)
