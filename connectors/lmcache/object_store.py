@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...core import ChunkKey, EncodedChunk
 from ...kvstore.store import KVStore
+from ..serving.engine_calls import EngineCalls
 from .keys import ObjectName, object_key
-
-T = TypeVar("T")
-F = TypeVar("F")
 
 _CODEC = "bytes"  # of no codec here: a store passes it through
 _BYTES = "object"
 _LAYOUT = "layout"
 _LOCK_S = 300.0  # LMCache unlocks within a request; a lock that it forgets must not hold a chunk for ever
-
-_LOG = logging.getLogger("kvloom")
 
 
 class Buffer(NamedTuple):
@@ -57,7 +51,7 @@ class Saved(NamedTuple):
     new: tuple[tuple[int, int], ...]
 
 
-class ObjectStore:
+class ObjectStore(EngineCalls):
     """What LMCache stores, finds, locks and loads. Every method may be called from any thread.
 
     A fault is logged, counted and a miss: LMCache's threads must not end with us.
@@ -70,12 +64,12 @@ class ObjectStore:
     """
 
     def __init__(self, store: KVStore, *, model_id: str = "", salt: str = "", load_timeout_s: float = 10.0) -> None:
+        super().__init__("LMCache")
         self.store = store
         self._model_id = model_id
         self._salt = salt
         self._load_timeout_s = load_timeout_s
         self._lock = threading.Lock()  # of all that follows
-        self._counts: Counter[str] = Counter()
         # Locks of LMCache, with when they were taken, oldest first.
         self._locks: dict[ChunkKey, list[tuple[float, AbstractContextManager[None]]]] = {}
         self._announced: dict[ChunkKey, tuple[ObjectName, int]] = {}
@@ -88,14 +82,14 @@ class ObjectStore:
     def find_and_lock(self, names: Sequence[ObjectName]) -> list[bool]:
         """Which of these are stored; those are not evicted until they are unlocked, or for five minutes."""
         self._end_overdue_locks()
-        found = [self._guarded("a look-up", partial(self._find, self.key(name)), False) for name in names]
-        self._count(lookups=1, lookup_objects=len(names), hit_objects=sum(found))
+        found = [self.guarded("a look-up", partial(self._find, self.key(name)), False) for name in names]
+        self.count({"lookups": 1, "lookup_objects": len(names), "hit_objects": sum(found)})
         return found
 
     def unlock(self, names: Sequence[ObjectName]) -> None:
         """Ends one lock of each."""
         for name in names:
-            self._guarded("an unlock", partial(self._unlock, self.key(name)), None)
+            self.guarded("an unlock", partial(self._unlock, self.key(name)), None)
 
     def load(self, names: Sequence[ObjectName], buffers: Sequence[Buffer]) -> list[bool]:
         """Copy stored objects into memory; which were. The others' memory is left as it was."""
@@ -103,11 +97,11 @@ class ObjectStore:
         loaded = []
         for name, buffer in zip(names, buffers, strict=True):
             if time.monotonic() - begun_s > self._load_timeout_s:
-                self._count(late_objects=1)
+                self.count({"late_objects": 1})
                 loaded.append(False)
             else:
-                loaded.append(self._guarded("a load", partial(self._load, self.key(name), buffer), False))
-        self._count(loads=1, loaded_objects=sum(loaded), lost_objects=len(loaded) - sum(loaded))
+                loaded.append(self.guarded("a load", partial(self._load, self.key(name), buffer), False))
+        self.count({"loads": 1, "loaded_objects": sum(loaded), "lost_objects": len(loaded) - sum(loaded)})
         return loaded
 
     def save(self, names: Sequence[ObjectName], buffers: Sequence[Buffer]) -> Saved:
@@ -115,9 +109,9 @@ class ObjectStore:
         new, nbytes, is_complete = [], 0, True
         for i, (name, buffer) in enumerate(zip(names, buffers, strict=True)):
             key = self.key(name)
-            written: int | None = self._guarded("a store", partial(self._save, key, buffer), None)
+            written: int | None = self.guarded("a store", partial(self._save, key, buffer), None)
             if written is None:
-                self._count(failed_saves=1)
+                self.count({"failed_saves": 1})
                 is_complete = False
                 continue
             nbytes += written
@@ -130,8 +124,8 @@ class ObjectStore:
     def delete(self, names: Sequence[ObjectName]) -> None:
         """Remove objects; `take_removed` tells of those that were announced."""
         for name in names:
-            self._guarded("a delete", partial(self.store.delete, self.key(name)), False)
-        self._count(deletes=len(names))
+            self.guarded("a delete", partial(self.store.delete, self.key(name)), False)
+        self.count({"deletes": len(names)})
 
     def take_removed(self) -> list[tuple[ObjectName, int]]:
         """Announced objects, with their bytes, that are in no tier any more: evicted, deleted, expired or damaged."""
@@ -144,12 +138,7 @@ class ObjectStore:
             with self._lock:
                 return [self._announced.pop(key) for key in gone if key in self._announced]
 
-        return self._guarded("following evictions", look, [])
-
-    def counts(self) -> Mapping[str, int]:
-        """Since the beginning."""
-        with self._lock:
-            return dict(self._counts)
+        return self.guarded("following evictions", look, [])
 
     def close(self) -> None:
         """End all locks and close the store."""
@@ -194,7 +183,7 @@ class ObjectStore:
                 overdue.append(key)
         for key in overdue:
             self._unlock(key)
-        self._count(overdue_locks=len(overdue))
+        self.count({"overdue_locks": len(overdue)})
 
     def _load(self, key: ChunkKey, buffer: Buffer) -> bool:
         blob = self.store.get_encoded(key)
@@ -202,7 +191,7 @@ class ObjectStore:
             return False
         if blob.codec != _CODEC or blob.meta.get(_LAYOUT) != buffer.layout or blob.nbytes != buffer.data.nbytes:
             # What is stored under this name has another precision or shape: it makes room for what is asked for.
-            self._count(other_layouts=1)
+            self.count({"other_layouts": 1})
             self.store.delete(key)
             return False
         buffer.data.copy_(blob.tensors[_BYTES])
@@ -213,20 +202,8 @@ class ObjectStore:
             return 0
         blob = EncodedChunk(_CODEC, {_BYTES: buffer.data}, {_LAYOUT: buffer.layout}, leased=True)
         self.store.put_encoded(key, blob)
-        self._count(saved_objects=1)
+        self.count({"saved_objects": 1})
         return buffer.data.nbytes
-
-    def _guarded(self, what: str, work: Callable[[], T], failed: F) -> T | F:
-        try:
-            return work()
-        except Exception:  # noqa: BLE001 - called in LMCache's threads, which must not end with us
-            self._count(errors=1)
-            _LOG.exception("%s of LMCache failed; it is a miss", what)
-            return failed
-
-    def _count(self, **counts: int) -> None:
-        with self._lock:
-            self._counts.update(counts)
 
 
 def bytes_of(memory: memoryview | bytes | bytearray) -> Tensor:

@@ -6,8 +6,7 @@ import logging
 import secrets
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TypeAlias, TypeVar
 
@@ -18,6 +17,7 @@ from ...core import ChunkKey, KVChunk, KVSpec
 from ...kvstore.keys import page_keys
 from ...kvstore.store import KVStore
 from ..identity.requests import chunk_salt
+from ..serving.engine_calls import EngineCalls
 from ..serving.worker.arrivals import UNKNOWN, fits
 from ..serving.worker.offers import OFFER_S
 from ..serving.worker.threads import compute_alone
@@ -26,11 +26,12 @@ Page: TypeAlias = "tuple[Tensor, Tensor]"
 """Keys `[L, H, T, D]` and values `[L, H, T, Dv]` in host memory of the engine."""
 
 T = TypeVar("T")
+F = TypeVar("F")
 
 _LOG = logging.getLogger("kvloom")
 
 
-class PageStore:
+class PageStore(EngineCalls):
     """What a rank's engine stores and finds, a page at a time. Every method may be called from any thread.
 
     A fault is logged, counted and a miss: SGLang's threads call this, and must not end with us.
@@ -49,6 +50,7 @@ class PageStore:
     def __init__(
         self, store: KVStore, spec: KVSpec, *, page_tokens: int, salt: str, load_timeout_s: float, is_lossy: bool
     ) -> None:
+        super().__init__("SGLang")
         self.store = store
         self.spec = spec
         self._page_tokens = page_tokens
@@ -58,8 +60,7 @@ class PageStore:
         self._is_lossy = is_lossy
         # By the last key of what they pin, oldest first, with when they were made.
         self._pins: dict[ChunkKey, tuple[float, AbstractContextManager[None]]] = {}
-        self._lock = threading.Lock()  # of pins and counts
-        self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()  # of pins
         self._thread = threading.local()
 
     def renew(self) -> None:
@@ -146,26 +147,12 @@ class PageStore:
         self.count({} if is_saved else {"failed_saves": 1})
         return is_saved
 
-    def guarded(self, what: str, work: Callable[[], T], failed: T) -> T:
-        """What `work` gives; `failed` if it raises anything, which is logged and counted."""
+    def guarded(self, what: str, work: Callable[[], T], failed: F) -> T | F:
+        """As `EngineCalls.guarded`; our computing in the engine's threads takes no other processor."""
         if not hasattr(self._thread, "is_alone"):
             self._thread.is_alone = True
             compute_alone()
-        try:
-            return work()
-        except Exception:  # noqa: BLE001 - called in SGLang's threads, which must not end with us
-            self.count({"errors": 1})
-            _LOG.exception("%s of SGLang failed; it is a miss", what)
-            return failed
-
-    def counts(self) -> Mapping[str, float]:
-        """Since the beginning."""
-        with self._lock:
-            return dict(self._counts)
-
-    def count(self, counts: Mapping[str, float]) -> None:
-        with self._lock:
-            self._counts.update(counts)
+        return super().guarded(what, work, failed)
 
     def close(self) -> None:
         """End all pins and close the store."""
@@ -173,7 +160,7 @@ class PageStore:
         self.store.close()
 
     def _warn_once(self, text: str) -> None:
-        if not self._counts["warnings"]:
+        if not self.counts().get("warnings"):
             self.count({"warnings": 1})
             _LOG.warning(text)
 
