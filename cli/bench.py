@@ -30,7 +30,7 @@ app = typer.Typer(name="bench", help="Run one benchmark and print its figures.",
 LMCachePython = Annotated[
     Path | None,
     typer.Option(
-        metavar="PATH", callback=file_path, help="Python that has LMCache; default: .venv-lmcache/bin/python, if there."
+        metavar="PATH", callback=file_path, help="Python that has LMCache; default: that of `make engines`, if there."
     ),
 ]
 
@@ -270,11 +270,24 @@ def simulate(
     _finish(replay(SimulateOptions(trace, capacities, codec_ratios, **more)), json, report)
 
 
-def doctor(folder: DiskFolder = Path(), json: JsonFile = None) -> None:
-    """Show versions, devices, copy and disk speed, and which extras are usable."""
-    from ..bench.doctor import diagnose
+def doctor(
+    folder: DiskFolder = Path(),
+    url: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="URL", help="A server to ask: a tier's URL, or http:// of a service or engine; repeatable."
+        ),
+    ] = None,
+    speeds: Annotated[bool, typer.Option(help="Measure copies and the disk.")] = True,
+    json: JsonFile = None,
+) -> None:
+    """Show versions, devices, speeds, extras, and which engines and servers are usable. Exit code 1: a URL is not."""
+    from ..bench.doctor.run import diagnose
 
-    _finish(diagnose(folder), json)
+    found = diagnose(folder, url or (), speeds=speeds)
+    _finish(found, json)
+    if "unreachable" in found.metrics and found.metrics["unreachable"].value:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -1,7 +1,4 @@
-"""The other side of `lmcache_process.py`: LMCache in its own environment, asked for seconds.
-
-python3 -m venv .venv-lmcache, and the further lines of `INSTALL`
-"""
+"""The other side of `lmcache_process.py`: LMCache in its own environment, asked for seconds."""
 
 from __future__ import annotations
 
@@ -17,19 +14,8 @@ import torch
 
 from ...evaluation.environment import ROOT
 
-DEFAULT_PYTHON = Path(".venv-lmcache/bin/python")
-LMCACHE_VERSION = "0.5.6"
-LMCACHE_NEEDS = (  # of what it asks for, what its storage manager imports: no CUDA, no clients of services
-    *("aiofile", "aiohttp", "cachetools", "cryptography", "huggingface_hub", "msgspec", "numba", "nvtx"),
-    *("opentelemetry-exporter-otlp", "opentelemetry-exporter-prometheus", "opentelemetry-semantic-conventions-ai"),
-    *("psutil", "py-cpuinfo", "pyyaml", "pyzmq", "requests", "setuptools", "sortedcontainers", "transformers"),
-)
-INSTALL = (
-    "python3 -m venv .venv-lmcache",
-    f".venv-lmcache/bin/pip install torch=={torch.__version__.partition('+')[0]}",
-    f".venv-lmcache/bin/pip install --no-deps lmcache=={LMCACHE_VERSION}",
-    f".venv-lmcache/bin/pip install {' '.join(LMCACHE_NEEDS)}",
-)
+DEFAULT_PYTHON = Path(".venv-engines/lmcache/bin/python")
+INSTALL = "in a checkout: make engines (or tests/engines/lmcache.sh FOLDER)"
 START_S, ANSWER_S = 120.0, 120.0
 CLOSE_S = 20.0
 OF_THIS_ENVIRONMENT = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}

@@ -69,8 +69,7 @@ def run(*, quick: bool = False, lmcache_python: Path | None = None) -> BenchResu
 
     Parameters
     ----------
-    lmcache_python : interpreter of an environment that has LMCache; None for `.venv-lmcache/bin/python`, if it is
-        there.
+    lmcache_python : interpreter of an environment that has LMCache; None for that of `make engines`, if it is there.
 
     Raises
     ------
@@ -105,7 +104,7 @@ def _transfers(folder: Path, sizes: Sizes, python: Path | None, bar: Progress) -
             notes.append("Redis is left out: it needs redis-server and the Python package redis.")
         peer: Peer | None = None
         if python is None:
-            notes.append(f"LMCache is not installed, its figures are left out. To have them: {'; '.join(INSTALL)}")
+            notes.append(f"LMCache is not installed, its figures are left out. To have them: {INSTALL}")
         else:
             try:
                 peer = Peer(python.absolute(), 1 << 30, module="bench.service.lmcache_peer")

@@ -101,8 +101,7 @@ def run(*, quick: bool = False, folder: Path = Path(), lmcache_python: Path | No
     ----------
     quick : smallest sizes, to see that it runs.
     folder : whose disk is measured. Up to 1 GiB is written there at a time and removed.
-    lmcache_python : interpreter of an environment that has LMCache; None for `.venv-lmcache/bin/python`, if it is
-        there.
+    lmcache_python : interpreter of an environment that has LMCache; None for that of `make engines`, if it is there.
 
     Raises
     ------
@@ -123,7 +122,7 @@ def run(*, quick: bool = False, folder: Path = Path(), lmcache_python: Path | No
         found += step(lambda: disk_speeds(folder, sizes.disk, sizes.disk_bytes, sizes.rounds, bar))
         found += step(lambda: alternative_speeds(folder, sizes.alternatives, sizes.disk_bytes, sizes.rounds, bar))
         if python is None:
-            notes.append(f"LMCache is not installed, its figures are left out. To have them: {'; '.join(INSTALL)}")
+            notes.append(f"LMCache is not installed, its figures are left out. To have them: {INSTALL}")
         else:
             try:
                 version, peers = peer_speeds(python, folder, sizes.alternatives, sizes.disk_bytes, sizes.rounds, bar)

@@ -144,8 +144,7 @@ def run(
     ----------
     quick : smallest sizes, to see that it runs.
     folder : whose disk holds the stores. About 2 GiB are written there and removed.
-    lmcache_python : interpreter of an environment that has LMCache; None for `.venv-lmcache/bin/python`, if it is
-        there.
+    lmcache_python : interpreter of an environment that has LMCache; None for that of `make engines`, if it is there.
     sizes : other ones; None for those of a full or a quick run.
 
     Raises

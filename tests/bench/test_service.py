@@ -9,7 +9,8 @@ from kvloom.bench.service.run import run
 
 
 @pytest.mark.slow
-def test_the_service_is_measured() -> None:
+def test_the_service_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # without LMCache, whose processes take long to start
     result = run(quick=True)
     assert {"shm_get_vs_copy", "shm_put_vs_copy", "http_get_vs_socket", "http_put_vs_socket"} <= result.metrics.keys()
     assert {"match_256_p99_s", "load_memory_growth", "load_gb_s"} <= result.metrics.keys()

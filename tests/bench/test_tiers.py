@@ -439,9 +439,9 @@ def test_peer_is_asked_in_turn(fake_lmcache: Path, tmp_path: Path) -> None:
 def test_lmcache_itself(tmp_path: Path) -> None:
     python = Path(__file__).resolve().parent.parent.parent / peer.DEFAULT_PYTHON
     if not python.is_file():
-        pytest.skip(f"LMCache is not installed: {'; '.join(peer.INSTALL)}")
+        pytest.skip(f"LMCache is not installed: {peer.INSTALL}")
     version, found = peer_speed.peer_speeds(python, tmp_path, [MIB], 2 * MIB, 1, quiet)
-    assert version == peer.LMCACHE_VERSION
+    assert version.startswith("0.5.")
     assert len(found) == 5
     for comparison in found:
         assert 0.001 < comparison.share("kvloom").value < 1000

@@ -28,7 +28,8 @@ FIRST_TOKENS = (
 )
 
 
-def test_a_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # without LMCache, whose processes take long to start
     result = vllm.run(quick=True, folder=tmp_path)
     whole = json.loads(result.to_json())
     by_what: dict[str, list[dict[str, object]]] = {}

@@ -163,14 +163,16 @@ def test_absurd_widths_print(columns: str, monkeypatch: pytest.MonkeyPatch, caps
     assert run("doctor", "--help") == 0
     assert "Folder whose disk is measured" in capsys.readouterr().out
     monkeypatch.setenv("COLUMNS", columns)
-    monkeypatch.setattr("kvloom.bench.doctor.diagnose", lambda _: BenchResult("doctor", {"speed": Metric(1.5, 1, 2)}))
+    monkeypatch.setattr(
+        "kvloom.bench.doctor.run.diagnose", lambda *_, **__: BenchResult("doctor", {"speed": Metric(1.5, 1, 2)})
+    )
     assert run("doctor") == 0
     assert "1 to 2" in capsys.readouterr().out
 
 
 def test_a_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr("kvloom.bench.doctor.diagnose", lambda _: BenchResult("doctor", {}))
+    monkeypatch.setattr("kvloom.bench.doctor.run.diagnose", lambda *_, **__: BenchResult("doctor", {}))
     assert run("doctor", "--json=~/out.json") == 0
     assert json.loads((tmp_path / "out.json").read_text())["bench"] == "doctor"
 
@@ -199,10 +201,10 @@ def test_output_is_refused_before_the_work(
 def test_expected_failures(
     error: Exception, line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(folder: Path) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("kvloom.bench.doctor.diagnose", fail)
+    monkeypatch.setattr("kvloom.bench.doctor.run.diagnose", fail)
     assert run("doctor") == 2
     assert line in one_line(capsys)
     monkeypatch.setenv("KVLOOM_TRACEBACK", "1")
@@ -219,10 +221,10 @@ def test_expected_failures(
     ],
 )
 def test_bugs_keep_their_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(folder: Path) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("kvloom.bench.doctor.diagnose", fail)
+    monkeypatch.setattr("kvloom.bench.doctor.run.diagnose", fail)
     with pytest.raises(type(error)):
         cli.main(["doctor"])
 
@@ -244,7 +246,7 @@ def test_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_doctor_names_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvloom.bench import doctor
+    from kvloom.bench.doctor import run as doctor
 
     monkeypatch.setattr(doctor, "usable", lambda module: module != "matplotlib")
     found = {str(row["subject"]): row["finding"] for row in doctor.diagnose(tmp_path).rows}

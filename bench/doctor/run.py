@@ -1,19 +1,21 @@
-"""Shows what this machine can do for kvloom: versions, devices, copy and disk speed, extras. Takes a few seconds."""
+"""Shows what this machine can do for kvloom: versions, devices, speeds, extras, engines and servers. A few seconds."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from ..evaluation.environment import BUNDLED_MODEL, devices, environment, memory_bytes, usable
-from ..evaluation.page import Row, Table
-from ..evaluation.report import BenchResult, Metric
-from .harness.servers import missing_for
+from ...evaluation.environment import BUNDLED_MODEL, devices, environment, memory_bytes, usable
+from ...evaluation.page import Row, Table
+from ...evaluation.report import BenchResult, Metric
+from .integrations import look
+from .reachable import reach
 
 COPY_BYTES = 128 << 20
 DISK_BYTES = 32 << 20
@@ -46,41 +48,52 @@ EXTRAS = {  # modules that each brings
 }
 
 
-SERVERS = {
-    "redis": "redis-server --bind 127.0.0.1 --maxmemory 4gb --maxmemory-policy allkeys-lru",
-    "s3": "moto_server -H 127.0.0.1 -p 5090 (for tests; any S3 will do)",
-    "mooncake": "mooncake_master -rpc_address=127.0.0.1 -rpc_port=50051, and nodes, see docs/tiers.md",
-}
-
-
-def diagnose(folder: Path) -> BenchResult:
-    """Measure this machine.
+def diagnose(folder: Path, urls: Sequence[str] = (), *, speeds: bool = True) -> BenchResult:
+    """Measure this machine, and see what is installed and reachable. No engine is imported.
 
     Parameters
     ----------
     folder : where the disk is measured; a file of 32 MiB is written there and removed.
+    speeds : measure copies and the disk, too, which takes seconds.
+    urls : of servers that are asked, see `reach`. `unreachable` counts those that cannot be used.
 
     Raises
     ------
     OSError : `folder` is not there or not writable.
+    ValueError : a URL is none that `reach` knows.
     """
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is not a folder; name one whose disk can be measured")
-    source, target = torch.ones(COPY_BYTES, dtype=torch.uint8), torch.empty(COPY_BYTES, dtype=torch.uint8)
-    metrics = {"host_copy_speed": _speed(COPY_BYTES, lambda: target.copy_(source))}
-    if torch.cuda.is_available():
-        metrics["device_copy_speed"] = _device_copy_speed(source)
-    plain_copy = metrics["host_copy_speed"].value
-    metrics |= _disk_speeds(folder, baseline=plain_copy)
-    env, rows = environment(), [*_devices(), *_extras(), *_servers(), _model()]
+    answers = [reach(url) for url in urls]
+    metrics = _speeds(folder) if speeds else {}
+    env, rows = environment(), [*_devices(), *_extras(), _model()]
     shown: list[Row] = [[name, str(env[name] or "not installed")] for name in SHOWN]
     shown.append(["memory", f"{(memory_bytes() or 0) / 2**30:.1f} GiB"])
     shown += [[str(row["subject"]), str(row["finding"])] for row in rows]
     for name, metric in metrics.items():
         interval = "" if metric.low is None else f"  ({metric.low:.2f} to {metric.high:.2f})"
         shown.append([name.replace("_", " "), f"{metric.value:.2f} {metric.unit}{interval}"])
-    table = Table(["subject", "finding"], shown, "kvloom doctor", left=(0, 1))
-    return BenchResult("doctor", metrics, rows, [table], notes=[MEANING])
+    tables = [Table(["subject", "finding"], shown, "kvloom doctor", left=(0, 1))]
+    found = look()
+    rows += [{"subject": f"integration {each.name}", **asdict(each), "finding": each.text} for each in found]
+    cells: list[Row] = [[each.name, each.package or "-", each.text, each.command] for each in found]
+    heads = ["with", "package", "finding", "command that comes next"]
+    tables.append(Table(heads, cells, "engines, frameworks and servers, in this environment", left=(0, 1, 2, 3)))
+    if answers:
+        rows += [{"subject": f"server {each.where}", **asdict(each), "finding": each.text} for each in answers]
+        cells = [[each.where, "yes" if each.is_usable else "no", each.text, each.command] for each in answers]
+        heads = ["server", "usable", "finding", "command that starts one"]
+        tables.append(Table(heads, cells, "servers that were asked", left=(0, 1, 2, 3)))
+        metrics["unreachable"] = Metric(sum(not each.is_usable for each in answers), unit="servers")
+    return BenchResult("doctor", metrics, rows, tables, notes=[MEANING] if speeds else [])
+
+
+def _speeds(folder: Path) -> dict[str, Metric]:
+    source, target = torch.ones(COPY_BYTES, dtype=torch.uint8), torch.empty(COPY_BYTES, dtype=torch.uint8)
+    metrics = {"host_copy_speed": _speed(COPY_BYTES, lambda: target.copy_(source))}
+    if torch.cuda.is_available():
+        metrics["device_copy_speed"] = _device_copy_speed(source)
+    return metrics | _disk_speeds(folder, baseline=metrics["host_copy_speed"].value)
 
 
 def _speed(size_bytes: int, work: Callable[[], object], *, before: Callable[[], object] = lambda: None) -> Metric:
@@ -146,16 +159,6 @@ def _extras() -> list[dict[str, object]]:
         missing = [module for module in modules if not usable(module)]
         finding = f'{", ".join(missing)} missing; run: pip install "kvloom[{extra}]"' if missing else "usable"
         rows.append({"subject": f"extra {extra}", "finding": finding})
-    return rows
-
-
-def _servers() -> list[dict[str, object]]:
-    """Servers for tiers on other machines that could be started here, and how."""
-    rows: list[dict[str, object]] = []
-    for kind, start in SERVERS.items():
-        missing = missing_for(kind)
-        finding = f"usable; start one: {start}" if missing is None else f"not on this machine; it needs: {missing}"
-        rows.append({"subject": f"server {kind}", "finding": finding})
     return rows
 
 
