@@ -265,7 +265,7 @@ class TransformersConnector:
         others are stored as they are in this context.
 
         `opening_ids` stand in front of the documents in place of the lead tokens (a chat with a system message of its
-        own) and are computed here; then the first document is fused, too.
+        own) and are stored, too; then the first document is fused like the others.
 
         `question_ids` are the tokens that will follow, of which a blender may make its choice: the context then suits
         this question best, and should not be kept for another one. Without them, it goes by deviation alone.
@@ -286,14 +286,17 @@ class TransformersConnector:
         in_context = self._context_keys(opening, rows if self._reuses_contexts else rows[: int(is_lead)])
         lead = [opening] if opening else []
         lead_keys = [content_key(self.spec, ids, salt=self._salt) for ids in lead]
-        held = {key: self._lead if is_lead else self._prefill.alone(opening) for key in lead_keys}
+        held = {key: self._lead for key in lead_keys if is_lead}
         context = torch.tensor(list(chain.from_iterable([*lead, *rows])))
         starts = list(accumulate(map(len, [*lead, *rows][:-1]), initial=0))
         in_full = blender.recompute_ratio >= 1.0
         lost: set[ChunkKey] = set()
         computed_tokens = 0.0
-        with self.store.pinned(list(dict.fromkeys([*alone, *in_context]))):
+        with self.store.pinned(list(dict.fromkeys([*lead_keys, *alone, *in_context]))):
             while True:
+                for key in lead_keys:
+                    if key not in held and (key in lost or key not in self.store):
+                        self._compute_opening(key, opening, held)
                 stored = (key not in lost and key in self.store for key in in_context)
                 exact = sum(takewhile(bool, stored))
                 # The first document has the lead tokens before it: alone, its KV is already that of this context.
@@ -315,7 +318,12 @@ class TransformersConnector:
                         context,
                         starts,
                         StoreSource(
-                            self.store, [*lead_keys, *loaded, *alone[len(loaded) :]], starts, len(context), held
+                            self.store,
+                            [*lead_keys, *loaded, *alone[len(loaded) :]],
+                            starts,
+                            len(context),
+                            self.spec.num_layers,
+                            held,
                         ),
                         exact_tokens=len(opening) + sum(map(len, rows[:begun])),
                         question_ids=question,
@@ -389,6 +397,13 @@ class TransformersConnector:
             held[key] = chunk
             with suppress(TierError):  # held, so the answer is safe; the store has counted the fault
                 self.store.put(key, chunk, recompute_s=spent_s)
+
+    def _compute_opening(self, key: ChunkKey, opening: Sequence[int], held: dict[ChunkKey, KVChunk]) -> None:
+        """As `_compute_missing`, of what a chat of its own begins with."""
+        began_s = time.perf_counter()
+        held[key] = self._prefill.alone(opening)
+        with suppress(TierError):
+            self.store.put(key, held[key], recompute_s=time.perf_counter() - began_s)
 
     @property
     def _lead(self) -> KVChunk:

@@ -1,4 +1,4 @@
-"""Chunks of a fusion, read layer by layer: from memory, else from the store."""
+"""Chunks of a fusion, read in groups of layers: from memory, else from the store."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ...core import ChunkKey, KVChunk
 from ...kvstore.chunk_store import ChunkStore
+
+_GROWTH = 8
+_MOST_LAYERS = 16
 
 
 class LostChunksError(Exception):
@@ -21,9 +24,13 @@ class LostChunksError(Exception):
 class StoreSource:
     """The `LayerSource` of one fusion.
 
+    The first layer is read alone, so that computing can begin; then groups of 8 and of 16 layers. A read of a chunk
+    costs as much as copying several of its layers, and keys are rotated by one table for a whole group.
+
     Parameters
     ----------
     keys, starts : of the chunks: names, and positions in the context, which has `total` tokens.
+    num_layers : of every chunk.
     held : chunks in memory; all others are read from the store.
     """
 
@@ -33,34 +40,50 @@ class StoreSource:
         keys: Sequence[ChunkKey],
         starts: Sequence[int],
         total: int,
+        num_layers: int,
         held: Mapping[ChunkKey, KVChunk],
     ) -> None:
         self._store = store
+        self._num_layers = num_layers
         self._held = held
         self._places = [
             (key, start, torch.arange(start, stop))
             for key, start, stop in zip(keys, starts, [*starts[1:], total], strict=True)
         ]
+        self._first, self._stop = 0, 0  # layers that were read last
+        self._group: list[tuple[Tensor, Tensor]] = []
 
     def load(self, layer: int, keys: Tensor, values: Tensor) -> None:
         total = keys.shape[1]
-        lost: set[ChunkKey] = set()  # all of the layer: a tier that is gone costs one start, not one for each chunk
+        if not self._first <= layer < self._stop:
+            self._read(layer, total)
+        for (_, start, positions), (group_keys, group_values) in zip(self._places, self._group, strict=False):
+            here = slice(start, start + len(positions))
+            keys[:, here] = group_keys[layer - self._first]
+            values[:, here] = group_values[layer - self._first]
+        if layer + 1 == self._stop:
+            self._group = []  # what is copied need not be kept
+
+    def _read(self, layer: int, total: int) -> None:
+        """The group of layers that begins with `layer`, of all chunks in the first `total` tokens."""
+        count = min(_MOST_LAYERS, _GROWTH * (self._stop - self._first)) if layer else 1
+        stop = min(layer + count, self._num_layers)
+        lost: set[ChunkKey] = set()  # all of the group: a tier that is gone costs one start, not one for each chunk
+        self._group, self._first = [], layer
         for key, start, positions in self._places:
             if start >= total:
                 break
-            here = slice(start, start + len(positions))
             chunk = self._held.get(key)
-            if chunk is not None:
-                rope = chunk.spec.rope
-                moved = chunk.keys[layer]
-                keys[:, here] = moved if rope is None else rope.shift(moved, positions - chunk.positions)
-                values[:, here] = chunk.values[layer]
+            if chunk is None:
+                hit = self._store.read(key, positions, layers=(layer, stop))
+                if hit is None:
+                    lost.add(key)
+                    continue
+                self._group.append((hit.chunk.keys, hit.chunk.values))
                 continue
-            hit = self._store.read(key, positions, layers=(layer, layer + 1))
-            if hit is None:
-                lost.add(key)
-                continue
-            keys[:, here] = hit.chunk.keys[0]
-            values[:, here] = hit.chunk.values[0]
+            rope, moved = chunk.spec.rope, chunk.keys[layer:stop]
+            moved = moved if rope is None else rope.shift(moved, positions - chunk.positions)
+            self._group.append((moved, chunk.values[layer:stop]))
         if lost:
             raise LostChunksError(lost)
+        self._stop = stop

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
+from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
+
+_KEPT_TEXTS = 2048
+_KEPT_CHARACTERS = 4096  # longer texts are not kept: all together take 16 MB at most
 
 
 class Tokenization:
@@ -14,7 +18,8 @@ class Tokenization:
     A tokenizer of transformers keeps the options of its last call, among them whether special tokens are split. Threads
     that call one with different options disturb each other: tokens come out wrong, and text of a document becomes a
     live special token. So documents and texts get a copy of the tokenizer each, that is always called alike and that
-    nobody else has.
+    nobody else has. Token ids of the last documents are kept: a passage is looked at several times for one answer, and
+    again for the next.
 
     Parameters
     ----------
@@ -29,6 +34,7 @@ class Tokenization:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, separator: str) -> None:
         self._for_documents, self.tokenizer = deepcopy(tokenizer), deepcopy(tokenizer)
         self._separator = separator
+        self._recent = lru_cache(_KEPT_TEXTS)(lambda text: tuple(self._encode_document(text)))
         # The first call of each sets its options for good.
         end_ids = self.encode_text(separator)
         # A separator with special tokens follows a document as tokens; a plain text may merge with the document's.
@@ -44,7 +50,7 @@ class Tokenization:
         """
         if not self._special_end and not text.endswith(self._separator):
             text += self._separator
-        ids = self._document_ids(text)
+        ids = list(self._recent(text)) if len(text) <= _KEPT_CHARACTERS else self._encode_document(text)
         if not ids:
             raise ValueError(f"{name} has no tokens; leave it out")
         if not self._unsplit.keys().isdisjoint(ids):
@@ -61,7 +67,7 @@ class Tokenization:
         """Text of token ids, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def _document_ids(self, text: str) -> list[int]:
+    def _encode_document(self, text: str) -> list[int]:
         ids: list[int] = self._for_documents(
             text, add_special_tokens=False, split_special_tokens=True, verbose=False
         ).input_ids
@@ -76,4 +82,4 @@ class Tokenization:
         special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
         special |= {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         usual = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id}
-        return {i: text for i, text in special.items() if i not in usual and i in self._document_ids(text)}
+        return {i: text for i, text in special.items() if i not in usual and i in self._encode_document(text)}

@@ -7,7 +7,10 @@ from transformers import PreTrainedModel
 from kvloom.blend.blender import Blender
 from kvloom.connectors.hf.answering import Generation, Prompt, Sampling, answer_together
 from kvloom.connectors.hf.connector import TransformersConnector
+from kvloom.connectors.hf.prefill import Prefill
+from kvloom.connectors.identity.requests import chunk_salt
 from kvloom.core import ChunkKey
+from kvloom.kvstore.keys import content_key
 from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.host import HostTier
 
@@ -116,6 +119,27 @@ def test_an_opening_stands_in_place_of_the_lead(model: PreTrainedModel, reuses: 
     assert fused.blended.candidates == sum(map(len, rows)) and not fused.is_exact
     same = rag.fuse(rows[:1], opening_ids=rag.lead_ids)
     assert same.exact_documents == 1 and same.blended.candidates == 0
+
+
+def test_an_opening_is_computed_once(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for another connector, and anew when the store has lost it."""
+    store = KVStore([HostTier(None)])
+    computed: list[list[int]] = []
+    alone = Prefill.alone
+    monkeypatch.setattr(Prefill, "alone", lambda self, ids: (computed.append(list(ids)), alone(self, ids))[1])
+    first, other = connect(model, 0.0, store), connect(model, 0.0, store)
+    rows = [first.encode_document(text) for text in DOCUMENTS]
+    opening = [*first.lead_ids, *first.encode_question("A harbour, in brief.")]
+    whole = first.fuse(rows, opening_ids=opening)
+    again, elsewhere = first.fuse(rows, opening_ids=opening), other.fuse(rows, opening_ids=opening)
+    assert computed.count(opening) == 1
+    for each in (again, elsewhere):
+        assert torch.equal(each.blended.keys, whole.blended.keys)
+        assert torch.equal(each.blended.values, whole.blended.values)
+    key = content_key(first.spec, opening, salt=chunk_salt())
+    assert store.delete(key)
+    assert torch.equal(first.fuse(rows, opening_ids=opening).blended.keys, whole.blended.keys)
+    assert computed.count(opening) == 2 and key in store
 
 
 @pytest.mark.parametrize("ratio", [0.3, 1.0])
