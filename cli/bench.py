@@ -113,11 +113,17 @@ def codecs(
 
 
 @app.command()
-def distributed(json: JsonFile = None, report: ReportFile = None, quick: Quick = False) -> None:
-    """Redis, Mooncake and S3 as tiers, beside a bare client of each, and frozen."""
+def distributed(
+    json: JsonFile = None,
+    report: ReportFile = None,
+    quick: Quick = False,
+    folder: DiskFolder = Path(),
+    lmcache_python: LMCachePython = None,
+) -> None:
+    """Redis, Mooncake and S3 as tiers, beside a bare client of each, and frozen; LMCache's benchmark above kvloom."""
     from ..bench.distributed.run import run
 
-    _finish(run(quick=quick), json, report)
+    _finish(run(quick=quick, folder=folder, lmcache_python=lmcache_python), json, report)
 
 
 @app.command()

@@ -25,6 +25,7 @@ from ...evaluation.report import BenchResult, Metric, Target
 from ...evaluation.screen import progress
 from ...kvstore.format import to_bytes
 from ...kvstore.store import KVStore
+from ..harness.peer import INSTALL, PeerError, find_python
 from ..harness.rounds import Comparison, interleave, size_text, speed_table, timed
 from ..harness.samples import encoded, sample_chunk, sample_key
 from ..harness.servers import (
@@ -36,6 +37,7 @@ from ..harness.servers import (
     redis_server,
     s3_server,
 )
+from .lmcache_l2 import FS, KVLOOM, NATIVE, L2Sizes, compare
 
 MIB = 1 << 20
 BARE, TIER, STORE = "bare client", "tier", "store"
@@ -48,7 +50,10 @@ MEANING = (
     "median of the ratios within each round, the worst of the sizes. The tier makes every checksum that it stores and "
     "verifies every byte that it returns; the bare client does neither: redis-py's set and get, obstore's put and get, "
     "Mooncake's upsert_from and get_into with registered buffers. The stall is the longest call of a store "
-    f"beyond its timeout of {STALL_TIMEOUT_S} s while the server, or one of two Mooncake nodes, is frozen and goes on."
+    f"beyond its timeout of {STALL_TIMEOUT_S} s while the server, or one of two Mooncake nodes, is frozen and goes on. "
+    "LMCache's own benchmark stores and loads through kvloom's L2 adapter and LMCache's two for files, on one disk, "
+    "from the page cache; kvloom verifies what it reads, the others compare nothing. A share is the median of pairs of "
+    "processes; LMCache itself compares what came back with what it stored."
 )
 TARGETS = (
     Target("mooncake_put_vs_bare", ">=", 0.85),
@@ -56,6 +61,8 @@ TARGETS = (
     Target("redis_put_vs_bare", ">=", 0.85),
     Target("redis_get_vs_bare", ">=", 0.85),
     Target("s3_get_vs_bare", ">=", 0.85),
+    Target("lmcache_l2_store_vs_fs", ">=", 1.0),
+    Target("lmcache_l2_load_vs_fs", ">=", 1.0),
     Target("longest_stall_over_deadline_s", "<=", 0.5),
     Target("wrong_bytes", "<=", 0.0),
 )
@@ -71,10 +78,11 @@ class Sizes:
     chunks: tuple[int, ...]
     rounds: int
     frozen_s: float
+    lmcache: L2Sizes
 
 
-FULL = Sizes((MIB, 4 * MIB, 16 * MIB), 15, 3.0)
-QUICK = Sizes((MIB,), 2, 1.5)
+FULL = Sizes((MIB, 4 * MIB, 16 * MIB), 15, 3.0, L2Sizes(4 * MIB, 16, 7, 7))
+QUICK = Sizes((MIB,), 2, 1.5, L2Sizes(MIB // 4, 8, 1, 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +94,19 @@ class Engine:
     bare: Callable[[bytes], Bare]
 
 
-def run(*, quick: bool = False) -> BenchResult:
-    """Measure each engine that this machine has."""
-    sizes = QUICK if quick else FULL
+def run(*, quick: bool = False, folder: Path = Path(), lmcache_python: Path | None = None) -> BenchResult:
+    """Measure each engine that this machine has.
+
+    Parameters
+    ----------
+    folder : whose disk is measured below LMCache.
+    lmcache_python : interpreter of an environment that has LMCache; None for that of `make engines`, if it is there.
+
+    Raises
+    ------
+    ValueError : `lmcache_python` is not there.
+    """
+    sizes, python = QUICK if quick else FULL, find_python(lmcache_python)
     found: list[Comparison] = []
     notes: list[str] = []
     metrics: dict[str, Metric] = {}
@@ -98,7 +116,7 @@ def run(*, quick: bool = False) -> BenchResult:
         if missing is not None:
             notes.append(f"{kind} is left out; it needs: {missing}")
             continue
-        with tempfile.TemporaryDirectory() as folder, _engine(kind, Path(folder)) as engine:
+        with tempfile.TemporaryDirectory() as place, _engine(kind, Path(place)) as engine:
             comparisons, wrong = _speeds(kind, engine, sizes)
             stall_s, wrong_in_stall = _stall(engine, sizes)
         found += comparisons
@@ -110,6 +128,15 @@ def run(*, quick: bool = False) -> BenchResult:
             metrics[f"{kind}_{what}_vs_bare"] = min((c.share(TIER) for c in ours), key=lambda share: share.value)
             for each in ours:
                 metrics[f"{kind}_{what}_vs_bare_{size_text(each.size_bytes).replace(' ', '')}"] = each.share(TIER)
+    below_lmcache, reason = _below_lmcache(python, folder, sizes)
+    notes += [reason] if reason else []
+    for name in ("store", "load"):
+        shares = [each.share(KVLOOM) for each in below_lmcache if each.what == f"LMCache {name}"]
+        metrics[f"lmcache_l2_{name}_vs_fs"] = shares[0] if shares else Metric(float("nan"), unit="times", baseline=FS)
+        for each in below_lmcache:
+            if each.what == f"LMCache {name}":
+                metrics[f"lmcache_l2_{name}_vs_fs_native"] = each.share(KVLOOM, NATIVE)
+    found += below_lmcache
     metrics["longest_stall_over_deadline_s"] = Metric(max(stalls, default=float("nan")), unit="s")
     metrics["wrong_bytes"] = Metric(float(wrong_bytes), unit="bytes")
     tables: list[Table] = [
@@ -117,6 +144,17 @@ def run(*, quick: bool = False) -> BenchResult:
     ]
     rows = [row for comparison in found for row in comparison.rows()]
     return BenchResult("distributed", metrics, rows, tables, targets=TARGETS, notes=[*notes, MEANING], title=TITLE)
+
+
+def _below_lmcache(python: Path | None, folder: Path, sizes: Sizes) -> tuple[list[Comparison], str]:
+    """What LMCache's own benchmark says; or nothing, and why."""
+    if python is None:
+        return [], f"LMCache is not installed, its figures are left out. To have them, {INSTALL}"
+    try:
+        with progress() as bar:
+            return compare(python, folder, sizes.lmcache, bar), ""
+    except PeerError as exc:
+        return [], f"LMCache's figures are left out: {exc}"
 
 
 def _speeds(kind: str, engine: Engine, sizes: Sizes) -> tuple[list[Comparison], int]:

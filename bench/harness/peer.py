@@ -7,6 +7,8 @@ import os
 import selectors
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 
@@ -41,10 +43,9 @@ class Peer:
     """
 
     def __init__(self, python: Path, *arguments: object, module: str = "bench.tiers.lmcache_peer") -> None:
-        self._folder = TemporaryDirectory(prefix="kvloom-peer-")  # that environment need not have kvloom
-        (Path(self._folder.name) / "kvloom").symlink_to(ROOT, target_is_directory=True)
-        own = {name: value for name, value in os.environ.items() if name not in OF_THIS_ENVIRONMENT}
-        self._stderr = TemporaryFile()  # noqa: SIM115  # closed with the process
+        self._resources = ExitStack()
+        environment = self._resources.enter_context(environment_with_kvloom())
+        self._stderr = self._resources.enter_context(TemporaryFile())  # noqa: SIM115  closed with the process
         try:
             self._process = subprocess.Popen(
                 [str(python), "-m", f"kvloom.{module}", *map(str, arguments), str(torch.get_num_threads())],
@@ -52,12 +53,10 @@ class Peer:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,
-                env=own
-                | {"PYTHONPATH": self._folder.name, "LMCACHE_TRACK_USAGE": "false", "LMCACHE_LOG_LEVEL": "ERROR"},
+                env=environment,
             )
         except OSError as exc:
-            self._stderr.close()
-            self._folder.cleanup()
+            self._resources.close()
             raise PeerError(f"LMCache's process does not start: {exc}") from exc
         self._unread = b""
         try:
@@ -95,8 +94,7 @@ class Peer:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._stderr.close()
-        self._folder.cleanup()
+        self._resources.close()
 
     def _answer(self, timeout_s: float) -> dict[str, object]:
         pipe = self._process.stdout
@@ -129,6 +127,15 @@ class Peer:
         self._stderr.seek(0)
         words = self._stderr.read().decode(errors="replace").strip().splitlines()
         return PeerError(f"LMCache's process ended with exit code {code}: {words[-1] if words else 'without a word'}")
+
+
+@contextmanager
+def environment_with_kvloom() -> Iterator[dict[str, str]]:
+    """Variables for a process of LMCache's environment, which finds this kvloom, whether that has one or not."""
+    own = {name: value for name, value in os.environ.items() if name not in OF_THIS_ENVIRONMENT}
+    with TemporaryDirectory(prefix="kvloom-peer-") as folder:
+        (Path(folder) / "kvloom").symlink_to(ROOT, target_is_directory=True)
+        yield own | {"PYTHONPATH": folder, "LMCACHE_TRACK_USAGE": "false", "LMCACHE_LOG_LEVEL": "ERROR"}
 
 
 def find_python(given: Path | None) -> Path | None:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ...core import ChunkKey, EncodedChunk
+from ...kvstore.encoding.copies import copy
 from ...kvstore.store import KVStore
 from ..serving.engine_calls import EngineCalls
+from ..serving.worker.threads import compute_alone
 from .keys import ObjectName, object_key
+
+T = TypeVar("T")
 
 _CODEC = "bytes"  # of no codec here: a store passes it through
 _BYTES = "object"
 _LAYOUT = "layout"
+_MOST_THREADS = 4  # that share the objects of one task
 _LOCK_S = 300.0  # LMCache unlocks within a request; a lock that it forgets must not hold a chunk for ever
 
 
@@ -61,10 +68,21 @@ class ObjectStore(EngineCalls):
     store : owned, closed by `close`.
     model_id, salt : see `object_key`.
     load_timeout_s : longest time that a load may take; later objects are misses.
+    threads : that share the objects of a load or a save; None: one for each processor, four at most.
     """
 
-    def __init__(self, store: KVStore, *, model_id: str = "", salt: str = "", load_timeout_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        store: KVStore,
+        *,
+        model_id: str = "",
+        salt: str = "",
+        load_timeout_s: float = 10.0,
+        threads: int | None = None,
+    ) -> None:
         super().__init__("LMCache")
+        count = min(_MOST_THREADS, threads or _processors())
+        self._threads = ThreadPoolExecutor(count, "kvloom-lmcache", initializer=compute_alone) if count > 1 else None
         self.store = store
         self._model_id = model_id
         self._salt = salt
@@ -94,31 +112,35 @@ class ObjectStore(EngineCalls):
     def load(self, names: Sequence[ObjectName], buffers: Sequence[Buffer]) -> list[bool]:
         """Copy stored objects into memory; which were. The others' memory is left as it was."""
         begun_s = time.monotonic()
-        loaded = []
-        for name, buffer in zip(names, buffers, strict=True):
+
+        def load(name: ObjectName, buffer: Buffer) -> bool:
             if time.monotonic() - begun_s > self._load_timeout_s:
                 self.count({"late_objects": 1})
-                loaded.append(False)
-            else:
-                loaded.append(self.guarded("a load", partial(self._load, self.key(name), buffer), False))
+                return False
+            return self.guarded("a load", partial(self._load, self.key(name), buffer), False)
+
+        loaded = self._of_each(load, names, buffers)
         self.count({"loads": 1, "loaded_objects": sum(loaded), "lost_objects": len(loaded) - sum(loaded)})
         return loaded
 
     def save(self, names: Sequence[ObjectName], buffers: Sequence[Buffer]) -> Saved:
         """Store objects; one that is stored already is not written again."""
+
+        def save(name: ObjectName, buffer: Buffer) -> int | None:
+            return self.guarded("a store", partial(self._save, self.key(name), buffer), None)
+
         new, nbytes, is_complete = [], 0, True
-        for i, (name, buffer) in enumerate(zip(names, buffers, strict=True)):
-            key = self.key(name)
-            written: int | None = self.guarded("a store", partial(self._save, key, buffer), None)
+        for i, written in enumerate(self._of_each(save, names, buffers)):
             if written is None:
                 self.count({"failed_saves": 1})
                 is_complete = False
                 continue
+            key, size = self.key(names[i]), buffers[i].data.nbytes
             nbytes += written
             with self._lock:
                 if key not in self._announced:
-                    self._announced[key] = name, buffer.data.nbytes
-                    new.append((i, buffer.data.nbytes))
+                    self._announced[key] = names[i], size
+                    new.append((i, size))
         return Saved(is_complete, nbytes, tuple(new))
 
     def delete(self, names: Sequence[ObjectName]) -> None:
@@ -147,7 +169,19 @@ class ObjectStore(EngineCalls):
         for each in locks.values():
             for _, pin in each:
                 pin.__exit__(None, None, None)
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
         self.store.close()
+
+    def _of_each(
+        self, work: Callable[[ObjectName, Buffer], T], names: Sequence[ObjectName], buffers: Sequence[Buffer]
+    ) -> list[T]:
+        """`work` of each object, shared among threads; returns when all have ended, so that no buffer is used later."""
+        pairs = list(zip(names, buffers, strict=True))
+        if self._threads is None or len(pairs) < 2:
+            return [work(*pair) for pair in pairs]
+        futures = [self._threads.submit(work, *pair) for pair in pairs]
+        return [future.result() for future in futures]
 
     def _find(self, key: ChunkKey) -> bool:
         pin = self.store.pinned([key], deadline_s=_LOCK_S)
@@ -194,7 +228,7 @@ class ObjectStore(EngineCalls):
             self.count({"other_layouts": 1})
             self.store.delete(key)
             return False
-        buffer.data.copy_(blob.tensors[_BYTES])
+        copy([(buffer.data, blob.tensors[_BYTES])])
         return True
 
     def _save(self, key: ChunkKey, buffer: Buffer) -> int:
@@ -204,6 +238,10 @@ class ObjectStore(EngineCalls):
         self.store.put_encoded(key, blob)
         self.count({"saved_objects": 1})
         return buffer.data.nbytes
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def bytes_of(memory: memoryview | bytes | bytearray) -> Tensor:

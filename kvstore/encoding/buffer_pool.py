@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...core import EncodedChunk
 from ..guard.locks import release_owned
+from .copies import copy
 
 _CAPACITY_BYTES = 256 << 20
 _SMALLEST_BYTES = 1 << 15  # below, an allocator reuses memory by itself
@@ -95,7 +96,7 @@ class BufferPool:
         data = self.empty(end)
         for name, tensor, begin, stop in places:
             tensors[name] = data[begin:stop].view(tensor.dtype).view(tensor.shape)
-            tensors[name].copy_(tensor.detach())
+        copy([(tensors[name], tensor) for name, tensor, _, _ in places])
         return EncodedChunk(blob.codec, tensors, blob.meta, blob.layered)
 
     def check(self) -> list[str]:

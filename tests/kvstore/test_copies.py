@@ -1,4 +1,4 @@
-"""Copies of bytes: right, and in the calling thread alone."""
+"""Copies of bytes and tensors: right, and in the calling thread alone."""
 
 import os
 import subprocess
@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from kvloom.kvstore.encoding.copies import copy_bytes
+from kvloom.kvstore.encoding.copies import copy, copy_bytes
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 1000, 1_000_003])
@@ -30,11 +31,13 @@ def test_a_target_that_is_too_small_or_read_only_is_refused() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
 def test_no_other_thread_is_woken() -> None:
-    """torch's copy starts a team of OpenMP threads; this one must not."""
+    """torch's copy starts a team of OpenMP threads; ours must not, of bytes and of tensors below 8 MiB."""
     code = (
-        "import os, torch; from kvloom.kvstore.encoding.copies import copy_bytes; torch.set_num_threads(2);"
-        "a, b = bytearray(1 << 24), bytearray(1 << 24); before = len(os.listdir('/proc/self/task'));"
-        "copy_bytes(memoryview(a), memoryview(b)); print(len(os.listdir('/proc/self/task')) - before);"
+        "import os, torch; from kvloom.kvstore.encoding.copies import copy, copy_bytes; torch.set_num_threads(2);"
+        "a, b = bytearray(1 << 24), bytearray(1 << 24); c, d = torch.empty(1 << 21), torch.empty(1 << 21);"
+        "e, f = c[: 1 << 20], d[: 1 << 20]; before = len(os.listdir('/proc/self/task'));"
+        "copy_bytes(memoryview(a), memoryview(b)); copy([(e, f)] * 4);"
+        "print(len(os.listdir('/proc/self/task')) - before);"
         "torch.zeros(1 << 24, dtype=torch.uint8).copy_(torch.ones(1 << 24, dtype=torch.uint8));"
         "print(len(os.listdir('/proc/self/task')) - before)"
     )
@@ -46,6 +49,24 @@ def test_no_other_thread_is_woken() -> None:
         env={**os.environ, "OMP_NUM_THREADS": "2"},
     ).stdout.split()
     assert (ours, torchs) == ("0", "1")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool])
+@pytest.mark.parametrize("shape", [(), (0, 3), (5, 7, 3), (3, 1 << 21)])
+def test_tensors_are_copied(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    source = torch.randint(0, 2, shape).to(dtype)
+    target, strided = torch.zeros(shape, dtype=dtype), torch.zeros((*shape, 2), dtype=dtype)[..., 0]
+    copy([(target, source), (strided, source)])
+    assert torch.equal(target.float(), source.float()) and torch.equal(strided.float(), source.float())
+    wider = torch.zeros((2, *shape), dtype=torch.float32)
+    copy([(wider, source)])  # as torch copies: into another precision, and broadcast
+    assert torch.equal(wider, source.float().expand(2, *shape))
+
+
+def test_a_tensor_of_a_graph_is_read() -> None:
+    source, target = torch.ones(5, requires_grad=True), torch.zeros(5)
+    copy([(target, source.detach())])
+    assert target.tolist() == [1.0] * 5
 
 
 def test_other_threads_go_on_meanwhile() -> None:
