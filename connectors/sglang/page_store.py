@@ -6,9 +6,10 @@ import logging
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TypeAlias, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,14 @@ T = TypeVar("T")
 F = TypeVar("F")
 
 _LOG = logging.getLogger("kvloom")
+_KEPT_TRANSFERS = 1000
+
+
+class Transfer(NamedTuple):
+    """A batch that was loaded or saved: its pages, and their speed in GB/s."""
+
+    pages: int
+    gb_s: float
 
 
 class PageStore(EngineCalls):
@@ -62,6 +71,8 @@ class PageStore(EngineCalls):
         self._pins: dict[ChunkKey, tuple[float, AbstractContextManager[None]]] = {}
         self._lock = threading.Lock()  # of pins
         self._thread = threading.local()
+        self._loads: deque[Transfer] = deque(maxlen=_KEPT_TRANSFERS)
+        self._saves: deque[Transfer] = deque(maxlen=_KEPT_TRANSFERS)
 
     def renew(self) -> None:
         """From now on nothing is found that was stored before, and no other process finds what this one stores."""
@@ -106,7 +117,9 @@ class PageStore(EngineCalls):
                 self.count({f"loaded_pages.{hit.tier}": 1})
                 done += 1
             self._release(keys)
-            self.count({"loads": 1, "load_seconds": time.monotonic() - begun_s, "lost_pages": len(keys) - done})
+            spent_s = time.monotonic() - begun_s
+            self._loads.append(self._transfer(done, spent_s))
+            self.count({"loads": 1, "load_seconds": spent_s, "lost_pages": len(keys) - done})
             return done
 
         self.guarded("a load", load, 0)
@@ -128,6 +141,7 @@ class PageStore(EngineCalls):
             return False
 
         def save() -> bool:
+            begun_s, written = time.monotonic(), 0
             keys = self.keys(hashes)
             parent = self.keys(before[-1:])[0] if before else None
             start = None if before is None else len(before) * self._page_tokens
@@ -140,12 +154,19 @@ class PageStore(EngineCalls):
                     token_ids = torch.full((self._page_tokens,), UNKNOWN)
                     self.store.put(key, KVChunk(self.spec, token_ids, positions, keys_of_page, values), after=parent)
                     self.count({"saved_pages": 1})
+                    written += 1
                 parent = key
+            self._saves.append(self._transfer(written, time.monotonic() - begun_s))
             return True
 
         is_saved = self.guarded("a save", save, False)
         self.count({} if is_saved else {"failed_saves": 1})
         return is_saved
+
+    def take_transfers(self) -> tuple[list[Transfer], list[Transfer]]:
+        """Loads and saves that moved pages since the last call, the last thousand of each."""
+        loads, saves = ([queue.popleft() for _ in range(len(queue))] for queue in (self._loads, self._saves))
+        return [each for each in loads if each.pages], [each for each in saves if each.pages]
 
     def guarded(self, what: str, work: Callable[[], T], failed: F) -> T | F:
         """As `EngineCalls.guarded`; our computing in the engine's threads takes no other processor."""
@@ -158,6 +179,9 @@ class PageStore(EngineCalls):
         """End all pins and close the store."""
         self._release(list(self._pins))
         self.store.close()
+
+    def _transfer(self, pages: int, spent_s: float) -> Transfer:
+        return Transfer(pages, pages * self._page_tokens * self.spec.token_bytes / max(spent_s, 1e-9) / 1e9)
 
     def _warn_once(self, text: str) -> None:
         if not self.counts().get("warnings"):

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, PoolName, PoolTransferResult
+from sglang.srt.observability.metrics_collector import StorageMetrics
 from torch import Tensor
 
 from ...core import ChunkKey
@@ -27,6 +28,7 @@ from .identity import engine_spec, live_weights
 from .page_store import Page, PageStore
 from .settings import SGLangSettings
 from .side_pools import SidePool, restorable_prefixes, transfer_pages
+from .stats import EngineMetrics, StatsLine, rank_labels
 from .weight_updates import watch
 
 _LOG = logging.getLogger("kvloom")
@@ -52,6 +54,8 @@ class KVLoomStorage(HiCacheStorage):
         self._open: tuple[HostPages, PageStore] | None = None
         self._side_pools: dict[str, SidePool] = {}
         self._weights: tuple[object, ...] = ()
+        self._line = StatsLine()
+        self._metrics: EngineMetrics | None = None
 
     # -------------------------------------------------------------------------------------- attaching, detaching
 
@@ -77,6 +81,8 @@ class KVLoomStorage(HiCacheStorage):
         )
         self._open = pages, store
         self._weights = live_weights()
+        if self._config.enable_storage_metrics:
+            self._metrics = EngineMetrics(rank_labels(self._config))
         watch(self)
         _LOG.info("kvloom stores pages of %d tokens as %s", pages.page_tokens, spec.model_id)
         if pages.page_tokens < _FEW_TOKENS:
@@ -105,6 +111,21 @@ class KVLoomStorage(HiCacheStorage):
         """The weights have changed: nothing stored before is found from now on."""
         if self._open is not None:
             self._open[1].renew()
+
+    def get_stats(self) -> Any:
+        """What SGLang asks for in every step if it runs with metrics: pages and speeds for its own histograms."""
+        opened, metrics = self._open, self._metrics
+        if opened is None or metrics is None or not metrics.is_due():
+            return None
+        store = opened[1]
+        loads, saves = store.take_transfers()
+        store.guarded("counting", lambda: metrics.observe(store.counts(), store.store.stats()), None)
+        return StorageMetrics(
+            prefetch_pgs=[each.pages for each in loads],
+            backup_pgs=[each.pages for each in saves],
+            prefetch_bandwidth=[each.gb_s for each in loads],
+            backup_bandwidth=[each.gb_s for each in saves],
+        )
 
     def clear(self) -> None:
         """Nothing stored before is found by this engine from now on. Other engines keep what they share."""
@@ -220,8 +241,10 @@ class KVLoomStorage(HiCacheStorage):
 
     def _is_open(self) -> bool:
         """Whether a store is open; looks first whether the weights are still those that its names stand for."""
-        if self._open is None:
+        opened = self._open
+        if opened is None:
             return False
+        self._line.say(opened[1].counts)
         weights = live_weights()
         if weights != self._weights:
             self._weights = weights

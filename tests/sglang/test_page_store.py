@@ -56,6 +56,9 @@ def test_what_is_stored_is_found_in_another_layout() -> None:
     counts = store.counts()
     assert (counts["saved_pages"], counts["loaded_pages.host"], counts["lost_pages"]) == (3, 3, 1)
     assert store.store.stats().pinned == 0, "what was read is let go"
+    loads, saves = store.take_transfers()
+    assert [each.pages for each in loads] == [3] == [each.pages for each in saves] and loads[0].gb_s > 0
+    assert store.take_transfers() == ([], [])
     assert store.find(HASHES) == 3 and store.store.stats().pinned == 3
     assert store.read(HASHES[:2], pages_of(target, 2)) == 2 and store.store.stats().pinned == 3, "a batch of several"
     assert store.read(HASHES[2:3], pages_of(target, 1)) == 1 and store.store.stats().pinned == 0

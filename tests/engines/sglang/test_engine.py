@@ -1,6 +1,7 @@
 """Stock SGLang with three tiers: the same greedy tokens from all of them, after a restart, and through faults."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,9 @@ import pytest
 pytest.importorskip(
     "sglang", reason="stock SGLang is not installed here; `make test-engines` runs this in its own environment"
 )
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from ..support.engines import make_model, prompts
 from .support.engine import DEVICE_TOKENS, PAGE, engine, generate, push_out
@@ -29,6 +33,14 @@ def plain(model: Path) -> list[list[int]]:
         return [generate(running, prompt)[0] for prompt in prompts(3, LENGTHS)]
 
 
+def counted(name: str, **labels: str) -> float:
+    """A figure of all of SGLang's processes, as its endpoint would show it."""
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry)
+    samples = (sample for family in registry.collect() for sample in family.samples if sample.name == name)
+    return sum(each.value for each in samples if labels.items() <= each.labels.items())
+
+
 def whole_pages(length: int) -> int:
     return (length - 1) // PAGE * PAGE
 
@@ -37,7 +49,7 @@ def test_every_tier_gives_the_same_tokens(model: Path, plain: list[list[int]], t
     """Cold, device, host, storage; then storage again after a restart."""
     texts = prompts(3, LENGTHS)
     disk = {"disk_path": str(tmp_path / "kv"), "model_id": "tiny"}
-    with engine(model, disk) as running:
+    with engine(model, disk, enable_metrics=True) as running:
         for where in ("", "device", "host", "storage"):
             for text, answer in zip(texts, plain, strict=True):
                 tokens, details = generate(running, text)
@@ -49,6 +61,13 @@ def test_every_tier_gives_the_same_tokens(model: Path, plain: list[list[int]], t
             elif where == "host":
                 push_out(running, 8, 3 * DEVICE_TOKENS)
         assert details["storage_backend"] == "KVLoomStorage"
+        pages = sum(map(whole_pages, LENGTHS)) // PAGE
+        deadline_s = time.monotonic() + 10
+        while counted("sglang:kvloom_loaded_pages_total", tier="disk") < pages and time.monotonic() < deadline_s:
+            time.sleep(0.2)
+        assert counted("sglang:kvloom_loaded_pages_total", tier="disk") == pages
+        assert counted("sglang:kvloom_saved_pages_total") >= pages and counted("sglang:kvloom_errors_total") == 0
+        assert counted("sglang:prefetch_pgs_sum") == pages, "SGLang's own histogram of loads"
     with engine(model, disk, hicache_mem_layout="page_first_direct", hicache_io_backend="direct") as running:
         for text, answer in zip(texts, plain, strict=True):
             tokens, details = generate(running, text)
