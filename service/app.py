@@ -52,6 +52,7 @@ from .self_check import check_directory, problems_of
 from .served_store import ServedStore
 from .settings import ServiceSettings
 from .telemetry import Telemetry
+from .transfer.pool_memory import PoolMemory
 from .transfer.shared_memory import SharedMemory
 
 _LOG = logging.getLogger("kvloom.service")
@@ -94,6 +95,23 @@ def open_tiers(settings: ServiceSettings) -> list[Tier]:
     if not tiers:
         raise ValueError("host_bytes and disk_bytes are 0; give room in memory or on disk")
     return tiers
+
+
+def worker_memory(settings: ServiceSettings) -> PoolMemory | None:
+    """Memory for the chunks of the fastest tier and for bodies on their way; None for a service of one process.
+
+    Raises
+    ------
+    ValueError : the system has no memory that processes can share without a name.
+    """
+    if settings.workers <= 1:
+        return None
+    try:
+        return PoolMemory(settings.host_bytes + settings.max_upload_bytes, for_workers=True)
+    except (AttributeError, OSError) as exc:
+        raise ValueError(
+            f"workers is {settings.workers}, and this system cannot share memory with them ({exc}); expected 1"
+        ) from exc
 
 
 def create_app(settings: ServiceSettings, tiers: Sequence[Tier] | None = None) -> FastAPI:
@@ -146,6 +164,7 @@ def create_app(settings: ServiceSettings, tiers: Sequence[Tier] | None = None) -
         shared_memory=SharedMemory(
             settings.shared_memory_bytes, settings.shared_memory_clients, pool_bytes=settings.shared_chunk_bytes
         ),
+        worker_memory=worker_memory(settings),
         uploads=UploadBudget(settings.max_upload_bytes, max(settings.max_upload_bytes // 2, settings.max_body_bytes)),
     )
     app = FastAPI(
@@ -211,6 +230,8 @@ def close(context: ServiceContext) -> None:
         context.publisher.close()
     context.telemetry.close()
     context.documents.close()
+    if context.worker_memory is not None:
+        context.worker_memory.close()
     context.audit.close()
 
 

@@ -14,30 +14,41 @@ Config = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="S
 Directory = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the service.")]
 Host = Annotated[str | None, typer.Option(metavar="ADDRESS", help="Address to listen on; default 127.0.0.1.")]
 Port = Annotated[int | None, typer.Option(help="TCP port; 0 for any that is free; default 8700.")]
+Workers = Annotated[int | None, typer.Option(help="Processes that accept connections; default 1: this one alone.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any other setting; see `kvloom config show`.")
 ]
 
 
 def serve(
-    config: Config = None, directory: Directory = None, host: Host = None, port: Port = None, set_: Settings = None
+    config: Config = None,
+    directory: Directory = None,
+    host: Host = None,
+    port: Port = None,
+    workers: Workers = None,
+    set_: Settings = None,
 ) -> None:
     """Serve chunks and documents over HTTP, on this machine alone unless told otherwise."""
     from .server import serve as run
     from .settings import load_settings
 
-    loaded = load_settings(config, _flags(directory, host, port, set_))
+    loaded = load_settings(config, _flags(directory, host, port, workers, set_))
     run(loaded.settings, say=typer.echo)
 
 
 @config_app.command("show")
 def show_config(
-    config: Config = None, directory: Directory = None, host: Host = None, port: Port = None, set_: Settings = None
+    config: Config = None,
+    directory: Directory = None,
+    host: Host = None,
+    port: Port = None,
+    workers: Workers = None,
+    set_: Settings = None,
 ) -> None:
     """Print the settings that `kvloom serve` would use with these options, and where each comes from."""
     from .settings import load_settings
 
-    for line in load_settings(config, _flags(directory, host, port, set_)).lines():
+    for line in load_settings(config, _flags(directory, host, port, workers, set_)).lines():
         typer.echo(line)
 
 
@@ -82,8 +93,10 @@ def _tokens(config: Path | None, directory: Path | None):  # type: ignore[no-unt
     return TokenFile(settings.directory / "tokens.json")
 
 
-def _flags(directory: Path | None, host: str | None, port: int | None, others: list[str] | None) -> dict[str, object]:
-    flags: dict[str, object] = {"directory": directory, "host": host, "port": port}
+def _flags(
+    directory: Path | None, host: str | None, port: int | None, workers: int | None, others: list[str] | None
+) -> dict[str, object]:
+    flags: dict[str, object] = {"directory": directory, "host": host, "port": port, "workers": workers}
     for text in others or []:
         name, separator, value = text.partition("=")
         if not separator:

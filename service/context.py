@@ -35,9 +35,19 @@ from .settings import ServiceSettings
 from .telemetry import Telemetry
 from .tier_health import TierHealth
 from .transfer.containers import ContainerCache
+from .transfer.pool_memory import PoolMemory
 from .transfer.shared_memory import SharedMemory
 
 T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class WorkerStatus:
+    """How many worker processes there should be, how many accept connections, and how often one was started again."""
+
+    configured: int = 0
+    alive: int = 0
+    restarts: int = 0
 
 
 @dataclass(eq=False)
@@ -65,6 +75,8 @@ class ServiceContext:
     publisher: EventPublisher | None
     engine: EmbeddedEngine
     documents: DocumentRegistry
+    worker_memory: PoolMemory | None = None  # None for a service of one process
+    workers: WorkerStatus = field(default_factory=WorkerStatus)
     buffers: BufferPool = field(default_factory=BufferPool)
     containers: ContainerCache = field(default_factory=ContainerCache)
     telemetry: Telemetry = field(default_factory=lambda: Telemetry(None))
@@ -75,8 +87,8 @@ class ServiceContext:
     problems: list[str] = field(default_factory=list)
 
     def memory_of(self, pool: str) -> Callable[[int], Tensor]:
-        """Where the memory of a pool's chunks comes from: what its clients can map, where there is room."""
-        shared = self.shared_memory.pool_memory(pool)
+        """Where the memory of a pool's chunks comes from: what its clients, or workers, map, where there is room."""
+        shared = self.shared_memory.pool_memory(pool) or self.worker_memory
 
         def empty(nbytes: int) -> Tensor:
             found = None if shared is None else shared.empty(nbytes)

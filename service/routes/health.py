@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from fastapi import APIRouter
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
@@ -33,8 +33,9 @@ async def healthz() -> Health:
     responses={503: {"model": Health, "description": "Starting, draining, or without a tier that answers."}},
 )
 async def readyz(context: Context) -> Response:
-    """503 while the service drains or a self-check fails."""
-    status = "draining" if context.is_draining else "failed" if context.problems else "ok"
+    """503 while the service drains, a self-check fails, or no worker accepts connections."""
+    has_workers = context.workers.alive or context.worker_memory is None
+    status = "draining" if context.is_draining else "ok" if has_workers and not context.problems else "failed"
     return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
 
@@ -70,6 +71,16 @@ class _ServiceCollector(Collector):
         )
         yield GaugeMetricFamily(
             "kvloom_service_upload_bytes", "Bodies on their way in.", value=self._context.uploads.used_bytes
+        )
+        workers = self._context.workers
+        yield GaugeMetricFamily(
+            "kvloom_service_workers", "Worker processes that accept connections.", value=workers.alive
+        )
+        yield GaugeMetricFamily(
+            "kvloom_service_workers_configured", "Worker processes that there should be.", value=workers.configured
+        )
+        yield CounterMetricFamily(
+            "kvloom_service_worker_restarts", "Worker processes that were started again.", value=workers.restarts
         )
         yield GaugeMetricFamily(
             "kvloom_service_ready", "1 if the service takes requests.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -74,6 +75,14 @@ class TierSummary(BaseModel):
     counts: dict[str, int]
 
 
+class WorkerStats(BaseModel):
+    """Worker processes: how many there should be, how many accept connections, how often one was started again."""
+
+    configured: int
+    alive: int
+    restarts: int
+
+
 class ServiceStats(BaseModel):
     lookups: int
     hits: int
@@ -83,6 +92,7 @@ class ServiceStats(BaseModel):
     overdue_pins: int
     tiers: list[TierSummary]
     latencies: dict[str, dict[str, float]]
+    workers: WorkerStats
 
 
 class Stats(BaseModel):
@@ -177,6 +187,7 @@ def service_stats(context: ServiceContext, found: StoreStats) -> ServiceStats:
         overdue_pins=found.overdue_pins,
         tiers=[tier_summary(tier) for tier in found.tiers],
         latencies=context.latencies.quantiles(),
+        workers=WorkerStats(**asdict(context.workers)),
     )
 
 

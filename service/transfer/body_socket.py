@@ -16,10 +16,12 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
+
+T = TypeVar("T")
 
 _LOG = logging.getLogger("kvloom.service")
 EXTENSION = "kvloom.body"  # of the ASGI scope
@@ -32,9 +34,26 @@ _PAUSE_S = 0.02  # a thread waits for a socket no longer
 _MOST_VECTORS = 512
 
 
-def body_socket(scope: Mapping[str, Any]) -> BodySocket | None:
+class Body(Protocol):
+    """How the body of a request, or of its answer, moves past the server: `BodySocket` says what each method does."""
+
+    sent_bytes: int
+    received_bytes: int
+    is_received: bool
+
+    @property
+    def is_free(self) -> bool: ...
+
+    def corked(self) -> AbstractContextManager[None]: ...
+
+    async def send(self, buffers: Sequence[memoryview], threads: Executor, *, idle_s: float) -> bool: ...
+
+    async def receive(self, view: memoryview, threads: Executor, *, idle_s: float, until_s: float) -> None: ...
+
+
+def body_socket(scope: Mapping[str, Any]) -> Body | None:
     """The socket of a request; None if its bodies have to pass the server, such as encrypted ones."""
-    found: BodySocket | None = scope.get("extensions", {}).get(EXTENSION)
+    found: Body | None = scope.get("extensions", {}).get(EXTENSION)
     return found
 
 
@@ -72,6 +91,10 @@ class BodySocket:
     def is_free(self) -> bool:
         """Whether what was sent before has left the server's buffers, so that a body may follow."""
         return self._is_open and not self._protocol.transport.get_write_buffer_size()
+
+    def is_all_here(self, most_bytes: int) -> bool:
+        """Whether the whole body has come with its header, and is no longer than this."""
+        return not self._cycle.more_body and len(self._cycle.body) <= most_bytes
 
     @property
     def _is_open(self) -> bool:
@@ -161,7 +184,7 @@ class BodySocket:
         try:
             moved_at_s = time.monotonic()
             while not is_done():
-                if await _ended(loop.run_in_executor(threads, move, descriptor, _PAUSE_S, _PIECE_BYTES)):
+                if await ended(loop.run_in_executor(threads, move, descriptor, _PAUSE_S, _PIECE_BYTES)):
                     moved_at_s = time.monotonic()
                 elif not is_done():
                     left_s = min(moved_at_s + idle_s, until_s) - time.monotonic()
@@ -178,8 +201,8 @@ class BodySocket:
                 await asyncio.sleep(0)
 
 
-async def _ended(work: asyncio.Future[int]) -> int:
-    """What a thread has returned. A caller that is cancelled waits, too: the thread uses its memory and its socket."""
+async def ended(work: asyncio.Future[T]) -> T:
+    """What a thread, or a worker, has returned. A caller that is cancelled waits, too: its memory is in use until then."""
     cancelled: asyncio.CancelledError | None = None
     while not work.done():
         try:

@@ -10,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from ..context import Caller, ServiceContext
 from ..problems import ProblemError
-from .body_socket import BodySocket, body_socket
+from .body_socket import Body, body_socket
 from .containers import MEDIA_TYPE, Container, IncomingContainer
 
 
@@ -83,7 +83,7 @@ async def received(request: Request, context: ServiceContext, caller: Caller) ->
     return incoming
 
 
-async def _receive(body: BodySocket, incoming: IncomingContainer, context: ServiceContext) -> None:
+async def _receive(body: Body, incoming: IncomingContainer, context: ServiceContext) -> None:
     settings = context.settings
     until_s = time.monotonic() + settings.request_timeout_s
     try:

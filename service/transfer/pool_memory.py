@@ -1,6 +1,6 @@
-"""Memory in which a pool's chunks lie, and which its clients on this host may read: they are lent without a copy.
+"""Memory that chunks lie in and that other processes map: clients of a pool read it, the service's workers write it.
 
-A pool's tenants may read all of its chunks anyway. Clients get a descriptor that the kernel lets nobody write through:
+A pool's tenants may read all of its chunks anyway, and are lent them without a copy. Clients get a descriptor that the kernel lets nobody write through:
 the service maps the memory before it seals it. What was deleted can be read there until its place is taken.
 """
 
@@ -45,19 +45,21 @@ class PoolMemory:
     Parameters
     ----------
     nbytes : at most; the system gives what is written to.
+    for_workers : processes of the service write here, too; the descriptor goes to nobody else.
 
     Raises
     ------
     OSError : the system has no such memory, or cannot seal it.
     """
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, *, for_workers: bool = False) -> None:
         self.nbytes = nbytes // mmap.PAGESIZE * mmap.PAGESIZE
         self.descriptor = os.memfd_create("kvloom-pool", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self.descriptor, self.nbytes)
             self._memory = mmap.mmap(self.descriptor, self.nbytes)
-            fcntl.fcntl(self.descriptor, F_ADD_SEALS, SEAL_SIZE | SEAL_FUTURE_WRITES | SEAL_NOTHING_MORE)
+            writes = 0 if for_workers else SEAL_FUTURE_WRITES
+            fcntl.fcntl(self.descriptor, F_ADD_SEALS, SEAL_SIZE | writes | SEAL_NOTHING_MORE)
         except BaseException:
             os.close(self.descriptor)
             raise
@@ -80,6 +82,11 @@ class PoolMemory:
             if offset is None:
                 return None
         return _Loan(self._memory, offset, self._ended).storage(self._view.ctypes.data + offset, nbytes)
+
+    def locate(self, view: memoryview) -> int | None:
+        """Where bytes lie in this memory; None if they lie elsewhere."""
+        offset = int(np.frombuffer(view, np.uint8).ctypes.data) - int(self._view.ctypes.data) if len(view) else 0
+        return offset if 0 <= offset <= offset + len(view) <= self.nbytes else None
 
     def offset_of(self, container: Container) -> int | None:
         """Where a container lies in this memory, header and all; None if it does not, or not in one piece."""

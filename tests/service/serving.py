@@ -15,14 +15,14 @@ from http.client import HTTPConnection, HTTPSConnection
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-
 from kvloom.core import Tier
 from kvloom.kvstore.tiers.remote.client import KVLoomClient
 from kvloom.service.access.credentials import TokenFile
 from kvloom.service.app import create_app
-from kvloom.service.server import listen, server_config
+from kvloom.service.listening import listen
+from kvloom.service.server import Server
 from kvloom.service.settings import ServiceSettings
+from kvloom.service.workers.supervisor import Workers
 
 MIB = 1 << 20
 
@@ -43,6 +43,7 @@ class Service:
         self.url = f"http://127.0.0.1:{port}"
         self.tls: ssl.SSLContext | None = None
         self.context: Any = None
+        self.workers: Workers | None = None
 
     def new_token(self, tenant: str = "default", scopes: Sequence[str] = ("read", "write")) -> str:
         return TokenFile(self.directory / "tokens.json").create(tenant, scopes)
@@ -95,11 +96,12 @@ def service_in_thread(
     app = create_app(settings, tiers)
     token = TokenFile(directory / "tokens.json").create("default", ("read", "write", "admin"))
     sock = listen("127.0.0.1", on_port)
-    server = uvicorn.Server(server_config(settings, app))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
+    server = Server(settings, app, sock)
+    thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     service = Service(sock.getsockname()[1], directory, token)
     service.context = app.state.context
+    service.workers = server.workers
     try:
         until_s = time.monotonic() + 30
         while not server.started:
