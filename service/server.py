@@ -9,7 +9,6 @@ import signal
 import socket
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -99,7 +98,9 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.workers is not None:
+            self.started = False
             await self.workers.start()
+            self.started = True
         if self.should_exit and self.started:  # asked to end meanwhile, after which uvicorn forgets to
             await self.shutdown(sockets)
 
@@ -116,4 +117,6 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._context.is_draining = True
+        if self.workers is not None:
+            self.workers.is_ending = True
         super().handle_exit(sig, frame)

@@ -61,7 +61,10 @@ class ServiceSettings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on; anything but loopback needs TLS.")
     port: int = Field(8700, ge=0, le=65535, description="TCP port; 0 for any that is free.")
     workers: int = Field(
-        1, ge=0, le=256, description="Processes that accept connections and move bodies; 1 or 0 for none beside the store."
+        1,
+        ge=0,
+        le=256,
+        description="Processes that accept connections and move bodies; 1 or 0 for none beside the store.",
     )
     tls_certificate: LocalPath | None = Field(None, description="Certificate chain (PEM).")
     tls_key: LocalPath | None = Field(None, description="Private key of the certificate (PEM).")

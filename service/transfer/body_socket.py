@@ -202,7 +202,7 @@ class BodySocket:
 
 
 async def ended(work: asyncio.Future[T]) -> T:
-    """What a thread, or a worker, has returned. A caller that is cancelled waits, too: its memory is in use until then."""
+    """What a thread, or a worker, has returned. A caller that is cancelled waits, too: its memory is in use."""
     cancelled: asyncio.CancelledError | None = None
     while not work.done():
         try:

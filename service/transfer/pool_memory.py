@@ -1,7 +1,8 @@
 """Memory that chunks lie in and that other processes map: clients of a pool read it, the service's workers write it.
 
-A pool's tenants may read all of its chunks anyway, and are lent them without a copy. Clients get a descriptor that the kernel lets nobody write through:
-the service maps the memory before it seals it. What was deleted can be read there until its place is taken.
+A pool's tenants may read all of its chunks anyway, and are lent them without a copy. Clients get a descriptor that the
+kernel lets nobody write through: the service maps the memory before it seals it. What was deleted can be read there
+until its place is taken.
 """
 
 from __future__ import annotations

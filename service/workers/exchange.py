@@ -61,7 +61,7 @@ class WorkerLink(Channel):
     async def _serve(self, exchange: Exchange) -> None:
         try:
             await self._app(exchange.scope, exchange.receive, exchange.send)
-        except Exception:
+        except Exception:  # noqa: BLE001  as a server does: the other requests go on
             _LOG.exception("a request of a worker failed")
         finally:
             del self._open[exchange.number]
@@ -200,7 +200,9 @@ class WorkerBody:
             self._exchange.send_inline(b"".join(buffers))
         else:
             inline = [buffer if len(buffer) <= INLINE_BYTES // 4 else None for buffer in buffers]
-            places, copied = await self._placed([b for b, part in zip(buffers, inline, strict=True) if part is None], threads)
+            places, copied = await self._placed(
+                [b for b, part in zip(buffers, inline, strict=True) if part is None], threads
+            )
             if places is None:
                 return await self._send_pieces(buffers)
             found = iter(places)

@@ -56,7 +56,7 @@ class Workers:
         self._status = status
         self._alive: set[_Worker] = set()
         self._keepers: list[asyncio.Task[None]] = []
-        self._is_draining = False
+        self.is_ending = False  # set as soon as the service is asked to end: what ends now is not started again
         status.configured = settings.workers
         listener.setblocking(False)
 
@@ -81,7 +81,7 @@ class Workers:
 
     async def drain(self, timeout_s: float) -> None:
         """Lets open requests end for `timeout_s`; then ends all workers, and what they had asked for."""
-        self._is_draining = True
+        self.is_ending = True
         for worker in self._alive:
             worker.link.send(frame(Kind.DRAIN))
         if self._keepers:
@@ -95,15 +95,15 @@ class Workers:
     async def _keep(self, ready: asyncio.Future[None]) -> None:
         """One worker after another, with pauses that grow while they do not live."""
         pause_s = _FIRST_PAUSE_S
-        while not self._is_draining:
+        while not self.is_ending:
             began_s = time.monotonic()
             try:
                 worker = await self._spawn()
             except OSError as exc:
-                _LOG.error("a worker cannot be started: %s", exc)  # noqa: TRY400
+                _LOG.error("a worker cannot be started: %s", exc)
             else:
                 await self._follow(worker, ready)
-            if self._is_draining:
+            if self.is_ending:
                 return
             self._status.restarts += 1
             pause_s = _FIRST_PAUSE_S if time.monotonic() - began_s > _STEADY_S else min(2 * pause_s, _LONGEST_PAUSE_S)
@@ -114,9 +114,8 @@ class Workers:
         try:
             descriptors = theirs.fileno(), self._listener.fileno(), self._memory.descriptor
             program = _PROGRAM.format(path=sys.path, descriptors=", ".join(map(str, descriptors)))
-            process = subprocess.Popen(
-                [sys.executable, "-c", program], stdin=subprocess.DEVNULL, pass_fds=descriptors
-            )
+            command = [sys.executable, "-c", program]
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=descriptors)  # noqa: S603  our own
             tell_settings(ours, self._settings)  # some hundred bytes, which the socket holds
         except BaseException:
             ours.close()
@@ -144,7 +143,7 @@ class Workers:
             code = await asyncio.get_running_loop().run_in_executor(None, worker.process.wait)
             if link.tasks:
                 await asyncio.wait(link.tasks)
-        if not self._is_draining:
+        if not self.is_ending:
             _LOG.warning("a worker has ended with %d and is started again", code)
 
     async def _watch(self, worker: _Worker, ready: asyncio.Future[None]) -> None:
@@ -152,7 +151,7 @@ class Workers:
         self._status.alive = len(self.process_ids)
         if not ready.done():
             ready.set_result(None)
-        if self._is_draining:
+        if self.is_ending:
             worker.link.send(frame(Kind.DRAIN))
         while True:
             worker.link.send(frame(Kind.PING))

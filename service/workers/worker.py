@@ -110,7 +110,8 @@ class Front:
         """One request, to the end of its answer."""
         number = next(self._numbers)
         queue = self._open[number] = asyncio.Queue()
-        body = body_socket(scope)
+        found = body_socket(scope)
+        body = found if isinstance(found, BodySocket) else None
         try:
             whole = await _whole_body(body, receive)
             self.channel.send(frame(Kind.REQUEST, number, _told(scope, is_whole=whole is not None), whole or b""))
@@ -307,9 +308,7 @@ class _WorkerServer(uvicorn.Server):
     async def _connect(self, loop: asyncio.AbstractEventLoop, connection: socket.socket) -> None:
         def protocol() -> asyncio.Protocol:
             kind: Any = self.config.http_protocol_class
-            made: asyncio.Protocol = kind(
-                config=self.config, server_state=self.server_state, app_state={}, _loop=loop
-            )
+            made: asyncio.Protocol = kind(config=self.config, server_state=self.server_state, app_state={}, _loop=loop)
             return made
 
         try:

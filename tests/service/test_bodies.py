@@ -18,9 +18,9 @@ pytestmark = pytest.mark.slow
 LARGE = make_blob(1, numbers=6 * MIB // 4)  # more than a socket takes at once
 
 
-@pytest.fixture
-def service(tmp_path: Path) -> Iterator[Service]:
-    options = {"idle_timeout_s": 1.0, "request_timeout_s": 3.0, "max_transfers": 2}
+@pytest.fixture(params=[1, 2], ids=["alone", "workers"])
+def service(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Service]:
+    options = {"workers": request.param, "idle_timeout_s": 1.0, "request_timeout_s": 3.0, "max_transfers": 2}
     with service_in_thread(tmp_path, [HostTier(None)], **options) as service:
         yield service
 

@@ -27,9 +27,9 @@ BODY = to_bytes(KEY, BLOB)
 PATH = f"/v1/chunks/{KEY.hex()}"
 
 
-@pytest.fixture(scope="module")
-def shared_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with service_in_thread(tmp_path_factory.mktemp("service")) as service:
+@pytest.fixture(scope="module", params=[1, 2], ids=["alone", "workers"])
+def shared_service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with service_in_thread(tmp_path_factory.mktemp("service"), workers=request.param) as service:
         yield service
 
 

@@ -20,12 +20,14 @@ from kvloom.kvstore.tiers.host import HostTier
 from .serving import Service, service_in_thread
 
 pytestmark = pytest.mark.slow
+ALONE_AND_WITH_WORKERS = pytest.mark.parametrize("service", [1, 2], indirect=True, ids=["alone", "workers"])
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    directory = tmp_path_factory.mktemp("service")
-    with service_in_thread(directory, models={"tiny": BUNDLED_MODEL}, recompute_ratio=1.0) as service:
+def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    directory, workers = tmp_path_factory.mktemp("service"), getattr(request, "param", 1)
+    options = {"models": {"tiny": BUNDLED_MODEL}, "recompute_ratio": 1.0, "workers": workers}
+    with service_in_thread(directory, **options) as service:
         yield service
 
 
@@ -94,6 +96,7 @@ def test_documents_are_precomputed_listed_used_and_deleted(service: Service, cas
     assert service.ask("POST", "/v1/documents", {"documents": [{"text": " "}]}).status == 422
 
 
+@ALONE_AND_WITH_WORKERS
 def test_progress_is_followed_by_events(service: Service) -> None:
     body = {"documents": [{"text": f"Fact number {n} is here.\n" * 5} for n in range(4)]}
     job = service.ask("POST", "/v1/documents", body).json()["job"]
@@ -106,6 +109,7 @@ def test_progress_is_followed_by_events(service: Service) -> None:
     assert [each["done"] for each in told] == sorted(each["done"] for each in told)
 
 
+@ALONE_AND_WITH_WORKERS
 def test_the_official_client_completes_over_documents(
     client: openai.OpenAI, case: Any, connector: TransformersConnector
 ) -> None:

@@ -28,8 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with service_in_thread(tmp_path_factory.mktemp("service")) as service:
+def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    workers = getattr(request, "param", 1)
+    with service_in_thread(tmp_path_factory.mktemp("service"), workers=workers) as service:
         yield service
 
 
@@ -42,6 +43,7 @@ def filled(path: str) -> str:
     return path.replace("{key}", make_key(1).hex()).replace("{", "").replace("}", "")
 
 
+@pytest.mark.parametrize("service", [1, 2], indirect=True, ids=["alone", "workers"])
 def test_every_route_asks_for_a_token_and_for_its_scope(service: Service) -> None:
     tokens = {scope: service.new_token("probe", [scope]) for scope in SCOPES}
     seen = 0
