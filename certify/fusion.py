@@ -102,7 +102,7 @@ def certify_fusion(options: FusionOptions) -> Certificate:
         for kind in kinds:
             task = bar.add_task(f"{kind} tasks", total=options.trials)
             full, fused = bed.measure(
-                check.samples(kind, range(options.trials)), blenders, advance=partial(bar.advance, task)
+                check.contexts(kind, options.trials), blenders, advance=partial(bar.advance, task)
             )
             found[kind] = full, [one.answers for one in fused]
     exact = {kind: sum(_right(full)) / len(full) for kind, (full, _) in found.items()}
@@ -154,7 +154,7 @@ def _method(
         ), []
     task = bar.add_task("choosing a method", total=options.tuned * len(TUNED_KINDS))
     cost = FusionMethod(TUNED_RATIO, "deviation", 1).cost_ratio(bed.layers.spec.num_layers)
-    questions = {kind: tune.samples(kind, range(options.tuned)) for kind in TUNED_KINDS}
+    questions = {kind: tune.contexts(kind, options.tuned) for kind in TUNED_KINDS}
     tried = best_method(bed, questions, cost, advance=partial(bar.advance, task))
     return (tried[0].method if tried else default), tried
 

@@ -46,19 +46,20 @@ def methods_at_cost(cost_ratio: float, num_layers: int, *, question_ratio: float
     return [method for method in found if method is not None and method.ratio < 1.0]
 
 
-def question_ratio_of(questions: Sequence[Question]) -> float:
+def question_ratio_of(contexts: Sequence[Sequence[Question]]) -> float:
     """Tokens of the questions over those of their contexts, mean."""
+    questions = [question for of_context in contexts for question in of_context]
     return sum(len(each.asked) / len(each.context) for each in questions) / len(questions)
 
 
 def try_methods(
     bed: FusionBed,
-    questions: Mapping[str, Sequence[Question]],
+    questions: Mapping[str, Sequence[Sequence[Question]]],
     methods: Sequence[FusionMethod],
     *,
     advance: Callable[[], object] = lambda: None,
 ) -> list[TriedMethod]:
-    """Measure methods on questions, by kind; the best mean share of the gap first.
+    """Measure methods on questions, by kind and context; the best mean share of the gap first.
 
     A kind without a gap, where naive reuse is as good as full prefill, says nothing and is left out.
     """
@@ -80,7 +81,7 @@ def try_methods(
 
 def best_method(
     bed: FusionBed,
-    questions: Mapping[str, Sequence[Question]],
+    questions: Mapping[str, Sequence[Sequence[Question]]],
     cost_ratio: float,
     *,
     advance: Callable[[], object] = lambda: None,
@@ -90,7 +91,7 @@ def best_method(
 
     Parameters
     ----------
-    questions : of the split `tune`, by kind; at least one of each.
+    questions : of the split `tune`, by kind and context; at least one of each.
     cost_ratio : share of full prefill's tokens that run through a layer, mean over layers.
     shared : leave out methods whose fusions belong to one question.
     """

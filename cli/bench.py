@@ -54,13 +54,27 @@ def blend(
     quick: Quick = False,
     model: Pretrained = None,
     device: Device = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="With --model: all kinds and methods, and tuning; hours.")
+    ] = False,
     questions: Annotated[int | None, typer.Option(metavar="N", min=2, help="With --model: of each kind.")] = None,
     kinds: Annotated[
         str | None, typer.Option(metavar="KINDS", help="Kinds of question, with --model, e.g. astride,multihop.")
     ] = None,
+    context_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=256, help="With --model: tokens of a question's documents.")
+    ] = None,
     times: Annotated[bool, typer.Option(help="Measure times to first token, with --model.")] = True,
-    processes: Processes = 1,
-    minutes: Minutes = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="With --model: processes that share the work; default: one a core."),
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            metavar="N", min=0.1, help="With --model: after them no question begins; default: 14, with --full none."
+        ),
+    ] = None,
 ) -> None:
     """Fused documents beside full prefill: answers and time to first token, by ratio and length."""
     from ..bench.blend.quality import KINDS
@@ -73,8 +87,10 @@ def blend(
         quick=quick,
         model_dir=model,
         device=device,
+        full=full,
         questions=questions,
         kinds=names,
+        context_tokens=context_tokens,
         timed=times,
         processes=processes,
         minutes=minutes,

@@ -80,12 +80,32 @@ def full_logits(model: PreTrainedModel, question: Question) -> Tensor:
 
 
 @torch.no_grad()
-def cached_logits(model: PreTrainedModel, cache: DynamicCache, question: Question) -> Tensor:
-    """The same behind a cache of the context, which then holds question and answer, too."""
-    ids = torch.tensor([question.forced], device=model.device)
-    held = {cache_argument(): cache}
-    logits: Tensor = model(ids, logits_to_keep=len(question.answer), **held).logits[0]
-    return logits.float()
+def cached_logits(model: PreTrainedModel, keys: Tensor, values: Tensor, questions: Sequence[Question]) -> list[Tensor]:
+    """The same for questions about one context, behind its KV: `[A, V]` of each question, in one forward pass.
+
+    Shorter questions are padded behind their end, where none of their tokens sees the padding.
+
+    Parameters
+    ----------
+    keys, values : `[L, H, S, D]` and `[L, H, S, Dv]`, of the context.
+    """
+    rows = [question.forced for question in questions]
+    wanted = [max(1, len(question.answer)) for question in questions]
+    width = max(map(len, rows))
+    kept = max(width - len(row) + count for row, count in zip(rows, wanted, strict=True))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
+    layers = [(k.expand(len(rows), *k.shape), v.expand(len(rows), *v.shape)) for k, v in zip(keys, values, strict=True)]
+    logits: Tensor = model(ids, logits_to_keep=kept, **{cache_argument(): DynamicCache(layers)}).logits
+    ends = [len(row) - width + kept for row in rows]
+    return [of[end - count : end].float() for of, end, count in zip(logits, ends, wanted, strict=True)]
+
+
+@torch.no_grad()
+def context_kv(model: PreTrainedModel, context: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """KV of a context under full attention, by the model's own forward pass: `[L, H, S, D]` and `[L, H, S, Dv]`."""
+    cache = DynamicCache()
+    model(torch.tensor([list(context)], device=model.device), logits_to_keep=1, **{cache_argument(): cache})
+    return torch.cat([layer.keys for layer in cache.layers]), torch.cat([layer.values for layer in cache.layers])
 
 
 def shares_right(

@@ -50,6 +50,11 @@ def blend(ratio: float, chooser: str = "deviation") -> Method:
     return Method(f"{name} {ratio:.0%}", blender=blender)
 
 
+def own(ratio: float) -> Method:
+    """The default fusion at this share of the tokens."""
+    return Method(f"kvloom {ratio:.0%}", blender=replace(Blender(), recompute_ratio=ratio))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Outcome:
     """Outcome of one method on one case.
@@ -188,18 +193,20 @@ def score(
     cases: Sequence[Case],
     methods: Sequence[Method],
     *,
+    warm_up: bool = True,
     before_each: Callable[[], None] = lambda: None,
-    advance: Callable[[], None] = lambda: None,
+    advance: Callable[[], object] = lambda: None,
 ) -> list[Score]:
-    """Every method on every case, side by side: case by case, full prefill first, after one case to warm up.
+    """Every method on every case, side by side: case by case, full prefill first.
 
     Parameters
     ----------
     methods : begins with `FULL`, which the others are compared with.
+    warm_up : answer the first case by every method before, untimed.
     before_each : called before every timed answer, to empty the page cache for instance.
     advance : called after every case.
     """
-    for method in methods:
+    for method in methods if warm_up else ():
         answer(connector, method, cases[0], new_tokens=1)
     outcomes: list[list[Outcome]] = [[] for _ in methods]
     exact: list[list[bool | None]] = [[] for _ in methods]

@@ -1,23 +1,25 @@
 """Questions over fused documents in the memory of the model's device: quality without a store, fast enough for many.
 
-Every method starts from the same documents, computed alone once for each question. `fused_answers` measures what
-answering takes, with a store.
+Every method starts from the same documents, computed alone once for each context, about which many questions are asked.
+`fused_answers` measures what answering takes, with a store.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..blend.blender import Blender
+from ..blend.blender import BlendedContext, Blender
 from ..connectors.hf.model import TransformersModel
 from ..connectors.hf.prefill import Prefill
-from .answers import Answer, cached_logits, full_logits, score_answer
+from .answers import Answer, cached_logits, context_kv, score_answer
 from .questions import Question
 
 
@@ -92,39 +94,63 @@ class FusionBed:
         all_starts = (0, *starts) if lead else tuple(starts)
         return PlacedDocuments(torch.cat(keys, dim=2), torch.cat(values, dim=2), all_starts, exact)
 
-    def fused_logits(self, question: Question, placed: PlacedDocuments, blender: Blender) -> tuple[Tensor, float]:
-        """Distributions `[A, V]` of the answer's tokens over a fusion, and the share of the context computed for it."""
-        context, asked = torch.tensor(question.context), torch.tensor(question.asked)
-        blended = blender.blend(
+    def fused_logits(
+        self, questions: Sequence[Question], placed: PlacedDocuments, blender: Blender
+    ) -> tuple[list[Tensor], float]:
+        """Distributions `[A, V]` of the answers' tokens over fusions of one context, and the mean share of the context
+        computed for one.
+
+        A fusion for which no question was asked serves all of them.
+        """
+        blended = self._blended(questions[0], placed, blender)
+        served = questions[:1] if blended.asked_tokens else questions
+        logits = cached_logits(self.model, blended.keys, blended.values, served)
+        computed = blended.computed_tokens * len(served)
+        for question in questions[len(served) :]:
+            blended = self._blended(question, placed, blender)
+            logits += cached_logits(self.model, blended.keys, blended.values, [question])
+            computed += blended.computed_tokens
+        return logits, computed / len(questions) / len(questions[0].context)
+
+    def _blended(self, question: Question, placed: PlacedDocuments, blender: Blender) -> BlendedContext:
+        return blender.blend(
             self.layers,
-            context,
+            torch.tensor(question.context),
             placed.starts,
             placed,
             exact_tokens=placed.exact_tokens,
-            question_ids=asked,
+            question_ids=torch.tensor(question.asked),
             device=self.layers.device,
         )
-        cache = DynamicCache([(k[None], v[None]) for k, v in zip(blended.keys, blended.values, strict=True)])
-        return cached_logits(self.model, cache, question), blended.computed_tokens / len(context)
 
     def measure(
         self,
-        questions: Sequence[Question],
+        contexts: Sequence[Sequence[Question]],
         methods: dict[str, Blender],
         *,
+        stop_s: float = math.inf,
         advance: Callable[[], object] = lambda: None,
     ) -> tuple[tuple[Answer, ...], list[MeasuredMethod]]:
-        """Full prefill and every method on every question, side by side; `advance` is called after each."""
+        """Full prefill and every method on every question, side by side.
+
+        Parameters
+        ----------
+        contexts : the questions about each context. What depends on the context alone is computed once for all of them.
+        stop_s : by `time.monotonic`; later no context begins but the first.
+        advance : called after each context.
+        """
         full: list[Answer] = []
         answers: dict[str, list[Answer]] = {name: [] for name in methods}
         computed = dict.fromkeys(methods, 0.0)
-        for question in questions:
-            exact = full_logits(self.model, question)
-            full.append(score_answer(question, exact, exact))
-            placed = self.place(question)
+        for questions in contexts:
+            if full and time.monotonic() >= stop_s:
+                break
+            exact = cached_logits(self.model, *context_kv(self.model, questions[0].context), questions)
+            full += map(score_answer, questions, exact, exact)
+            placed = self.place(questions[0])
             for name, blender in methods.items():
-                logits, share = self.fused_logits(question, placed, blender)
-                answers[name].append(score_answer(question, logits, exact))
-                computed[name] += share / len(questions)
+                logits, share = self.fused_logits(questions, placed, blender)
+                answers[name] += map(score_answer, questions, logits, exact)
+                computed[name] += share * len(questions)
             advance()
-        return tuple(full), [MeasuredMethod(name, tuple(answers[name]), computed[name]) for name in methods]
+        return tuple(full), [MeasuredMethod(name, tuple(answers[name]), computed[name] / len(full)) for name in methods]

@@ -42,7 +42,7 @@ class Question:
 
     Attributes
     ----------
-    number : of the question within its kind; equal numbers give equal questions.
+    number : of the context within its kind; equal numbers give equal questions.
     lead : what stands before everything: a BOS, or the chat template's beginning, or nothing.
     documents : at least two, each of which may have been computed alone behind `lead`.
     question : what follows them: the question, the end of the user's turn, the begin of the assistant's.
@@ -127,20 +127,43 @@ class QuestionSampler:
         ------
         ValueError : there is no such kind.
         """
+        return self.about_context(kind, number, most=1)[0]
+
+    def about_context(self, kind: str, number: int, *, most: int) -> list[Question]:
+        """Questions about one context, which form a group: at most so many, and one where the kind has one answer.
+
+        Raises
+        ------
+        ValueError : there is no such kind.
+        """
         if kind not in KINDS:
             raise ValueError(f"kind is {kind!r}; expected one of {', '.join(KINDS)}")
         rng = random.Random(f"{self.split} {self.seed} {kind} {number}")
         if kind == TEXT:
-            return self._continued(rng, number)
+            return [self._continued(rng, number)]
         if kind == MULTIHOP:
-            return self._multihop(rng, number)
-        task = self._tasks.sample(rng, kind, context_tokens=self.context_tokens, num_documents=self.num_documents)
-        documents = tuple(tuple(self._document_ids(text)) for text in task.documents)
-        return self._framed(task, number, documents, group=f"{kind} {number}")
+            return [self._multihop(rng, number)]
+        sizes = {"context_tokens": self.context_tokens, "num_documents": self.num_documents}
+        tasks = self._tasks.samples(rng, kind, **sizes, most=most)
+        documents = tuple(tuple(self._document_ids(text)) for text in tasks[0].documents)
+        return [self._framed(task, number, documents, group=f"{kind} {number}") for task in tasks]
 
     def samples(self, kind: str, numbers: Sequence[int] | range) -> list[Question]:
         """Several questions of a kind."""
         return [self.sample(kind, number) for number in numbers]
+
+    def contexts(self, kind: str, count: int, *, most: int = 1, first: int = 0) -> list[list[Question]]:
+        """`count` questions of a kind, by the contexts that they are about.
+
+        Parameters
+        ----------
+        most : questions about one context, see `about_context`.
+        first : number of the first context.
+        """
+        found: list[list[Question]] = []
+        while (missing := count - sum(map(len, found))) > 0:
+            found.append(self.about_context(kind, first + len(found), most=min(most, missing)))
+        return found
 
     def about(self, documents: Sequence[str], question: str) -> Question:
         """A user's own question about documents; nobody knows its answer."""

@@ -8,8 +8,9 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table as ScreenTable
+from rich.text import Text
 
 from .page import Table, cell_text
 
@@ -77,13 +78,33 @@ class StepProgress(Progress):
         self._said_s[task_id] = now
         task = next((one for one in self.tasks if one.id == task_id), None)
         if task is not None and task.total:
-            self.console.print(
-                f"kvloom: {task.description}: {task.completed:,.0f} of {task.total:,.0f}", markup=False, highlight=False
-            )
+            done = f"{task.completed:,.0f} of {task.total:,.0f}"
+            self.console.print(f"kvloom: {task.description}: {done}, {time_left(task)}", markup=False, highlight=False)
+
+
+def time_left(task: Task) -> str:
+    """How long a task will take at the speed that it had so far; empty before its first step."""
+    if not task.completed or not task.total or task.elapsed is None:
+        return ""
+    seconds = task.elapsed * (task.total - task.completed) / task.completed
+    return f"about {seconds:.0f} s left" if seconds < 90 else f"about {seconds / 60:.0f} min left"
+
+
+class TimeLeftColumn(ProgressColumn):
+    """See `time_left`. Rich's own column forgets steps that are longer ago than half a minute."""
+
+    def render(self, task: Task) -> Text:
+        return Text(time_left(task), style="progress.remaining")
 
 
 def progress() -> StepProgress:
     """On standard error; gone when the work is done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+        TimeElapsedColumn(),
+        TimeLeftColumn(),
+    )
     console = Console(stderr=True)
     return StepProgress(*columns, console=console, transient=True, disable=not console.is_terminal)

@@ -77,12 +77,22 @@ class TaskSampler:
         return begin + "".join(body) + end
 
     def sample(self, rng: random.Random, kind: str, *, context_tokens: int, num_documents: int = 8) -> Task:
-        """One task whose documents hold about `context_tokens` tokens together.
+        """One task, see `samples`."""
+        return self.samples(rng, kind, context_tokens=context_tokens, num_documents=num_documents)[0]
+
+    def samples(
+        self, rng: random.Random, kind: str, *, context_tokens: int, num_documents: int = 8, most: int = 1
+    ) -> list[Task]:
+        """Tasks over the same documents, which hold about `context_tokens` tokens together.
 
         `needle` and `needle8` state 1 and 8 facts. `record` names an entity in every document but the last and
         states its attribute in the next one, so that every answer needs two documents. `alias` states the aliases in
         the first half of the documents and the facts in the second half. `astride` cuts a fact at every border between
         documents: the name ends one, the value begins the next. `extract` states `EXTRACTED` facts and asks for all.
+
+        Parameters
+        ----------
+        most : tasks, each about another fact; there are fewer where the documents state fewer.
         """
         if kind not in self.ALL_KINDS:
             raise ValueError(f"kind is {kind!r}; expected one of {', '.join(self.ALL_KINDS)}")
@@ -127,8 +137,13 @@ class TaskSampler:
         placed = zip(statements, begins, ends, strict=True)
         documents = tuple(self._document(rng, s, tokens, begin=begin, end=end) for s, begin, end in placed)
         if kind == "extract":
-            return self._extraction(documents, attribute, asked)
-        name, value = rng.choice(asked)
+            return [self._extraction(documents, attribute, asked)]
+        first = rng.choice(asked)
+        chosen = [first, *(fact for fact in asked if fact != first)][:most]
+        return [self._about(documents, kind, attribute, name, value) for name, value in chosen]
+
+    def _about(self, documents: tuple[str, ...], kind: str, attribute: str, name: str, value: str) -> Task:
+        words = self._wording
         question, begun = (text.format(attribute=attribute, name=name) for text in (words.question, words.begun))
         before, after = words.answer.split("{value}")
         return Task(kind, documents, question, value, begun, ("", before + value + after))

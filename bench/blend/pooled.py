@@ -1,4 +1,4 @@
-"""Questions over fused documents in several processes: `FusionBed` for a GPU that one process leaves waiting."""
+"""Questions over fused documents in several processes, each with a share of the cores or of a GPU."""
 
 from __future__ import annotations
 
@@ -12,44 +12,43 @@ from ...evaluation.placed import FusionBed, MeasuredMethod
 from ...evaluation.questions import Question
 from ..harness.pool import LoadedModel, ModelPool
 
+_NAME = "measured"  # of the weights, which nobody looks for in a store
+
 
 class PooledBed(FusionBed):
-    """Measures in the processes of a pool; see `FusionBed`.
+    """Measures in the processes of a pool; see `FusionBed`."""
 
-    Parameters
-    ----------
-    stop_s : by `time.monotonic`; after it no question begins but the first one of a call.
-    """
-
-    def __init__(self, pool: ModelPool, *, stop_s: float = math.inf) -> None:
-        super().__init__(pool.here.model)
-        self._pool, self._stop_s = pool, stop_s
+    def __init__(self, pool: ModelPool) -> None:
+        super().__init__(pool.here.model, model_id=_NAME)
+        self._pool = pool
 
     def measure(
         self,
-        questions: Sequence[Question],
+        contexts: Sequence[Sequence[Question]],
         methods: dict[str, Blender],
         *,
+        stop_s: float = math.inf,
         advance: Callable[[], object] = lambda: None,
     ) -> tuple[tuple[Answer, ...], list[MeasuredMethod]]:
-        """As that of one process; over fewer questions, from the first on, if time is up."""
+        """As that of one process."""
         measured = partial(_measured, methods=methods)
-        found = self._pool.map(measured, questions, stop_s=self._stop_s, advance=advance)
+        found = self._pool.map(measured, contexts, stop_s=stop_s, advance=advance)
         if not found:
-            found = self._pool.map(measured, questions[:1])
+            found = self._pool.map(measured, contexts[:1], advance=advance)
+        total = sum(len(full) for full, _ in found)
         merged = [
             MeasuredMethod(
                 name,
-                tuple(one[place].answers[0] for _, one in found),
-                sum(one[place].computed_ratio for _, one in found) / len(found),
+                tuple(answer for _, methods_found in found for answer in methods_found[place].answers),
+                sum(of[place].computed_ratio * len(full) for full, of in found) / total,
             )
             for place, name in enumerate(methods)
         ]
-        return tuple(full[0] for full, _ in found), merged
+        return tuple(answer for full, _ in found for answer in full), merged
 
 
 def _measured(
-    loaded: LoadedModel, question: Question, *, methods: dict[str, Blender]
+    loaded: LoadedModel, questions: Sequence[Question], *, methods: dict[str, Blender]
 ) -> tuple[tuple[Answer, ...], list[MeasuredMethod]]:
-    bed = loaded.once("bed", lambda: FusionBed(loaded.model))
-    return bed.measure([question], methods)
+    bed = loaded.once("bed", lambda: FusionBed(loaded.model, model_id=_NAME))
+    return bed.measure([questions], methods)

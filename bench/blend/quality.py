@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
 from ...blend.blender import CACHEBLEND, Blender
 from ...blend.choosers import CHOOSERS
 from ...blend.method import FusionMethod
-from ...certify.fusion_method import TUNED_KINDS, WITHOUT_FULL_LAYERS, TriedMethod, best_method, question_ratio_of
+from ...certify.fusion_method import TUNED_KINDS, WITHOUT_FULL_LAYERS, TriedMethod, best_method
 from ...evaluation.answers import Answer, gap_closed, mean_of, ratio_of
 from ...evaluation.page import Row, Table
 from ...evaluation.passages import CHECK, TUNE
@@ -21,33 +24,69 @@ from ...evaluation.report import Metric
 KINDS = ("astride", "multihop", "extract", "text")
 BUDGETS = (0.15, 0.30)
 """Recompute ratios of CacheBlend; every other method computes as much as CacheBlend does at this ratio."""
+NAIVE = "naive reuse"
+COST_TOKENS = 4096  # of a context at which costs are made equal, and times are measured
+_ASKED_TOKENS, _ANSWERED_TOKENS = 36, 44  # of a question, and with its answer, about: for remaining times alone
 
 
 @dataclass(frozen=True, slots=True)
 class QualitySizes:
-    """How much is measured: questions to tune on and to check with, of each kind, over contexts of so many tokens."""
+    """How much is measured.
 
-    tune: int
-    check: int
+    Attributes
+    ----------
+    check : questions of each kind that figures come from.
+    tune : questions of each kind that methods are chosen on; 0 for the default method alone.
+    per_context : questions about one context, where a kind has as many.
+    has_all_methods : also EPIC, ProphetKV's selection, random tokens, and CacheBlend at every budget.
+    """
+
+    check: Mapping[str, int]
+    tune: int = 0
     context_tokens: int = 1400
     num_documents: int = 8
-    kinds: Sequence[str] = KINDS
+    per_context: int = 7
     budgets: Sequence[float] = BUDGETS
+    has_all_methods: bool = True
+
+    def num_contexts(self, kind: str) -> int:
+        """Contexts of a kind on the split `check`."""
+        most = self.per_context if kind == "astride" else 1
+        return math.ceil(self.check[kind] / most)
 
 
 @dataclass(frozen=True, slots=True)
 class FusionQuality:
-    """What fusion answers.
-
-    Attributes
-    ----------
-    methods : by budget, the method chosen for the model on the split `tune`.
-    """
+    """What fusion answers: figures, tables, and one row for each method and kind."""
 
     metrics: dict[str, Metric]
     tables: list[Table]
     rows: list[dict[str, object]]
-    methods: dict[float, FusionMethod]
+    notes: list[str]
+
+
+def default_methods(
+    num_layers: int, budgets: Sequence[float] = BUDGETS, *, asked_tokens: int = _ASKED_TOKENS
+) -> dict[float, FusionMethod]:
+    """Kvloom's default method at what CacheBlend costs, by CacheBlend's recompute ratio; see `cost_of`.
+
+    Raises
+    ------
+    ValueError : no ratio makes the default cost as little.
+    """
+    found = {}
+    for budget in budgets:
+        cost = cost_of(budget, num_layers)
+        method = FusionMethod(1.0).at_cost(cost, num_layers, question_ratio=asked_tokens / COST_TOKENS)
+        if method is None:
+            raise ValueError(f"the default method costs more than CacheBlend at {budget:.0%} of {num_layers} layers")
+        found[budget] = method
+    return found
+
+
+def cost_of(budget: float, num_layers: int) -> float:
+    """Share of full prefill's tokens times layers that CacheBlend computes at this recompute ratio."""
+    return FusionMethod(budget, "deviation", 1).cost_ratio(num_layers)
 
 
 def measure_quality(
@@ -57,15 +96,17 @@ def measure_quality(
     *,
     prefix: str,
     seed: int,
-    advance: Callable[[], object] = lambda: None,
+    stop_s: float = math.inf,
+    advance: Callable[[str, float], object],
 ) -> FusionQuality:
-    """Choose a method for each budget on the split `tune`, and measure it beside others on the split `check`.
+    """Measure methods at equal cost on the split `check`; with `sizes.tune`, choose one more on the split `tune`.
 
     Parameters
     ----------
     prefix : of the metrics' names.
     seed : of the questions; nothing was tuned on those of `check`, whatever it is.
-    advance : called after each question, `quality_units` times.
+    stop_s : by `time.monotonic`; later no context begins, but one of each kind. What is left is shared among kinds.
+    advance : called after each context with what it belongs to and its work, see `quality_work`.
     """
     tune, check = (
         QuestionSampler(
@@ -77,49 +118,90 @@ def measure_quality(
         )
         for split in (TUNE, CHECK)
     )
-    tuned = {kind: tune.samples(kind, range(sizes.tune)) for kind in TUNED_KINDS}
     layers = bed.layers.spec.num_layers
-    costs = {budget: FusionMethod(budget, "deviation", 1).cost_ratio(layers) for budget in sizes.budgets}
-    tried = {budget: best_method(bed, tuned, cost, advance=advance) for budget, cost in costs.items()}
-    methods = {budget: found[0].method for budget, found in tried.items()}
-    tables = [_tuning_table(tried)]
+    asked = len(check.sample("astride", 0).asked)
+    methods = default_methods(layers, sizes.budgets, asked_tokens=asked)
+    blenders = _blenders(methods, layers, asked, has_all=sizes.has_all_methods)
+    tables, notes = [], []
+    if sizes.tune:
+        tuned = {kind: tune.contexts(kind, sizes.tune) for kind in TUNED_KINDS}
+        tried = {}
+        for budget in sizes.budgets:
+            step = partial(advance, "tuning", _tune_work(sizes))
+            tried[budget] = best_method(bed, tuned, cost_of(budget, layers), advance=step)
+            if tried[budget] and tried[budget][0].method.select != methods[budget].select:
+                blenders[f"tuned at {budget:.0%}"] = tried[budget][0].method.blender
+        tables.append(_tuning_table(tried))
     metrics: dict[str, Metric] = {}
     rows: list[dict[str, object]] = []
-    asked = question_ratio_of([each for of_kind in tuned.values() for each in of_kind])
-    blenders = _blenders(methods, costs, layers, asked)
-    for kind in sizes.kinds:
-        questions = check.samples(kind, range(sizes.check))
-        full, (naive, *others) = bed.measure(questions, blenders, advance=advance)
-        title = f"{kind}: {len(questions)} questions over {sizes.context_tokens:,} tokens"
+    work = {kind: _context_work(sizes, kind) for kind in sizes.check}
+    left = sum(work[kind] * sizes.num_contexts(kind) for kind in sizes.check)
+    for kind, count in sizes.check.items():
+        share = work[kind] * sizes.num_contexts(kind)
+        now = time.monotonic()
+        contexts = check.contexts(kind, count, most=sizes.per_context)
+        step = partial(advance, kind, work[kind])
+        full, (naive, *others) = bed.measure(
+            contexts, blenders, stop_s=now + (stop_s - now) * share / left, advance=step
+        )
+        left -= share
+        if len(full) < count:
+            notes.append(f"Time was up after {len(full)} of {count} questions of {kind}.")
+        title = _title(kind, full, sizes)
         tables.append(_kind_table(title, kind, full, [naive, *others]))
         named = {one.name: one for one in others}
-        rows += [{"kind": kind, "method": one.name, **_figures(kind, full, naive, one)} for one in others]
+        rows += [
+            {"kind": kind, "method": one.name, "questions": len(full), **_figures(kind, full, naive, one)}
+            for one in others
+        ]
         metrics |= _metrics(prefix, kind, full, naive, named, sizes.budgets)
-    return FusionQuality(metrics, tables, rows, methods)
+    return FusionQuality(metrics, tables, rows, notes)
 
 
-def quality_units(sizes: QualitySizes) -> int:
-    """How often `measure_quality` advances."""
-    return sizes.tune * len(TUNED_KINDS) * len(sizes.budgets) + sizes.check * len(sizes.kinds)
+def quality_work(sizes: QualitySizes) -> float:
+    """What `measure_quality` advances by altogether: thousand tokens that run through the model, about."""
+    tuning = _tune_work(sizes) * sizes.tune * len(TUNED_KINDS) * len(sizes.budgets) if sizes.tune else 0.0
+    return tuning + sum(_context_work(sizes, kind) * sizes.num_contexts(kind) for kind in sizes.check)
 
 
-def _blenders(
-    methods: dict[float, FusionMethod], costs: dict[float, float], layers: int, asked: float
-) -> dict[str, Blender]:
-    """What is measured, by name: naive reuse first; then for each budget all methods at equal cost."""
-    found = {"naive reuse": FusionMethod(0.0, "none").blender}
+def _context_work(sizes: QualitySizes, kind: str) -> float:
+    """Thousand tokens of one context: twice itself, one fusion for each method or question, every answer."""
+    questions = min(sizes.per_context, sizes.check[kind]) if kind == "astride" else 1
+    own, asked = sum(sizes.budgets), questions * sum(sizes.budgets)
+    shared, methods = (own + 0.4, 4 + 4) if sizes.has_all_methods else (0.15, 2 + 2)
+    fused = sizes.context_tokens * (2 + shared + asked)
+    return (fused + questions * (_ANSWERED_TOKENS * (methods + 1) + 2 * _ASKED_TOKENS)) / 1000
+
+
+def _tune_work(sizes: QualitySizes) -> float:
+    return sizes.context_tokens * (2 + 15 * 0.25) / 1000
+
+
+def _blenders(methods: dict[float, FusionMethod], layers: int, asked: int, *, has_all: bool) -> dict[str, Blender]:
+    """What is measured, by name: naive reuse first; then for each budget methods at equal cost."""
+    found = {NAIVE: FusionMethod(0.0, "none").blender}
     for budget, method in methods.items():
         found[f"kvloom at {budget:.0%}"] = method.blender
-        found[f"CacheBlend {budget:.0%}"] = Blender(
-            budget, CACHEBLEND.chooser, spread_ratio=CACHEBLEND.spread_ratio, check_layer=CACHEBLEND.check_layer
-        )
-        if budget == 0.15:
+        if has_all or budget == min(methods):
+            found[f"CacheBlend {budget:.0%}"] = Blender(
+                budget, CACHEBLEND.chooser, spread_ratio=CACHEBLEND.spread_ratio, check_layer=CACHEBLEND.check_layer
+            )
+        if has_all and budget == min(methods):
             for name, select in (("EPIC", "first"), ("ProphetKV", "mean attention"), ("random", "random")):
                 # `random` chooses where CacheBlend does, so that the two differ in the choice alone.
-                other = FusionMethod(1.0, select, 1).at_cost(costs[budget], layers, question_ratio=asked)
+                other = FusionMethod(1.0, select, 1).at_cost(
+                    cost_of(budget, layers), layers, question_ratio=asked / COST_TOKENS
+                )
                 ratio = budget if select == "random" or other is None else other.ratio
                 found[f"{name} at {budget:.0%}"] = Blender(ratio, CHOOSERS[select], spread_ratio=0.0, check_layer=1)
     return found
+
+
+def _title(kind: str, full: Sequence[Answer], sizes: QualitySizes) -> str:
+    asked = len({answer.number for answer in full})
+    texts = len({answer.group for answer in full})
+    about = f" about {texts} texts" if texts < asked else ""
+    return f"{kind}: {len(full)} questions over {asked} contexts of {sizes.context_tokens:,} tokens{about}"
 
 
 def _gap_name(kind: str) -> str:
@@ -182,12 +264,13 @@ def _metrics(
     middle = "" if kind == "astride" else f"{kind}_"
     found: dict[str, Metric] = {}
     for budget in budgets:
-        for label, name in (("", f"kvloom at {budget:.0%}"), ("cacheblend_", f"CacheBlend {budget:.0%}")):
-            closed = gap_closed(naive.answers, full, named[name].answers, _gap_name(kind))
-            meaning = "full prefill is 1, naive reuse is 0"
-            found[f"{prefix}{middle}{label}gap_closed_at_{budget:.2f}"] = Metric(*closed, "share", meaning)
-        if kind == MULTIHOP:
-            ratio = ratio_of(named[f"kvloom at {budget:.0%}"].answers, named[f"CacheBlend {budget:.0%}"].answers, "kl")
-            key = f"{prefix}musique_kl_at_{budget:.2f}_vs_cacheblend"
-            found[key] = Metric(*ratio, "times", f"CacheBlend {budget:.0%}")
+        own, published = f"kvloom at {budget:.0%}", f"CacheBlend {budget:.0%}"
+        for label, name in (("", own), ("cacheblend_", published)):
+            if name in named:
+                closed = gap_closed(naive.answers, full, named[name].answers, _gap_name(kind))
+                meaning = "full prefill is 1, naive reuse is 0"
+                found[f"{prefix}{middle}{label}gap_closed_at_{budget:.2f}"] = Metric(*closed, "share", meaning)
+        if kind == MULTIHOP and published in named:
+            ratio = ratio_of(named[own].answers, named[published].answers, "kl")
+            found[f"{prefix}musique_kl_at_{budget:.2f}_vs_cacheblend"] = Metric(*ratio, "times", published)
     return found

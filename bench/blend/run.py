@@ -9,22 +9,19 @@ match on the bundled model, in the loss of the answer on others.
 import math
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from rich.progress import Progress
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from ...blend.blender import Blender
 from ...blend.method import FusionMethod
 from ...connectors.hf.connector import TransformersConnector
-from ...evaluation.fused_answers import FULL, HOST_BYTES, NAIVE, PREFIX, Method, Score, blend, score
+from ...evaluation.fused_answers import FULL, HOST_BYTES, NAIVE, PREFIX, Method, Score, blend, own, score
 from ...evaluation.intervals import Floats, paired_bootstrap, share_of_gap
 from ...evaluation.models import load_model, token_counter
 from ...evaluation.page import Row, Table
 from ...evaluation.report import BenchResult, Metric, Target, figures_table
 from ...evaluation.screen import progress
+from ...evaluation.wording import frame_of
 from ...evaluation.workload import task_cases
 from ...kvstore.store import KVStore
 from ...kvstore.tiers.disk.tier import DiskTier
@@ -33,7 +30,7 @@ from ..demo.run import METHODS
 from ..harness.page_cache import drop_page_cache
 from ..harness.pool import ModelPool
 from .pooled import PooledBed
-from .quality import QualitySizes, measure_quality, quality_units
+from .quality import COST_TOKENS, KINDS, QualitySizes, default_methods, measure_quality, quality_work
 
 RATIOS = (0.01, 0.02, 0.05, 0.10, 0.15)
 NUM_DOCUMENTS = 8
@@ -50,9 +47,13 @@ MODEL_TARGETS = (
     Target("real_musique_kl_at_0.15_vs_cacheblend", "<=", 0.6),
     Target("real_ttft_speedup_at_0.15", ">=", 2.2),
 )
-DEVICE_QUESTIONS = QualitySizes(tune=16, check=200)
-CPU_QUESTIONS = QualitySizes(tune=4, check=6, context_tokens=800, kinds=("astride", "multihop"), budgets=(0.15, 0.30))
-QUICK_QUESTIONS = QualitySizes(tune=1, check=2, context_tokens=256, num_documents=4, budgets=(0.15, 0.30))
+FULL_FORM = QualitySizes(check=dict.fromkeys(KINDS, 200), tune=16)
+DEFAULT_FORM = QualitySizes(check={"astride": 200, "multihop": 65}, context_tokens=560, has_all_methods=False)
+QUICK_FORM = QualitySizes(
+    check=dict.fromkeys(KINDS, 2), tune=1, context_tokens=256, num_documents=4, per_context=2, budgets=(0.15, 0.30)
+)
+MINUTES = 14.0  # of the default form on a processor
+_TIMED_WORK = 1.7  # work of a token of so long a context, beside one of a short context
 SEED = 2611  # of the questions that are reported; nothing was ever tuned on it
 TITLE = "Does fusing cached documents answer as full prefill does, and how much sooner?"
 MEANING = (
@@ -63,20 +64,17 @@ MEANING = (
     "in the name. The bundled model's figures do not carry over to other models: give one with --model."
 )
 MODEL_MEANING = (
-    "Methods compute as many tokens times layers as CacheBlend does at the share in their name, the question that is "
-    "asked for a choice included. kvloom: the choice and check layer that did best at this cost on the split to tune "
-    "on. EPIC: the first tokens of each document; ProphetKV: those that the question attends to most, as "
-    "far as its paper tells. Closed: share of the gap between naive reuse and full prefill, in the loss of the gold "
-    "answer, or in KL where the model may not know it; 95 % interval. Right: values given word for word."
+    "kvloom: its default method. All methods compute as many tokens times layers as CacheBlend does at the "
+    f"share in their name, over {COST_TOKENS:,} tokens, where a question is asked for the choice included; it weighs "
+    "more in the short contexts of these tables, and `computed` counts it. Tuned: the choice and check layer that did "
+    "best on the split to tune on. EPIC: the first tokens of each document; ProphetKV: those that the question "
+    "attends to most, as far as its paper tells. Closed: share of the gap between naive reuse and full prefill, "
+    "in the loss of the gold answer, or in KL where the model may not know it; 95 % interval, contexts drawn "
+    "anew with all their questions. Right: values given word for word."
 )
 
 
 QUESTION = Method("question 5%", blender=FusionMethod(0.05, "question").blender)
-
-
-def own(ratio: float) -> Method:
-    """Kvloom's default method at this share of the tokens."""
-    return Method(f"kvloom {ratio:.0%}", blender=replace(Blender(), recompute_ratio=ratio))
 
 
 def run(
@@ -84,10 +82,12 @@ def run(
     quick: bool = False,
     model_dir: Path | None = None,
     device: str | None = None,
+    full: bool = False,
     questions: int | None = None,
     kinds: Sequence[str] = (),
+    context_tokens: int | None = None,
     timed: bool = True,
-    processes: int = 1,
+    processes: int | None = None,
     minutes: float | None = None,
 ) -> BenchResult:
     """Measure every method.
@@ -95,84 +95,110 @@ def run(
     Parameters
     ----------
     quick : smallest sizes, to see that it runs.
-    model_dir : a Hugging Face folder, measured by `quality`; None for the bundled reference model.
+    model_dir : a Hugging Face folder, measured by `quality`; None for the bundled reference model. All further
+        parameters are for such a model.
     device : as for `load_model`.
-    questions : of each kind, for a model of the user's own; None for what the device can do in some minutes.
-    kinds : of question, for a model of the user's own, see `quality.KINDS`; none for all that the device has time for.
-    timed : measure times, too, for a model of the user's own.
-    processes : that share its questions.
-    minutes : after which none of its questions begins, but for one of each kind.
+    full : every kind of question and every method, and one chosen on the split to tune on; what a GPU is asked anyway.
+    questions : of each kind; None for those of the form.
+    kinds : of question, see `quality.KINDS`; none for those of the form.
+    context_tokens : of the documents of one question; None for those of the form.
+    timed : measure times, too.
+    processes : that share its questions; None for one for each core of a processor.
+    minutes : after which no question begins, but for one of each kind; None for `MINUTES` of the default form.
     """
-    if model_dir is not None:
-        with ModelPool(model_dir, device=device, processes=processes) as pool:
-            stop_s = math.inf if minutes is None else time.monotonic() + 60 * minutes
-            return _of_model(pool, quick=quick, questions=questions, kinds=kinds, timed=timed, stop_s=stop_s)
-    return _of_bundled(quick=quick, device=device)
+    if model_dir is None:
+        return _of_bundled(quick=quick, device=device)
+    began_s = time.monotonic()
+    form = QUICK_FORM if quick else FULL_FORM if full else DEFAULT_FORM
+    chosen = {kind: questions or form.check.get(kind, 200) for kind in kinds or form.check}
+    form = replace(form, check=chosen, context_tokens=context_tokens or form.context_tokens)
+    if minutes is None and form.tune == 0:
+        minutes = MINUTES
+    with ModelPool(model_dir, device=device, processes=processes or (1 if quick else None)) as pool:
+        stop_s = math.inf if minutes is None else began_s + 60 * minutes
+        return _of_model(pool, form, quick=quick, timed=timed, stop_s=stop_s)
 
 
-def _of_model(
-    pool: ModelPool, *, quick: bool, questions: int | None, kinds: Sequence[str], timed: bool, stop_s: float
-) -> BenchResult:
-    """Quality at equal cost on questions of several kinds; times to first token at 4K tokens."""
-    model, tokenizer, bed = pool.here.model, pool.here.tokenizer, PooledBed(pool, stop_s=stop_s)
+def _of_model(pool: ModelPool, form: QualitySizes, *, quick: bool, timed: bool, stop_s: float) -> BenchResult:
+    """Times to first token at 4K tokens; quality at equal cost on questions of several kinds."""
+    bed = PooledBed(pool)
+    methods_at = default_methods(bed.layers.spec.num_layers, form.budgets)
+    methods = [FULL, NAIVE, *(blend(share) for share in methods_at)]
+    methods += [Method(f"kvloom at {share:.0%}", blender=method.blender) for share, method in methods_at.items()]
+    count, tokens = (1, 512) if quick else (3, CONTEXT_TOKENS)
+    tokens = min(tokens, bed.layers.max_tokens - 128)
+    timing = _TIMED_WORK * tokens * (1 + count * (1 + 3 * sum(form.budgets))) / 1000 if timed else 0.0
+    metrics: dict[str, Metric] = {}
+    tables: list[Table] = []
     with progress() as bar:
-        sizes = QUICK_QUESTIONS if quick else DEVICE_QUESTIONS if model.device.type == "cuda" else CPU_QUESTIONS
-        if questions is not None:
-            sizes = replace(sizes, check=questions)
-        if kinds:
-            sizes = replace(sizes, kinds=tuple(kinds))
-        task = bar.add_task("questions", total=quality_units(sizes))
-        found = measure_quality(bed, tokenizer, sizes, prefix="real_", seed=SEED, advance=lambda: bar.advance(task))
-        metrics, tables, rows = dict(found.metrics), list(found.tables), list(found.rows)
+        task = bar.add_task("thousand tokens", total=timing + quality_work(form))
         if timed:
-            scores = _times(model, tokenizer, found.methods, quick=quick, bar=bar)
-            tables.append(_times_table(scores))
-            for share in found.methods:
+            scores = _times(pool, methods, count, tokens, lambda: bar.advance(task, timing / (count + 1)))
+            tables.append(_times_table(scores, tokens))
+            for share in methods_at:
                 metrics[f"real_ttft_speedup_at_{share:.2f}"] = _speedup(scores, f"kvloom at {share:.0%}")
-            metrics["real_cacheblend_ttft_speedup_at_0.15"] = _speedup(scores, "CacheBlend 15%")
-    tables.append(figures_table(metrics))
+                published = Metric.of_samples(
+                    _named(scores, f"kvloom at {share:.0%}").speedups(_named(scores, f"CacheBlend {share:.0%}")),
+                    unit="times",
+                    baseline=f"CacheBlend {share:.0%}",
+                )
+                metrics[f"real_ttft_speedup_at_{share:.2f}_vs_cacheblend"] = published
+                metrics[f"real_cacheblend_ttft_speedup_at_{share:.2f}"] = _speedup(scores, f"CacheBlend {share:.0%}")
+
+        def advance(part: str, work: float) -> None:
+            bar.update(task, description=f"{part}, thousand tokens")
+            bar.advance(task, work)
+
+        found = measure_quality(
+            bed, pool.here.tokenizer, form, prefix="real_", seed=SEED, stop_s=stop_s, advance=advance
+        )
+    metrics |= found.metrics
+    tables += [*found.tables, figures_table(metrics)]
     return BenchResult(
         "blend",
         metrics,
-        rows,
+        found.rows,
         tables,
         targets=MODEL_TARGETS if timed else MODEL_TARGETS[:3],
-        notes=[MODEL_MEANING],
+        notes=[*found.notes, MODEL_MEANING],
         title=TITLE,
     )
 
 
 def _times(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    methods: Mapping[float, FusionMethod],
-    *,
-    quick: bool,
-    bar: Progress,
+    pool: ModelPool, methods: Sequence[Method], count: int, tokens: int, advance: Callable[[], object]
 ) -> list[Score]:
-    """Full prefill, naive reuse, CacheBlend and the chosen methods, question by question, from host memory."""
-    count, tokens = (1, 512) if quick else (20, CONTEXT_TOKENS) if model.device.type == "cuda" else (4, CONTEXT_TOKENS)
-    tokens = min(tokens, model.config.max_position_embeddings - 128)
-    cases = task_cases(
-        None, token_counter(tokenizer), kind="record", count=count, context_tokens=tokens, num_documents=NUM_DOCUMENTS
+    """Every method on one context, `count` times, from host memory; `advance` once before and after each."""
+    model, tokenizer = pool.here.model, pool.here.tokenizer
+    context, brief = (
+        task_cases(
+            None,
+            token_counter(tokenizer),
+            kind="record",
+            count=1,
+            context_tokens=long,
+            num_documents=NUM_DOCUMENTS,
+            frame=frame_of(tokenizer),
+        )[0]
+        for long in (tokens, min(512, tokens))
     )
-    own_methods = [Method(f"kvloom at {share:.0%}", blender=method.blender) for share, method in methods.items()]
     with KVStore([HostTier(HOST_BYTES)]) as store:
         connector = TransformersConnector(model, tokenizer, store)
-        connector.precompute([document for case in cases for document in case.documents])
-        task = bar.add_task(f"times, {tokens:,} tokens", total=count)
-        return score(
-            connector, cases, [FULL, NAIVE, blend(0.15), blend(0.30), *own_methods], advance=lambda: bar.advance(task)
-        )
+        connector.precompute([*context.documents, *brief.documents])
+        score(connector, [brief], methods)
+        advance()
+        return score(connector, [context] * count, methods, warm_up=False, advance=advance)
 
 
-def _times_table(scores: Sequence[Score]) -> Table:
+def _times_table(scores: Sequence[Score], tokens: int) -> Table:
     cells: list[Row] = []
     for one in scores:
         row = one.summary(scores[0])
         cells.append([row.method, f"{row.ttft_s * 1e3:.0f}", f"{row.speedup:.2f}x", f"{row.computed_tokens:,.0f}"])
     return Table(
-        ["method", "TTFT ms", "speed-up", "computed"], cells, f"times to first token, {CONTEXT_TOKENS:,} tokens"
+        ["method", "TTFT ms", "speed-up", "computed"],
+        cells,
+        f"times to first token, one context of {tokens:,} tokens, {len(scores[0].outcomes)} times",
     )
 
 
@@ -274,7 +300,7 @@ def _of_bundled(*, quick: bool, device: str | None) -> BenchResult:
                 num_documents=NUM_DOCUMENTS,
                 seed=1,
             )
-            cold = score(connector, cases, [*METHODS, own(0.15)], before_each=lambda: drop_page_cache(store_dir))
+            cold = score(connector, cases, METHODS, before_each=lambda: drop_page_cache(store_dir))
             add(f"records from disk, past the page cache, {context:,} tokens", cold)
             metrics["ttft_speedup_at_0.15_disk_4k"] = _speedup(cold, "kvloom 15%")
     tables.append(figures_table(metrics))

@@ -13,7 +13,7 @@ from pathlib import Path
 from ...connectors.hf.connector import TransformersConnector
 from ...connectors.hf.model import check_supported
 from ...core import Tier
-from ...evaluation.fused_answers import FULL, HOST_BYTES, NAIVE, NEW_TOKENS, PREFIX, Score, Summary, blend, score
+from ...evaluation.fused_answers import FULL, HOST_BYTES, NAIVE, NEW_TOKENS, PREFIX, Score, Summary, blend, own, score
 from ...evaluation.models import load_model, token_counter
 from ...evaluation.page import Table
 from ...evaluation.report import BenchResult, Metric
@@ -27,7 +27,7 @@ from ...kvstore.tiers.host import HostTier
 from ..harness.page_cache import drop_page_cache
 from .sweep import sweep
 
-METHODS = (FULL, PREFIX, NAIVE, blend(0.15, "first"), blend(0.05), blend(0.15), blend(0.30))
+METHODS = (FULL, PREFIX, NAIVE, blend(0.15, "first"), blend(0.05), blend(0.15), blend(0.30), own(0.15))
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +167,7 @@ _LEGEND = (
     "TTFT: time to first token, from the request's tokens to the answer's first, median. Speed-up: full prefill's time "
     "over it, question by question. Computed: tokens that ran through a layer, mean over layers. Loaded: from where. "
     "Right: answered word for word. KL: of the next-token distribution to that "
-    "of full prefill."
+    "of full prefill. CacheBlend: as published. kvloom: the default, `Blender()`, at the share of tokens in its name."
 )
 
 

@@ -1,9 +1,11 @@
 """Curves of the demo's report: what a request costs and gives as documents and the recompute ratio change."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from ...connectors.hf.connector import TransformersConnector
-from ...evaluation.fused_answers import FULL, HOST_BYTES, NAIVE, PREFIX, Method, blend, score
+from ...evaluation.fused_answers import FULL, HOST_BYTES, NAIVE, PREFIX, Method, blend, own, score
 from ...evaluation.intervals import spread
 from ...evaluation.models import load_model, token_counter
 from ...evaluation.page import Plot, Point
@@ -39,7 +41,7 @@ def sweep(model_dir: Path | None, docs: Path | None, store_dir: Path, *, quick: 
                 frame=frame,
             )
             connector.precompute([d for case in cases for d in case.documents])
-            for s in score(connector, cases, [FULL, PREFIX, NAIVE, blend(0.15)]):
+            for s in score(connector, cases, [FULL, PREFIX, NAIVE, blend(0.15), own(0.15)]):
                 middle, low, high = (1e3 * t for t in spread([o.ttft_s for o in s.outcomes]))
                 times.setdefault(s.method.name, []).append(Point(chunks, middle, low, high))
         cases = task_cases(
@@ -53,11 +55,16 @@ def sweep(model_dir: Path | None, docs: Path | None, store_dir: Path, *, quick: 
         )
         connector.precompute([d for case in cases for d in case.documents])
         ratios = (0.0, 0.15, 1.0) if quick else (0.0, 0.02, 0.05, 0.1, 0.15, 0.3, 0.5, 1.0)
-        for selector in ("deviation", "first", "random"):
-            methods: list[Method] = [FULL, *(blend(ratio, selector) for ratio in ratios)]
+        ways: dict[str, Callable[[float], Method]] = {
+            "kvloom": own,
+            "CacheBlend": blend,
+            "first tokens": partial(blend, chooser="first"),
+            "random tokens": partial(blend, chooser="random"),
+        }
+        for name, way in ways.items():
+            methods = [FULL, *map(way, ratios)]
             for ratio, s in zip(ratios, score(connector, cases, methods)[1:], strict=True):
                 share = Metric.of_share(sum(s.known), len(s.known))
-                name = "CacheBlend" if selector == "deviation" else f"{selector} tokens"
                 quality.setdefault(name, []).append(Point(ratio, share.value, share.low, share.high))
     return (
         Plot("documents", "TTFT, ms", times, "Documents of equal length; the band is the 10th to 90th percentile."),

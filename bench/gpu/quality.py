@@ -32,7 +32,7 @@ def command_of(bench: str, options: argparse.Namespace) -> list[str]:
     command += ["--questions", str(options.questions or QUESTIONS[bench])]
     command += ["--processes", str(options.processes), "--minutes", str(options.minutes)]
     # Benches that share a GPU would falsify times.
-    return [*command, "--no-times"] if bench == "blend" else command
+    return [*command, "--full", "--no-times"] if bench == "blend" else command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

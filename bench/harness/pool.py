@@ -24,6 +24,7 @@ from ...evaluation.models import load_model
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 Made = TypeVar("Made")
+_MOST_PROCESSES = 8  # unless told otherwise: each has the model in memory
 
 
 class LoadedModel:
@@ -47,7 +48,7 @@ class ModelPool:
     Parameters
     ----------
     folder, dtype, device : as for `load_model`.
-    processes : 1 for none beside this one.
+    processes : 1 for none beside this one, None for one for each core of a processor, up to 8, and 1 on another device.
 
     Attributes
     ----------
@@ -55,15 +56,18 @@ class ModelPool:
     """
 
     def __init__(
-        self, folder: Path | None, *, dtype: str | None = None, device: str | None = None, processes: int = 1
+        self, folder: Path | None, *, dtype: str | None = None, device: str | None = None, processes: int | None = 1
     ) -> None:
-        if processes < 1:
+        if processes is not None and processes < 1:
             raise ValueError(f"processes is {processes}; expected at least 1")
         self.here = LoadedModel(*load_model(folder, dtype=dtype, device=device))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if processes is None:
+            processes = min(cores, _MOST_PROCESSES) if self.here.model.device.type == "cpu" else 1
         self.processes = processes
         self._executor = None
         if processes > 1:
-            threads = max(1, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1) // processes)
+            threads = max(1, cores // processes)
             self._executor = ProcessPoolExecutor(
                 processes,
                 mp_context=multiprocessing.get_context("spawn"),

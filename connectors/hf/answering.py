@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from ..identity.requests import cut_chat
+
 if TYPE_CHECKING:
     from .connector import FusedContext, TransformersConnector
 
@@ -332,20 +334,16 @@ def _stopping_rows(watch: Sequence[_Text], limits: Sequence[int], columns: int) 
 
 
 def chat_prompt(tokenizer: Any, messages: Sequence[dict[str, str]], *, has_documents: bool) -> Prompt:
-    """A chat as the model's template writes it, cut where documents belong: at the start of the first user message.
+    """A chat as the model's template writes it, cut where documents belong: in front of the first user's words.
 
-    Without a template, the messages one below the other. Only for the engine's thread.
+    Whole where it cannot be cut; without a template, the messages one below the other. Only for the engine's thread.
     """
     if not getattr(tokenizer, "chat_template", None):
         return Prompt("\n".join(message["content"] for message in messages))
-    marked = [dict(message) for message in messages]
-    first = next((message for message in marked if message["role"] == "user"), None)
-    if has_documents and first is not None:
-        first["content"] = _MARKER + first["content"]
-    text = str(tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True))
-    text = text.removeprefix(getattr(tokenizer, "bos_token", None) or "")
-    before, found, after = text.partition(_MARKER)
-    return Prompt(after, before) if found and has_documents else Prompt(text.replace(_MARKER, ""))
-
-
-_MARKER = "\u2063kvloom documents\u2063"
+    bos = getattr(tokenizer, "bos_token", None) or ""
+    cut = cut_chat(tokenizer, messages) if has_documents else None
+    if cut is None:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return Prompt(text.removeprefix(bos))
+    before, behind = cut
+    return Prompt(behind, before.removeprefix(bos))

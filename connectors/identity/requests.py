@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-_PLACE = "KVLOOMPLACE"  # stands for what a user says while a chat template is taken apart
+_PLACE = "\u2063kvloom documents\u2063"  # stands where documents belong while a chat template is taken apart
 _PARTS = ("tenant", "epoch", "cache_salt", "adapter", "decoding")
 
 
@@ -51,15 +52,26 @@ def natural_lead(tokenizer: Any) -> tuple[int, ...]:
 
 
 def chat_parts(tokenizer: Any) -> tuple[str, str] | None:
-    """The chat template's text before and behind the words of a single user; None without a template, or if the words
-    do not stand in it exactly once.
+    """The chat template's text before and behind the words of a single user; None as for `cut_chat`, or if the template
+    cannot write one.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    said = [{"role": "user", "content": _PLACE}]
     try:
-        text = str(tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True))
+        return cut_chat(tokenizer, [{"role": "user", "content": ""}])
     except Exception:  # noqa: BLE001  a template is a program of its author's, which may raise anything
         return None
-    opening, found, closing = text.partition(_PLACE)
-    return (opening, closing) if found and _PLACE not in closing else None
+
+
+def cut_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[str, str] | None:
+    """A chat as the model's template writes it, up to the assistant's words, cut in front of the first user's.
+
+    None without a template or a user, or if the template writes these words not exactly once. Raises what the template
+    raises.
+    """
+    marked = [dict(message) for message in messages]
+    first = next((message for message in marked if message["role"] == "user"), None)
+    if not getattr(tokenizer, "chat_template", None) or first is None:
+        return None
+    first["content"] = _PLACE + first["content"]
+    text = str(tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True))
+    before, found, behind = text.partition(_PLACE)
+    return (before, behind) if found and _PLACE not in behind else None

@@ -112,7 +112,7 @@ def test_the_method_that_suits_the_bundled_model() -> None:
     """It binds by keys of layer 2: who looks earlier closes nothing of an alias's gap, the question all of it."""
     model, tokenizer = load_model(None)
     bed = FusionBed(model)
-    questions = QuestionSampler(tokenizer, split="tune", context_tokens=512).samples("alias", range(4))
+    questions = QuestionSampler(tokenizer, split="tune", context_tokens=512).contexts("alias", 4)
     methods = [FusionMethod(0.15, "deviation", 1), FusionMethod(0.1, "question"), FusionMethod(0.15, "deviation", 2)]
     tried = try_methods(bed, {"alias": questions}, methods)
     closed = {one.method: one.closed["alias"] for one in tried}

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from kvloom.evaluation.answers import Answer, difference_of, full_logits, gap_closed, ratio_of, score_answer
+from kvloom.blend.blender import CACHEBLEND, Blender
+from kvloom.evaluation.answers import (
+    Answer,
+    cached_logits,
+    context_kv,
+    difference_of,
+    full_logits,
+    gap_closed,
+    ratio_of,
+    score_answer,
+)
 from kvloom.evaluation.models import load_model
 from kvloom.evaluation.passages import load_heldout, load_questions
+from kvloom.evaluation.placed import FusionBed
 from kvloom.evaluation.questions import ANSWERED, KINDS, Question, QuestionSampler
 from kvloom.evaluation.wording import INSTRUCTIONS, Frame, chat_parts, frame_of
 
@@ -70,6 +82,17 @@ def test_facts_astride_are_cut_by_borders(tokenizer: PreTrainedTokenizerBase) ->
     assert all(value not in text for value in values for text in texts[:1])
 
 
+def test_questions_about_one_context(tokenizer: PreTrainedTokenizerBase) -> None:
+    sampler = QuestionSampler(tokenizer, context_tokens=400, num_documents=4)
+    found = sampler.about_context("astride", 0, most=9)
+    assert len(found) == 3, "as many as there are borders"
+    assert found[0] == sampler.sample("astride", 0)
+    assert len({one.answer for one in found}) == len({tuple(one.asked) for one in found}) == 3
+    assert len({(one.documents, one.group, one.number) for one in found}) == 1
+    assert [len(of) for of in sampler.contexts("astride", 8, most=3)] == [3, 3, 2]
+    assert [len(of) for of in sampler.contexts("multihop", 2, most=3)] == [1, 1]
+
+
 def test_extraction_asks_for_every_value(tokenizer: PreTrainedTokenizerBase) -> None:
     question = QuestionSampler(tokenizer, context_tokens=600).sample("extract", 0)
     values = [tokenizer.decode(question.answer[a:b]).strip() for a, b in question.values]
@@ -124,6 +147,27 @@ def test_scores_tell_right_from_wrong(tokenizer: PreTrainedTokenizerBase) -> Non
     assert wrong.kl == pytest.approx(50 / len(gold), rel=1e-3)
     with pytest.raises(ValueError, match="logits have shapes"):
         score_answer(question, sharp[1:], sharp)
+
+
+def test_questions_about_one_context_are_answered_as_alone() -> None:
+    """In one padded pass behind its KV, and by fusions that serve all of them or belong to one."""
+    model, tokenizer = load_model(None, device="cpu")
+    sampler = QuestionSampler(tokenizer, context_tokens=200, num_documents=4)
+    questions = sampler.about_context("astride", 1, most=3)
+    longer = replace(questions[2], begun=(*questions[2].question, *questions[2].begun))
+    asked = [questions[0], questions[1], longer]
+    together = cached_logits(model, *context_kv(model, questions[0].context), asked)
+    for one, found in zip(asked, together, strict=True):
+        torch.testing.assert_close(found, full_logits(model, one), atol=2e-4, rtol=1e-4)
+    bed = FusionBed(model, model_id="bundled")
+    placed = bed.place(questions[0])
+    for blender in (Blender(0.2), CACHEBLEND):
+        together, share = bed.fused_logits(asked, placed, blender)
+        alone = [bed.fused_logits([one], placed, blender) for one in asked]
+        assert share == pytest.approx(sum(of_one for _, of_one in alone) / 3)
+        for found, ((of_one,), _) in zip(together, alone, strict=True):
+            torch.testing.assert_close(found, of_one, atol=2e-4, rtol=1e-4)
+    assert (together[0] - cached_logits(model, placed.keys, placed.values, asked)[0]).abs().max() > 1e-2
 
 
 def test_the_bundled_model_answers_through_frames_of_its_own() -> None:

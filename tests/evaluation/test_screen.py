@@ -26,7 +26,7 @@ def test_progress_says_now_and_then_how_far_it_is(monkeypatch: pytest.MonkeyPatc
     now = [100.0]
     monkeypatch.setattr(screen.time, "monotonic", lambda: now[0])
     text = io.StringIO()
-    bar = StepProgress(console=Console(file=text, width=120), disable=True)
+    bar = StepProgress(console=Console(file=text, width=120), disable=True, get_time=lambda: now[0])
     task = bar.add_task("needle tasks", total=200)
     hidden = bar.add_task("loading", total=200, logged=False)
     for _ in range(100):
@@ -35,4 +35,5 @@ def test_progress_says_now_and_then_how_far_it_is(monkeypatch: pytest.MonkeyPatc
         bar.advance(hidden)
     lines = text.getvalue().splitlines()
     assert lines[0] == "kvloom: needle tasks"
-    assert lines[1:] == [f"kvloom: needle tasks: {n} of 200" for n in (30, 60, 90)]
+    left = {30: "about 3 min", 60: "about 2 min", 90: "about 2 min"}
+    assert lines[1:] == [f"kvloom: needle tasks: {n} of 200, {said} left" for n, said in left.items()]

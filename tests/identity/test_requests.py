@@ -2,7 +2,8 @@
 
 from itertools import product
 
-from kvloom.connectors.identity.requests import chunk_salt, lead_of, natural_lead
+from kvloom.connectors.hf.answering import Prompt, chat_prompt
+from kvloom.connectors.identity.requests import chat_parts, chunk_salt, lead_of, natural_lead
 
 from ..support.models import make_tokenizer
 
@@ -39,3 +40,19 @@ def test_the_natural_lead_is_what_a_chat_template_puts_in_front() -> None:
         assert natural_lead(chat) == (0,)
     chat.chat_template = "{{ messages[0]['content'] }} end"
     assert natural_lead(chat) == (0,), "nothing before the text"
+
+
+def test_chats_are_cut_in_front_of_the_first_users_words() -> None:
+    tokenizer = make_tokenizer(bos=True)
+    tokenizer.chat_template = None
+    said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]
+    assert chat_prompt(tokenizer, said, has_documents=True) == Prompt("Be brief.\nWho?")
+    one = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}[assistant]"
+    tokenizer.chat_template = "{{ bos_token }}" + one
+    assert chat_prompt(tokenizer, said, has_documents=True) == Prompt("Who?[assistant]", "[system] Be brief.[user] ")
+    assert chat_prompt(tokenizer, said, has_documents=False) == Prompt("[system] Be brief.[user] Who?[assistant]")
+    assert chat_parts(tokenizer) == (f"{tokenizer.bos_token}[user] ", "[assistant]")
+    tokenizer.chat_template = one + one
+    assert chat_parts(tokenizer) is None
+    twice = "[system] Be brief.[user] Who?[assistant]" * 2
+    assert chat_prompt(tokenizer, said, has_documents=True) == Prompt(twice), "no mark is left in a text"
