@@ -35,7 +35,7 @@ from torch import Tensor
 
 from ..core import ChunkKey, EncodedChunk
 from ..errors import ChunkCorruptError, CodecError
-from .encoding.copies import on_cpu
+from .encoding.copies import copy_bytes, on_cpu
 
 ReadAt: TypeAlias = Callable[[memoryview, int], None]
 """Fills the buffer with the container's bytes from that offset on, or raises."""
@@ -56,6 +56,7 @@ _PIECE_BYTES = 1 << 19  # half of a second-level cache
 _MAX_DIMS = 16
 _CACHED_LAYOUT_BYTES = 1 << 13  # what a forged header makes the cache hold is bounded, too
 _METADATA = b'{"__metadata__":'
+_NO_CHECKSUM = "0" * 16
 
 _DTYPES = {
     "I64": torch.int64,
@@ -114,42 +115,86 @@ def _fresh(nbytes: int) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8)
 
 
-def to_buffers(key: ChunkKey, blob: EncodedChunk) -> list[memoryview]:
-    """The container of a chunk as header and tensor buffers, in file order; only tensors on CUDA devices are copied.
+class Container:
+    """The container of a chunk, about to be written; only tensors on CUDA devices are copied.
+
+    Attributes
+    ----------
+    nbytes : of the whole.
 
     Raises
     ------
     CodecError : a tensor is not contiguous, neither on the cpu nor on a CUDA device, or of a dtype that is not stored;
         a layered one is missing, or the header is too large.
     """
-    if not blob.layered <= blob.tensors.keys():
-        raise CodecError(f"layered tensors {sorted(blob.layered)} are not all among {sorted(blob.tensors)}")
-    blob = on_cpu(blob)
-    names = sorted(blob.tensors, key=lambda name: (-blob.tensors[name].dtype.itemsize, name))
-    buffers = {name: _raw_bytes(name, blob.tensors[name]) for name in names}
-    fields: dict[str, object] = {
-        "__metadata__": {
-            "codec": blob.codec,
-            "meta": json.dumps(dict(blob.meta)),
-            "layered": json.dumps(sorted(blob.layered)),
-            "checksums": json.dumps({name: _checksums(name, blob, buffers[name]) for name in names}),
-        }
-    }
-    layout = _layout_text(tuple((name, blob.tensors[name].dtype, tuple(blob.tensors[name].shape)) for name in names))
-    text = json.dumps(fields, separators=(",", ":"))[:-1].encode() + layout
-    end = sum(map(len, buffers.values()))
-    text += b" " * (-(_JSON_START + len(text)) % _ALIGNMENT_BYTES)
-    header_bytes = _JSON_START + len(text)
-    if header_bytes > MAX_HEADER_BYTES:
-        raise CodecError(f"header of {header_bytes} bytes; at most {MAX_HEADER_BYTES} are stored")
-    body_header = len(text).to_bytes(8, "little") + text
-    preamble = _PREAMBLE.pack(_MAGIC, FORMAT_VERSION, header_bytes, key, header_bytes + end, 0)[:_SEALED_BYTES]
-    checksum = xxhash.xxh3_64_intdigest(preamble + body_header).to_bytes(8, "little")
-    return [memoryview(preamble + checksum + body_header), *buffers.values()]
+
+    __slots__ = ("_blob", "_buffers", "_header_bytes", "_key", "_layout", "_metadata", "_sections", "nbytes")
+
+    def __init__(self, key: ChunkKey, blob: EncodedChunk) -> None:
+        if not blob.layered <= blob.tensors.keys():
+            raise CodecError(f"layered tensors {sorted(blob.layered)} are not all among {sorted(blob.tensors)}")
+        blob = on_cpu(blob)
+        names = sorted(blob.tensors, key=lambda name: (-blob.tensors[name].dtype.itemsize, name))
+        self._key = key
+        self._blob = blob  # what the buffers look at
+        self._buffers = {name: _raw_bytes(name, blob.tensors[name]) for name in names}
+        self._sections = {name: _section_count(name, blob) for name in names}
+        fields = {"codec": blob.codec, "meta": json.dumps(dict(blob.meta)), "layered": json.dumps(sorted(blob.layered))}
+        self._metadata = _METADATA + json.dumps(fields, separators=(",", ":"))[:-1].encode() + b',"checksums":'
+        tensors = ((name, blob.tensors[name].dtype, tuple(blob.tensors[name].shape)) for name in names)
+        self._layout = b"}" + _layout_text(tuple(tensors))
+        no_checksums = {name: [_NO_CHECKSUM] * count for name, count in self._sections.items()}
+        self._header_bytes = _JSON_START + len(self._text(no_checksums))
+        if self._header_bytes > MAX_HEADER_BYTES:
+            raise CodecError(f"header of {self._header_bytes} bytes; at most {MAX_HEADER_BYTES} are stored")
+        self.nbytes = self._header_bytes + sum(map(len, self._buffers.values()))
+
+    def buffers(self) -> list[memoryview]:
+        """Header and tensors, in file order."""
+        checksums = {name: _checksums(data, self._sections[name]) for name, data in self._buffers.items()}
+        return [memoryview(self._header(checksums)), *self._buffers.values()]
+
+    def copy_into(self, target: memoryview) -> None:
+        """Fills `nbytes` of memory. Each piece is summed right after it was copied, while it is in the cache."""
+        checksums, end = {}, self._header_bytes
+        for name, data in self._buffers.items():
+            begin, end = end, end + len(data)
+            copied = target[begin:end]
+            size = len(data) // max(self._sections[name], 1)
+            if size <= _PIECE_BYTES:  # sections are pieces
+                checksums[name] = _checksums(copied, self._sections[name], data)
+            else:
+                checksums[name] = []
+                for section in range(0, len(data), size):
+                    digest = xxhash.xxh3_64()
+                    for start in range(section, section + size, _PIECE_BYTES):
+                        stop = min(start + _PIECE_BYTES, section + size)
+                        copy_bytes(copied[start:stop], data[start:stop])
+                        digest.update(copied[start:stop])
+                    checksums[name].append(digest.hexdigest())
+        copy_bytes(target[: self._header_bytes], memoryview(self._header(checksums)))
+
+    def _header(self, checksums: Mapping[str, list[str]]) -> bytes:
+        text = self._text(checksums)
+        body_header = len(text).to_bytes(8, "little") + text
+        fields = _MAGIC, FORMAT_VERSION, self._header_bytes, self._key, self.nbytes, 0
+        preamble = _PREAMBLE.pack(*fields)[:_SEALED_BYTES]
+        checksum = xxhash.xxh3_64_intdigest(preamble + body_header).to_bytes(8, "little")
+        return preamble + checksum + body_header
+
+    def _text(self, checksums: Mapping[str, list[str]]) -> bytes:
+        """The JSON, as long for any checksums."""
+        text = self._metadata + json.dumps(json.dumps(checksums)).encode() + self._layout
+        return text + b" " * (-(_JSON_START + len(text)) % _ALIGNMENT_BYTES)
+
+
+def to_buffers(key: ChunkKey, blob: EncodedChunk) -> list[memoryview]:
+    """The container of a chunk as header and tensor buffers, in file order; errors as `Container`."""
+    return Container(key, blob).buffers()
 
 
 def to_bytes(key: ChunkKey, blob: EncodedChunk) -> bytes:
-    """The container of a chunk; errors as `to_buffers`."""
+    """The container of a chunk; errors as `Container`."""
     return b"".join(to_buffers(key, blob))
 
 
@@ -374,14 +419,25 @@ def _byte_view(tensor: Tensor) -> memoryview:
     return data.data
 
 
-def _checksums(name: str, blob: EncodedChunk, data: memoryview) -> list[str]:
+def _section_count(name: str, blob: EncodedChunk) -> int:
+    """How many checksums a tensor has: one for each layer, or one."""
     if name not in blob.layered:
-        return [xxhash.xxh3_64_hexdigest(data)]
+        return 1
     if not blob.tensors[name].dim():
         raise CodecError(f"tensor {name!r} has no layers")
-    layers = len(blob.tensors[name])
-    size = len(data) // max(layers, 1)
-    return [xxhash.xxh3_64_hexdigest(data[layer * size : (layer + 1) * size]) for layer in range(layers)]
+    return len(blob.tensors[name])
+
+
+def _checksums(data: memoryview, sections: int, source: memoryview | None = None) -> list[str]:
+    """Of sections of equal length; with a source, each is copied from there first."""
+    size = len(data) // max(sections, 1)
+    found = []
+    for begin in range(0, sections * size, size) if size else [0] * sections:
+        section = data[begin : begin + size]
+        if source is not None:
+            copy_bytes(section, source[begin : begin + size])
+        found.append(xxhash.xxh3_64_hexdigest(section))
+    return found
 
 
 def _expect(condition: bool, message: str) -> None:

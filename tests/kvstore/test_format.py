@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kvloom.core import EncodedChunk
 from kvloom.errors import ChunkCorruptError, CodecError
-from kvloom.kvstore.format import from_bytes, read_header, read_layers, to_buffers, to_bytes
+from kvloom.kvstore.format import Container, from_bytes, read_header, read_layers, to_buffers, to_bytes
 from kvloom.testing import make_blob, make_key, same_bits, same_blob
 
 KEY = make_key(77)
@@ -80,6 +80,14 @@ def test_buffers_are_not_copies() -> None:
     assert len(buffers[0]) % 64 == 0 and bytes(buffers[2]) == b"\x09" * 400
 
 
+@given(blobs())
+def test_a_container_in_memory_is_the_one_of_buffers(blob: EncodedChunk) -> None:
+    container = Container(KEY, blob)
+    memory = bytearray(b"x" * (container.nbytes + 3))
+    container.copy_into(memoryview(memory)[: container.nbytes])
+    assert bytes(memory) == b"".join(container.buffers()) + b"xxx"
+
+
 def test_every_flipped_bit_is_found() -> None:
     data = bytearray(to_bytes(KEY, make_blob(1, numbers=8)))
     for offset in range(len(data)):
@@ -106,6 +114,9 @@ def test_sections_larger_than_a_piece() -> None:
     blob = EncodedChunk("c", tensors, {}, frozenset({"layered"}))
     data = bytearray(to_bytes(KEY, blob))
     assert same_blob(from_bytes(KEY, data), blob)
+    copied = bytearray(len(data))
+    Container(KEY, blob).copy_into(memoryview(copied))
+    assert copied == data
     for offset in range(1000, len(data), 250_007):
         data[offset] ^= 1
         with pytest.raises(ChunkCorruptError, match="checksum"):

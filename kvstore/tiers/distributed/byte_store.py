@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from ....errors import TierTimeoutError
+from ...format import Container
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,41 @@ class Found:
     head: bytes | None
 
 
+@dataclass(frozen=True, slots=True)
+class Arriving:
+    """An object whose bytes come one after the other.
+
+    Attributes
+    ----------
+    data : `[n]` uint8, where they come to lie.
+    until : returns when the first bytes, as many as it is told, are there.
+    """
+
+    data: Tensor
+    until: Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """An object to be stored: a record and a container."""
+
+    record: bytes
+    container: Container
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.record) + self.container.nbytes
+
+    def parts(self) -> list[memoryview]:
+        """Its bytes where they are, for a client that takes them from there."""
+        return [memoryview(self.record), *self.container.buffers()]
+
+    def copy_into(self, target: memoryview) -> None:
+        """Fills `nbytes` of memory that the engine's client reads."""
+        target[: len(self.record)] = self.record
+        self.container.copy_into(target[len(self.record) :])
+
+
 class ByteStore(Protocol):
     """An engine, through its own client. Every method may be called from any thread.
 
@@ -35,7 +71,7 @@ class ByteStore(Protocol):
 
     Attributes
     ----------
-    lends : what `get` returns lies in memory that the engine gets back when the last view of it is gone, and that is
+    lends : what `reading` gives lies in memory that the engine gets back when the last view of it is gone, and that is
         scarce.
     counts : fields of `TierStats` that only the engine's client can count.
     """
@@ -45,8 +81,8 @@ class ByteStore(Protocol):
     @property
     def counts(self) -> Mapping[str, int]: ...
 
-    def put(self, name: str, parts: Sequence[memoryview], nbytes: int, expires_at_s: float | None) -> None:
-        """Stores `parts`, `nbytes` in all, as one object, in place of any other; it is visible whole or not at all.
+    def put(self, name: str, outgoing: Outgoing, expires_at_s: float | None) -> None:
+        """Stores one object in place of any other of its name; it is visible whole or not at all.
 
         Parameters
         ----------
@@ -54,8 +90,11 @@ class ByteStore(Protocol):
         """
         ...
 
-    def get(self, name: str, nbytes: int | None) -> Tensor | None:
-        """The object, `[n]` uint8; None if there is none. `nbytes` is how long it was when it was last heard of."""
+    def reading(self, name: str, nbytes: int | None) -> AbstractContextManager[Arriving | None]:
+        """The object, whose bytes may be looked at while others are under way; None if there is none.
+
+        `nbytes` is how long it was when it was last heard of. `until` is called within the `with` alone.
+        """
         ...
 
     def get_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> Sequence[memoryview] | None:

@@ -21,7 +21,7 @@ except ImportError as exc:
 from torch import Tensor
 
 from ....errors import ChunkUnreachableError, TierFullError, TierUnavailableError
-from .byte_store import Found
+from .byte_store import Arriving, Found, Outgoing
 from .registered_memory import RegisteredMemory
 from .tier import DistributedTier, Sharing
 
@@ -114,12 +114,11 @@ class _Cluster:
     def counts(self) -> Mapping[str, int]:
         return dict(self._counts)
 
-    def put(self, name: str, parts: Sequence[memoryview], nbytes: int, expires_at_s: float | None) -> None:
+    def put(self, name: str, outgoing: Outgoing, expires_at_s: float | None) -> None:
+        nbytes = outgoing.nbytes
         with self._calling() as (client, memory), self._registered(memory, nbytes) as data:
             view: memoryview = data.numpy().data
-            end = 0
-            for part in parts:
-                view[end : (end := end + len(part))] = part
+            outgoing.copy_into(view)
             until_s = time.monotonic() + _LATE_S
             status = client.upsert_from(name, data.data_ptr(), nbytes, self._config)
             # A dead node is chosen until the master drops it: one replica may find another node, two cannot avoid it.
@@ -132,7 +131,12 @@ class _Cluster:
                 with self._lock:
                     self._counts["fewer_replicas"] += 1
 
-    def get(self, name: str, nbytes: int | None) -> Tensor | None:
+    @contextmanager
+    def reading(self, name: str, nbytes: int | None) -> Iterator[Arriving | None]:
+        data = self._get(name, nbytes)  # Mooncake says nothing before all of it is there
+        yield None if data is None else Arriving(data, lambda _: None)
+
+    def _get(self, name: str, nbytes: int | None) -> Tensor | None:
         with self._calling() as (client, memory), self._reading(client, name):
             for size in (nbytes, None):
                 if size is None:

@@ -11,19 +11,16 @@ from itertools import repeat
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 try:
     import obstore
     from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError, NotSupportedError
     from obstore.store import S3Store
 except ImportError as exc:
     raise ImportError("ObjectStoreTier needs obstore: pip install 'kvloom[s3]'") from exc
-from torch import Tensor
-
 from ....errors import TierTimeoutError, TierUnavailableError
 from ...encoding.buffer_pool import BufferPool
-from .byte_store import Found
+from ...encoding.copies import copy_bytes
+from .byte_store import Arriving, Found, Outgoing
 from .record import MOST_RECORD_BYTES
 from .tier import DistributedTier, Sharing
 
@@ -32,6 +29,7 @@ if TYPE_CHECKING:
 
 _PART_BYTES = 8 << 20
 _PARTS_AT_A_TIME = 4
+_PIECE_BYTES = 1 << 19  # of an answer, verified while the next is under way
 _REQUESTS_AT_A_TIME = 8  # of a look-up: a bucket answers one key a request
 _HEADER_BYTES = 1 << 14  # compared to tell whether an object is the same
 _ABSENT = (NotFoundError, FileNotFoundError)
@@ -110,9 +108,9 @@ class _Objects:
         self._lock = threading.Lock()  # of the next
         self._threads: ThreadPoolExecutor | None = None
 
-    def put(self, name: str, parts: Sequence[memoryview], nbytes: int, expires_at_s: float | None) -> None:
+    def put(self, name: str, outgoing: Outgoing, expires_at_s: float | None) -> None:
         try:
-            self._put(name, parts, nbytes)
+            self._put(name, outgoing.parts(), outgoing.nbytes)
         except _ABSENT as exc:
             raise TierUnavailableError(f"there is no bucket: {_first_line(exc)}") from exc
 
@@ -140,15 +138,33 @@ class _Objects:
                     return
             obstore.put(self._store, name, iter(parts), use_multipart=False)
 
-    def get(self, name: str, nbytes: int | None) -> Tensor | None:
+    @contextmanager
+    def reading(self, name: str, nbytes: int | None) -> Iterator[Arriving | None]:
         with self._failures():
             try:
-                found = obstore.get(self._store, name).bytes()
+                found = obstore.get(self._store, name)
+                pieces = iter(found.stream(min_chunk_size=_PIECE_BYTES))
             except _ABSENT:
-                return None
-        data = self._buffers.empty(len(found))
-        data.numpy()[:] = np.frombuffer(memoryview(found), np.uint8)
-        return data
+                found = None
+            if found is None:
+                yield None
+                return
+            data = self._buffers.empty(found.meta["size"])
+            view: memoryview = data.numpy().data
+            filled = 0
+
+            def until(count: int) -> None:
+                nonlocal filled
+                while filled < count:
+                    piece = memoryview(next(pieces, b"")).cast("B")
+                    if not piece or filled + len(piece) > len(view):
+                        raise TierUnavailableError(
+                            f"the object store has sent {filled + len(piece)} bytes of {len(view)}"
+                        )
+                    copy_bytes(view[filled : filled + len(piece)], piece)
+                    filled += len(piece)
+
+            yield Arriving(data, until)
 
     def get_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> Sequence[memoryview] | None:
         starts, ends = [start for start, _ in ranges], [stop for _, stop in ranges]

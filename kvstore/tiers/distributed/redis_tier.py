@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ....errors import ChunkTooLargeError, TierFullError, TierTimeoutError, TierUnavailableError
 from ...encoding.buffer_pool import BufferPool
-from .byte_store import Found
+from .byte_store import Arriving, Found, Outgoing
 from .tier import DistributedTier, Sharing
 
 _MOST_BYTES = 512 << 20  # of a value: `proto-max-bulk-len`, unless the server has another
@@ -89,7 +89,8 @@ class _Values:
         self._client = redis.Redis(connection_pool=self._pool)
         self._buffers = BufferPool()
 
-    def put(self, name: str, parts: Sequence[memoryview], nbytes: int, expires_at_s: float | None) -> None:
+    def put(self, name: str, outgoing: Outgoing, expires_at_s: float | None) -> None:
+        nbytes = outgoing.nbytes
         if nbytes > _MOST_BYTES:
             raise ChunkTooLargeError(
                 f"Redis takes no value of {nbytes} bytes; at most {_MOST_BYTES}", needed_bytes=nbytes
@@ -102,13 +103,17 @@ class _Values:
         command = [b"*%d\r\n" % (3 + len(options)), _bulk(b"SET"), _bulk(name.encode()), b"$%d\r\n" % nbytes]
         end = b"\r\n" + b"".join(map(_bulk, options))
         with self._failures(nbytes), self._connection() as connection:
-            connection.send_packed_command(_joined([*command, *parts, end]))
+            connection.send_packed_command(_joined([*command, *outgoing.parts(), end]))
             connection.read_response()
 
-    def get(self, name: str, nbytes: int | None) -> Tensor | None:
+    @contextmanager
+    def reading(self, name: str, nbytes: int | None) -> Iterator[Arriving | None]:
         with self._failures(), self._connection() as connection:
             replies = self._ask(connection, [[b"GET", name.encode()]])
-            return replies.bulk(self._buffers)
+            arriving = replies.arriving(self._buffers)
+            yield arriving
+            if arriving is not None:
+                arriving.until(len(arriving.data))
 
     def get_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> Sequence[memoryview] | None:
         key = name.encode()
@@ -186,6 +191,14 @@ class _Replies:
 
     def bulk(self, buffers: BufferPool) -> Tensor | None:
         """The next reply; None for a null."""
+        arriving = self.arriving(buffers)
+        if arriving is None:
+            return None
+        arriving.until(len(arriving.data))
+        return arriving.data
+
+    def arriving(self, buffers: BufferPool) -> Arriving | None:
+        """As `bulk`, while its bytes are under way; it must have arrived whole before the next is asked for."""
         line = self._line()
         if line[:1] == b"-":
             raise redis.ResponseError(line[1:].decode(errors="replace"))
@@ -199,10 +212,14 @@ class _Replies:
         filled = min(len(self._rest), len(view))
         view[:filled] = self._rest[:filled]
         self._rest = self._rest[filled:]
-        while filled < len(view):
-            count = self._socket.recv_into(view[filled:])
-            filled += self._received(count)
-        return data[:nbytes]
+
+        def until(count: int) -> None:
+            nonlocal filled
+            stop = count + 2 if count == nbytes else count  # the end of the line with the last byte
+            while filled < stop:
+                filled += self._received(self._socket.recv_into(view[filled:]))
+
+        return Arriving(data[:nbytes], until)
 
     def _line(self) -> bytes:
         while b"\r\n" not in self._rest:

@@ -12,8 +12,8 @@ from typing import TypeVar
 
 from ....core import NOTHING, ChunkInfo, ChunkKey, EncodedChunk, Entry
 from ....errors import ChunkCorruptError, ChunkUnreachableError, TierFullError, TierUnavailableError
-from ...format import Header, layer_ranges, read_container, read_header, read_layers, to_buffers
-from .byte_store import BytesInFlight, ByteStore
+from ...format import Container, Header, layer_ranges, read_container, read_header, read_layers
+from .byte_store import Arriving, BytesInFlight, ByteStore, Outgoing
 from .record import MOST_RECORD_BYTES, read_record, to_record
 
 T = TypeVar("T")
@@ -108,12 +108,11 @@ class DistributedTier:
 
     def put(self, key: ChunkKey, blob: EncodedChunk, info: ChunkInfo = NOTHING) -> int:
         self._expect_open()
-        buffers = to_buffers(key, blob)
-        record = to_record(key, info, sum(map(len, buffers)))
-        parts = [memoryview(record), *buffers]
-        nbytes = sum(map(len, parts))
+        container = Container(key, blob)
+        outgoing = Outgoing(to_record(key, info, container.nbytes), container)
+        nbytes = outgoing.nbytes
         with self._reserved(key, nbytes), self._in_flight.moving(nbytes):
-            self._store.put(self._object(key), parts, nbytes, info.expires_at_s)
+            self._store.put(self._object(key), outgoing, info.expires_at_s)
             with self._lock:
                 self._remove(key)
                 self._known[key] = Entry(key, nbytes, info)
@@ -172,22 +171,29 @@ class DistributedTier:
         self._expect_open()
         known = self._known.get(key)
         nbytes = None if known is None else known.nbytes
-        with self._noting_absence(key), self._in_flight.moving(nbytes or 0):
-            data = self._store.get(self._object(key), nbytes)
-        if data is None:
+        reading = self._store.reading(self._object(key), nbytes)
+        with self._noting_absence(key), self._in_flight.moving(nbytes or 0), reading as arriving:
+            blob, is_expired = (None, False) if arriving is None else self._received(key, arriving)
+        if is_expired:
+            self.delete(key)
+        elif blob is None:
             self._forget(key)
-            return None
-        view: memoryview = data.numpy().data
+        return blob
+
+    def _received(self, key: ChunkKey, arriving: Arriving) -> tuple[EncodedChunk | None, bool]:
+        """The chunk, each piece verified while others are under way; or none, and whether it is expired."""
+        data, view = arriving.data, arriving.data.numpy().data
+        arriving.until(min(MOST_RECORD_BYTES, len(view)))
         info, begin = read_record(view, key, len(view))
         if self._is_expired(info):
-            self.delete(key)
-            return None
+            return None, True
 
-        def in_place(_: memoryview, offset: int) -> None:
-            """The bytes are there already."""
+        def arrive(buffer: memoryview, offset: int) -> None:
+            """The bytes come to lie where they are looked at."""
+            arriving.until(begin + offset + len(buffer))
 
-        blob = read_container(in_place, len(view) - begin, key, lambda _: data[begin:])
-        return replace(blob, leased=True) if self._store.lends else blob
+        blob = read_container(arrive, len(view) - begin, key, lambda _: data[begin:])
+        return (replace(blob, leased=True) if self._store.lends else blob), False
 
     def _get_layers(self, key: ChunkKey, start: int, stop: int) -> EncodedChunk | None:
         self._expect_open()
