@@ -27,11 +27,13 @@ class Need:
     names : of distributions, any of which will do.
     least : oldest version that works.
     tested : newest version that was tested; None: any newer one is expected to work.
+    below : first version that does not work any more; None: none is known.
     """
 
     names: tuple[str, ...]
     least: str
     tested: str | None = None
+    below: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +119,7 @@ INTEGRATIONS = (
     Integration(
         "kvloom service",
         (
-            Need(("fastapi",), "0.133", "0.136"),
+            Need(("fastapi",), "0.133", "0.136", below="0.137"),
             Need(("uvicorn",), "0.38"),
             Need(("httptools",), "0.7"),
             Need(("pydantic-settings",), "2.12"),
@@ -174,6 +176,8 @@ def finding_of(integration: Integration) -> Finding:
         package = f"{name} {installed}" if i == 0 else package
         if _is_older(installed, need.least):
             problems.append(f"{name} {installed} is too old, {need.least} is needed")
+        elif need.below is not None and not _is_older(installed, need.below):
+            problems.append(f"{name} {installed} is too new, a version below {need.below} is needed")
         elif need.tested is not None and _is_newer(installed, need.tested):
             newer.append(f"{name} {installed} is newer than what was tested ({need.tested})")
     if problems:

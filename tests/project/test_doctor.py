@@ -65,6 +65,11 @@ def test_an_engine_that_does_not_find_kvloom(tmp_path: Path, monkeypatch: pytest
     install(tmp_path, "fastapi", "0.136.0")
     service = found("kvloom service")
     assert not service.is_usable and "uvicorn is not installed" in service.text
+    (tmp_path / "fastapi-0.136.0.dist-info").rename(tmp_path / "fastapi-0.137.dist-info")
+    (tmp_path / "fastapi-0.137.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: fastapi\nVersion: 0.137\n"
+    )
+    assert "fastapi 0.137 is too new, a version below 0.137 is needed" in found("kvloom service").text
 
 
 def test_a_library_and_a_program_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,6 +95,8 @@ def test_bounds_are_those_of_the_project() -> None:
     for name, need in needs.items():
         if name not in engines:
             assert need.least == asked[name], name
+    below = dict(re.findall(r"([a-z0-9_-]+)>=[\d.]+,<([\d.]+)", " ".join(map(" ".join, extras.values()))))
+    assert {name: need.below for name, need in needs.items() if need.below} == below
     for name, script in engines.items():
         text = (ROOT / "tests" / "engines" / script).read_text()
         version = re.search(r"^version=\D*([\d.]+)", text, re.MULTILINE)
