@@ -33,6 +33,7 @@ from .choosers import (
     by_deviation,
     by_first_and_question,
     deviation_of,
+    places_in_chunks,
     squares,
     value_deviation_of,
 )
@@ -198,8 +199,7 @@ class Blender:
         layers = spec.num_layers
         keys = torch.empty(layers, spec.num_kv_heads, total, spec.head_dim, dtype=spec.dtype, device=device)
         values = torch.empty(layers, spec.num_kv_heads, total, spec.value_dim, dtype=spec.dtype, device=device)
-        chunk_of = torch.searchsorted(starts, torch.arange(total), right=True) - 1
-        offsets = (torch.arange(total) - starts[chunk_of]).to(device)
+        offsets, to_next = (each.to(device) for each in places_in_chunks(torch.arange(total), starts))
         needed = exact_tokens if self.recompute_ratio >= 1.0 else total  # what is computed anyway need not be loaded
         loader = ThreadPoolExecutor(1, thread_name_prefix="kvloom-load")
         try:
@@ -211,7 +211,15 @@ class Blender:
             if question_ids is not None and len(question_ids):
                 question = _Question(model, question_ids, keys, values, lambda layer: loads[layer].result())
             attended, fresh = self._compute(
-                model, token_ids.to(device), offsets, exact_tokens, keys, values, lambda n: loads[n].result(), question
+                model,
+                token_ids.to(device),
+                offsets,
+                to_next,
+                exact_tokens,
+                keys,
+                values,
+                lambda n: loads[n].result(),
+                question,
             )
         finally:
             loader.shutdown(cancel_futures=True)
@@ -223,6 +231,7 @@ class Blender:
         model: LayerwiseModel,
         token_ids: Tensor,
         offsets: Tensor,
+        to_next: Tensor,
         exact_tokens: int,
         keys: Tensor,
         values: Tensor,
@@ -241,8 +250,9 @@ class Blender:
             now = active
             attention = None if question is None else lambda: question.attention()[:, now]
             if rows is None:
-                return CandidateTokens(now, offsets[now], None, attention)
-            return CandidateTokens(now, offsets[now], deviation_of(rows), attention, value_deviation_of(rows))
+                return CandidateTokens(now, offsets[now], None, attention, to_next=to_next[now])
+            deviations = deviation_of(rows), attention, value_deviation_of(rows)
+            return CandidateTokens(now, offsets[now], *deviations, to_next[now])
 
         active = active[self._keep(tokens(None), 0, layers, candidates)]
         hidden = model.embed(token_ids[active])

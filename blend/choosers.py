@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+NO_NEXT = 1 << 40  # where the chunk behind the last one would begin
+_BEGIN_TOKENS = 8  # of a chunk, that are worth more than the last ones of the chunk before
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CandidateTokens:
@@ -22,6 +25,8 @@ class CandidateTokens:
     offsets : `[N]` int64, in the token's own chunk.
     deviation : `[N]` float32, how far the cached KV is from the KV computed in context; None before the check layer.
     value_deviation : `[N]` float32, the same of the values alone.
+    to_next : `[N]` int64, from the token to the first one of the next chunk, at least 1; in the last chunk `NO_NEXT`
+        less the position. None if the next chunks are not known.
     attention : gives `[2, N]` float32, how much the question attends to the tokens, see `question.question_attention`.
         The question runs through the model when this is called first, and not before. None if no question was given.
     """
@@ -31,12 +36,26 @@ class CandidateTokens:
     deviation: Tensor | None
     attention: Callable[[], Tensor] | None = None
     value_deviation: Tensor | None = None
+    to_next: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.positions)
 
 
 Chooser = Callable[[CandidateTokens, int], Tensor | None]
+
+
+def places_in_chunks(positions: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    """`offsets` and `to_next` of `CandidateTokens`: `[N]` each.
+
+    Parameters
+    ----------
+    positions : `[N]` int64, none before the first start.
+    starts : `[C]` int64, of the chunks, ascending.
+    """
+    chunk = torch.searchsorted(starts, positions, right=True) - 1
+    following = torch.cat((starts[1:], starts.new_tensor([NO_NEXT])))
+    return positions - starts[chunk], following[chunk] - positions
 
 
 def kv_deviation(fresh_keys: Tensor, cached_keys: Tensor, fresh_values: Tensor, cached_values: Tensor) -> Tensor:
@@ -172,6 +191,22 @@ def by_first_and_question(tokens: CandidateTokens, count: int) -> Tensor | None:
     return _and_rest(firsts, _question_scores(tokens), count // 2)
 
 
+def by_borders_and_question(tokens: CandidateTokens, count: int) -> Tensor | None:
+    """Half of the tokens are nearest to borders between chunks, the other half what the question attends to most.
+
+    As `by_first_and_question`, with the last tokens of a chunk, too: they are the first part of what a border cuts, and
+    a question must tell it from what the other borders cut. The first `_BEGIN_TOKENS` of a chunk come before them.
+    Without a question, all are chosen by the deviation of values.
+    """
+    if tokens.attention is None:
+        return by_values(tokens, count)
+    distance = tokens.offsets
+    if tokens.to_next is not None:
+        distance = torch.minimum(distance, tokens.to_next - 1 + _BEGIN_TOKENS)
+    near = distance.argsort(stable=True)[: count - count // 2]
+    return _and_rest(near, _question_scores(tokens), count // 2)
+
+
 def by_first_and_values(tokens: CandidateTokens, count: int) -> Tensor | None:
     """Half of the tokens are the first ones of every chunk, the other half by the deviation of values."""
     if tokens.value_deviation is None:
@@ -237,6 +272,7 @@ CHOOSERS: dict[str, Chooser] = {
     "values+question": by_values_and_question,
     "first+values": by_first_and_values,
     "first+question": by_first_and_question,
+    "borders+question": by_borders_and_question,
     "question": by_question,
     "mean attention": by_mean_attention,
     "deviation+question": by_deviation_and_question,

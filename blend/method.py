@@ -23,12 +23,20 @@ ENGINE_CHOICES = (
     "deviation+question",
     "values+question",
     "first+question",
+    "borders+question",
     "question",
 )
 """Choosers, by their names in `CHOOSERS`, that serving engines know, too."""
 
-NEEDS_QUESTION = ("question", "first+question", "deviation+question", "values+question", "mean attention")
-WITHOUT_DEVIATION = ("question", "first+question", "mean attention", "first", "none")
+NEEDS_QUESTION = (
+    "question",
+    "first+question",
+    "borders+question",
+    "deviation+question",
+    "values+question",
+    "mean attention",
+)
+WITHOUT_DEVIATION = ("question", "first+question", "borders+question", "mean attention", "first", "none")
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from ..evaluation.placed import FusionBed
 from ..evaluation.questions import Question
 
 CHECK_LAYERS = (1, 2, 3)
-WITHOUT_FULL_LAYERS = ("question", "first+question")
+WITHOUT_FULL_LAYERS = ("question", "first+question", "borders+question")
 SELECTS = ("deviation", "values", "first+values", "deviation+question", "values+question")
 TUNED_KINDS = ("astride", "multihop")
 """What documents bind to one another, and what one question needs of them: methods that win one fail the other."""

@@ -24,7 +24,14 @@ from .store_settings import (
 
 LoadMode: TypeAlias = Literal["async", "layerwise"]
 FusionSelect: TypeAlias = Literal[
-    "deviation", "values", "first+values", "deviation+question", "values+question", "first+question", "question"
+    "deviation",
+    "values",
+    "first+values",
+    "deviation+question",
+    "values+question",
+    "first+question",
+    "borders+question",
+    "question",
 ]
 
 

@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from kvloom.blend.attention import causal_attention
 from kvloom.blend.blender import CACHEBLEND, BlendedContext, Blender
 from kvloom.blend.choosers import CHOOSERS, by_deviation, first_tokens, no_tokens, random_tokens
+from kvloom.blend.method import WITHOUT_DEVIATION
 from kvloom.blend.question import question_attention
 from kvloom.connectors.hf.model import TransformersModel
 
@@ -216,9 +217,8 @@ def test_sets_nest_and_follow_the_ratios(name: str, ratio: float) -> None:
     context = case.blend(blender)
     everything, layers = context.candidates, 7
     gradual = [math.ceil(blender.layer_ratio(layer, layers) * everything) for layer in range(1, layers - 1)]
-    first = (
-        gradual[0] if name in ("first", "question", "first+question", "mean attention") else everything
-    )  # a chooser without deviations chooses before layer 0
+    # A chooser without deviations chooses before layer 0.
+    first = gradual[0] if name in WITHOUT_DEVIATION else everything
     assert context.attended_tokens == (first, *gradual, 0)
     assert abs(sum(gradual) / len(gradual) / everything - ratio) <= 1 / everything
     sets = [set(fresh.tolist()) for fresh in context.fresh]

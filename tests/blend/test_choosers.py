@@ -11,6 +11,7 @@ from torch import Tensor
 from kvloom.blend.choosers import (
     CHOOSERS,
     CandidateTokens,
+    by_borders_and_question,
     by_deviation,
     by_deviation_and_question,
     by_first_and_question,
@@ -24,6 +25,7 @@ from kvloom.blend.choosers import (
     first_tokens,
     kv_deviation,
     no_tokens,
+    places_in_chunks,
     random_tokens,
     squares,
     value_deviation_of,
@@ -47,15 +49,16 @@ def make_tokens(count: int, *, chunk_tokens: int = CHUNK_TOKENS, seed: int = 0) 
     generator = torch.Generator().manual_seed(seed)
     deviation, values, *rows = (torch.randperm(count, generator=generator) + 1.0 for _ in range(4))
     attention = torch.stack(rows)
-    offsets = torch.arange(count) % chunk_tokens
-    return CandidateTokens(torch.arange(7, 7 + count), offsets, deviation, lambda: attention, values)
+    positions, starts = torch.arange(7, 7 + count), torch.arange(7, 7 + count, chunk_tokens)
+    offsets, to_next = places_in_chunks(positions, starts)
+    return CandidateTokens(positions, offsets, deviation, lambda: attention, values, to_next)
 
 
 def pick(tokens: CandidateTokens, chosen: Tensor) -> CandidateTokens:
-    rows = tokens.positions, tokens.offsets, tokens.deviation, tokens.value_deviation
-    positions, offsets, deviation, values = (t[chosen] for t in rows)
+    rows = tokens.positions, tokens.offsets, tokens.deviation, tokens.value_deviation, tokens.to_next
+    positions, offsets, deviation, values, to_next = (t[chosen] for t in rows)
     attention = tokens.attention()[:, chosen]
-    return CandidateTokens(positions, offsets, deviation, lambda: attention, values)
+    return CandidateTokens(positions, offsets, deviation, lambda: attention, values, to_next)
 
 
 def test_table_names_all() -> None:
@@ -63,6 +66,7 @@ def test_table_names_all() -> None:
         by_deviation,
         by_question,
         by_first_and_question,
+        by_borders_and_question,
         by_first_and_values,
         by_mean_attention,
         by_values,
@@ -136,6 +140,25 @@ def test_first_tokens_and_others() -> None:
     assert by_first_and_values(tokens, 4).tolist() == [0, 4, 10, 18]
     blind = CandidateTokens(positions, tokens.offsets, None, None, values)
     assert by_first_and_question(blind, 2).tolist() == by_values(blind, 2).tolist() == [4, 10]
+
+
+def test_both_sides_of_a_border() -> None:
+    """Chunks of 30 and 20: the first tokens of both, and from the ninth on the last ones of the first, too."""
+    positions, starts = torch.arange(5, 55), torch.tensor([5, 35])
+    offsets, to_next = places_in_chunks(positions, starts)
+    assert offsets.tolist() == [*range(30), *range(20)]
+    assert to_next[:30].tolist() == list(range(30, 0, -1)) and int(to_next[30:].min()) > 1000
+    attention = torch.zeros(2, 50)
+    attention[1, 25:29] = torch.arange(4.0)
+    tokens = CandidateTokens(positions, offsets, None, lambda: attention, None, to_next)
+    assert by_borders_and_question(tokens, 1).tolist() == [0]
+    first = [*range(8), *range(30, 38)]
+    near = set(by_borders_and_question(tokens, 44).tolist())
+    assert {*first, 8, 9, 38, 39, 28, 29} <= near
+    half = [each for each in by_borders_and_question(tokens, 38).tolist() if attention[1, each] == 0]
+    assert {*first, 8, 29, 38} <= set(half)
+    without = CandidateTokens(positions, offsets, None, lambda: attention)
+    assert by_borders_and_question(without, 20).tolist() == by_first_and_question(without, 20).tolist()
 
 
 def test_values_alone() -> None:

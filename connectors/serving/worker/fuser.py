@@ -35,7 +35,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ....blend.choosers import CHOOSERS, CandidateTokens, by_deviation, deviation_of, squares, value_deviation_of
+from ....blend.choosers import (
+    CHOOSERS,
+    CandidateTokens,
+    by_deviation,
+    deviation_of,
+    places_in_chunks,
+    squares,
+    value_deviation_of,
+)
 from ....blend.method import WITHOUT_DEVIATION, FusionMethod
 from ....errors import EngineError
 from ..messages import Advance, Fusion, Loaded
@@ -238,14 +246,15 @@ class Fuser:
             return
         positions = job.probed[is_candidate]
         starts = torch.tensor([document.start for document in fusion.documents])
-        offsets = positions - starts[torch.searchsorted(starts, positions, right=True) - 1]
+        offsets, to_next = places_in_chunks(positions, starts)
         attention, choose = None, CHOOSERS[self._select]
         if fusion.question is not None:
             attention = partial(self._attention, fusion, positions)
         elif self._select in WITHOUT_DEVIATION:  # there is none
             choose = by_deviation
         of_kv = rows[:4, is_candidate]
-        tokens = CandidateTokens(positions, offsets, deviation_of(of_kv), attention, value_deviation_of(of_kv))
+        deviations = deviation_of(of_kv), attention, value_deviation_of(of_kv)
+        tokens = CandidateTokens(positions, offsets, *deviations, to_next)
         chosen = choose(tokens, math.ceil(fusion.ratio * len(positions)))
         kept = positions if chosen is None else positions[chosen]
         job.computed = torch.cat((job.probed[~is_candidate], kept)).sort().values
