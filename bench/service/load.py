@@ -34,11 +34,13 @@ class LoadResult:
     """What a load has shown. `rss`: seconds since it began, and bytes of the service's memory, in order."""
 
     durability: str
+    workers: int
     clients: int
     spent_s: float
     operations: int
     errors: Sequence[str]
     match_s: Sequence[float]
+    bare_s: Sequence[float]
     rss: Sequence[tuple[float, int]]
     acknowledged: int
     lost: int
@@ -53,22 +55,35 @@ class LoadResult:
         return median(warm[-third:]) / median(warm[:third])
 
     def match_quantile(self, share: float) -> float:
-        times = sorted(self.match_s)
-        return times[min(len(times) - 1, int(len(times) * share))] if times else float("nan")
+        return _quantile(self.match_s, share)
+
+    def bare_quantile(self, share: float) -> float:
+        return _quantile(self.bare_s, share)
 
     def rows(self) -> list[dict[str, object]]:
         """The memory over time, and what was done, as plain values."""
         done = {"what": "load", "durability": self.durability, "clients": self.clients, "spent_s": self.spent_s}
+        done |= {"workers": self.workers}
         done |= {"operations": self.operations, "errors": len(self.errors), "first_errors": list(self.errors[:5])}
         done |= {"acknowledged": self.acknowledged, "lost": self.lost}
         done |= {"match_p50_s": self.match_quantile(0.5), "match_p99_s": self.match_quantile(0.99)}
+        done |= {"bare_p50_s": self.bare_quantile(0.5), "bare_p99_s": self.bare_quantile(0.99)}
         memory = [{"what": "memory", "durability": self.durability, "at_s": at_s, "bytes": n} for at_s, n in self.rss]
         return [done, *memory]
 
 
-def run_load(folder: Path, *, durability: Literal["batch", "sync"], clients: int, load_s: float) -> LoadResult:
+def _quantile(seconds: Sequence[float], share: float) -> float:
+    times = sorted(seconds)
+    return times[min(len(times) - 1, int(len(times) * share))] if times else float("nan")
+
+
+def run_load(
+    folder: Path, *, durability: Literal["batch", "sync"], clients: int, load_s: float, workers: int = 1
+) -> LoadResult:
     """Clients at full tilt for `load_s`, then SIGTERM; a new service is asked for everything that was acknowledged."""
-    serve = partial(kvloom_server, folder, host_bytes=2 << 30, disk_bytes=4 << 30, durability=durability)
+    serve = partial(
+        kvloom_server, folder, host_bytes=2 << 30, disk_bytes=4 << 30, durability=durability, workers=workers
+    )
     with serve() as (served, process), ExitStack() as stack:
         numbers = range(clients)
         shares = [[n for n in numbers if n % _PROCESSES == part] for part in range(min(_PROCESSES, clients))]
@@ -91,30 +106,39 @@ def run_load(folder: Path, *, durability: Literal["batch", "sync"], clients: int
     lost = _lost(folder, [sample_key("load", *name) for name in sorted(acknowledged)], serve)
     return LoadResult(
         durability,
+        workers,
         clients,
         spent_s,
         sum(each["operations"] for each in seen),
         [error for each in seen for error in each["errors"]],
         [spent for each in seen for spent in each["match_s"]],
+        [spent for each in seen for spent in each["bare_s"]],
         rss,
         len(acknowledged),
         lost,
     )
 
 
-def load_metrics(load: LoadResult, also: LoadResult) -> dict[str, Metric]:
-    """The figures of a load; errors and losses of another one are added."""
-    p99_s, growth = load.match_quantile(0.99), load.growth
-    errors, lost = len(load.errors) + len(also.errors), load.lost + also.lost
-    asked = f"{load.acknowledged} keys of class {load.durability}, {also.acknowledged} of class {also.durability}"
-    gb_s = load.operations * CHUNK_BYTES / load.spent_s / 1e9
-    return {
-        "match_256_p99_s": Metric(p99_s, p99_s, p99_s, "s", f"{len(load.match_s)} look-ups"),
-        "errors_under_load": Metric(errors, errors, errors, "", f"{load.operations + also.operations} operations"),
+def load_metrics(load: LoadResult, *others: LoadResult) -> dict[str, Metric]:
+    """The figures of a load; errors and losses of others are added, and speeds of those with workers stand beside."""
+    growth, loads = load.growth, (load, *others)
+    errors, lost = sum(len(each.errors) for each in loads), sum(each.lost for each in loads)
+    asked = ", ".join(f"{each.acknowledged} keys of class {each.durability}" for each in loads)
+    operations = sum(each.operations for each in loads)
+    metrics = {
+        "errors_under_load": Metric(errors, errors, errors, "", f"{operations} operations"),
         "acknowledged_lost": Metric(lost, lost, lost, "", asked),
         "load_memory_growth": Metric(growth, growth, growth, "times", "the second quarter of the time"),
-        "load_gb_s": Metric(gb_s, gb_s, gb_s, "GB/s", f"{load.clients} clients"),
     }
+    for each in (load, *(other for other in others if other.workers > 1)):
+        name = "" if each is load else f"_{each.workers}_workers"
+        p99_s, bare_s = each.match_quantile(0.99), each.bare_quantile(0.99)
+        beside = f"{len(each.match_s)} look-ups; as many bytes to a bare socket beside them take {bare_s:.3g} s"
+        gb_s = each.operations * CHUNK_BYTES / each.spent_s / 1e9
+        metrics[f"match_256_p99_s{name}"] = Metric(p99_s, p99_s, p99_s, "s", beside)
+        metrics[f"bare_256_p99_s{name}"] = Metric(bare_s, bare_s, bare_s, "s", f"{len(each.bare_s)} exchanges")
+        metrics[f"load_gb_s{name}"] = Metric(gb_s, gb_s, gb_s, "GB/s", f"{each.clients} clients")
+    return metrics
 
 
 def _lost(folder: Path, keys: Sequence[ChunkKey], serve: Callable[[], KVLoomServer]) -> int:

@@ -13,15 +13,18 @@ import json
 import sys
 import threading
 import time
+from contextlib import closing
 
 from ...errors import KVLoomError
 from ...kvstore.tiers.remote.client import KVLoomClient
 from ..harness.samples import encoded, sample_chunk, sample_key
+from .servers import BareSocket
 
 CHUNK_BYTES = 1 << 20
 KEYS_OF_A_CLIENT = 4
 MATCHED_KEYS = 256
 _MATCH_PAUSE_S = 0.01
+_BYTES_OF_A_KEY = 68  # in JSON
 _TIMEOUT_S = 60.0
 
 
@@ -36,6 +39,7 @@ class Load:
         self.errors: list[str] = []
         self.operations = 0
         self.match_s: list[float] = []
+        self.bare_s: list[float] = []
 
     def put_and_get(self, client_number: int) -> None:
         """Puts its own few chunks over and over, and gets them: what is stored stays small, and nothing is evicted."""
@@ -59,9 +63,13 @@ class Load:
                         self.errors.append(error)
 
     def match(self) -> None:
-        """Looks up keys that are there, again and again, and measures it."""
+        """Looks up keys that are there, again and again, and measures it; and as many bytes to a bare socket beside it.
+
+        The latter is what the machine takes to have another process answer at all, with all its clients at work.
+        """
         keys = [sample_key("match", number) for number in range(MATCHED_KEYS)]
-        with self._client() as client:
+        asked = memoryview(bytearray(_BYTES_OF_A_KEY * MATCHED_KEYS))
+        with self._client() as client, closing(BareSocket(len(asked))) as bare:
             (blob,) = encoded({keys[0]: sample_chunk(1 << 14, seed=0)}).values()
             for key in keys:
                 client.put(key, blob)
@@ -73,6 +81,9 @@ class Load:
                 except KVLoomError as exc:
                     self.errors.append(str(exc))
                 self.match_s.append(time.perf_counter() - began_s)
+                began_s = time.perf_counter()
+                bare.put(asked)
+                self.bare_s.append(time.perf_counter() - began_s)
                 time.sleep(_MATCH_PAUSE_S)
 
     def end(self) -> None:
@@ -102,6 +113,7 @@ def main() -> None:
         "errors": load.errors,
         "operations": load.operations,
         "match_s": load.match_s,
+        "bare_s": load.bare_s,
     }
     print(json.dumps(seen), flush=True)
 

@@ -28,6 +28,8 @@ from .servers import BareSocket, kvloom_server, redis_server
 
 KIB, MIB = 1 << 10, 1 << 20
 COPY, SHM, HTTP = "a plain copy", "kvloom, shared memory", "kvloom, HTTP"
+WORKERS = 2
+WORKED = f"kvloom, HTTP, {WORKERS} workers"
 SOCKET, REDIS, LMCACHE = "a bare socket", "Redis", "LMCache's server"
 TITLE = "How fast is the service, beside a copy, a bare socket, Redis and LMCache, and does it lose anything?"
 MEANING = (
@@ -78,13 +80,21 @@ def run(*, quick: bool = False, lmcache_python: Path | None = None) -> BenchResu
     sizes, python = QUICK if quick else FULL, find_python(lmcache_python)
     with tempfile.TemporaryDirectory() as folder, progress() as bar:
         found, notes = _transfers(Path(folder), sizes, python, bar)
-        task = bar.add_task("load", total=2)
+        task = bar.add_task("load", total=3)
         load = run_load(Path(folder, "batch"), durability="batch", clients=sizes.clients, load_s=sizes.load_s)
         bar.advance(task)
         synced = run_load(Path(folder, "sync"), durability="sync", clients=sizes.clients, load_s=sizes.sync_load_s)
         bar.advance(task)
-    metrics = _figures(found) | load_metrics(load, synced)
-    rows = [row for comparison in found for row in comparison.rows()] + load.rows() + synced.rows()
+        served = run_load(
+            Path(folder, "workers"),
+            durability="batch",
+            clients=sizes.clients,
+            load_s=sizes.load_s,
+            workers=WORKERS,
+        )
+        bar.advance(task)
+    metrics = _figures(found) | load_metrics(load, synced, served)
+    rows = [row for comparison in found for row in comparison.rows()] + load.rows() + synced.rows() + served.rows()
     tables: list[Table] = [speed_table([c for c in found if c.what == what]) for what in ("get", "put")]
     return BenchResult("service", metrics, rows, tables, targets=TARGETS, notes=[*notes, MEANING], title=TITLE)
 
@@ -96,6 +106,8 @@ def _transfers(folder: Path, sizes: Sizes, python: Path | None, bar: Progress) -
         redis_server(folder) as redis_port,
         KVLoomClient(served.url, token=served.token) as shared,
         KVLoomClient(served.url, token=served.token, shared_memory=False) as plain,
+        kvloom_server(folder / "workers", host_bytes=1 << 30, workers=WORKERS) as (working, _),
+        KVLoomClient(working.url, token=working.token, shared_memory=False) as worked,
         closing(BareSocket(2 * sizes.chunks[-1])) as bare,
         ExitStack() as stack,
     ):
@@ -117,7 +129,7 @@ def _transfers(folder: Path, sizes: Sizes, python: Path | None, bar: Progress) -
         for _ in range(2):  # the first answer lets the client ask for shared memory
             shared.get(sample_key("absent"))
         for nbytes in sizes.chunks:
-            puts, gets = _ways(nbytes, shared, plain, bare, redis, peer)
+            puts, gets = _ways(nbytes, shared, plain, worked, bare, redis, peer)
             for what, ways in (("put", puts), ("get", gets)):
                 seconds = interleave(ways, sizes.rounds, bar, f"{what}, {size_text(nbytes)}")
                 found.append(Comparison(what, nbytes, 1, COPY, seconds))
@@ -125,7 +137,13 @@ def _transfers(folder: Path, sizes: Sizes, python: Path | None, bar: Progress) -
 
 
 def _ways(
-    nbytes: int, shared: KVLoomClient, plain: KVLoomClient, bare: BareSocket, redis: Any, peer: Peer | None
+    nbytes: int,
+    shared: KVLoomClient,
+    plain: KVLoomClient,
+    worked: KVLoomClient,
+    bare: BareSocket,
+    redis: Any,
+    peer: Peer | None,
 ) -> tuple[dict[str, Callable[[], float]], dict[str, Callable[[], float]]]:
     """Each way of putting and of getting a chunk, as seconds."""
     key = sample_key(nbytes)
@@ -137,12 +155,14 @@ def _ways(
         COPY: partial(timed, lambda: copy_bytes(target, data)),
         SHM: partial(timed, lambda: shared.put(key, blob)),
         HTTP: partial(timed, lambda: plain.put(key, blob)),
+        WORKED: partial(timed, lambda: worked.put(key, blob)),
         SOCKET: partial(timed, lambda: bare.put(data)),
     }
     gets: dict[str, Callable[[], float]] = {
         COPY: puts[COPY],
         SHM: partial(timed, lambda: _present(shared.get(key))),
         HTTP: partial(timed, lambda: _present(plain.get(key))),
+        WORKED: partial(timed, lambda: _present(worked.get(key))),
         SOCKET: partial(timed, lambda: bare.get(target)),
     }
     if redis is not None:
@@ -176,6 +196,9 @@ def _figures(found: list[Comparison]) -> dict[str, Metric]:
         "http_put_vs_socket": ("put", HTTP, SOCKET),
         "http_get_vs_redis": ("get", HTTP, REDIS),
         "http_get_vs_lmcache": ("get", HTTP, LMCACHE),
+        f"http_get_vs_socket_{WORKERS}_workers": ("get", WORKED, SOCKET),
+        f"http_put_vs_socket_{WORKERS}_workers": ("put", WORKED, SOCKET),
+        f"http_get_vs_lmcache_{WORKERS}_workers": ("get", WORKED, LMCACHE),
     }
     metrics = {}
     for name, (what, way, of) in shares.items():

@@ -47,11 +47,12 @@ def free_port() -> int:
 
 @contextmanager
 def kvloom_server(
-    folder: Path, *, host_bytes: int, disk_bytes: int = 0, durability: str = "batch"
+    folder: Path, *, host_bytes: int, disk_bytes: int = 0, durability: str = "batch", workers: int = 1
 ) -> Iterator[tuple[ServedAt, subprocess.Popen[str]]]:
     """`kvloom serve`, in memory alone unless there are `disk_bytes`; it is asked to end at the end."""
     command = [sys.executable, "-m", f"{PACKAGE}.cli", "serve", "--directory", str(folder)]
     options = [f"host_bytes={host_bytes}", f"disk_bytes={disk_bytes}", f"durability={durability}", "audit=false"]
+    options.append(f"workers={workers}")
     command += ["--port", str(port := free_port()), *(part for each in options for part in ("--set", each))]
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
     is_first = not (folder / "tokens.json").exists()  # only then is a token shown

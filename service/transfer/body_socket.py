@@ -26,7 +26,8 @@ T = TypeVar("T")
 _LOG = logging.getLogger("kvloom.service")
 EXTENSION = "kvloom.body"  # of the ASGI scope
 
-_AT_ONCE_BYTES = 1 << 22  # less than a millisecond: the event loop may do that itself
+_AT_ONCE_BYTES = 1 << 22  # some hundred microseconds: the event loop may do that itself while nobody else waits for it
+_BESIDE_OTHERS_BYTES = 1 << 17  # otherwise threads move what is longer, so that look-ups do not queue behind bodies
 _SEND_BUFFER_BYTES = 1 << 22
 _LEAST_SEND_BUFFER_BYTES = 1 << 20
 _PIECE_BYTES = 1 << 24  # that a thread moves before it looks at the clock
@@ -97,6 +98,10 @@ class BodySocket:
         return not self._cycle.more_body and len(self._cycle.body) <= most_bytes
 
     @property
+    def _at_once_bytes(self) -> int:
+        return _AT_ONCE_BYTES if len(self._protocol.tasks) <= 1 else _BESIDE_OTHERS_BYTES
+
+    @property
     def _is_open(self) -> bool:
         return not (self._cycle.disconnected or self._protocol.transport.is_closing())
 
@@ -123,7 +128,7 @@ class BodySocket:
         total_bytes = sum(map(len, left))
         send_some = partial(_send, left)
         try:
-            if send_some(self._descriptor, 0.0, _AT_ONCE_BYTES) < total_bytes:
+            if send_some(self._descriptor, 0.0, self._at_once_bytes) < total_bytes:
                 await self._move(send_some, lambda: not left, threads, select.POLLOUT, idle_s, float("inf"))
         except OSError as exc:
             _LOG.info("a client does not take the body: %s", exc or type(exc).__name__)
@@ -162,7 +167,7 @@ class BodySocket:
             return
         left = [view[len(early) :]]
         receive_some = partial(_receive, left)
-        receive_some(self._descriptor, 0.0, _AT_ONCE_BYTES)
+        receive_some(self._descriptor, 0.0, self._at_once_bytes)
         if left[0]:
             await self._move(receive_some, lambda: not left[0], threads, select.POLLIN, idle_s, until_s)
         self.received_bytes = len(view)
@@ -238,7 +243,7 @@ def _send(left: list[memoryview], descriptor: int, pause_s: float, most_bytes: i
     sent = 0
     while left and sent < most_bytes:
         try:
-            count = os.writev(descriptor, left[:_MOST_VECTORS])
+            count = os.writev(descriptor, _first(left[:_MOST_VECTORS], most_bytes - sent))
         except BlockingIOError:
             if not _pause(descriptor, select.POLLOUT, pause_s):
                 break
@@ -251,12 +256,23 @@ def _send(left: list[memoryview], descriptor: int, pause_s: float, most_bytes: i
     return sent
 
 
+def _first(buffers: Sequence[memoryview], nbytes: int) -> list[memoryview]:
+    """The first `nbytes` of the buffers, or all."""
+    found = []
+    for buffer in buffers:
+        if nbytes <= 0:
+            break
+        found.append(buffer[:nbytes])
+        nbytes -= len(buffer)
+    return found
+
+
 def _receive(left: list[memoryview], descriptor: int, pause_s: float, most_bytes: int) -> int:
     """Receives into the start of `left[0]`, and cuts off what was received; the bytes received."""
     received = 0
     while left[0] and received < most_bytes:
         try:
-            count = os.readv(descriptor, [left[0]])
+            count = os.readv(descriptor, [left[0][: most_bytes - received]])
         except BlockingIOError:
             if not _pause(descriptor, select.POLLIN, pause_s):
                 break

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from kvloom.kvstore.format import to_bytes
 from kvloom.kvstore.tiers.host import HostTier
+from kvloom.service.transfer import body_socket
 from kvloom.testing.chunks import make_blob, make_key, same_blob
 
 from .serving import MIB, Service, service_in_thread
@@ -86,6 +88,40 @@ def test_requests_on_one_connection_follow_one_another(service: Service) -> None
             status, body, rest = answer(connection, rest)
             assert (status, body) == (200, expected) if expected else status == 404
         assert rest == b""
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT"])
+def test_the_event_loop_moves_large_bodies_for_nobody_but_a_lone_client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Beside other requests threads move them, so that a look-up need not wait for the bodies before it."""
+    name = "_send" if method == "GET" else "_receive"
+    move, on_loop = getattr(body_socket, name), []
+
+    def noted(left: list[memoryview], descriptor: int, pause_s: float, most_bytes: int) -> int:
+        moved: int = move(left, descriptor, pause_s, most_bytes)
+        if not threading.current_thread().name.startswith("kvloom-bodies"):
+            on_loop.append((moved, most_bytes))
+        return moved
+
+    with service_in_thread(tmp_path, [HostTier(None)]) as service:
+        data = to_bytes(make_key(1), LARGE)
+        path = f"/v1/chunks/{make_key(1).hex()}"
+        assert service.ask("PUT", path, data).status == 201
+        monkeypatch.setattr(body_socket, name, noted)
+        for is_alone in (True, False):
+            on_loop.clear()
+            with socket.create_connection(("127.0.0.1", service.port)) as other:
+                if not is_alone:
+                    other.sendall(request(service, "PUT", 2, "Content-Length: 1000000"))
+                    until_s = time.monotonic() + 30
+                    while not service.context.limits.open_requests and time.monotonic() < until_s:
+                        time.sleep(0.01)
+                    on_loop.clear()
+                answered = service.ask(method, path, data if method == "PUT" else None)
+                assert answered.status in (200, 204) and (method == "PUT" or answered.body == data)
+            limit_bytes = 1 << 22 if is_alone else 1 << 17
+            assert on_loop and all(moved <= most == limit_bytes for moved, most in on_loop)
 
 
 def test_a_body_may_come_in_small_pieces(service: Service) -> None:
