@@ -270,6 +270,7 @@ class KVStore:
         *,
         layers: tuple[int, int] | None = None,
         timeout_s: float | None = None,
+        keeps_undecodable: bool = False,
     ) -> Hit | None:
         """The chunk, where it came from and what it costs; None for a miss.
 
@@ -281,6 +282,8 @@ class KVStore:
         layers : (start, stop) to read these layers alone, which promotes nothing. A chunk that is read layer by layer
             counts as used once, with its first layer. None for the whole chunk.
         timeout_s : how long this call waits for tiers in all, if less than the store's `timeout_s` for each.
+        keeps_undecodable : a chunk of which this store's codecs make nothing stays where it is: it is another's, who
+            has its codec. Damaged bytes are removed all the same.
 
         Raises
         ------
@@ -299,11 +302,11 @@ class KVStore:
             return self._codecs.decode(blob, positions)
 
         if timeout_s is None:
-            found = self._find(key, layers, decode)
+            found = self._find(key, layers, decode, keeps_undecodable)
         else:
             check_timeout(timeout_s)
             with self._placement.deadline.within(timeout_s):
-                found = self._find(key, layers, decode)
+                found = self._find(key, layers, decode, keeps_undecodable)
         return None if found is None else Hit(*found)
 
     def get(
@@ -509,7 +512,11 @@ class KVStore:
         self.close()
 
     def _find(
-        self, key: ChunkKey, layers: tuple[int, int] | None, decode: Callable[[EncodedChunk], T | None]
+        self,
+        key: ChunkKey,
+        layers: tuple[int, int] | None,
+        decode: Callable[[EncodedChunk], T | None],
+        keeps_undecodable: bool = False,
     ) -> tuple[T, str, float | None, int, float] | None:
         """What `decode` makes of the chunk in the fastest tier that can give it, and the other fields of a `Hit`.
 
@@ -517,7 +524,7 @@ class KVStore:
         """
         began_s = time.perf_counter()
         try:
-            found = self._search(key, layers, decode)
+            found = self._search(key, layers, decode, keeps_undecodable)
         except BaseException:
             self._catalog.record_miss(key, "error", time.perf_counter() - began_s)
             raise
@@ -534,7 +541,11 @@ class KVStore:
         return decoded, tier.tier.name, recompute_s, nbytes, load_s
 
     def _search(
-        self, key: ChunkKey, layers: tuple[int, int] | None, decode: Callable[[EncodedChunk], T | None]
+        self,
+        key: ChunkKey,
+        layers: tuple[int, int] | None,
+        decode: Callable[[EncodedChunk], T | None],
+        keeps_undecodable: bool,
     ) -> tuple[TierIO, EncodedChunk, T, float | None] | str:
         """The tier, what it holds, that decoded, and what computing it took; or why it is a miss."""
         reason = "absent"
@@ -548,7 +559,10 @@ class KVStore:
                 decoded = decode(blob)
             except CodecError as exc:
                 reason = "undecodable"
-                tier.discard(key, exc)
+                if keeps_undecodable:
+                    tier.warn(exc)
+                else:
+                    tier.discard(key, exc)
                 continue
             if decoded is not None:
                 return tier, blob, decoded, recompute_s

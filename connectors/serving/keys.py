@@ -4,14 +4,41 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from functools import cache
+from typing import TypeAlias
 
 import numpy as np
 
 from ...core import ChunkKey, KVSpec
 from ...kvstore.keys import TokenIds, content_key, page_hashes, page_keys
 from ..identity.requests import chunk_salt
-from .messages import RankKeys
+from .head_splits import HeadSplit
+from .messages import Document, OtherKeys, RankKeys, RankOthers
 from .settings import ServingSettings
+
+_Numbers: TypeAlias = "tuple[tuple[tuple[int, ...], ...], ...]"
+
+
+class _Specs:
+    """All specs under which KV of an engine may be stored: those of its ranks, and of the parts of other sizes.
+
+    Attributes
+    ----------
+    all : each once.
+    own : of each rank, its number in `all`.
+    parts : the same for `parts[rank][split][part]`; empty if no rank has splits.
+    """
+
+    def __init__(self, specs: Sequence[KVSpec], splits: Sequence[Sequence[HeadSplit]]) -> None:
+        others = [part.spec for rank in splits for split in rank for part in split]
+        self.all = tuple(dict.fromkeys([*specs, *others]))
+        numbers = {spec: number for number, spec in enumerate(self.all)}
+        self.own = tuple(numbers[spec] for spec in specs)
+        self.parts: _Numbers = ()
+        if others:
+            self.parts = tuple(
+                tuple(tuple(numbers[part.spec] for part in split) for split in rank) for rank in splits
+            )
 
 
 class Keys:
@@ -21,11 +48,14 @@ class Keys:
     ----------
     settings : the user's.
     specs : geometry of each rank's cache, by rank.
+    splits : where else each rank's heads may be stored, by rank, see `WorkerInfo`; empty to look nowhere else.
     """
 
-    def __init__(self, settings: ServingSettings, specs: Sequence[KVSpec]) -> None:
+    def __init__(
+        self, settings: ServingSettings, specs: Sequence[KVSpec], splits: Sequence[Sequence[HeadSplit]] = ()
+    ) -> None:
         self._settings = settings
-        self._specs = tuple(specs)
+        self._specs = _Specs(specs, splits)
         self._epoch = b""
         self.lead_ids = settings.lead_ids or ()
 
@@ -37,13 +67,22 @@ class Keys:
         """For the keys of everything in a request; `identity` is the request's own part of a `chunk_salt`."""
         return chunk_salt(tenant=self._settings.salt.encode(), epoch=self._epoch) + identity
 
-    def content(self, token_ids: TokenIds, salt: bytes, rank: int = 0) -> ChunkKey:
-        """Of a document, on one rank."""
-        return content_key(self._specs[rank], token_ids, lead_ids=self.lead_ids, salt=salt)
+    def content(self, token_ids: TokenIds, salt: bytes) -> list[ChunkKey]:
+        """Of a document, on the first rank: its own key, and those of the first ranks of other sizes."""
+        first = [self._specs.own[0], *(split[0] for split in (self._specs.parts or ((),))[0])]
+        return [self._content(number, token_ids, salt) for number in first]
 
-    def contents(self, token_ids: TokenIds, salt: bytes) -> tuple[ChunkKey, ...]:
-        """Of a document, for each rank."""
-        return tuple(self.content(token_ids, salt, rank) for rank in range(len(self._specs)))
+    def document(self, start: int, stop: int, token_ids: TokenIds, salt: bytes) -> Document:
+        """The document `token_ids`, which stands at tokens `[start, stop)` of a prompt."""
+        key_of = cache(lambda number: self._content(number, token_ids, salt))
+        own = tuple(key_of(number) for number in self._specs.own)
+        others = tuple(
+            tuple(tuple(key_of(number) for number in split) for split in rank) for rank in self._specs.parts
+        )
+        return Document(start, stop, own, others)
+
+    def _content(self, number: int, token_ids: TokenIds, salt: bytes) -> ChunkKey:
+        return content_key(self._specs.all[number], token_ids, lead_ids=self.lead_ids, salt=salt)
 
     def prefixes(self, token_ids: Sequence[int], salt: bytes) -> PrefixKeys:
         """Of the chunks of a request, none of them yet: see `PrefixKeys.extend`."""
@@ -53,13 +92,13 @@ class Keys:
 class PrefixKeys:
     """Of the whole chunks of one request, from its first token on. `token_ids` grows as the engine generates."""
 
-    def __init__(self, specs: Sequence[KVSpec], token_ids: Sequence[int], salt: bytes, chunk_tokens: int) -> None:
+    def __init__(self, specs: _Specs, token_ids: Sequence[int], salt: bytes, chunk_tokens: int) -> None:
         self._specs = specs
         self._token_ids = token_ids
         self._salt = salt
         self._chunk_tokens = chunk_tokens
         self._last_hash: bytes | None = None
-        self._rows: list[list[ChunkKey]] = [[] for _ in specs]
+        self._rows: list[list[ChunkKey]] = [[] for _ in specs.all]
 
     def __len__(self) -> int:
         """Chunks whose keys are known."""
@@ -73,13 +112,21 @@ class PrefixKeys:
             row = np.asarray(self._token_ids[done * size : whole * size], dtype=np.int64)
             hashes = page_hashes(row, chunk_tokens=size, after=self._last_hash)
             self._last_hash = hashes[-1]
-            for spec, keys in zip(self._specs, self._rows, strict=True):
+            for spec, keys in zip(self._specs.all, self._rows, strict=True):
                 keys += page_keys(spec, hashes, chunk_tokens=size, salt=self._salt)
 
     def of(self, chunk: int) -> tuple[ChunkKey, ...]:
         """Of one chunk, for each rank."""
-        return tuple(keys[chunk] for keys in self._rows)
+        return tuple(self._rows[number][chunk] for number in self._specs.own)
 
     def between(self, first: int, last: int | None = None) -> RankKeys:
         """Of chunks `[first, last)`; None for `last`: to the end of what is known."""
-        return tuple(tuple(keys[first:last]) for keys in self._rows)
+        return tuple(tuple(self._rows[number][first:last]) for number in self._specs.own)
+
+    def others_between(self, first: int, last: int | None = None) -> RankOthers:
+        """Of the same chunks in other sizes."""
+        chunks = range(len(self))[first:last]
+        return tuple(tuple(self._others(rank, chunk) for chunk in chunks) for rank in self._specs.parts)
+
+    def _others(self, rank: tuple[tuple[int, ...], ...], chunk: int) -> OtherKeys:
+        return tuple(tuple(self._rows[number][chunk] for number in split) for split in rank)

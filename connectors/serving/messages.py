@@ -6,8 +6,9 @@ given for every rank: a rank stores its own heads under its own keys.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import TypeAlias
 
 import numpy as np
@@ -16,9 +17,16 @@ from numpy.typing import NDArray
 from ...blend.method import EXACT, FusionMethod
 from ...core import ChunkKey, KVSpec
 from ...kvstore.placement.catalog import PlacementChange
+from .head_splits import HeadSplit
 
 RankKeys: TypeAlias = "tuple[tuple[ChunkKey, ...], ...]"
 """Keys of the same chunks for every rank: `keys[rank][chunk]`."""
+
+OtherKeys: TypeAlias = "tuple[tuple[ChunkKey, ...], ...]"
+"""Keys of one chunk as engines of other tensor-parallel sizes store it: `keys[split][part]`, see `WorkerInfo.splits`."""
+
+RankOthers: TypeAlias = "tuple[tuple[OtherKeys, ...], ...]"
+"""The same for several chunks and every rank: `others[rank][chunk]`; empty if other sizes are not looked for."""
 
 FoundTiers: TypeAlias = "tuple[str, ...]"
 """Result of a look-up: the tier of each chunk asked for, up to the first chunk that no tier holds."""
@@ -29,13 +37,14 @@ class WorkerInfo:
     """What the scheduler's half has to know of a worker.
 
     `fusion`: how it fuses, with the ratio that certificates permit. `token`: names the worker's connector, for a
-    scheduler in the same process.
+    scheduler in the same process. `splits`: where else its heads may be stored, for each other tensor-parallel size.
     """
 
     spec: KVSpec
     may_fuse: bool = False
     fusion: FusionMethod = EXACT
     token: str = ""
+    splits: tuple[HeadSplit, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +57,11 @@ class LookUp:
     keys: RankKeys
     number: int = 0
     replaces: int = 0
+    others: RankOthers = ()
+
+    def others_of(self, rank: int) -> tuple[OtherKeys, ...]:
+        """Keys of other sizes, for one rank; empty if these are not looked for."""
+        return self.others[rank] if self.others else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +78,15 @@ class Load:
     stop: int
     blocks: tuple[int, ...]
     lookup: int = 0
+    others: RankOthers = ()
+
+    def chunks_of(self, rank: int) -> Iterator[tuple[ChunkKey, OtherKeys]]:
+        """Each chunk's key on one rank, and its keys in other sizes."""
+        return zip(self.keys[rank], self.others_of(rank) or repeat(()), strict=False)
+
+    def others_of(self, rank: int) -> tuple[OtherKeys, ...]:
+        """As of a `LookUp`."""
+        return self.others[rank] if self.others else ()
 
     def blocks_from(self, token: int, block_tokens: int) -> frozenset[int]:
         """The blocks that hold tokens from this one on: those without KV if nothing from there on was loaded."""
@@ -90,11 +113,19 @@ class Save:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A document of a fused request, tokens `[start, stop)`, and its content key for each rank."""
+    """A document of a fused request, tokens `[start, stop)`, and its content key for each rank.
+
+    `others`: for each rank its keys in other sizes; empty if these are not looked for.
+    """
 
     start: int
     stop: int
     keys: tuple[ChunkKey, ...]
+    others: tuple[OtherKeys, ...] = ()
+
+    def others_of(self, rank: int) -> OtherKeys:
+        """Keys of other sizes, for one rank."""
+        return self.others[rank] if self.others else ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,9 @@ Seconds: TypeAlias = Annotated[
     float, Strict(), Field(gt=0, allow_inf_nan=False, description="a number of seconds above 0")
 ]
 Ratio: TypeAlias = Annotated[float, Strict(), Field(ge=0, le=1, description="a number from 0 to 1")]
+Counts: TypeAlias = Annotated[
+    tuple[Annotated[int, Strict(), Field(ge=1)], ...], Field(description="a list of integers from 1")
+]
 _TokenId: TypeAlias = Annotated[int, Strict(), Field(ge=0)]
 TokenIds: TypeAlias = Annotated[tuple[_TokenId, ...], Field(description="a list of token ids")]
 _Bound: TypeAlias = Annotated[int, Strict()]
@@ -97,6 +100,8 @@ class StoreSettings:
     model_id : name of the weights; None for the name of the model's folder. Two models of one name get each other's KV.
     salt : the tenant's secret, part of every key.
     load_timeout_s : longest time that a load may take; chunks that are later are computed.
+    tensor_parallel_sizes : of the engines that share these tiers. What an engine of one of these sizes has stored is
+        found by all that name it; the own size need not be named. Empty to look for what the own size stores alone.
     """
 
     host_bytes: Size | None = None
@@ -113,6 +118,7 @@ class StoreSettings:
     model_id: Name | None = None
     salt: Text = ""
     load_timeout_s: Seconds = 10.0
+    tensor_parallel_sizes: Counts = ()
 
     @model_validator(mode="after")
     def _expect_consistent(self) -> Self:

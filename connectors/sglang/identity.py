@@ -72,6 +72,15 @@ def engine_spec(storage_config: Any, pool: Any, pages: HostPages, model_id: str 
     return KVSpec(name, pages.num_layers, pages.num_kv_heads, pages.head_dim, pages.dtype, rope, value_dim, shard)
 
 
+def engine_heads() -> int:
+    """KV heads of the whole model; 0 if its config does not say."""
+    from sglang.srt.runtime_context import get_model
+
+    model = get_model()
+    config = _text_config(model_folder(model.model_path, model.revision))
+    return int(config.get("num_key_value_heads") or config.get("num_attention_heads") or 0)
+
+
 def engine_rope(config: Mapping[str, Any], pages: HostPages) -> RopeSpec | None:
     """How the engine rotates keys, by the table that all engines share if it is that one; None if that is not known."""
     if pages.is_latent:

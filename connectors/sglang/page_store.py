@@ -7,8 +7,9 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from itertools import repeat
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -19,7 +20,10 @@ from ...kvstore.keys import page_keys
 from ...kvstore.store import KVStore
 from ..identity.requests import chunk_salt
 from ..serving.engine_calls import EngineCalls
+from ..serving.head_splits import HeadSplit
+from ..serving.messages import OtherKeys
 from ..serving.worker.arrivals import UNKNOWN, fits
+from ..serving.worker.head_reader import HeadReader
 from ..serving.worker.offers import OFFER_S
 from ..serving.worker.threads import compute_alone
 
@@ -52,16 +56,27 @@ class PageStore(EngineCalls):
     page_tokens : tokens of a page.
     salt : the tenant's secret.
     load_timeout_s : longest time that a batch of pages may take; later ones are misses.
+    splits : where else the rank's heads may be stored, see `WorkerInfo`.
     is_lossy : some tier's codec loses something. Such codecs undo the rotation of keys, so that pages whose position
         SGLang does not tell are not stored.
     """
 
     def __init__(
-        self, store: KVStore, spec: KVSpec, *, page_tokens: int, salt: str, load_timeout_s: float, is_lossy: bool
+        self,
+        store: KVStore,
+        spec: KVSpec,
+        *,
+        page_tokens: int,
+        salt: str,
+        load_timeout_s: float,
+        is_lossy: bool,
+        splits: Sequence[HeadSplit] = (),
     ) -> None:
         super().__init__("SGLang")
         self.store = store
         self.spec = spec
+        self._splits = tuple(splits)
+        self._reader = HeadReader(store, spec, splits, count=self.count)
         self._page_tokens = page_tokens
         self._tenant = salt.encode()
         self._epoch = b""
@@ -81,17 +96,27 @@ class PageStore(EngineCalls):
 
     def keys(self, hashes: Sequence[str]) -> list[ChunkKey]:
         """Keys of pages, by SGLang's hashes of them (64 hexadecimal digits)."""
+        return self._keys_of(self.spec, hashes)
+
+    def others(self, hashes: Sequence[str]) -> list[OtherKeys]:
+        """Their keys in other tensor-parallel sizes; empty if these are not looked for."""
+        rows = [[self._keys_of(part.spec, hashes) for part in split] for split in self._splits]
+        return [tuple(tuple(keys[page] for keys in row) for row in rows) for page in range(len(hashes))] if rows else []
+
+    def _keys_of(self, spec: KVSpec, hashes: Sequence[str]) -> list[ChunkKey]:
         salt = chunk_salt(tenant=self._tenant, epoch=self._epoch)
-        return page_keys(self.spec, list(map(bytes.fromhex, hashes)), chunk_tokens=self._page_tokens, salt=salt)
+        return page_keys(spec, list(map(bytes.fromhex, hashes)), chunk_tokens=self._page_tokens, salt=salt)
 
     def find(self, hashes: Sequence[str]) -> int:
         """How many leading pages are stored. They stay pinned until they are read, but not for long."""
 
         def look_up() -> int:
-            keys = self.keys(hashes)
-            found = self.store.match(keys)
+            keys, others = self.keys(hashes), self.others(hashes)
+            found = len(self._reader.locate_prefix(keys, others)) if others else self.store.match(keys)
+            if found < len(others):
+                self._reader.explain_partly_stored(keys[found], others[found])
             if found:
-                pin = self.store.pinned(keys[:found], deadline_s=OFFER_S)
+                pin = self._reader.pinned(keys[:found], others[:found], deadline_s=OFFER_S)
                 pin.__enter__()
                 self._pin_instead(keys[found - 1], pin)
             self.count({"lookups": 1, "lookup_pages": len(keys), "hit_pages": found})
@@ -107,9 +132,10 @@ class PageStore(EngineCalls):
             nonlocal done
             begun_s = time.monotonic()
             keys = self.keys(hashes)
-            for key, (into_keys, into_values) in zip(keys, pages, strict=True):
+            others: Iterable[OtherKeys] = self.others(hashes) or repeat((), len(keys))
+            for key, other, (into_keys, into_values) in zip(keys, others, pages, strict=True):
                 remaining_s = begun_s + self._load_timeout_s - time.monotonic()
-                hit = self.store.read(key, timeout_s=remaining_s) if remaining_s > 0 else None
+                hit = self._reader.read(key, other, timeout_s=remaining_s) if remaining_s > 0 else None
                 if hit is None or not fits(hit.chunk, self.spec, self._page_tokens):
                     break
                 into_keys.copy_(hit.chunk.keys)

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from ...core import ChunkKey
 from ...errors import EngineError
+from ..serving.worker.other_sizes import splits_for, warn_of_other_sizes
 from ..serving.worker.store_setup import QualityRecords, is_lossy, open_store
 from .host_pages import HostPages
-from .identity import engine_spec, live_weights
+from .identity import engine_heads, engine_spec, live_weights
 from .page_store import Page, PageStore
 from .settings import SGLangSettings
 from .side_pools import SidePool, restorable_prefixes, transfer_pages
@@ -71,13 +72,17 @@ class KVLoomStorage(HiCacheStorage):
         pages = HostPages(mem_pool_host)
         spec = engine_spec(self._config, mem_pool_host, pages, self._settings.model_id)
         records = QualityRecords.of(self._settings)
+        chunks = open_store(self._settings, spec, records)
+        if spec.shard[0] == 0:
+            warn_of_other_sizes(self._settings, spec, chunks)
         store = PageStore(
-            open_store(self._settings, spec, records),
+            chunks,
             spec,
             page_tokens=pages.page_tokens,
             salt=self._settings.salt,
             load_timeout_s=self._settings.load_timeout_s,
             is_lossy=is_lossy(self._settings, records),
+            splits=splits_for(self._settings, spec, engine_heads()),
         )
         self._open = pages, store
         self._weights = live_weights()

@@ -248,6 +248,7 @@ class SchedulerHalf:
             [worker.spec for worker in workers],
             self._block_tokens,
             None if here is None else here.transfers.look_up,
+            splits=[worker.splits for worker in workers],
             fusion=max((worker.fusion for worker in workers), key=lambda fusion: fusion.ratio),
             may_load=self._may_load,
             may_save=self._may_save,

@@ -18,6 +18,7 @@ COUNTERS = MappingProxyType(
         "lookups": "Questions to the store.",
         "lookup_chunks": "Chunks asked about.",
         "hit_chunks": "Chunks asked about that were stored.",
+        "joined_chunks": "Chunks made of those that engines of other tensor-parallel sizes have stored.",
         "loads": "Loads that ended.",
         "load_seconds": "Time from the beginning of a load to its end, summed.",
         "seconds_saved": "Seconds of computing that loads and fusions saved, less those they took.",

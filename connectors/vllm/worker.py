@@ -15,6 +15,7 @@ from ..serving.messages import WorkerInfo
 from ..serving.settings import ServingSettings
 from ..serving.worker.fuser import Fuser
 from ..serving.worker.layer_loads import LayerLoads
+from ..serving.worker.other_sizes import splits_for, warn_of_other_sizes
 from ..serving.worker.steps import Worker
 from ..serving.worker.store_setup import QualityRecords, is_lossy, open_store
 from ..serving.worker.transfers import Transfers
@@ -72,8 +73,12 @@ def open_worker(settings: ServingSettings, token: str, vllm_config: Any, kv_cach
         shard=(rank, ranks),
     )
     method = records.fusion(spec, select=settings.fusion_select, check_layer=settings.check_layer)
+    store = open_store(settings, spec, records)
+    splits = splits_for(settings, spec, vllm_config.model_config.get_total_num_kv_heads())
+    if rank == 0:
+        warn_of_other_sizes(settings, spec, store)
     transfers = Transfers(
-        open_store(settings, spec, records),
+        store,
         cache,
         spec,
         rank,
@@ -81,6 +86,7 @@ def open_worker(settings: ServingSettings, token: str, vllm_config: Any, kv_cach
         load_timeout_s=settings.load_timeout_s,
         save_pending_bytes=settings.save_pending_bytes,
         reports_placement=publishes_events(vllm_config),
+        splits=splits,
     )
     adapters = None
     if vllm_config.lora_config is not None:
@@ -100,7 +106,7 @@ def open_worker(settings: ServingSettings, token: str, vllm_config: Any, kv_cach
     if fuser is not None and settings.fusion_ratio == "certified":
         _LOG.info("fusions compute %.0f %% of the tokens of documents", 100 * method.ratio)
     layer_loads = LayerLoads(
-        transfers.store,
+        transfers.reader,
         transfers.offers,
         cache,
         spec,
@@ -110,7 +116,7 @@ def open_worker(settings: ServingSettings, token: str, vllm_config: Any, kv_cach
         count=transfers.count,
     )
     numbers = {layer.layer_name: i for i, layer in enumerate(layers)}
-    info = WorkerInfo(spec, fuser is not None, method, token)
+    info = WorkerInfo(spec, fuser is not None, method, token, splits)
     return Worker(info, transfers, layer_loads, numbers, fuser, adapters)
 
 

@@ -33,7 +33,7 @@ def known(*documents: list[int], journal: Path | None = None, salt: bytes = b"")
 
 
 def spans(made: KnownDocuments, tokens: list[int], salt: bytes = b"") -> list[tuple[int, int]]:
-    return made.find(row(tokens), lambda start, stop: content_key(SPEC, tokens[start:stop], salt=salt))
+    return made.find(row(tokens), lambda start, stop: [content_key(SPEC, tokens[start:stop], salt=salt)])
 
 
 few = st.lists(st.integers(0, 2), max_size=60)
@@ -80,11 +80,10 @@ def test_a_collision_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_not_stored_leaves_room_for_what_is() -> None:
     long, short = [1, 2, 3, 4, 5, 6, 7, 8], [3, 4, 5, 6]
     made = known(long, short)
-    gone = content_key(SPEC, long)
     tokens = [0, *long, 0]
-    key_of = lambda start, stop: content_key(SPEC, tokens[start:stop])  # noqa: E731
-    assert made.find(row(tokens), key_of) == [(1, 9)]
-    assert made.find(row(tokens), key_of, lambda key: key != gone) == [(3, 7)]
+    keys_of = lambda start, stop: [content_key(SPEC, tokens[start:stop])]  # noqa: E731
+    assert made.find(row(tokens), keys_of) == [(1, 9)]
+    assert made.find(row(tokens), keys_of, lambda start, stop: (start, stop) != (1, 9)) == [(3, 7)]
 
 
 def test_another_process_and_a_later_one_know_the_same(tmp_path: Path) -> None:
@@ -165,7 +164,7 @@ def test_a_long_prompt_against_many_documents_takes_milliseconds() -> None:
     spent_s = []
     for _ in range(7):
         begun_s = time.perf_counter()
-        found = made.find(tokens, lambda start, stop: ChunkKey(numbers[start]))
+        found = made.find(tokens, lambda start, stop: [ChunkKey(numbers[start])])
         spent_s.append(time.perf_counter() - begun_s)
     assert found == [(place, place + 300) for place in places]
     print(f"{1e3 * min(spent_s):.2f} ms at best, {1e3 * sorted(spent_s)[3]:.2f} ms median")

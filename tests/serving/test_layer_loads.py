@@ -12,6 +12,7 @@ from torch import Tensor
 from kvloom.connectors.serving.messages import Load, Loaded, Scheduled, StepReport
 from kvloom.connectors.serving.settings import RequestOptions
 from kvloom.connectors.serving.worker.arrivals import Arrival
+from kvloom.connectors.serving.worker.head_reader import HeadReader
 from kvloom.connectors.serving.worker.layer_loads import LayerLoads
 from kvloom.connectors.serving.worker.offers import Offers
 from kvloom.core import KVChunk, KVSpec
@@ -57,9 +58,10 @@ class Bench:
             positions = torch.arange(here.start, here.stop)
             parts = (each[:, :, here].contiguous() for each in (self.keys, self.values))
             self.store.put(key, KVChunk(SPEC, torch.tensor(TOKENS[here]), positions, *parts), recompute_s=recompute_s)
+        reader = HeadReader(self.store, SPEC)
         self.loads = LayerLoads(
-            self.store,
-            Offers(self.store),
+            reader,
+            Offers(reader),
             self.pages,
             SPEC,
             0,

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kvloom.connectors.serving.messages import Load, LookUp
+from kvloom.connectors.serving.worker.head_reader import HeadReader
 from kvloom.connectors.serving.worker.offers import Offers
 from kvloom.core import ChunkKey, KVChunk, KVSpec
 from kvloom.kvstore.keys import prefix_keys
@@ -53,7 +54,7 @@ def crowd(store: KVStore) -> None:
 
 
 def test_what_is_offered_stays(store: KVStore) -> None:
-    offers = Offers(store)
+    offers = Offers(HeadReader(store, SPEC))
     assert offers.make(1, KEYS[:3]) == ("host", "host")
     crowd(store)
     assert store.match(KEYS[:2]) == 2
@@ -65,7 +66,7 @@ def test_what_is_offered_stays(store: KVStore) -> None:
 
 
 def test_an_offer_ends_by_itself(store: KVStore, clock: Clock) -> None:
-    offers = Offers(store, offer_s=5.0)
+    offers = Offers(HeadReader(store, SPEC), offer_s=5.0)
     offers.make(1, KEYS[:2])
     clock.now_s += 6.0
     crowd(store)
@@ -75,7 +76,7 @@ def test_an_offer_ends_by_itself(store: KVStore, clock: Clock) -> None:
 
 
 def test_a_load_takes_it_over(store: KVStore, clock: Clock) -> None:
-    offers = Offers(store, offer_s=5.0)
+    offers = Offers(HeadReader(store, SPEC), offer_s=5.0)
     offers.make(1, KEYS[:2])
     assert offers.take(1, KEYS[1:2], 60.0)
     clock.now_s += 30.0
@@ -87,7 +88,7 @@ def test_a_load_takes_it_over(store: KVStore, clock: Clock) -> None:
 
 
 def test_without_a_number_nothing_is_pinned(store: KVStore) -> None:
-    offers = Offers(store)
+    offers = Offers(HeadReader(store, SPEC))
     assert offers.make(0, KEYS[:2]) == ("host", "host")
     assert offers.take(0, KEYS[:2], 1.0)
     assert len(offers) == store.stats().pinned == 0

@@ -17,7 +17,7 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -79,15 +79,15 @@ class KnownDocuments:
     def find(
         self,
         token_ids: NDArray[np.int64],
-        key_of: Callable[[int, int], ChunkKey],
-        is_stored: Callable[[ChunkKey], bool] = lambda _: True,
+        keys_of: Callable[[int, int], Collection[ChunkKey]],
+        is_stored: Callable[[int, int], bool] = lambda _start, _stop: True,
     ) -> list[tuple[int, int]]:
         """Where documents stand, `[start, stop)`, ascending and without overlap: leftmost first, then longest.
 
         Parameters
         ----------
-        key_of : content key of the tokens `[start, stop)`, for whoever asks: documents of other tenants have others.
-        is_stored : whether a document that stands there is of use.
+        keys_of : content keys of the tokens `[start, stop)`, for whoever asks: documents of other tenants have others.
+        is_stored : whether the document at `[start, stop)` is of use.
         """
         self._follow()
         self._settle()
@@ -113,7 +113,7 @@ class KnownDocuments:
         for index in np.lexsort((-stops, starts)):
             start, stop = int(starts[index]), int(stops[index])
             key = records["key"][index].tobytes()
-            if start >= end and key_of(start, stop) == key and is_stored(ChunkKey(key)):
+            if start >= end and key in keys_of(start, stop) and is_stored(start, stop):
                 found.append((start, stop))
                 end = stop
         return found

@@ -20,9 +20,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ....blend.method import EXACT, FusionMethod
-from ....core import ChunkKey, KVSpec
+from ....core import KVSpec
+from ..head_splits import HeadSplit
 from ..keys import Keys
-from ..messages import FoundTiers, Load, Loaded, LookUp, Revocation, Scheduled, StepPlan, StepReport, both
+from ..messages import Document, FoundTiers, Load, Loaded, LookUp, Revocation, Scheduled, StepPlan, StepReport, both
 from ..settings import RequestOptions, ServingSettings
 from .fusions import FusionTracker
 from .known_documents import KnownDocuments
@@ -70,6 +71,7 @@ class Planner:
     specs : geometry of each rank's cache, by rank.
     block_tokens : of the engine.
     look_up : answers a look-up at once; None where the workers are other processes, which answer in a later step.
+    splits : where else each rank's heads may be stored, see `WorkerInfo`.
     fusion : how workers fuse, with the ratio that certificates permit, for settings that ask for that.
     may_load, may_save : whether the role of this engine lets it load, and store.
     clock : monotonic seconds.
@@ -82,6 +84,7 @@ class Planner:
         block_tokens: int,
         look_up: Callable[[LookUp], FoundTiers] | None = None,
         *,
+        splits: Sequence[Sequence[HeadSplit]] = (),
         fusion: FusionMethod = EXACT,
         may_load: bool = True,
         may_save: bool = True,
@@ -97,7 +100,7 @@ class Planner:
         self._clock = clock
         journal = None if settings.disk_path is None else Path(settings.disk_path, f"documents.{settings.match_tokens}")
         known = KnownDocuments(settings.match_tokens, journal) if settings.match_tokens else None
-        self._keys = Keys(settings, specs)
+        self._keys = Keys(settings, specs, splits)
         self._reader = RequestReader(settings, self._keys, known, block_tokens, self._fusion)
         self._rate = PrefillRate(clock)
         self._saves = SaveTracker(settings.chunk_tokens, block_tokens, known)
@@ -137,8 +140,11 @@ class Planner:
             does.
         """
 
-        def is_stored(key: ChunkKey) -> bool:  # workers in other processes find out when they fetch it
-            return self._look_up is None or bool(self._look_up(LookUp(request_id, ((key,),))))
+        def is_stored(document: Document) -> bool:  # workers in other processes find out when they fetch it
+            if self._look_up is None:
+                return True
+            keys, others = (tuple((each,) for each in per_rank) for per_rank in (document.keys, document.others))
+            return bool(self._look_up(LookUp(request_id, keys, others=others)))
 
         if (before := self._tracked.get(request_id)) is not None:
             self._drop_offer(before)
@@ -242,7 +248,9 @@ class Planner:
     def _ask(self, request_id: str, tracked: _Tracked, first: int) -> None:
         """Look up the chunks from `first` on. A new look-up replaces the offer of the one before."""
         self._last_lookup += 1
-        lookup = LookUp(request_id, tracked.request.keys.between(first), self._last_lookup, tracked.lookup)
+        keys = tracked.request.keys
+        others = keys.others_between(first)
+        lookup = LookUp(request_id, keys.between(first), self._last_lookup, tracked.lookup, others)
         self._lookups.pop(tracked.lookup, None)
         tracked.lookup, tracked.asked_from, tracked.tiers = lookup.number, first, None
         if self._look_up is None:
@@ -309,7 +317,8 @@ class Planner:
             return
         first, last = start // chunk_tokens, -(-stop // chunk_tokens)
         keys = request.keys.between(first, last)
-        load = Load(request_id, keys, first * chunk_tokens, start, stop, tuple(blocks), lookup)
+        others = request.keys.others_between(first, last)
+        load = Load(request_id, keys, first * chunk_tokens, start, stop, tuple(blocks), lookup, others)
         if self.is_layerwise(request_id):
             self._plan.layer_loads.append(load)
             self._layer_loads[request_id] = load

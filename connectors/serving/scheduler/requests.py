@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from ....blend.method import NEEDS_QUESTION, FusionMethod
 from ....blend.question import QUESTION_TOKENS
-from ....core import ChunkKey
 from ..keys import Keys, PrefixKeys
 from ..messages import Document
 from ..settings import RequestOptions, ServingSettings, documents_between
@@ -77,20 +76,18 @@ class RequestReader:
         token_ids: Sequence[int],
         identity: bytes,
         options: RequestOptions,
-        is_stored: Callable[[ChunkKey], bool],
+        is_stored: Callable[[Document], bool],
         *,
         may_fuse: bool,
     ) -> Request:
-        """As `Planner.open`. `is_stored` is asked for a document's content key on the first rank."""
+        """As `Planner.open`. `is_stored` is asked for a document that the first rank would load."""
         salt, settings = self._keys.salt(identity), self._settings
         may_fuse = may_fuse and options.load
         spans = options.documents or documents_between(token_ids, settings.separator_ids)
         ratio = self._fusion.ratio if options.ratio is None else options.ratio
         if not spans and ratio < 1.0 and may_fuse:
             spans = self._stored_spans(token_ids, salt, is_stored)
-        documents = tuple(
-            Document(start, stop, self._keys.contents(token_ids[start:stop], salt)) for start, stop in spans
-        )
+        documents = tuple(self._keys.document(start, stop, token_ids[start:stop], salt) for start, stop in spans)
         lead_ids = self._keys.lead_ids
         is_led = tuple(token_ids[: len(lead_ids)]) == lead_ids
         alone = tuple(document for document in documents[:1] if is_led and document.start == len(lead_ids))
@@ -134,10 +131,16 @@ class RequestReader:
         return blake3(repr(plan).encode() + fused_ids.tobytes() + asked).digest()
 
     def _stored_spans(
-        self, token_ids: Sequence[int], salt: bytes, is_stored: Callable[[ChunkKey], bool]
+        self, token_ids: Sequence[int], salt: bytes, is_stored: Callable[[Document], bool]
     ) -> tuple[tuple[int, int], ...]:
         """Spans of the stored documents in a prompt that names none."""
         if self._known is None:
             return ()
         row = np.asarray(token_ids[:], dtype=np.int64)
-        return tuple(self._known.find(row, lambda start, stop: self._keys.content(row[start:stop], salt), is_stored))
+        return tuple(
+            self._known.find(
+                row,
+                lambda start, stop: self._keys.content(row[start:stop], salt),
+                lambda start, stop: is_stored(self._keys.document(start, stop, row[start:stop], salt)),
+            )
+        )

@@ -22,9 +22,10 @@ from typing import Protocol
 from torch import Tensor
 
 from ....core import KVSpec
-from ....kvstore.store import Hit, KVStore
+from ....kvstore.store import Hit
 from ..messages import Load, Loaded
 from .arrivals import Arrival, RecomputeCost, fits
+from .head_reader import HeadReader
 from .offers import Offers
 from .threads import compute_alone
 
@@ -58,7 +59,7 @@ class LayerLoads:
 
     Parameters
     ----------
-    store, offers, cache : not owned.
+    reader, offers, cache : not owned.
     spec, rank : of this worker.
     chunk_tokens, load_timeout_s : see `ServingSettings`.
     count : adds to the worker's counts.
@@ -66,7 +67,7 @@ class LayerLoads:
 
     def __init__(
         self,
-        store: KVStore,
+        reader: HeadReader,
         offers: Offers,
         cache: LayerCache,
         spec: KVSpec,
@@ -76,7 +77,7 @@ class LayerLoads:
         load_timeout_s: float,
         count: Callable[[Mapping[str, float]], None],
     ) -> None:
-        self._store = store
+        self._reader = reader
         self._offers = offers
         self._cache = cache
         self._spec = spec
@@ -89,8 +90,8 @@ class LayerLoads:
 
     def begin(self, load: Load) -> None:
         """Begin a load before the model runs; `finish` ends it in the same step."""
-        keys = load.keys[self._rank]
-        if not self._offers.take(load.lookup, keys, self._load_timeout_s):
+        keys, others = load.keys[self._rank], load.others_of(self._rank)
+        if not self._offers.take(load.lookup, keys, self._load_timeout_s, others):
             self._count({"errors": 1})
         job = _Job(load, time.monotonic(), [Future() for _ in range(self._spec.num_layers)], len(keys))
         self._jobs.append(job)
@@ -131,15 +132,14 @@ class LayerLoads:
         self._loader.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, job: _Job) -> None:
-        keys = job.load.keys[self._rank]
         for layer, future in enumerate(job.layers):
             hits: list[Hit | None] = []
             try:
-                for key in keys:
+                for key, other in job.load.chunks_of(self._rank):
                     left_s = job.begun_s + self._load_timeout_s - time.monotonic()
                     hit = None
                     if left_s > 0 and not job.is_over:
-                        hit = self._store.read(key, layers=(layer, layer + 1), timeout_s=left_s)
+                        hit = self._reader.read(key, other, layers=(layer, layer + 1), timeout_s=left_s)
                     hits.append(hit)
                     if hit is None:
                         break  # what follows it is of no use
@@ -187,7 +187,7 @@ class LayerLoads:
         counts = {f"loaded_tokens.{name}": count for name, count in tokens.items()}
         self._count({"loads": 1, "load_seconds": job.waited_s, "failed_loads": int(is_lost)} | counts)
         if not is_lost:
-            self._store.prefetch(keys)  # reading single layers promotes nothing
+            self._reader.prefetch(keys, load.others_of(self._rank))  # reading single layers promotes nothing
             return Arrival(load.request_id, loaded, frozenset())
         token = max(load.first + job.lost_from * self._chunk_tokens, load.start)
         return Arrival(load.request_id, loaded, load.blocks_from(token, self._cache.block_tokens))

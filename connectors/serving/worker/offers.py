@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 from ....core import ChunkKey
-from ....kvstore.store import KVStore
-from ..messages import FoundTiers
+from ..messages import FoundTiers, OtherKeys
+from .head_reader import HeadReader
 
 _LOG = logging.getLogger("kvloom")
 
@@ -22,12 +22,12 @@ class Offers:
 
     Parameters
     ----------
-    store : not owned.
+    reader : of the worker's store.
     offer_s : longest time that an offer stays pinned before its load begins.
     """
 
-    def __init__(self, store: KVStore, *, offer_s: float = OFFER_S) -> None:
-        self._store = store
+    def __init__(self, reader: HeadReader, *, offer_s: float = OFFER_S) -> None:
+        self._reader = reader
         self._offer_s = offer_s
         self._pins: dict[int, AbstractContextManager[None]] = {}
         self._lock = threading.Lock()
@@ -35,34 +35,41 @@ class Offers:
     def __len__(self) -> int:
         return len(self._pins)
 
-    def make(self, number: int, keys: Sequence[ChunkKey]) -> FoundTiers:
-        """Tiers of the leading chunks that are stored, which are pinned under `number`, if that is not 0."""
+    def make(self, number: int, keys: Sequence[ChunkKey], others: Sequence[OtherKeys] = ()) -> FoundTiers:
+        """Tiers of the leading chunks that can be read, which are pinned under `number`, if that is not 0.
+
+        `others`: keys of each chunk in other sizes, all of which are pinned, too.
+        """
         if not number:
-            return self._store.locate_prefix(keys)
-        self._pin(number, keys, self._offer_s)  # first, so that no chunk goes between the look-up and its pin
-        tiers = self._store.locate_prefix(keys)
+            return self._reader.locate_prefix(keys, others)
+        self._pin(number, keys, others, self._offer_s)  # first, so that no chunk goes between the look-up and its pin
+        tiers = self._reader.locate_prefix(keys, others)
         if not tiers:
             self.release(number)
         elif len(tiers) < len(keys):
-            self._pin(number, keys[: len(tiers)], self._offer_s)
+            self._pin(number, keys[: len(tiers)], others[: len(tiers)], self._offer_s)
         return tiers
 
-    def take(self, number: int, keys: Sequence[ChunkKey], deadline_s: float) -> bool:
+    def take(
+        self, number: int, keys: Sequence[ChunkKey], deadline_s: float, others: Sequence[OtherKeys] = ()
+    ) -> bool:
         """Keep these chunks of an offer for a load that lasts at most `deadline_s`; False if that fails, and is logged.
 
         Nothing for number 0.
         """
         try:
             if number:
-                self._pin(number, keys, deadline_s)
+                self._pin(number, keys, others, deadline_s)
         except Exception:  # noqa: BLE001 - called within the engine's step, which must not end with us
             _LOG.exception("chunks that are about to be loaded cannot be pinned")
             return False
         return True
 
-    def _pin(self, number: int, keys: Sequence[ChunkKey], deadline_s: float) -> None:
+    def _pin(
+        self, number: int, keys: Sequence[ChunkKey], others: Sequence[OtherKeys], deadline_s: float
+    ) -> None:
         """Pin these chunks, instead of what was pinned under `number`."""
-        pin = self._store.pinned(keys, deadline_s=deadline_s)
+        pin = self._reader.pinned(keys, others, deadline_s=deadline_s)
         pin.__enter__()
         self._replace(number, pin)
 

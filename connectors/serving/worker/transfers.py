@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -16,8 +16,10 @@ from ....core import ChunkKey, KVChunk, KVSpec
 from ....errors import KVLoomError
 from ....kvstore.placement.catalog import PlacementChange
 from ....kvstore.store import KVStore
+from ..head_splits import HeadSplit
 from ..messages import FoundTiers, Fusion, Load, Loaded, LookUp, Save
 from .arrivals import Arrival, Fetched, RecomputeCost, fits
+from .head_reader import HeadReader
 from .offers import Offers
 from .pending_writes import PagedCache, PendingWrites
 from .threads import compute_alone
@@ -40,6 +42,7 @@ class Transfers:
     store : owned, closed by `close`.
     cache : the engine's.
     spec, rank : of this worker.
+    splits : where else its heads may be stored, see `WorkerInfo`.
     chunk_tokens, load_timeout_s, save_pending_bytes : see `ServingSettings`.
     reports_placement : whether `take_placement_changes` is called, for KV events.
     """
@@ -55,9 +58,11 @@ class Transfers:
         load_timeout_s: float,
         save_pending_bytes: int,
         reports_placement: bool = False,
+        splits: Sequence[HeadSplit] = (),
     ) -> None:
         self.store = store
-        self.offers = Offers(store)
+        self.reader = HeadReader(store, spec, splits, count=self.count)
+        self.offers = Offers(self.reader)
         self._cache = cache
         self._spec = spec
         self._rank = rank
@@ -80,11 +85,13 @@ class Transfers:
 
     def look_up(self, lookup: LookUp) -> FoundTiers:
         """Tiers of the leading chunks that are stored; they are an offer, see `LookUp`."""
-        keys = lookup.keys[self._rank]
+        keys, others = lookup.keys[self._rank], lookup.others_of(self._rank)
         found: FoundTiers = ()
         try:
             self.offers.release(lookup.replaces)
-            found = self.offers.make(lookup.number, keys)
+            found = self.offers.make(lookup.number, keys, others)
+            if len(found) < len(others):
+                self.reader.explain_partly_stored(keys[len(found)], others[len(found)])
         except Exception:  # noqa: BLE001 - the engine asks within its own step, which must not end with us
             _LOG.exception("looking up KV of request %s failed; it is computed", lookup.request_id)
             self.count({"errors": 1})
@@ -101,7 +108,8 @@ class Transfers:
     def load(self, load: Load) -> None:
         """Begin a load; `arrivals` gives its outcome."""
         begun_s = time.monotonic()
-        if not self.offers.take(load.lookup, load.keys[self._rank], self._load_timeout_s):
+        keys, others = load.keys[self._rank], load.others_of(self._rank)
+        if not self.offers.take(load.lookup, keys, self._load_timeout_s, others):
             self.count({"errors": 1})
         self._loads[load.request_id] = (load, self._loader.submit(self._fetch, load, begun_s))
 
@@ -148,13 +156,13 @@ class Transfers:
         cost = RecomputeCost()
         done = load.start
         with PendingWrites(self._cache, self._writer) as writes:
-            for index, key in enumerate(load.keys[self._rank]):
+            for index, (key, other) in enumerate(load.chunks_of(self._rank)):
                 first = load.first + index * self._chunk_tokens
                 start, stop = max(first, load.start), min(first + self._chunk_tokens, load.stop)
                 hit = None
                 remaining_s = begun_s + self._load_timeout_s - time.monotonic()
                 if load.request_id not in self._cancelled and remaining_s > 0:
-                    hit = self.store.read(key, timeout_s=remaining_s)
+                    hit = self.reader.read(key, other, timeout_s=remaining_s)
                 self._report_placement(key)
                 if hit is None or not fits(hit.chunk, self._spec, self._chunk_tokens, first):
                     break
@@ -192,7 +200,8 @@ class Transfers:
                 hit = None
                 if remaining_s > 0 and start < stop:
                     positions = torch.arange(document.start, document.stop)
-                    hit = self.store.read(document.keys[self._rank], positions, timeout_s=remaining_s)
+                    key, other = document.keys[self._rank], document.others_of(self._rank)
+                    hit = self.reader.read(key, other, positions, timeout_s=remaining_s)
                 count = document.stop - document.start
                 if hit is None or not fits(hit.chunk, self._spec, count, document.start):
                     found.append(False)
