@@ -73,6 +73,7 @@ class Explanation:
     load_s : seconds that reading it would take now, by what the tier has measured; None if it is nowhere, or nothing
         was read from that tier yet.
     recompute_s : what computing it took, if `put` was told.
+    is_expired : what is there is too old to be found, and goes when it is met.
     """
 
     key: ChunkKey
@@ -81,10 +82,12 @@ class Explanation:
     departure: Departure | None
     load_s: float | None
     recompute_s: float | None
+    is_expired: bool = False
 
     def __str__(self) -> str:
         """In one line, for people."""
-        parts = [f"chunk {self.key.hex()[:12]}: " + (f"in {', '.join(self.tiers)}" if self.tiers else "not stored")]
+        where = f"in {', '.join(self.tiers)}" if self.tiers else "not stored"
+        parts = [f"chunk {self.key.hex()[:12]}: {where}{', but expired' if self.is_expired else ''}"]
         if self.departure is not None:
             parts.append(str(self.departure))
         elif not self.tiers:
@@ -133,7 +136,9 @@ class History:
         """A chunk has not departed after all."""
         self._departures.pop(key, None)
 
-    def explain(self, key: ChunkKey, held: Sequence[tuple[str, int]], recompute_s: float | None) -> Explanation:
+    def explain(
+        self, key: ChunkKey, held: Sequence[tuple[str, int]], recompute_s: float | None, *, is_expired: bool = False
+    ) -> Explanation:
         """What is known of a chunk.
 
         Parameters
@@ -145,7 +150,7 @@ class History:
             seconds, nbytes = self._speeds[held[0][0]]
             load_s = seconds * held[0][1] / nbytes
         lookup, departure = self._lookups.get(key), self._departures.get(key)
-        return Explanation(key, tuple(name for name, _ in held), lookup, departure, load_s, recompute_s)
+        return Explanation(key, tuple(name for name, _ in held), lookup, departure, load_s, recompute_s, is_expired)
 
 
 def _remember(known: OrderedDict[ChunkKey, _T], key: ChunkKey, event: _T, most: int) -> None:

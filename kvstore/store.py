@@ -433,6 +433,9 @@ class KVStore:
         """
         self._expect_open()
         check_key(key, "key")
+        self._placement.follow_changes()  # another process may have put it
+        if self._finds and not self._catalog.locate([key]):
+            self._placement.look_for([key])
         found, refusal = False, None
         for tier in self._tier_ios:
             try:

@@ -293,7 +293,10 @@ class Catalog:
         with self._lock:
             held = [(state.tier.name, state.residencies[key]) for state in self.states if key in state.residencies]
             recompute_s = held[0][1].info.recompute_s if held else None
-            return self._history.explain(key, [(name, there.nbytes) for name, there in held], recompute_s)
+            now_s = self._clock()
+            is_expired = bool(held) and not any(state.has(key, now_s) for state in self.states)
+            tiers = [(name, there.nbytes) for name, there in held]
+            return self._history.explain(key, tiers, recompute_s, is_expired=is_expired)
 
     def take_changes(self) -> list[PlacementChange]:
         """Since the last call, in order. They are noted from the first call on."""

@@ -8,6 +8,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,7 +142,7 @@ class Ranks:
         keys, values = (each[:, first:last, start:stop] for each in truth(tokens[:stop], self.heads))
         self.pages[rank].write(range(BLOCKS), start, keys, values)
 
-    def ask(self, tokens: list[int], *, meanwhile: object = None, **options: bool) -> bool:
+    def ask(self, tokens: list[int], *, meanwhile: object = None, **options: Any) -> bool:
         """A request to its end, on empty pages; whether the KV of every rank is right then.
 
         `meanwhile`: called between the look-up and the load.

@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 
+from kvloom.connectors.serving.head_splits import heads_of
+from kvloom.connectors.serving.messages import Loaded, StepReport
+from kvloom.connectors.serving.settings import RequestOptions
+from kvloom.connectors.serving.worker.other_sizes import warn_of_other_sizes
 from kvloom.kvstore.store import KVStore
 
 from ..support.faulty import leaves_no_threads
-from .ranks import CHUNK, Ranks
+from .ranks import BLOCKS, CHUNK, ROPE, Ranks, truth
 
 SIZES = [
     (4, 1, 2),
@@ -151,8 +155,6 @@ def test_codecs(engine: Callable[..., Ranks], codec: str, heads: int, one: int, 
     whole = {}
     for ranks in (owner, reader):
         for worker, pages in zip(ranks.workers, ranks.pages, strict=True):
-            from kvloom.connectors.serving.head_splits import heads_of
-
             first, last = heads_of(*worker.info.spec.shard, heads)
             for head in range(first, last):
                 slots = slice(0, 5 * CHUNK)
@@ -161,35 +163,51 @@ def test_codecs(engine: Callable[..., Ranks], codec: str, heads: int, one: int, 
                     assert mine.equal(theirs)
 
 
-@pytest.mark.parametrize(("codec", "reason"), [("int8", "no certificate here covers"), ("zfp", "not known here")])
-def test_chunks_that_cannot_be_decoded_are_left_alone(
-    engine: Callable[..., Ranks],
-    codec: str,
-    reason: str,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+def test_chunks_of_an_unknown_codec_stay_with_their_owner(
+    engine: Callable[..., Ranks], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The reader says so once and goes on without that size; the owner keeps its chunks."""
+    """The reader goes on without that size, and says so once for each rank."""
     settings: dict[str, Any] = {"disk_codec": "int8", "allow_uncertified": True}
-    with pytest.warns(UserWarning):
-        writer = engine(1, 4, **settings)
-        writer.ask(TOKENS)
+    with pytest.warns(UserWarning), caplog.at_level(logging.WARNING, "kvloom"):
+        assert engine(1, 4, **settings).ask(TOKENS)
         reader = engine(2, 4, tensor_parallel_sizes=[1])
-        if codec == "int8":
-            for worker in reader.workers:
-                from kvloom.compress.registry import codec_by_name
+        for tokens in (TOKENS, TOKENS[: 2 * CHUNK], list(range(2 * CHUNK))):
+            assert reader.ask(tokens, save=False) and reader.loaded == {} and reader.computed == len(tokens)
+        assert caplog.text.count("size 1 are not used: their codec is not known here") == 2
+        owner = engine(1, 4, **settings)
+        owner.ask(TOKENS)
+        assert owner.loaded == {"disk": 5 * CHUNK}
 
-                codecs = worker.transfers.store._codecs
-                codecs._by_name["grouped"] = codec_by_name("int8")
-        with caplog.at_level(logging.WARNING, "kvloom"):
-            assert reader.ask(TOKENS) and reader.loaded == {} and reader.computed == len(TOKENS)
-            caplog.clear()
-            assert reader.ask(list(range(40)))
-        assert reason not in caplog.text
-        assert writer.stored() == 5 + 2 * 10
-        again = engine(1, 4, **settings)
-        again.ask(TOKENS)
-        assert again.loaded == {"disk": 5 * CHUNK}
+
+@pytest.mark.parametrize(("heads", "one", "two"), [(4, 1, 2), (4, 2, 1), (2, 4, 1), (2, 2, 4)])
+def test_documents_of_another_size_are_known_and_moved(
+    engine: Callable[..., Ranks], heads: int, one: int, two: int
+) -> None:
+    """Stored by content, recognised in a prompt that names none, and rotated to where they stand."""
+    settings: dict[str, Any] = {"tensor_parallel_sizes": [1, 2, 4], "match_tokens": 8, "fusion_ratio": 0.5}
+    document = list(range(300, 320))
+    assert engine(one, heads, **settings).ask([*document, 1], documents=((0, 20),))
+    reader = engine(two, heads, **settings)
+    prompt = [*range(9), *document, 5, 6]
+    assert reader.planner.open("r", prompt, b"", RequestOptions()) == 9
+    assert reader.planner.matched_tokens("r", 0) == 28
+    reader.planner.allocated("r", 28, tuple(range(BLOCKS)))
+    (fusion,) = reader.planner.plan_step([]).fusions
+    (known,) = fusion.documents
+    assert (known.start, known.stop) == (9, 29)
+    keys, values = truth(document, heads)
+    for worker, pages in zip(reader.workers, reader.pages, strict=True):
+        fetched = worker.transfers.fetch(fusion).result(30)
+        assert fetched.found == (True,) and dict(fetched.tokens) == {"disk": 28 - 9}
+        first, last = heads_of(*worker.info.spec.shard, heads)
+        moved = ROPE.shift(keys[:, first:last], 9)[:, :, : 28 - 9]
+        assert pages.keys[:, :, 9:28].equal(moved)
+        assert pages.values[:, :, 9:28].equal(values[:, first:last, : 28 - 9])
+    reader.planner.close("r")
+    reader.planner.apply_report(
+        StepReport(loaded={"r": Loaded({}, False, 0.0, ranks=two)}, found_documents={})
+    )
+    reader.planner.arrived({"r"})
 
 
 def test_the_log_says_what_is_missing(engine: Callable[..., Ranks], caplog: pytest.LogCaptureFixture) -> None:
@@ -198,8 +216,6 @@ def test_the_log_says_what_is_missing(engine: Callable[..., Ranks], caplog: pyte
         assert writer.ask(TOKENS)
         reader = engine(1, 4)
         assert "holds KV of this model" not in caplog.text
-        from kvloom.connectors.serving.worker.other_sizes import warn_of_other_sizes
-
         worker = reader.workers[0]
         warn_of_other_sizes(reader.settings, worker.info.spec, worker.transfers.store)
         assert "size 2; this engine has size 1 and does not look for it" in caplog.text

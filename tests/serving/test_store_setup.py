@@ -53,6 +53,19 @@ def opened(spec: KVSpec, **settings: object) -> str:
         return held.codec
 
 
+def test_what_an_engine_with_another_setting_has_packed_is_read(tmp_path: Path) -> None:
+    """And stays: an engine without that codec would remove it."""
+    (key,) = prefix_keys(SPEC, range(32), chunk_tokens=32)
+    chunk = KVChunk(SPEC, torch.arange(32), torch.arange(32), *(torch.randn(2, 2, 32, 16) for _ in range(2)))
+    settings = {"disk_path": str(tmp_path), "host_bytes": 1 << 20}
+    packed, plain = (ServingSettings.of({**settings, **more}) for more in ({"disk_codec": "lossless"}, {}))
+    with open_store(packed, SPEC, QualityRecords.of(packed)) as store:
+        store.put(key, chunk)
+    with open_store(plain, SPEC, QualityRecords.of(plain)) as store:
+        found = store.get(key)
+        assert found is not None and found.keys.equal(chunk.keys) and found.values.equal(chunk.values)
+
+
 def test_lossless_codecs_need_no_certificate(tmp_path: Path) -> None:
     assert opened(SPEC, disk_path=str(tmp_path / "a")) == "raw"
     assert opened(SPEC, disk_path=str(tmp_path / "b"), disk_codec="lossless") == "lossless"

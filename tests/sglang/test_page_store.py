@@ -1,18 +1,23 @@
 """What a rank stores and finds by SGLang's hashes: names, positions, faults, renewals."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from kvloom.compress.registry import codec_by_name
+from kvloom.connectors.serving.head_splits import heads_of
 from kvloom.connectors.serving.worker.arrivals import UNKNOWN
+from kvloom.connectors.serving.worker.other_sizes import splits_for
 from kvloom.connectors.sglang.host_pages import HostPages
 from kvloom.connectors.sglang.page_store import PageStore
+from kvloom.connectors.sglang.settings import SGLangSettings
 from kvloom.core import KVChunk, KVSpec, RopeSpec
 from kvloom.kvstore.keys import page_hashes, prefix_keys
 from kvloom.kvstore.store import KVStore
+from kvloom.kvstore.tiers.disk.tier import DiskTier
 from kvloom.kvstore.tiers.host import HostTier
 
 from ..support.faulty import leaves_no_threads
@@ -147,3 +152,49 @@ def test_a_late_page_is_a_miss() -> None:
     store._load_timeout_s = -1.0
     assert store.read(HASHES, pages_of(Pool())) == 0
     store.close()
+
+
+def of_rank(rank: int, size: int, heads: int) -> KVSpec:
+    first, last = heads_of(rank, size, heads)
+    return replace(SPEC, num_kv_heads=last - first, shard=(rank, size))
+
+
+def pages_of_rank(spec: KVSpec, kv: torch.Tensor, heads: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of `kv`, `[2, L, heads, T, D]`."""
+    first, last = heads_of(*spec.shard, heads)
+    return [tuple(kv[:, :, first:last, i * PAGE : (i + 1) * PAGE]) for i in range(4)]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("heads", "one", "two"), [(4, 1, 2), (4, 2, 1), (4, 2, 4), (2, 1, 4), (2, 4, 1)])
+@pytest.mark.parametrize("named", [True, False])
+def test_ranks_of_another_size(heads: int, one: int, two: int, named: bool, tmp_path: Path) -> None:
+    """They find every page if they name it, and nothing otherwise."""
+    kv = torch.randn(2, LAYERS, heads, 4 * PAGE, DIM, generator=torch.Generator().manual_seed(2))
+    settings = SGLangSettings.of({"disk_path": str(tmp_path), **({"tensor_parallel_sizes": [one, two]} if named else {})})
+    for rank in range(one):
+        spec = of_rank(rank, one, heads)
+        disk = KVStore([DiskTier(tmp_path)])
+        writer = PageStore(disk, spec, page_tokens=PAGE, salt="", load_timeout_s=5.0, is_lossy=False)
+        assert writer.write(HASHES, pages_of_rank(spec, kv, heads), [])
+        writer.close()
+    for rank in range(two):
+        spec = of_rank(rank, two, heads)
+        splits = splits_for(settings, spec, heads)
+        store = PageStore(
+            KVStore([DiskTier(tmp_path)]),
+            spec,
+            page_tokens=PAGE,
+            salt="",
+            load_timeout_s=5.0,
+            is_lossy=False,
+            splits=splits,
+        )
+        into = [tuple(torch.zeros_like(part) for part in page) for page in pages_of_rank(spec, kv, heads)]
+        expected = 4 if named else 0
+        assert store.find(HASHES) == expected and bool(store.store.stats().pinned) == bool(expected)
+        assert store.read(HASHES, into) == expected  # type: ignore[arg-type]
+        for page, right in zip(into, pages_of_rank(spec, kv, heads), strict=True):
+            for mine, theirs in zip(page, right, strict=True):
+                assert torch.equal(mine, theirs if expected else torch.zeros_like(theirs))
+        assert store.store.stats().pinned == 0 and store.counts().get("joined_chunks", 0) == expected
+        store.close()

@@ -15,9 +15,10 @@ import pytest
 
 from kvloom.core import ChunkInfo, ChunkKey, EncodedChunk, Entry
 from kvloom.errors import TierFullError, TierUnavailableError
+from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.disk.files import Files, OpenFile
 from kvloom.kvstore.tiers.disk.tier import DiskTier, Durability
-from kvloom.testing import keys_of, make_blob, make_key, same_blob
+from kvloom.testing import keys_of, make_blob, make_chunk, make_key, same_blob
 
 from ..support.damage import generation_of, index_of
 
@@ -55,6 +56,13 @@ def test_what_others_put_and_delete_is_seen(tiers: tuple[DiskTier, DiskTier]) ->
     assert one.changes() == [make_key(1)] and one.used_bytes == 0
     assert [entry for entry in two.changes() if isinstance(entry, bytes)] == []  # it did so itself
     assert one.check() == two.check() == []
+
+
+def test_a_store_deletes_what_another_has_just_put(tmp_path: Path) -> None:
+    with KVStore([DiskTier(tmp_path)]) as one, KVStore([DiskTier(tmp_path)]) as two:
+        one.put(make_key(1), make_chunk(1))
+        assert two.delete(make_key(1)) and not two.delete(make_key(1))
+        assert one.get(make_key(1)) is None and one.tiers[0].entries() == []
 
 
 def test_changes_tell_the_last_state_in_order(tiers: tuple[DiskTier, DiskTier]) -> None:

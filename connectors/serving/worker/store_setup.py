@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +63,7 @@ def open_store(settings: StoreSettings, spec: KVSpec, papers: QualityRecords) ->
     store = KVStore(
         open_tiers(settings, shards=spec.shard[1]),
         tier_codecs=codecs,
+        codecs=_readable_codecs(),
         certificates=papers.certificates,
         allow_uncertified=settings.allow_uncertified,
         timeout_s=settings.load_timeout_s,
@@ -110,6 +112,13 @@ def open_tiers(settings: StoreSettings, *, shards: int = 1) -> list[Tier]:
 def is_lossy(settings: StoreSettings, papers: QualityRecords) -> bool:
     """Whether some tier's codec loses something."""
     return not all(codec.is_lossless for codec in _codecs(settings, papers).values())
+
+
+def _readable_codecs() -> list[Codec]:
+    """Codecs of chunks that engines with other settings may have stored, and that need neither profile nor certificate."""
+    with suppress(ImportError):  # without zstandard
+        return [codec_by_name("lossless")]
+    return []
 
 
 def _codecs(settings: StoreSettings, papers: QualityRecords) -> Mapping[str, Codec]:
