@@ -36,9 +36,7 @@ class _Specs:
         self.own = tuple(numbers[spec] for spec in specs)
         self.parts: _Numbers = ()
         if others:
-            self.parts = tuple(
-                tuple(tuple(numbers[part.spec] for part in split) for split in rank) for rank in splits
-            )
+            self.parts = tuple(tuple(tuple(numbers[part.spec] for part in split) for split in rank) for rank in splits)
 
 
 class Keys:
@@ -76,9 +74,7 @@ class Keys:
         """The document `token_ids`, which stands at tokens `[start, stop)` of a prompt."""
         key_of = cache(lambda number: self._content(number, token_ids, salt))
         own = tuple(key_of(number) for number in self._specs.own)
-        others = tuple(
-            tuple(tuple(key_of(number) for number in split) for split in rank) for rank in self._specs.parts
-        )
+        others = tuple(tuple(tuple(key_of(number) for number in split) for split in rank) for rank in self._specs.parts)
         return Document(start, stop, own, others)
 
     def _content(self, number: int, token_ids: TokenIds, salt: bytes) -> ChunkKey:

@@ -23,7 +23,7 @@ RankKeys: TypeAlias = "tuple[tuple[ChunkKey, ...], ...]"
 """Keys of the same chunks for every rank: `keys[rank][chunk]`."""
 
 OtherKeys: TypeAlias = "tuple[tuple[ChunkKey, ...], ...]"
-"""Keys of one chunk as engines of other tensor-parallel sizes store it: `keys[split][part]`, see `WorkerInfo.splits`."""
+"""Keys of one chunk as engines of other tensor-parallel sizes store it: `keys[split][part]`, see `WorkerInfo`."""
 
 RankOthers: TypeAlias = "tuple[tuple[OtherKeys, ...], ...]"
 """The same for several chunks and every rank: `others[rank][chunk]`; empty if other sizes are not looked for."""

@@ -204,9 +204,7 @@ def test_documents_of_another_size_are_known_and_moved(
         assert pages.keys[:, :, 9:28].equal(moved)
         assert pages.values[:, :, 9:28].equal(values[:, first:last, : 28 - 9])
     reader.planner.close("r")
-    reader.planner.apply_report(
-        StepReport(loaded={"r": Loaded({}, False, 0.0, ranks=two)}, found_documents={})
-    )
+    reader.planner.apply_report(StepReport(loaded={"r": Loaded({}, False, 0.0, ranks=two)}, found_documents={}))
     reader.planner.arrived({"r"})
 
 

@@ -170,7 +170,9 @@ def pages_of_rank(spec: KVSpec, kv: torch.Tensor, heads: int) -> list[tuple[torc
 def test_ranks_of_another_size(heads: int, one: int, two: int, named: bool, tmp_path: Path) -> None:
     """They find every page if they name it, and nothing otherwise."""
     kv = torch.randn(2, LAYERS, heads, 4 * PAGE, DIM, generator=torch.Generator().manual_seed(2))
-    settings = SGLangSettings.of({"disk_path": str(tmp_path), **({"tensor_parallel_sizes": [one, two]} if named else {})})
+    settings = SGLangSettings.of(
+        {"disk_path": str(tmp_path), **({"tensor_parallel_sizes": [one, two]} if named else {})}
+    )
     for rank in range(one):
         spec = of_rank(rank, one, heads)
         disk = KVStore([DiskTier(tmp_path)])

@@ -96,7 +96,7 @@ class HeadReader:
     ) -> Hit | None:
         """As `KVStore.read`, of the rank's own chunk or of a joined one; `other`: its keys in other sizes.
 
-        Of a joined chunk, `tier` is the slowest of its parts, `recompute_s` the longest, and `nbytes` is the sum: a part
+        Of a joined chunk, `tier` is the slowest of its parts, `recompute_s` the longest, `nbytes` the sum: a part
         is read whole, also where the rank needs few of its heads.
         """
         if not other:
@@ -179,7 +179,9 @@ class HeadReader:
             return
         if any(each.tiers for keys in other for each in self._store.explain(keys)):
             self._logged_s = self._clock()
-            _LOG.info("a chunk of another tensor-parallel size is not complete: %s", " | ".join(self.explain(key, other)))
+            _LOG.info(
+                "a chunk of another tensor-parallel size is not complete: %s", " | ".join(self.explain(key, other))
+            )
 
     def _usable(self) -> Iterator[tuple[int, HeadSplit]]:
         return ((number, split) for number, split in enumerate(self._splits) if number not in self._refused)

@@ -50,9 +50,7 @@ class Offers:
             self._pin(number, keys[: len(tiers)], others[: len(tiers)], self._offer_s)
         return tiers
 
-    def take(
-        self, number: int, keys: Sequence[ChunkKey], deadline_s: float, others: Sequence[OtherKeys] = ()
-    ) -> bool:
+    def take(self, number: int, keys: Sequence[ChunkKey], deadline_s: float, others: Sequence[OtherKeys] = ()) -> bool:
         """Keep these chunks of an offer for a load that lasts at most `deadline_s`; False if that fails, and is logged.
 
         Nothing for number 0.
@@ -65,9 +63,7 @@ class Offers:
             return False
         return True
 
-    def _pin(
-        self, number: int, keys: Sequence[ChunkKey], others: Sequence[OtherKeys], deadline_s: float
-    ) -> None:
+    def _pin(self, number: int, keys: Sequence[ChunkKey], others: Sequence[OtherKeys], deadline_s: float) -> None:
         """Pin these chunks, instead of what was pinned under `number`."""
         pin = self._reader.pinned(keys, others, deadline_s=deadline_s)
         pin.__enter__()

@@ -45,8 +45,8 @@ def warn_of_other_sizes(settings: StoreSettings, spec: KVSpec, store: KVStore) -
     for tier in store.tiers:
         if tier.name == "disk" and (found := _sizes_in(tier, spec) - wanted):
             _LOG.warning(
-                "%s holds KV of this model of tensor-parallel size %s; this engine has size %d and does not look for it: "
-                'give "tensor_parallel_sizes": %s',
+                "%s holds KV of this model of tensor-parallel size %s; this engine has size %d and does not look for "
+                'it: give "tensor_parallel_sizes": %s',
                 settings.disk_path,
                 " and ".join(map(str, sorted(found))),
                 spec.shard[1],

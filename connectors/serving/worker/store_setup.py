@@ -115,7 +115,7 @@ def is_lossy(settings: StoreSettings, papers: QualityRecords) -> bool:
 
 
 def _readable_codecs() -> list[Codec]:
-    """Codecs of chunks that engines with other settings may have stored, and that need neither profile nor certificate."""
+    """Of chunks that engines with other settings may have stored; those that need neither profile nor certificate."""
     with suppress(ImportError):  # without zstandard
         return [codec_by_name("lossless")]
     return []

@@ -52,7 +52,7 @@ def test_both_ways(tmp_path: Path) -> None:
     rest = len(CONTEXT) - len(QUESTION)  # the last whole block ends in the second document
     assert told["fused"]["loaded"] == [{"disk": sum(map(len, DOCUMENTS)) - rest % BLOCK}], "known by their text"
     assert told["own"]["answers"] == plain[2:4] and told["own"]["loaded"] == [{}, {}]
-    assert not any(sum((each["failed"] for each in told.values()), []))
+    assert not any(failed for each in told.values() for failed in each["failed"])
 
     joined = ask(llm, TWOS)
     assert joined["answers"] == plain[2:4] and joined["loaded"] == whole(TWOS) and joined["failed"] == [False, False]

@@ -17,9 +17,7 @@ SETTINGS = {"host_bytes": "64MiB", "match_tokens": 32, "fusion_ratio": 0.9999, "
 
 def opened(folder: Path, size: int) -> Any:
     settings = {**SETTINGS, "disk_path": str(folder / "disk")}
-    return start(
-        folder / "model", settings, max_model_len=512, enable_prefix_caching=True, tensor_parallel_size=size
-    )
+    return start(folder / "model", settings, max_model_len=512, enable_prefix_caching=True, tensor_parallel_size=size)
 
 
 def ask(llm: Any, texts: list[list[int]], options: dict[str, Any] | None = None) -> dict[str, Any]:
