@@ -143,7 +143,7 @@ class Planner:
         def is_stored(document: Document) -> bool:  # workers in other processes find out when they fetch it
             if self._look_up is None:
                 return True
-            keys, others = (tuple((each,) for each in per_rank) for per_rank in (document.keys, document.others))
+            keys, others = tuple((key,) for key in document.keys), tuple((other,) for other in document.others)
             return bool(self._look_up(LookUp(request_id, keys, others=others)))
 
         if (before := self._tracked.get(request_id)) is not None:
