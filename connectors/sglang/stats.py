@@ -26,6 +26,7 @@ COUNTERS = MappingProxyType(
         "hit_pages": "Leading pages asked about that were stored.",
         "loads": "Batches of pages that SGLang asked for.",
         "load_seconds": "Time that these took, summed.",
+        "joined_chunks": "Pages made of those that engines of other tensor-parallel sizes have stored.",
         "lost_pages": "Pages found by a look-up that a load did not get; SGLang computes them.",
         "saved_pages": "Pages stored.",
         "failed_saves": "Batches of which not all pages were stored.",
