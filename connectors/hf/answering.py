@@ -146,7 +146,8 @@ class Generation:
         context = connector.fuse(encoded, opening_ids=opening, question_ids=question_ids)
         spent_s = time.perf_counter() - began_s
         documents_tokens = sum(map(len, encoded))
-        self.usage.recomputed_tokens = min(documents_tokens, round(context.computed_tokens))
+        computed = context.computed_tokens - context.blended.asked_tokens  # the question is no document
+        self.usage.recomputed_tokens = min(documents_tokens, round(computed))
         self.usage.reused_tokens = documents_tokens - self.usage.recomputed_tokens
         self.usage.saved_s = max(0.0, context.stored_s - spent_s)
         self.is_exact = context.is_exact

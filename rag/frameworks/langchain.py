@@ -171,7 +171,7 @@ class ChatKVLoom(BaseChatModel):
 
     Give documents with a call, `model.invoke(messages, documents=retriever.invoke(question))`, or bind them. They stand
     before the first user's words. `usage_metadata` counts reused tokens as `cache_read`; `response_metadata["kvloom"]`
-    has the rest. For the service and for vLLM with kvloom's connector, `ChatOpenAI` is the chat model: docs/rag.md.
+    has the rest. Over the service `ServedChat` is the chat model, over vLLM `ChatOpenAI`: docs/frameworks.md.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, populate_by_name=True)

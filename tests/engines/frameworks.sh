@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# tests/engines/frameworks.sh FOLDER: a virtual environment with LangChain and its standard tests, LlamaIndex, Haystack, and
-# this checkout of kvloom. PYTHON is the interpreter to start from. About 600 MB beside torch.
+# tests/engines/frameworks.sh FOLDER: a virtual environment with LangChain and its standard tests, LlamaIndex, Haystack, their
+# OpenAI clients, and this checkout of kvloom with its service. PYTHON is the interpreter to start from. About 600 MB beside torch.
 set -euo pipefail
 folder=$1
 root=$(cd "$(dirname "$0")/../.." && pwd)
@@ -8,8 +8,10 @@ root=$(cd "$(dirname "$0")/../.." && pwd)
 [ -x "$folder/bin/python" ] || "${PYTHON:-python3}" -m venv "$folder"
 pip=("$folder/bin/python" -m pip --disable-pip-version-check)
 "${pip[@]}" install --quiet "$(grep '^torch==' "$root/constraints.txt")"
-"${pip[@]}" install --quiet --editable "$root[rag,langchain,llamaindex,haystack]" langchain-tests==1.1.9 hypothesis pytest pytest-timeout \
-  -c "$root/constraints.txt"
+"${pip[@]}" install --quiet --editable "$root[rag,service,langchain,llamaindex,haystack]" langchain-tests==1.1.9 langchain-openai==1.7.4 \
+  hypothesis pytest pytest-timeout -c "$root/constraints.txt"
+# Their OpenAI client asks for openai below 3, which LangChain's does not; what is called is the same.
+"${pip[@]}" install --quiet --no-deps llama-index-llms-openai==0.8.3 llama-index-llms-openai-like==0.8.1
 "$folder/bin/python" - <<'PYTHON'
 from importlib.metadata import version
 

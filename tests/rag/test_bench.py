@@ -13,3 +13,4 @@ def test_a_corpus_is_measured_beside_a_plain_pipeline() -> None:
     assert 0.3 < result.metrics["ask_tokens_reused"].value < 1.0
     assert {"ask_ttft_speedup", "ask_second_question_speedup"} <= result.metrics.keys()
     assert '"bench": "rag"' in result.to_json()
+    assert len(result.tables[1].rows) == 2 and all(row[0].endswith("?") for row in result.tables[1].rows)
