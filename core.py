@@ -11,9 +11,9 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
-from typing import NewType, Protocol, runtime_checkable
+from typing import Any, NewType, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -35,11 +35,18 @@ class RopeSpec:
     attention_scaling : amplitude that the model multiplies into cos and sin (YaRN); a rotation by an offset leaves it
         alone.
     interleaved : channel pairs are (2i, 2i + 1) instead of (i, i + D/2).
+    passed_channels : last channels of a head that carry no position (partial rotary embeddings); D counts the others.
     """
 
     inv_freq: tuple[float, ...]
     attention_scaling: float = 1.0
     interleaved: bool = False
+    passed_channels: int = 0
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a key, rotated and passed ones."""
+        return 2 * len(self.inv_freq) + self.passed_channels
 
     def cos_sin(self, offsets: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines that move each pair by `offsets` (`[T]` int64): `[T, D / 2]` float32, from float64."""
@@ -60,16 +67,22 @@ class RopeSpec:
         """
         if isinstance(offsets, int):
             offsets = torch.tensor([offsets])
-        if keys.shape[-1] != 2 * len(self.inv_freq):
+        if keys.shape[-1] != self.head_dim:
             raise SpecMismatchError(
-                f"keys have head dim {keys.shape[-1]}; the rope table of {len(self.inv_freq)} pairs expects twice that"
+                f"keys have head dim {keys.shape[-1]}; the rope table of {len(self.inv_freq)} pairs and "
+                f"{self.passed_channels} passed channels expects {self.head_dim}"
             )
         if not bool(offsets.any()):
             return keys
         if bool((offsets == offsets[0]).all()):
             offsets = offsets[:1]
         cos, sin = self.cos_sin(offsets.to(keys.device))
-        return rotate_pairs(keys.float(), cos, sin, self.interleaved).to(keys.dtype)
+        if not self.passed_channels:
+            return rotate_pairs(keys.float(), cos, sin, self.interleaved).to(keys.dtype)
+        rotated = keys[..., : -self.passed_channels].float()
+        moved = keys.clone()
+        moved[..., : -self.passed_channels] = rotate_pairs(rotated, cos, sin, self.interleaved).to(keys.dtype)
+        return moved
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -85,13 +98,20 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tens
 
 
 @dataclass(frozen=True, slots=True)
+class LayerRopes:
+    """The rotations of a model whose layers rotate keys differently: one for each layer, None where it rotates none."""
+
+    layers: tuple[RopeSpec | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class KVSpec:
     """Geometry and identity of a cache, per tensor-parallel rank. Change any field and every key changes.
 
     Attributes
     ----------
     model_id : names the weights revision and adapter, not a path.
-    rope : None if keys carry no rotary position.
+    rope : how all layers rotate keys, or how each does; None if keys carry no rotary position.
     v_head_dim : None means `head_dim`; 0 means a latent (MLA) cache that is all in the keys.
     shard : (rank, size) of tensor parallelism.
     """
@@ -101,9 +121,13 @@ class KVSpec:
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
-    rope: RopeSpec | None
+    rope: RopeSpec | LayerRopes | None
     v_head_dim: int | None = None
     shard: tuple[int, int] = (0, 1)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rope, LayerRopes) and len(self.rope.layers) != self.num_layers:
+            raise SpecMismatchError(f"rope has {len(self.rope.layers)} layers; {self.model_id} has {self.num_layers}")
 
     @property
     def value_dim(self) -> int:
@@ -114,24 +138,60 @@ class KVSpec:
         """Bytes that one token's keys and values take in all layers."""
         return self.num_layers * self.num_kv_heads * (self.head_dim + self.value_dim) * self.dtype.itemsize
 
+    def rope_of(self, layer: int) -> RopeSpec | None:
+        """How a layer rotates keys; None if it does not."""
+        return self.rope.layers[layer] if isinstance(self.rope, LayerRopes) else self.rope
+
+    def shift(self, keys: Tensor, offsets: Tensor | int, first_layer: int = 0) -> Tensor:
+        """Keys `[L, ..., T, D]` of the layers from `first_layer` on moved by `offsets`, see `RopeSpec.shift`."""
+        if not isinstance(self.rope, LayerRopes):
+            return keys if self.rope is None else self.rope.shift(keys, offsets)
+        if not (bool(offsets.any()) if isinstance(offsets, Tensor) else offsets):
+            return keys
+        moved = torch.empty_like(keys)
+        for place, layer in enumerate(keys):
+            rope = self.rope.layers[first_layer + place]
+            moved[place] = layer if rope is None else rope.shift(layer, offsets)
+        return moved
+
     @lru_cache(maxsize=64)  # noqa: B019  specs are few and small, and each put asks
     def to_json(self) -> str:
         """Canonical JSON: equal specs give equal text, in every process and release."""
-        fields = asdict(self) | {"dtype": str(self.dtype).removeprefix("torch.")}
+        rope = (
+            {"layers": [_rope_fields(each) for each in self.rope.layers]}
+            if isinstance(self.rope, LayerRopes)
+            else (_rope_fields(self.rope))
+        )
+        fields = asdict(replace(self, rope=None)) | {"rope": rope, "dtype": str(self.dtype).removeprefix("torch.")}
         return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> KVSpec:
         fields = json.loads(text)
         rope = fields.pop("rope")
-        if rope is not None:
-            rope = RopeSpec(**(rope | {"inv_freq": tuple(rope["inv_freq"])}))
+        read = LayerRopes(tuple(map(_read_rope, rope["layers"]))) if rope and "layers" in rope else _read_rope(rope)
         dtype = getattr(torch, fields.pop("dtype"))
-        return cls(**(fields | {"rope": rope, "dtype": dtype, "shard": tuple(fields["shard"])}))
+        return cls(**(fields | {"rope": read, "dtype": dtype, "shard": tuple(fields["shard"])}))
 
     def fingerprint(self) -> bytes:
         """32 bytes that stand for every field."""
         return hashlib.blake2b(b"kvloom KVSpec 2\0" + self.to_json().encode(), digest_size=32).digest()
+
+
+def _rope_fields(rope: RopeSpec | None) -> dict[str, Any] | None:
+    """Fields of a rotation for JSON; what was added since the first release is left out where it is nothing, so that
+    fingerprints of models without it stay.
+    """
+    if rope is None:
+        return None
+    fields = asdict(rope)
+    if not rope.passed_channels:
+        del fields["passed_channels"]
+    return fields
+
+
+def _read_rope(fields: Mapping[str, Any] | None) -> RopeSpec | None:
+    return None if fields is None else RopeSpec(**{**fields, "inv_freq": tuple(fields["inv_freq"])})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -335,22 +395,35 @@ class GrowableIndex(KeyIndex, Protocol):
         ...
 
 
-@runtime_checkable
-class LayerwiseModel(Protocol):
-    """What fusion needs from an engine: the parts of a decoder layer around its attention.
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerAttention:
+    """What a layer does with the scores of its queries and keys.
 
     Attributes
     ----------
     scale : factor on the scores, usually `D ** -0.5`.
-    window_tokens : per layer, how many tokens back attention reaches, itself included; None for all.
+    window_tokens : how many tokens back attention reaches, itself included; None for all.
+    softcap : scores become `softcap * tanh(score / softcap)`; None for as they are.
+    sinks : `[Hq]`, a score of each head that takes its share of the softmax and has no value; None for none.
     """
+
+    scale: float
+    window_tokens: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+@runtime_checkable
+class LayerwiseModel(Protocol):
+    """What fusion needs from an engine: the parts of a decoder layer around its attention, and what that is."""
 
     @property
     def spec(self) -> KVSpec: ...
     @property
-    def scale(self) -> float: ...
-    @property
-    def window_tokens(self) -> Sequence[int | None]: ...
+    def attention(self) -> Sequence[LayerAttention]:
+        """Of every layer."""
+        ...
+
     def embed(self, token_ids: Tensor) -> Tensor:
         """`[T]` -> `[T, E]`."""
         ...

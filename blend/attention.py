@@ -4,11 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core import LayerAttention
+
 # Queries attended at once on a CPU. A block sees the keys up to its own last position only, so that no more than half a
 # block's mask is wasted work; 128 measured best among 32 to 4,096.
 _BLOCK_TOKENS = 128
 _DEVICE_BLOCK_TOKENS = 2048  # elsewhere: launching a kernel costs more than masked keys
 _KEPT_MASK_BYTES = 64 << 20
+_BLOCK_WEIGHTS = 1 << 26  # attention weights in memory at once, where no kernel hides them
 
 
 class ScatteredAttention:
@@ -34,11 +37,23 @@ class ScatteredAttention:
         self._masks: dict[int, Tensor] = {}
         self._mask_bytes = 0
 
-    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, *, scale: float) -> Tensor:
+    def __call__(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
         """Attention of queries `[Hq, N, D]` to keys `[H, S, D]` and values `[H, S, Dv]`, all after rotary embedding:
         `[Hq, N, Dv]`. The key at index j stands at position j, and every query's position is below S.
+
+        `softcap` and `sinks` : see `LayerAttention`.
         """
-        if self._is_run:
+        is_plain = softcap is None and sinks is None
+        if self._is_run and is_plain:
             return _dense_attention(queries, keys, values, self._bounds[0], scale)
         query_heads, count, dim = queries.shape
         kv_heads, group = keys.shape[0], query_heads // keys.shape[0]
@@ -49,6 +64,14 @@ class ScatteredAttention:
             first, last = self._seen(start, stop)
             visible, block = self._mask(start, stop), grouped[:, :, start:stop]
             k, v = keys[:, first:last], values[:, first:last]
+            if not is_plain:  # no kernel of torch knows them
+                step = max(1, _BLOCK_WEIGHTS // (query_heads * (last - first)))
+                for a in range(0, stop - start, step):
+                    rows = slice(a, min(a + step, stop - start))
+                    scores = (block[:, :, rows] @ k[:, None].mT).float() * scale
+                    weights = attention_weights(scores, visible[rows], softcap=softcap, sinks=sinks)
+                    out[:, :, start + rows.start : start + rows.stop] = weights.to(v.dtype) @ v[:, None]
+                continue
             if self._on_cpu:  # a mask that all heads share, and keys that are expanded without a copy
                 k, v = (t[:, None].expand(kv_heads, group, *t.shape[1:]) for t in (k, v))
                 out[:, :, start:stop] = F.scaled_dot_product_attention(block, k, v, attn_mask=visible, scale=scale)
@@ -93,6 +116,8 @@ def causal_attention(
     *,
     scale: float,
     window_tokens: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """`ScatteredAttention` for one layer.
 
@@ -104,12 +129,44 @@ def causal_attention(
     positions : `[N]` int64, ascending, each below S.
     scale : factor on the scores.
     window_tokens : keys further back than this, the query's own included, are not seen; None for no limit.
+    softcap, sinks : see `LayerAttention`.
 
     Returns
     -------
     Tensor : `[Hq, N, Dv]`.
     """
-    return ScatteredAttention(positions, window_tokens=window_tokens)(queries, keys, values, scale=scale)
+    scattered = ScatteredAttention(positions, window_tokens=window_tokens)
+    return scattered(queries, keys, values, scale=scale, softcap=softcap, sinks=sinks)
+
+
+def layer_attention(layer: LayerAttention, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+    """`causal_attention` as a layer of a model has it."""
+    return causal_attention(
+        queries,
+        keys,
+        values,
+        positions,
+        scale=layer.scale,
+        window_tokens=layer.window_tokens,
+        softcap=layer.softcap,
+        sinks=layer.sinks,
+    )
+
+
+def attention_weights(
+    scores: Tensor, visible: Tensor, *, softcap: float | None = None, sinks: Tensor | None = None
+) -> Tensor:
+    """The softmax of scaled scores `[H, G, N, S]` float32 over the visible keys (`[N, S]` bool).
+
+    `softcap` and `sinks` : see `LayerAttention`; a sink's own weight is left out of the result.
+    """
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if sinks is None:
+        return scores.softmax(-1)
+    heads = sinks.float().reshape(*scores.shape[:2], 1, 1).expand(*scores.shape[:3], 1)
+    return torch.cat((scores, heads), dim=-1).softmax(-1)[..., :-1]
 
 
 def _dense_attention(queries: Tensor, keys: Tensor, values: Tensor, first: int, scale: float) -> Tensor:

@@ -283,10 +283,13 @@ class Blender:
                     attentions.clear()
             attended[layer] = len(active)
             if len(active):
-                window = model.window_tokens[layer]
+                here = model.attention[layer]
+                window = here.window_tokens
                 if window not in attentions:
                     attentions[window] = ScatteredAttention(active, window_tokens=window)
-                out = attentions[window](q, keys[layer], values[layer], scale=model.scale)
+                out = attentions[window](
+                    q, keys[layer], values[layer], scale=here.scale, softcap=here.softcap, sinks=here.sinks
+                )
                 hidden = model.finish(layer, hidden, out)
         return attended, fresh
 

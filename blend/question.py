@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..core import LayerwiseModel
+from .attention import attention_weights
 
 QUESTION_TOKENS = 256
 """Last tokens of a question that are asked with: a longer one is mostly more context."""
@@ -36,7 +37,10 @@ def question_attention(
         q, k, v = model.qkv(layer, hidden, positions)
         ready(layer)
         context = torch.cat((keys[layer], k), dim=1), torch.cat((values[layer], v), dim=1)
-        out, weights = attention_with_weights(q, *context, scale=model.scale, window_tokens=model.window_tokens[layer])
+        here = model.attention[layer]
+        out, weights = attention_with_weights(
+            q, *context, scale=here.scale, window_tokens=here.window_tokens, softcap=here.softcap, sinks=here.sinks
+        )
         score += weights[:, :total]
         if layer + 1 < model.spec.num_layers:
             hidden = model.finish(layer, hidden, out)
@@ -44,7 +48,14 @@ def question_attention(
 
 
 def attention_with_weights(
-    queries: Tensor, keys: Tensor, values: Tensor, *, scale: float, window_tokens: int | None = None
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    window_tokens: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of the last Q of S tokens, and what it attends to.
 
@@ -52,7 +63,7 @@ def attention_with_weights(
     ----------
     queries : `[Hq, Q, D]`, of the last tokens.
     keys, values : `[H, S, D]` and `[H, S, Dv]`.
-    scale, window_tokens : as for `causal_attention`.
+    scale, window_tokens, softcap, sinks : as for `causal_attention`.
 
     Returns
     -------
@@ -68,12 +79,12 @@ def attention_with_weights(
     for start in range(0, count, step):
         stop = min(start + step, count)
         here = torch.arange(total - count + start, total - count + stop, device=keys.device)[:, None]
-        hidden = seen > here
+        visible = seen <= here
         if window_tokens is not None:
-            hidden |= seen <= here - window_tokens
+            visible &= seen > here - window_tokens
         block = grouped[:, :, start:stop].flatten(1, 2)
         scores = (block @ keys.mT).float().view(kv_heads, -1, stop - start, total) * scale
-        weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
+        weights = attention_weights(scores, visible, softcap=softcap, sinks=sinks)
         out[:, :, start:stop] = (weights.flatten(1, 2).to(values.dtype) @ values).view(*scores.shape[:3], -1)
         by_query = weights.sum(dim=(0, 1))
         attended[0] += by_query.sum(0) / count

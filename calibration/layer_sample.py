@@ -22,6 +22,7 @@ class LayerSample:
     query_moments : `[H, D, D]` float64, mean of the outer products of all queries of a group with themselves, before
         rotation; text and strings alike.
     further_keys : `[N', H, D]` float32, keys over random strings, which are unlike text but are often retrieved.
+    layer : which one of the model's it is.
     """
 
     spec: KVSpec
@@ -31,3 +32,4 @@ class LayerSample:
     value_fisher: Tensor
     query_moments: Tensor
     further_keys: Tensor
+    layer: int = 0

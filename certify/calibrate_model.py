@@ -21,10 +21,10 @@ except ImportError as error:
         'kvloom.certify.calibrate_model needs transformers: pip install "kvloom[transformers]"'
     ) from error
 
-from ..blend.attention import causal_attention
+from ..blend.attention import layer_attention
 from ..calibration.layer_sample import LayerSample
 from ..calibration.model_profile import Profile
-from ..compress.rotation import unrotated
+from ..compress.rotation import layer_unrotated
 from ..connectors.hf.model import TransformersModel
 from ..errors import EngineError
 from .method_fits import LAYER_FITS, Fit
@@ -96,21 +96,23 @@ def calibrate(
         gradient = torch.zeros(text_tokens, width, dtype=model.dtype)
         loss = 0.0
         for a, b in bounds:
-            gradient[a:b], lost = _loss_gradient(model, borders[-1, a:b].to(model.device), ids[a:b].to(model.device))
+            gradient[a:b], lost = _loss_gradient(layers, borders[-1, a:b].to(model.device), ids[a:b].to(model.device))
             loss += lost
         loss /= sum(b - a - 1 for a, b in bounds)
         if not math.isfinite(loss):
             raise EngineError(f"the model's loss over the text is {loss}; expected a finite number")
         parts = ProfileParts(spec, layer_fits)
         for layer in reversed(range(spec.num_layers)):
-            queries = _QueryMoments(layers)
+            queries = _QueryMoments(layers, layer)
             more_keys, _ = _keys_values(layers, layer, borders[layer], further, skip_tokens, queries, model.device)
             more = _keys_values(layers, layer, borders[layer], others, skip_tokens, queries, model.device)
             keys, values, key_fisher, value_fisher = _backward(
                 layers, layer, borders[layer], gradient, bounds, skip_tokens, queries, model.device, advance
             )
             keys, values = torch.cat((keys, more[0])), torch.cat((values, more[1]))
-            parts.add(layer, LayerSample(spec, keys, values, key_fisher, value_fisher, queries.mean(), more_keys))
+            parts.add(
+                layer, LayerSample(spec, keys, values, key_fisher, value_fisher, queries.mean(), more_keys, layer)
+            )
             advance("fit", text_tokens)
     about = {
         **(meta or {}),
@@ -194,7 +196,7 @@ def _backward(
         moments.add(queries.detach()[:, skip_tokens:], positions[skip_tokens:])
         half = [keys.detach(), values.detach(), found[0], found[1]]
         # Rotations are orthogonal: gradients turn back as keys do.
-        half[0], half[2] = (unrotated(layers.spec, t, positions) for t in (half[0], half[2]))
+        half[0], half[2] = (layer_unrotated(layers.spec, layer, t, positions) for t in (half[0], half[2]))
         kept.append(tuple(t.transpose(0, 1)[skip_tokens:].float().cpu() for t in half))
         advance("backward", b - a)
     keys, values, key_gradient, value_gradient = (torch.cat(parts) for parts in zip(*kept, strict=True))
@@ -218,7 +220,7 @@ def _keys_values(
         positions = torch.arange(b - a, device=device)
         queries, keys, values = layers.qkv(layer, inputs[a:b].to(device), positions)
         moments.add(queries[:, skip_tokens:], positions[skip_tokens:])
-        pair = unrotated(spec, keys, positions), values
+        pair = layer_unrotated(spec, layer, keys, positions), values
         keys, values = (t.transpose(0, 1)[skip_tokens:].float().cpu() for t in pair)
         kept.append((keys, values))
     keys, values = (torch.cat(parts) for parts in zip(*kept, strict=True))
@@ -228,14 +230,13 @@ def _keys_values(
 class _QueryMoments:
     """Sum of the outer products of one layer's queries before rotation: all that is kept of them."""
 
-    def __init__(self, layers: TransformersModel) -> None:
-        self._spec, self._count = layers.spec, 0
+    def __init__(self, layers: TransformersModel, layer: int) -> None:
+        self._spec, self._layer, self._count = layers.spec, layer, 0
         self._sum = torch.zeros(layers.spec.num_kv_heads, layers.spec.head_dim, layers.spec.head_dim).double()
 
     def add(self, queries: Tensor, positions: Tensor) -> None:
         """`[Hq, Q, D]` after rotary embedding."""
-        if self._spec.rope is not None:
-            queries = self._spec.rope.shift(queries.float(), -positions)
+        queries = layer_unrotated(self._spec, self._layer, queries, positions)
         grouped = queries.reshape(self._spec.num_kv_heads, -1, self._spec.head_dim).double()
         self._sum += (grouped.mT @ grouped).cpu()
         self._count += grouped.shape[1]
@@ -244,14 +245,14 @@ class _QueryMoments:
         return self._sum / self._count
 
 
-def _loss_gradient(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> tuple[Tensor, float]:
+def _loss_gradient(layers: TransformersModel, hidden: Tensor, ids: Tensor) -> tuple[Tensor, float]:
     """Gradient `[T, E]`, at the last layer's output, of the summed loss of the next tokens, and that loss."""
     gradient, total = torch.zeros_like(hidden), 0.0
     for start in range(0, len(ids) - 1, _HEAD_TOKENS):
         stop = min(start + _HEAD_TOKENS, len(ids) - 1)
         with torch.enable_grad():
             rows = hidden[start:stop].detach().requires_grad_()
-            logits = model.lm_head(model.model.norm(rows)).float()
+            logits = layers.logits(rows).float()
             loss = F.cross_entropy(logits, ids[start + 1 : stop + 1], reduction="sum")
             (gradient[start:stop],) = torch.autograd.grad(loss, rows)
         total += loss.item()
@@ -261,5 +262,4 @@ def _loss_gradient(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> tuple
 def _attend(
     layers: TransformersModel, layer: int, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor
 ) -> Tensor:
-    window_tokens = layers.window_tokens[layer]
-    return causal_attention(queries, keys, values, positions, scale=layers.scale, window_tokens=window_tokens)
+    return layer_attention(layers.attention[layer], queries, keys, values, positions)

@@ -74,7 +74,7 @@ def read_exact(
             f"{codec} chunk contradicts itself: {prefix}_exact is {rows.dtype} {list(rows.shape)} for tokens "
             f"{tokens.dtype} {list(tokens.shape)}; expected {dtype} [{L}, {H}, E, {D}] for torch.int32 [{L}, E]"
         )
-    if not dtype.is_floating_point or (rotation is not None and 2 * len(rotation.rope.inv_freq) != D):
+    if not dtype.is_floating_point or (rotation is not None and not rotation.fits(D)):
         raise CodecError(f"{codec} chunk contradicts itself: {prefix} of {D} channels in {dtype} do not fit its spec")
     if L == 0:
         return torch.arange(0), rows[:, :, :0]
@@ -95,5 +95,7 @@ def read_exact(
 def put_exact(out: Tensor, tokens: Tensor, rows: Tensor, rotation: KeyRotation | None) -> None:
     """Writes rows (`[L, H, E, D]`) over these tokens (`[E]`) of `out` (`[L, H, T, D]`); keys are rotated first."""
     if len(tokens):
-        moved = rows if rotation is None else rotation.rope.shift(rows, rotation.exact[tokens])
+        moved = rows
+        if rotation is not None:
+            moved = rotation.spec.shift(rows, rotation.exact[tokens], rotation.first_layer)
         out.index_copy_(2, tokens.to(out.device), moved)

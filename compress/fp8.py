@@ -51,7 +51,7 @@ class Fp8Codec:
     def encode(self, chunk: KVChunk) -> EncodedChunk:
         """On the device of the chunk, in float32."""
         spec, keys = chunk.spec, chunk.keys.detach()
-        plain = keys.float() if self.rotated else unrotated(spec, keys, chunk.positions)
+        plain = keys.float() if self.rotated else unrotated(spec, keys, chunk.positions, chunk.first_layer)
         tensors = _encode("keys", keys, plain) | self.encode_values(spec, chunk.values, chunk.first_layer)
         return seal(self, chunk, tensors, _KEYS | _VALUES)
 
@@ -111,13 +111,16 @@ def _decode(
     tokens, rows = read_exact("fp8", tensors, prefix, dtype, shape, T, rotation)
     out = torch.empty(shape, dtype=dtype, device=codes.device)
     cos, sin = (None, None) if rotation is None else rotation.cos_sin(T, out.device)
+    plain = None if rotation is None else rotation.plain
     # On the cpu the float32 of one layer stays in a cache; on a device the number of launches takes the time.
     step = 1 if codes.device.type == "cpu" else _DEVICE_LAYERS
     for first in range(0, L, step):
         layers = slice(first, first + step)
         x = _wide(codes[layers]).mul_(scale[layers, :, None, None])
-        if cos is not None and sin is not None and rotation is not None:
-            x = rotate_pairs(x, cos, sin, rotation.rope.interleaved)
+        if rotation is not None and rotation.plain is None:
+            x = rotation.from_layer(first).turn(x, dtype)
+        elif cos is not None and sin is not None and plain is not None:
+            x = rotate_pairs(x, cos, sin, plain.interleaved)
         out[layers] = x
     put_exact(out, tokens, rows, rotation)
     return out

@@ -77,7 +77,7 @@ class GroupedCodec:
         grouping, covered = _of_keys(self, keys.shape)
         coded = keys[:, :, :covered]
         unusual = unusual_tokens(coded)
-        plain = coded.float() if self.rotated else unrotated(spec, coded, chunk.positions[:covered])
+        plain = coded.float() if self.rotated else unrotated(spec, coded, chunk.positions[:covered], chunk.first_layer)
         tensors = quantize("keys", plain, self.bits, grouping, unusual) | take_exact("keys", keys, unusual)
         tensors |= self.encode_values(spec, chunk.values, chunk.first_layer)
         return seal(self, chunk, tensors, _KEYS | _VALUES)

@@ -76,7 +76,7 @@ class LowRankCodec:
         """Raises `SpecMismatchError` if the profile is another model's."""
         spec = chunk.spec
         shape = (len(chunk.keys), len(chunk), spec.num_kv_heads * spec.head_dim)  # as keys may have no element
-        keys = unrotated(spec, chunk.keys, chunk.positions).cpu().transpose(1, 2).reshape(shape)
+        keys = unrotated(spec, chunk.keys, chunk.positions, chunk.first_layer).cpu().transpose(1, 2).reshape(shape)
         wild = ~(keys.norm(dim=-1) <= _LARGEST_NORM)  # NaN compares false
         exact = wild | (chunk.positions < self.sink_tokens)
         keys = torch.where(exact[..., None], 0.0, keys)
@@ -110,8 +110,7 @@ class LowRankCodec:
         basis = self._basis_of(blob, envelope, factor.shape[-1])
         # One product for all heads of a layer: it takes two thirds of the time of one for each head.
         keys = (factor @ basis.float()).unflatten(-1, (spec.num_kv_heads, spec.head_dim)).transpose(1, 2)
-        if spec.rope is not None:
-            keys = spec.rope.shift(keys, placed)
+        keys = spec.shift(keys, placed, envelope.first_layer)
         keys = keys.to(spec.dtype, memory_format=torch.contiguous_format)
         _put_exact_rows(blob, envelope, keys, KeyRotation.to(placed, envelope))
         values = self.values.decode_values(
@@ -261,4 +260,4 @@ def _put_exact_rows(blob: EncodedChunk, envelope: Envelope, keys: Tensor, rotati
         )
     for layer in range(envelope.num_layers):
         one = slice(layer, layer + 1)
-        put_exact(keys[one], at[layer], rows[one], rotation)
+        put_exact(keys[one], at[layer], rows[one], None if rotation is None else rotation.from_layer(layer))

@@ -53,7 +53,7 @@ class RawCodec:
         if positions is None:
             return chunk
         placed = checked_positions(positions, len(chunk))
-        moved = keys if spec.rope is None else spec.rope.shift(keys, placed - where)
+        moved = spec.shift(keys, placed - where, first_layer)
         return KVChunk(spec, token_ids, placed, moved, values, first_layer)
 
     def encode_values(self, spec: KVSpec, values: Tensor, first_layer: int) -> dict[str, Tensor]:

@@ -108,16 +108,21 @@ def dequantize(
         scale, zero = (x.repeat_interleave(grouping.heads, 1) for x in (scale, zero))
     out = torch.empty(shape, dtype=dtype, device=packed.device)
     cos, sin = (None, None) if rotation is None else rotation.cos_sin(covered, out.device)
+    plain = None if rotation is None else rotation.plain
+    turns_later = rotation is not None and plain is None
+    wide = out.new_empty(coded, dtype=torch.float32) if turns_later else out
     dequantize_rotate(
         packed.flatten(0, 1),
         bits,
         scale.flatten(0, 1),
         zero.flatten(0, 1),
-        out.flatten(0, 1)[:, :covered],
+        wide.flatten(0, 1)[:, :covered],
         cos=cos,
         sin=sin,
-        interleaved=rotation is not None and rotation.rope.interleaved,
+        interleaved=plain is not None and plain.interleaved,
     )
+    if rotation is not None and turns_later:
+        out[:, :, :covered] = rotation.turn(wide, dtype)
     put_exact(out, tokens, rows, rotation)
     return out
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..blend.attention import causal_attention
+from ..blend.attention import layer_attention
 from ..calibration.codec_form import parameters_of
 from ..connectors.hf.model import TransformersModel
 from ..core import Codec, KVChunk
@@ -150,10 +150,7 @@ class ForcedModel:
             if attend is not None and prefix is not None:
                 attended = attend(layer, prefix, queries, keys, values, start)
             if attended is None:
-                window_tokens = layers.window_tokens[layer]
-                attended = causal_attention(
-                    queries, keys, values, placed, scale=layers.scale, window_tokens=window_tokens
-                )
+                attended = layer_attention(layers.attention[layer], queries, keys, values, placed)
             hidden = layers.finish(layer, hidden, attended)
         extras = {QUERIES: torch.stack(asked), QUERY_POSITIONS: positions} if asked else {}
         return KVChunk(spec, ids, positions, torch.stack(all_keys), torch.stack(all_values), extras=extras), hidden
@@ -161,8 +158,7 @@ class ForcedModel:
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """`[T, E]` -> `[T, V]` float32."""
-        logits: Tensor = self._model.lm_head(self._model.model.norm(hidden)).float()
-        return logits
+        return self.layers.logits(hidden).float()
 
     @torch.no_grad()
     def compare(self, exact: Tensor, other: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -87,8 +87,7 @@ class FusionBed:
             values.append(first.values)
         for chunk, start in zip(chunks, starts, strict=True):
             moved = torch.full((len(chunk),), start - len(lead))
-            rope = layers.spec.rope
-            keys.append(chunk.keys if rope is None else rope.shift(chunk.keys, moved))
+            keys.append(layers.spec.shift(chunk.keys, moved))
             values.append(chunk.values)
         exact = len(lead) + len(question.documents[0])
         all_starts = (0, *starts) if lead else tuple(starts)

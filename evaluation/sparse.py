@@ -10,7 +10,8 @@ from torch import Tensor
 from ..connectors.hf.model import TransformersModel
 from ..connectors.hf.retrieval.plan import layer_shape
 from ..core import KVChunk
-from ..retrieval.attention import attend, attend_at, attend_selected
+from ..errors import EngineError
+from ..retrieval.attention import attend, attend_at, attend_selected, with_sinks
 from ..retrieval.coverage import covering
 from ..retrieval.selector import LearnsFromQueries, choose
 from ..retrieval.settings import CHUNK_TOKENS, Retrieval
@@ -23,14 +24,16 @@ def through_retrieval(retrieval: Retrieval, layers: TransformersModel) -> Approx
     Harsher than a session, where a prompt is computed densely and only the answer's tokens retrieve: here the question,
     or the text that is continued, retrieves, too.
     """
-    shape = layer_shape(layers)
+    if any(here.softcap is not None for here in layers.attention):
+        raise EngineError("the model caps its attention logits (softcap), and retrieval scores tokens without a cap")
+    shapes = [layer_shape(layers, layer) for layer in range(layers.spec.num_layers)]
 
     def attend_behind(
         layer: int, prefix: KVChunk, queries: Tensor, keys: Tensor, values: Tensor, first: int
     ) -> Tensor | None:
         if layer < retrieval.dense_layers or layers.window_tokens[layer] is not None:
             return None
-        start, window = retrieval.sink_tokens, retrieval.window_tokens
+        start, window, shape = retrieval.sink_tokens, retrieval.window_tokens, shapes[layer]
         selector = retrieval.selector(shape, layer)
         is_built = False
         out = queries.new_empty(*queries.shape[:2], values.shape[-1])
@@ -47,6 +50,7 @@ def through_retrieval(retrieval: Retrieval, layers: TransformersModel) -> Approx
                     is_built = True
             query = queries[:, place]
             part = attend(query, *_near(keys, values, start, stop, position), scale=shape.scale)
+            part = with_sinks(part, layers.attention[layer].sinks)
             selection = choose(selector, query, position, retrieval.budget(len(selector)))
             if retrieval.coverage is not None and selection.ids.shape[1]:
                 rows = selection.ids.clamp(min=0)[..., None].expand(-1, -1, keys.shape[-1])

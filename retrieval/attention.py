@@ -80,6 +80,11 @@ def merge(parts: Sequence[PartialAttention]) -> PartialAttention:
     return (outs * weights[..., None]).sum(0), lse
 
 
+def with_sinks(part: PartialAttention, sinks: Tensor | None) -> PartialAttention:
+    """The same with a model's attention sinks (`[Hq]` scores; None for none), which are tokens without a value."""
+    return part if sinks is None else merge([part, (torch.zeros_like(part[0]), sinks.to(part[1]))])
+
+
 def empty_attention(query_heads: int, value_dim: int, device: torch.device | None = None) -> PartialAttention:
     """Attention over no token."""
     return torch.zeros(query_heads, value_dim, device=device), torch.full((query_heads,), -math.inf, device=device)

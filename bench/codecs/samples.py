@@ -31,8 +31,7 @@ def chunk_8b(seed: int, *, tokens: int = CHUNK_TOKENS, start: int = CHUNK_TOKENS
     random = torch.Generator().manual_seed(seed)
     positions = torch.arange(start, start + tokens)
     keys = _heads(_keys(spec, tokens, random), spec)
-    if spec.rope is not None:
-        keys = spec.rope.shift(keys, positions)
+    keys = spec.shift(keys, positions)
     values = torch.randn(spec.num_layers, spec.num_kv_heads, tokens, spec.value_dim, generator=random)
     return KVChunk(spec, torch.arange(tokens) + seed, positions, keys.to(spec.dtype), values.to(spec.dtype))
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...connectors.hf.retrieval.plan import layer_shape
 from ...core import KVChunk
 from ...evaluation.forcing import QUERIES, ForcedModel
 from ...retrieval.attention import attend, attend_at, attend_selected
-from ...retrieval.selector import LayerShape, LearnsFromQueries, Selection, Selector
+from ...retrieval.selector import LearnsFromQueries, Selection, Selector
 
 SINK_TOKENS, WINDOW_TOKENS = 4, 32  # attended to exactly, and charged; scaled to contexts of some thousand tokens
 _KV_BYTES = 2  # a number of keys and values, as models keep them
@@ -74,9 +75,7 @@ class ContextModel:
     def __init__(self, model: PreTrainedModel) -> None:
         self._forced = ForcedModel(model, model_id="measured", keeps_queries=True)
         self.layers, self.logits = self._forced.layers, self._forced.logits
-        spec = self.layers.spec
-        group = model.config.num_attention_heads // spec.num_kv_heads
-        self.shape = LayerShape(spec.num_kv_heads, group, spec.head_dim, self.layers.scale, spec.rope)
+        self.shape = layer_shape(self.layers)
 
     def dense(self, ids: Tensor, context: Context | None = None, behind: Context | None = None) -> Context:
         """Exact attention of tokens `[T]` over `context`, then `behind` it, then themselves."""

@@ -16,7 +16,7 @@ from ..capabilities import Allocator
 from ..envelope import cpu_copy, expect_tensor, open_envelope, seal
 from ..exact import put_exact
 from ..kernels.ops import pack_bits, packed_bytes
-from ..rotation import KeyRotation, unrotated
+from ..rotation import KeyRotation, layer_unrotated
 from .codes import Codes, Grid, RotaryAngles, fresh_memory
 from .dequantise import dequantise
 from .outliers import MAX_CHANNELS, channel_bytes, outliers_per_token, pack_channels
@@ -147,7 +147,8 @@ class NuqCodec:
         self.profile.check_serves(chunk.spec)
         total = torch.zeros(len(chunk))
         for i in range(len(chunk.keys)):
-            total += self._clipped(chunk.first_layer + i, unrotated(chunk.spec, chunk.keys[i].cpu(), chunk.positions))
+            layer = chunk.first_layer + i
+            total += self._clipped(layer, layer_unrotated(chunk.spec, layer, chunk.keys[i].cpu(), chunk.positions))
         return total / max(1, len(chunk.keys))
 
     def _encode_half(
@@ -165,7 +166,7 @@ class NuqCodec:
         clipped = torch.zeros(T)
         for i in range(L if D else 0):
             rows = tensor[i].detach().cpu()
-            rows = rows.float() if positions is None else unrotated(spec, rows, positions)
+            rows = rows.float() if positions is None else layer_unrotated(spec, first_layer + i, rows, positions)
             if half == "keys":
                 clipped += self._clipped(first_layer + i, rows)
             fits = (rows.abs() <= torch.finfo(stored).max).all(-1).all(0)
@@ -230,9 +231,14 @@ class NuqCodec:
         at = exact_tokens[0].long()
         if not bool((exact_tokens == exact_tokens[0]).all()) or not bool(((at >= 0) & (at < T)).all()):
             raise CodecError(f"nuq chunk: exact tokens of {half} differ between layers, or are none of its {T}")
-        angles = None if rotation is None else RotaryAngles.at(rotation.coded, rotation.rope)
         grid = self._grid(half, first_layer, L, H, bits, q_norm)
-        found = dequantise(grid, Codes(codes, ranges, channels, outliers.float()), angles, spec.dtype, allocate)
+        coded = Codes(codes, ranges, channels, outliers.float())
+        if rotation is not None and rotation.plain is None:
+            found = rotation.turn(dequantise(grid, coded, None, torch.float32, fresh_memory), spec.dtype)
+        else:
+            plain = None if rotation is None else rotation.plain
+            angles = None if rotation is None or plain is None else RotaryAngles.at(rotation.coded, plain)
+            found = dequantise(grid, coded, angles, spec.dtype, allocate)
         put_exact(found, at, exact, rotation)
         return found
 

@@ -100,7 +100,7 @@ class TransformCodec:
         exact = unusual_tokens(chunk.keys) | unusual_tokens(chunk.values)
         exact = exact | (chunk.positions < self.sink_tokens).to(exact.device)
         exact[max(0, len(chunk) - self.recent_tokens) :] = True
-        keys = unrotated(spec, chunk.keys, chunk.positions)
+        keys = unrotated(spec, chunk.keys, chunk.positions, chunk.first_layer)
         channels = torch.cat([_by_token(keys), _by_token(chunk.values.detach().float())], -1)  # [L, T, M]
         channels = channels.masked_fill(exact[:, None], 0.0)
         coded, missed = [], torch.zeros(2, len(chunk), device=exact.device)
@@ -155,8 +155,7 @@ class TransformCodec:
             for layer in layers:
                 keys, values = tables.inverse(numbers, layer).split((H * spec.head_dim, H * spec.value_dim), -1)
                 keys = keys.unflatten(-1, (H, spec.head_dim)).transpose(0, 1)
-                if spec.rope is not None:
-                    keys = spec.rope.shift(keys, placed)
+                keys = spec.shift(keys[None], placed, layer)[0]
                 found["keys"][layer - first_layer] = keys
                 found["values"][layer - first_layer] = values.reshape(T, H, spec.value_dim).transpose(0, 1)
         for half, (tokens, rows) in kept.items():

@@ -87,9 +87,9 @@ class TransformersConnector:
 
     Parameters
     ----------
-    model, tokenizer : a Hugging Face causal language model (Llama, Mistral, Qwen2 or Qwen3) and its tokenizer. The
-        model may change, and adapters may come and go: every method looks which KV it would compute now, see
-        `ModelIdentity`. The tokenizer is copied.
+    model, tokenizer : a Hugging Face causal language model whose layers can be run in steps, see `TransformersModel`
+        and docs/models.md, and its tokenizer. The model may change, and adapters may come and go: every method looks
+        which KV it would compute now, see `ModelIdentity`. The tokenizer is copied.
     store : where chunks live.
     blender : how they are fused; None for `Blender()`.
     model_id : names the weights as they are now; None for the name of the model's folder if it holds them, and
@@ -511,6 +511,7 @@ class TransformersConnector:
             lead_ids=self.lead_ids,
             max_tokens=self.layers.max_tokens,
             vocabulary=self._vocabulary,
+            is_length_bound=self.layers.is_length_bound,
         )
         try:
             if has_history and history is not None:

@@ -86,10 +86,16 @@ class ModelIdentity:
     model : see `unwrapped`.
     model_id : names the weights as they are now; None reads them. What changes later and adapters are added to it.
 
+    Attributes
+    ----------
+    config_text : the config at the last call, without fields that do not shape KV.
+
     Raises
     ------
     EngineError : the weights cannot be read.
     """
+
+    config_text: str
 
     def __init__(self, model: PreTrainedModel, model_id: str | None = None) -> None:
         self._model = model
@@ -182,11 +188,12 @@ class ModelIdentity:
                     if adapter in active:
                         place = f"{path}.{attribute}.{active.index(adapter)}"
                         adapters += [(f"{place}.{name}", part) for name, part in parts]
-        weights: list[tuple[str, object]] = [("config", canonical_config(self._model.config.to_dict()))]
+        self.config_text = canonical_config(self._model.config.to_dict())
+        weights: list[tuple[str, object]] = [("config", self.config_text)]
         offloaded = _Offloaded(modules)
         for path, module in modules:
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):  # noqa: SLF001  fast
-                if tensor is not None and id(tensor) not in others:
+                if tensor is not None and id(tensor) not in others and not _is_rope_table(module, name):
                     whole = offloaded.held(f"{path}.{name}") if tensor.device.type == "meta" else tensor
                     weights.append((f"{path}.{name}", tensor if whole is None else whole))
         return _digest(weights), adapters
@@ -250,6 +257,11 @@ def _modules_of(model: nn.Module) -> _Modules:
                 seen.add(id(child))
                 todo.append((f"{path}.{name}" if path else name, child))
     return found
+
+
+def _is_rope_table(module: nn.Module, name: str) -> bool:
+    """Whether a buffer is a table of frequencies, which the spec holds; some are written anew in every pass."""
+    return name.endswith("inv_freq") and name in module._non_persistent_buffers_set  # noqa: SLF001  torch has no other
 
 
 def _stored(modules: _Modules) -> Iterator[tuple[str, Tensor]]:

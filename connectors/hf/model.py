@@ -1,59 +1,28 @@
-"""The layers of a Hugging Face model, one step at a time: what fusion needs, from the model's own modules."""
+"""The layers of a Hugging Face model, one step at a time: what fusion needs, from the model's own code."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-try:
-    from transformers import PreTrainedModel
-except ImportError as error:
-    raise ImportError('kvloom.connectors.hf.model needs transformers: pip install "kvloom[transformers]"') from error
-
-from ...core import KVSpec, RopeSpec
-from ...errors import EngineError
-from ..identity.rope import settled_rope
+from ...core import KVSpec, LayerAttention
 from ..identity.weights import windows_of, with_state
 from .identity import ModelIdentity, unwrapped
-
-_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-
-
-def check_supported(model: PreTrainedModel) -> None:
-    """Refuse a model whose chunks could not be fused.
-
-    Raises
-    ------
-    EngineError : another architecture, no RoPE, a partial one, or one whose frequencies depend on the context's length.
-    """
-    config = model.config
-    if config.model_type not in _MODEL_TYPES:
-        raise EngineError(
-            f"model type {config.model_type!r} is not supported; kvloom fuses rotary models of type "
-            f"{', '.join(_MODEL_TYPES)}"
-        )
-    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
-    if rope_type not in _ROPE_TYPES:
-        raise EngineError(
-            f"rope type {rope_type!r} changes its frequencies with the length of the context, so cached keys "
-            f"cannot be moved; use a model with rope type {', '.join(_ROPE_TYPES)}"
-        )
-    pairs, head_dim = len(model.model.rotary_emb.inv_freq), model.model.layers[0].self_attn.head_dim
-    if 2 * pairs != head_dim:
-        raise EngineError(
-            f"the rope table has {pairs} frequencies for a head dim of {head_dim}; partial rotary embeddings are not "
-            "supported"
-        )
+from .stock_layers import StockLayers
+from .structure import Structure, context_tokens, input_device, is_length_bound, measured
 
 
 class TransformersModel:
-    """`LayerwiseModel` over a Hugging Face Llama, Mistral, Qwen2 or Qwen3, calling the model's own modules.
+    """`LayerwiseModel` over a Hugging Face decoder, by the model's own layers.
+
+    Any decoder serves whose layers hold one attention each, with standard keys and values, and rotate keys by one of
+    the model's tables, wholly or in part, or not at all. What a layer does is measured and verified, see `structure`.
 
     Parameters
     ----------
-    model : a causal language model of one of these types, in evaluation mode; PEFT's and torch.compile's wrappers
-        around one are taken off.
+    model : a causal language model in evaluation mode; PEFT's and torch.compile's wrappers around one are taken off.
     model_id : names the weights as they are now; None reads them, see `ModelIdentity`.
 
     Attributes
@@ -61,23 +30,24 @@ class TransformersModel:
     model : the model without wrappers.
     spec : of the KV that it would have computed when `refresh` was called last.
     device : where its inputs belong.
+    query_heads : Hq.
+    max_tokens : of a context, see `context_tokens`.
+    is_length_bound : tokens beyond that would have another rope table.
 
     Raises
     ------
-    EngineError : see `unwrapped`, `check_supported` and `ModelIdentity`.
+    EngineError : see `unwrapped`, `measured` and `ModelIdentity`.
     """
 
     spec: KVSpec
     device: torch.device
-    window_tokens: tuple[int | None, ...]
+    attention: Sequence[LayerAttention]
 
     def __init__(self, model: nn.Module, *, model_id: str | None = None) -> None:
         self.model = unwrapped(model)
-        check_supported(self.model)
-        self.decoder = self.model.model
-        self.scale = float(self.decoder.layers[0].self_attn.scaling)
-        self.max_tokens: int = self.model.config.max_position_embeddings
+        self._layers = StockLayers(self.model)
         self._identity = ModelIdentity(self.model, model_id)
+        self._structures: dict[str, Structure] = {}  # by config
         self.refresh()
 
     def refresh(self) -> bool:
@@ -89,57 +59,45 @@ class TransformersModel:
 
         Raises
         ------
-        EngineError : see `ModelIdentity.name`.
+        EngineError : see `ModelIdentity.name`; the model was changed into one that is not supported.
         """
-        config, attention = self.model.config, self.decoder.layers[0].self_attn
-        rotary, before = self.decoder.rotary_emb, getattr(self, "spec", None)
-        # Mistral's attention looks its window up in the configuration; Llama's ignores one that stands there.
-        shared = config.sliding_window if config.model_type == "mistral" else None
-        self.window_tokens = tuple(getattr(layer.self_attn, "sliding_window", shared) for layer in self.decoder.layers)
-        self.device = input_device(self.decoder.embed_tokens)
-        actual = RopeSpec(tuple(rotary.inv_freq.tolist()), float(rotary.attention_scaling))
+        before = getattr(self, "spec", None)
+        self._layers.forget()
+        name, config = self._identity.name(), self._identity.config_text
+        if config not in self._structures:
+            self._structures = {config: measured(self._layers)}
+        found = self._structures[config]
+        self.device = input_device(self._layers.decoder.get_input_embeddings())
+        self.attention = found.attention(self._layers)
+        self.query_heads = found.query_heads
+        self.max_tokens = context_tokens(self._layers.config)
+        self.is_length_bound = is_length_bound(self._layers.config)
         self.spec = KVSpec(
-            model_id=with_state(self._identity.name(), windows=windows_of(self.window_tokens)),
-            num_layers=config.num_hidden_layers,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=attention.head_dim,
+            model_id=with_state(name, windows=windows_of(self.window_tokens)),
+            num_layers=len(self.attention),
+            num_kv_heads=found.kv_heads,
+            head_dim=found.head_dim,
             dtype=self.model.dtype,
-            rope=settled_rope(actual, config.rope_parameters),
+            rope=found.rope(self._layers),
+            v_head_dim=None if found.value_dim == found.head_dim else found.value_dim,
         )
         return before is not None and before != self.spec
 
+    @property
+    def window_tokens(self) -> tuple[int | None, ...]:
+        """Per layer, how many tokens back attention reaches, itself included; None for all."""
+        return tuple(layer.window_tokens for layer in self.attention)
+
     def embed(self, token_ids: Tensor) -> Tensor:
-        embedded: Tensor = self.decoder.embed_tokens(token_ids)
-        return embedded
+        return self._layers.embed(token_ids)
 
     def qkv(self, layer: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        block = self.decoder.layers[layer]
-        attention, normed = block.self_attn, block.input_layernorm(hidden)
-        shape = (len(hidden), -1, attention.head_dim)
-        q, k = attention.q_proj(normed).view(shape), attention.k_proj(normed).view(shape)
-        v = attention.v_proj(normed).view(shape).transpose(0, 1)
-        if hasattr(attention, "q_norm"):
-            q, k = attention.q_norm(q), attention.k_norm(k)
-        cos, sin = (table[0] for table in self.decoder.rotary_emb(hidden[None], positions[None]))
-        return _rotated(q.transpose(0, 1), cos, sin), _rotated(k.transpose(0, 1), cos, sin), v
+        asked = self._layers.ask(layer, hidden, positions)
+        return asked.queries, asked.keys, asked.values
 
     def finish(self, layer: int, hidden: Tensor, attn_out: Tensor) -> Tensor:
-        block = self.decoder.layers[layer]
-        hidden = hidden + block.self_attn.o_proj(attn_out.transpose(0, 1).reshape(len(hidden), -1))
-        output: Tensor = hidden + block.mlp(block.post_attention_layernorm(hidden))
-        return output
+        return self._layers.finish(layer, hidden, attn_out)
 
-
-def input_device(module: nn.Module) -> torch.device:
-    """Where a module computes: where its weights lie, unless accelerate fetches them for every call."""
-    hook = getattr(module, "_hf_hook", None)
-    for each in getattr(hook, "hooks", (hook,)):
-        if (device := getattr(each, "execution_device", None)) is not None:
-            return torch.device(device)
-    return next(module.parameters()).device
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`[heads, T, D]` by the model's own tables `[T, D]` and in its own arithmetic, so that results agree with it."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[T, E]` behind the last layer -> `[T, V]`."""
+        return self._layers.logits(hidden)

@@ -8,7 +8,7 @@ from itertools import accumulate, chain, pairwise
 
 import torch
 
-from ...blend.attention import causal_attention
+from ...blend.attention import layer_attention
 from ...core import ChunkKey, KVChunk
 from .model import TransformersModel
 
@@ -84,14 +84,7 @@ class Prefill:
             values.append(v if self._to_device is None else v.to(self._to_device))
             if layer + 1 < spec.num_layers:
                 alone = [
-                    causal_attention(
-                        q[:, a:b],
-                        k[:, a:b],
-                        v[:, a:b],
-                        positions[a:b],
-                        scale=layers.scale,
-                        window_tokens=layers.window_tokens[layer],
-                    )
+                    layer_attention(layers.attention[layer], q[:, a:b], k[:, a:b], v[:, a:b], positions[a:b])
                     for a, b in bounds
                 ]
                 hidden = layers.finish(layer, hidden, torch.cat(alone, dim=1))

@@ -81,8 +81,7 @@ class StoreSource:
                     continue
                 self._group.append((hit.chunk.keys, hit.chunk.values))
                 continue
-            rope, moved = chunk.spec.rope, chunk.keys[layer:stop]
-            moved = moved if rope is None else rope.shift(moved, positions - chunk.positions)
+            moved = chunk.spec.shift(chunk.keys[layer:stop], positions - chunk.positions, layer)
             self._group.append((moved, chunk.values[layer:stop]))
         if lost:
             raise LostChunksError(lost)

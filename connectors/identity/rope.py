@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -34,7 +35,7 @@ def settled_rope(actual: RopeSpec, parameters: Mapping[str, Any] | None) -> Rope
     agrees = np.allclose(actual.inv_freq, derived.inv_freq, rtol=_TOLERANCE, atol=0.0) and math.isclose(
         actual.attention_scaling, derived.attention_scaling, rel_tol=_SCALING_TOLERANCE
     )
-    return derived if agrees else actual
+    return replace(derived, passed_channels=actual.passed_channels) if agrees else actual
 
 
 def derived_rope(parameters: Mapping[str, Any], head_dim: int, *, interleaved: bool = False) -> RopeSpec | None:

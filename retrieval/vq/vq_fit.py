@@ -80,7 +80,7 @@ def fit_layer(
     keys = torch.cat((sample.keys, sample.further_keys)).transpose(0, 1)
     while centroids > 1 and centroids * _KEYS_A_CENTROID > keys.shape[1]:
         centroids //= 2
-    rope, found = sample.spec.rope, []
+    rope, found = sample.spec.rope_of(sample.layer), []
     for of_head, moment in zip(keys, sample.query_moments, strict=True):
         far = moment if rope is None else banded_moment(moment, rope, bands)
         found.append(fit_codebook(of_head, far if query_aware else None, centroids=centroids, ridge=ridge, seed=seed))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from kvloom.blend.attention import causal_attention
+from kvloom.blend.attention import layer_attention
 from kvloom.blend.blender import CACHEBLEND, BlendedContext, Blender
 from kvloom.blend.choosers import CHOOSERS, by_deviation, first_tokens, no_tokens, random_tokens
 from kvloom.blend.method import WITHOUT_DEVIATION
@@ -145,7 +145,7 @@ def test_layerwise_model_is_the_models_forward(architecture: str) -> None:
         hidden = layers.embed(token_ids)
         for layer in range(layers.spec.num_layers):
             q, k, v = layers.qkv(layer, hidden, positions)
-            hidden = layers.finish(layer, hidden, causal_attention(q, k, v, positions, scale=layers.scale))
+            hidden = layers.finish(layer, hidden, layer_attention(layers.attention[layer], q, k, v, positions))
         logits = model.lm_head(model.model.norm(hidden))
     assert torch.allclose(logits, prefill(model, token_ids.tolist()).logits, atol=1e-5)
 
@@ -374,7 +374,7 @@ class Watched:
     on_layer: Callable[[int], None]
 
     def __post_init__(self) -> None:
-        self.spec, self.scale, self.window_tokens = self.inner.spec, self.inner.scale, self.inner.window_tokens
+        self.spec, self.attention = self.inner.spec, self.inner.attention
         self.embed, self.finish = self.inner.embed, self.inner.finish
 
     def qkv(self, layer: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:

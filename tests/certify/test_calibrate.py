@@ -223,7 +223,7 @@ def test_an_index_works_with_the_codebooks_of_the_profile() -> None:
     with torch.no_grad():
         hidden, positions = layers.embed(torch.tensor(windows[0])), torch.arange(400)
         queries, keys, values = layers.qkv(0, hidden, positions)
-    shape = LayerShape(2, 2, 8, layers.scale, layers.spec.rope)
+    shape = LayerShape(2, 2, 8, layers.attention[0].scale, layers.spec.rope)
     books = [Codebook.from_profile(profile, layer, spec=layers.spec) for layer in (0, 3)]
     unrotated = layers.spec.rope.shift(keys, -positions)
     scores = []

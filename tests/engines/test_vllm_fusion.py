@@ -140,7 +140,7 @@ class Reference:
             keys[layer][:, positions], values[layer][:, positions] = k, v
             groups = q.shape[0] // k.shape[0]
             seen = torch.arange(keys.shape[2]) <= positions[:, None]
-            scores = q @ keys[layer].repeat_interleave(groups, 0).transpose(1, 2) * self.layers.scale
+            scores = q @ keys[layer].repeat_interleave(groups, 0).transpose(1, 2) * self.layers.attention[layer].scale
             weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
             hidden = self.layers.finish(layer, hidden, weights @ values[layer].repeat_interleave(groups, 0))
         return hidden

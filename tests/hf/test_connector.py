@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from kvloom.blend.blender import Blender
 from kvloom.blend.choosers import no_tokens
@@ -583,29 +583,12 @@ def test_refuses_a_pack_of_nothing(model: PreTrainedModel) -> None:
         connect(model, pack_tokens=0)
 
 
-def _scaled(**rope: object) -> PreTrainedModel:
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-    rope_parameters = {"rope_theta": 1000.0, **rope}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=64, rope_parameters=rope_parameters, **sizes))
-
-
 @pytest.mark.parametrize(
     ("refused", "words"),
     [
-        (lambda: _scaled(rope_type="dynamic", factor=2.0), "dynamic"),
-        (
-            lambda: _scaled(
-                rope_type="longrope",
-                short_factor=[1.0] * 4,
-                long_factor=[2.0] * 4,
-                factor=2.0,
-                original_max_position_embeddings=64,
-            ),
-            "longrope",
-        ),
         (lambda: GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4)), "gpt2"),
     ],
-    ids=["dynamic", "longrope", "gpt2"],
+    ids=["gpt2"],
 )
 def test_refuses_models_that_cannot_be_fused(refused: object, words: str) -> None:
     with pytest.raises(EngineError, match=words) as caught:

@@ -228,7 +228,7 @@ def test_a_step_attends_to_sinks_window_and_what_was_chosen(rag: TransformersCon
             out = torch.empty(4, 1, 8)
             for head in range(4):
                 group = (2 * (head // 2), 2 * (head // 2) + 1)
-                scores = {h: (keys[h // 2] @ q[h, 0]) * layers.scale for h in group}
+                scores = {h: (keys[h // 2] @ q[h, 0]) * layers.attention[layer].scale for h in group}
                 weights = torch.stack([scores[h][16:stop].softmax(0) for h in group]).amax(0)
                 seen = torch.ones(len(ids) + 1, dtype=torch.bool)
                 seen[16:stop] = False

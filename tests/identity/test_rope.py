@@ -12,7 +12,11 @@ from kvloom.core import RopeSpec
 from ..support.models import ROPES, make_model
 
 PARAMETERS: dict[str, dict[str, Any]] = {
-    **{name: {"rope_theta": 1000.0, **rope} for name, rope in ROPES.items()},
+    **{
+        name: {"rope_theta": 1000.0, **rope}
+        for name, rope in ROPES.items()
+        if name not in ("dynamic", "longrope")  # their tables are taken as engines have them
+    },
     "llama 3.1": {
         "rope_type": "llama3",
         "rope_theta": 500000.0,

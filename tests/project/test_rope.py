@@ -73,6 +73,7 @@ def test_shift_agrees_with_the_models_own_rotation(architecture: str, rope: str)
     here, there = torch.tensor([0, 1, 2, 3, 40]), torch.tensor([0, 100, 33, 250, 41])
     with torch.no_grad():
         (_, moved, _), (_, keys, _) = (model.qkv(1, hidden, positions) for positions in (there, here))
-    assert isinstance(model.spec.rope, RopeSpec) and (model.spec.rope.attention_scaling != 1.0) == (rope == "yarn")
+    assert isinstance(model.spec.rope, RopeSpec)
+    assert (model.spec.rope.attention_scaling != 1.0) == (rope in ("yarn", "longrope"))
     assert torch.allclose(model.spec.rope.shift(keys, there - here), moved, atol=2e-5)
     assert not torch.allclose(keys, moved, atol=0.1)

@@ -44,6 +44,14 @@ ROPES: dict[str, dict[str, object]] = {
         "original_max_position_embeddings": 64,
     },
     "yarn": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "factor": 2.0,
+        "short_factor": [1.0, 1.5, 2.0, 2.5],
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 400,
+    },
 }
 WINDOW_TOKENS = 16
 

@@ -10,13 +10,15 @@ import torch
 from ....calibration.certificate import Certificate
 from ....calibration.certificate_gate import CertificateGate
 from ....calibration.codec_form import Form
-from ....core import KVSpec
+from ....core import KVSpec, LayerAttention
 from ....errors import EngineError
 from ....kvstore.chunk_store import ChunkStore
 from ....retrieval.selector import LayerShape
 from ....retrieval.settings import Retrieval, require_certificate
 from ...break_even import break_even
 from ..model import TransformersModel
+
+_WHOLE_HEADS = ("factor", "landmarks+factor", "sketch", "vq")  # methods that rotate by tables of their own
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,7 +28,7 @@ class RetrievalPlan:
     Attributes
     ----------
     shapes : the attention of every layer.
-    window_tokens : per layer, how many tokens back the model's own attention reaches; None for all.
+    attention : what every layer does with scores; those with a window do not retrieve.
     break_even_tokens : shorter contexts are attended to densely.
     salt : part of every key.
     device : of the model.
@@ -35,7 +37,7 @@ class RetrievalPlan:
 
     spec: KVSpec
     shapes: Sequence[LayerShape]
-    window_tokens: Sequence[int | None]
+    attention: Sequence[LayerAttention]
     retrieval: Retrieval
     break_even_tokens: int
     store: ChunkStore
@@ -56,7 +58,7 @@ class RetrievalPlan:
         return [shape if self.retrieves(layer) else None for layer, shape in enumerate(self.shapes)]
 
     def retrieves(self, layer: int) -> bool:
-        return layer >= self.retrieval.dense_layers and self.window_tokens[layer] is None
+        return layer >= self.retrieval.dense_layers and self.attention[layer].window_tokens is None
 
 
 class RetrievalPlanner:
@@ -88,6 +90,8 @@ class RetrievalPlanner:
         TypeError : `retrieval` is no `Retrieval`.
         UncertifiedError : it is approximate and has no certificate for this model.
         SpecMismatchError : its profile was made for another model.
+        EngineError : the model caps its attention logits.
+        ValueError : the method needs whole heads that are rotated, and the model rotates a part.
         """
         if not isinstance(retrieval, Retrieval):
             raise TypeError(
@@ -97,11 +101,12 @@ class RetrievalPlanner:
         spec = self._layers.spec
         if retrieval.profile is not None:
             retrieval.profile.check_serves(spec)
+        self._expect_served(retrieval)
         certificate = require_certificate(self._gate, retrieval, spec)
         return RetrievalPlan(
             spec,
-            [layer_shape(self._layers)] * spec.num_layers,
-            self._layers.window_tokens,
+            [layer_shape(self._layers, layer) for layer in range(spec.num_layers)],
+            self._layers.attention,
             retrieval,
             self._break_even(retrieval, certificate),
             self._store,
@@ -109,6 +114,21 @@ class RetrievalPlanner:
             self._layers.device,
             self._current_spec,
         )
+
+    def _expect_served(self, retrieval: Retrieval) -> None:
+        """See `plan`."""
+        layers = self._layers
+        if any(layer.softcap is not None for layer in layers.attention):
+            raise EngineError(
+                "the model caps its attention logits (softcap), and retrieval scores tokens without a cap; answer "
+                "densely, by fuse, assemble or answer"
+            )
+        ropes = [layers.spec.rope_of(layer) for layer in range(layers.spec.num_layers)]
+        if retrieval.method in _WHOLE_HEADS and any(rope is not None and rope.passed_channels for rope in ropes):
+            raise ValueError(
+                f"method {retrieval.method!r} needs heads that are rotated as a whole; this model rotates a part of "
+                "each: use another method, see docs/models.md"
+            )
 
     def _current_spec(self) -> KVSpec:
         self._layers.refresh()
@@ -128,8 +148,7 @@ class RetrievalPlanner:
         return self._measured[retrieval.form]
 
 
-def layer_shape(layers: TransformersModel) -> LayerShape:
-    """The attention of a model's layers, which are all alike."""
-    spec = layers.spec
-    group = layers.decoder.config.num_attention_heads // spec.num_kv_heads
-    return LayerShape(spec.num_kv_heads, group, spec.head_dim, layers.scale, spec.rope)
+def layer_shape(layers: TransformersModel, layer: int = 0) -> LayerShape:
+    """The shape of a layer's attention; layers differ in rotations and scales alone."""
+    spec, group = layers.spec, layers.query_heads // layers.spec.num_kv_heads
+    return LayerShape(spec.num_kv_heads, group, spec.head_dim, layers.attention[layer].scale, spec.rope_of(layer))

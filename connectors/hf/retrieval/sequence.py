@@ -11,10 +11,10 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from ....blend.attention import causal_attention
+from ....blend.attention import layer_attention
 from ....core import ChunkKey, KVChunk
 from ....kvstore.keys import content_key, derived_key, prefix_keys
-from ....retrieval.attention import attend
+from ....retrieval.attention import attend, with_sinks
 from ....retrieval.context_index import ContextIndex
 from ....retrieval.settings import CHUNK_TOKENS
 from .chunks import IndexedChunks, SequenceCounts, on_cpu
@@ -116,15 +116,16 @@ class DecodedSequence:
         self.chunks.collect(keep=self._new_chunks)
         if count > 1:
             self.chunks.observe(layer, queries, self.length)
-        window = plan.window_tokens[layer]
+        window = plan.attention[layer].window_tokens
         first = 0 if window is None else max(0, self.length - window + 1)
         first, keys, values = self._from(layer, first)
         positions = torch.arange(self.length - first, self.length - first + count, device=queries.device)
-        return causal_attention(queries, keys, values, positions, scale=plan.shapes[layer].scale, window_tokens=window)
+        return layer_attention(plan.attention[layer], queries, keys, values, positions)
 
     def _attend_sparse(self, layer: int, queries: Tensor) -> Tensor:
         held = self._sink_window[layer]
         near = attend(queries, held.keys, held.values, scale=self.plan.shapes[layer].scale)
+        near = with_sinks(near, self.plan.attention[layer].sinks)
         return self.chunks.attend(layer, queries, near, self.length)[0].to(queries.dtype)
 
     def _from(self, layer: int, first: int) -> tuple[int, Tensor, Tensor]:

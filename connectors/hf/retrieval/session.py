@@ -78,6 +78,7 @@ class Session:
     plan : how its sequences are decoded.
     tokenization, lead_ids : make token ids of a text; the lead tokens precede the first one.
     max_tokens, vocabulary : of the model: longest context, number of token ids.
+    is_length_bound : tokens beyond `max_tokens` would be computed with another rope table, so that none may be decoded.
 
     Attributes
     ----------
@@ -93,8 +94,10 @@ class Session:
         lead_ids: Sequence[int],
         max_tokens: int,
         vocabulary: int,
+        is_length_bound: bool = False,
     ) -> None:
         self._model, self.plan = model, plan
+        self._is_length_bound = is_length_bound
         self._tokenization, self._lead_ids = tokenization, list(lead_ids)
         self._max_tokens, self._vocabulary = max_tokens, vocabulary
         self.sequences: list[DecodedSequence] = []
@@ -158,6 +161,12 @@ class Session:
         if len(rows) != len(known):
             raise ValueError(f"{len(rows)} prompts for {len(known)} sequences; expected one for each")
         new = [self._ids(row, before, i) for i, (row, before) in enumerate(zip(rows, known, strict=True))]
+        longest = max((len(before) + len(row) for row, before in zip(new, known, strict=True)), default=0)
+        if self._is_length_bound and longest + max_new_tokens > self._max_tokens:
+            raise ValueError(
+                f"prompt and answer may take {longest + max_new_tokens} tokens; from {self._max_tokens} on the model "
+                "rotates with another table, so that earlier keys are of no use: give fewer max_new_tokens"
+            )
         call = generation_call(self._model, self._tokenization.tokenizer, options, max_new_tokens=max_new_tokens)
         self._is_broken = True  # until this turn is complete
         if not self.sequences:
@@ -254,7 +263,7 @@ class Session:
     def _forward(self, sequence: DecodedSequence, start: int, stop: int) -> None:
         device = self.plan.device
         cache = RetrievalCache([sequence], self.plan.spec.num_layers)
-        self._model.model(
+        self._model.get_decoder()(
             input_ids=torch.tensor([sequence.ids[start:stop]], device=device),
             position_ids=torch.arange(start, stop, device=device)[None],
             use_cache=True,
