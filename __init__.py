@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .core import EncodedChunk as EncodedChunk
     from .core import KVChunk as KVChunk
     from .core import KVSpec as KVSpec
+    from .core import LayerAttention as LayerAttention
+    from .core import LayerRopes as LayerRopes
     from .core import LayerwiseModel as LayerwiseModel
     from .core import RopeSpec as RopeSpec
     from .core import Tier as Tier
@@ -58,6 +60,8 @@ _HOME = {
     "KVLoomError": "errors",
     "KVSpec": "core",
     "KVStore": "kvstore.store",
+    "LayerAttention": "core",
+    "LayerRopes": "core",
     "LayerwiseModel": "core",
     "MooncakeOptions": "kvstore.tiers.distributed.mooncake_tier",
     "MooncakeTier": "kvstore.tiers.distributed.mooncake_tier",

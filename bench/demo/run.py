@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ...connectors.hf.connector import TransformersConnector
-from ...connectors.hf.model import check_supported
+from ...connectors.hf.model import TransformersModel
 from ...core import Tier
 from ...evaluation.fused_answers import FULL, HOST_BYTES, NAIVE, NEW_TOKENS, PREFIX, Score, Summary, blend, own, score
 from ...evaluation.models import load_model, token_counter
@@ -89,7 +89,7 @@ def demo_cases(
 def measure(options: DemoOptions, store_dir: Path, *, restarted: bool) -> tuple[list[Score], list[Case]]:
     """All methods on all cases; after a restart every chunk is read from the disk, past the page cache."""
     model, tokenizer = load_model(options.model)
-    check_supported(model)
+    TransformersModel(model, model_id="demo")  # says now what it could not serve
     frame = frame_of(tokenizer)
     cases = demo_cases(options, token_counter(tokenizer), model.config.max_position_embeddings, frame=frame)
     tiers: list[Tier] = [HostTier(HOST_BYTES), DiskTier(store_dir)]  # opened last: a wrong option leaves nothing behind

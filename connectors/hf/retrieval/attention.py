@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ try:
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
     from transformers.cache_utils import Cache, CacheLayerMixin
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
+    from transformers.masking_utils import eager_mask, sdpa_mask
 except ImportError as error:
     raise ImportError(
         'kvloom.connectors.hf.retrieval.attention needs transformers: pip install "kvloom[transformers]"'
@@ -24,6 +25,7 @@ from ....errors import EngineError
 from .sequence import DecodedSequence
 
 IMPLEMENTATION = "kvloom"
+_BESIDE_EAGER = "kvloom_beside_eager"
 _LAYER = "kvloom_layer"  # an attribute of the keys that the cache gives: the layer that attends for them
 _SWITCHING: WeakKeyDictionary[PreTrainedModel, threading.Lock] = WeakKeyDictionary()
 _Result = TypeVar("_Result")
@@ -137,24 +139,42 @@ def attention(
     return layer.attend(query, value.shape[-1]), None
 
 
+def attention_beside_eager(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The same for models that attend by their own code: for caps and sinks, which `sdpa` leaves out, for instance."""
+    layer = getattr(key, _LAYER, None)
+    if layer is None:
+        eager = sys.modules[type(module).__module__].eager_attention_forward
+        found: tuple[Tensor, Tensor | None] = eager(module, query, key, value, attention_mask, **options)
+        return found
+    return layer.attend(query, value.shape[-1]), None
+
+
 def with_retrieval(model: PreTrainedModel, call: Callable[[], _Result]) -> _Result:
     """The result of `call`, during which the model attends through `attention`.
 
     One caller at a time, since the attention function is a setting of the model; calls by others that go on meanwhile
-    get what `sdpa` gives.
+    get what `sdpa` gives, or what the model's own code does if the model attends by that.
 
     Raises
     ------
     EngineError : the model does not let its attention be chosen.
     """
     with _SWITCHING.setdefault(model, threading.Lock()):
-        AttentionInterface.register(IMPLEMENTATION, attention)
-        AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
         before = _implementation(model)
+        implementation = IMPLEMENTATION
+        if before == "eager" or not getattr(model, "_supports_sdpa", True):
+            implementation = _BESIDE_EAGER
+            AttentionInterface.register(implementation, attention_beside_eager)
+            AttentionMaskInterface.register(implementation, eager_mask)
+        else:
+            AttentionInterface.register(implementation, attention)
+            AttentionMaskInterface.register(implementation, sdpa_mask)
         try:
             try:
-                model.set_attn_implementation(IMPLEMENTATION)
-                if _implementation(model) != IMPLEMENTATION:
+                model.set_attn_implementation(implementation)
+                if _implementation(model) != implementation:
                     raise EngineError(f"{type(model).__name__} does not let its attention be chosen")
                 return call()
             finally:

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvloom.blend.attention import causal_attention
 from kvloom.connectors.hf.model import TransformersModel
+from kvloom.connectors.hf.retrieval.attention import with_retrieval
 from kvloom.core import LayerRopes, RopeSpec
 from kvloom.errors import EngineError
 
@@ -194,6 +195,15 @@ def test_long_rope_is_served_within_its_first_table() -> None:
         rag.assemble(["word " * 900], QUESTION)
     with rag.session(RETRIEVAL) as session, pytest.raises(ValueError, match="another table"):
         session.generate([long_prompt()], max_new_tokens=500)
+
+
+def test_others_get_the_models_own_attention_while_a_session_decodes() -> None:
+    """Sinks included, which torch's kernels do not know."""
+    model, ids = make_family(BY_TYPE["gpt_oss"]), torch.arange(2, 40)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert torch.equal(with_retrieval(model, lambda: model(ids).logits), expected)
+        assert model.config._attn_implementation == "eager"
 
 
 def test_configs_that_change_are_measured_again() -> None:
