@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvloom.core import EncodedChunk, KVChunk, KVSpec, RopeSpec
+from kvloom.core import EncodedChunk, KVChunk, KVSpec, LayerRopes, RopeSpec
 from kvloom.errors import SpecMismatchError
 from kvloom.testing import ROPE, SPEC, make_chunk, same_bits
 
@@ -23,6 +23,8 @@ OTHER_SPECS = {
     "inv_freq": replace(SPEC, rope=replace(ROPE, inv_freq=(*ROPE.inv_freq[:-1], math.nextafter(ROPE.inv_freq[-1], 1)))),
     "attention_scaling": replace(SPEC, rope=replace(ROPE, attention_scaling=1.5)),
     "interleaved": replace(SPEC, rope=replace(ROPE, interleaved=True)),
+    "passed_channels": replace(SPEC, rope=replace(ROPE, passed_channels=2)),
+    "rope by layer": replace(SPEC, rope=LayerRopes((ROPE, None, replace(ROPE, interleaved=True)))),
     "v_head_dim": replace(SPEC, v_head_dim=4),
     "shard rank": replace(SPEC, shard=(0, 2)),
     "shard": replace(SPEC, shard=(1, 2)),
@@ -54,6 +56,28 @@ def test_shifts_add_up(first: int, second: int, interleaved: bool) -> None:
     rope, keys = replace(ROPE, interleaved=interleaved), make_chunk(1).keys
     twice = rope.shift(rope.shift(keys, first), second)
     assert torch.allclose(twice, rope.shift(keys, first + second), atol=2e-6)
+
+
+def test_channels_that_pass_stay_bit_for_bit() -> None:
+    keys = make_chunk(1).keys
+    rope = RopeSpec(ROPE.inv_freq[:2], passed_channels=4)
+    moved = rope.shift(keys, 17)
+    assert torch.equal(moved[..., 4:], keys[..., 4:])
+    assert torch.equal(moved[..., :4], RopeSpec(ROPE.inv_freq[:2]).shift(keys[..., :4], 17))
+    with pytest.raises(SpecMismatchError, match="expects 7"):
+        replace(rope, passed_channels=3).shift(keys, 17)
+
+
+def test_each_layer_is_shifted_by_its_own_rotation() -> None:
+    chunk, other = make_chunk(1), replace(ROPE, interleaved=True)
+    spec = replace(SPEC, rope=LayerRopes((ROPE, None, other)))
+    moved = spec.shift(chunk.keys, 17)
+    assert torch.equal(moved[0], ROPE.shift(chunk.keys[0], 17)) and torch.equal(moved[1], chunk.keys[1])
+    assert torch.equal(moved[2], other.shift(chunk.keys[2], 17))
+    assert torch.equal(spec.shift(chunk.keys[1:], 17, 1), moved[1:])
+    assert spec.shift(chunk.keys, torch.zeros(3).long()) is chunk.keys
+    with pytest.raises(SpecMismatchError, match="rope has 1 layers"):
+        replace(SPEC, rope=LayerRopes((None,)))
 
 
 def test_shift_keeps_scores() -> None:
