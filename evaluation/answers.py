@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,7 +106,8 @@ def context_kv(model: PreTrainedModel, context: Sequence[int]) -> tuple[Tensor, 
     """KV of a context under full attention, by the model's own forward pass: `[L, H, S, D]` and `[L, H, S, Dv]`."""
     cache = DynamicCache()
     model(torch.tensor([list(context)], device=model.device), logits_to_keep=1, **{cache_argument(): cache})
-    return torch.cat([layer.keys for layer in cache.layers]), torch.cat([layer.values for layer in cache.layers])
+    layers: list[Any] = list(cache.layers)  # dynamic ones, whose tensors are there now
+    return torch.cat([layer.keys for layer in layers]), torch.cat([layer.values for layer in layers])
 
 
 def shares_right(
