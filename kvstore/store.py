@@ -373,6 +373,22 @@ class KVStore:
         return tuple(state.tier.name for state in self._catalog.locate(keys))
 
     @_recovering
+    def locate_each(self, keys: Sequence[ChunkKey]) -> tuple[str | None, ...]:
+        """For every key, as `locate_prefix` for one; None for a key that is not stored."""
+        self._expect_open()
+        _check_keys(keys)
+        self._placement.follow_changes()
+        if self._finds:
+            self._placement.look_for_prefix(keys, self._catalog.match(keys))
+        found: list[str | None] = []
+        while len(found) < len(keys):
+            tiers = self._catalog.locate(keys[len(found) :])
+            found += [state.tier.name for state in tiers]
+            if len(found) < len(keys):
+                found.append(None)
+        return tuple(found)
+
+    @_recovering
     def locate_at_hand(self, keys: Sequence[ChunkKey]) -> tuple[str, ...] | None:
         """As `locate_prefix`; None if what other processes have done would have to be read before."""
         self._expect_open()

@@ -45,15 +45,21 @@ class Keys:
     Parameters
     ----------
     settings : the user's.
-    specs : geometry of each rank's cache, by rank.
+    specs : geometry of each rank's cache, by rank; of its first group, where it has several.
     splits : where else each rank's heads may be stored, by rank, see `WorkerInfo`; empty to look nowhere else.
+    further : specs of further groups of layers, by group and rank.
     """
 
     def __init__(
-        self, settings: ServingSettings, specs: Sequence[KVSpec], splits: Sequence[Sequence[HeadSplit]] = ()
+        self,
+        settings: ServingSettings,
+        specs: Sequence[KVSpec],
+        splits: Sequence[Sequence[HeadSplit]] = (),
+        further: Sequence[Sequence[KVSpec]] = (),
     ) -> None:
         self._settings = settings
         self._specs = _Specs(specs, splits)
+        self._further = tuple(map(tuple, further))
         self._epoch = b""
         self.lead_ids = settings.lead_ids or ()
 
@@ -82,19 +88,32 @@ class Keys:
 
     def prefixes(self, token_ids: Sequence[int], salt: bytes) -> PrefixKeys:
         """Of the chunks of a request, none of them yet: see `PrefixKeys.extend`."""
-        return PrefixKeys(self._specs, token_ids, salt, self._settings.chunk_tokens)
+        return PrefixKeys(self._specs, self._further, token_ids, salt, self._settings.chunk_tokens)
 
 
 class PrefixKeys:
-    """Of the whole chunks of one request, from its first token on. `token_ids` grows as the engine generates."""
+    """Of the whole chunks of one request, from its first token on. `token_ids` grows as the engine generates.
 
-    def __init__(self, specs: _Specs, token_ids: Sequence[int], salt: bytes, chunk_tokens: int) -> None:
+    `further`: specs of further groups, by group and rank. Each group names its pieces by its own spec and the same
+    hashes of tokens.
+    """
+
+    def __init__(
+        self,
+        specs: _Specs,
+        further: Sequence[Sequence[KVSpec]],
+        token_ids: Sequence[int],
+        salt: bytes,
+        chunk_tokens: int,
+    ) -> None:
         self._specs = specs
+        self._further = further
         self._token_ids = token_ids
         self._salt = salt
         self._chunk_tokens = chunk_tokens
         self._last_hash: bytes | None = None
         self._rows: list[list[ChunkKey]] = [[] for _ in specs.all]
+        self._further_rows: list[list[list[ChunkKey]]] = [[[] for _ in group] for group in further]
 
     def __len__(self) -> int:
         """Chunks whose keys are known."""
@@ -110,14 +129,21 @@ class PrefixKeys:
             self._last_hash = hashes[-1]
             for spec, keys in zip(self._specs.all, self._rows, strict=True):
                 keys += page_keys(spec, hashes, chunk_tokens=size, salt=self._salt)
+            for group, rows in zip(self._further, self._further_rows, strict=True):
+                for spec, keys in zip(group, rows, strict=True):
+                    keys += page_keys(spec, hashes, chunk_tokens=size, salt=self._salt)
 
-    def of(self, chunk: int) -> tuple[ChunkKey, ...]:
+    def of(self, chunk: int, group: int = 0) -> tuple[ChunkKey, ...]:
         """Of one chunk, for each rank."""
-        return tuple(self._rows[number][chunk] for number in self._specs.own)
+        return tuple(keys[chunk] for keys in self._rows_of(group))
 
-    def between(self, first: int, last: int | None = None) -> RankKeys:
+    def between(self, first: int, last: int | None = None, group: int = 0) -> RankKeys:
         """Of chunks `[first, last)`; None for `last`: to the end of what is known."""
-        return tuple(tuple(self._rows[number][first:last]) for number in self._specs.own)
+        return tuple(tuple(keys[first:last]) for keys in self._rows_of(group))
+
+    def _rows_of(self, group: int) -> Sequence[Sequence[ChunkKey]]:
+        """By rank."""
+        return self._further_rows[group - 1] if group else [self._rows[number] for number in self._specs.own]
 
     def others_between(self, first: int, last: int | None = None) -> RankOthers:
         """Of the same chunks in other sizes."""

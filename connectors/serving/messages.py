@@ -38,6 +38,7 @@ class WorkerInfo:
 
     `fusion`: how it fuses, with the ratio that certificates permit. `token`: names the worker's connector, for a
     scheduler in the same process. `splits`: where else its heads may be stored, for each other tensor-parallel size.
+    `further`: specs of further groups of layers, see `GroupShape`.
     """
 
     spec: KVSpec
@@ -45,12 +46,15 @@ class WorkerInfo:
     fusion: FusionMethod = EXACT
     token: str = ""
     splits: tuple[HeadSplit, ...] = ()
+    further: tuple[KVSpec, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class LookUp:
     """Ask which leading chunks are stored. Those found are an offer: they are pinned until a load of this number ends,
     the number is in `StepPlan.released`, or another look-up `replaces` it.
+
+    `first`: number of the first chunk within its request. `further`: keys of the same chunks in further groups.
     """
 
     request_id: str
@@ -58,6 +62,8 @@ class LookUp:
     number: int = 0
     replaces: int = 0
     others: RankOthers = ()
+    first: int = 0
+    further: tuple[RankKeys, ...] = ()
 
     def others_of(self, rank: int) -> tuple[OtherKeys, ...]:
         """Keys of other sizes, for one rank; empty if these are not looked for."""
@@ -68,7 +74,9 @@ class LookUp:
 class Load:
     """Write stored KV of tokens `[start, stop)` into the request's blocks. Chunk 0 begins at token `first`.
 
-    Tokens for which there are no keys are lost. `lookup`: number of the look-up that offered the chunks.
+    Tokens for which there are no keys are lost. `lookup`: number of the look-up that offered the chunks. `skipped`:
+    tokens before `start` that the load provides without loading them, as no later token attends to them. `further`: of
+    further groups.
     """
 
     request_id: str
@@ -79,6 +87,8 @@ class Load:
     blocks: tuple[int, ...]
     lookup: int = 0
     others: RankOthers = ()
+    skipped: int = 0
+    further: tuple[Load, ...] = ()
 
     def chunks_of(self, rank: int) -> Iterator[tuple[ChunkKey, OtherKeys]]:
         """Each chunk's key on one rank, and its keys in other sizes."""
@@ -99,6 +109,7 @@ class Save:
 
     `keys`, `after`: of the chunk and of the chunk that it continues, one key for each rank. `recompute_s`: seconds that
     computing it took, if known. `is_prefix`: a chunk of the request's prefix; otherwise a document, stored by content.
+    `group`: whose blocks these are.
     """
 
     keys: tuple[ChunkKey, ...]
@@ -109,6 +120,7 @@ class Save:
     recompute_s: float | None = None
     request_id: str = ""
     is_prefix: bool = False
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +196,7 @@ class StepPlan:
     is_reset : the cache was reset since the last plan.
     layer_loads : loads that are over within the step.
     released : numbers of look-ups whose offers are over.
+    failures : requests whose loads are to be reported to the engine once more, as failed.
     """
 
     is_idle: bool = False
@@ -199,13 +212,14 @@ class StepPlan:
     advances: list[Advance] = field(default_factory=list)
     revocations: list[Revocation] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to do and nothing to report."""
         work = self.lookups or self.loads or self.layer_loads or self.saves or self.fusions or self.advances
         other = self.revocations or self.released or self.is_idle or self.number or self.introduce or self.is_reset
-        return not (work or other)
+        return not (work or other or self.failures)
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,12 +299,16 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """A request in a step: tokens whose KV is there when the step is done, its blocks, and the tokens it computes."""
+    """A request in a step: tokens whose KV is there when the step is done, its blocks, and the tokens it computes.
+
+    `further`: its blocks in further groups.
+    """
 
     request_id: str
     computed_tokens: int
     blocks: Sequence[int]
     new_tokens: int = 0
+    further: tuple[Sequence[int], ...] = ()
 
 
 def both(one: Loaded, other: Loaded) -> Loaded:

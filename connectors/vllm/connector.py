@@ -25,6 +25,7 @@ try:
         KVConnectorBase_V1,
         KVConnectorMetadata,
         KVConnectorRole,
+        KVConnectorTransferResults,
         KVConnectorWorkerMetadata,
         SupportsHMA,
     )
@@ -72,8 +73,8 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
     Raises
     ------
     ValueError : a setting is unknown, out of its range, or contradicts another one.
-    EngineError : this engine's cache cannot be served exactly: several or other than full-attention KV cache groups,
-        latent (MLA) or quantised caches, pipeline or context parallelism, a draft model.
+    EngineError : this engine's cache cannot be served exactly: KV cache groups of other kinds than full, windowed and
+        chunked local attention, quantised caches, pipeline or context parallelism, a draft model.
     """
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
@@ -84,9 +85,9 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         self.worker: Worker | None = None
         self._steps: Steps | None = None
         self.scheduler_half: SchedulerHalf | None = None
-        block_tokens = expect_servable(self.settings, vllm_config, kv_cache_config)
+        groups = expect_servable(self.settings, vllm_config, kv_cache_config)
         if role == KVConnectorRole.SCHEDULER:
-            self.scheduler_half = SchedulerHalf(self.settings, vllm_config, block_tokens, worker_here)
+            self.scheduler_half = SchedulerHalf(self.settings, vllm_config, groups, worker_here)
         self._quiet = StepMetadata(StepPlan())  # never changed
 
     @property
@@ -192,6 +193,12 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         if self._steps is None:
             return None, None
         return None, self._steps.end(self._get_connector_metadata().plan, finished_req_ids) or None
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        results = super().get_transfer_results(finished_req_ids)
+        if self._steps is not None:
+            results.failed_recving.update(self._steps.take_failed())
+        return results
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return set() if self._steps is None else self._steps.take_bad_blocks()

@@ -16,6 +16,7 @@ from ..serving.settings import RequestOptions, ServingSettings
 from ..serving.worker.steps import Worker
 from .adapters import OpenAdapters, adapter_variant
 from .events import KVEvents
+from .groups import EngineGroups
 from .identity import engine_lead, request_identity
 from .retrieval.settings import decoding_identity
 
@@ -44,7 +45,7 @@ class SchedulerHalf:
     ----------
     settings : the user's.
     vllm_config : vLLM's, with the `kv_transfer_config` of this connector.
-    block_tokens : of the engine.
+    groups : of the engine's layers.
     worker_here : the worker whose connector has this token, if it lives in this process; None if not.
 
     Attributes
@@ -56,14 +57,15 @@ class SchedulerHalf:
         self,
         settings: ServingSettings,
         vllm_config: Any,
-        block_tokens: int,
+        groups: EngineGroups,
         worker_here: Callable[[str], Worker | None],
     ) -> None:
         transfer = vllm_config.kv_transfer_config
         if settings.lead_ids is None:
             settings = replace(settings, lead_ids=engine_lead(vllm_config.model_config))
         self._settings = settings
-        self._block_tokens = block_tokens
+        self._groups = groups
+        self._block_tokens = block_tokens = groups.shapes[0].block_tokens
         self._ranks = int(vllm_config.parallel_config.tensor_parallel_size)
         self._worker_here = worker_here
         self._may_load, self._may_save = bool(transfer.is_kv_consumer), bool(transfer.is_kv_producer)
@@ -79,7 +81,9 @@ class SchedulerHalf:
         self._refused = 0
         self.events: KVEvents | None = None
         if publishes_events(vllm_config):
-            if settings.chunk_tokens % block_tokens == 0:
+            if not groups.is_plain:
+                _LOG.warning("kvloom publishes no KV events: the layers of this engine are in groups, or have windows")
+            elif settings.chunk_tokens % block_tokens == 0:
                 self.events = KVEvents(block_tokens, settings.chunk_tokens, self._requests)
             else:
                 _LOG.warning(
@@ -185,7 +189,8 @@ class SchedulerHalf:
         """The request is admitted, and `external_tokens` of it are to be provided."""
         self._early.pop(request.request_id, None)  # admitted without an answer: it is served without kvloom
         if self._planner is not None:
-            self._planner.allocated(request.request_id, external_tokens, blocks.get_block_ids()[0])
+            rows = self._groups.in_order(blocks.get_block_ids())
+            self._planner.allocated(request.request_id, external_tokens, *rows)
 
     def hit_tokens(self, request_id: str) -> dict[str, int]:
         """Tokens of the last offer taken, by tier; empty for a fusion."""
@@ -203,7 +208,7 @@ class SchedulerHalf:
         for request_id in scheduler_output.num_scheduled_tokens:
             self._leave_if_changed(self._planner, request_id)
         unread = self._adapters.begin_step(scheduler_output.num_scheduled_tokens.keys())
-        plan = self._planner.plan_step(_scheduled(scheduler_output), is_idle=is_idle, unsaved=unread)
+        plan = self._planner.plan_step(_scheduled(scheduler_output, self._groups), is_idle=is_idle, unsaved=unread)
         if self.events is not None:
             self.events.describe(plan)
         return plan
@@ -252,6 +257,8 @@ class SchedulerHalf:
             fusion=max((worker.fusion for worker in workers), key=lambda fusion: fusion.ratio),
             may_load=self._may_load,
             may_save=self._may_save,
+            shapes=() if self._groups.is_plain else self._groups.shapes,
+            further=tuple(zip(*(worker.further for worker in workers), strict=True)),
         )
         early, self._early = self._early, {}
         for request in early.values():
@@ -280,17 +287,18 @@ def publishes_events(vllm_config: Any) -> bool:
     return config is not None and bool(config.enable_kv_cache_events)
 
 
-def _scheduled(scheduler_output: Any) -> Iterator[Scheduled]:
+def _scheduled(scheduler_output: Any, groups: EngineGroups) -> Iterator[Scheduled]:
     """Every request of the step. Drafted tokens do not count as computed: they may be rejected."""
     state = scheduler_output.kv_connector_block_state
     before = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
     cached = scheduler_output.scheduled_cached_reqs
     before |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
     for request_id, count in scheduler_output.num_scheduled_tokens.items():
-        blocks = state.get_block_ids(request_id)
-        if blocks is not None and request_id in before:
+        rows = state.get_block_ids(request_id)
+        if rows is not None and request_id in before:
             drafted = len(scheduler_output.scheduled_spec_decode_tokens.get(request_id, ()))
-            yield Scheduled(request_id, before[request_id] + count - drafted, blocks[0], count)
+            blocks, *further = groups.in_order(rows)
+            yield Scheduled(request_id, before[request_id] + count - drafted, blocks, count, tuple(further))
 
 
 def _mark_of(request: Any) -> _Mark:

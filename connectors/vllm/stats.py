@@ -20,6 +20,7 @@ COUNTERS = MappingProxyType(
         "hit_chunks": "Chunks asked about that were stored.",
         "joined_chunks": "Chunks made of those that engines of other tensor-parallel sizes have stored.",
         "loads": "Loads that ended.",
+        "loaded_bytes": "Bytes of keys and values loaded into the engine's blocks by loads of prefixes.",
         "load_seconds": "Time from the beginning of a load to its end, summed.",
         "seconds_saved": "Seconds of computing that loads and fusions saved, less those they took.",
         "failed_loads": "Loads or fusions that lost a chunk on the way; it was computed.",

@@ -9,18 +9,23 @@ from typing import Any
 
 from torch import Tensor
 
-from ...core import KVSpec
+from ...core import KVSpec, RopeSpec
 from ...errors import EngineError
+from ..identity.weights import with_state
+from ..serving.groups import GroupShape
+from ..serving.head_splits import HeadSplit
 from ..serving.messages import WorkerInfo
 from ..serving.settings import ServingSettings
 from ..serving.worker.fuser import Fuser
 from ..serving.worker.layer_loads import LayerLoads
 from ..serving.worker.other_sizes import splits_for, warn_of_other_sizes
+from ..serving.worker.pieces import CacheGroup
 from ..serving.worker.steps import Worker
 from ..serving.worker.store_setup import QualityRecords, is_lossy, open_store
 from ..serving.worker.transfers import Transfers
 from .adapters import LoadedAdapters
 from .fusion.passes import EnginePasses, running_model
+from .groups import EngineGroups, groups_of
 from .identity import agreed_name, engine_name, engine_rope
 from .paged_layers import PagedLayers
 from .retrieval.settings import RetrievalSettings
@@ -45,38 +50,41 @@ def open_worker(settings: ServingSettings, token: str, vllm_config: Any, kv_cach
     SpecMismatchError, CodecError : the profile is of another model, or none.
     UncertifiedError : a codec is lossy, and no certificate covers it for this model; or a file is no certificate.
     """
-    context = vllm_config.compilation_config.static_forward_context
-    (group,) = kv_cache_config.kv_cache_groups
-    layers = [context[name] for name in group.layer_names]
-    # A layer that shares another's cache has none of its own to keep.
-    layers = [layer for layer in layers if getattr(layer, "kv_sharing_target_layer_name", None) is None]
-    _expect_retrieval_is_read(vllm_config, layers)
-    cache = PagedLayers(layers, int(group.kv_cache_spec.block_size))
+    groups = groups_of(kv_cache_config)
+    members = [_members(vllm_config, kv_cache_config.kv_cache_groups[number]) for number in groups.numbers]
+    layers = members[0]
+    _expect_retrieval_is_read(vllm_config, groups, layers)
+    caches = [PagedLayers(each, shape.block_tokens) for each, shape in zip(members, groups.shapes, strict=True)]
+    cache = caches[0]
     rank, ranks = _tensor_parallel_rank(), vllm_config.parallel_config.tensor_parallel_size
     rope, why_not = None, None
     try:
         rope = engine_rope(vllm_config, layers, cache.head_dim)
     except EngineError as exc:
         why_not = str(exc)
+    if not groups.is_plain:
+        rope, why_not = None, "its layers are in groups, or have windows, and blocks of windows are taken back"
     model = _fusable_model(vllm_config, layers, why_not)
     records = QualityRecords.of(settings)
-    spec = KVSpec(
-        model_id=engine_name(
-            agreed_name(vllm_config, layers, settings.model_id), vllm_config, layers, rope, cache.dtype
-        ),
-        num_layers=len(layers),
-        num_kv_heads=cache.num_kv_heads,
-        head_dim=cache.head_dim,
-        dtype=cache.dtype,
-        rope=rope,
-        v_head_dim=None if cache.v_head_dim == cache.head_dim else cache.v_head_dim,
-        shard=(rank, ranks),
-    )
+    name = agreed_name(vllm_config, layers, settings.model_id)
+    shard = (rank, ranks)
+    spec = _spec(engine_name(name, vllm_config, layers, rope, cache.dtype), cache, rope, shard)
+    pieces: list[CacheGroup] = []
+    if not groups.is_plain:
+        for paged, shape in zip(caches, groups.shapes, strict=True):
+            group_name = engine_name(name, vllm_config, paged.layers, None, paged.dtype)
+            group_name = with_state(group_name, group=_group_state(paged.layers, shape))
+            pieces.append(CacheGroup(paged, _spec(group_name, paged, None, shard), shape))
+        spec = pieces[0].spec
     method = records.fusion(spec, select=settings.fusion_select, check_layer=settings.check_layer)
     store = open_store(settings, spec, records)
-    splits = splits_for(settings, spec, vllm_config.model_config.get_total_num_kv_heads())
-    if rank == 0:
-        warn_of_other_sizes(settings, spec, store)
+    for piece in pieces[1:]:
+        store.check_certificates(piece.spec)
+    splits: tuple[HeadSplit, ...] = ()
+    if groups.is_plain:
+        splits = splits_for(settings, spec, vllm_config.model_config.get_total_num_kv_heads())
+        if rank == 0:
+            warn_of_other_sizes(settings, spec, store)
     transfers = Transfers(
         store,
         cache,
@@ -85,8 +93,9 @@ def open_worker(settings: ServingSettings, token: str, vllm_config: Any, kv_cach
         chunk_tokens=settings.chunk_tokens,
         load_timeout_s=settings.load_timeout_s,
         save_pending_bytes=settings.save_pending_bytes,
-        reports_placement=publishes_events(vllm_config),
+        reports_placement=publishes_events(vllm_config) and groups.is_plain,
         splits=splits,
+        groups=pieces,
     )
     adapters = None
     if vllm_config.lora_config is not None:
@@ -96,7 +105,7 @@ def open_worker(settings: ServingSettings, token: str, vllm_config: Any, kv_cach
     if model is not None:
         fuser = Fuser(
             transfers,
-            EnginePasses(vllm_config, group.kv_cache_spec, model, cache),
+            EnginePasses(vllm_config, kv_cache_config.kv_cache_groups[0].kv_cache_spec, model, cache),
             cache,
             slice_tokens=settings.fusion_slice_tokens,
             method=method,
@@ -116,13 +125,49 @@ def open_worker(settings: ServingSettings, token: str, vllm_config: Any, kv_cach
         count=transfers.count,
     )
     numbers = {layer.layer_name: i for i, layer in enumerate(layers)}
-    info = WorkerInfo(spec, fuser is not None, method, token, splits)
-    return Worker(info, transfers, layer_loads, numbers, fuser, adapters)
+    further = tuple(piece.spec for piece in pieces[1:])
+    info = WorkerInfo(spec, fuser is not None, method, token, splits, further)
+    return Worker(info, transfers, layer_loads, numbers, fuser, adapters, fails_whole=bool(pieces))
 
 
-def _expect_retrieval_is_read(vllm_config: Any, layers: Sequence[Any]) -> None:
-    """Raises `EngineError` if the engine is to retrieve and its attention backend is none of kvloom's."""
+def _members(vllm_config: Any, group: Any) -> list[Any]:
+    """The attention modules of a KV cache group. One that shares another's cache has none of its own to keep."""
+    context = vllm_config.compilation_config.static_forward_context
+    layers = [context[name] for name in group.layer_names]
+    return [layer for layer in layers if getattr(layer, "kv_sharing_target_layer_name", None) is None]
+
+
+def _spec(name: str, cache: PagedLayers, rope: RopeSpec | None, shard: tuple[int, int]) -> KVSpec:
+    return KVSpec(
+        model_id=name,
+        num_layers=cache.num_layers,
+        num_kv_heads=cache.num_kv_heads,
+        head_dim=cache.head_dim,
+        dtype=cache.dtype,
+        rope=rope,
+        v_head_dim=None if cache.v_head_dim == cache.head_dim else cache.v_head_dim,
+        shard=shard,
+    )
+
+
+def _group_state(layers: Sequence[Any], shape: GroupShape) -> dict[str, object]:
+    """Which layers a piece is of and, beside the length of a chunk, what decides which tokens."""
+    return {
+        "layers": [layer.layer_name for layer in layers],
+        "window": shape.window_tokens,
+        "local": shape.local_tokens,
+        "block": None if shape.is_full else shape.block_tokens,
+    }
+
+
+def _expect_retrieval_is_read(vllm_config: Any, groups: EngineGroups, layers: Sequence[Any]) -> None:
+    """Raises `EngineError` if the engine is to retrieve and cannot, or its attention backend is none of kvloom's."""
     asked = RetrievalSettings.of_engine(vllm_config.additional_config) is not None
+    if asked and not groups.is_plain:
+        raise EngineError(
+            "additional_config asks kvloom for retrieval, but this engine's layers are in several KV cache groups, or "
+            "have windows, in which kvloom does not retrieve; leave the settings out"
+        )
     if asked and not any(hasattr(layer.impl, "retrieving") for layer in layers):
         raise EngineError(
             "additional_config asks kvloom for retrieval, but this engine's attention backend is "
@@ -150,16 +195,15 @@ def _fusable_model(config: Any, layers: list[Any], why: str | None) -> Any:
     return None
 
 
-def expect_servable(settings: ServingSettings, vllm_config: Any, kv_cache_config: Any) -> int:
-    """Tokens of a block, in an engine where one row of blocks holds all KV of a request.
+def expect_servable(settings: ServingSettings, vllm_config: Any, kv_cache_config: Any) -> EngineGroups:
+    """The groups of the engine's layers.
 
     Raises
     ------
     EngineError : the engine is another one, or cannot do what the settings ask for; says what to change.
     """
     parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
-    groups = kv_cache_config.kv_cache_groups
-    why = _why_other_groups([type(group.kv_cache_spec).__name__ for group in groups])
+    groups, why = groups_of(kv_cache_config), None
     if parallel.pipeline_parallel_size > 1:
         why = "it runs in stages; use --tensor-parallel-size instead of --pipeline-parallel-size"
     elif parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
@@ -169,6 +213,11 @@ def expect_servable(settings: ServingSettings, vllm_config: Any, kv_cache_config
     if why is not None:
         raise EngineError(f"kvloom cannot serve this engine exactly: {why}; or leave the connector out")
     if settings.load_mode == "layerwise":
+        if not groups.is_plain:
+            raise EngineError(
+                "load_mode 'layerwise' needs one KV cache group of full attention: this engine's layers are in groups, "
+                "or have windows, and vLLM cannot take back a step for some blocks of them; use 'async'"
+            )
         # vLLM 0.32 (issue 49250) goes on from tokens sampled of KV that was lost, where it plans ahead.
         if vllm_config.scheduler_config.async_scheduling:
             raise EngineError(
@@ -176,28 +225,7 @@ def expect_servable(settings: ServingSettings, vllm_config: Any, kv_cache_config
             )
         if vllm_config.use_v2_model_runner:
             raise EngineError("load_mode 'layerwise' needs VLLM_USE_V2_MODEL_RUNNER=0: V2 cannot take back a step")
-    return int(groups[0].kv_cache_spec.block_size)
-
-
-def _why_other_groups(kinds: Sequence[str]) -> str | None:
-    """What is wrong with KV cache groups of these kinds, and what to do; None for one group of full attention."""
-    if list(kinds) == ["FullAttentionSpec"]:
-        return None
-    names = ", ".join(sorted(set(kinds)))
-    windowed = {"SlidingWindowSpec", "ChunkedLocalAttentionSpec"}
-    if set(kinds) <= {"FullAttentionSpec", *windowed} and "FullAttentionSpec" in kinds:
-        return (
-            f"its KV cache groups are {names}, and layers with a window give back blocks that kvloom would store; give "
-            "--disable-hybrid-kv-cache-manager, which keeps them"
-        )
-    what = {
-        "SlidingWindowSpec": "all its layers have a window",
-        "ChunkedLocalAttentionSpec": "all its layers attend locally",
-        "MLAAttentionSpec": "its cache is latent (MLA)",
-        "MambaSpec": "it has recurrent states",
-    }
-    reasons = " and ".join(dict.fromkeys(what.get(kind, f"it has a cache of kind {kind}") for kind in kinds))
-    return f"its KV cache groups are {names}: {reasons}, which kvloom does not store; choose a model of full attention"
+    return groups
 
 
 def _tensor_parallel_rank() -> int:

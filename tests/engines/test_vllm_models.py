@@ -1,4 +1,4 @@
-"""Architectures, two ranks, the compiled mode: equal prompts plain, stored, loaded and fused; and what is refused."""
+"""Architectures, two ranks, the compiled mode: equal prompts plain, stored, loaded and fused."""
 
 import os
 import time
@@ -94,11 +94,3 @@ def test_plain_stored_loaded_and_fused(llm: Any) -> None:
     else:
         assert told["computed_tokens"] == 0
         assert tokens_of([output]) == expected
-
-
-def test_windows_in_groups_of_their_own_are_refused(tmp_path: Path) -> None:
-    model = make_model(tmp_path / "model", "gemma3", sliding_window=128)
-    with pytest.raises(
-        Exception, match=r"groups are FullAttentionSpec, SlidingWindowSpec, .* give --disable-hybrid-kv-cache-manager"
-    ):
-        start(model, {})

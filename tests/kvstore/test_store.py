@@ -152,6 +152,9 @@ def test_locate_prefix_names_the_tiers_of_leading_chunks(store: KVStore) -> None
     assert store.locate_prefix(keys) == ("disk", "disk", "host", "host") == tuple(map(store.locate, keys[:4]))
     assert store.match(keys) == 4 and store.stats().lookups == 0
     assert store.locate_prefix([]) == () == store.locate_prefix([make_key(4), make_key(5)])
+    each = [make_key(4), *keys[:2], make_key(6), keys[3]]
+    assert store.locate_each(each) == (None, *store.locate_prefix(keys[:2]), None, store.locate(keys[3]))
+    assert store.locate_each([]) == ()
 
 
 @pytest.mark.parametrize(

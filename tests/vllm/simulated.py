@@ -105,6 +105,7 @@ class SimulatedWorker:
         self.transfers, self.adapters = self, None  # as of a `Worker`
         self.info: WorkerInfo | None = WorkerInfo(SPEC, may_fuse=True, token=self.token)
         self.failed: set[str] = set()  # requests that ended with an error
+        self.failed_loads: set[str] = set()  # of the step, where vLLM is not told which blocks
         self.weights_of: dict[str, list[int]] = {}  # that each token of an answer was sampled by
         self.block_tokens = scheduler.block_size
         self.slots: dict[int, int] = {}
@@ -317,6 +318,7 @@ class SimulatedWorker:
             invalid_block_ids=bad_blocks,
             kv_connector_worker_meta=WorkerMetadata(report),
         )
+        runner_output.kv_connector_output.failed_recving = self.failed_loads
         runner_output.sampled_token_ids = [sampled[name] for name in runner_output.req_ids]
         for outputs in self.scheduler.update_from_output(output, runner_output).values():
             for told in outputs.outputs:

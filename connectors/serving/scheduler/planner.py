@@ -21,12 +21,14 @@ from pathlib import Path
 
 from ....blend.method import EXACT, FusionMethod
 from ....core import KVSpec
+from ..groups import GroupShape
 from ..head_splits import HeadSplit
 from ..keys import Keys
 from ..messages import Document, FoundTiers, Load, Loaded, LookUp, Revocation, Scheduled, StepPlan, StepReport, both
 from ..settings import RequestOptions, ServingSettings
 from .fusions import FusionTracker
 from .known_documents import KnownDocuments
+from .pieces import load_pieces, look_up_pieces
 from .prefill_rate import PrefillRate, is_prefill_step
 from .requests import Request, RequestReader
 from .saves import SaveTracker
@@ -74,6 +76,8 @@ class Planner:
     splits : where else each rank's heads may be stored, see `WorkerInfo`.
     fusion : how workers fuse, with the ratio that certificates permit, for settings that ask for that.
     may_load, may_save : whether the role of this engine lets it load, and store.
+    shapes : of the groups of the engine's layers, the first one's first; empty for a single one of full attention.
+    further : specs of the groups behind the first, by group and rank.
     clock : monotonic seconds.
     """
 
@@ -88,6 +92,8 @@ class Planner:
         fusion: FusionMethod = EXACT,
         may_load: bool = True,
         may_save: bool = True,
+        shapes: Sequence[GroupShape] = (),
+        further: Sequence[Sequence[KVSpec]] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
@@ -100,10 +106,11 @@ class Planner:
         self._clock = clock
         journal = None if settings.disk_path is None else Path(settings.disk_path, f"documents.{settings.match_tokens}")
         known = KnownDocuments(settings.match_tokens, journal) if settings.match_tokens else None
-        self._keys = Keys(settings, specs, splits)
+        self._shapes = tuple(shapes)
+        self._keys = Keys(settings, specs, splits, further)
         self._reader = RequestReader(settings, self._keys, known, block_tokens, self._fusion)
         self._rate = PrefillRate(clock)
-        self._saves = SaveTracker(settings.chunk_tokens, block_tokens, known)
+        self._saves = SaveTracker(settings.chunk_tokens, block_tokens, known, self._shapes)
         self._fusions = FusionTracker(len(specs), block_tokens)
         self._tracked: dict[str, _Tracked] = {}
         self._transfers: dict[str, _Transfer] = {}
@@ -151,7 +158,9 @@ class Planner:
             self._saves.close(request_id)
             self._fusions.close(request_id)
         options = replace(options, load=options.load and self._may_load, save=options.save and self._may_save)
-        request = self._reader.read(token_ids, identity, options, is_stored, may_fuse=may_fuse)
+        request = self._reader.read(token_ids, identity, options, is_stored, may_fuse=may_fuse and not self._shapes)
+        if self._shapes:
+            request = replace(request, alone=())  # of no use to an engine that does not fuse
         if exact_tokens is not None and request.inexact is None:
             request = replace(request, options=replace(options, load=False), inexact=exact_tokens)
         self._tracked[request_id] = _Tracked(request)
@@ -234,7 +243,9 @@ class Planner:
         if tracked.tiers is None or tracked.asked_from is None:
             return None
         tracked.offer = (tracked.asked_from + len(tracked.tiers)) * self._settings.chunk_tokens
-        if self.is_layerwise(request_id):  # the step must compute something
+        # A step must compute something. Of a request that has all its tokens the engine computes the last one again,
+        # after it has taken back what that attends to and a next one would not.
+        if self._shapes or self.is_layerwise(request_id):
             tracked.offer = min(tracked.offer, len(request.token_ids) - 1)
         return max(tracked.offer - computed_tokens, 0)
 
@@ -251,6 +262,8 @@ class Planner:
         keys = tracked.request.keys
         others = keys.others_between(first)
         lookup = LookUp(request_id, keys.between(first), self._last_lookup, tracked.lookup, others)
+        if self._shapes:
+            lookup = look_up_pieces(request_id, keys, first, len(self._shapes), self._last_lookup, tracked.lookup)
         self._lookups.pop(tracked.lookup, None)
         tracked.lookup, tracked.asked_from, tracked.tiers = lookup.number, first, None
         if self._look_up is None:
@@ -291,8 +304,11 @@ class Planner:
         blocks, self._unwritten_blocks = self._unwritten_blocks, set()
         return blocks
 
-    def allocated(self, request_id: str, external_tokens: int, blocks: Sequence[int]) -> None:
-        """The engine took the offer: `external_tokens` up to where it reaches are to be provided."""
+    def allocated(self, request_id: str, external_tokens: int, blocks: Sequence[int], *further: Sequence[int]) -> None:
+        """The engine took the offer: `external_tokens` up to where it reaches are to be provided, in these blocks.
+
+        `further`: blocks in further groups.
+        """
         tracked = self._tracked.get(request_id)
         if tracked is None:
             return
@@ -319,6 +335,10 @@ class Planner:
         keys = request.keys.between(first, last)
         others = request.keys.others_between(first, last)
         load = Load(request_id, keys, first * chunk_tokens, start, stop, tuple(blocks), lookup, others)
+        if self._shapes:
+            load = load_pieces(
+                request_id, request.keys, start, stop, self._shapes, (blocks, *further), chunk_tokens, lookup
+            )
         if self.is_layerwise(request_id):
             self._plan.layer_loads.append(load)
             self._layer_loads[request_id] = load
@@ -385,7 +405,10 @@ class Planner:
         transfer.is_acknowledged = True
         if transfer.is_held_back:
             del self._transfers[request_id]
-            self._passed_on.add(request_id)
+            if self._shapes:  # whose engine learns of failures with the end of a load, not by blocks
+                self._plan.failures.append(request_id)
+            else:
+                self._passed_on.add(request_id)
 
     def _apply_loaded(self, request_id: str, loaded: Loaded) -> None:
         """A load or a fusion is over, on some ranks at least."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ....core import ChunkKey
+from ..groups import GroupShape
 from ..messages import Document, Save, Scheduled
 from .known_documents import KnownDocuments
 from .requests import Request
@@ -33,12 +34,16 @@ class SaveTracker:
     chunk_tokens : of a chunk.
     block_tokens : of the engine.
     known : is given every document that is stored.
+    shapes : see `Planner`.
     """
 
-    def __init__(self, chunk_tokens: int, block_tokens: int, known: KnownDocuments | None) -> None:
+    def __init__(
+        self, chunk_tokens: int, block_tokens: int, known: KnownDocuments | None, shapes: Sequence[GroupShape] = ()
+    ) -> None:
         self._chunk_tokens = chunk_tokens
         self._block_tokens = block_tokens
         self._known = known
+        self._shapes = shapes
         self._progress: dict[str, _Progress] = {}
         self._filter = StepFilter()  # of the step that completes the next chunk or document
 
@@ -93,6 +98,9 @@ class SaveTracker:
         if count > progress.chunks:
             request.keys.extend()
             for chunk in range(progress.chunks, count):
+                if self._shapes:
+                    saves += self._pieces(request, each, chunk, token_s)
+                    continue
                 after = request.keys.of(chunk - 1) if chunk else None
                 start, stop = chunk * self._chunk_tokens, (chunk + 1) * self._chunk_tokens
                 saves.append(
@@ -106,9 +114,31 @@ class SaveTracker:
                 if self._known is not None:
                     self._known.add(np.asarray(request.token_ids[start:stop], dtype=np.int64), document.keys[0])
                 progress.alone = ()
-        progress.planned += len(saves)
+        progress.planned += sum(not save.group for save in saves)
         # Drafted tokens may yet be accepted, beyond those that count as computed.
         self._filter.expect(each.request_id, self._next(progress) - each.computed_tokens - each.new_tokens)
+        return saves
+
+    def _pieces(self, request: Request, each: Scheduled, chunk: int, token_s: float | None) -> list[Save]:
+        """Saves of a chunk's pieces, in every group that still has all of it.
+
+        A piece is of no use without what it is a piece of: it goes first.
+        """
+        saves: list[Save] = []
+        is_chained = self._shapes[0].is_full
+        for group, (shape, blocks) in enumerate(zip(self._shapes, (each.blocks, *each.further), strict=True)):
+            start, stop = shape.piece(chunk, self._chunk_tokens)
+            if not shape.has_all(blocks, start, stop):
+                continue
+            after = None
+            if is_chained and (group or chunk):
+                after = request.keys.of(chunk if group else chunk - 1)
+            first, last = start // shape.block_tokens, -(-stop // shape.block_tokens)
+            token_ids = np.asarray(request.token_ids[start:stop], dtype=np.int64)
+            cost_s = None if group or token_s is None else token_s * len(token_ids)
+            row = tuple(blocks[first:last])
+            keys = request.keys.of(chunk, group)
+            saves.append(Save(keys, after, token_ids, start, row, cost_s, each.request_id, not group, group))
         return saves
 
     def _next(self, progress: _Progress) -> int:

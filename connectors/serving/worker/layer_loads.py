@@ -185,6 +185,7 @@ class LayerLoads:
         is_lost = job.lost_from < len(keys)
         loaded = Loaded(dict(tokens), is_lost, job.waited_s, 0, cost.recompute_s, cost.unpriced_tokens)
         counts = {f"loaded_tokens.{name}": count for name, count in tokens.items()}
+        counts["loaded_bytes"] = sum(tokens.values()) * self._spec.token_bytes
         self._count({"loads": 1, "load_seconds": job.waited_s, "failed_loads": int(is_lost)} | counts)
         if not is_lost:
             self._reader.prefetch(keys, load.others_of(self._rank))  # reading single layers promotes nothing

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import TypeAlias
 
 from ....core import ChunkKey
 from ..messages import FoundTiers, OtherKeys
 from .head_reader import HeadReader
 
 _LOG = logging.getLogger("kvloom")
+
+Find: TypeAlias = "Callable[[], tuple[FoundTiers, Sequence[ChunkKey]]]"
+"""Says what can be offered: tiers of leading chunks, and the keys that a load of them reads."""
 
 OFFER_S = 30.0
 """Seconds for which an offer stays pinned that is neither taken nor released. Engines take one within a few steps."""
@@ -35,20 +39,30 @@ class Offers:
     def __len__(self) -> int:
         return len(self._pins)
 
-    def make(self, number: int, keys: Sequence[ChunkKey], others: Sequence[OtherKeys] = ()) -> FoundTiers:
+    def make(
+        self, number: int, keys: Sequence[ChunkKey], others: Sequence[OtherKeys] = (), find: Find | None = None
+    ) -> FoundTiers:
         """Tiers of the leading chunks that can be read, which are pinned under `number`, if that is not 0.
 
-        `others`: keys of each chunk in other sizes, all of which are pinned, too.
+        Parameters
+        ----------
+        others : keys of each chunk in other sizes, all of which are pinned, too.
+        find : says which chunks can be read, of keys that are no row of leading chunks.
         """
+        look = find or (lambda: self._leading(keys, others))
         if not number:
-            return self._reader.locate_prefix(keys, others)
+            return look()[0]
         self._pin(number, keys, others, self._offer_s)  # first, so that no chunk goes between the look-up and its pin
-        tiers = self._reader.locate_prefix(keys, others)
+        tiers, offered = look()
         if not tiers:
             self.release(number)
-        elif len(tiers) < len(keys):
-            self._pin(number, keys[: len(tiers)], others[: len(tiers)], self._offer_s)
+        elif len(offered) < len(keys):
+            self._pin(number, offered, others[: len(offered)], self._offer_s)
         return tiers
+
+    def _leading(self, keys: Sequence[ChunkKey], others: Sequence[OtherKeys]) -> tuple[FoundTiers, Sequence[ChunkKey]]:
+        tiers = self._reader.locate_prefix(keys, others)
+        return tiers, keys[: len(tiers)]
 
     def take(self, number: int, keys: Sequence[ChunkKey], deadline_s: float, others: Sequence[OtherKeys] = ()) -> bool:
         """Keep these chunks of an offer for a load that lasts at most `deadline_s`; False if that fails, and is logged.

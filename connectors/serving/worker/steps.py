@@ -21,7 +21,7 @@ class Worker:
     """What kvloom has in a worker of an engine: a store of its rank's heads, beside the caches of its layers.
 
     `layer_numbers`: by the engine's name of a layer. `fuser`: None where the engine cannot fuse. `adapters`: None where
-    it has none.
+    it has none. `fails_whole`: the engine does not learn which blocks were not loaded, but that a load has failed.
     """
 
     info: WorkerInfo
@@ -30,6 +30,7 @@ class Worker:
     layer_numbers: Mapping[str, int]
     fuser: Fuser | None
     adapters: EngineMemory | None = None
+    fails_whole: bool = False
 
     @property
     def has_work(self) -> bool:
@@ -49,6 +50,9 @@ class Steps:
         self._is_busy = False  # something has begun that was not reported yet
         self._waits_for_layers = False  # within this step
         self._bad_blocks: set[int] = set()
+        self._failed: set[str] = set()  # requests whose loads have failed, not reported yet
+        self._revoked: set[str] = set()  # whose loads under way are to fail, whatever becomes of them
+        self._again: set[str] = set()  # to be reported once more
         self._lost: set[str] = set()
 
     def begin(self, plan: StepPlan) -> None:
@@ -77,8 +81,13 @@ class Steps:
             report.found_documents |= {name: (mask,) for name, mask in worker.fuser.fetched().items()}
         for revocation in plan.revocations:
             self._cancel(revocation.request_id)
-            self._bad_blocks |= revocation.blocks
+            if not worker.fails_whole:
+                self._bad_blocks |= revocation.blocks
+            elif worker.transfers.is_loading_for(revocation.request_id):
+                self._revoked.add(revocation.request_id)
             report.revoked.add(revocation.request_id)
+
+        self._again.update(plan.failures)
 
         # Last, since passes of our own would wait for them, too.
         for load in plan.layer_loads:
@@ -111,12 +120,19 @@ class Steps:
             arrivals += self._worker.fuser.arrivals()
         self._add(arrivals)
         self._is_busy = self._worker.has_work
-        return {arrival.request_id for arrival in arrivals}
+        again, self._again = self._again, set()
+        self._failed |= again
+        return {arrival.request_id for arrival in arrivals} | again
 
     def take_bad_blocks(self) -> set[int]:
         """Blocks into which nothing was loaded, since the last call."""
         blocks, self._bad_blocks = self._bad_blocks, set()
         return blocks
+
+    def take_failed(self) -> set[str]:
+        """Requests of which nothing was loaded, since the last call; of an engine that learns no blocks."""
+        failed, self._failed = self._failed, set()
+        return failed
 
     def take_report(self) -> StepReport | None:
         """The report since the last call; None if there is nothing to report."""
@@ -152,4 +168,8 @@ class Steps:
     def _add(self, arrivals: list[Arrival]) -> None:
         for arrival in arrivals:
             self._report.loaded[arrival.request_id] = arrival.loaded
-            self._bad_blocks |= arrival.bad_blocks
+            if not self._worker.fails_whole:
+                self._bad_blocks |= arrival.bad_blocks
+            elif arrival.loaded.failed or arrival.request_id in self._revoked:
+                self._failed.add(arrival.request_id)
+            self._revoked.discard(arrival.request_id)

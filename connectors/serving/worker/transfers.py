@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,13 +16,14 @@ import torch
 from ....core import ChunkKey, KVChunk, KVSpec
 from ....errors import KVLoomError
 from ....kvstore.placement.catalog import PlacementChange
-from ....kvstore.store import KVStore
+from ....kvstore.store import Hit, KVStore
 from ..head_splits import HeadSplit
 from ..messages import FoundTiers, Fusion, Load, Loaded, LookUp, Save
 from .arrivals import Arrival, Fetched, RecomputeCost, fits
 from .head_reader import HeadReader
 from .offers import Offers
 from .pending_writes import PagedCache, PendingWrites
+from .pieces import CacheGroup, PieceReader, all_keys, find_pieces
 from .threads import compute_alone
 
 _LOADERS = 4  # so that what lies on a slow disk is not in the way of what lies in memory
@@ -45,6 +47,7 @@ class Transfers:
     splits : where else its heads may be stored, see `WorkerInfo`.
     chunk_tokens, load_timeout_s, save_pending_bytes : see `ServingSettings`.
     reports_placement : whether `take_placement_changes` is called, for KV events.
+    groups : of an engine that has several, or windows; `cache` and `spec` are those of the first.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Transfers:
         save_pending_bytes: int,
         reports_placement: bool = False,
         splits: Sequence[HeadSplit] = (),
+        groups: Sequence[CacheGroup] = (),
     ) -> None:
         self.store = store
         self.reader = HeadReader(store, spec, splits, count=self.count)
@@ -66,6 +70,7 @@ class Transfers:
         self._cache = cache
         self._spec = spec
         self._rank = rank
+        self._groups = tuple(groups)
         self._chunk_tokens = chunk_tokens
         self._load_timeout_s = load_timeout_s
         self._save_pending_bytes = save_pending_bytes
@@ -89,9 +94,16 @@ class Transfers:
         found: FoundTiers = ()
         try:
             self.offers.release(lookup.replaces)
-            found = self.offers.make(lookup.number, keys, others)
-            if len(found) < len(others):
-                self.reader.explain_partly_stored(keys[len(found)], others[len(found)])
+            if self._groups:
+                found = self.offers.make(
+                    lookup.number,
+                    all_keys(lookup, self._rank),
+                    find=lambda: find_pieces(self.store, lookup, self._rank, self._groups, self._chunk_tokens),
+                )
+            else:
+                found = self.offers.make(lookup.number, keys, others)
+                if len(found) < len(others):
+                    self.reader.explain_partly_stored(keys[len(found)], others[len(found)])
         except Exception:  # noqa: BLE001 - the engine asks within its own step, which must not end with us
             _LOG.exception("looking up KV of request %s failed; it is computed", lookup.request_id)
             self.count({"errors": 1})
@@ -105,13 +117,18 @@ class Transfers:
         """Whether a load has begun that `arrivals` has not given yet."""
         return bool(self._loads)
 
+    def is_loading_for(self, request_id: str) -> bool:
+        """Whether a load of this request has begun that `arrivals` has not given yet."""
+        return request_id in self._loads
+
     def load(self, load: Load) -> None:
         """Begin a load; `arrivals` gives its outcome."""
         begun_s = time.monotonic()
-        keys, others = load.keys[self._rank], load.others_of(self._rank)
+        keys, others = all_keys(load, self._rank), load.others_of(self._rank)
         if not self.offers.take(load.lookup, keys, self._load_timeout_s, others):
             self.count({"errors": 1})
-        self._loads[load.request_id] = (load, self._loader.submit(self._fetch, load, begun_s))
+        fetch = self._fetch_pieces if self._groups else self._fetch
+        self._loads[load.request_id] = (load, self._loader.submit(fetch, load, begun_s))
 
     def cancel(self, request_id: str) -> None:
         """End a load at its next chunk. `arrivals` gives it all the same."""
@@ -154,7 +171,7 @@ class Transfers:
         """Load all chunks in order, up to the first that is lost."""
         tokens: Counter[str] = Counter()
         cost = RecomputeCost()
-        done = load.start
+        done, nbytes = load.start, 0
         with PendingWrites(self._cache, self._writer) as writes:
             for index, (key, other) in enumerate(load.chunks_of(self._rank)):
                 first = load.first + index * self._chunk_tokens
@@ -168,11 +185,13 @@ class Transfers:
                     break
                 here = slice(start - first, stop - first)
                 writes.add(load.blocks, start, hit.chunk.keys[:, :, here], hit.chunk.values[:, :, here])
+                nbytes += (stop - start) * self._spec.token_bytes
                 tokens[hit.tier] += stop - start
                 cost.add(stop - start, len(hit.chunk), hit.recompute_s)
                 done = stop
         spent_s = time.monotonic() - begun_s
-        self.count({"loads": 1, "load_seconds": spent_s} | {f"loaded_tokens.{name}": n for name, n in tokens.items()})
+        counts = {"loads": 1, "load_seconds": spent_s, "loaded_bytes": nbytes}
+        self.count(counts | {f"loaded_tokens.{name}": n for name, n in tokens.items()})
         is_lost = done < load.stop
         loaded = Loaded(dict(tokens), is_lost, spent_s, 0, cost.recompute_s, cost.unpriced_tokens)
         if not is_lost:
@@ -180,6 +199,43 @@ class Transfers:
         if load.request_id not in self._cancelled:
             self.count({"failed_loads": 1})
         return Arrival(load.request_id, loaded, load.blocks_from(done, self._cache.block_tokens))
+
+    def _fetch_pieces(self, load: Load, begun_s: float) -> Arrival:
+        """Load the pieces of all groups. Where one is lost, nothing counts as loaded: the request begins anew."""
+
+        def read(key: ChunkKey) -> Hit | None:
+            remaining_s = begun_s + self._load_timeout_s - time.monotonic()
+            if load.request_id in self._cancelled or remaining_s <= 0:
+                return None
+            hit = self.store.read(key, timeout_s=remaining_s)
+            self._report_placement(key)
+            return hit
+
+        tokens: Counter[str] = Counter()
+        cost = RecomputeCost(unpriced_tokens=load.skipped)
+        nbytes, is_lost = 0, len(load.further) + 1 < len(self._groups)
+        with ExitStack() as stack:
+            for group, part in zip(self._groups, (load, *load.further), strict=False):
+                reader = PieceReader(part, group, self._rank, self._chunk_tokens)
+                writes = stack.enter_context(PendingWrites(group.cache, self._writer))
+                for hit, start, here in reader.hits(read):
+                    keys, values = hit.chunk.keys[:, :, here], hit.chunk.values[:, :, here]
+                    writes.add(part.blocks, start, keys, values)
+                    nbytes += keys.nbytes + values.nbytes
+                    if part is load:
+                        tokens[hit.tier] += keys.shape[2]
+                        cost.add(keys.shape[2], len(hit.chunk), hit.recompute_s)
+                if reader.done < part.stop:
+                    is_lost = True
+                    break
+        spent_s = time.monotonic() - begun_s
+        if is_lost:
+            tokens.clear()
+        self.count({"loads": 1, "load_seconds": spent_s} | {f"loaded_tokens.{name}": n for name, n in tokens.items()})
+        self.count({"loaded_bytes": nbytes, "failed_loads": int(is_lost and load.request_id not in self._cancelled)})
+        recompute_s, unpriced = (0.0, 0) if is_lost else (cost.recompute_s, cost.unpriced_tokens)
+        loaded = Loaded(dict(tokens), is_lost, spent_s, 0, recompute_s, unpriced)
+        return Arrival(load.request_id, loaded, frozenset())
 
     # -------------------------------------------------------------------------------------------------- fusing
 
@@ -232,19 +288,22 @@ class Transfers:
                 self._report_placement(key)
             return
         count = len(save.token_ids)
-        nbytes = count * self._spec.token_bytes
+        cache, spec = self._cache, self._spec
+        if save.group:
+            cache, spec = self._groups[save.group].cache, self._groups[save.group].spec
+        nbytes = count * spec.token_bytes
         if sum(pending for pending, _ in self._saves.values()) + nbytes > self._save_pending_bytes:
             self.count({"dropped_saves": 1})
             self._report_placement(key)
             return
-        offset = save.start % self._cache.block_tokens
-        keys, values = self._cache.read(save.blocks, offset, offset + count)
+        offset = save.start % cache.block_tokens
+        keys, values = cache.read(save.blocks, offset, offset + count)
         ready = None
         if keys.is_cuda:  # the copy is queued behind the step that computes the KV; not run with CUDA yet
             ready = torch.cuda.Event()
             ready.record()
         positions = torch.arange(save.start, save.start + count)
-        chunk = KVChunk(self._spec, torch.from_numpy(save.token_ids), positions, keys, values)
+        chunk = KVChunk(spec, torch.from_numpy(save.token_ids), positions, keys, values)
         after = None if save.after is None else save.after[self._rank]
         put = self._saver.submit(self._put, key, chunk, after, save.recompute_s, ready)
         self._saves[key] = (nbytes, put)
@@ -271,7 +330,8 @@ class Transfers:
             _LOG.warning("a chunk of %d tokens is not stored: %s", len(chunk), error)
             self.count({"failed_saves": 1})
         else:
-            self.count({"saved_chunks": 1, "saved_tokens": len(chunk)})
+            if chunk.spec is self._spec:  # and no piece of a chunk beside it
+                self.count({"saved_chunks": 1, "saved_tokens": len(chunk)})
         self._report_placement(key)
 
     def _forget_done_saves(self) -> None:

@@ -32,7 +32,15 @@ def make_model(folder: Path, architecture: str = "llama", **config: object) -> P
         "qwen3": "Qwen3Config",
         "phi3": "Phi3Config",
         "gemma": "GemmaConfig",
+        "gemma2": "Gemma2Config",
         "gemma3": "Gemma3TextConfig",
+        "gemma4": "Gemma4TextConfig",
+        "gpt-oss": "GptOssConfig",
+        "cohere2": "Cohere2Config",
+        "llama4": "Llama4TextConfig",
+        "exaone4": "Exaone4Config",
+        "deepseek-v2": "DeepseekV2Config",
+        "deepseek-v3": "DeepseekV3Config",
         "glm4": "Glm4Config",
     }
     settings = {

@@ -1,0 +1,168 @@
+"""Models of several KV cache groups, or windows, in stock vLLM with its defaults: equal tokens whatever happens.
+
+One engine for each family, which answers the same prompts computed, stored, loaded, after a restart of its store, with
+losses, preempted, aborted; then no block is held any more.
+"""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip(
+    "vllm", reason="stock vLLM is not installed here; `make test-engines` runs this in its own environment"
+)
+
+from ..support.engines import CHUNK, DECLINED, generate, make_model, prompts, sampling, start, tokens_of, usage
+from .families import FAMILIES, WINDOW
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
+
+BORDERS = (CHUNK, CHUNK + 1, CHUNK - 1, 2 * CHUNK, 2 * CHUNK + 1, WINDOW, WINDOW + 1, WINDOW - 1, 3 * CHUNK)
+LENGTHS = (*BORDERS, 300, 257, 420, 38, 333)
+PREEMPTED = 8  # long answers at once, more than fit
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def llm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    family, folder = FAMILIES[request.param], tmp_path_factory.mktemp("family")
+    engine = start(
+        make_model(folder / "model", family.architecture, **family.config),
+        {"host_bytes": "256MiB", "disk_path": str(folder / "disk")},
+        enable_prefix_caching=True,
+        num_gpu_blocks_override=family.blocks,
+    )
+    engine.family = family
+    yield engine
+    engine.llm_engine.engine_core.shutdown()
+
+
+def transfers_of(llm: Any) -> Any:
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    return get_kv_transfer_group().worker.transfers
+
+
+def scheduler_of(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def metric(llm: Any, name: str) -> float:
+    return sum(each.value for each in llm.get_metrics() if each.name == f"vllm:{name}")
+
+
+def expect_idle(llm: Any) -> None:
+    scheduler = scheduler_of(llm)
+    assert not scheduler.requests
+    assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == llm.family.blocks - 1
+    assert not len(transfers_of(llm).offers)
+
+
+def forget(llm: Any) -> None:
+    """What vLLM's own cache has; kvloom keeps what it has."""
+    assert transfers_of(llm).settle(30.0)
+    assert llm.reset_prefix_cache()
+
+
+def reach(length: int) -> int:
+    return length // CHUNK * CHUNK - (length % CHUNK == 0)
+
+
+def loaded_of(llm: Any, length: int) -> int:
+    """Tokens that the first group loads for a prompt of that length."""
+    stop = reach(length)
+    return stop - min(transfers_of(llm)._groups[0].shape.first_kept(stop), stop)
+
+
+def test_equal_tokens(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    transfers = transfers_of(llm)
+    assert tuple(dict.fromkeys(kind_of(group.shape) for group in transfers._groups)) == llm.family.groups
+    texts = prompts(5, LENGTHS)
+    plain = tokens_of(generate(llm, texts, DECLINED))
+    assert len({tuple(answer) for answer in plain}) == len(texts), "a model that says the same to all proves nothing"
+    forget(llm)
+    assert tokens_of(generate(llm, texts)) == plain, "computed in pieces, and stored"
+    forget(llm)
+    outputs = generate(llm, texts, {"save": False})
+    assert tokens_of(outputs) == plain
+    assert [sum(usage(each)["loaded_tokens"].values()) for each in outputs] == [loaded_of(llm, n) for n in LENGTHS]
+    forget(llm)
+    stop, before = reach(420), metric(llm, "kvloom_loaded_bytes")
+    generate(llm, [texts[LENGTHS.index(420)]], {"save": False}, tokens=1)
+    expected = sum((stop - group.shape.first_kept(stop)) * group.spec.token_bytes for group in transfers._groups)
+    assert metric(llm, "kvloom_loaded_bytes") - before == expected, "what windows keep, and no more"
+    assert expected < 0.8 * stop * sum(group.spec.token_bytes for group in transfers._groups)
+
+    # Behind what vLLM has in its own cache, and behind a load, which is stored.
+    forget(llm)
+    generate(llm, [texts[-1][:100]], DECLINED, tokens=1)
+    longer = [*texts[-1], *prompts(6, (90,))[0]]
+    (output,) = generate(llm, [longer])
+    assert usage(output)["loaded_tokens"]
+    forget(llm)
+    expected_tokens = tokens_of(generate(llm, [longer], DECLINED))
+    forget(llm)
+    (again,) = generate(llm, [longer])
+    assert tokens_of([output]) == tokens_of([again]) == expected_tokens
+    assert sum(usage(again)["loaded_tokens"].values()) == loaded_of(llm, len(longer))
+
+    # Pieces that are lost while they are loaded.
+    read, rng = transfers.store.read, random.Random(1)
+
+    def lossy(*args: Any, **kwargs: Any) -> Any:
+        return None if "timeout_s" in kwargs and rng.random() < 0.1 else read(*args, **kwargs)
+
+    forget(llm)
+    monkeypatch.setattr(transfers.store, "read", lossy)
+    outputs = generate(llm, texts)
+    monkeypatch.undo()
+    assert tokens_of(outputs) == plain
+    assert {usage(each)["failed"] for each in outputs} == {True, False}
+
+    # More than fits: requests preempt one another, and are loaded when they come back.
+    crowd = prompts(7, (140,) * PREEMPTED)
+    alone = [
+        each for half in (crowd[::2], crowd[1::2]) for each in tokens_of(generate(llm, half, DECLINED, tokens=150))
+    ]
+    forget(llm)
+    before = metric(llm, "num_preemptions")
+    assert tokens_of(generate(llm, [*crowd[::2], *crowd[1::2]], tokens=150)) == alone
+    assert metric(llm, "num_preemptions") > before
+    expect_idle(llm)
+
+
+def test_aborted_requests_leave_nothing(llm: Any) -> None:
+    texts = prompts(8, (300, 200))
+    plain = tokens_of(generate(llm, texts))
+    for steps in range(6):
+        forget(llm)
+        name = f"doomed-{steps}"
+        llm.llm_engine.add_request(name, {"prompt_token_ids": texts[steps % 2]}, sampling(tokens=40))
+        for _ in range(steps):
+            llm.llm_engine.step()
+        llm.llm_engine.abort_request([name])
+        while scheduler_of(llm).has_requests():
+            llm.llm_engine.engine_core.get_output()
+    forget(llm)
+    assert tokens_of(generate(llm, texts)) == plain
+    expect_idle(llm)
+
+
+def kind_of(shape: Any) -> str:
+    return "full" if shape.is_full else "window" if shape.window_tokens is not None else "local"
+
+
+def test_another_engine_finds_what_the_first_has_left_on_disk(tmp_path: Path) -> None:
+    """The last test: it starts engines of its own."""
+    family = FAMILIES["Gemma 3"]
+    model, texts, plain = make_model(tmp_path / "model", family.architecture, **family.config), prompts(9, (300,)), []
+    for loaded in ({}, {"disk": 256}):
+        engine = start(model, {"host_bytes": "64MiB", "disk_path": str(tmp_path / "disk")})
+        (output,) = generate(engine, texts)
+        plain.append(tokens_of([output]))
+        assert usage(output)["loaded_tokens"] == loaded
+        assert transfers_of(engine).settle(30.0)
+        engine.llm_engine.engine_core.shutdown()
+    assert plain[0] == plain[1]
