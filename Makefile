@@ -52,6 +52,11 @@ test-engines: engines
 	  $(ENGINES)/$$each/bin/python -c 'import kvloom, pathlib, sys; sys.exit(pathlib.Path(kvloom.__file__).parent != pathlib.Path.cwd())' \
 	  || $(ENGINES)/$$each/bin/python -m pip install --quiet --no-deps --editable . || exit; done
 	$(ENGINES)/frameworks/bin/python -m pytest -q -m engine tests/engines/frameworks
+	@for each in oldest newest; do \
+	  export PYTHONPATH=$(abspath $(ENGINES))/frameworks/transformers-$$each; \
+	  $(ENGINES)/frameworks/bin/python -c 'import transformers; print("transformers", transformers.__version__)' && \
+	  $(ENGINES)/frameworks/bin/python -m pytest -q -W error::FutureWarning \
+	  tests/hf/test_connector.py -k "takes_the_cache or is_the_decoded or another_order or question_is_computed" || exit; done
 	$(ENGINES)/vllm/bin/python -m pytest -q -m engine tests/engines $(addprefix --ignore=tests/engines/,frameworks sglang lmcache)
 	$(ENGINES)/sglang/bin/python -m pytest -q -m engine tests/engines/sglang
 	$(ENGINES)/lmcache/bin/python -m pytest -q -m engine tests/engines/lmcache

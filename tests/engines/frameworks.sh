@@ -12,6 +12,11 @@ pip=("$folder/bin/python" -m pip --disable-pip-version-check)
   hypothesis pytest pytest-timeout -c "$root/constraints.txt"
 # Their OpenAI client asks for openai below 3, which LangChain's does not; what is called is the same.
 "${pip[@]}" install --quiet --no-deps llama-index-llms-openai==0.8.3 llama-index-llms-openai-like==0.8.1
+# The oldest transformers that is supported and the newest one, with the packages that only one of them accepts. Each is put
+# first on PYTHONPATH for a few tests: `make test-engines`.
+rm -rf "$folder/transformers-oldest" "$folder/transformers-newest"
+"${pip[@]}" install --quiet --no-deps --target "$folder/transformers-oldest" transformers==5.0.0 tokenizers==0.22.2 huggingface-hub==1.3.0
+"${pip[@]}" install --quiet --no-deps --target "$folder/transformers-newest" transformers==5.24.0
 "$folder/bin/python" - <<'PYTHON'
 from importlib.metadata import version
 
