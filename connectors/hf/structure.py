@@ -304,8 +304,9 @@ class _Behind(DynamicCache):
     def get_query_offset(self, *_: Any) -> int:
         return self._tokens
 
-    def get_mask_sizes(self, query_length: int, *_: Any) -> tuple[int, int]:
-        return self._tokens + query_length, 0
+    def get_mask_sizes(self, query_length: int | Tensor, *_: Any) -> tuple[int, int]:
+        # The first releases of transformers 5 give the positions in place of their number.
+        return self._tokens + (query_length if isinstance(query_length, int) else len(query_length)), 0
 
 
 def _windows(layers: StockLayers, hidden: Tensor, options: Sequence[Mapping[str, Any]]) -> tuple[int | None, ...]:

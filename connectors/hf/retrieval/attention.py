@@ -69,9 +69,10 @@ class RetrievalLayer(CacheLayerMixin):
         self._cache.end_layer(self._index, count)
         return out
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """Length and offset of the mask: of the new tokens alone, since `attend` masks the others."""
-        return query_length, self.get_seq_length()
+        # The first releases of transformers 5 give the positions in place of their number.
+        return query_length if isinstance(query_length, int) else len(query_length), self.get_seq_length()
 
     def get_seq_length(self) -> int:
         return self._cache.seen_tokens
