@@ -22,7 +22,7 @@ from ...compress.nuq.nuq import NuqCodec
 from ...compress.nuq.nuq_fit import FitOptions, fit_layer
 from ...compress.registry import codec_by_name
 from ...compress.rotation import unrotated
-from ...core import Codec, EncodedChunk, KVChunk, RopeSpec
+from ...core import Codec, EncodedChunk, KVChunk, LayerRopes, RopeSpec
 from ...evaluation.forcing import CHUNK_TOKENS, ForcedModel, split, through_codec
 from ...evaluation.passages import load_heldout, load_questions
 from ...evaluation.quality import KINDS, Limits, Measurement, measure, task_trials
@@ -73,7 +73,7 @@ class AfterRotation:
     """Keys as they come through a codec that is told that they carry no rotation; for comparison."""
 
     inner: Codec
-    rope: RopeSpec | None
+    rope: RopeSpec | LayerRopes | None
 
     name: ClassVar[str] = "after rotation"
     is_lossless: ClassVar[bool] = False
@@ -250,7 +250,7 @@ def _key_grams(forced: ForcedModel, windows: Sequence[Sequence[int]], *, rotated
     grams: list[GramMatrix] = []
     for window in windows:
         chunk, _ = forced.prefill(torch.tensor(list(window)))
-        keys = chunk.keys.float() if rotated else unrotated(chunk.spec, chunk.keys, chunk.positions)
+        keys = chunk.keys.float() if rotated else unrotated(chunk.spec, chunk.keys, chunk.positions, 0)
         of_window = [GramMatrix.from_keys(layer[:, 1:].transpose(0, 1).flatten(1)) for layer in keys]
         grams = [a + b for a, b in zip(grams, of_window, strict=True)] if grams else of_window
     return grams

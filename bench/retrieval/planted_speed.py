@@ -142,7 +142,7 @@ def measure_planted(sizes: PlantedSizes, bar: Progress) -> PlantedFound:
 def all_key_bytes(tokens: int) -> dict[tuple[int, str], KeyBytes]:
     """ShadowKV's keys, by bits of a row and by what chooses: the factor itself, or landmarks with outliers."""
     spec = replace(SPEC_8B, num_layers=1)
-    shape = LayerShape(8, QUERY_HEADS // 8, 128, 128**-0.5, spec.rope)
+    shape = LayerShape(8, QUERY_HEADS // 8, 128, 128**-0.5, spec.rope_of(0))
     chunk = chunk_8b(0, tokens=tokens, start=0, spec=spec)
     covered = slice(SINKS, tokens - WINDOW)
     landmarks = LandmarkIndex(shape, start=SINKS)
