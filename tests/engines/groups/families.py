@@ -30,6 +30,6 @@ FAMILIES: dict[str, Family] = {
     "Gemma 3": Family("gemma3", {"sliding_window": WINDOW}, ("full", "window"), 200),
     "GPT-OSS": Family("gpt-oss", {"sliding_window": WINDOW, **_MOE}, ("full", "window"), 90),
     "Cohere2": Family("cohere2", {"sliding_window": WINDOW}, ("full", "window"), 200),
-    "Llama 4": Family("llama4", {"attention_chunk_size": 96, **_LLAMA4}, ("full", "local"), 200),
+    "Llama 4": Family("llama4", {"attention_chunk_size": 96, **_LLAMA4}, ("full", "local"), 110),
     "Mistral with windows": Family("mistral", {"sliding_window": WINDOW}, ("window",), 36),
 }

@@ -1,12 +1,11 @@
 """Models of several KV cache groups, or windows, in stock vLLM with its defaults: equal tokens whatever happens.
 
-One engine for each family, which answers the same prompts computed, stored, loaded, after a restart of its store, with
-losses, preempted, aborted; then no block is held any more.
+One engine for each family, which answers the same prompts computed, stored, loaded, with losses,
+preempted, aborted; then no block is held any more.
 """
 
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -136,7 +135,7 @@ def test_equal_tokens(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_aborted_requests_leave_nothing(llm: Any) -> None:
     texts = prompts(8, (300, 200))
     plain = tokens_of(generate(llm, texts))
-    for steps in range(6):
+    for steps in range(1, 5):
         forget(llm)
         name = f"doomed-{steps}"
         llm.llm_engine.add_request(name, {"prompt_token_ids": texts[steps % 2]}, sampling(tokens=40))
@@ -152,17 +151,3 @@ def test_aborted_requests_leave_nothing(llm: Any) -> None:
 
 def kind_of(shape: Any) -> str:
     return "full" if shape.is_full else "window" if shape.window_tokens is not None else "local"
-
-
-def test_another_engine_finds_what_the_first_has_left_on_disk(tmp_path: Path) -> None:
-    """The last test: it starts engines of its own."""
-    family = FAMILIES["Gemma 3"]
-    model, texts, plain = make_model(tmp_path / "model", family.architecture, **family.config), prompts(9, (300,)), []
-    for loaded in ({}, {"disk": 256}):
-        engine = start(model, {"host_bytes": "64MiB", "disk_path": str(tmp_path / "disk")})
-        (output,) = generate(engine, texts)
-        plain.append(tokens_of([output]))
-        assert usage(output)["loaded_tokens"] == loaded
-        assert transfers_of(engine).settle(30.0)
-        engine.llm_engine.engine_core.shutdown()
-    assert plain[0] == plain[1]

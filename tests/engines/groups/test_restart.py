@@ -1,0 +1,28 @@
+"""An engine whose layers have windows finds what another one has left on disk; no other engine is in this process."""
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip(
+    "vllm", reason="stock vLLM is not installed here; `make test-engines` runs this in its own environment"
+)
+
+from ..support.engines import generate, make_model, prompts, start, tokens_of, usage
+from .families import FAMILIES
+from .test_families import transfers_of
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def test_another_engine_finds_what_the_first_has_left_on_disk(tmp_path: Path) -> None:
+    family = FAMILIES["Gemma 3"]
+    model, texts, plain = make_model(tmp_path / "model", family.architecture, **family.config), prompts(9, (300,)), []
+    for loaded in ({}, {"disk": 256}):
+        engine = start(model, {"host_bytes": "64MiB", "disk_path": str(tmp_path / "disk")})
+        (output,) = generate(engine, texts)
+        plain.append(tokens_of([output]))
+        assert usage(output)["loaded_tokens"] == loaded
+        assert transfers_of(engine).settle(30.0)
+        engine.llm_engine.engine_core.shutdown()
+    assert plain[0] == plain[1]
