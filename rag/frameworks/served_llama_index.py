@@ -122,7 +122,7 @@ class _Pieces(Generator[str, None, None]):
 
     def throw(self, *error: Any) -> str:
         self._responses.close()
-        return super().throw(*error)  # type: ignore[safe-super]
+        return super().throw(*error)
 
 
 class _AsyncPieces(AsyncGenerator[str, None]):
@@ -140,7 +140,7 @@ class _AsyncPieces(AsyncGenerator[str, None]):
 
     async def athrow(self, *error: Any) -> str:
         await self._responses.aclose()
-        return await super().athrow(*error)  # type: ignore[safe-super]
+        return await super().athrow(*error)
 
 
 def _learn(facts: dict[str, Any], response: ChatResponse) -> None:
