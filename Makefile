@@ -8,7 +8,7 @@ INPUTS  := pyproject.toml constraints.txt
 ENGINES ?= .venv-engines
 
 .DEFAULT_GOAL := help
-.PHONY: audit real-model help demo test quick check engines test-engines torture docs reference clean
+.PHONY: audit real-model help demo test quick check engines engines-here test-engines test-vllm test-frameworks test-sglang test-lmcache torture docs reference clean
 
 help:
 	@echo "make demo       install what is needed into $(VENV) and answer questions over cached documents"
@@ -17,7 +17,7 @@ help:
 	@echo "make audit      known weaknesses of the service's packages, where advisories can be reached"
 	@echo "make check      ruff, its formatter and mypy --strict"
 	@echo "make engines    one environment per inference engine in $(ENGINES) (stock vLLM, SGLang, LMCache: minutes, about 9 GB)"
-	@echo "make test-engines  the tests that run real engines, each in its own environment"
+	@echo "make test-engines  the tests that run real engines, each in its own environment (make -j2: two at a time)"
 	@echo "make torture    the long forms of the store's tests: kills, power losses, damage, stalls (hours)"
 	@echo "make docs       docs/benchmarks.md from the last results in bench/results"
 	@echo "make reference  gather text, train the bundled model again, export and measure it (hours)"
@@ -47,18 +47,29 @@ quick: $(VENV)/dev.stamp
 # Engines pin what they need, so each has an environment of its own; ENGINES=... may name a folder that outlives checkouts.
 engines: $(ENGINES)/vllm.stamp $(ENGINES)/frameworks.stamp $(ENGINES)/sglang.stamp $(ENGINES)/lmcache.stamp
 
-test-engines: engines
+test-engines: test-vllm test-frameworks test-sglang test-lmcache
+
+# The environments are editable installs of one checkout: of this one.
+engines-here: engines
 	@for each in vllm frameworks sglang lmcache; do \
 	  $(ENGINES)/$$each/bin/python -c 'import kvloom, pathlib, sys; sys.exit(pathlib.Path(kvloom.__file__).parent != pathlib.Path.cwd())' \
 	  || $(ENGINES)/$$each/bin/python -m pip install --quiet --no-deps --editable . || exit; done
+
+test-vllm: engines-here
+	$(ENGINES)/vllm/bin/python -m pytest -q -m engine tests/engines $(addprefix --ignore=tests/engines/,frameworks sglang lmcache)
+
+test-frameworks: engines-here
 	$(ENGINES)/frameworks/bin/python -m pytest -q -m engine tests/engines/frameworks
 	@for each in oldest newest; do \
 	  export PYTHONPATH=$(abspath $(ENGINES))/frameworks/transformers-$$each; \
 	  $(ENGINES)/frameworks/bin/python -c 'import transformers; print("transformers", transformers.__version__)' && \
 	  $(ENGINES)/frameworks/bin/python -m pytest -q -W error::FutureWarning \
 	  tests/hf/test_connector.py -k "takes_the_cache or is_the_decoded or another_order or question_is_computed" || exit; done
-	$(ENGINES)/vllm/bin/python -m pytest -q -m engine tests/engines $(addprefix --ignore=tests/engines/,frameworks sglang lmcache)
+
+test-sglang: engines-here
 	$(ENGINES)/sglang/bin/python -m pytest -q -m engine tests/engines/sglang
+
+test-lmcache: engines-here
 	$(ENGINES)/lmcache/bin/python -m pytest -q -m engine tests/engines/lmcache
 
 torture: $(VENV)/dev.stamp
