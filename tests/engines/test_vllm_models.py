@@ -12,34 +12,10 @@ pytest.importorskip(
     "vllm", reason="stock vLLM is not installed here; `make test-engines` runs this in its own environment"
 )
 
+from .groups.families import CASES
 from .support.engines import DECLINED, generate, make_model, prompts, start, tokens_of, usage
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
-
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024, "rope_theta": 10000.0}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 1024,
-    "rope_theta": 500000.0,
-}
-CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "llama, two ranks": ("llama", {}, {"tensor_parallel_size": 2}),
-    "llama, compiled": ("llama", {"rope_parameters": LLAMA3}, {"enforce_eager": False}),
-    "mistral, larger blocks than chunks": ("mistral", {}, {"block_size": 128}),
-    "qwen2": ("qwen2", {}, {}),
-    "qwen3, YaRN": ("qwen3", {"rope_parameters": YARN}, {}),
-    "phi3": ("phi3", {}, {}),
-    "gemma": ("gemma", {}, {}),
-    "glm4, part of a head rotated": ("glm4", {"partial_rotary_factor": 0.5}, {}),
-    "gemma3, one group for all windows, not fused": (  # layers with a window rotate otherwise than those without
-        "gemma3",
-        {"sliding_window": 128},
-        {"disable_hybrid_kv_cache_manager": True},
-    ),
-}
 
 
 @pytest.fixture(params=CASES)

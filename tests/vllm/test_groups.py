@@ -9,6 +9,8 @@ from kvloom.connectors.serving.groups import GroupShape
 from kvloom.connectors.vllm.groups import groups_of
 from kvloom.errors import EngineError
 
+from ..engines.groups.families import committed, section
+
 
 def config(*specs: tuple[str, dict[str, int]]) -> Any:
     made = [type(kind, (), {"block_size": 16, **fields})() for kind, fields in specs]
@@ -58,3 +60,8 @@ def test_other_kinds_are_refused(kind: str, why: str) -> None:
 def test_an_engine_without_a_cache_is_refused() -> None:
     with pytest.raises(EngineError, match="no KV cache"):
         groups_of(config())
+
+
+def test_the_table_of_families_is_what_engines_are_tested_with() -> None:
+    """`python -m kvloom.tests.engines.groups.families` writes it."""
+    assert committed() == section()
