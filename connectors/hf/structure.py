@@ -135,6 +135,11 @@ def _measured(layers: StockLayers) -> Structure:
     stock = layers.record(ids)
     if len(stock) != len(layers.layers):
         raise EngineError(f"{len(stock)} of {len(layers.layers)} layers run in a forward pass")
+    for i, (_, given) in enumerate(stock):
+        if not given.isfinite().all():
+            raise EngineError(
+                f"layer {i} gives numbers that are not finite for a few tokens: NaN or too large a weight?"
+            )
     near = [layers.ask(i, given, positions) for i, (given, _) in enumerate(stock)]
     query_heads, kv_heads, head_dim, value_dim = _shapes(near)
     ropes = []

@@ -361,7 +361,7 @@ def test_command_says_what_is_wrong(
         ((folder, "--text", empty), "holds no text"),
         ((folder, "--text", tmp_path / "missing.txt"), "there is no file or folder"),
         ((tmp_path / "missing", "--text", text), "no model in"),
-        ((gpt, "--text", text), "model type 'gpt2' is not supported"),
+        ((gpt, "--text", text), "has no decoder with a list of layers"),
         ((folder, "--text", text, "--dtype", "int3"), "dtype is 'int3'; expected one of auto, float32"),
     ):
         assert run("calibrate", *args, "-o", out) == 2

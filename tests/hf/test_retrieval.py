@@ -19,7 +19,7 @@ from kvloom.connectors.hf.connector import TransformersConnector
 from kvloom.connectors.hf.retrieval import session as hf_session
 from kvloom.connectors.hf.retrieval.attention import IMPLEMENTATION, with_retrieval
 from kvloom.connectors.hf.retrieval.session import Session
-from kvloom.core import Tier
+from kvloom.core import LayerAttention, Tier
 from kvloom.errors import (
     EngineError,
     JudgedWithoutTasksWarning,
@@ -184,13 +184,13 @@ def test_prefill_needs_no_square(model: PreTrainedModel, monkeypatch: pytest.Mon
     widest = []
     from kvloom.connectors.hf.retrieval import sequence as hf_sequence
 
-    plain = hf_sequence.causal_attention
+    plain = hf_sequence.layer_attention
 
-    def watched(queries: Tensor, *args: Tensor, **options: object) -> Tensor:
+    def watched(layer: LayerAttention, queries: Tensor, *args: Tensor) -> Tensor:
         widest.append(queries.shape[1])
-        return plain(queries, *args, **options)
+        return plain(layer, queries, *args)
 
-    monkeypatch.setattr(hf_sequence, "causal_attention", watched)
+    monkeypatch.setattr(hf_sequence, "layer_attention", watched)
     assert_as_stock(connect(model), prompts(900), Retrieval("exact", **ALL), 2)
     assert max(widest) == 128
 
@@ -692,10 +692,13 @@ def test_a_lossy_store_is_what_attention_sees(model: PreTrainedModel) -> None:
 
 def test_numbers_that_are_none_are_refused() -> None:
     model = make()
+    rag = connect(model)
     with torch.no_grad():
         model.model.layers[2].self_attn.k_proj.weight[3, 5] = torch.nan
     with pytest.raises(ValueError, match="keys are not finite"):
-        connect(model).generate(prompts(600), retrieval=Retrieval("means", **SOME), max_new_tokens=4)
+        rag.generate(prompts(600), retrieval=Retrieval("means", **SOME), max_new_tokens=4)
+    with pytest.raises(EngineError, match="layer 2 gives numbers that are not finite"):
+        connect(model)
 
 
 def test_what_cannot_be_asked_is_refused(rag: TransformersConnector) -> None:
