@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json as json_format
+import logging
 import os
 import sys
 import time
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from ..rag.corpus import Corpus
 
 _DISK_BYTES = 20 << 30
+_AHEAD_PASSAGES = (
+    64  # of at most 256 tokens: computed before the first question, seconds on a GPU, half a minute without
+)
 
 
 def ask(
@@ -56,6 +60,15 @@ def ask(
         Path | None,
         typer.Option(metavar="DIR", callback=any_path, help="Keep KV and index here; default: ~/.cache/kvloom."),
     ] = None,
+    precompute: Annotated[
+        bool | None,
+        typer.Option(
+            "--precompute/--no-precompute",
+            help=f"Compute the KV of all passages now. Default: if at most {_AHEAD_PASSAGES} are new; otherwise when a "
+            "question needs them.",
+            show_default=False,
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the answer, its sources and the usage as JSON.")] = False,
 ) -> None:  # fmt: skip
     """Answer a question over your documents, sources cited. What was computed once is reused by the next question."""
@@ -70,6 +83,7 @@ def ask(
     folder = Path(named).expanduser() if named and named != "reference" else BUNDLED_MODEL
     if folder == BUNDLED_MODEL:
         _say("using the bundled test model, which can do little; --model DIR names a real one")
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # what is wrong with a file is said below, in one line
     home = cache or _user_cache()
     home.mkdir(parents=True, exist_ok=True)
     loaded, tokenizer = load_model(folder)
@@ -84,9 +98,14 @@ def ask(
             embedding=embedding,
         ) as corpus,
     ):
-        began_s = time.perf_counter()
-        added = corpus.add_files(documents, forget_missing=True, progress=sys.stderr.isatty() and not json)
-        _tell_added(added, time.perf_counter() - began_s)
+        added = corpus.add_files(documents, forget_missing=True, precompute=False)
+        _tell_added(added)
+        if precompute or (precompute is None and 0 < added.passages <= _AHEAD_PASSAGES):
+            began_s = time.perf_counter()
+            computed = corpus.precompute(progress=sys.stderr.isatty() and not json)
+            _say(f"{computed:,} tokens computed in {time.perf_counter() - began_s:.1f} s")
+        elif added.passages:
+            _say(f"{added.passages:,} new passages; they are computed when a question needs them, or now: --precompute")
         if not corpus.documents():
             raise ValueError(f"there is no text in {documents}")
         if question is not None:
@@ -148,7 +167,7 @@ def _place(passage: Passage, root: Path) -> str:
     return f"{shown}, characters {passage.start}-{passage.stop}: {first[:60]}{'...' if len(first) > 60 else ''}"
 
 
-def _tell_added(added: Added, spent_s: float) -> None:
+def _tell_added(added: Added) -> None:
     for skipped in added.skipped:
         _say(f"left out {skipped.path.name}: {skipped.why}")
     changes = [
@@ -158,8 +177,7 @@ def _tell_added(added: Added, spent_s: float) -> None:
         )
         if ids
     ]  # fmt: skip
-    computed = f"; {added.computed_tokens:,} tokens computed in {spent_s:.1f} s" if added.computed_tokens else ""
-    _say(f"documents: {', '.join(changes) or 'none'}{computed}")
+    _say(f"documents: {', '.join(changes) or 'none'}")
 
 
 def _next_question() -> str | None:
