@@ -553,7 +553,14 @@ def test_a_failed_batch_makes_itself_heard(tmp_path: Path, files: FaultyFiles, c
         time.sleep(0.01)
     assert tier.changes() == [make_key(1)]  # given up: nobody can say whether it would survive
     files.faults.clear()
-    calls = {"put": lambda: tier.put(make_key(2), make_blob(2)), "flush": tier.flush, "close": tier.close}
+
+    def put() -> None:
+        """The background says that it failed a moment after the chunk is gone."""
+        for _ in range(1000):
+            tier.put(make_key(2), make_blob(2))
+            time.sleep(0.001)
+
+    calls = {"put": put, "flush": tier.flush, "close": tier.close}
     with pytest.raises(TierUnavailableError, match=os.strerror(errno.EIO)):
         calls[call]()
     if call != "close":
