@@ -113,7 +113,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
         (store / "thesis.doc").write_text("not a cache")
         says = "not a kvloom store"
     elif fault == "gpt2":
-        model, says = make_gpt2(tmp_path / "gpt2"), "model type 'gpt2'"
+        model, says = make_gpt2(tmp_path / "gpt2"), "has no decoder with a list of layers"
     else:
         report, says = tmp_path / "nowhere" / "r.html", "cannot write"
     before = sorted(tmp_path.rglob("*"))

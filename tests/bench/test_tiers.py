@@ -107,7 +107,7 @@ def test_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
     stores = {row["alternative"] for row in rows if row["what"] == "get, cold"}
     assert stores == {name for name in STORES if name != LMDB or usable("lmdb")}
     assert "LMCache is not installed" in shown
-    assert "pip install --no-deps lmcache==" in shown
+    assert "make engines" in shown
     assert ("LMDB is not installed" in shown) == (not usable("lmdb"))
     for target in tiers.TARGETS:
         assert target.metric in shown
