@@ -84,6 +84,8 @@ def run_load(
     serve = partial(
         kvloom_server, folder, host_bytes=2 << 30, disk_bytes=4 << 30, durability=durability, workers=workers
     )
+    if folder.exists():
+        raise ValueError(f"{folder} is there already; expected a folder for this load alone, whose token is shown once")
     with serve() as (served, process), ExitStack() as stack:
         numbers = range(clients)
         shares = [[n for n in numbers if n % _PROCESSES == part] for part in range(min(_PROCESSES, clients))]

@@ -86,7 +86,7 @@ def run(*, quick: bool = False, lmcache_python: Path | None = None) -> BenchResu
         synced = run_load(Path(folder, "sync"), durability="sync", clients=sizes.clients, load_s=sizes.sync_load_s)
         bar.advance(task)
         served = run_load(
-            Path(folder, "workers"),
+            Path(folder, "load of workers"),
             durability="batch",
             clients=sizes.clients,
             load_s=sizes.load_s,
@@ -106,7 +106,7 @@ def _transfers(folder: Path, sizes: Sizes, python: Path | None, bar: Progress) -
         redis_server(folder) as redis_port,
         KVLoomClient(served.url, token=served.token) as shared,
         KVLoomClient(served.url, token=served.token, shared_memory=False) as plain,
-        kvloom_server(folder / "workers", host_bytes=1 << 30, workers=WORKERS) as (working, _),
+        kvloom_server(folder / "transfers of workers", host_bytes=1 << 30, workers=WORKERS) as (working, _),
         KVLoomClient(working.url, token=working.token, shared_memory=False) as worked,
         closing(BareSocket(2 * sizes.chunks[-1])) as bare,
         ExitStack() as stack,
