@@ -48,7 +48,7 @@ MODEL_TARGETS = (
     Target("real_ttft_speedup_at_0.15", ">=", 2.2),
 )
 FULL_FORM = QualitySizes(check=dict.fromkeys(KINDS, 200), tune=16)
-DEFAULT_FORM = QualitySizes(check={"astride": 200, "multihop": 65}, context_tokens=560, has_all_methods=False)
+DEFAULT_FORM = QualitySizes(check={"astride": 200, "multihop": 65}, context_tokens=640, has_all_methods=False)
 QUICK_FORM = QualitySizes(
     check=dict.fromkeys(KINDS, 2), tune=1, context_tokens=256, num_documents=4, per_context=2, budgets=(0.15, 0.30)
 )
