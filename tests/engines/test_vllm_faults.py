@@ -185,11 +185,15 @@ def test_every_byte_on_disk_is_wrong(llm: Any) -> None:
         with segment.open("r+b") as file:
             file.write(payload)
     before = counted(llm)
-    found, _ = answers(llm)
-    assert found == llm.plain
-    assert counted(llm) > before
-    settle()
-    found, outputs = answers(llm)
-    assert found == llm.plain
-    assert usage(outputs[0])["loaded_tokens"], "what was computed again is stored again"
+    rounds = 0
+    loaded: list[int] = []
+    # A load ends at its first damaged chunk and leaves those behind it; copies in memory hide damage until they leave.
+    while loaded != [256, 64, 128] and rounds < 8:
+        found, outputs = answers(llm)
+        assert found == llm.plain
+        loaded = [sum(usage(output)["loaded_tokens"].values()) for output in outputs[:3]]
+        settle()
+        rounds += 1
+    assert counted(llm) > before and rounds > 1
+    assert loaded == [256, 64, 128], "what was computed again is stored again"
     assert idle(llm)
