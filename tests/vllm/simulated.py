@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from kvloom.connectors.serving.messages import Fusion, Load, Loaded, LookUp, StepReport, WorkerInfo
@@ -25,6 +26,16 @@ from kvloom.core import ChunkKey, KVSpec
 
 UNIT = Path(sys.prefix) / "vllm-tests"
 """vLLM's folder tests/v1/kv_connector/unit, where tests/engines/vllm.sh puts it."""
+
+NEEDS_SCHEDULER = [
+    pytest.mark.engine,
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (UNIT / "utils.py").exists(),
+        reason="vLLM's source distribution could not be had when this environment was made (tests/engines/vllm.sh)",
+    ),
+]
+"""Marks of tests with vLLM's real scheduler and a worker of this file."""
 
 VOCABULARY = 997
 
@@ -379,3 +390,24 @@ def in_context(
         spans.append((len(tokens), len(tokens) + len(DOCUMENTS[index])))
         tokens += DOCUMENTS[index]
     return tokens + prompt(seed + 1000, 20), spans
+
+
+def step_and_reset(worker: SimulatedWorker, name: str, steps: int, *, is_in_flight: bool) -> bool:
+    """Reset without preempting anything, as vLLM lets users do, and reports as failed where blocks are held.
+
+    Whether the request had its KV by then: it goes on with that, like every running request.
+    """
+    has_kv = []
+
+    def reset() -> None:
+        scheduler = worker.scheduler
+        running = [request.request_id for request in scheduler.running]
+        has_kv.append(name in (*scheduler.finished_recving_kv_req_ids, *running))
+        scheduler.reset_prefix_cache(False, True)
+        worker.weights += 1
+
+    for _ in range(steps - 1):
+        worker.step()
+    worker.step(reset) if is_in_flight else (worker.step(), reset())
+    worker.run()
+    return has_kv[0]

@@ -15,17 +15,10 @@ from kvloom.core import ChunkKey
 from kvloom.kvstore.store import Hit, KVStore
 
 from ...vllm.grouped import GroupedWorker, finish, plain_answer, specs_of
-from ...vllm.simulated import UNIT, forget, prompt, vllm_unit
+from ...vllm.simulated import NEEDS_SCHEDULER, forget, prompt, step_and_reset, vllm_unit
 from ..support.engines import make_model
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not (UNIT / "utils.py").exists(),
-        reason="vLLM's source distribution could not be had when this environment was made (tests/engines/vllm.sh)",
-    ),
-]
+pytestmark = NEEDS_SCHEDULER
 
 CHUNK = 32
 FULL: Mapping[str, int] = {}
@@ -238,20 +231,8 @@ def test_a_reset_revokes_loads_under_way(make: Make, at_once: bool, steps: int, 
     text, other = prompt(1, 120), prompt(2, 90)
     ask(worker, text)
     name, beside = worker.add(text), worker.add(other)
-    has_kv = []
-
-    def reset() -> None:
-        scheduler = worker.scheduler
-        running = [request.request_id for request in scheduler.running]
-        has_kv.append(name in (*scheduler.finished_recving_kv_req_ids, *running))
-        scheduler.reset_prefix_cache(False, True)
-        worker.weights += 1
-
-    for _ in range(steps - 1):
-        worker.step()
-    worker.step(reset) if is_in_flight else (worker.step(), reset())
-    worker.run()
-    assert has_kv[0] or worker.is_right(name, text)
+    if not step_and_reset(worker, name, steps, is_in_flight=is_in_flight):
+        assert worker.is_right(name, text)
     again = worker.add(text), worker.add(other)
     worker.run()
     assert worker.is_right(again[0], text), "nothing old was stored under a new name"

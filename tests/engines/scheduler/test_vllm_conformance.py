@@ -28,7 +28,7 @@ from kvloom.connectors.serving.messages import LookUp
 
 from ...vllm.simulated import (
     DOCUMENTS,
-    UNIT,
+    NEEDS_SCHEDULER,
     SimulatedWorker,
     ask,
     documents,
@@ -42,14 +42,7 @@ from ...vllm.simulated import (
 )
 from .conftest import SIMULATED_BLOCK, SIMULATED_CHUNK
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not (UNIT / "utils.py").exists(),
-        reason="vLLM's source distribution could not be had when this environment was made (tests/engines/vllm.sh)",
-    ),
-]
+pytestmark = NEEDS_SCHEDULER
 
 BLOCK, CHUNK = SIMULATED_BLOCK, SIMULATED_CHUNK
 

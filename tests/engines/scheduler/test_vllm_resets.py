@@ -15,7 +15,7 @@ pytest.importorskip(
 )
 
 from ...vllm.simulated import (
-    UNIT,
+    NEEDS_SCHEDULER,
     SimulatedStore,
     SimulatedWorker,
     ask,
@@ -25,18 +25,12 @@ from ...vllm.simulated import (
     in_context,
     plain_answer,
     prompt,
+    step_and_reset,
     store_documents,
 )
 from .conftest import SIMULATED_BLOCK
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not (UNIT / "utils.py").exists(),
-        reason="vLLM's source distribution could not be had when this environment was made (tests/engines/vllm.sh)",
-    ),
-]
+pytestmark = NEEDS_SCHEDULER
 
 MakeScheduler = Callable[..., Any]
 OpenWorker = Callable[..., SimulatedWorker]
@@ -113,26 +107,6 @@ def test_a_fusion_that_is_under_way_is_lost(
     worker.run()
     assert worker.is_right(found, tokens)
     finish(worker)
-
-
-def step_and_reset(worker: SimulatedWorker, name: str, steps: int, *, is_in_flight: bool) -> bool:
-    """Reset without preempting anything, as vLLM lets users do, and reports as failed where blocks are held.
-
-    Whether the request had its KV by then: it goes on with that, like every running request.
-    """
-    has_kv = []
-
-    def reset() -> None:
-        scheduler = worker.scheduler
-        has_kv.append(name in (*scheduler.finished_recving_kv_req_ids, *queue_of(worker, "running")))
-        scheduler.reset_prefix_cache(False, True)
-        worker.weights += 1
-
-    for _ in range(steps - 1):
-        worker.step()
-    worker.step(reset) if is_in_flight else (worker.step(), reset())
-    worker.run()
-    return has_kv[0]
 
 
 @pytest.mark.parametrize("recognised", [False, True], ids=["named", "recognised"])

@@ -11,7 +11,7 @@ pytest.importorskip(
 )
 
 from ...vllm.simulated import (
-    UNIT,
+    NEEDS_SCHEDULER,
     SimulatedStore,
     SimulatedWorker,
     ask,
@@ -24,14 +24,7 @@ from ...vllm.simulated import (
     store_documents,
 )
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not (UNIT / "utils.py").exists(),
-        reason="vLLM's source distribution could not be had when this environment was made (tests/engines/vllm.sh)",
-    ),
-]
+pytestmark = NEEDS_SCHEDULER
 
 MakeScheduler = Callable[..., Any]
 OpenWorker = Callable[..., SimulatedWorker]
