@@ -24,8 +24,6 @@ try:
     from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
     from llama_index.core.llms.custom import CustomLLM
     from llama_index.core.postprocessor.types import BaseNodePostprocessor
-    from llama_index.core.prompts.mixin import PromptDictType
-    from llama_index.core.response_synthesizers.base import BaseSynthesizer
     from llama_index.core.schema import (
         BaseNode,
         MetadataMode,
@@ -47,6 +45,7 @@ from ..catalog import Passage
 from ..chat import chat_generation
 from ..corpus import Corpus, passages_of
 from ..pieces import pieces_of
+from .synthesizer import TextSynthesizer
 
 
 def as_node(passage: Passage) -> NodeWithScore:
@@ -134,7 +133,7 @@ class ReuseOrder(BaseNodePostprocessor):
         return [nodes[i] for i in self.corpus.order_of(texts)]
 
 
-class CorpusSynthesizer(BaseSynthesizer):
+class CorpusSynthesizer(TextSynthesizer):
     """Answers from nodes whose KV is fused, not computed again; `response.metadata["kvloom"]` says what was reused.
 
     Parameters
@@ -147,12 +146,6 @@ class CorpusSynthesizer(BaseSynthesizer):
         self._corpus = corpus
         self._max_tokens = max_tokens
         super().__init__(llm=KVLoomLLM(corpus=corpus, max_tokens=max_tokens), streaming=streaming)
-
-    def _get_prompts(self) -> PromptDictType:
-        return {}
-
-    def _update_prompts(self, prompts: PromptDictType) -> None:
-        del prompts
 
     def get_response(self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any) -> Any:
         del response_kwargs
@@ -167,17 +160,6 @@ class CorpusSynthesizer(BaseSynthesizer):
         if not self._streaming:
             return _AnswerText(await asyncio.to_thread(self._corpus.ask, query_str, **options))
         return self._pieces_async(query_str, options)
-
-    def get_response_from_messages(
-        self, query_str: str, message_chunks: Sequence[ChatMessage], **response_kwargs: Any
-    ) -> Any:
-        return self.get_response(query_str, [message.content or "" for message in message_chunks], **response_kwargs)
-
-    async def aget_response_from_messages(
-        self, query_str: str, message_chunks: Sequence[ChatMessage], **response_kwargs: Any
-    ) -> Any:
-        texts = [message.content or "" for message in message_chunks]
-        return await self.aget_response(query_str, texts, **response_kwargs)
 
     def _options(self, texts: Sequence[str]) -> dict[str, Any]:
         """For `Corpus.ask`: these texts, in this order."""

@@ -15,8 +15,6 @@ try:
     )
     from llama_index.core.base.response.schema import Response
     from llama_index.core.llms import LLM
-    from llama_index.core.prompts.mixin import PromptDictType
-    from llama_index.core.response_synthesizers.base import BaseSynthesizer
     from llama_index.core.schema import NodeWithScore
 except ImportError as error:
     raise ImportError(
@@ -25,11 +23,12 @@ except ImportError as error:
 
 from ..answers import INSTRUCTIONS
 from .served import request_documents
+from .synthesizer import TextSynthesizer
 
 _WITH_USAGE = {"include_usage": True}
 
 
-class ServedSynthesizer(BaseSynthesizer):
+class ServedSynthesizer(TextSynthesizer):
     """Answers from nodes over kvloom's service: they go along as documents, not as a part of the prompt's text.
 
     `response.metadata["kvloom"]` says what was reused, `metadata["usage"]` has OpenAI's counts; a stream's are there
@@ -46,12 +45,6 @@ class ServedSynthesizer(BaseSynthesizer):
         self._instructions = instructions
         super().__init__(llm=llm, streaming=streaming)
 
-    def _get_prompts(self) -> PromptDictType:
-        return {}
-
-    def _update_prompts(self, prompts: PromptDictType) -> None:
-        del prompts
-
     def get_response(self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any) -> Any:
         del response_kwargs
         said, body = self._messages(query_str), request_documents(text_chunks)
@@ -65,17 +58,6 @@ class ServedSynthesizer(BaseSynthesizer):
         if not self._streaming:
             return _Text(await self._llm.achat(said, extra_body=body))
         return _AsyncPieces(await self._llm.astream_chat(said, extra_body=body, stream_options=_WITH_USAGE))
-
-    def get_response_from_messages(
-        self, query_str: str, message_chunks: Sequence[ChatMessage], **response_kwargs: Any
-    ) -> Any:
-        return self.get_response(query_str, [message.content or "" for message in message_chunks], **response_kwargs)
-
-    async def aget_response_from_messages(
-        self, query_str: str, message_chunks: Sequence[ChatMessage], **response_kwargs: Any
-    ) -> Any:
-        texts = [message.content or "" for message in message_chunks]
-        return await self.aget_response(query_str, texts, **response_kwargs)
 
     def _messages(self, question: str) -> list[ChatMessage]:
         text = f"\n{self._instructions}\nQuestion: {question}" if self._instructions else f"\nQuestion: {question}"
