@@ -86,6 +86,14 @@ class ServiceContext:
     is_draining: bool = False
     problems: list[str] = field(default_factory=list)
 
+    @property
+    def readiness(self) -> str:
+        """`ok`, `draining`, or `failed`: a self-check has failed, or no worker accepts connections."""
+        if self.is_draining:
+            return "draining"
+        has_workers = self.workers.alive or self.worker_memory is None
+        return "ok" if has_workers and not self.problems else "failed"
+
     def memory_of(self, pool: str) -> Callable[[int], Tensor]:
         """Where the memory of a pool's chunks comes from: what its clients, or workers, map, where there is room."""
         shared = self.shared_memory.pool_memory(pool) or self.worker_memory

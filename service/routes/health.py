@@ -34,9 +34,7 @@ async def healthz() -> Health:
 )
 async def readyz(context: Context) -> Response:
     """503 while the service drains, a self-check fails, or no worker accepts connections."""
-    has_workers = context.workers.alive or context.worker_memory is None
-    status = "draining" if context.is_draining else "ok" if has_workers and not context.problems else "failed"
-    return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+    return JSONResponse({"status": context.readiness}, 200 if context.readiness == "ok" else 503)
 
 
 @router.get(
@@ -84,5 +82,5 @@ class _ServiceCollector(Collector):
         )
         yield GaugeMetricFamily(
             "kvloom_service_ready", "1 if the service takes requests.",
-            value=not (self._context.is_draining or self._context.problems),
+            value=self._context.readiness == "ok",
         )  # fmt: skip
