@@ -260,10 +260,11 @@ class Planner:
         """Look up the chunks from `first` on. A new look-up replaces the offer of the one before."""
         self._last_lookup += 1
         keys = tracked.request.keys
-        others = keys.others_between(first)
-        lookup = LookUp(request_id, keys.between(first), self._last_lookup, tracked.lookup, others)
         if self._shapes:
             lookup = look_up_pieces(request_id, keys, first, len(self._shapes), self._last_lookup, tracked.lookup)
+        else:
+            others = keys.others_between(first)
+            lookup = LookUp(request_id, keys.between(first), self._last_lookup, tracked.lookup, others)
         self._lookups.pop(tracked.lookup, None)
         tracked.lookup, tracked.asked_from, tracked.tiers = lookup.number, first, None
         if self._look_up is None:
@@ -332,13 +333,12 @@ class Planner:
             self._begin_transfer(request_id, start, stop, blocks)
             return
         first, last = start // chunk_tokens, -(-stop // chunk_tokens)
-        keys = request.keys.between(first, last)
-        others = request.keys.others_between(first, last)
-        load = Load(request_id, keys, first * chunk_tokens, start, stop, tuple(blocks), lookup, others)
         if self._shapes:
-            load = load_pieces(
-                request_id, request.keys, start, stop, self._shapes, (blocks, *further), chunk_tokens, lookup
-            )
+            rows = (blocks, *further)
+            load = load_pieces(request_id, request.keys, start, stop, self._shapes, rows, chunk_tokens, lookup)
+        else:
+            keys, others = request.keys.between(first, last), request.keys.others_between(first, last)
+            load = Load(request_id, keys, first * chunk_tokens, start, stop, tuple(blocks), lookup, others)
         if self.is_layerwise(request_id):
             self._plan.layer_loads.append(load)
             self._layer_loads[request_id] = load

@@ -18,7 +18,7 @@ from ....errors import KVLoomError
 from ....kvstore.placement.catalog import PlacementChange
 from ....kvstore.store import Hit, KVStore
 from ..head_splits import HeadSplit
-from ..messages import FoundTiers, Fusion, Load, Loaded, LookUp, Save
+from ..messages import FoundTiers, Fusion, Load, Loaded, LookUp, OtherKeys, Save
 from .arrivals import Arrival, Fetched, RecomputeCost, fits
 from .head_reader import HeadReader
 from .offers import Offers
@@ -176,11 +176,7 @@ class Transfers:
             for index, (key, other) in enumerate(load.chunks_of(self._rank)):
                 first = load.first + index * self._chunk_tokens
                 start, stop = max(first, load.start), min(first + self._chunk_tokens, load.stop)
-                hit = None
-                remaining_s = begun_s + self._load_timeout_s - time.monotonic()
-                if load.request_id not in self._cancelled and remaining_s > 0:
-                    hit = self.reader.read(key, other, timeout_s=remaining_s)
-                self._report_placement(key)
+                hit = self._read(load.request_id, key, other, begun_s)
                 if hit is None or not fits(hit.chunk, self._spec, self._chunk_tokens, first):
                     break
                 here = slice(start - first, stop - first)
@@ -202,15 +198,6 @@ class Transfers:
 
     def _fetch_pieces(self, load: Load, begun_s: float) -> Arrival:
         """Load the pieces of all groups. Where one is lost, nothing counts as loaded: the request begins anew."""
-
-        def read(key: ChunkKey) -> Hit | None:
-            remaining_s = begun_s + self._load_timeout_s - time.monotonic()
-            if load.request_id in self._cancelled or remaining_s <= 0:
-                return None
-            hit = self.store.read(key, timeout_s=remaining_s)
-            self._report_placement(key)
-            return hit
-
         tokens: Counter[str] = Counter()
         cost = RecomputeCost(unpriced_tokens=load.skipped)
         nbytes, is_lost = 0, len(load.further) + 1 < len(self._groups)
@@ -218,7 +205,7 @@ class Transfers:
             for group, part in zip(self._groups, (load, *load.further), strict=False):
                 reader = PieceReader(part, group, self._rank, self._chunk_tokens)
                 writes = stack.enter_context(PendingWrites(group.cache, self._writer))
-                for hit, start, here in reader.hits(read):
+                for hit, start, here in reader.hits(lambda key: self._read(load.request_id, key, (), begun_s)):
                     keys, values = hit.chunk.keys[:, :, here], hit.chunk.values[:, :, here]
                     writes.add(part.blocks, start, keys, values)
                     nbytes += keys.nbytes + values.nbytes
@@ -236,6 +223,15 @@ class Transfers:
         recompute_s, unpriced = (0.0, 0) if is_lost else (cost.recompute_s, cost.unpriced_tokens)
         loaded = Loaded(dict(tokens), is_lost, spent_s, 0, recompute_s, unpriced)
         return Arrival(load.request_id, loaded, frozenset())
+
+    def _read(self, request_id: str, key: ChunkKey, other: OtherKeys, begun_s: float) -> Hit | None:
+        """A chunk of a load; None if it is lost, too late, or not wanted any more."""
+        hit = None
+        remaining_s = begun_s + self._load_timeout_s - time.monotonic()
+        if request_id not in self._cancelled and remaining_s > 0:
+            hit = self.reader.read(key, other, timeout_s=remaining_s)
+        self._report_placement(key)
+        return hit
 
     # -------------------------------------------------------------------------------------------------- fusing
 
