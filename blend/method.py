@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from ..calibration.certificate_gate import CertificateGate
 from ..calibration.codec_form import canonical_json
@@ -16,7 +16,7 @@ from .choosers import CHOOSERS
 FUSION = "fusion"
 """Stands in these certificates in place of a codec's name."""
 
-ENGINE_CHOICES = (
+EngineChoice: TypeAlias = Literal[
     "deviation",
     "values",
     "first+values",
@@ -25,8 +25,10 @@ ENGINE_CHOICES = (
     "first+question",
     "borders+question",
     "question",
-)
+]
 """Choosers, by their names in `CHOOSERS`, that serving engines know, too."""
+
+ENGINE_CHOICES: tuple[str, ...] = get_args(EngineChoice)
 
 NEEDS_QUESTION = (
     "question",

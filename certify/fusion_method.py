@@ -6,14 +6,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..blend.method import NEEDS_QUESTION, FusionMethod
+from ..blend.method import ENGINE_CHOICES, NEEDS_QUESTION, WITHOUT_DEVIATION, FusionMethod
 from ..evaluation.answers import gap_closed, mean_of
 from ..evaluation.placed import FusionBed
 from ..evaluation.questions import Question
 
 CHECK_LAYERS = (1, 2, 3)
-WITHOUT_FULL_LAYERS = ("question", "first+question", "borders+question")
-SELECTS = ("deviation", "values", "first+values", "deviation+question", "values+question")
+WITHOUT_FULL_LAYERS = tuple(select for select in ENGINE_CHOICES if select in WITHOUT_DEVIATION)
+SELECTS = tuple(select for select in ENGINE_CHOICES if select not in WITHOUT_DEVIATION)
 TUNED_KINDS = ("astride", "multihop")
 """What documents bind to one another, and what one question needs of them: methods that win one fail the other."""
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import ByteSize, Field
 from pydantic.dataclasses import dataclass
 
-from ...blend.method import ENGINE_CHOICES
+from ...blend.method import ENGINE_CHOICES, EngineChoice
 from .store_settings import (
     CHECKED,
     Count,
@@ -23,16 +23,6 @@ from .store_settings import (
 )
 
 LoadMode: TypeAlias = Literal["async", "layerwise"]
-FusionSelect: TypeAlias = Literal[
-    "deviation",
-    "values",
-    "first+values",
-    "deviation+question",
-    "values+question",
-    "first+question",
-    "borders+question",
-    "question",
-]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=CHECKED)
@@ -51,8 +41,8 @@ class ServingSettings(StoreSettings):
     fusion_slice_tokens : tokens that one step of the engine computes of a fusion, beside its other work.
     fusion_select : how these tokens are chosen: by their `deviation`, or that of their `values` alone, so that all
         questions share a fusion; by what the `question` attends to, the fastest; or by two of them (`first`: the first
-        tokens of every document). Fusions that know their question are shared with nothing but equal prompts. None
-        takes the certificate's, and `deviation` without one.
+        tokens of every document; `borders`: the last ones, too). Fusions that know their question are shared with
+        nothing but equal prompts. None takes the certificate's, and `deviation` without one.
     check_layer : layer whose keys and values are compared for the deviation. None takes the certificate's, and 2
         without one.
     lead_ids : tokens that begin every prompt; None for the BOS if the tokenizer puts one in front of a text. A document
@@ -71,7 +61,7 @@ class ServingSettings(StoreSettings):
         "certified"
     )
     fusion_slice_tokens: Count = 512
-    fusion_select: Annotated[FusionSelect, Field(description=f"one of {', '.join(ENGINE_CHOICES)}")] | None = None
+    fusion_select: Annotated[EngineChoice, Field(description=f"one of {', '.join(ENGINE_CHOICES)}")] | None = None
     check_layer: Count | None = None
     lead_ids: TokenIds | None = None
     separator_ids: TokenIds = ()

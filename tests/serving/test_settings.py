@@ -135,10 +135,12 @@ def test_wrong_options_are_refused(options: object) -> None:
 def test_how_fusions_choose() -> None:
     from typing import get_args
 
-    from kvloom.blend.method import ENGINE_CHOICES
-    from kvloom.connectors.serving.settings import FusionSelect
+    from kvloom.blend.choosers import CHOOSERS
+    from kvloom.blend.method import ENGINE_CHOICES, EngineChoice
 
-    assert get_args(FusionSelect) == ENGINE_CHOICES
-    assert ServingSettings.of({"fusion_select": "first+question"}).fusion_select == "first+question"
+    assert get_args(EngineChoice) == ENGINE_CHOICES
+    assert "first+question" in ENGINE_CHOICES and CHOOSERS.keys() > set(ENGINE_CHOICES)
+    for name in ENGINE_CHOICES:
+        assert ServingSettings.of({"fusion_select": name}).fusion_select == name
     with pytest.raises(ValueError, match="fusion_select is 'random'; expected one of deviation, values"):
         ServingSettings.of({"fusion_select": "random"})
