@@ -47,7 +47,8 @@ class TransformersModel:
         self.model = unwrapped(model)
         self._layers = StockLayers(self.model)
         self._identity = ModelIdentity(self.model, model_id)
-        self._structures: dict[str, Structure] = {}  # by config
+        self._structures: dict[object, Structure] = {}  # by config and settings
+        self._scores: dict[str, object] = {}  # by config: what was done with scores when it was met first
         self.refresh()
 
     def refresh(self) -> bool:
@@ -64,16 +65,19 @@ class TransformersModel:
         before = getattr(self, "spec", None)
         self._layers.forget()
         name, config = self._identity.name(), self._identity.config_text
-        if config not in self._structures:
-            self._structures = {config: measured(self._layers)}
-        found = self._structures[config]
+        measured_with = config, self._layers.settings()
+        if measured_with not in self._structures:
+            self._structures = {measured_with: measured(self._layers)}
+        found = self._structures[measured_with]
+        scores = found.scales, found.softcaps
+        is_as_ever = scores == self._scores.setdefault(config, scores)
         self.device = input_device(self._layers.decoder.get_input_embeddings())
         self.attention = found.attention(self._layers)
         self.query_heads = found.query_heads
         self.max_tokens = context_tokens(self._layers.config)
         self.is_length_bound = is_length_bound(self._layers.config)
         self.spec = KVSpec(
-            model_id=with_state(name, windows=windows_of(self.window_tokens)),
+            model_id=with_state(name, windows=windows_of(self.window_tokens), scores=None if is_as_ever else scores),
             num_layers=len(self.attention),
             num_kv_heads=found.kv_heads,
             head_dim=found.head_dim,

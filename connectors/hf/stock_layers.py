@@ -109,6 +109,16 @@ class StockLayers:
             )
         return found[0]
 
+    def settings(self) -> tuple[object, ...]:
+        """What attention modules keep in plain attributes, such as factors and windows: these may change, too."""
+        attentions = (self.attention_of(layer)[1] for layer in range(len(self.layers)))
+        return tuple(
+            (name, value)
+            for attention in attentions
+            for name, value in vars(attention).items()
+            if isinstance(value, bool | int | float | str) and name != "training"
+        )
+
     def forget(self) -> None:
         """Drop what was derived from the model's tensors; called whenever they may have changed."""
         self._last = None
