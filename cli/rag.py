@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from ..rag.corpus import Corpus
 
 _DISK_BYTES = 20 << 30
-_AHEAD_PASSAGES = (
-    64  # of at most 256 tokens: computed before the first question, seconds on a GPU, half a minute without
-)
+_AHEAD_PASSAGES = 64  # of at most 256 tokens: so many are computed before the first question is answered
 
 
 def ask(
