@@ -32,8 +32,10 @@ TITLE = "How much sooner does a RAG pipeline answer over cached KV, and does it 
 MEANING = (
     "Questions over MuSiQue's Wikipedia passages (split to check with), their chunks found by words. Plain: the same "
     "chunks and prompt through transformers' own generate, nothing cached. Times to first token, plain over kvloom, "
-    "median of the questions, from the host tier; the two take turns. Second question: the same chunks in another "
-    "order, beside the first, for which nothing was stored. Ordering: at ratio 1, share of the tokens of later "
+    "median of the questions, from the host tier; the two take turns. A framework's time: to the first piece of text "
+    "through its own classes, beside its plain pipeline, which has the chunks' texts in the prompt of the same model. "
+    "Second question: the same chunks in another order, beside the first, for which nothing was stored. Ordering: at "
+    "ratio 1, share of the tokens of later "
     "questions over the same chunks that are loaded exactly, less the same share in the order of relevance. Batch: "
     "answers of `answer_many` equal to those one by one. Right: the expected words stand in the answer."
 )
@@ -185,10 +187,12 @@ def _frameworks(corpus: Corpus, questions: Sequence[str], sizes: Sizes, bar: Ste
         speedups = []
         for question in questions:
             passages = _found(corpus, question, sizes)
-            plain_s, _ = _plain(corpus, question, passages, 1)
-            speedups.append(plain_s / first_piece_s(name, corpus, question, passages, sizes.answer_tokens))
+            measure = partial(first_piece_s, name, corpus, question, passages, sizes.answer_tokens)
+            speedups.append(measure(is_cached=False) / measure(is_cached=True))
             bar.advance(task)
-        found[f"{name}_ttft_speedup"] = Metric.of_samples(speedups, unit="times", baseline="plain")
+        found[f"{name}_ttft_speedup"] = Metric.of_samples(
+            speedups, unit="times", baseline="the framework without kvloom"
+        )
     return found
 
 
