@@ -87,7 +87,7 @@ def _ordered(stems: Iterable[str]) -> list[str]:
 
 def _section(result: Json, model: str) -> str:
     title, on = result.get("title") or "Figures", f" on {model}" if model else ""
-    parts = [f"## {result['bench']}{on}: {title[0].lower()}{title[1:]}", _origin(result)]
+    parts = [f"## {result['bench']}{on}: {title[0].lower()}{title[1:]}", _origin(result, model)]
     metrics = {name: Metric(**fields) for name, fields in result["metrics"].items()}
     targets = [Target(**fields) for fields in result.get("targets", ())]
     parts.append(_figures(metrics, targets))
@@ -98,11 +98,12 @@ def _section(result: Json, model: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _origin(result: Json) -> str:
+def _origin(result: Json, model: str) -> str:
     """Command, commit, machine; or where figures were copied from, if the run's own file was not kept."""
     env = result["env"]
     name = str(result["bench"])
-    facts = [f"`{COMMANDS.get(name, f'kvloom bench {name}')}`"]
+    command = COMMANDS.get(name, f"kvloom bench {name}")
+    facts = [f"`{command} --model DIR`" if model else f"`{command}`"]
     if result.get("source"):
         facts.append(f"**copied from {result['source']}**")
     if result["commit"]:

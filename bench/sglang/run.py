@@ -86,7 +86,7 @@ def run(*, quick: bool, folder: Path) -> BenchResult:
             f"{sizes.tokens:,} tokens, pages of {PAGE_TOKENS}, a random model of {sizes.shape.layers} layers, {system}",
             "Before a hit SGLang's own caches are flushed; cold: the system's page cache, too.",
         ],
-        title="What a prefix hit from storage costs in SGLang",
+        title="What does a prefix hit from storage cost in SGLang?",
     )
 
 
