@@ -1,0 +1,144 @@
+"""What a controller is asked and what it answers: stored chunks, queues, decisions and their reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal, TypeAlias, get_args
+
+Reason: TypeAlias = Literal[
+    "nothing stored",
+    "loads",
+    "untried",
+    "shortened",
+    "too short to pay",
+    "slow tier",
+    "load queue",
+    "trial",
+    "computes while waiting",
+    "always",
+]
+"""Why a request loads as much as it does.
+
+- `nothing stored`: there is nothing to load.
+- `loads`: all that is stored, as that is fastest.
+- `untried`: all that is stored, as too little is known yet of what loading it or computing it costs.
+- `shortened`: a part of it; to load more would take longer than to compute it.
+- `too short to pay`: nothing; what a load costs whatever its size is more than computing so few tokens.
+- `slow tier`: nothing; the tier gives bytes more slowly than the engine computes their tokens.
+- `load queue`: nothing; too much waits to be loaded before it.
+- `trial`: other than what is thought fastest, to learn a cost that was not observed for long.
+- `computes while waiting`: it was to be loaded, but has not begun, and now computing is faster.
+- `always`: all that is stored, as the user has said.
+"""
+
+_NONE: Mapping[str, int] = MappingProxyType({})
+
+REASONS: tuple[Reason, ...] = get_args(Reason)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRun:
+    """Neighbouring chunks of a prefix in one tier. `chunk_bytes`, `chunk_tokens`: of each of them.
+
+    Bytes are counted as in `Controller.observe_load`.
+    """
+
+    tier: str
+    chunks: int
+    chunk_bytes: int
+    chunk_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """What waits before a request.
+
+    Attributes
+    ----------
+    loads : that have not ended.
+    load_bytes : that they are still to load, by tier.
+    compute_tokens : of prompts that the engine has taken on and not computed.
+    compute_position : mean position of these tokens in their prompts.
+    """
+
+    loads: int = 0
+    load_bytes: Mapping[str, int] = field(default_factory=lambda: _NONE)
+    compute_tokens: int = 0
+    compute_position: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """How much a request loads.
+
+    Attributes
+    ----------
+    chunks : leading ones to load.
+    reason : see `Reason`.
+    load_s : expected seconds to the first token if so many chunks are loaded; None if not known.
+    compute_s : the same if nothing is loaded.
+    limit_s : seconds after which the load is better given up, counted from now; None for no limit.
+    tried : what a trial is of: a tier, or `""` for computing; None if this is no trial.
+    """
+
+    chunks: int
+    reason: Reason
+    load_s: float | None = None
+    compute_s: float | None = None
+    limit_s: float | None = None
+    tried: str | None = None
+
+
+IDLE = Queue()
+"""Nothing waits."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPrefix:
+    """What is stored of a request's prompt.
+
+    Attributes
+    ----------
+    runs : from token `start` on, without a gap.
+    computed : tokens that the engine has already, `start` of them or more.
+    prompt_tokens : of the request.
+    """
+
+    runs: Sequence[StoredRun]
+    start: int
+    computed: int
+    prompt_tokens: int
+
+    @property
+    def chunks(self) -> int:
+        """Of all runs."""
+        return sum(run.chunks for run in self.runs)
+
+    def stop(self, chunks: int) -> int:
+        """Tokens that the engine has when so many chunks are loaded."""
+        stop = self.start
+        for run in self.runs:
+            stop += min(chunks, run.chunks) * run.chunk_tokens
+            chunks -= min(chunks, run.chunks)
+        return min(max(stop, self.computed), self.prompt_tokens)
+
+    def bytes_of(self, chunks: int) -> dict[str, int]:
+        """Bytes of so many leading chunks, by tier."""
+        found: dict[str, int] = {}
+        for run in self.runs:
+            taken = min(chunks, run.chunks)
+            if not taken:
+                break
+            found[run.tier] = found.get(run.tier, 0) + taken * run.chunk_bytes
+            chunks -= taken
+        return found
+
+    def tier_of(self, chunk: int) -> str:
+        """Tier of the chunk of this number."""
+        for run in self.runs:
+            if chunk < run.chunks:
+                return run.tier
+            chunk -= run.chunks
+        raise ValueError(f"there is no chunk {chunk}")
