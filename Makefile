@@ -38,7 +38,7 @@ QUICK := $(addprefix tests/project/test_,core.py layout.py output_file.py report
   $(addprefix tests/retrieval/test_,attention.py cascade.py landmarks.py clusters.py) tests/blend tests/hf/test_connector.py \
   $(addprefix tests/serving/test_,planner.py settings.py step_filter.py transfers.py) \
   $(addprefix tests/vllm/test_,paged_layers.py events.py) tests/certify/test_certificate_gate.py \
-  $(addprefix tests/bench/test_,results.py ruler.py worlds.py eviction_policies.py) \
+  $(addprefix tests/bench/,test_results.py test_ruler.py test_worlds.py eviction/test_policies.py) \
   $(addprefix tests/service/test_,settings.py credentials.py)
 
 quick: $(VENV)/dev.stamp

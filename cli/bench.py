@@ -143,6 +143,14 @@ def distributed(
 
 
 @app.command()
+def eviction(json: JsonFile = None, report: ReportFile = None, quick: Quick = False) -> None:
+    """Eviction policies on six kinds of traffic, between LRU and a cache that knows the future."""
+    from ..bench.eviction.run import run
+
+    _finish(run(quick=quick), json, report)
+
+
+@app.command()
 def retrieval(
     json: JsonFile = None,
     report: ReportFile = None,
@@ -285,8 +293,8 @@ def simulate(
     """Replay a recorded trace: hit ratios by eviction policy, capacity and codec ratio."""
     capacities, codec_ratios = read_percentages(capacity, "--capacity"), read_numbers(codec_ratio, "--codec-ratio")
     policies = None if policy is None else read_list(policy, "--policy")
-    from ..bench.eviction.run import SimulateOptions
-    from ..bench.eviction.run import simulate as replay
+    from ..bench.eviction.simulate import SimulateOptions
+    from ..bench.eviction.simulate import simulate as replay
 
     more = {} if policies is None else {"policies": policies}
     _finish(replay(SimulateOptions(trace, capacities, codec_ratios, **more)), json, report)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from ...core import ChunkKey
-from ...kvstore.eviction.lru import RankedKeys
+from ...kvstore.eviction.lru import Chains, RankedKeys
 from ...kvstore.eviction.policy import POLICIES, EvictionPolicy
 
 _MOST_USES = 3
@@ -95,6 +95,13 @@ class GDSF:
         self._uses: Counter[ChunkKey] = Counter()
         self._queue = RankedKeys()
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._costs
+
+    def priority(self, key: ChunkKey) -> float:
+        """What it was given at its last use; the lowest goes."""
+        return self._queue.rank(key)
+
     def add(self, key: ChunkKey, nbytes: int, after: ChunkKey | None = None, recompute_s: float | None = None) -> None:
         self._costs[key] = 1.0 if recompute_s is None or nbytes < 1 else self._relative_cost(recompute_s, nbytes)
         self.touch(key)
@@ -118,7 +125,51 @@ class GDSF:
         return recompute_s / nbytes * self._measured_bytes / self._measured_s if self._measured_s else 1.0
 
 
+class PGDSF:
+    """GDSF by leaves: of the chunks that no held chunk continues, the one of lowest priority goes.
+
+    If no leaf may go, the chunk of lowest priority that may is evicted all the same.
+
+    Notes
+    -----
+    Jin et al., RAGCache: efficient knowledge caching for retrieval-augmented generation, arXiv 2404.12457. Deviation:
+    costs are those of `GDSF`.
+    """
+
+    def __init__(self) -> None:
+        self._all = GDSF()
+        self._chains = Chains()
+        self._leaves = RankedKeys()
+
+    def add(self, key: ChunkKey, nbytes: int, after: ChunkKey | None = None, recompute_s: float | None = None) -> None:
+        if key not in self._all:
+            self._chains.add(key, after)
+            if after is not None and after in self._leaves:
+                self._leaves.remove(after)
+        self._all.add(key, nbytes, after, recompute_s)
+        self._rank(key)
+
+    def touch(self, key: ChunkKey) -> None:
+        self._all.touch(key)
+        self._rank(key)
+
+    def remove(self, key: ChunkKey, *, evicted: bool = False) -> None:
+        self._all.remove(key, evicted=evicted)
+        if key in self._leaves:
+            self._leaves.remove(key)
+        after = self._chains.remove(key)
+        if after is not None and after in self._all:
+            self._rank(after)
+
+    def victim(self, may_go: Callable[[ChunkKey], bool]) -> ChunkKey | None:
+        return self._leaves.first(may_go) or self._all.victim(may_go)
+
+    def _rank(self, key: ChunkKey) -> None:
+        if self._chains.is_leaf(key):
+            self._leaves.put(key, self._all.priority(key))
+
+
 SIMULATED_POLICIES: Mapping[str, Callable[[], EvictionPolicy]] = MappingProxyType(
-    {**POLICIES, "s3-fifo": S3FIFO, "gdsf": GDSF}
+    {**POLICIES, "s3-fifo": S3FIFO, "gdsf": GDSF, "pgdsf": PGDSF}
 )
 """Policies by name."""

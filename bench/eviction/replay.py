@@ -1,4 +1,4 @@
-"""Replays a recorded trace through the store, or through a cache that knows the future."""
+"""Replays traces through the store, through a policy alone, or through a cache that knows the future."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from torch import Tensor
 
 from ...core import ChunkKey, EncodedChunk, KVChunk, KVSpec
 from ...errors import TierFullError
+from ...kvstore.eviction.policy import EvictionPolicy
 from ...kvstore.store import KVStore
 from ...kvstore.tiers.host import HostTier
+from .families import Trace
 from .policies import SIMULATED_POLICIES
 
 Requests: TypeAlias = Sequence[Sequence[ChunkKey]]
@@ -109,8 +111,51 @@ def replay(
     return hits
 
 
+def matched_by(policy: EvictionPolicy, trace: Trace, capacity_bytes: float) -> list[int]:
+    """Leading chunks of each chain that are hits, by a policy alone: as `replay`, in a tenth of the time.
+
+    What goes is chosen as a store with one tier chooses it: never the chunk that is written, and what that continues
+    only if nothing else can go.
+    """
+    held: dict[ChunkKey, int] = {}
+    used_bytes = 0
+    kept: tuple[ChunkKey | None, ...] = ()
+
+    def may_go(key: ChunkKey) -> bool:
+        return key not in kept
+
+    found = []
+    for chain in trace.chains:
+        matched = next((i for i, key in enumerate(chain) if key not in held), len(chain))
+        for key in chain[:matched]:
+            policy.touch(key)
+        found.append(matched)
+        after = chain[matched - 1] if matched else None
+        for key in chain[matched:]:
+            nbytes, recompute_s = trace.costs[key]
+            if nbytes > capacity_bytes:
+                break
+            kept = key, after
+            while key not in held and used_bytes + nbytes > capacity_bytes:
+                victim = policy.victim(may_go) or after
+                if victim is None:
+                    raise ValueError(f"the policy names no victim, with {len(held)} chunks held")
+                policy.remove(victim, evicted=True)
+                used_bytes -= held.pop(victim)
+            used_bytes += 0 if key in held else nbytes
+            held[key] = nbytes
+            policy.add(key, nbytes, after, recompute_s)
+            after = key
+    return found
+
+
 def belady_hits(requests: Requests, capacity_blocks: int) -> int:
-    """Hits of a cache that knows the future: no policy has more, for blocks of one size.
+    """Hits of `belady_matched`."""
+    return sum(belady_matched(requests, capacity_blocks))
+
+
+def belady_matched(requests: Requests, capacity_blocks: int) -> list[int]:
+    """Leading hits of each request in a cache that knows the future: no policy has more, for blocks of one size.
 
     After a request it keeps, among what it held and the request's blocks, those that are needed again soonest, and
     nothing that is not needed again. Whoever needs a block needs its prefix too, so a prefix is never needed later than
@@ -130,9 +175,9 @@ def belady_hits(requests: Requests, capacity_blocks: int) -> int:
     next_uses.reverse()
     held: dict[ChunkKey, tuple[int, int]] = {}
     latest_first: list[tuple[int, int, ChunkKey]] = []  # with outdated entries
-    hits = 0
+    matched = []
     for keys, uses in zip(requests, next_uses, strict=True):
-        hits += next((i for i, key in enumerate(keys) if key not in held), len(keys))
+        matched.append(next((i for i, key in enumerate(keys) if key not in held), len(keys)))
         for place, (key, use) in enumerate(zip(keys, uses, strict=True)):
             held.pop(key, None)
             if use < never:
@@ -142,4 +187,4 @@ def belady_hits(requests: Requests, capacity_blocks: int) -> int:
             use, place, key = heapq.heappop(latest_first)
             if held.get(key) == (use, place):
                 del held[key]
-    return hits
+    return matched

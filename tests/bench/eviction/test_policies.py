@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvloom.bench.eviction.policies import GDSF, S3FIFO, SIMULATED_POLICIES
+from kvloom.bench.eviction.policies import GDSF, PGDSF, S3FIFO, SIMULATED_POLICIES
 from kvloom.core import ChunkKey
 from kvloom.kvstore.eviction.policy import POLICIES, EvictionPolicy
 from kvloom.testing import PolicyContract, make_key
 
-from ..support.policies import ACTIONS, KEYS, Action, MayGo, act_on_both, evict, fill
+from ...support.policies import ACTIONS, KEYS, Action, MayGo, act_on_both, evict, fill
 
 
 class TestS3FIFO(PolicyContract):
@@ -22,8 +22,12 @@ class TestGDSF(PolicyContract):
     make_policy = GDSF
 
 
+class TestPGDSF(PolicyContract):
+    make_policy = PGDSF
+
+
 def test_every_policy_has_its_contract_tested() -> None:
-    assert set(SIMULATED_POLICIES.values()) - set(POLICIES.values()) == {S3FIFO, GDSF}
+    assert set(SIMULATED_POLICIES.values()) - set(POLICIES.values()) == {S3FIFO, GDSF, PGDSF}
 
 
 class NaiveGDSF:
@@ -54,6 +58,25 @@ class NaiveGDSF:
 
     def victim(self, may_go: MayGo) -> ChunkKey | None:
         return min((key for key in self.entries if may_go(key)), key=lambda key: self.entries[key][:2], default=None)
+
+
+class NaivePGDSF(NaiveGDSF):
+    def __init__(self) -> None:
+        super().__init__()
+        self.after: dict[ChunkKey, ChunkKey | None] = {}
+
+    def add(self, key: ChunkKey, nbytes: int, after: ChunkKey | None, recompute_s: float | None) -> None:
+        if key not in self.entries:
+            self.after[key] = after
+        super().add(key, nbytes, after, recompute_s)
+
+    def remove(self, key: ChunkKey, *, evicted: bool) -> None:
+        del self.after[key]
+        super().remove(key, evicted=evicted)
+
+    def victim(self, may_go: MayGo) -> ChunkKey | None:
+        leaf = super().victim(lambda key: may_go(key) and key not in self.after.values())
+        return leaf or super().victim(may_go)
 
 
 class NaiveS3FIFO:
@@ -111,6 +134,7 @@ class NaiveS3FIFO:
 
 PAIRS: dict[str, tuple[Callable[[], EvictionPolicy], Callable[[], object]]] = {
     "gdsf": (GDSF, NaiveGDSF),
+    "pgdsf": (PGDSF, NaivePGDSF),
     "s3-fifo": (S3FIFO, NaiveS3FIFO),
 }
 

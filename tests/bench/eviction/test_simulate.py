@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kvloom import cli
 from kvloom.bench.eviction.policies import SIMULATED_POLICIES
 from kvloom.bench.eviction.replay import belady_hits, read_trace, replay
-from kvloom.bench.eviction.run import SimulateOptions, simulate
+from kvloom.bench.eviction.simulate import SimulateOptions, simulate
 from kvloom.testing import make_key
 
 BLOCK_BYTES = 1000
