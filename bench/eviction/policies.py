@@ -169,7 +169,92 @@ class PGDSF:
             self._leaves.put(key, self._all.priority(key))
 
 
+class PrefixARC:
+    """ARC by leaves: balances chunks that were used once against those used again, by which of them it misses.
+
+    Two lists by last use, of chunks used once and of others. The leaf that goes comes from the first while that holds
+    more than its share. Keys of evicted chunks are remembered, as many as chunks are held: the share grows when a chunk
+    returns that the first list gave up too early, and shrinks for one of the second.
+
+    Notes
+    -----
+    Megiddo & Modha, ARC: a self-tuning, low overhead replacement cache, FAST 2003. Deviations: only leaves go, and what
+    is remembered is bounded for each list by the chunks held now.
+    """
+
+    def __init__(self) -> None:
+        self._clock = 0
+        self._once_share = 0.0  # chunks
+        self._chains = Chains()
+        self._used_at: tuple[dict[ChunkKey, int], dict[ChunkKey, int]] = ({}, {})  # once, again
+        self._leaves = (RankedKeys(), RankedKeys())
+        self._ghosts: tuple[OrderedDict[ChunkKey, None], OrderedDict[ChunkKey, None]] = (OrderedDict(), OrderedDict())
+
+    def add(self, key: ChunkKey, nbytes: int, after: ChunkKey | None = None, recompute_s: float | None = None) -> None:
+        if key in self._used_at[0] or key in self._used_at[1]:
+            self.touch(key)
+            return
+        self._chains.add(key, after)
+        for leaves in self._leaves:
+            if after is not None and after in leaves:
+                leaves.remove(after)
+        once, again = map(len, self._ghosts)
+        if key in self._ghosts[0]:
+            self._once_share = min(self._once_share + max(1.0, again / once), self._held + 1)
+        elif key in self._ghosts[1]:
+            self._once_share = max(self._once_share - max(1.0, once / again), 0.0)
+        is_known = key in self._ghosts[0] or key in self._ghosts[1]
+        for ghosts in self._ghosts:
+            ghosts.pop(key, None)
+        self._use(key, int(is_known))
+
+    def touch(self, key: ChunkKey) -> None:
+        which = self._list_of(key)
+        del self._used_at[which][key]
+        if key in self._leaves[which]:
+            self._leaves[which].remove(key)
+        self._use(key, 1)
+
+    def remove(self, key: ChunkKey, *, evicted: bool = False) -> None:
+        which = self._list_of(key)
+        del self._used_at[which][key]
+        if key in self._leaves[which]:
+            self._leaves[which].remove(key)
+        after = self._chains.remove(key)
+        if after is not None and self._chains.is_leaf(after):
+            for used_at, leaves in zip(self._used_at, self._leaves, strict=True):
+                if after in used_at:
+                    leaves.put(after, used_at[after])
+        if evicted:
+            self._ghosts[which][key] = None
+        for ghosts in self._ghosts:
+            while len(ghosts) > self._held + 1:
+                ghosts.popitem(last=False)
+
+    def victim(self, may_go: Callable[[ChunkKey], bool]) -> ChunkKey | None:
+        first = 0 if len(self._used_at[0]) > self._once_share else 1
+        for which in (first, 1 - first):
+            leaf = self._leaves[which].first(may_go)
+            if leaf is not None:
+                return leaf
+        used_at = self._used_at[0] | self._used_at[1]
+        return min(filter(may_go, used_at), key=used_at.__getitem__, default=None)
+
+    @property
+    def _held(self) -> int:
+        return len(self._used_at[0]) + len(self._used_at[1])
+
+    def _list_of(self, key: ChunkKey) -> int:
+        return 0 if key in self._used_at[0] else 1
+
+    def _use(self, key: ChunkKey, which: int) -> None:
+        self._clock += 1
+        self._used_at[which][key] = self._clock
+        if self._chains.is_leaf(key):
+            self._leaves[which].put(key, self._clock)
+
+
 SIMULATED_POLICIES: Mapping[str, Callable[[], EvictionPolicy]] = MappingProxyType(
-    {**POLICIES, "s3-fifo": S3FIFO, "gdsf": GDSF, "pgdsf": PGDSF}
+    {**POLICIES, "s3-fifo": S3FIFO, "gdsf": GDSF, "pgdsf": PGDSF, "prefix-arc": PrefixARC}
 )
 """Policies by name."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -16,12 +16,13 @@ from .lru import Chains
 
 Floats: TypeAlias = NDArray[np.float64]
 
-_USES = 5  # from here on, uses are not told apart
+_USES = 3  # from here on, uses are not told apart
 _AGES = 80  # the last age bucket begins at a million uses of the tier
 _EPOCH_USES = 512  # how finely the ages of waiting chunks are known when the history is summed up
 _FIRST_FIT_USES, _FIT_USES = 1024, 16384  # when densities are computed first, and how rarely at last
 _KEPT_HISTORY = 0.9  # of the history at each time: the last 160,000 uses count, so that habits may change
 _PRIOR_CHUNKS = 32.0  # a kind of which little is known is taken for an ordinary one
+_LASTING_CHUNKS = 8.0  # of each kind are taken never to return, lest a few old ones that did make all old ones dear
 _GHOSTS_PER_CHUNK = 4
 
 
@@ -33,6 +34,7 @@ def age_bucket(uses: int) -> int:
     return min(4 * (octave - 1) + ((uses >> (octave - 2)) & 3), _AGES - 1)
 
 
+_AGE_BUCKETS = tuple(map(age_bucket, range(1 << 14)))  # of most ages, looked up
 _BUCKET_STARTS = np.array([0, 1, 2, 3, *((4 + i % 4) << (i // 4) for i in range(_AGES - 4))], dtype=np.float64)
 _BUCKET_WIDTHS = np.append(np.diff(_BUCKET_STARTS), _BUCKET_STARTS[-1] / 4)
 
@@ -62,17 +64,16 @@ def hit_density(hits: Floats, ends: Floats) -> Floats:
     return best[:, :-1]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Record:
-    """What is known of a chunk, held or evicted."""
+    """What is known of a chunk, held or evicted; `place` among the leaves, or -1."""
 
+    key: ChunkKey
     used_at: int
     uses: int = 1
     continued: bool = False
-
-    @property
-    def kind(self) -> int:
-        return 2 * min(self.uses, _USES) - 2 + self.continued
+    kind: int = 0
+    place: int = -1
 
 
 class HitDensity:
@@ -107,8 +108,7 @@ class HitDensity:
         self._chains = Chains()
         self._held: dict[ChunkKey, _Record] = {}
         self._ghosts: OrderedDict[ChunkKey, _Record] = OrderedDict()
-        self._leaves: list[ChunkKey] = []
-        self._place: dict[ChunkKey, int] = {}
+        self._leaves: list[_Record] = []
         self._waiting: Counter[tuple[int, int]] = Counter()  # records by kind and epoch of their last use
         self._hits, self._ends = np.zeros((2, 2 * _USES, _AGES))
         self._density: list[list[float]] = np.zeros((2 * _USES, _AGES)).tolist()
@@ -125,15 +125,15 @@ class HitDensity:
         record = self._ghosts.pop(key, None)
         if record is None:
             self._clock += 1
-            record = _Record(self._clock)
+            record = _Record(key, self._clock)
             self._await(record)
         else:
             self._used(record)
         self._held[key] = record
         self._chains.add(key, after)
-        self._update_leaf(key)
-        if after is not None:
-            self._update_leaf(after)
+        self._update_leaf(record)
+        if parent is not None:
+            self._update_leaf(parent)
         if self._clock >= self._fit_at:
             self._fit()
 
@@ -143,9 +143,9 @@ class HitDensity:
     def remove(self, key: ChunkKey, *, evicted: bool = False) -> None:
         record = self._held.pop(key)
         after = self._chains.remove(key)
-        self._update_leaf(key)
-        if after is not None:
-            self._update_leaf(after)
+        self._update_leaf(record)
+        if after in self._held:
+            self._update_leaf(self._held[after])
         if not evicted:
             self._forget(record)
             return
@@ -157,19 +157,23 @@ class HitDensity:
 
     def victim(self, may_go: Callable[[ChunkKey], bool]) -> ChunkKey | None:
         if len(self._leaves) > self._samples:
-            draw, count = self._random.random, len(self._leaves)
-            sample = [self._leaves[int(draw() * count)] for _ in range(self._samples)]
-            worst: ChunkKey | None = min(sample, key=self._rank)
-            if worst is not None and not may_go(worst):  # rarely, so that one question is enough
-                worst = min(filter(may_go, sample), key=self._rank, default=None)
+            draw, leaves, count = self._random.random, self._leaves, len(self._leaves)
+            sample = [leaves[int(draw() * count)] for _ in range(self._samples)]
+            worst = min(sample, key=self._rank)
+            if not may_go(worst.key):  # rarely, so that one question is enough
+                worst = self._worst(sample, may_go)
             if worst is not None:
-                return worst
-        worst = min(filter(may_go, self._leaves), key=self._rank, default=None)
-        return worst or min(filter(may_go, self._held), key=self._rank, default=None)
+                return worst.key
+        worst = self._worst(self._leaves, may_go) or self._worst(self._held.values(), may_go)
+        return None if worst is None else worst.key
 
-    def _rank(self, key: ChunkKey) -> tuple[float, int]:
-        record = self._held[key]
-        return self._density[record.kind][age_bucket(self._clock - record.used_at)], record.used_at
+    def _worst(self, records: Iterable[_Record], may_go: Callable[[ChunkKey], bool]) -> _Record | None:
+        return min((record for record in records if may_go(record.key)), key=self._rank, default=None)
+
+    def _rank(self, record: _Record) -> tuple[float, int]:
+        age = self._clock - record.used_at
+        bucket = _AGE_BUCKETS[age] if age < len(_AGE_BUCKETS) else age_bucket(age)
+        return self._density[record.kind][bucket], record.used_at
 
     def _used(self, record: _Record) -> None:
         self._clock += 1
@@ -180,6 +184,7 @@ class HitDensity:
         self._await(record)
 
     def _await(self, record: _Record) -> None:
+        record.kind = 2 * min(record.uses, _USES) - 2 + record.continued
         self._waiting[record.kind, record.used_at // _EPOCH_USES] += 1
 
     def _forget(self, record: _Record) -> None:
@@ -188,16 +193,17 @@ class HitDensity:
         if not self._waiting[slot]:
             del self._waiting[slot]
 
-    def _update_leaf(self, key: ChunkKey) -> None:
-        is_leaf, listed = key in self._held and self._chains.is_leaf(key), key in self._place
+    def _update_leaf(self, record: _Record) -> None:
+        is_leaf, listed = record.key in self._held and self._chains.is_leaf(record.key), record.place >= 0
         if is_leaf and not listed:
-            self._place[key] = len(self._leaves)
-            self._leaves.append(key)
+            record.place = len(self._leaves)
+            self._leaves.append(record)
         elif listed and not is_leaf:
-            place, last = self._place.pop(key), self._leaves.pop()
-            if last != key:
-                self._leaves[place] = last
-                self._place[last] = place
+            last = self._leaves.pop()
+            if last is not record:
+                self._leaves[record.place] = last
+                last.place = record.place
+            record.place = -1
 
     def _fit(self) -> None:
         """Densities anew; old history fades."""
@@ -206,7 +212,9 @@ class HitDensity:
             ends[kind, age_bucket(max(0, self._clock - epoch * _EPOCH_USES))] += count
         all_hits, all_ends = self._hits.sum(0), ends.sum(0)
         weight = _PRIOR_CHUNKS / max(1.0, float(all_hits.sum() + all_ends.sum()))
-        self._density = hit_density(self._hits + weight * all_hits, ends + weight * all_ends).tolist()
+        ends += weight * all_ends
+        ends[:, -1] += _LASTING_CHUNKS
+        self._density = hit_density(self._hits + weight * all_hits, ends).tolist()
         self._hits *= _KEPT_HISTORY
         self._ends *= _KEPT_HISTORY
         self._fit_at = self._clock + min(self._clock, _FIT_USES)

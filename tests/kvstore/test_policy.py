@@ -137,7 +137,6 @@ def test_density_learns_a_loop_that_defeats_lru() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_density_forgets_when_habits_change() -> None:
     """First what was used once never returns and the rest does; then it is the other way round."""
     draw = random.Random(1)
@@ -159,6 +158,17 @@ def test_density_is_never_far_below_lru_where_lru_is_right() -> None:
     assert hits_of(HitDensity(), references, 200) > 0.97 * hits_of(LRU(), references, 200) > 5000
 
 
+def test_few_old_returns_do_not_make_all_old_chunks_dear() -> None:
+    """One of a thousand chunks came back very late: no reason to keep every old chunk rather than fresh ones."""
+    policy = HitDensity()
+    policy._hits[0, age_bucket(600)] += 50
+    policy._ends[0, age_bucket(2000)] += 950
+    policy._hits[0, age_bucket(5000)] += 1
+    policy._fit()
+    young, late = policy._density[0][age_bucket(1)], policy._density[0][age_bucket(4096)]
+    assert 0 < late < 2 * young < 2 * 50 / (1000 * 400)
+
+
 def test_density_memory_is_bounded() -> None:
     policy = HitDensity()
     for n in range(3000):
@@ -166,7 +176,8 @@ def test_density_memory_is_bounded() -> None:
         if n >= 50:
             evict(policy)
     assert len(policy._ghosts) <= 4 * (50 + 1) and sum(policy._waiting.values()) == 50 + len(policy._ghosts)
-    assert len(policy._leaves) == len(policy._place) == len(policy._held) == 50
+    assert len(policy._leaves) == len(policy._held) == 50
+    assert [record.place for record in policy._leaves] == list(range(50))
 
 
 def test_equal_calls_give_equal_victims() -> None:

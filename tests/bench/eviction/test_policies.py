@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvloom.bench.eviction.policies import GDSF, PGDSF, S3FIFO, SIMULATED_POLICIES
+from kvloom.bench.eviction.policies import GDSF, PGDSF, S3FIFO, SIMULATED_POLICIES, PrefixARC
 from kvloom.core import ChunkKey
 from kvloom.kvstore.eviction.policy import POLICIES, EvictionPolicy
 from kvloom.testing import PolicyContract, make_key
@@ -22,12 +22,16 @@ class TestGDSF(PolicyContract):
     make_policy = GDSF
 
 
+class TestPrefixARC(PolicyContract):
+    make_policy = PrefixARC
+
+
 class TestPGDSF(PolicyContract):
     make_policy = PGDSF
 
 
 def test_every_policy_has_its_contract_tested() -> None:
-    assert set(SIMULATED_POLICIES.values()) - set(POLICIES.values()) == {S3FIFO, GDSF, PGDSF}
+    assert set(SIMULATED_POLICIES.values()) - set(POLICIES.values()) == {S3FIFO, GDSF, PGDSF, PrefixARC}
 
 
 class NaiveGDSF:
@@ -77,6 +81,58 @@ class NaivePGDSF(NaiveGDSF):
     def victim(self, may_go: MayGo) -> ChunkKey | None:
         leaf = super().victim(lambda key: may_go(key) and key not in self.after.values())
         return leaf or super().victim(may_go)
+
+
+class NaivePrefixARC:
+    """Lists of keys, least recently used first, and of keys gone, oldest first."""
+
+    def __init__(self) -> None:
+        self.lists: tuple[list[ChunkKey], list[ChunkKey]] = ([], [])
+        self.gone: tuple[list[ChunkKey], list[ChunkKey]] = ([], [])
+        self.after: dict[ChunkKey, ChunkKey | None] = {}
+        self.time: list[ChunkKey] = []
+        self.share = 0.0
+
+    def add(self, key: ChunkKey, nbytes: int, after: ChunkKey | None, recompute_s: float | None) -> None:
+        if key in self.after:
+            self.touch(key)
+            return
+        once, again = map(len, self.gone)
+        which = 1 if key in self.gone[0] + self.gone[1] else 0
+        if key in self.gone[0]:
+            self.share = min(len(self.after) + 1, self.share + max(1, again / once))
+            self.gone[0].remove(key)
+        elif key in self.gone[1]:
+            self.share = max(0, self.share - max(1, once / again))
+            self.gone[1].remove(key)
+        self.after[key] = after
+        self.lists[which].append(key)
+        self.time.append(key)
+
+    def touch(self, key: ChunkKey) -> None:
+        self._drop(key)
+        self.lists[1].append(key)
+        self.time.append(key)
+
+    def remove(self, key: ChunkKey, *, evicted: bool) -> None:
+        which = self._drop(key)
+        del self.after[key]
+        if evicted:
+            self.gone[which].append(key)
+        for gone in self.gone:
+            del gone[: max(0, len(gone) - len(self.after) - 1)]
+
+    def victim(self, may_go: MayGo) -> ChunkKey | None:
+        once, again = self.lists
+        ordered = once + again if len(once) > self.share else again + once
+        leaves = [key for key in ordered if may_go(key) and key not in self.after.values()]
+        return next(iter([*leaves, *filter(may_go, self.time)]), None)
+
+    def _drop(self, key: ChunkKey) -> int:
+        which = 0 if key in self.lists[0] else 1
+        self.lists[which].remove(key)
+        self.time.remove(key)
+        return which
 
 
 class NaiveS3FIFO:
@@ -135,6 +191,7 @@ class NaiveS3FIFO:
 PAIRS: dict[str, tuple[Callable[[], EvictionPolicy], Callable[[], object]]] = {
     "gdsf": (GDSF, NaiveGDSF),
     "pgdsf": (PGDSF, NaivePGDSF),
+    "prefix-arc": (PrefixARC, NaivePrefixARC),
     "s3-fifo": (S3FIFO, NaiveS3FIFO),
 }
 
