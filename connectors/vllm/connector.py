@@ -74,7 +74,7 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
     ------
     ValueError : a setting is unknown, out of its range, or contradicts another one.
     EngineError : this engine's cache cannot be served exactly: KV cache groups of other kinds than full, windowed and
-        chunked local attention, quantised caches, pipeline or context parallelism, a draft model.
+        chunked local attention, quantised caches, context parallelism, a draft model.
     """
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
@@ -217,7 +217,7 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
     def get_kv_connector_stats(self) -> KVLoomStats | None:
         counts: dict[str, float] = {}
         if self.worker is not None and (counts := self.worker.transfers.take_counts()):
-            if self.worker.info.spec.shard[0]:  # tokens are the same on every rank, faults are not
+            if self.worker.transfers.rank:  # tokens are the same on every rank, faults are not
                 counts = {name: count for name, count in counts.items() if name in FAULTS}
         elif self.scheduler_half is not None:
             counts = self.scheduler_half.take_counts()

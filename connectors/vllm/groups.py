@@ -12,7 +12,7 @@ from ..serving.groups import GroupShape
 T = TypeVar("T")
 
 _KINDS = {
-    "MLAAttentionSpec": "its cache is latent (MLA)",
+    "SlidingWindowMLASpec": "its latent cache (MLA) has windows",
     "MambaSpec": "it has recurrent states",
     "UniformTypeKVCacheSpecs": "its layers differ in the size of their heads",
 }
@@ -26,10 +26,12 @@ class EngineGroups:
     ----------
     shapes : of the groups in kvloom's order, those of full attention first.
     numbers : vLLM's number of each.
+    is_latent : whether the cache keeps latents (MLA).
     """
 
     shapes: tuple[GroupShape, ...]
     numbers: tuple[int, ...]
+    is_latent: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -50,7 +52,7 @@ def groups_of(kv_cache_config: Any) -> EngineGroups:
     """
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
     kinds = [type(spec).__name__ for spec in specs]  # subclasses keep other tokens than what they are derived from
-    served = {"FullAttentionSpec", "SlidingWindowSpec", "ChunkedLocalAttentionSpec"}
+    served = {"FullAttentionSpec", "MLAAttentionSpec", "SlidingWindowSpec", "ChunkedLocalAttentionSpec"}
     if not kinds or not set(kinds) <= served:
         others = [kind for kind in dict.fromkeys(kinds) if kind not in served]
         reasons = " and ".join(_KINDS.get(kind, f"it has a cache of kind {kind}") for kind in others)
@@ -58,9 +60,20 @@ def groups_of(kv_cache_config: Any) -> EngineGroups:
             f"kvloom cannot serve this engine exactly: its KV cache groups are {', '.join(sorted(set(kinds)))}: "
             f"{reasons or 'it has no KV cache'}, which kvloom does not store; leave the connector out"
         )
+    if any(getattr(spec, "tokens_per_state", 1) != 1 for spec in specs):
+        raise EngineError(
+            "kvloom cannot serve this engine exactly: its cache keeps one state for several tokens; leave the "
+            "connector out"
+        )
+    if "MLAAttentionSpec" in kinds and len(kinds) > 1:
+        raise EngineError(
+            f"kvloom cannot serve this engine exactly: it has latents (MLA) beside other KV cache groups "
+            f"({', '.join(sorted(set(kinds)))}); leave the connector out"
+        )
     shapes = [_shape(spec) for spec in specs]
     numbers = sorted(range(len(shapes)), key=lambda number: not shapes[number].is_full)
-    return EngineGroups(tuple(shapes[number] for number in numbers), tuple(numbers))
+    is_latent = "MLAAttentionSpec" in kinds
+    return EngineGroups(tuple(shapes[number] for number in numbers), tuple(numbers), is_latent)
 
 
 def _shape(spec: Any) -> GroupShape:

@@ -66,7 +66,7 @@ class SchedulerHalf:
         self._settings = settings
         self._groups = groups
         self._block_tokens = block_tokens = groups.shapes[0].block_tokens
-        self._ranks = int(vllm_config.parallel_config.tensor_parallel_size)
+        self._ranks = ranks_of(vllm_config)
         self._worker_here = worker_here
         self._may_load, self._may_save = bool(transfer.is_kv_consumer), bool(transfer.is_kv_producer)
         self._adapter_variant = adapter_variant(vllm_config)
@@ -279,6 +279,12 @@ class SchedulerHalf:
         if self._refused:
             counts["refused_requests"], self._refused = self._refused, 0
         return counts
+
+
+def ranks_of(vllm_config: Any) -> int:
+    """Workers of an engine: as many as hold the heads, in each stage of its layers."""
+    parallel = vllm_config.parallel_config
+    return int(parallel.tensor_parallel_size) * int(parallel.pipeline_parallel_size)
 
 
 def publishes_events(vllm_config: Any) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...core import KVSpec, RopeSpec
@@ -29,7 +30,7 @@ from .groups import EngineGroups, groups_of
 from .identity import agreed_name, engine_name, engine_rope
 from .paged_layers import PagedLayers
 from .retrieval.settings import RetrievalSettings
-from .scheduler_half import publishes_events
+from .scheduler_half import publishes_events, ranks_of
 
 _LOG = logging.getLogger("kvloom")
 
@@ -53,31 +54,56 @@ def open_worker(settings: ServingSettings, token: str, vllm_config: Any, kv_cach
     groups = groups_of(kv_cache_config)
     members = [_members(vllm_config, kv_cache_config.kv_cache_groups[number]) for number in groups.numbers]
     layers = members[0]
+    stage, stages = _pipeline_stage(), int(vllm_config.parallel_config.pipeline_parallel_size)
+    if stages > 1 and not all(members):
+        raise EngineError(
+            f"stage {stage} of {stages} has no layer of one of this engine's KV cache groups, and kvloom needs some of "
+            "each in every stage: choose another --pipeline-parallel-size or VLLM_PP_LAYER_PARTITION, or leave the "
+            "connector out"
+        )
     _expect_retrieval_is_read(vllm_config, groups, layers)
-    caches = [PagedLayers(each, shape.block_tokens) for each, shape in zip(members, groups.shapes, strict=True)]
+    computes = vllm_config.model_config.dtype
+    caches = [
+        PagedLayers(each, shape.block_tokens, computes) for each, shape in zip(members, groups.shapes, strict=True)
+    ]
     cache = caches[0]
-    rank, ranks = _tensor_parallel_rank(), vllm_config.parallel_config.tensor_parallel_size
+    shard = (_tensor_parallel_rank(), int(vllm_config.parallel_config.tensor_parallel_size))
+    rank = stage * shard[1] + shard[0]
+    # Of a latent cache every rank has the whole. The first stores it where the others find it, or each for itself.
+    saves = not cache.is_latent or not shard[0] or (settings.disk_path is None and settings.remote_url is None)
     rope, why_not = None, None
-    try:
-        rope = engine_rope(vllm_config, layers, cache.head_dim)
-    except EngineError as exc:
-        why_not = str(exc)
+    if cache.is_latent:
+        why_not = "its cache is latent (MLA)"
+    elif cache.dtype == torch.uint8:
+        why_not = f"its cache is quantised ({layers[0].kv_cache_dtype})"
+    else:
+        try:
+            rope = engine_rope(vllm_config, layers, cache.head_dim)
+        except EngineError as exc:
+            why_not = str(exc)
     if not groups.is_plain:
         rope, why_not = None, "its layers are in groups, or have windows, and blocks of windows are taken back"
     model = _fusable_model(vllm_config, layers, why_not)
     records = QualityRecords.of(settings)
+    if cache.dtype == torch.uint8 and is_lossy(settings, records):
+        raise EngineError(
+            f"this engine's cache is quantised already ({layers[0].kv_cache_dtype}), and the codec of a tier would "
+            "round it once more: leave host_codec and disk_codec out, or give 'lossless'"
+        )
     name = agreed_name(vllm_config, layers, settings.model_id)
-    shard = (rank, ranks)
-    spec = _spec(engine_name(name, vllm_config, layers, rope, cache.dtype), cache, rope, shard)
+    if stages > 1:
+        name = with_state(name, stage=[layer.layer_name for layer in layers])
+    full_name = with_state(engine_name(name, vllm_config, layers, rope, cache.dtype), cache=cache.state())
+    spec = _spec(full_name, cache, rope, shard)
     pieces: list[CacheGroup] = []
     if not groups.is_plain:
         for paged, shape in zip(caches, groups.shapes, strict=True):
             group_name = engine_name(name, vllm_config, paged.layers, None, paged.dtype)
-            group_name = with_state(group_name, group=_group_state(paged.layers, shape))
+            group_name = with_state(group_name, group=_group_state(paged.layers, shape), cache=paged.state())
             pieces.append(CacheGroup(paged, _spec(group_name, paged, None, shard), shape))
         spec = pieces[0].spec
     method = records.fusion(spec, select=settings.fusion_select, check_layer=settings.check_layer)
-    store = open_store(settings, spec, records)
+    store = open_store(settings, spec, records, ranks=ranks_of(vllm_config))
     for piece in pieces[1:]:
         store.check_certificates(piece.spec)
     splits: tuple[HeadSplit, ...] = ()
@@ -96,6 +122,7 @@ def open_worker(settings: ServingSettings, token: str, vllm_config: Any, kv_cach
         reports_placement=publishes_events(vllm_config) and groups.is_plain,
         splits=splits,
         groups=pieces,
+        saves=saves,
     )
     adapters = None
     if vllm_config.lora_config is not None:
@@ -109,7 +136,7 @@ def open_worker(settings: ServingSettings, token: str, vllm_config: Any, kv_cach
             cache,
             slice_tokens=settings.fusion_slice_tokens,
             method=method,
-            sum_over_ranks=_sum_over_ranks if ranks > 1 else None,
+            sum_over_ranks=_sum_over_ranks if shard[1] > 1 else None,
             is_lossy=is_lossy(settings, records),
         )
     if fuser is not None and settings.fusion_ratio == "certified":
@@ -146,7 +173,7 @@ def _spec(name: str, cache: PagedLayers, rope: RopeSpec | None, shard: tuple[int
         dtype=cache.dtype,
         rope=rope,
         v_head_dim=None if cache.v_head_dim == cache.head_dim else cache.v_head_dim,
-        shard=shard,
+        shard=(0, 1) if cache.is_latent else shard,
     )
 
 
@@ -182,6 +209,8 @@ def _fusable_model(config: Any, layers: list[Any], why: str | None) -> Any:
         why = "it may have adapters, which its runner prepares for its own batches only"
     elif config.parallel_config.data_parallel_size > 1:
         why = "its ranks compute in step (data parallelism)"
+    elif config.parallel_config.pipeline_parallel_size > 1:
+        why = "its layers are in stages (pipeline parallelism), and a fusion computes all of them in one"
     elif config.speculative_config is not None:
         why = "it drafts tokens"
     elif config.model_config.is_multimodal_model or len(layers) < 2:
@@ -204,19 +233,29 @@ def expect_servable(settings: ServingSettings, vllm_config: Any, kv_cache_config
     """
     parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
     groups, why = groups_of(kv_cache_config), None
-    if parallel.pipeline_parallel_size > 1:
-        why = "it runs in stages; use --tensor-parallel-size instead of --pipeline-parallel-size"
-    elif parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         why = "it divides the context among ranks; use --tensor-parallel-size instead of context parallelism"
     elif speculative is not None and speculative.method not in ("ngram", "suffix"):
         why = f"it drafts with a model ({speculative.method}), whose KV kvloom does not store; use ngram or suffix"
     if why is not None:
         raise EngineError(f"kvloom cannot serve this engine exactly: {why}; or leave the connector out")
+    if groups.is_latent and _rotates_wrongly(vllm_config):
+        raise EngineError(
+            "vLLM's rotary kernel for processors gives latent attention (MLA) other keys with every batch: give "
+            '--compilation-config \'{"custom_ops": ["-rotary_embedding"]}\'; or leave the connector out'
+        )
     if settings.load_mode == "layerwise":
         if not groups.is_plain:
             raise EngineError(
                 "load_mode 'layerwise' needs one KV cache group of full attention: this engine's layers are in groups, "
                 "or have windows, and vLLM cannot take back a step for some blocks of them; use 'async'"
+            )
+        if groups.is_latent:
+            raise EngineError("load_mode 'layerwise' is not there for latent caches (MLA); use 'async'")
+        if parallel.pipeline_parallel_size > 1:
+            raise EngineError(
+                "load_mode 'layerwise' needs one stage: with --pipeline-parallel-size a stage has begun the next step "
+                "when another finds that KV was lost; use 'async'"
             )
         # vLLM 0.32 (issue 49250) goes on from tokens sampled of KV that was lost, where it plans ahead.
         if vllm_config.scheduler_config.async_scheduling:
@@ -232,6 +271,22 @@ def _tensor_parallel_rank() -> int:
     from vllm.distributed import get_tensor_model_parallel_rank
 
     return int(get_tensor_model_parallel_rank())
+
+
+def _rotates_wrongly(vllm_config: Any) -> bool:
+    """Whether keys of latent attention are rotated by the processors' kernel of vLLM 0.32.
+
+    It takes the rotated parts of heads to lie side by side. In latent attention they are slices of heads, so that it
+    rotates other numbers of other tokens.
+    """
+    is_cpu = vllm_config.device_config.device_type == "cpu"
+    return is_cpu and bool(vllm_config.compilation_config.is_custom_op_enabled("rotary_embedding"))
+
+
+def _pipeline_stage() -> int:
+    from vllm.distributed import get_pp_group
+
+    return int(get_pp_group().rank_in_group)
 
 
 def _sum_over_ranks(rows: Tensor) -> Tensor:

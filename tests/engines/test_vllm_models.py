@@ -12,19 +12,20 @@ pytest.importorskip(
     "vllm", reason="stock vLLM is not installed here; `make test-engines` runs this in its own environment"
 )
 
-from .groups.families import CASES
+from .groups.families import PLAIN
 from .support.engines import DECLINED, generate, make_model, prompts, start, tokens_of, usage
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=PLAIN)
 def llm(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
-    architecture, config, options = CASES[request.param]
-    if options.get("tensor_parallel_size", 1) > (os.cpu_count() or 1):
+    family = PLAIN[request.param]
+    if family.ranks > (os.cpu_count() or 1):
         pytest.skip("vLLM wants a core for each rank")
-    engine = start(make_model(tmp_path / "model", architecture, **config), {"fusion_slice_tokens": 100}, **options)
-    engine.fuses = "not fused" not in request.param
+    model = make_model(tmp_path / "model", family.architecture, **family.config)
+    engine = start(model, {"fusion_slice_tokens": 100}, **family.options)
+    engine.fuses = family.fuses
     yield engine
     engine.llm_engine.engine_core.shutdown()
 

@@ -1,4 +1,4 @@
-"""A tensor-parallel engine without a model: every rank has its heads of numbers that stand for KV.
+"""An engine of several ranks without a model: every rank has its heads and layers of numbers that stand for KV.
 
 The scheduler's half, the steps of each rank, its store and what moves chunks are kvloom's own. KV of a token is made of
 the token and all before it, so that a wrong head, block or token shows when a rank's cache is compared with the truth.
@@ -44,8 +44,8 @@ class Pages:
 
     block_tokens = BLOCK
 
-    def __init__(self, heads: int) -> None:
-        self.keys, self.values = torch.full((2, LAYERS, heads, BLOCKS * BLOCK, DIM), torch.nan)
+    def __init__(self, layers: int, heads: int) -> None:
+        self.keys, self.values = torch.full((2, layers, heads, BLOCKS * BLOCK, DIM), torch.nan)
 
     def read(self, blocks: Sequence[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
         slots = self.slots(blocks, start, stop)
@@ -64,7 +64,9 @@ class Pages:
 
 
 class Ranks:
-    """An engine of `size` ranks that share a folder with other engines.
+    """An engine of `size` ranks in each of `stages` that share a folder with other engines.
+
+    With `copies` every rank has all heads, as of latent caches, and the first of a stage stores them.
 
     Attributes
     ----------
@@ -72,17 +74,22 @@ class Ranks:
     computed : tokens of it that were computed.
     """
 
-    def __init__(self, folder: Path, size: int, heads: int, **settings: object) -> None:
+    def __init__(
+        self, folder: Path, size: int, heads: int, *, stages: int = 1, copies: bool = False, **settings: object
+    ) -> None:
         self.settings = ServingSettings.of(
             {"chunk_tokens": CHUNK, "disk_path": str(folder), "host_bytes": "1MiB", **settings}
         )
-        self.size, self.heads = size, heads
+        self.size, self.heads, self.stages, self.copies = size, heads, stages, copies
         self.pages: list[Pages] = []
         self.workers: list[Worker] = []
-        for rank in range(size):
-            first, last = heads_of(rank, size, heads)
-            spec = KVSpec("model", LAYERS, last - first, DIM, torch.float32, ROPE, shard=(rank, size))
-            pages = Pages(last - first)
+        for rank in range(size * stages):
+            layers, mine = self.part(rank)
+            name = "model" if stages == 1 else f"model+stage-{rank // size}"
+            shard = (0, 1) if copies else (rank % size, size)
+            counts = (layers.stop - layers.start, mine.stop - mine.start)
+            spec = KVSpec(name, *counts, DIM, torch.float32, ROPE, shard=shard)
+            pages = Pages(*counts)
             splits = splits_for(self.settings, spec, heads)
             transfers = Transfers(
                 open_store(self.settings, spec, QualityRecords.of(self.settings)),
@@ -93,6 +100,7 @@ class Ranks:
                 load_timeout_s=self.settings.load_timeout_s,
                 save_pending_bytes=1 << 24,
                 splits=splits,
+                saves=not copies or rank % size == 0,
             )
             loads = LayerLoads(
                 transfers.reader,
@@ -108,7 +116,7 @@ class Ranks:
             self.pages.append(pages)
             self.workers.append(Worker(WorkerInfo(spec, splits=splits), transfers, loads, numbers, None))
         self.steps = [Steps(worker) for worker in self.workers]
-        look_up = self.workers[0].transfers.look_up if size == 1 else None
+        look_up = self.workers[0].transfers.look_up if size * stages == 1 else None
         infos = [worker.info for worker in self.workers]
         self.planner = Planner(
             self.settings, [info.spec for info in infos], BLOCK, look_up, splits=[info.splits for info in infos]
@@ -117,6 +125,12 @@ class Ranks:
         self.computed = 0
         self._bad_blocks: set[int] = set()
         self._arrived: list[set[str]] = [set() for _ in infos]
+
+    def part(self, rank: int) -> tuple[slice, slice]:
+        """Layers and heads of a rank."""
+        stage, number = divmod(rank, self.size)
+        layers = slice(stage * LAYERS // self.stages, (stage + 1) * LAYERS // self.stages)
+        return layers, slice(*((0, self.heads) if self.copies else heads_of(number, self.size, self.heads)))
 
     def step(self, scheduled: Sequence[Scheduled] = (), compute: tuple[Sequence[int], int, int] | None = None) -> bool:
         """One step: what `compute` says (tokens, from, to) is computed; whether the load under way is over."""
@@ -138,8 +152,7 @@ class Ranks:
         return "r" in self.planner.arrived(everywhere)
 
     def _compute(self, rank: int, tokens: Sequence[int], start: int, stop: int) -> None:
-        first, last = heads_of(rank, self.size, self.heads)
-        keys, values = (each[:, first:last, start:stop] for each in truth(tokens[:stop], self.heads))
+        keys, values = (each[*self.part(rank), start:stop] for each in truth(tokens[:stop], self.heads))
         self.pages[rank].write(range(BLOCKS), start, keys, values)
 
     def ask(self, tokens: list[int], *, meanwhile: object = None, **options: Any) -> bool:
@@ -178,11 +191,10 @@ class Ranks:
     def is_right(self, tokens: list[int]) -> bool:
         keys, values = truth(tokens, self.heads)
         for rank, pages in enumerate(self.pages):
-            first, last = heads_of(rank, self.size, self.heads)
             slots = pages.slots(range(BLOCKS), 0, len(tokens))
-            if not torch.equal(pages.keys[:, :, slots], keys[:, first:last]):
+            if not torch.equal(pages.keys[:, :, slots], keys[self.part(rank)]):
                 return False
-            if not torch.equal(pages.values[:, :, slots], values[:, first:last]):
+            if not torch.equal(pages.values[:, :, slots], values[self.part(rank)]):
                 return False
         return True
 

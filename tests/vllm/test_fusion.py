@@ -116,7 +116,7 @@ class Passes:
         return (torch.arange(context_tokens) % 11 == 0).float().expand(2, -1)
 
     def _write(self, positions: Tensor, blocks: Sequence[int], layers: int) -> None:
-        from kvloom.connectors.vllm.paged_layers import write_layer
+        from kvloom.connectors.vllm.packings import write_layer
 
         for layer in range(layers):
             slots = self.cache.slots(blocks, positions)

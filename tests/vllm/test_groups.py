@@ -45,16 +45,22 @@ def test_groups_of_full_attention_come_first() -> None:
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
-        ("MLAAttentionSpec", "latent"),
         ("MambaSpec", "recurrent states"),
         ("UniformTypeKVCacheSpecs", "size of their heads"),
-        ("SlidingWindowMLASpec", "kind SlidingWindowMLASpec"),
+        ("SlidingWindowMLASpec", "latent cache .MLA. has windows"),
         ("RSWASpec", "kind RSWASpec"),
     ],
 )
 def test_other_kinds_are_refused(kind: str, why: str) -> None:
     with pytest.raises(EngineError, match=f"{kind}.*{why}.* leave the connector out"):
         groups_of(config(FULL, (kind, {})))
+
+
+def test_latents_are_full_attention() -> None:
+    groups = groups_of(config(("MLAAttentionSpec", {})))
+    assert groups.is_plain and groups.shapes == (GroupShape(16),)
+    with pytest.raises(EngineError, match="one state for several tokens; leave the connector out"):
+        groups_of(config(("MLAAttentionSpec", {"tokens_per_state": 4})))
 
 
 def test_an_engine_without_a_cache_is_refused() -> None:

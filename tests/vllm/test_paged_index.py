@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvloom.connectors.vllm.paged_layers import GATHERS, PACKINGS, find_packing, unpacked
+from kvloom.connectors.vllm.packings import GATHERS, PACKINGS, find_packing, unpacked
 from kvloom.connectors.vllm.retrieval import in_place
 from kvloom.connectors.vllm.retrieval.paged_index import PagedRetrieval
 from kvloom.connectors.vllm.retrieval.rows import DecodeRow, PromptPart, kept_queries, window_grid

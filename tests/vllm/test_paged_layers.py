@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvloom.connectors.vllm.paged_layers import PACKINGS, PagedLayers
+from kvloom.connectors.vllm.packings import PACKINGS
+from kvloom.connectors.vllm.paged_layers import PagedLayers
 from kvloom.errors import EngineError
 
 H, D, BLOCK = 2, 6, 8
@@ -168,11 +169,131 @@ def test_an_unknown_packing_is_refused() -> None:
         PagedLayers([make_layer("side by side"), make_layer("values first")], BLOCK)
 
 
-def test_a_quantised_cache_is_refused() -> None:
-    layer = make_layer("side by side")
-    layer.kv_cache = layer.kv_cache[..., :D].to(torch.uint8)
-    with pytest.raises(EngineError, match="caches of one shape that are not quantised"):
+class Rounding(Backend):
+    """Rounds what it is given to eight bits, as fp8 caches do."""
+
+    def __init__(self, packing: str, number: torch.dtype) -> None:
+        super().__init__(packing)
+        self.number = number
+
+    def do_kv_cache_update(self, layer: Any, keys: Tensor, values: Tensor, cache: Tensor, slots: Tensor) -> None:
+        assert keys.dtype == values.dtype == torch.bfloat16, "what the model computes"
+        rounded = [
+            (part.float() / scale).to(self.number).view(torch.uint8)
+            for part, scale in ((keys, layer._k_scale), (values, layer._v_scale))
+        ]
+        super().do_kv_cache_update(layer, *rounded, cache, slots)
+
+
+def make_rounding_layer(packing: str, kind: str, scale: float = 1.0, **options: int) -> SimpleNamespace:
+    layer = make_layer(packing, **options)
+    layer.kv_cache = torch.randint(256, layer.kv_cache.shape, dtype=torch.uint8)
+    layer.kv_cache_dtype = kind
+    for name in ("_k_scale", "_v_scale", "_q_scale", "_prob_scale"):
+        setattr(layer, name, torch.tensor(scale))
+        scale *= 1.5
+    layer.impl = Rounding(packing, torch.float8_e5m2 if kind.endswith("e5m2") else torch.float8_e4m3fn)
+    return layer
+
+
+@pytest.mark.parametrize("kernel_tokens", [BLOCK, BLOCK // 2])
+@pytest.mark.parametrize("scale", [1.0, 0.37])
+@pytest.mark.parametrize("kind", ["fp8", "fp8_e5m2"])
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_an_eight_bit_cache_is_read_and_written_as_its_bytes(
+    packing: str, kind: str, scale: float, kernel_tokens: int
+) -> None:
+    """All 256 of them, numbers that are none included; the backend, which would round them anew, writes nothing."""
+    layers = [make_rounding_layer(packing, kind, scale, kernel_tokens=kernel_tokens) for _ in range(2)]
+    before = [layer.kv_cache.clone() for layer in layers]
+    paged = PagedLayers(layers, BLOCK, torch.bfloat16)
+    assert all(torch.equal(layer.kv_cache, cache) for layer, cache in zip(layers, before, strict=True))
+    assert paged.dtype == torch.uint8
+    for layer in layers:
+        layer.impl.written_tokens = 0
+    keys, values = (torch.randint(256, (2, H, 29, D), dtype=torch.uint8) for _ in range(2))
+    paged.write([7, 2, 9, 4, 5], 5, keys, values)
+    assert all(torch.equal(*pair) for pair in zip(paged.read([7, 2, 9, 4, 5], 5, 34), (keys, values), strict=True))
+    assert not any(layer.impl.written_tokens for layer in layers)
+    for layer, cache in zip(layers, before, strict=True):
+        kernel = [b * (BLOCK // kernel_tokens) + i for b in (0, 1, 3, 6, 8) for i in range(BLOCK // kernel_tokens)]
+        assert torch.equal(layer.kv_cache[kernel], cache[kernel])
+
+
+def test_scales_and_kinds_of_eight_bits_are_part_of_the_name() -> None:
+    states = [
+        PagedLayers([make_rounding_layer("side by side", kind, scale)], BLOCK, torch.bfloat16).state()
+        for kind, scale in (("fp8", 1.0), ("fp8_e4m3", 1.0), ("fp8_e5m2", 1.0), ("fp8", 0.5))
+    ]
+    assert states[0] == states[1] and states[0] not in states[2:] and states[2] != states[3]
+    assert PagedLayers([make_layer("side by side")], BLOCK).state() == {}
+
+
+@pytest.mark.parametrize("kind", ["fp8_per_token_head", "nvfp4", "fp8_ds_mla"])
+def test_other_quantised_caches_are_refused(kind: str) -> None:
+    with pytest.raises(EngineError, match=rf"keeps KV as {kind}.*--kv-cache-dtype fp8 or auto"):
+        PagedLayers([make_rounding_layer("side by side", kind)], BLOCK)
+    layer = make_rounding_layer("side by side", kind)
+    layer.kv_cache = layer.kv_cache[..., :D]
+    with pytest.raises(EngineError, match="as they are computed or as fp8"):
         PagedLayers([layer], BLOCK)
+
+
+def test_a_scale_for_each_head_is_refused() -> None:
+    layer = make_rounding_layer("side by side", "fp8")
+    layer._k_scale = torch.ones(H)
+    with pytest.raises(EngineError, match=f"fp8 with {H} scales"):
+        PagedLayers([layer], BLOCK)
+
+
+def test_eight_bits_that_only_the_backend_may_write_are_refused() -> None:
+    layer = make_rounding_layer("side by side", "fp8")
+    layer.impl.retrieving = None
+    with pytest.raises(EngineError, match=r"does not let kvloom write the bytes.*--kv-cache-dtype auto"):
+        PagedLayers([layer], BLOCK, torch.bfloat16)
+
+
+class Latent:
+    """Writes a latent and rotated channels side by side, as backends of latent attention do."""
+
+    def do_kv_cache_update(
+        self, latent: Tensor, rotated: Tensor, cache: Tensor, slots: Tensor, kind: str, scale: Tensor
+    ) -> None:
+        assert rotated.shape[1] == 1 and cache.ndim == 3 and kind == "auto"
+        cache.view(-1, cache.shape[2])[slots] = torch.cat((latent, rotated[:, 0]), dim=1)
+
+
+def make_latent_layer() -> SimpleNamespace:
+    """Of 6 + 2 numbers a token; without heads, and without values, whatever size the model's values have."""
+    return SimpleNamespace(
+        layer_name="model.layers.0.self_attn.attn",
+        num_kv_heads=1,
+        head_size=8,
+        v_head_dim=5,
+        kv_lora_rank=6,
+        kv_cache=torch.randn(12, BLOCK, 8),
+        kv_cache_dtype="auto",
+        _k_scale=torch.tensor(1.0),
+        impl=Latent(),
+    )
+
+
+@pytest.mark.parametrize("span", [(0, 32), (5, 29)], ids=str)
+def test_latents_are_keys_of_one_head_without_values(span: tuple[int, int]) -> None:
+    layers = [make_latent_layer() for _ in range(2)]
+    before = [layer.kv_cache.clone() for layer in layers]
+    paged = PagedLayers(layers, BLOCK)
+    assert (paged.num_kv_heads, paged.head_dim, paged.v_head_dim) == (1, 8, 0)
+    assert paged.state() == {"latent": 6}
+    keys = torch.randn(2, 1, span[1] - span[0], 8)
+    paged.write([7, 2, 9, 4], span[0], keys, keys[..., :0])
+    read_keys, read_values = paged.read([7, 2, 9, 4], *span)
+    assert torch.equal(read_keys, keys) and read_values.shape == (2, 1, len(keys[0, 0]), 0)
+    for index, (layer, cache) in enumerate(zip(layers, before, strict=True)):
+        rows, old = (each[[7, 2, 9, 4]].flatten(0, 1) for each in (layer.kv_cache, cache))
+        assert torch.equal(rows[slice(*span)], keys[index, 0])
+        assert torch.equal(rows[: span[0]], old[: span[0]]) and torch.equal(rows[span[1] :], old[span[1] :])
+        assert torch.equal(layer.kv_cache[[0, 1, 3, 5]], cache[[0, 1, 3, 5]])
 
 
 def test_layers_that_differ_in_shape_are_refused() -> None:

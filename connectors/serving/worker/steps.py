@@ -64,7 +64,7 @@ class Steps:
         report.number = plan.number
         self._lost = set()
         if plan.introduce:
-            report.workers[worker.info.spec.shard[0]] = worker.info
+            report.workers[worker.transfers.rank] = worker.info
         if plan.is_reset:
             worker.transfers.drop_pending_saves()
         for number in plan.released:

@@ -47,8 +47,12 @@ class QualityRecords:
         return found or FusionMethod(1.0, select or "deviation", check_layer or 2)
 
 
-def open_store(settings: StoreSettings, spec: KVSpec, papers: QualityRecords) -> KVStore:
+def open_store(settings: StoreSettings, spec: KVSpec, papers: QualityRecords, *, ranks: int | None = None) -> KVStore:
     """One rank's store.
+
+    Parameters
+    ----------
+    ranks : of the engine, which share `host_bytes`; None for those that share the heads.
 
     Raises
     ------
@@ -61,7 +65,7 @@ def open_store(settings: StoreSettings, spec: KVSpec, papers: QualityRecords) ->
         papers.profile.check_serves(spec)
     codecs = _codecs(settings, papers)
     store = KVStore(
-        open_tiers(settings, shards=spec.shard[1]),
+        open_tiers(settings, shards=ranks or spec.shard[1]),
         tier_codecs=codecs,
         codecs=_readable_codecs(),
         certificates=papers.certificates,

@@ -43,11 +43,13 @@ class Transfers:
     ----------
     store : owned, closed by `close`.
     cache : the engine's.
-    spec, rank : of this worker.
+    spec : of this worker.
+    rank : its number among those of the engine, in all stages.
     splits : where else its heads may be stored, see `WorkerInfo`.
     chunk_tokens, load_timeout_s, save_pending_bytes : see `ServingSettings`.
     reports_placement : whether `take_placement_changes` is called, for KV events.
     groups : of an engine that has several, or windows; `cache` and `spec` are those of the first.
+    saves : whether this worker stores; not if another one has the same and stores it where this one finds it.
     """
 
     def __init__(
@@ -63,14 +65,16 @@ class Transfers:
         reports_placement: bool = False,
         splits: Sequence[HeadSplit] = (),
         groups: Sequence[CacheGroup] = (),
+        saves: bool = True,
     ) -> None:
         self.store = store
         self.reader = HeadReader(store, spec, splits, count=self.count)
         self.offers = Offers(self.reader)
         self._cache = cache
         self._spec = spec
-        self._rank = rank
+        self.rank = rank
         self._groups = tuple(groups)
+        self._saves_here = saves
         self._chunk_tokens = chunk_tokens
         self._load_timeout_s = load_timeout_s
         self._save_pending_bytes = save_pending_bytes
@@ -90,15 +94,15 @@ class Transfers:
 
     def look_up(self, lookup: LookUp) -> FoundTiers:
         """Tiers of the leading chunks that are stored; they are an offer, see `LookUp`."""
-        keys, others = lookup.keys[self._rank], lookup.others_of(self._rank)
+        keys, others = lookup.keys[self.rank], lookup.others_of(self.rank)
         found: FoundTiers = ()
         try:
             self.offers.release(lookup.replaces)
             if self._groups:
                 found = self.offers.make(
                     lookup.number,
-                    all_keys(lookup, self._rank),
-                    find=lambda: find_pieces(self.store, lookup, self._rank, self._groups, self._chunk_tokens),
+                    all_keys(lookup, self.rank),
+                    find=lambda: find_pieces(self.store, lookup, self.rank, self._groups, self._chunk_tokens),
                 )
             else:
                 found = self.offers.make(lookup.number, keys, others)
@@ -124,7 +128,7 @@ class Transfers:
     def load(self, load: Load) -> None:
         """Begin a load; `arrivals` gives its outcome."""
         begun_s = time.monotonic()
-        keys, others = all_keys(load, self._rank), load.others_of(self._rank)
+        keys, others = all_keys(load, self.rank), load.others_of(self.rank)
         if not self.offers.take(load.lookup, keys, self._load_timeout_s, others):
             self.count({"errors": 1})
         fetch = self._fetch_pieces if self._groups else self._fetch
@@ -173,7 +177,7 @@ class Transfers:
         cost = RecomputeCost()
         done, nbytes = load.start, 0
         with PendingWrites(self._cache, self._writer) as writes:
-            for index, (key, other) in enumerate(load.chunks_of(self._rank)):
+            for index, (key, other) in enumerate(load.chunks_of(self.rank)):
                 first = load.first + index * self._chunk_tokens
                 start, stop = max(first, load.start), min(first + self._chunk_tokens, load.stop)
                 hit = self._read(load.request_id, key, other, begun_s)
@@ -203,7 +207,7 @@ class Transfers:
         nbytes, is_lost = 0, len(load.further) + 1 < len(self._groups)
         with ExitStack() as stack:
             for group, part in zip(self._groups, (load, *load.further), strict=False):
-                reader = PieceReader(part, group, self._rank, self._chunk_tokens)
+                reader = PieceReader(part, group, self.rank, self._chunk_tokens)
                 writes = stack.enter_context(PendingWrites(group.cache, self._writer))
                 for hit, start, here in reader.hits(lambda key: self._read(load.request_id, key, (), begun_s)):
                     keys, values = hit.chunk.keys[:, :, here], hit.chunk.values[:, :, here]
@@ -252,7 +256,7 @@ class Transfers:
                 hit = None
                 if remaining_s > 0 and start < stop:
                     positions = torch.arange(document.start, document.stop)
-                    key, other = document.keys[self._rank], document.others_of(self._rank)
+                    key, other = document.keys[self.rank], document.others_of(self.rank)
                     hit = self.reader.read(key, other, positions, timeout_s=remaining_s)
                 count = document.stop - document.start
                 if hit is None or not fits(hit.chunk, self._spec, count, document.start):
@@ -271,8 +275,10 @@ class Transfers:
     @torch.no_grad()
     def save(self, save: Save) -> None:
         """Copy the KV out of its blocks now and store it later; nothing if it is stored or about to be."""
+        if not self._saves_here:
+            return
         self._forget_done_saves()
-        key = save.keys[self._rank]
+        key = save.keys[self.rank]
         try:
             is_stored = key in self._saves or key in self.store
         except Exception:  # noqa: BLE001 - as in `look_up`
@@ -300,7 +306,7 @@ class Transfers:
             ready.record()
         positions = torch.arange(save.start, save.start + count)
         chunk = KVChunk(spec, torch.from_numpy(save.token_ids), positions, keys, values)
-        after = None if save.after is None else save.after[self._rank]
+        after = None if save.after is None else save.after[self.rank]
         put = self._saver.submit(self._put, key, chunk, after, save.recompute_s, ready)
         self._saves[key] = (nbytes, put)
 

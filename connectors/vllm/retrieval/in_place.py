@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ....retrieval.attention import PartialAttention
 from ....retrieval.kernels.ops import compiled_for_cpu
-from ..paged_layers import Packing
+from ..packings import Packing
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -26,7 +26,7 @@ from ....retrieval.coverage import covering
 from ....retrieval.growable import GrowableTensor
 from ....retrieval.selector import LayerShape, LearnsFromQueries, Selection, choose
 from ....retrieval.settings import Retrieval
-from ..paged_layers import GATHERS, Packing, unpacked
+from ..packings import GATHERS, Packing, unpacked
 from .in_place import rows_in_place
 from .rows import BlockKernel, DecodeRow, PromptPart, RowWrites, virtual_rows, window_grid
 

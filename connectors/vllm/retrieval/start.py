@@ -16,7 +16,7 @@ from ....retrieval.selector import LayerShape, LearnsFromQueries
 from ....retrieval.settings import Retrieval, require_certificate
 from ...break_even import NEVER, crossing, median_s
 from ..identity import agreed_name, engine_name, engine_rope
-from ..paged_layers import Packing, find_packing
+from ..packings import Packing, find_packing
 from .paged_index import PagedRetrieval
 from .rows import DecodeRow, PromptPart
 from .settings import RetrievalSettings

@@ -1,4 +1,4 @@
-"""Models of several KV cache groups, or windows, in stock vLLM with its defaults: equal tokens whatever happens.
+"""Models with windows, latents and eight-bit caches in stock vLLM with its defaults: equal tokens whatever happens.
 
 One engine for each family, which answers the same prompts computed, stored, loaded, with losses,
 preempted, aborted; then no block is held any more.
@@ -14,8 +14,10 @@ pytest.importorskip(
     "vllm", reason="stock vLLM is not installed here; `make test-engines` runs this in its own environment"
 )
 
+from kvloom.bench.vllm.families import WINDOW
+
 from ..support.engines import CHUNK, DECLINED, generate, make_model, prompts, sampling, start, tokens_of, usage
-from .families import FAMILIES, WINDOW
+from .families import PRESSED
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -24,14 +26,15 @@ LENGTHS = (*BORDERS, 300, 257, 420, 38, 333)
 PREEMPTED = 8  # long answers at once, more than fit
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=PRESSED)
 def llm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    family, folder = FAMILIES[request.param], tmp_path_factory.mktemp("family")
+    family, folder = PRESSED[request.param], tmp_path_factory.mktemp("family")
     engine = start(
         make_model(folder / "model", family.architecture, **family.config),
         {"host_bytes": "256MiB", "disk_path": str(folder / "disk")},
         enable_prefix_caching=True,
         num_gpu_blocks_override=family.blocks,
+        **family.options,
     )
     engine.family = family
     yield engine
@@ -65,19 +68,25 @@ def forget(llm: Any) -> None:
     assert llm.reset_prefix_cache()
 
 
-def reach(length: int) -> int:
-    return length // CHUNK * CHUNK - (length % CHUNK == 0)
+def reach(llm: Any, length: int) -> int:
+    """Up to where a prompt of that length is loaded; where there are windows, not up to its last token."""
+    return length // CHUNK * CHUNK - (length % CHUNK == 0 and bool(transfers_of(llm)._groups))
 
 
 def loaded_of(llm: Any, length: int) -> int:
     """Tokens that the first group loads for a prompt of that length."""
-    stop = reach(length)
-    return stop - min(transfers_of(llm)._groups[0].shape.first_kept(stop), stop)
+    stop, groups = reach(llm, length), transfers_of(llm)._groups
+    return stop - min(groups[0].shape.first_kept(stop), stop) if groups else stop
+
+
+def kinds_of(transfers: Any) -> tuple[str, ...]:
+    kinds = dict.fromkeys(kind_of(group.shape) for group in transfers._groups)
+    return tuple(kinds) or ("latent" if transfers._cache.is_latent else "full",)
 
 
 def test_equal_tokens(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     transfers = transfers_of(llm)
-    assert tuple(dict.fromkeys(kind_of(group.shape) for group in transfers._groups)) == llm.family.groups
+    assert kinds_of(transfers) == llm.family.groups
     texts = prompts(5, LENGTHS)
     plain = tokens_of(generate(llm, texts, DECLINED))
     assert len({tuple(answer) for answer in plain}) == len(texts), "a model that says the same to all proves nothing"
@@ -88,11 +97,13 @@ def test_equal_tokens(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tokens_of(outputs) == plain
     assert [sum(usage(each)["loaded_tokens"].values()) for each in outputs] == [loaded_of(llm, n) for n in LENGTHS]
     forget(llm)
-    stop, before = reach(420), metric(llm, "kvloom_loaded_bytes")
+    stop, before = reach(llm, 420), metric(llm, "kvloom_loaded_bytes")
     generate(llm, [texts[LENGTHS.index(420)]], {"save": False}, tokens=1)
-    expected = sum((stop - group.shape.first_kept(stop)) * group.spec.token_bytes for group in transfers._groups)
+    parts = [(group.shape.first_kept(stop), group.spec) for group in transfers._groups] or [(0, transfers._spec)]
+    expected = sum((stop - first) * spec.token_bytes for first, spec in parts)
     assert metric(llm, "kvloom_loaded_bytes") - before == expected, "what windows keep, and no more"
-    assert expected < 0.8 * stop * sum(group.spec.token_bytes for group in transfers._groups)
+    if transfers._groups:
+        assert expected < 0.8 * stop * sum(spec.token_bytes for _, spec in parts)
 
     # Behind what vLLM has in its own cache, and behind a load, which is stored.
     forget(llm)

@@ -1,4 +1,4 @@
-"""An engine whose layers have windows finds what another one has left on disk; no other engine is in this process."""
+"""Engines with windows, latents or eight-bit caches find what another one has left on disk."""
 
 from pathlib import Path
 
@@ -9,17 +9,18 @@ pytest.importorskip(
 )
 
 from ..support.engines import generate, make_model, prompts, start, tokens_of, usage
-from .families import FAMILIES
+from .families import PRESSED
 from .test_families import transfers_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def test_another_engine_finds_what_the_first_has_left_on_disk(tmp_path: Path) -> None:
-    family = FAMILIES["Gemma 3"]
+@pytest.mark.parametrize("title", ["Gemma 3", "DeepSeek V2", "Llama, fp8 cache"])
+def test_another_engine_finds_what_the_first_has_left_on_disk(tmp_path: Path, title: str) -> None:
+    family = PRESSED[title]
     model, texts, plain = make_model(tmp_path / "model", family.architecture, **family.config), prompts(9, (300,)), []
     for loaded in ({}, {"disk": 256}):
-        engine = start(model, {"host_bytes": "64MiB", "disk_path": str(tmp_path / "disk")})
+        engine = start(model, {"host_bytes": "64MiB", "disk_path": str(tmp_path / "disk")}, **family.options)
         (output,) = generate(engine, texts)
         plain.append(tokens_of([output]))
         assert usage(output)["loaded_tokens"] == loaded

@@ -1,8 +1,4 @@
-"""Stock vLLM on a processor, with tiny random models in which context matters; as a script, an engine that is killed.
-
-A model with default initialisation says the same token whatever came before, so that equal tokens prove nothing. Here
-weights are scaled so that hidden states keep their size and attention is sharp.
-"""
+"""Stock vLLM on a processor, with tiny random models in which context matters; as a script, one that is killed."""
 
 import json
 import os
@@ -13,66 +9,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvloom.bench.vllm.families import VOCABULARY, make_tiny_model
+
+make_model = make_tiny_model
 SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
-VOCABULARY = 512
 CHUNK, BLOCK = 64, 32
 DECLINED = {"load": False, "save": False}
 
 
-def make_model(folder: Path, architecture: str = "llama", **config: object) -> Path:
-    """A random model of six layers, saved without a tokenizer; equal arguments, equal weights."""
-    import torch
-    import transformers
-    from transformers import AutoModelForCausalLM
-
-    kinds = {
-        "llama": "LlamaConfig",
-        "mistral": "MistralConfig",
-        "qwen2": "Qwen2Config",
-        "qwen3": "Qwen3Config",
-        "phi3": "Phi3Config",
-        "gemma": "GemmaConfig",
-        "gemma2": "Gemma2Config",
-        "gemma3": "Gemma3TextConfig",
-        "gemma4": "Gemma4TextConfig",
-        "gpt-oss": "GptOssConfig",
-        "cohere2": "Cohere2Config",
-        "llama4": "Llama4TextConfig",
-        "exaone4": "Exaone4Config",
-        "deepseek-v2": "DeepseekV2Config",
-        "deepseek-v3": "DeepseekV3Config",
-        "glm4": "Glm4Config",
-    }
-    settings = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": False,
-        "sliding_window": None,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-        **config,
-    }
-    model = AutoModelForCausalLM.from_config(getattr(transformers, kinds[architecture])(**settings)).float()
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in sorted(model.named_parameters()):
-        if parameter.ndim == 2:
-            sharp = "q_proj" in name or "k_proj" in name
-            scale = 1.0 if "embed" in name else (3.0 if sharp else 1.5) / parameter.shape[1] ** 0.5
-            parameter.data = scale * torch.randn(parameter.shape, generator=generator)
-    model.save_pretrained(folder)
-    return folder
-
-
 def start(model: Path, connector: Mapping[str, Any] | None, **options: Any) -> Any:
     """An engine in this process. `connector`: kvloom's settings, None for plain vLLM."""
-    ranks = options.get("tensor_parallel_size", 1)
+    ranks = options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1)
     cores = "|".join(map(str, range(ranks))) if ranks > 1 else "auto"
     os.environ.update(SETTINGS, VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND=cores)
     from vllm import LLM
