@@ -226,11 +226,14 @@ def vllm(
     quick: Quick = False,
     folder: DiskFolder = Path(),
     lmcache_python: LMCachePython = None,
+    families: Annotated[
+        bool, typer.Option("--families", help="Also start every family of docs/models.md; a few minutes more.")
+    ] = False,
 ) -> None:
     """Kvloom in stock vLLM beside vLLM's own caches and LMCache; runs in vLLM's environment."""
     from ..bench.vllm.run import run
 
-    _finish(run(quick=quick, folder=folder, lmcache_python=lmcache_python), json, report)
+    _finish(run(quick=quick, folder=folder, lmcache_python=lmcache_python, families=families), json, report)
 
 
 def _refuse_without_model(**options: object) -> None:

