@@ -159,8 +159,8 @@ class HitDensity:
         if len(self._leaves) > self._samples:
             draw, leaves, count = self._random.random, self._leaves, len(self._leaves)
             sample = [leaves[int(draw() * count)] for _ in range(self._samples)]
-            worst = min(sample, key=self._rank)
-            if not may_go(worst.key):  # rarely, so that one question is enough
+            worst: _Record | None = min(sample, key=self._rank)
+            if worst is not None and not may_go(worst.key):  # rarely, so that one question is enough
                 worst = self._worst(sample, may_go)
             if worst is not None:
                 return worst.key

@@ -40,6 +40,9 @@ def test_command_at_its_smallest(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert metric["value"] == pytest.approx(fmean(means["default"]))
     assert metric["baseline"] == pytest.approx(max(fmean(gaps) for name, gaps in means.items() if name != "default"))
     assert metric["low"] <= metric["value"] <= metric["high"]
+    lead = found["metrics"]["eviction_gap_closed_over_best_other"]
+    assert lead["baseline"] in SIMULATED_POLICIES and lead["baseline"] != "default"
+    assert lead["value"] == pytest.approx(metric["value"] - metric["baseline"])
     assert {"metric": "eviction_gap_closed_mean", "sign": ">=", "bound": 0.15} in found["targets"]
     gaps, hits, seconds = found["tables"]
     assert len(gaps["rows"]) == len(FAMILIES) * (len(SIMULATED_POLICIES) - 1)
