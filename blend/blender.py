@@ -30,8 +30,8 @@ from .choosers import (
     CHOOSERS,
     CandidateTokens,
     Chooser,
+    by_borders_and_question,
     by_deviation,
-    by_first_and_question,
     deviation_of,
     places_in_chunks,
     squares,
@@ -119,7 +119,7 @@ class Blender:
     """
 
     recompute_ratio: float = 0.15
-    chooser: Chooser = by_first_and_question
+    chooser: Chooser = by_borders_and_question
     spread_ratio: float = 0.0
     check_layer: int = 2
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 NO_NEXT = 1 << 40  # where the chunk behind the last one would begin
-_BEGIN_TOKENS = 8  # of a chunk, that are worth more than the last ones of the chunk before
+_BORDER_TOKENS = 24  # at a border between chunks, on both sides together; more of them find less than the question does
+_BEGIN_TOKENS = 4  # of a chunk, that are worth more than the last ones of the chunk before
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -192,19 +193,22 @@ def by_first_and_question(tokens: CandidateTokens, count: int) -> Tensor | None:
 
 
 def by_borders_and_question(tokens: CandidateTokens, count: int) -> Tensor | None:
-    """Half of the tokens are nearest to borders between chunks, the other half what the question attends to most.
+    """The tokens at borders between chunks, up to three quarters of all; the rest by the question's attention.
 
-    As `by_first_and_question`, with the last tokens of a chunk, too: they are the first part of what a border cuts, and
-    a question must tell it from what the other borders cut. The first `_BEGIN_TOKENS` of a chunk come before them.
-    Without a question, all are chosen by the deviation of values.
+    What a border cuts has its beginning in the last tokens of one chunk and its end in the first tokens of the next,
+    and both must see one another, whatever is asked; the question finds what this answer needs, wherever it stands.
+    `_BORDER_TOKENS` at each border, the first `_BEGIN_TOKENS` of a chunk before the others (decision 139). Neither
+    needs deviations: no layer is computed for all tokens. Without a question, all are chosen by the values' deviation.
     """
     if tokens.attention is None:
         return by_values(tokens, count)
     distance = tokens.offsets
     if tokens.to_next is not None:
         distance = torch.minimum(distance, tokens.to_next - 1 + _BEGIN_TOKENS)
-    near = distance.argsort(stable=True)[: count - count // 2]
-    return _and_rest(near, _question_scores(tokens), count // 2)
+    borders = int((tokens.offsets == 0).sum())
+    at_borders = min(count - count // 4, _BORDER_TOKENS * borders)
+    near = distance.argsort(stable=True)[:at_borders]
+    return _and_rest(near, _question_scores(tokens), count - at_borders)
 
 
 def by_first_and_values(tokens: CandidateTokens, count: int) -> Tensor | None:

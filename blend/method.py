@@ -56,7 +56,7 @@ class FusionMethod:
     """
 
     ratio: float
-    select: str = "first+question"
+    select: str = "borders+question"
     check_layer: int = 2
 
     def __post_init__(self) -> None:

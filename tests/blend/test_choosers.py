@@ -142,23 +142,39 @@ def test_first_tokens_and_others() -> None:
     assert by_first_and_question(blind, 2).tolist() == by_values(blind, 2).tolist() == [4, 10]
 
 
-def test_both_sides_of_a_border() -> None:
-    """Chunks of 30 and 20: the first tokens of both, and from the ninth on the last ones of the first, too."""
-    positions, starts = torch.arange(5, 55), torch.tensor([5, 35])
+def _two_chunks(tokens: int, attention: torch.Tensor) -> CandidateTokens:
+    positions, starts = torch.arange(5, 5 + 2 * tokens), torch.tensor([5, 5 + tokens])
     offsets, to_next = places_in_chunks(positions, starts)
-    assert offsets.tolist() == [*range(30), *range(20)]
-    assert to_next[:30].tolist() == list(range(30, 0, -1)) and int(to_next[30:].min()) > 1000
-    attention = torch.zeros(2, 50)
-    attention[1, 25:29] = torch.arange(4.0)
-    tokens = CandidateTokens(positions, offsets, None, lambda: attention, None, to_next)
+    assert offsets.tolist() == [*range(tokens)] * 2
+    assert to_next[:tokens].tolist() == list(range(tokens, 0, -1)) and int(to_next[tokens:].min()) > 1000
+    return CandidateTokens(positions, offsets, None, lambda: attention.clone(), None, to_next)
+
+
+def test_both_sides_of_a_border() -> None:
+    """Three quarters are the first tokens of both chunks and, from the fifth on, the last ones of the first."""
+    attention = torch.zeros(2, 60)
+    attention[1, 24:29] = torch.arange(5.0)
+    tokens = _two_chunks(30, attention)
     assert by_borders_and_question(tokens, 1).tolist() == [0]
-    first = [*range(8), *range(30, 38)]
-    near = set(by_borders_and_question(tokens, 44).tolist())
-    assert {*first, 8, 9, 38, 39, 28, 29} <= near
-    half = [each for each in by_borders_and_question(tokens, 38).tolist() if attention[1, each] == 0]
-    assert {*first, 8, 29, 38} <= set(half)
-    without = CandidateTokens(positions, offsets, None, lambda: attention)
-    assert by_borders_and_question(without, 20).tolist() == by_first_and_question(without, 20).tolist()
+    at_borders = {*range(9), *range(26, 30), *range(30, 38)}
+    chosen = by_borders_and_question(tokens, 28).tolist()
+    assert len(chosen) == 28 and at_borders <= set(chosen)
+    assert {24, 25} <= set(chosen), "what the question attends to, and its neighbour"
+    without = CandidateTokens(tokens.positions, tokens.offsets, None, lambda: attention.clone())
+    firsts = {*range(11), *range(30, 40)}
+    assert firsts <= set(by_borders_and_question(without, 28).tolist()), "the next chunks are not known"
+    blind = CandidateTokens(tokens.positions, tokens.offsets, None, None, attention[1])
+    assert by_borders_and_question(blind, 4).tolist() == by_values(blind, 4).tolist()
+
+
+def test_long_chunks_leave_more_to_the_question() -> None:
+    attention = torch.zeros(2, 200)
+    attention[1, 40:60] = 1.0
+    attention[1, 130:200] = 1.0
+    chosen = set(by_borders_and_question(_two_chunks(100, attention), 128).tolist())
+    at_borders = {*range(18), *range(87, 100), *range(100, 117)}
+    assert len(at_borders) == 48 and at_borders <= chosen, "24 at each border, and no more"
+    assert chosen - at_borders <= {*range(39, 61), *range(129, 200)} and len(chosen) == 128
 
 
 def test_values_alone() -> None:
