@@ -77,7 +77,8 @@ def count_families(
                 outcomes.append(ours.recv())
                 advance()
         except (EOFError, ConnectionResetError, TimeoutError) as exc:
-            outcomes.append(FamilyOutcome(left[len(outcomes) - len(families)], why=str(exc) or "its process ended"))
+            why = str(exc) if isinstance(exc, TimeoutError) else "its process ended"
+            outcomes.append(FamilyOutcome(left[len(outcomes) - len(families)], why=why))
             advance()
             process.kill()
         process.join()

@@ -80,5 +80,5 @@ QUICK_SIZES = Sizes(
     contexts=1,
     long_tokens=2048,
     windows=QUICK_WINDOWS,
-    families=("Gemma 3",),
+    families=("DeepSeek V2",),
 )

@@ -18,6 +18,7 @@ from .inputs import Prompts
 from .tables import times_table
 from .times import FULL, HOST, Timed, expect_loaded
 
+WHAT = "time to first token, with windows"
 WINDOWED = "random model, five of six layers with windows"
 WHOLE = "kvloom, prefix from the host tier, windows kept whole (--disable-hybrid-kv-cache-manager)"
 
@@ -115,4 +116,4 @@ def time_windowed_hit(place: Path, sizes: WindowSizes, bar: Progress) -> Windowe
                 bed[name].settle()
         ways = {way: lambda way=way: ask(way) for way in engines}
         seconds = interleave(ways, sizes.rounds, bar, f"time to first token, {WINDOWED}")
-    return WindowedHit(Timed("time to first token", WINDOWED, len(prompt), FULL, seconds), loaded_bytes)
+    return WindowedHit(Timed(WHAT, WINDOWED, len(prompt), FULL, seconds), loaded_bytes)

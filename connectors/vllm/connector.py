@@ -73,8 +73,9 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
     Raises
     ------
     ValueError : a setting is unknown, out of its range, or contradicts another one.
-    EngineError : this engine's cache cannot be served exactly: KV cache groups of other kinds than full, windowed and
-        chunked local attention, quantised caches, context parallelism, a draft model.
+    EngineError : this engine's cache cannot be served exactly: KV cache groups of other kinds than full, latent,
+        windowed and chunked local attention, caches quantised otherwise than as fp8, context parallelism, a draft
+        model.
     """
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:

@@ -181,6 +181,11 @@ def _quantised(layer: Any, computes: torch.dtype) -> Quantised | None:
     """
     if cache_of(layer).dtype != torch.uint8:
         return None
+    if is_latent(layer):
+        raise EngineError(
+            f"layer {layer.layer_name} keeps latents (MLA) as {layer.kv_cache_dtype}: vLLM attends to a prompt as "
+            "computed, and to what is cached as rounded, so that a hit could give another token; --kv-cache-dtype auto"
+        )
     kind, key_scale, value_scale = str(layer.kv_cache_dtype), layer._k_scale, layer._v_scale  # noqa: SLF001
     if kind not in _EIGHT_BITS or key_scale.numel() != 1 or value_scale.numel() != 1:
         raise EngineError(

@@ -12,11 +12,15 @@ from transformers import AutoModelForCausalLM
 from kvloom.bench.harness.peer import PeerError
 from kvloom.bench.vllm import engine as vllm_engine
 from kvloom.bench.vllm.engine import VLLMError, expect_vllm
-from kvloom.bench.vllm.exact import FULL, FUSED, NAIVE, FusedAnswers, Identity, compare_tokens
+from kvloom.bench.vllm.exact import FULL, FUSED, NAIVE, SAME_AS, FusedAnswers, Identity, compare_tokens
+from kvloom.bench.vllm.families import Family
 from kvloom.bench.vllm.inputs import Prompts, Shape, joined, make_model, reference_inputs
 from kvloom.bench.vllm.lmcache import LMCacheServer
+from kvloom.bench.vllm.served_families import FamilyOutcome, count_families, families_table, share
 from kvloom.bench.vllm.server import Served
-from kvloom.bench.vllm.times import Timed, expect_loaded
+from kvloom.bench.vllm.times import FULL as PLAIN
+from kvloom.bench.vllm.times import HOST, Timed, expect_loaded
+from kvloom.bench.vllm.windows import WHOLE, WindowedHit
 
 TINY = Shape(layers=2, hidden=64, intermediate=96, heads=4, kv_heads=2, vocabulary=100, max_tokens=128)
 
@@ -156,3 +160,46 @@ def test_a_server_that_dies_says_why(tmp_path: Path) -> None:
     python.write_text("#!/bin/sh\necho unknown package >&2\nexit 1\n")
     with pytest.raises(PeerError, match="python does not tell of LMCache: unknown package"):
         LMCacheServer(python, 1, tmp_path / "log")
+
+
+def test_a_family_is_served_if_tokens_were_equal_every_way() -> None:
+    ways = dict.fromkeys(SAME_AS, True)
+    outcomes = [
+        FamilyOutcome("all", ways),
+        FamilyOutcome("not after a restart", {**ways, SAME_AS[2]: False}),
+        FamilyOutcome("did not start", why="EngineError: no"),
+    ]
+    found = share(outcomes)
+    assert found is not None and found.value == pytest.approx(1 / 3)
+    assert share([]) is None
+    assert [row[1:] for row in families_table(outcomes).rows] == [
+        ["yes", "yes", "yes", ""],
+        ["yes", "yes", "no", ""],
+        ["", "", "", "EngineError: no"],
+    ]
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_with_a_family_costs_that_family_alone(tmp_path: Path) -> None:
+    """Every process ends at once here, as it cannot write its log."""
+    advanced: list[None] = []
+    families = {"one": Family("llama"), "two": Family("no such architecture")}
+    outcomes = count_families(tmp_path / "missing", lambda: advanced.append(None), families)
+    assert outcomes == [FamilyOutcome(title, why="its process ended") for title in families]
+    assert len(advanced) == 2
+
+    (outcome,) = count_families(tmp_path, lambda: None, {"two": families["two"]})
+    assert not outcome.is_served and "KeyError" in outcome.why
+
+
+def test_bytes_of_a_hit_are_beside_those_of_whole_windows() -> None:
+    timed = Timed("first", "model", 1000, PLAIN, {PLAIN: [2.0, 4.0], HOST: [1.0, 1.0], WHOLE: [1.5, 1.5]})
+    hit = WindowedHit(timed, {HOST: 3 << 20, WHOLE: 12 << 20})
+    assert hit.ratio().value == pytest.approx(0.375)
+    ratio = hit.byte_ratio()
+    assert ratio is not None and ratio.value == 0.25
+    assert [row[-1] for row in hit.table().rows] == ["", "3.0", "12.0"]
+    assert "3.0 MiB; with all tokens of all layers, 12.0 MiB" in hit.note()
+    assert [row["loaded_bytes"] for row in hit.rows()] == [None, 3 << 20, 12 << 20]
+    alone = WindowedHit(timed, {HOST: 3 << 20})
+    assert alone.byte_ratio() is None and alone.note().endswith("3.0 MiB.")

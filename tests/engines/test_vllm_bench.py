@@ -13,6 +13,7 @@ pytest.importorskip(
 from kvloom.bench.vllm import exact as vllm_exact
 from kvloom.bench.vllm import run as vllm
 from kvloom.bench.vllm import times as vllm_times
+from kvloom.bench.vllm import windows as vllm_windows
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -26,6 +27,7 @@ FIRST_TOKENS = (
     vllm_times.FUSED,
     vllm_times.EXACT,
 )
+_BYTES_OF_ALL_TOKENS = 1024 * 6 * 2 * 2 * 64 * 4  # tokens, layers, KV heads, keys and values, numbers of a head, bytes
 
 
 def test_a_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,6 +46,14 @@ def test_a_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert all(seconds[way] < computing for way in (vllm_times.WARM, vllm_times.COPIED, vllm_times.HOST))
     decoding = (vllm_times.DECODE, vllm_times.OTHER, vllm_times.IDLE, vllm_times.SAVING)
     assert tuple(row["way"] for row in by_what["decoding"]) == decoding
+
+    assert [row["family"] for row in by_what["family"]] == list(vllm.QUICK_SIZES.families)
+    assert by_what["family"][0]["served"] is True, by_what["family"][0]["why"]
+    plain, hit = by_what[vllm_windows.WHAT]
+    assert (plain["way"], hit["way"]) == (vllm_times.FULL, vllm_times.HOST)
+    assert plain["loaded_bytes"] is None and 0 < int(str(hit["loaded_bytes"])) < _BYTES_OF_ALL_TOKENS
+    assert 0 < whole["metrics"]["hybrid_hit_ttft_vs_plain"]["value"] < 1
+    assert whole["metrics"]["families_served"]["value"] == 1.0
 
     same = by_what["identical tokens"]
     assert [row["way"] for row in same] == list(vllm_exact.SAME_AS)

@@ -278,6 +278,13 @@ def make_latent_layer() -> SimpleNamespace:
     )
 
 
+def test_rounded_latents_are_refused() -> None:
+    layer = make_latent_layer()
+    layer.kv_cache, layer.kv_cache_dtype = layer.kv_cache.to(torch.float8_e4m3fn), "fp8"
+    with pytest.raises(EngineError, match=r"keeps latents .MLA. as fp8.*--kv-cache-dtype auto"):
+        PagedLayers([layer], BLOCK)
+
+
 @pytest.mark.parametrize("span", [(0, 32), (5, 29)], ids=str)
 def test_latents_are_keys_of_one_head_without_values(span: tuple[int, int]) -> None:
     layers = [make_latent_layer() for _ in range(2)]
