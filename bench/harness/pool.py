@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -146,8 +147,17 @@ _loaded: list[LoadedModel] = []  # one, in the processes of a pool, which do not
 
 
 def _begin(folder: Path | None, dtype: str | None, device: str, threads: int) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     _loaded.append(LoadedModel(*load_model(folder, dtype=dtype, device=device)))
+
+
+def _end_with_parent() -> None:
+    """Ends this process as soon as the one that started it has ended, which a signal may have done without a word."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)  # whatever else runs here: nobody is left to take a result
 
 
 def _call(function: Callable[[LoadedModel, Item], Found], item: Item) -> Found:

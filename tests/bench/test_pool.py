@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -29,3 +34,44 @@ def test_processes_give_what_one_gives_and_end_in_time() -> None:
         assert known_kinds(shares) == ("needle",)
     with pytest.raises(ValueError, match="processes is 0"):
         ModelPool(None, processes=0)
+
+
+POOL = """
+import multiprocessing, time
+from kvloom.bench.harness.pool import ModelPool
+
+if __name__ == "__main__":
+    with ModelPool(None, device="cpu", processes=2) as pool:
+        pool.map(hasattr, ["model"] * 4)
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+        time.sleep(600)
+"""
+
+
+def is_running(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("way", [signal.SIGTERM, signal.SIGKILL])
+def test_processes_end_with_the_one_that_started_them(way: signal.Signals, tmp_path: Path) -> None:
+    program = tmp_path / "pool.py"
+    program.write_text(POOL)
+    with subprocess.Popen([sys.executable, program], stdout=subprocess.PIPE, text=True) as parent:
+        children = [int(pid) for pid in parent.stdout.readline().split()]
+        try:
+            assert children and all(map(is_running, children))
+            parent.send_signal(way)
+            parent.wait(30)
+            give_up_at_s = time.monotonic() + 30
+            while any(map(is_running, children)) and time.monotonic() < give_up_at_s:
+                time.sleep(0.05)
+            assert not [pid for pid in children if is_running(pid)]
+        finally:
+            for pid in (parent.pid, *children):
+                if is_running(pid):
+                    os.kill(pid, signal.SIGKILL)
