@@ -71,17 +71,9 @@ def open_worker(settings: ServingSettings, token: str, vllm_config: Any, kv_cach
     rank = stage * shard[1] + shard[0]
     # Of a latent cache every rank has the whole. The first stores it where the others find it, or each for itself.
     saves = not cache.is_latent or not shard[0] or (settings.disk_path is None and settings.remote_url is None)
-    rope, why_not = None, None
-    if cache.is_latent:
-        why_not = "its cache is latent (MLA)"
-    elif cache.dtype == torch.uint8:
-        why_not = f"its cache is quantised ({layers[0].kv_cache_dtype})"
+    if groups.is_plain:
+        rope, why_not = _rope(vllm_config, layers, cache)
     else:
-        try:
-            rope = engine_rope(vllm_config, layers, cache.head_dim)
-        except EngineError as exc:
-            why_not = str(exc)
-    if not groups.is_plain:
         rope, why_not = None, "its layers are in groups, or have windows, and blocks of windows are taken back"
     model = _fusable_model(vllm_config, layers, why_not)
     records = QualityRecords.of(settings)
@@ -93,10 +85,11 @@ def open_worker(settings: ServingSettings, token: str, vllm_config: Any, kv_cach
     name = agreed_name(vllm_config, layers, settings.model_id)
     if stages > 1:
         name = with_state(name, stage=[layer.layer_name for layer in layers])
-    full_name = with_state(engine_name(name, vllm_config, layers, rope, cache.dtype), cache=cache.state())
-    spec = _spec(full_name, cache, rope, shard)
     pieces: list[CacheGroup] = []
-    if not groups.is_plain:
+    if groups.is_plain:
+        full_name = with_state(engine_name(name, vllm_config, layers, rope, cache.dtype), cache=cache.state())
+        spec = _spec(full_name, cache, rope, shard)
+    else:
         for paged, shape in zip(caches, groups.shapes, strict=True):
             group_name = engine_name(name, vllm_config, paged.layers, None, paged.dtype)
             group_name = with_state(group_name, group=_group_state(paged.layers, shape), cache=paged.state())
@@ -162,6 +155,18 @@ def _members(vllm_config: Any, group: Any) -> list[Any]:
     context = vllm_config.compilation_config.static_forward_context
     layers = [context[name] for name in group.layer_names]
     return [layer for layer in layers if getattr(layer, "kv_sharing_target_layer_name", None) is None]
+
+
+def _rope(vllm_config: Any, layers: Sequence[Any], cache: PagedLayers) -> tuple[RopeSpec | None, str | None]:
+    """The rotation of stored keys; or None, and why they cannot be moved."""
+    if cache.is_latent:
+        return None, "its cache is latent (MLA)"
+    if cache.dtype == torch.uint8:
+        return None, f"its cache is quantised ({layers[0].kv_cache_dtype})"
+    try:
+        return engine_rope(vllm_config, layers, cache.head_dim), None
+    except EngineError as exc:
+        return None, str(exc)
 
 
 def _spec(name: str, cache: PagedLayers, rope: RopeSpec | None, shard: tuple[int, int]) -> KVSpec:
