@@ -24,6 +24,13 @@ def spread(samples: Sequence[float]) -> tuple[float, float, float]:
     return float(median), float(low), float(high)
 
 
+def quantiles(samples: Sequence[float], shares: Sequence[float]) -> tuple[float, ...]:
+    """The values below which these shares of the samples lie (linear between neighbours)."""
+    if not len(samples):
+        raise ValueError("no samples to summarise; expected at least one")
+    return tuple(map(float, np.quantile(np.asarray(samples, dtype=np.float64), shares)))
+
+
 def share_interval(successes: int, trials: int) -> tuple[float, float]:
     """95 % interval of a share, within 0 to 1 and sensible at both ends (Wilson 1927)."""
     if not 0 <= successes <= trials or trials == 0:

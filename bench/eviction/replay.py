@@ -5,7 +5,9 @@ from __future__ import annotations
 import heapq
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import TypeAlias
@@ -26,8 +28,29 @@ Requests: TypeAlias = Sequence[Sequence[ChunkKey]]
 FIELDS = ("timestamp", "input_length", "output_length", "hash_ids")
 
 
+@dataclass(frozen=True, slots=True)
+class TimedRequest:
+    """A request of a trace.
+
+    Attributes
+    ----------
+    arrival_s : seconds since the trace began.
+    keys : of its prompt's blocks, each chained on those before it, or of the documents that it names.
+    """
+
+    arrival_s: float
+    keys: Sequence[ChunkKey]
+    input_tokens: int
+    output_tokens: int
+
+
 def read_trace(path: Path) -> list[list[ChunkKey]]:
-    """The keys of every request's blocks, in order of `timestamp`.
+    """The keys of every request's blocks, in order of `timestamp`; see `read_timed_trace`."""
+    return [list(request.keys) for request in read_timed_trace(path)]
+
+
+def read_timed_trace(path: Path) -> list[TimedRequest]:
+    """Every request, in order of `timestamp`.
 
     Raises
     ------
@@ -35,22 +58,23 @@ def read_trace(path: Path) -> list[list[ChunkKey]]:
     """
     if not path.is_file():
         raise ValueError(f"{path} is not a file; give a trace of JSON lines with {', '.join(FIELDS)}")
-    found: list[tuple[float, list[ChunkKey]]] = []
+    found: list[TimedRequest] = []
     keys: dict[int, ChunkKey] = {}
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                timestamp, hash_ids = _request(line, f"{path.name}, line {number}")
+                timestamp, tokens, answer_tokens, hash_ids = _request(line, f"{path.name}, line {number}")
                 for block in hash_ids:
                     if block not in keys:
                         keys[block] = ChunkKey(blake2b(b"%d" % block, digest_size=32).digest())
-                found.append((timestamp, [keys[block] for block in hash_ids]))
+                blocks = [keys[block] for block in hash_ids]
+                found.append(TimedRequest(timestamp / 1e3, blocks, int(tokens), int(answer_tokens)))
     if not keys:
         raise ValueError(f"{path} names no blocks; give a trace with at least one request that does")
-    return [request for _, request in sorted(found, key=lambda pair: pair[0])]
+    return sorted(found, key=lambda request: request.arrival_s)
 
 
-def _request(line: bytes, where: str) -> tuple[float, list[int]]:
+def _request(line: bytes, where: str) -> tuple[float, float, float, list[int]]:
     try:
         fields = json.loads(line)
     except ValueError as error:  # also bytes that are no text
@@ -67,7 +91,7 @@ def _request(line: bytes, where: str) -> tuple[float, list[int]]:
     hash_ids = fields["hash_ids"]
     if not isinstance(hash_ids, list) or not all(type(block) is int for block in hash_ids):
         raise ValueError(f"{where}: hash_ids is not a list of integers; expected the ids of the request's blocks")
-    return fields["timestamp"], hash_ids
+    return fields["timestamp"], fields["input_length"], fields["output_length"], hash_ids
 
 
 class _Placeholder:
@@ -93,20 +117,48 @@ def replay(
     requests: Requests, capacity_bytes: int, block_bytes: int, policy: str, advance: Callable[[], object] = lambda: None
 ) -> int:
     """Hits of a store with one tier in memory, by a policy of `SIMULATED_POLICIES`."""
-    codec = _Placeholder(block_bytes)
-    hits = 0
-    with KVStore([HostTier(capacity_bytes, pinned=False)], codec=codec, policy=SIMULATED_POLICIES[policy]) as store:
+    hits = replay_tiers(requests, [capacity_bytes // block_bytes], policy, advance=advance)
+    return sum(found for (found,) in hits)
+
+
+def replay_tiers(
+    requests: Requests,
+    capacities: Sequence[int],
+    policy: str,
+    *,
+    is_chained: bool = True,
+    advance: Callable[[], object] = lambda: None,
+) -> list[tuple[int, ...]]:
+    """Hits of every request in each tier of a store, by a policy of `SIMULATED_POLICIES`.
+
+    A request reads its hits, which promotes them to the first tier, and stores all its other blocks, in every tier.
+
+    Parameters
+    ----------
+    capacities : blocks that fit into each tier, fastest first.
+    is_chained : a block is a hit only if all blocks before it are; otherwise blocks are documents, each for itself.
+    """
+    codec = _Placeholder(1)
+    tiers = [HostTier(blocks, name=str(i), pinned=False) for i, blocks in enumerate(capacities)]
+    hits: list[tuple[int, ...]] = []
+    with KVStore(tiers, codec=codec, policy=SIMULATED_POLICIES[policy]) as store:
         for keys in requests:
-            matched = store.match(keys)
-            with store.pinned(keys[:matched]):
-                for key in keys[:matched]:
+            places: list[str | None] = [*store.locate_prefix(keys)] if is_chained else [*store.locate_each(keys)]
+            places += [None] * (len(keys) - len(places))
+            found = [key for key, place in zip(keys, places, strict=True) if place is not None]
+            with store.pinned(found):
+                for key in found:
                     store.get(key)
-            hits += matched
-            for i in range(matched, len(keys)):
+            counts = Counter(places)
+            hits.append(tuple(counts[tier.name] for tier in tiers))
+            for i, key in enumerate(keys):
+                if places[i] is not None:
+                    continue
                 try:
-                    store.put(keys[i], codec.chunk, after=keys[i - 1] if i else None)
+                    store.put(key, codec.chunk, after=keys[i - 1] if i and is_chained else None)
                 except TierFullError:
-                    break  # what follows would lack its prefix
+                    if is_chained:
+                        break  # what follows would lack its prefix
             advance()
     return hits
 
