@@ -12,7 +12,7 @@ import typer
 from .. import __version__
 from ..errors import KVLoomError
 from ..service import command as service
-from . import bench, certify, rag
+from . import bench, certify, planning, rag
 
 COLUMNS = (40, 1000)  # what a terminal may say of its width; anything else is as good as nothing said
 
@@ -35,7 +35,8 @@ app.command()(bench.demo)
 app.add_typer(bench.app)
 app.command()(certify.calibrate)
 app.command()(certify.certify)
-app.command()(bench.simulate)
+app.command()(planning.simulate)
+app.command()(planning.plan)
 app.command()(bench.doctor)
 app.command()(service.serve)
 app.add_typer(service.config_app)

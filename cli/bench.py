@@ -1,9 +1,9 @@
-"""Commands that measure: `demo`, `bench`, `simulate`, `doctor`."""
+"""Commands that measure: `demo`, `bench`, `doctor`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -13,17 +13,13 @@ from .options import (
     Quick,
     ReportFile,
     any_path,
-    drawing_path,
     file_path,
     folder_path,
     read_list,
-    read_numbers,
-    read_percentages,
     read_token_counts,
 )
-
-if TYPE_CHECKING:
-    from ..evaluation.report import BenchResult
+from .output import finish as _finish
+from .output import refuse_without_model as _refuse_without_model
 
 app = typer.Typer(name="bench", help="Run one benchmark and print its figures.", no_args_is_help=True)
 
@@ -124,6 +120,16 @@ def codecs(
         if value is not None:
             raise typer.BadParameter("needs --model", param_hint=name)
     from ..bench.codecs.run import run
+
+    _finish(run(quick=quick, folder=folder), json, report)
+
+
+@app.command("plan")
+def check_plan(
+    json: JsonFile = None, report: ReportFile = None, quick: Quick = False, folder: DiskFolder = Path()
+) -> None:
+    """What `kvloom plan` says of this machine, beside what it does; hits beside the simulator's; published figures."""
+    from ..bench.plan.check import run
 
     _finish(run(quick=quick, folder=folder), json, report)
 
@@ -236,20 +242,6 @@ def vllm(
     _finish(run(quick=quick, folder=folder, lmcache_python=lmcache_python, families=families), json, report)
 
 
-def _refuse_without_model(**options: object) -> None:
-    for name, value in options.items():
-        if value is not None:
-            raise typer.BadParameter("needs --model", param_hint=f"--{name.replace('_', '-')}")
-
-
-def _finish(result: BenchResult, json: Path | None, report: Path | None = None) -> None:
-    if json is not None:  # first: what reads our output may end before us, and hours of work with it
-        result.write(json)
-    if report is not None:
-        result.write_page(report)
-    result.show()
-
-
 def demo(
     model: Annotated[
         Path | None, typer.Option(metavar="DIR", callback=folder_path, help="Model folder; default: the bundled one.")
@@ -271,36 +263,6 @@ def demo(
     curves = report is not None
     options = DemoOptions(model=model, docs=docs, question=question, store=store, quick=quick, curves=curves)
     _finish(run_demo(options), json, report)
-
-
-def simulate(
-    trace: Annotated[
-        Path,
-        typer.Argument(metavar="TRACE.jsonl", callback=file_path, help="Requests as JSON lines, in Mooncake's format."),
-    ],
-    capacity: Annotated[
-        str, typer.Option(metavar="SHARES", help="Capacities, in % of the bytes of all different blocks.")
-    ] = "2%,5%,10%,25%",
-    codec_ratio: Annotated[
-        str, typer.Option(metavar="RATIOS", help="How many times smaller a codec makes a block.")
-    ] = "1",
-    policy: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="Only these beside lru and default; default: all.")
-    ] = None,
-    json: JsonFile = None,
-    report: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", callback=drawing_path, help="Draw hit ratios (.svg, or .html with tables)."),
-    ] = None,
-) -> None:
-    """Replay a recorded trace: hit ratios by eviction policy, capacity and codec ratio."""
-    capacities, codec_ratios = read_percentages(capacity, "--capacity"), read_numbers(codec_ratio, "--codec-ratio")
-    policies = None if policy is None else read_list(policy, "--policy")
-    from ..bench.eviction.simulate import SimulateOptions
-    from ..bench.eviction.simulate import simulate as replay
-
-    more = {} if policies is None else {"policies": policies}
-    _finish(replay(SimulateOptions(trace, capacities, codec_ratios, **more)), json, report)
 
 
 def doctor(

@@ -107,6 +107,17 @@ def read_token_counts(text: str, option: str) -> list[int]:
     return [int(item) for item in items]
 
 
+def read_tokens(text: str, option: str) -> int:
+    """`"128k"` is 131072: `k` and `m` stand for 1,024 and for 1,048,576 tokens."""
+    number, factor = text.strip().lower(), 1
+    for unit, size in (("k", 1 << 10), ("m", 1 << 20)):
+        if number.endswith(unit):
+            number, factor = number.removesuffix(unit), size
+    if not number.isdecimal() or not 0 < int(number) * factor < 1 << 40:
+        raise ValueError(f"{option} is {text!r}; expected a number of tokens such as 131072 or 128k")
+    return int(number) * factor
+
+
 def read_parameter(text: str) -> tuple[str, int | float | str]:
     """`"rank=160"` is `("rank", 160)`; what is no number stays text."""
     name, separator, value = text.partition("=")

@@ -65,7 +65,7 @@ def diagnose(folder: Path, urls: Sequence[str] = (), *, speeds: bool = True) -> 
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is not a folder; name one whose disk can be measured")
     answers = [reach(url) for url in urls]
-    metrics = _speeds(folder) if speeds else {}
+    metrics = machine_speeds(folder) if speeds else {}
     env, rows = environment(), [*_devices(), *_extras(), _model()]
     shown: list[Row] = [[name, str(env[name] or "not installed")] for name in SHOWN]
     shown.append(["memory", f"{(memory_bytes() or 0) / 2**30:.1f} GiB"])
@@ -88,7 +88,8 @@ def diagnose(folder: Path, urls: Sequence[str] = (), *, speeds: bool = True) -> 
     return BenchResult("doctor", metrics, rows, tables, notes=[MEANING] if speeds else [])
 
 
-def _speeds(folder: Path) -> dict[str, Metric]:
+def machine_speeds(folder: Path) -> dict[str, Metric]:
+    """Speeds of copies and of the folder's disk, in GB/s, by name: takes some seconds."""
     source, target = torch.ones(COPY_BYTES, dtype=torch.uint8), torch.empty(COPY_BYTES, dtype=torch.uint8)
     metrics = {"host_copy_speed": _speed(COPY_BYTES, lambda: target.copy_(source))}
     if torch.cuda.is_available():
