@@ -5,6 +5,7 @@ The one list: tests run it, `kvloom bench vllm` counts it, docs/models.md prints
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,7 @@ class Family:
     architecture, config : see `make_tiny_model`.
     groups : kinds of KV cache groups that vLLM makes of it: full, latent, window or local.
     options : of the engine, beside its defaults.
+    on_processors : further ones where there is no GPU.
     fuses : whether documents are fused in such an engine.
     blocks : of the whole cache, so few that eight requests of 290 tokens do not fit; None where no test asks for that.
     """
@@ -50,6 +52,7 @@ class Family:
     config: Mapping[str, Any] = field(default_factory=dict)
     groups: tuple[str, ...] = ("full",)
     options: Mapping[str, Any] = field(default_factory=dict)
+    on_processors: Mapping[str, Any] = field(default_factory=dict)
     fuses: bool = True
     blocks: int | None = None
 
@@ -58,6 +61,23 @@ class Family:
         """Processes that compute together."""
         sizes = ("tensor_parallel_size", "pipeline_parallel_size")
         return int(self.options.get(sizes[0], 1)) * int(self.options.get(sizes[1], 1))
+
+    def options_here(self) -> dict[str, Any]:
+        """Of the engine, on this machine."""
+        import torch
+
+        return {**self.options, **({} if torch.cuda.is_available() else self.on_processors)}
+
+    def why_not_here(self) -> str | None:
+        """Why vLLM cannot run this on this machine's processor; None if it can."""
+        import torch
+
+        if self.ranks > (os.cpu_count() or 1):
+            return f"vLLM wants a core for each of {self.ranks} ranks"
+        has_vectors = bool(getattr(torch.cpu, "_is_avx512_supported", lambda: False)())
+        if str(self.options.get("kv_cache_dtype", "auto")).startswith("fp8") and not has_vectors:
+            return "vLLM wants AVX-512 for fp8 caches on a processor"
+        return None
 
 
 _MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 128}
@@ -88,6 +108,9 @@ _LATENT = {  # 512 + 64 numbers a token, the one size that vLLM's kernel for pro
     "n_group": 1,
     "topk_group": 1,
 }
+# vLLM's rotary kernel for processors is wrong where it rotates a slice of each head; and where there is AMX, vLLM
+# prefers a backend that takes bfloat16 alone.
+_LATENT_OPTIONS = {"attention_backend": "CPU_MLA", "compilation_config": {"custom_ops": ["-rotary_embedding"]}}
 
 FAMILIES: Mapping[str, Family] = {
     "Llama, two ranks": Family("llama", options={"tensor_parallel_size": 2}),
@@ -105,15 +128,15 @@ FAMILIES: Mapping[str, Family] = {
         "gemma3", {"sliding_window": 128}, options={"disable_hybrid_kv_cache_manager": True}, fuses=False
     ),
     "Llama, fp8 cache": Family("llama", options={"kv_cache_dtype": "fp8"}, fuses=False, blocks=60),
-    # not by vLLM's rotary kernel for processors, which is wrong where it rotates a part of each head
-    "DeepSeek V2": Family(
-        "deepseek-v2",
-        _LATENT,
+    "DeepSeek V3, two ranks": Family(
+        "deepseek-v3",
+        {**_LATENT, "q_lora_rank": 64, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
         ("latent",),
-        options={"compilation_config": {"custom_ops": ["-rotary_embedding"]}},
+        options={"tensor_parallel_size": 2},
+        on_processors=_LATENT_OPTIONS,
         fuses=False,
-        blocks=100,
     ),
+    "DeepSeek V2": Family("deepseek-v2", _LATENT, ("latent",), on_processors=_LATENT_OPTIONS, fuses=False, blocks=100),
     "Gemma 3": Family("gemma3", _WINDOWED, ("full", "window"), fuses=False, blocks=200),
     "GPT-OSS": Family("gpt-oss", {**_WINDOWED, **_MOE}, ("full", "window"), fuses=False, blocks=90),
     "Cohere2": Family("cohere2", _WINDOWED, ("full", "window"), fuses=False, blocks=200),

@@ -111,11 +111,11 @@ def _serve(pipe: Connection, place: Path, families: Mapping[str, Family]) -> Non
 
 
 def _same(family: Family, folder: Path) -> dict[str, bool]:
-    if family.ranks > (os.cpu_count() or 1):
-        raise RuntimeError(f"vLLM wants a core for each of {family.ranks} ranks")
+    if (why := family.why_not_here()) is not None:
+        raise RuntimeError(why)
     model = make_tiny_model(folder / "model", family.architecture, **family.config)
     connector = {**KVLOOM, "kv_connector_extra_config": {"disk_path": str(folder / "store"), "host_bytes": 1 << 28}}
-    setup = Setup(model, connector, max_tokens=1024, cache_gib=1, log=folder / "log", options=family.options)
+    setup = Setup(model, connector, max_tokens=1024, cache_gib=1, log=folder / "log", options=family.options_here())
     prompts = Prompts(VOCABULARY, (), seed=4)
     texts = [prompts.ids(count) for count in PROMPT_TOKENS]
 

@@ -1,6 +1,5 @@
 """Architectures, two ranks, the compiled mode: equal prompts plain, stored, loaded and fused."""
 
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +20,10 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 @pytest.fixture(params=PLAIN)
 def llm(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
     family = PLAIN[request.param]
-    if family.ranks > (os.cpu_count() or 1):
-        pytest.skip("vLLM wants a core for each rank")
+    if (why := family.why_not_here()) is not None:
+        pytest.skip(why)
     model = make_model(tmp_path / "model", family.architecture, **family.config)
-    engine = start(model, {"fusion_slice_tokens": 100}, **family.options)
+    engine = start(model, {"fusion_slice_tokens": 100}, **family.options_here())
     engine.fuses = family.fuses
     yield engine
     engine.llm_engine.engine_core.shutdown()

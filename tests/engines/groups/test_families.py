@@ -29,12 +29,14 @@ PREEMPTED = 8  # long answers at once, more than fit
 @pytest.fixture(scope="module", params=PRESSED)
 def llm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     family, folder = PRESSED[request.param], tmp_path_factory.mktemp("family")
+    if (why := family.why_not_here()) is not None:
+        pytest.skip(why)
     engine = start(
         make_model(folder / "model", family.architecture, **family.config),
         {"host_bytes": "256MiB", "disk_path": str(folder / "disk")},
         enable_prefix_caching=True,
         num_gpu_blocks_override=family.blocks,
-        **family.options,
+        **family.options_here(),
     )
     engine.family = family
     yield engine
