@@ -42,7 +42,7 @@ def test_both_ways(tmp_path: Path) -> None:
     assert transfers.settle(60)
     before = {entry.key for entry in transfers.store.tiers[-1].entries()}
 
-    command = [sys.executable, "-m", "tests.engines.tensor_parallel.two_ranks", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.engines.parallel.two_ranks", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads((tmp_path / "told.json").read_text())

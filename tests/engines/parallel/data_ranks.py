@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .engines import BLOCK, CHUNK, DECLINED, SETTINGS, prompts, sampling
+from ..support.engines import BLOCK, CHUNK, DECLINED, SETTINGS, prompts, sampling
 
 TEXTS = prompts(51, (300, 200))
 PLAIN_TO_LOADED_S = 60.0

@@ -12,17 +12,17 @@ pytest.importorskip(
     "vllm", reason="stock vLLM is not installed here; `make test-engines` runs this in its own environment"
 )
 
-from .support.data_parallel import TEXTS
-from .support.engines import CHUNK, make_model
+from ..support.engines import CHUNK, make_model
+from .data_ranks import TEXTS
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="vLLM wants a core for each rank")
 def test_each_rank_finds_what_the_other_has_stored(tmp_path: Path) -> None:
     make_model(tmp_path / "model")
-    command = [sys.executable, "-m", "tests.engines.support.data_parallel", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.engines.parallel.data_ranks", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads((tmp_path / "told.json").read_text())
