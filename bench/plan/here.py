@@ -31,16 +31,18 @@ from ..harness.page_cache import drop_page_cache
 from ..harness.rounds import return_free_memory
 from ..schedule.costs import PrefillCost, pairs
 from .machines import Assumptions
+from .request import figure
 from .setup import Machine
 from .shapes import ModelShape
 
-SHORT, LONG, LONGEST = 64, 512, 4096  # tokens of the passes that are timed
+SHORT, LEAST, LONG, LONGEST = 64, 128, 512, 4096  # tokens of the passes that are timed
 _PATIENCE_S = 0.7  # of a pass: longer ones are not timed
 _ROUNDS = 5
 _DOCUMENT = 16  # tokens, so few that everything but them is what costs time
 _DOCUMENTS = 9
 _COPY_BYTES = 64 << 20
 _MEMORY_RATIO = 0.25  # of the machine's memory that weights may take for this
+_TIMED_PARAMS = 2e8  # of the layers that are timed: more take too long on a processor
 _SAMPLE_PARAMS = 5e8  # of a model that is run for a sample of its KV
 
 
@@ -61,7 +63,7 @@ def here_machine(shape: ModelShape, folder: Path, *, tiers: Sequence[str], assum
     speeds = {name: metric.value * 1e9 for name, metric in machine_speeds(folder).items()}
     model, factor = _random_model(shape)
     _, tokenizer = load_model(None)
-    prefill, longest = _measured_prefill(model, factor)
+    prefill, longest = _measured_prefill(model, factor, shape)
     prefill = replace(prefill, windows=shape.windows)
     call_s, read_s = 0.0, dict[str, float]()
     for name in (name for name in tiers if name in ("host", "disk")):
@@ -69,11 +71,13 @@ def here_machine(shape: ModelShape, folder: Path, *, tiers: Sequence[str], assum
     on_gpu = model.device.type == "cuda"
     link = speeds["device_copy_speed"] if on_gpu else _fresh_copy_speed()
     memory = torch.cuda.mem_get_info()[1] if on_gpu else 0
-    timed = f"{model.config.num_hidden_layers} layers of this shape, up to {longest} tokens"
+    layers = model.config.num_hidden_layers
+    timed = f"{layers} of {shape.layers} layers of this shape, up to {longest} tokens"
+    attention = "measured here" if longest > LONG else "taken to be as fast as the rest"
     flops_s = 2 * shape.computed_params / prefill.token_s if prefill.token_s else math.inf
     facts = (
-        ("computing", f"{flops_s / 1e9:,.1f} GFLOP/s, {prefill.fixed_s * 1e3:.3g} ms a pass", f"measured: {timed}"),
-        ("attention", f"{prefill.pair_s * 1e9:.3g} ns for two tokens in all layers", "measured here"),
+        ("computing", f"{flops_s / 1e9:,.1f} GFLOP/s, {figure(prefill.fixed_s * 1e3)} ms a pass", f"measured: {timed}"),
+        ("attention", f"{figure(prefill.pair_s * 1e9)} ns for two tokens in all layers", attention),
         ("context", f"{prefill.behind_s * 1e6:.3g} µs a token behind which a question is computed", "measured here"),
         ("copies", f"{link / 1e9:.3g} GB/s", "kvloom doctor" if on_gpu else "measured here, into fresh memory"),
         ("disk", f"{speeds['disk_read_speed'] / 1e9:.3g} GB/s read", "kvloom doctor"),
@@ -117,7 +121,7 @@ def _random_model(shape: ModelShape) -> tuple[Any, float]:
     hidden = _hidden(shape, per_layer)
     inner = max(64, round((per_layer - 2 * hidden * (attention + shape.kv_heads * shape.head_dim)) / (3 * hidden)))
     room = _MEMORY_RATIO * (memory_bytes() or 8e9) / (per_layer * shape.dtype.itemsize)
-    layers = max(2, min(shape.layers, int(room)))
+    layers = max(1, min(shape.layers, int(room), int(_TIMED_PARAMS / per_layer)))
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=inner,
@@ -143,24 +147,32 @@ def _hidden(shape: ModelShape, per_layer: float) -> int:
     return max(64, min(attention, widest) // 64 * 64)
 
 
-def _measured_prefill(model: Any, factor: float) -> tuple[PrefillCost, int]:
-    """Fixed cost, cost of a token and of a pair from passes of three lengths; and the longest of them."""
-    longest = LONG
-    while longest < LONGEST and _pass_s(model, longest, rounds=1) < _PATIENCE_S / 2:
+def _measured_prefill(model: Any, factor: float, shape: ModelShape) -> tuple[PrefillCost, int]:
+    """Fixed cost, cost of a token and of a pair from passes of three lengths; and the longest of them.
+
+    Where passes are so slow that only short ones can be timed, which say nothing of attention, it is taken to reach as
+    many operations a second as the rest.
+    """
+    longest = LEAST
+    while longest < LONGEST and _pass_s(model, longest) < _PATIENCE_S / 2:
         longest *= 2
-    lengths = (SHORT, max(LONG, longest // 4), 2 * longest if longest == LONG else longest)
-    behind = lengths[-1]
+    lengths, behind = (longest // 16, longest // 4, longest), max(longest, LONG)
     times: dict[int, list[float]] = {length: [] for length in (*lengths, -behind)}
-    for _ in range(_ROUNDS):  # in turns, so that a busy moment meets all of them
+    for _ in range(_ROUNDS if longest > LONG else 2):  # in turns, so that a busy moment meets all of them
         for length, found in times.items():
             found.append(_pass_s(model, length) if length > 0 else _behind_s(model, behind))
     median = {length: statistics.median(taken) for length, taken in times.items()}
-    matrix = torch.tensor([[1.0, float(n), pairs(n)] for n in lengths], dtype=torch.float64)
-    solved = torch.linalg.solve(matrix, torch.tensor([median[n] for n in lengths], dtype=torch.float64))
-    fixed_s, token_s, pair_s = (max(0.0, float(value)) for value in solved)
+    wanted = torch.tensor([median[n] for n in lengths], dtype=torch.float64)
+    if longest > LONG:
+        matrix = torch.tensor([[1.0, float(n), pairs(n)] for n in lengths], dtype=torch.float64)
+        fixed_s, token_s, pair_s = (max(0.0, float(value)) for value in torch.linalg.solve(matrix, wanted))
+    else:
+        token_s = max(0.0, float(wanted[2] - wanted[1])) / (lengths[2] - lengths[1])
+        fixed_s = max(0.0, float(wanted[2]) - token_s * longest)
+        pair_s = token_s * shape.pair_flops * shape.layers / (2 * shape.computed_params)
     cost = PrefillCost(factor * fixed_s, factor * token_s, factor * pair_s)
     behind_s = max(0.0, factor * median[-behind] - cost.seconds(SHORT, behind)) / behind
-    return replace(cost, behind_s=behind_s), lengths[-1]
+    return replace(cost, behind_s=behind_s), longest
 
 
 def _fresh_copy_speed() -> float:
@@ -186,10 +198,10 @@ def _wait() -> None:
 
 
 @torch.no_grad()
-def _pass_s(model: Any, tokens: int, rounds: int = 1) -> float:
+def _pass_s(model: Any, tokens: int) -> float:
     ids = torch.arange(tokens, device=model.device)[None] % model.config.vocab_size
     held = {cache_argument(): DynamicCache(config=model.config)}
-    return min(_timed(lambda: model(ids, logits_to_keep=1, **held)) for _ in range(rounds))
+    return _timed(lambda: model(ids, logits_to_keep=1, **held))
 
 
 @torch.no_grad()

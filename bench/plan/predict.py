@@ -18,6 +18,7 @@ from .traffic import Traffic
 PREFIX, FUSION = "prefix", "fusion"
 _PEAK_S = 60.0
 _NOTHING = "none"
+_SHARES = tuple(i / 100 for i in (*range(1, 99, 3), 99))
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class Outcome:
     hits : shares of all references to blocks or documents, by tier.
     engines : that were simulated.
     ttft_s : median and 99th percentile, queues included.
+    times : shares of the requests, and the time to first token that they do not exceed.
     alone_s : median time to first token of a request that meets no queue.
     loading : share of requests that load something.
     read_bytes_s : by tier, mean over the requests, and in the busiest minute.
@@ -59,6 +61,7 @@ class Outcome:
     hits: Mapping[str, float]
     engines: int
     ttft_s: tuple[float, float]
+    times: Sequence[tuple[float, float]]
     alone_s: float
     loading: float
     read_bytes_s: Mapping[str, tuple[float, float]]
@@ -177,12 +180,13 @@ class Predictor:
             busy["loading threads"] = loads_s / (engines * costs.lanes * duration_s)
         stored = blocks - sum(map(sum, hits))
         alone = [costs.load_s(found) + each.computed_s for each, found in zip(served, counts, strict=True)]
-        median_s, late_s = quantiles([each.ttft_s for each in served], (0.5, 0.99))
+        *times, median_s, late_s = quantiles([each.ttft_s for each in served], (*_SHARES, 0.5, 0.99))
         return Outcome(
             way=way,
             hits={name: sum(found[i] for found in hits) / blocks for i, name in enumerate(way.tiers)},
             engines=engines,
             ttft_s=(median_s, late_s),
+            times=list(zip(_SHARES, times, strict=True)),
             alone_s=quantiles(alone, (0.5,))[0],
             loading=sum(each.chunks > 0 for each in served) / len(served),
             read_bytes_s=read,

@@ -80,6 +80,11 @@ def loaded_time(
     return setup.costs(codec, is_moved=recompute_ratio is not None).load_s({tier: chunks}), compute_s
 
 
+def figure(value: float) -> str:
+    """Three digits, and never an exponent for what is large."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def request_table(rows: Sequence[RequestTime], tokens: int, setup: Setup) -> Table:
     """What `request_rows` found, beside computing everything."""
     whole = rows[0].seconds
@@ -89,9 +94,9 @@ def request_table(rows: Sequence[RequestTime], tokens: int, setup: Setup) -> Tab
             each.tier or "-",
             each.codec or "-",
             f"{each.nbytes / 1e9:.3g}" if each.nbytes else "-",
-            f"{each.load_s:.3g}",
-            f"{each.compute_s:.3g}",
-            f"{each.seconds:.3g}",
+            figure(each.load_s),
+            figure(each.compute_s),
+            figure(each.seconds),
             f"{whole / each.seconds:.3g}x",
             each.decision or "-",
         ]

@@ -10,7 +10,7 @@ from ...evaluation.page import Plot, Point, Row, Table
 from ...retrieval.selector import LayerShape
 from ...retrieval.settings import Retrieval
 from .predict import FUSION, Outcome
-from .request import RequestTime
+from .request import RequestTime, figure
 from .setup import Setup
 from .traffic import Traffic
 
@@ -29,9 +29,9 @@ def answer_notes(
     whole, best = requests[0], min(requests, key=lambda each: each.seconds)
     said = [
         f"{setup.shape.name} on {setup.machine.name}: a prompt of {context_tokens:,} tokens takes "
-        f"{whole.seconds:.3g} s to compute"
+        f"{figure(whole.seconds)} s to compute"
         + (
-            f" and {best.seconds:.3g} s at best with its KV stored ({best.way} from {best.tier}, {best.codec})."
+            f" and {figure(best.seconds)} s at best with its KV stored ({best.way} from {best.tier}, {best.codec})."
             if best is not whole
             else "; no tier is faster than that."
         )
@@ -41,8 +41,8 @@ def answer_notes(
     none, fastest = outcomes[0], min(outcomes, key=lambda each: each.ttft_s[0])
     fewest = min(outcomes, key=lambda each: (each.engines, each.ttft_s[0]))
     said.append(
-        f"Without a cache: {_engines(none)}, median TTFT {none.ttft_s[0]:.3g} s. Shortest median TTFT: "
-        f"{_way(fastest)}, {fastest.ttft_s[0]:.3g} s, {_engines(fastest)}"
+        f"Without a cache: {_engines(none)}, median TTFT {figure(none.ttft_s[0])} s. Shortest median TTFT: "
+        f"{_way(fastest)}, {figure(fastest.ttft_s[0])} s, {_engines(fastest)}"
         + (f"; fewest engines: {_way(fewest)}, {_engines(fewest)}." if fewest is not fastest else ".")
     )
     if prices:
@@ -92,9 +92,9 @@ def traffic_tables(
                 *way,
                 f"{each.hit_ratio:.1%}",
                 str(each.engines),
-                f"{each.alone_s:.3g}",
-                f"{each.ttft_s[0]:.3g}",
-                f"{each.ttft_s[1]:.3g}",
+                figure(each.alone_s),
+                figure(each.ttft_s[0]),
+                figure(each.ttft_s[1]),
                 f"{each.loading:.0%}",
                 busiest,
                 *([f"{cost:.4g}", f"{per_million:.3g}"] if prices else []),
@@ -154,9 +154,12 @@ def _hit_plot(setup: Setup, outcomes: Sequence[Outcome]) -> Plot:
 
 
 def _time_plot(outcomes: Sequence[Outcome]) -> Plot:
-    series = {_way(each): [Point(each.engines, each.ttft_s[0], each.ttft_s[0], each.ttft_s[1])] for each in outcomes}
-    caption = "Median time to first token (line up to the 99th percentile) and engines of each way."
-    return Plot("engines", "seconds to the first token", series, caption, log_y=True)
+    series = {
+        f"{_way(each)} ({each.engines})": [Point(100 * share, max(seconds, 1e-6)) for share, seconds in each.times]
+        for each in outcomes
+    }
+    caption = "Times to first token of the requests, queues included, with so many engines as the name says."
+    return Plot("% of the requests", "TTFT s, that many or faster", series, caption, log_y=True)
 
 
 def byte_table(setup: Setup) -> Table:

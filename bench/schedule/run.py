@@ -14,6 +14,7 @@ from ...evaluation.report import BenchResult, Metric
 from ...evaluation.screen import progress
 from ..eviction.replay import read_timed_trace, replay_tiers
 from ..plan.predict import engines_needed, job_of
+from ..plan.request import figure
 from ..plan.run import PlanOptions, setup_of
 from ..plan.setup import Setup
 from ..plan.traffic import TRACE_BLOCK_TOKENS
@@ -117,7 +118,7 @@ class _Found:
             tokens_s = sum(each.job.tokens for each in served) / spent_s
             loading = sum(each.chunks > 0 for each in served) / len(served)
             busy = sum(each.computed_s for each in served) / (self._engines * spent_s)
-            shown = [f"{value:.3g}" for value in (mean_s, *times)]
+            shown = [figure(value) for value in (mean_s, *times)]
             cells.append(
                 [policy, *shown, f"{loading:.0%}", f"{busy:.0%}", f"{tokens_s:,.0f}", f"{self._most[policy]:.3g}"]
             )
@@ -139,7 +140,7 @@ class _Found:
             times_of = [
                 quantiles([each.ttft_s for each in self._served[speed, policy]], (0.5, 0.99)) for policy in POLICIES
             ]
-            second.append([f"{speed:g}x", *(f"{value:.3g}" for pair in times_of for value in pair)])
+            second.append([f"{speed:g}x", *(figure(value) for pair in times_of for value in pair)])
         heads = ["requests come", *(f"{policy} {name}" for policy in POLICIES for name in ("p50", "p99"))]
         reasons = Counter(each.reason for each in self._served[1.0, "controller"])
         third: list[Row] = [
