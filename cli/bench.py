@@ -135,6 +135,16 @@ def check_plan(
 
 
 @app.command()
+def controller(
+    json: JsonFile = None, report: ReportFile = None, quick: Quick = False, folder: DiskFolder = Path()
+) -> None:
+    """Load or recompute in stock vLLM: always, never and kvloom's choice, by tier, length and load."""
+    from ..bench.controller.run import run
+
+    _finish(run(quick=quick, folder=folder), json, report)
+
+
+@app.command()
 def distributed(
     json: JsonFile = None,
     report: ReportFile = None,

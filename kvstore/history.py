@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from types import MappingProxyType
+from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 from ..core import ChunkKey
 
 _T = TypeVar("_T")
+
+Word: TypeAlias = Literal["stored", "never stored", "evicted", "expired", "removed"]
+"""What is known of a chunk, in a word. `removed`: deleted, damaged, undecodable, or it did not fit."""
+
+_DEPARTED: Mapping[str, Word] = MappingProxyType({"evictions": "evicted", "expirations": "expired"})
 
 _WORDS = {
     "evictions": "was evicted from {tier}",
@@ -84,6 +90,17 @@ class Explanation:
     recompute_s: float | None
     is_expired: bool = False
 
+    @property
+    def word(self) -> Word:
+        """Where it is, or why it is nowhere: `never stored` also if that is so long ago that it is forgotten."""
+        if self.is_expired:
+            return "expired"
+        if self.tiers:
+            return "stored"
+        if self.departure is None:
+            return "never stored"
+        return _DEPARTED.get(self.departure.why, "removed")
+
     def __str__(self) -> str:
         """In one line, for people."""
         where = f"in {', '.join(self.tiers)}" if self.tiers else "not stored"
@@ -99,6 +116,8 @@ class Explanation:
             parts.append(f"loading takes about {self.load_s * 1e3:.2f} ms")
         if self.recompute_s is not None:
             parts.append(f"computing it took {self.recompute_s * 1e3:.2f} ms")
+            if self.load_s is not None and self.load_s > self.recompute_s:
+                parts.append("so that loading it does not pay by itself")
         return "; ".join(parts)
 
 

@@ -80,7 +80,11 @@ class Bed:
     def _connector(self, name: str) -> Mapping[str, object] | None:
         if name == LMCACHE and self._server is not None:
             return self._server.connector
-        settings: dict[str, object] = {"chunk_tokens": CHUNK_TOKENS, "lead_ids": self._lead_ids}
+        settings: dict[str, object] = {
+            "chunk_tokens": CHUNK_TOKENS,
+            "lead_ids": self._lead_ids,
+            "load_or_recompute": "always",  # a row's name says what is loaded
+        }
         disk = {"disk_path": str(self.store)}
         offloading: dict[str, object] = {"cpu_bytes_to_use": HOST_BYTES}
         copies: dict[str, object] = {"spec_name": "CopyingSpec", "spec_module_path": "kvloom.bench.vllm.copies"}

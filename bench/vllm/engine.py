@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import Self
 
 from ...errors import KVLoomError
-from .server import Ask, Failure, Reset, Served, Settle, Setup, serve
+from .server import Ask, Failure, Reset, Served, Settle, Setup, SlowDown, serve
 
 START_S, ANSWER_S, CLOSE_S = 300.0, 600.0, 30.0
 
@@ -84,6 +84,11 @@ class Engine:
     def settle(self) -> None:
         """Wait until kvloom has stored what it was to store."""
         self._pipe.send(Settle())
+        self._receive(ANSWER_S)
+
+    def slow_down(self, latency_s: float, byte_s: float) -> None:
+        """Make loads slower from now on, see `Throttle`."""
+        self._pipe.send(SlowDown(latency_s, byte_s))
         self._receive(ANSWER_S)
 
     def close(self) -> None:

@@ -61,6 +61,7 @@ class Served:
     cached_tokens : of each prompt, taken from wherever: vLLM's own count.
     usage : what kvloom says that it did for each; None if it did not serve it.
     loaded_bytes : that kvloom loaded for all of them.
+    first_s : from the arrival of each to its first token.
     """
 
     seconds: float
@@ -69,6 +70,7 @@ class Served:
     cached_tokens: tuple[int, ...]
     usage: tuple[Mapping[str, Any] | None, ...]
     loaded_bytes: int = 0
+    first_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,14 @@ class Ask:
 @dataclass(frozen=True, slots=True)
 class Reset:
     """Forget vLLM's own prefix cache, and nothing else."""
+
+
+@dataclass(frozen=True, slots=True)
+class SlowDown:
+    """From now on, loads take longer; see `Throttle`."""
+
+    latency_s: float
+    byte_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,13 +182,16 @@ def hide_fake_attributes() -> None:
     wrapper.__getattr__ = without_dunders
 
 
-def _answer(llm: Any, question: Ask | Reset | Settle) -> Served | None:
+def _answer(llm: Any, question: Ask | Reset | Settle | SlowDown) -> Served | None:
     if isinstance(question, Reset):
         if not llm.reset_prefix_cache():
             raise RuntimeError("vLLM does not forget its prefix cache: blocks are in use")
         return None
     if isinstance(question, Settle):
         _settle()
+        return None
+    if isinstance(question, SlowDown):
+        _slow_down(question)
         return None
     return generate(llm, question)
 
@@ -211,6 +224,7 @@ def generate(llm: Any, ask: Ask) -> Served:
         tuple(output.num_cached_tokens or 0 for output in outputs),
         tuple((output.kv_transfer_params or {}).get("kvloom") for output in outputs),
         _loaded_bytes(llm) - loaded_bytes,
+        tuple(output.metrics.first_token_latency for output in outputs),
     )
 
 
@@ -224,3 +238,16 @@ def _settle() -> None:
     connector = get_kv_transfer_group()
     if not connector.worker.transfers.settle(SETTLE_S):
         raise RuntimeError(f"kvloom was not done storing after {SETTLE_S:g} s")
+
+
+_THROTTLES: list[Any] = []  # of this process: at most one
+
+
+def _slow_down(wanted: SlowDown) -> None:
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    from .throttle import Throttle
+
+    if not _THROTTLES:
+        _THROTTLES.append(Throttle(get_kv_transfer_group().worker.transfers))
+    _THROTTLES[0].latency_s, _THROTTLES[0].byte_s = wanted.latency_s, wanted.byte_s

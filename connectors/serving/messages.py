@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import repeat
+from types import MappingProxyType
 from typing import TypeAlias
 
 import numpy as np
@@ -17,7 +18,10 @@ from numpy.typing import NDArray
 from ...blend.method import EXACT, FusionMethod
 from ...core import ChunkKey, KVSpec
 from ...kvstore.placement.catalog import PlacementChange
+from .controller.decisions import Missing
 from .head_splits import HeadSplit
+
+_NO_SECONDS: Mapping[str, float] = MappingProxyType({})
 
 RankKeys: TypeAlias = "tuple[tuple[ChunkKey, ...], ...]"
 """Keys of the same chunks for every rank: `keys[rank][chunk]`."""
@@ -27,6 +31,9 @@ OtherKeys: TypeAlias = "tuple[tuple[ChunkKey, ...], ...]"
 
 RankOthers: TypeAlias = "tuple[tuple[OtherKeys, ...], ...]"
 """The same for several chunks and every rank: `others[rank][chunk]`; empty if other sizes are not looked for."""
+
+LOADERS = 4
+"""Loads that a worker runs at once, so that what lies on a slow disk is not in the way of what lies in memory."""
 
 FoundTiers: TypeAlias = "tuple[str, ...]"
 """Result of a look-up: the tier of each chunk asked for, up to the first chunk that no tier holds."""
@@ -38,7 +45,7 @@ class WorkerInfo:
 
     `fusion`: how it fuses, with the ratio that certificates permit. `token`: names the worker's connector, for a
     scheduler in the same process. `splits`: where else its heads may be stored, for each other tensor-parallel size.
-    `further`: specs of further groups of layers, see `GroupShape`.
+    `further`: specs of further groups of layers, see `GroupShape`. `tiers`: of its store.
     """
 
     spec: KVSpec
@@ -47,6 +54,7 @@ class WorkerInfo:
     token: str = ""
     splits: tuple[HeadSplit, ...] = ()
     further: tuple[KVSpec, ...] = ()
+    tiers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +84,8 @@ class Load:
 
     Tokens for which there are no keys are lost. `lookup`: number of the look-up that offered the chunks. `skipped`:
     tokens before `start` that the load provides without loading them, as no later token attends to them. `further`: of
-    further groups.
+    further groups. `limit_s`: seconds after which what is not loaded is left to the engine to compute; None: no such
+    limit.
     """
 
     request_id: str
@@ -89,6 +98,7 @@ class Load:
     others: RankOthers = ()
     skipped: int = 0
     further: tuple[Load, ...] = ()
+    limit_s: float | None = None
 
     def chunks_of(self, rank: int) -> Iterator[tuple[ChunkKey, OtherKeys]]:
         """Each chunk's key on one rank, and its keys in other sizes."""
@@ -197,6 +207,7 @@ class StepPlan:
     layer_loads : loads that are over within the step.
     released : numbers of look-ups whose offers are over.
     failures : requests whose loads are to be reported to the engine once more, as failed.
+    cancelled : requests whose loads are to end, as computing is faster by now.
     """
 
     is_idle: bool = False
@@ -213,13 +224,14 @@ class StepPlan:
     revocations: list[Revocation] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to do and nothing to report."""
         work = self.lookups or self.loads or self.layer_loads or self.saves or self.fusions or self.advances
         other = self.revocations or self.released or self.is_idle or self.number or self.introduce or self.is_reset
-        return not (work or other or self.failures)
+        return not (work or other or self.failures or self.cancelled)
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +248,9 @@ class Loaded:
     unpriced_tokens : provided tokens whose chunks do not say so.
     chosen : positions that a fusion recomputed, if it chose them itself.
     ranks : how many ranks this is the outcome of.
+    read_s : seconds of loading by tier, from a read to the bytes in the engine's blocks, without waiting for a thread;
+        by `""` those of a chunk that did not come. Empty if they were not taken.
+    given_back : it ended early because computing was faster, not because a chunk was lost. It counts as `failed`, too.
     """
 
     tokens: Mapping[str, int]
@@ -246,6 +261,8 @@ class Loaded:
     unpriced_tokens: int = 0
     chosen: NDArray[np.int32] | None = None
     ranks: int = 1
+    read_s: Mapping[str, float] = field(default_factory=lambda: _NO_SECONDS)
+    given_back: bool = False
 
 
 @dataclass(slots=True)
@@ -256,6 +273,7 @@ class StepReport:
     ----------
     workers : by rank, where the plan asked for it.
     found_prefixes : results of look-ups, by number.
+    missing : why look-ups have found nothing, by number.
     loaded : by request.
     found_documents : by request: for each rank that has fetched the documents of a fusion, which of them it has.
     revoked : requests whose revocation was carried out.
@@ -270,6 +288,7 @@ class StepReport:
     revoked: set[str] = field(default_factory=set)
     placement_changes: list[PlacementChange] = field(default_factory=list)
     number: int = 0
+    missing: dict[int, Missing] = field(default_factory=dict)
 
     @property
     def is_empty(self) -> bool:
@@ -294,6 +313,7 @@ class StepReport:
             self.revoked | other.revoked,
             self.placement_changes + other.placement_changes,
             max(self.number, other.number),
+            other.missing | self.missing,
         )
 
 
@@ -321,4 +341,8 @@ def both(one: Loaded, other: Loaded) -> Loaded:
         computed_tokens=max(one.computed_tokens, other.computed_tokens),
         chosen=other.chosen if one.chosen is None else one.chosen,
         ranks=one.ranks + other.ranks,
+        read_s={
+            tier: max(one.read_s.get(tier, 0.0), other.read_s.get(tier, 0.0)) for tier in {**one.read_s, **other.read_s}
+        },
+        given_back=one.given_back or other.given_back,
     )

@@ -23,6 +23,7 @@ from .store_settings import (
 )
 
 LoadMode: TypeAlias = Literal["async", "layerwise"]
+LoadChoice: TypeAlias = Literal["auto", "always"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=CHECKED)
@@ -35,6 +36,8 @@ class ServingSettings(StoreSettings):
     chunk_tokens : tokens of a stored chunk. A shorter prefix is not stored.
     load_mode : `async`: a request waits while its KV is loaded, and other requests go on. `layerwise`: a request
         computes at once, and each layer of its step waits for the KV of that layer.
+    load_or_recompute : `auto`: of a stored prefix, a request loads what is expected to be there sooner than if it were
+        computed, by what loading and computing have cost here lately. `always`: all of it, and everything is stored.
     save_pending_bytes : most bytes of KV that wait to be stored, for each worker. Further chunks are not stored.
     fusion_ratio : share of the tokens of documents that a fused request recomputes, unless the request sets it; 1 is
         exact. `"certified"` takes the smallest share that a certificate permits for this model, and 1 without one.
@@ -56,6 +59,7 @@ class ServingSettings(StoreSettings):
     host_bytes: Size = ByteSize(4 << 30)
     chunk_tokens: Count = 256
     load_mode: Annotated[LoadMode, Field(description="one of async, layerwise")] = "async"
+    load_or_recompute: Annotated[LoadChoice, Field(description="one of auto, always")] = "auto"
     save_pending_bytes: Size = ByteSize(1 << 30)
     fusion_ratio: Annotated[Ratio | Literal["certified"], Field(description="a number from 0 to 1, or 'certified'")] = (
         "certified"
@@ -89,6 +93,9 @@ USAGE_KEYS = frozenset(
         "failed",
         "fused",
         "saved_chunks",
+        "decision",
+        "expected_load_s",
+        "expected_compute_s",
     }
 )
 """What kvloom returns with a request. Proxies send it back as input, where it means nothing."""

@@ -69,6 +69,7 @@ class SchedulerHalf:
         self._ranks = ranks_of(vllm_config)
         self._worker_here = worker_here
         self._may_load, self._may_save = bool(transfer.is_kv_consumer), bool(transfer.is_kv_producer)
+        self._may_give_back = transfer.kv_load_failure_policy == "recompute"
         self._adapter_variant = adapter_variant(vllm_config)
         self._adapters = OpenAdapters(AdapterNames(), self._adapter_variant)
         self._decoding = decoding_identity(vllm_config.additional_config)
@@ -259,6 +260,9 @@ class SchedulerHalf:
             may_save=self._may_save,
             shapes=() if self._groups.is_plain else self._groups.shapes,
             further=tuple(zip(*(worker.further for worker in workers), strict=True)),
+            why_missing=(lambda _: None) if here is None else here.transfers.why_missing,
+            tiers=workers[0].tiers,
+            may_give_back=self._may_give_back,
         )
         early, self._early = self._early, {}
         for request in early.values():

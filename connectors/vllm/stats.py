@@ -11,6 +11,7 @@ except ImportError as error:
     raise ImportError("kvloom.connectors.vllm.stats needs vLLM 0.32 or newer: pip install vllm") from error
 
 _TIER = "loaded_tokens."  # followed by the tier's name
+_REASON = "decisions."  # followed by the reason
 
 COUNTERS = MappingProxyType(
     {
@@ -23,6 +24,7 @@ COUNTERS = MappingProxyType(
         "loaded_bytes": "Bytes of keys and values loaded into the engine's blocks by loads of prefixes.",
         "load_seconds": "Time from the beginning of a load to its end, summed.",
         "seconds_saved": "Seconds of computing that loads and fusions saved, less those they took.",
+        "given_back_loads": "Loads that ended early, as computing was faster by then.",
         "failed_loads": "Loads or fusions that lost a chunk on the way; it was computed.",
         "saved_chunks": "Chunks stored.",
         "saved_tokens": "Tokens stored.",
@@ -60,7 +62,9 @@ class KVLoomStats(KVConnectorStats):
 
 
 class KVLoomPromMetrics(KVConnectorPromMetrics):
-    """`vllm:kvloom_<name>_total` with vLLM's own labels, and `vllm:kvloom_loaded_tokens_total{tier}`."""
+    """`vllm:kvloom_<name>_total` with vLLM's own labels, `vllm:kvloom_loaded_tokens_total{tier}` and
+    `vllm:kvloom_decisions_total{reason}`.
+    """
 
     def __init__(self, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
@@ -73,11 +77,18 @@ class KVLoomPromMetrics(KVConnectorPromMetrics):
             documentation="Tokens loaded, by the tier that they came from.",
             labelnames=[*labelnames, "tier"],
         )
+        self._decisions = self._counter_cls(
+            name="vllm:kvloom_decisions",
+            documentation="Decisions on how much of a stored prefix a request loads, by their reason.",
+            labelnames=[*labelnames, "reason"],
+        )
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         labels = self.per_engine_labelvalues[engine_idx]
         for name, value in transfer_stats_data.items():
             if name.startswith(_TIER):
                 self._loaded_tokens.labels(*labels, name.removeprefix(_TIER)).inc(value)
+            elif name.startswith(_REASON):
+                self._decisions.labels(*labels, name.removeprefix(_REASON)).inc(value)
             elif name in self._counters:
                 self._counters[name].labels(*labels).inc(value)

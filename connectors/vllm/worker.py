@@ -19,7 +19,7 @@ from ..serving.messages import WorkerInfo
 from ..serving.settings import ServingSettings
 from ..serving.worker.fuser import Fuser
 from ..serving.worker.layer_loads import LayerLoads
-from ..serving.worker.other_sizes import splits_for, warn_of_other_sizes
+from ..serving.worker.other_sizes import holds_others_only, splits_for, warn_of_other_sizes
 from ..serving.worker.pieces import CacheGroup
 from ..serving.worker.steps import Worker
 from ..serving.worker.store_setup import QualityRecords, is_lossy, open_store
@@ -116,6 +116,7 @@ def open_worker(settings: ServingSettings, token: str, vllm_config: Any, kv_cach
         splits=splits,
         groups=pieces,
         saves=saves,
+        is_foreign=holds_others_only(spec, store),
     )
     adapters = None
     if vllm_config.lora_config is not None:
@@ -146,7 +147,8 @@ def open_worker(settings: ServingSettings, token: str, vllm_config: Any, kv_cach
     )
     numbers = {layer.layer_name: i for i, layer in enumerate(layers)}
     further = tuple(piece.spec for piece in pieces[1:])
-    info = WorkerInfo(spec, fuser is not None, method, token, splits, further)
+    tiers = tuple(tier.name for tier in store.tiers)
+    info = WorkerInfo(spec, fuser is not None, method, token, splits, further, tiers)
     return Worker(info, transfers, layer_loads, numbers, fuser, adapters, fails_whole=bool(pieces))
 
 

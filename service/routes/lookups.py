@@ -56,6 +56,7 @@ class Explanation(BaseModel):
     departure: Departure | None
     load_s: float | None
     recompute_s: float | None
+    word: str
     summary: str
 
 
@@ -153,6 +154,7 @@ async def explain(body: Keys, context: Context, caller: Reader) -> list[Explanat
                 else Departure(tier=each.departure.tier, why=each.departure.why, at_s=each.departure.at_s),
                 load_s=each.load_s,
                 recompute_s=each.recompute_s,
+                word=each.word,
                 summary=str(each).replace(each.key.hex()[:12], key[:12]),
             )
             for key, each in zip(body.keys, found, strict=True)

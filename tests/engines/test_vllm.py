@@ -242,6 +242,7 @@ def test_salts_and_wrong_options(llm: Any) -> None:
 
 def test_what_is_counted(llm: Any) -> None:
     names = ("kvloom_hit_tokens", "kvloom_saved_tokens", "kvloom_loaded_tokens", "external_prefix_cache_hits")
+    names += ("kvloom_decisions",)
     before = {name: metric(llm, name) for name in names}
     (text,), _ = stored(llm, 71, (300,))
     generate(llm, [text])
@@ -251,6 +252,7 @@ def test_what_is_counted(llm: Any) -> None:
         "kvloom_saved_tokens": 256,
         "kvloom_loaded_tokens": 256,
         "external_prefix_cache_hits": 256,
+        "kvloom_decisions": 2,
     }
 
 

@@ -9,7 +9,7 @@ pytest.importorskip(
     "vllm", reason="stock vLLM is not installed here; `make test-engines` runs this in its own environment"
 )
 
-from .support.engines import CHUNK, DECLINED, generate, make_model, prompts, start, tokens_of, usage
+from .support.engines import ALWAYS, CHUNK, DECLINED, generate, make_model, prompts, start, tokens_of, usage
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -25,7 +25,7 @@ def kvloom(**settings: Any) -> dict[str, Any]:
         "kv_connector": "KVLoomConnector",
         "kv_connector_module_path": "kvloom.connectors.vllm_v1",
         "kv_role": "kv_both",
-        "kv_connector_extra_config": {"chunk_tokens": CHUNK, "host_bytes": "64MiB", **settings},
+        "kv_connector_extra_config": {"chunk_tokens": CHUNK, **ALWAYS, "host_bytes": "64MiB", **settings},
     }
 
 

@@ -20,7 +20,11 @@ def test_eviction_fails_no_request(tmp_path: Path) -> None:
         kv_connector="KVLoomConnector",
         kv_connector_module_path="kvloom.connectors.vllm_v1",
         kv_role="kv_both",
-        kv_connector_extra_config={"chunk_tokens": CHUNK, "host_bytes": "4MiB"},  # ten chunks
+        kv_connector_extra_config={
+            "chunk_tokens": CHUNK,
+            "load_or_recompute": "always",
+            "host_bytes": "4MiB",
+        },  # ten chunks
     )
     llm = start(make_model(tmp_path / "model"), None, kv_transfer_config=transfer, enable_prefix_caching=False)
     bases = prompts(1, (260, 200, 330, 140))

@@ -89,6 +89,7 @@ def test_rejected() -> None:
         with pytest.raises(TierFullError):
             store.put(KEY, make_chunk(1))
         assert "did not fit into host" in str(explained(store))
+        assert explained(store).word == "removed"
 
 
 def test_forgets_the_oldest() -> None:

@@ -51,6 +51,7 @@ def test_explain_says_why_under_the_clients_own_key(small: Service) -> None:
         assert [each["key"] for each in explained] == hexes(*range(6))
         evicted = [each for each in explained if not each["tiers"]]
         assert len(evicted) == 2 and all(each["departure"]["why"] == "evictions" for each in evicted)
+        assert (explained[5]["word"], {each["word"] for each in evicted}) == ("stored", {"evicted"})
         assert explained[5]["lookup"]["tier"] == "host" and hexes(5)[0][:12] in explained[5]["summary"]
 
 

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from kvloom.connectors.serving.messages import Document, Fusion, Load, LookUp, Save
 from kvloom.connectors.serving.worker.arrivals import Arrival
+from kvloom.connectors.serving.worker.other_sizes import holds_others_only
 from kvloom.connectors.serving.worker.transfers import Transfers
-from kvloom.core import ChunkKey, KVSpec, RopeSpec
+from kvloom.core import ChunkKey, KVChunk, KVSpec, RopeSpec
 from kvloom.errors import TierUnavailableError
 from kvloom.kvstore.keys import content_key, prefix_keys
 from kvloom.kvstore.store import KVStore
@@ -60,6 +61,13 @@ def make(store: KVStore, pages: Pages | None = None, *, spec: KVSpec = SPEC, **s
 
 TOKENS = np.arange(16)
 KEYS = prefix_keys(SPEC, TOKENS, chunk_tokens=CHUNK)
+
+
+def chunk_of(key: ChunkKey) -> KVChunk:
+    """Random KV of the first or the second eight tokens."""
+    first = CHUNK if key == KEYS[1] else 0
+    positions = torch.arange(first, first + CHUNK)
+    return KVChunk(SPEC, positions, positions, *(torch.randn(2, 2, CHUNK, 4) for _ in range(2)))
 
 
 def save_both(transfers: Transfers) -> None:
@@ -225,6 +233,7 @@ def test_a_cancelled_load_ends_and_is_told_of() -> None:
     save_both(transfers)
     tier.gate.clear()
     transfers.load(Load("r", (tuple(KEYS),), 0, 0, 16, (9, 2, 7, 4)))
+    assert eventually(lambda: "get" in tier.calls)
     transfers.cancel("r")
     transfers.cancel("unknown")
     assert transfers.arrivals() == []
@@ -411,4 +420,79 @@ def test_a_write_that_fails_loses_the_load() -> None:
     assert arrival.bad_blocks == {9, 2, 7, 4}
     assert transfers.take_counts()["errors"] == 1
     assert transfers.take_counts() == {}
+    transfers.close()
+
+
+def test_a_load_that_waits_is_given_back_and_its_blocks_are_reported() -> None:
+    tier = FaultyTier()
+    transfers = make(KVStore([tier]))
+    save_both(transfers)
+    tier.gate.clear()
+    for name in ("a", "b", "c", "d", "late"):
+        transfers.load(Load(name, (tuple(KEYS),), 0, 0, 16, (9, 2, 7, 4)))
+    assert eventually(lambda: tier.calls.count("get") == 4)
+    transfers.give_back("late")
+    (arrival,) = transfers.arrivals()
+    assert (arrival.request_id, arrival.bad_blocks) == ("late", {9, 2, 7, 4})
+    assert arrival.loaded.given_back and arrival.loaded.failed and dict(arrival.loaded.tokens) == {}
+    transfers.give_back("a")  # has begun: it ends behind the chunk that is being read
+    tier.gate.set()
+    arrived: list[Arrival] = []
+    assert eventually(lambda: arrived.extend(transfers.arrivals()) or len(arrived) == 4)
+    told = {each.request_id: each for each in arrived}
+    assert told["a"].loaded.given_back and dict(told["a"].loaded.tokens) == {"disk": 8}
+    assert told["a"].bad_blocks == {7, 4}
+    assert not told["b"].loaded.failed and set(told["b"].loaded.read_s) == {"disk"}
+    counts = transfers.take_counts()
+    assert counts["given_back_loads"] == 2 and "failed_loads" not in counts
+    transfers.close()
+
+
+def test_a_load_that_takes_too_long_is_given_back() -> None:
+    tier = FaultyTier()
+    transfers = make(KVStore([tier]))
+    save_both(transfers)
+    tier.gate.clear()
+    transfers.load(Load("r", (tuple(KEYS),), 0, 0, 16, (9, 2, 7, 4), limit_s=0.05))
+    time.sleep(0.1)
+    tier.gate.set()
+    arrival = wait(transfers)
+    assert arrival.loaded.given_back and arrival.bad_blocks == {9, 2, 7, 4}
+    assert arrival.loaded.read_s[""] > 0.04, "a chunk that did not come took at least that long"
+    transfers.close()
+
+
+@pytest.mark.parametrize(
+    ("expected", "happen"),
+    [
+        ("never stored", lambda store: None),
+        ("evicted", lambda store: [store.put(key, chunk_of(key)) for key in KEYS]),
+        ("removed", lambda store: (store.put(KEYS[0], chunk_of(KEYS[0])), store.delete(KEYS[0]))),
+        ("expired", lambda store: store.put(KEYS[0], chunk_of(KEYS[0]), ttl_s=1e-9)),
+    ],
+)
+def test_why_a_prompt_was_not_found(expected: str, happen: Callable[[KVStore], object]) -> None:
+    transfers = make(KVStore([HostTier(chunk_of(KEYS[0]).keys.nbytes * 3)]))
+    happen(transfers.store)
+    lookup = LookUp("r", (tuple(KEYS),))
+    assert transfers.look_up(lookup) == ()
+    assert transfers.why_missing(lookup) == expected
+    transfers.close()
+
+
+def test_a_store_of_another_model_says_so_until_something_is_stored(tmp_path: Path) -> None:
+    other = replace(SPEC, model_id="another")
+    with KVStore([DiskTier(tmp_path)]) as store:
+        (key,) = prefix_keys(other, TOKENS[:CHUNK], chunk_tokens=CHUNK)
+        store.put(key, replace(chunk_of(key), spec=other))
+    store = KVStore([HostTier(None), DiskTier(tmp_path)])
+    assert holds_others_only(SPEC, store) and not holds_others_only(other, store)
+    transfers = Transfers(
+        store, Pages(), SPEC, 0, chunk_tokens=CHUNK, load_timeout_s=20.0, save_pending_bytes=1 << 20, is_foreign=True
+    )
+    lookup = LookUp("r", (tuple(KEYS),))
+    assert transfers.why_missing(lookup) == "other model"
+    save_both(transfers)
+    later = LookUp("r", (tuple(prefix_keys(SPEC, range(100, 108), chunk_tokens=CHUNK)),))
+    assert transfers.why_missing(later) == "never stored"
     transfers.close()

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvloom.connectors.serving.controller.decisions import Missing
 from kvloom.connectors.serving.messages import Fusion, Load, Loaded, LookUp, StepReport, WorkerInfo
 from kvloom.connectors.serving.settings import RequestOptions
 from kvloom.connectors.serving.worker.fuser import continued, stage
@@ -77,6 +78,7 @@ class Faults:
 
     lost_from: dict[str, int] = field(default_factory=dict)
     held: set[str] = field(default_factory=set)  # loads and fusions that do not go on
+    token_s: Callable[[], float] | None = None  # seconds that a load says it took for each token
 
 
 class SimulatedStore(dict[ChunkKey, list[int]]):
@@ -182,19 +184,24 @@ class SimulatedWorker:
             offset = save.start % size
             kv = [self._read(blocks, p) for p in range(offset, offset + len(save.token_ids))]
             self.store.save(save.keys[0], kv)
-        report, bad_blocks, arrived = StepReport(), set[int](), set[str]()
+        report, bad_blocks, arrived = StepReport(number=plan.number), set[int](), set[str]()
         if plan.introduce:
             report.workers |= {} if self.info is None else {0: self.info}
         for number in plan.released:
             self.store.pins.pop(number, None)
         for lookup in plan.lookups:
-            report.found_prefixes[lookup.number] = self.look_up(lookup)
+            report.found_prefixes[lookup.number] = found = self.look_up(lookup)
+            if not found:
+                report.missing[lookup.number] = self.why_missing(lookup)
         for request_id, load in list(self.loads.items()):
             if request_id not in self.faults.held:
                 del self.loads[request_id]
                 self._load(load, report, bad_blocks)
                 arrived.add(request_id)
         self.loads |= {load.request_id: load for load in plan.loads}
+        for request_id in set(plan.cancelled) & self.loads.keys():
+            self._give_back(self.loads.pop(request_id), report, bad_blocks)
+            arrived.add(request_id)
         for fusion in plan.fusions:
             self.fusions[fusion.request_id] = (fusion, None)
             self.told.discard(fusion.request_id)
@@ -230,6 +237,9 @@ class SimulatedWorker:
         if lookup.number and found:
             self.store.pins[lookup.number] = keys[:found]
         return ("host",) * found
+
+    def why_missing(self, _: LookUp) -> Missing:
+        return "never stored"
 
     # ------------------------------------------------------------------------------------------------ the model
 
@@ -276,7 +286,13 @@ class SimulatedWorker:
             size = self.block_tokens
             bad_blocks.update(load.blocks[max(lost_from, load.start) // size : -(-load.stop // size)])
         tokens = {"host": max(min(load.stop, lost_from) - load.start, 0)}
-        report.loaded[load.request_id] = Loaded(tokens, lost_from < load.stop, 0.0)
+        read_s = {} if self.faults.token_s is None else {"host": tokens["host"] * self.faults.token_s()}
+        report.loaded[load.request_id] = Loaded(tokens, lost_from < load.stop, 0.0, read_s=read_s)
+
+    def _give_back(self, load: Load, report: StepReport, bad_blocks: set[int]) -> None:
+        self.store.pins.pop(load.lookup, None)
+        bad_blocks.update(load.blocks_from(load.start, self.block_tokens))
+        report.loaded[load.request_id] = Loaded({}, True, 0.0, given_back=True)
 
     def _advance(self, name: str, found: Sequence[bool], report: StepReport, arrived: set[str]) -> None:
         if name not in self.fusions or name in self.faults.held:

@@ -31,7 +31,7 @@ _MOST_TRIAL_S = 600.0  # longest time before a trial, however much it may lose
 _PATIENCE = 100.0  # seconds without an observation, for each second that a trial is expected to lose
 _GRACE_S = 0.1  # least time beyond the expected one before a load is given up
 _NEVER_PAYS = 2.0  # a chunk is not stored if loading it takes more than so many times as long as computing it
-_STORE_OBSERVATIONS = 8  # of a tier, before it is said of a chunk that it will never pay
+_STORE_OBSERVATIONS = 8  # of computing, before it is said of a chunk that it will never pay
 _COMPUTING = ""  # stands for computing where names stand for tiers
 
 
@@ -160,7 +160,7 @@ class Controller:
         compute_s = tokens * (token_s + position * context_s)
         for tier in tiers:
             cost = self._tiers.get(tier)
-            if cost is None or cost.count < _STORE_OBSERVATIONS or cost.age_s > _MOST_TRIAL_S:
+            if cost is None or not cost.is_known or cost.age_s > _MOST_TRIAL_S:
                 return True
             if nbytes * cost.coefficients[1] <= _NEVER_PAYS * compute_s:
                 return True

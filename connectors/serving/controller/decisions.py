@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal, TypeAlias, get_args
 
+Missing: TypeAlias = Literal["never stored", "other model", "evicted", "expired", "removed", "unavailable"]
+"""Why nothing of a prompt was found, by its first chunk.
+
+- `never stored`: or so long ago that it is forgotten.
+- `other model`: when the store was opened, it held chunks of other models only, and none was stored since.
+- `evicted`: to make room for others.
+- `expired`: its time was over.
+- `removed`: deleted, by whom ever; found corrupt or undecodable; or it did not fit.
+- `unavailable`: in a tier that does not answer.
+"""
+
 Reason: TypeAlias = Literal[
     "nothing stored",
+    "never stored",
+    "other model",
+    "evicted",
+    "expired",
+    "removed",
+    "unavailable",
     "loads",
     "untried",
     "shortened",
@@ -21,7 +38,7 @@ Reason: TypeAlias = Literal[
 ]
 """Why a request loads as much as it does.
 
-- `nothing stored`: there is nothing to load.
+- `nothing stored`: there is nothing to load; where more is known, the word of `Missing`.
 - `loads`: all that is stored, as that is fastest.
 - `untried`: all that is stored, as too little is known yet of what loading it or computing it costs.
 - `shortened`: a part of it; to load more would take longer than to compute it.
@@ -90,6 +107,15 @@ class Decision:
     limit_s: float | None = None
     tried: str | None = None
 
+    def __str__(self) -> str:
+        """In one line, for people."""
+        expected = f"expected to take {_seconds(self.load_s)}, computing everything {_seconds(self.compute_s)}"
+        return f"{self.chunks} chunks are loaded ({self.reason}); {expected}"
+
+
+def _seconds(seconds: float | None) -> str:
+    return "an unknown time" if seconds is None else f"{seconds:.3g} s"
+
 
 IDLE = Queue()
 """Nothing waits."""
@@ -115,6 +141,16 @@ class StoredPrefix:
     def chunks(self) -> int:
         """Of all runs."""
         return sum(run.chunks for run in self.runs)
+
+    def leading(self, chunks: int) -> tuple[StoredRun, ...]:
+        """The runs of so many leading chunks."""
+        found = []
+        for run in self.runs:
+            taken = min(chunks, run.chunks)
+            if taken:
+                found.append(replace(run, chunks=taken))
+            chunks -= taken
+        return tuple(found)
 
     def stop(self, chunks: int) -> int:
         """Tokens that the engine has when so many chunks are loaded."""

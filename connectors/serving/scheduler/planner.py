@@ -4,11 +4,12 @@ The stores belong to the workers, one to each tensor-parallel rank. The schedule
 bytes: what is to be done goes to the workers in the `StepPlan` of a step of the engine, the outcome comes back in a
 `StepReport`. Where scheduler and worker are one process, `look_up` answers at once.
 
-    matched_tokens -> LookUp -> FoundTiers -> offer -> allocated -> Load -> Loaded -> (failed: never offered again)
+    matched_tokens -> LookUp -> FoundTiers -> Decision -> offer -> allocated -> Load -> Loaded
+                      (failed, or given back: never offered again)
     plan_step      -> Save of every chunk that the step completes
 
 `requests.py` finds what a request consists of, `saves.py`, `fusions.py` and `usage.py` keep what was stored of it, how
-it is fused and what kvloom did for it. Loads are planned here.
+it is fused and what kvloom did for it; `load_control.py` decides how much of a hit is loaded. Loads are planned here.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from ....blend.method import EXACT, FusionMethod
 from ....core import KVSpec
+from ..controller.decisions import Decision, Missing
 from ..groups import GroupShape
 from ..head_splits import HeadSplit
 from ..keys import Keys
@@ -28,6 +30,7 @@ from ..messages import Document, FoundTiers, Load, Loaded, LookUp, Revocation, S
 from ..settings import RequestOptions, ServingSettings
 from .fusions import FusionTracker
 from .known_documents import KnownDocuments
+from .load_control import LoadControl, explained
 from .pieces import load_pieces, look_up_pieces
 from .prefill_rate import PrefillRate, is_prefill_step
 from .requests import Request, RequestReader
@@ -45,6 +48,7 @@ class _Tracked:
     lookup: int = 0  # number of the look-up whose chunks are pinned for this request; 0 for none
     asked_from: int | None = None  # chunk from which on it asked
     tiers: FoundTiers | None = None  # its result
+    missing: Missing | None = None  # why it has found nothing
     found_s: float = 0.0  # when that came
     offer: int = 0  # token up to which the last offer reaches
     hit_tokens: Mapping[str, int] = field(default_factory=dict)  # of the last offer taken, by tier
@@ -73,11 +77,14 @@ class Planner:
     specs : geometry of each rank's cache, by rank.
     block_tokens : of the engine.
     look_up : answers a look-up at once; None where the workers are other processes, which answer in a later step.
+    why_missing : says why a look-up has found nothing, where `look_up` is given.
     splits : where else each rank's heads may be stored, see `WorkerInfo`.
     fusion : how workers fuse, with the ratio that certificates permit, for settings that ask for that.
     may_load, may_save : whether the role of this engine lets it load, and store.
     shapes : of the groups of the engine's layers, the first one's first; empty for a single one of full attention.
     further : specs of the groups behind the first, by group and rank.
+    tiers : of the workers' stores; empty if they are not known.
+    may_give_back : whether the engine computes what was to be loaded and is not.
     clock : monotonic seconds.
     """
 
@@ -94,12 +101,15 @@ class Planner:
         may_save: bool = True,
         shapes: Sequence[GroupShape] = (),
         further: Sequence[Sequence[KVSpec]] = (),
+        why_missing: Callable[[LookUp], Missing | None] = lambda _: None,
+        tiers: Sequence[str] = (),
+        may_give_back: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
         self._block_tokens = block_tokens
         self._ranks = len(specs)
-        self._look_up = look_up
+        self._look_up, self._why_missing = look_up, why_missing
         given = settings.fusion_ratio
         self._fusion = fusion if given == "certified" else replace(fusion, ratio=given)
         self._may_load, self._may_save = may_load, may_save
@@ -110,6 +120,14 @@ class Planner:
         self._keys = Keys(settings, specs, splits, further)
         self._reader = RequestReader(settings, self._keys, known, block_tokens, self._fusion)
         self._rate = PrefillRate(clock)
+        self._control = LoadControl(
+            settings,
+            specs[0].token_bytes,
+            tiers,
+            may_shorten=not shapes,
+            may_give_back=may_give_back,
+            clock=clock,
+        )
         self._saves = SaveTracker(settings.chunk_tokens, block_tokens, known, self._shapes)
         self._fusions = FusionTracker(len(specs), block_tokens)
         self._tracked: dict[str, _Tracked] = {}
@@ -176,6 +194,7 @@ class Planner:
     def close(self, request_id: str) -> dict[str, object] | None:
         """Forget a request; what kvloom did for it (see `Usage`), None if it is not tracked."""
         self._rate.forget(request_id)
+        self._control.forget(request_id)
         fused, saved_chunks = self._fusions.close(request_id), self._saves.close(request_id)
         tracked = self._tracked.pop(request_id, None)
         if tracked is None:
@@ -228,6 +247,7 @@ class Planner:
         if tracked is None:
             return 0
         request = tracked.request
+        self._control.forget_decision(request_id)
         self._fusions.ask(request_id, computed_tokens)
         if tracked.has_failed or tracked.is_stale or not request.options.load:
             return 0
@@ -242,7 +262,10 @@ class Planner:
             self._ask(request_id, tracked, first)
         if tracked.tiers is None or tracked.asked_from is None:
             return None
-        tracked.offer = (tracked.asked_from + len(tracked.tiers)) * self._settings.chunk_tokens
+        chunks = self._control.decide(
+            request_id, tracked.tiers, tracked.asked_from, computed_tokens, len(request.token_ids)
+        )
+        tracked.offer = (tracked.asked_from + chunks) * self._settings.chunk_tokens
         # A step must compute something. Of a request that has all its tokens the engine computes the last one again,
         # after it has taken back what that attends to and a next one would not.
         if self._shapes or self.is_layerwise(request_id):
@@ -266,7 +289,7 @@ class Planner:
             others = keys.others_between(first)
             lookup = LookUp(request_id, keys.between(first), self._last_lookup, tracked.lookup, others)
         self._lookups.pop(tracked.lookup, None)
-        tracked.lookup, tracked.asked_from, tracked.tiers = lookup.number, first, None
+        tracked.lookup, tracked.asked_from, tracked.tiers, tracked.missing = lookup.number, first, None, None
         if self._look_up is None:
             self._lookups[lookup.number] = request_id
             self._plan.lookups.append(lookup)
@@ -274,6 +297,7 @@ class Planner:
         tracked.tiers = self._look_up(lookup)
         if not tracked.tiers:
             tracked.lookup = 0
+            tracked.missing = self._why_missing(lookup)
 
     def _drop_offer(self, tracked: _Tracked) -> None:
         """The offer of the last look-up is over: what it pinned may go."""
@@ -320,6 +344,7 @@ class Planner:
         self._saves.resume(request_id)
         lookup, tiers, asked_from = tracked.lookup, tracked.tiers or (), tracked.asked_from or 0
         tracked.hit_tokens = {}
+        decision = self._take_on(request_id, tracked, external_tokens)
         if not external_tokens:
             self._drop_offer(tracked)
             self._fusions.decline(request_id)
@@ -339,6 +364,7 @@ class Planner:
         else:
             keys, others = request.keys.between(first, last), request.keys.others_between(first, last)
             load = Load(request_id, keys, first * chunk_tokens, start, stop, tuple(blocks), lookup, others)
+        load = replace(load, limit_s=None if decision is None else decision.limit_s)
         if self.is_layerwise(request_id):
             self._plan.layer_loads.append(load)
             self._layer_loads[request_id] = load
@@ -351,6 +377,17 @@ class Planner:
             begin, end = chunk * chunk_tokens, (chunk + 1) * chunk_tokens
             tokens[tiers[chunk - asked_from]] += min(end, stop) - max(begin, start)
         tracked.hit_tokens = tokens
+
+    def _take_on(self, request_id: str, tracked: _Tracked, external_tokens: int) -> Decision | None:
+        """The engine takes the request on: what was decided about its load, if that is what it loads."""
+        is_prefix = tracked.request.inexact is None
+        computed = tracked.offer if external_tokens else None
+        decision = self._control.take_on(
+            request_id, len(tracked.request.token_ids), computed, loads=bool(external_tokens) and is_prefix
+        )
+        if decision is not None:
+            tracked.usage.decision = decision = explained(decision, tracked.missing)
+        return decision
 
     def _begin_transfer(self, request_id: str, start: int, stop: int, blocks: Sequence[int]) -> _Transfer:
         size = self._block_tokens
@@ -378,9 +415,11 @@ class Planner:
             if tracked is not None and tracked.lookup == number:
                 tracked.tiers, tracked.found_s = tiers, self._clock()
                 tracked.lookup = number if tiers else 0
+                tracked.missing = report.missing.get(number)
         for request_id, masks in report.found_documents.items():
             self._fusions.add_found(request_id, masks)
-        self._rate.end(report.number)
+        if (step := self._rate.end(report.number)) is not None:
+            self._control.observe_prefill(step.tokens, step.position, step.spent_s)
         for request_id in report.revoked:
             self._acknowledge(request_id)
         for request_id, loaded in report.loaded.items():
@@ -413,6 +452,7 @@ class Planner:
     def _apply_loaded(self, request_id: str, loaded: Loaded) -> None:
         """A load or a fusion is over, on some ranks at least."""
         if (load := self._layer_loads.pop(request_id, None)) is not None:
+            self._control.end(request_id, loaded)
             if loaded.failed:
                 self._unwritten_blocks.update(load.blocks[load.start // self._block_tokens :])
             self._count_loaded(request_id, loaded)
@@ -421,6 +461,9 @@ class Planner:
         transfer.loaded = loaded if transfer.loaded is None else both(transfer.loaded, loaded)
         if transfer.loaded.ranks < self._ranks:
             return
+        decision, tracked = self._control.end(request_id, transfer.loaded), self._tracked.get(request_id)
+        if decision is not None and tracked is not None:
+            tracked.usage.decision = decision
         if not transfer.is_revoked:
             self._transfers.pop(request_id, None)
             self._fusions.end(request_id, transfer.loaded)
@@ -460,7 +503,8 @@ class Planner:
         new_tokens : that the step computes, for each request.
         """
         has_passed = self._saves.passes(new_tokens)
-        return has_passed and not self._fusions.is_fusing and not is_prefill_step(new_tokens) and self._plan.is_empty
+        has_other = self._fusions.is_fusing or self._control.has_queue or not self._plan.is_empty
+        return has_passed and not has_other and not is_prefill_step(new_tokens)
 
     def plan_step(
         self, scheduled: Iterable[Scheduled], *, is_idle: bool = False, unsaved: Collection[str] = ()
@@ -471,22 +515,28 @@ class Planner:
         ----------
         unsaved : requests whose chunks are saved by a later step.
         """
-        new_tokens = {}
+        new_tokens, positions = {}, 0.0
         for each in scheduled:
             new_tokens[each.request_id] = each.new_tokens
+            positions += each.new_tokens * (each.computed_tokens - each.new_tokens / 2)
+            self._control.computed(each.request_id, each.computed_tokens)
             if each.request_id not in unsaved:
-                self._plan.saves += self._saves.plan(each, self._rate.token_s(each.request_id))
+                pays = self._control.pays_to_store(each.request_id, each.computed_tokens)
+                self._plan.saves += self._saves.plan(each, self._rate.token_s(each.request_id), pays=pays)
+        self._plan.cancelled += self._control.given_back()
         if (advance := self._fusions.advance()) is not None:
             self._plan.advances.append(advance)
         plan, self._plan = self._plan, StepPlan()
         plan.is_idle = is_idle
         if not plan.advances and not plan.layer_loads:  # which take time beside the engine's own work
-            plan.number = self._rate.begin(new_tokens)
+            plan.number = self._rate.begin(new_tokens, positions / max(sum(new_tokens.values()), 1))
         return plan
 
     def take_counts(self) -> dict[str, float]:
         """What was counted since the last call."""
-        if not self._counts:
+        if not self._counts and not self._control.counts:
             return {}
         counts, self._counts = self._counts, Counter()
+        counts.update(self._control.counts)
+        self._control.counts.clear()
         return dict(counts)

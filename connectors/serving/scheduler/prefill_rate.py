@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _PROMPT_TOKENS = 32  # of one request in one step; fewer may be generated or drafted tokens
 _MEMORY = 0.9  # of the sums, from one timed step to the next
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
+class TimedStep:
+    """A step of the engine that computed pieces of prompts.
+
+    Attributes
+    ----------
+    begun_s : when it was planned.
+    tokens : that it computed.
+    prompts : requests of which it computed a piece of a prompt.
+    position : mean of the tokens' positions.
+    spent_s : what it took; 0 until it is over.
+    """
+
     begun_s: float
     tokens: int
-    prompts: tuple[str, ...]  # requests that it computes a piece of a prompt of
+    prompts: tuple[str, ...]
+    position: float = 0.0
+    spent_s: float = 0.0
 
 
 class PrefillRate:
@@ -33,28 +46,31 @@ class PrefillRate:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._number = 0
-        self._under_way: dict[int, _Step] = {}
+        self._under_way: dict[int, TimedStep] = {}
         self._ended_s = float("-inf")
         self._seconds, self._tokens = 0.0, 0.0
         self._of_request: dict[str, float] = {}
 
-    def begin(self, new_tokens: Mapping[str, int]) -> int:
+    def begin(self, new_tokens: Mapping[str, int], position: float = 0.0) -> int:
         """Note that a step is planned; its number, from 1 on, or 0 if it does not tell how fast prompts are computed.
 
         Parameters
         ----------
         new_tokens : that it computes, for each request.
+        position : mean of their positions.
         """
         if not is_prefill_step(new_tokens):
             return 0
         prompts = {name: count for name, count in new_tokens.items() if count >= _PROMPT_TOKENS}
         total = sum(new_tokens.values())
         self._number += 1
-        self._under_way[self._number] = _Step(self._clock(), total, tuple(prompts))
+        self._under_way[self._number] = TimedStep(self._clock(), total, tuple(prompts), position)
         return self._number
 
-    def end(self, number: int) -> None:
-        """Note that the outcome of the step of this number was reported; 0 for a step without a number."""
+    def end(self, number: int) -> TimedStep | None:
+        """Note that the outcome of the step of this number was reported; 0 for a step without a number. The step, if it
+        was timed.
+        """
         now_s = self._clock()
         step = self._under_way.get(number)
         if step is not None:
@@ -62,8 +78,10 @@ class PrefillRate:
             self._seconds = _MEMORY * self._seconds + spent_s
             self._tokens = _MEMORY * self._tokens + step.tokens
             self._of_request.update(dict.fromkeys(step.prompts, spent_s / step.tokens))
-            self._under_way = {other: step for other, step in self._under_way.items() if other > number}
+            self._under_way = {other: later for other, later in self._under_way.items() if other > number}
+            step = replace(step, spent_s=spent_s)
         self._ended_s = now_s
+        return step
 
     def token_s(self, request_id: str | None = None) -> float | None:
         """Seconds a token in the last timed step that computed a piece of this request's prompt, as tokens behind a

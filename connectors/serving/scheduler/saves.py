@@ -86,8 +86,11 @@ class SaveTracker:
         """Whether a step completes no chunk or document, see `StepFilter.passes`."""
         return self._filter.passes(new_tokens)
 
-    def plan(self, each: Scheduled, token_s: float | None) -> list[Save]:
-        """Saves of the chunks and documents that the step completes, computed in `token_s` a token if that is known."""
+    def plan(self, each: Scheduled, token_s: float | None, *, pays: bool = True) -> list[Save]:
+        """Saves of the chunks and documents that the step completes, computed in `token_s` a token if that is known.
+
+        Of documents alone, if chunks of the prefix do not pay.
+        """
         progress = self._progress.get(each.request_id)
         if progress is None:
             return []
@@ -97,7 +100,7 @@ class SaveTracker:
         count = (known if request.inexact is None else min(known, request.inexact)) // self._chunk_tokens
         if count > progress.chunks:
             request.keys.extend()
-            for chunk in range(progress.chunks, count):
+            for chunk in range(progress.chunks, count) if pays else ():
                 if self._shapes:
                     saves += self._pieces(request, each, chunk, token_s)
                     continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from ..controller.decisions import Decision
 from ..messages import Loaded, both
 from .prefill_rate import PrefillRate
 
@@ -17,11 +18,12 @@ class Usage:
     load or fusion to its end. For stored tokens, computing takes what it took when they were computed, if their chunks
     say so. For other tokens, and for those between fused documents, it is their number times the engine's seconds a
     token (`PrefillRate`). Below 0 if computing would have been faster; None if the engine has computed
-    no prompt yet.
+    no prompt yet. `decision`: the last one about what is loaded; None if there was nothing to decide.
     """
 
     loaded: Loaded | None = None
     seconds_saved: float | None = 0.0
+    decision: Decision | None = None
 
     def add(self, loaded: Loaded, saved_s: float | None) -> None:
         """Add a load or fusion that is over and saved so many seconds, None if that is not known."""
@@ -29,7 +31,7 @@ class Usage:
             self.seconds_saved = None
         else:
             self.seconds_saved += saved_s
-        loaded = replace(loaded, chosen=None)
+        loaded = replace(loaded, chosen=None, failed=loaded.failed and not loaded.given_back)
         self.loaded = loaded if self.loaded is None else both(self.loaded, loaded)
 
     def expect(self, tokens: Mapping[str, int]) -> None:
@@ -44,11 +46,18 @@ class Usage:
             "loaded_tokens": dict(loaded.tokens),
             "computed_tokens": loaded.computed_tokens,
             "load_s": round(loaded.spent_s, 6),
-            "seconds_saved": None if self.seconds_saved is None else round(self.seconds_saved, 6),
+            "seconds_saved": _rounded(self.seconds_saved),
             "failed": loaded.failed,
             "fused": fused,
             "saved_chunks": saved_chunks,
+            "decision": None if self.decision is None else self.decision.reason,
+            "expected_load_s": None if self.decision is None else _rounded(self.decision.load_s),
+            "expected_compute_s": None if self.decision is None else _rounded(self.decision.compute_s),
         }
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 6)
 
 
 def seconds_saved(loaded: Loaded, rate: PrefillRate) -> float | None:

@@ -51,6 +51,7 @@ class _Job:
     tiers: dict[int, tuple[str, float | None]] = field(default_factory=dict)  # by chunk: its tier and cost
     written: set[int] = field(default_factory=set)  # layers
     waited_s: float = 0.0
+    read_s: dict[str, float] = field(default_factory=dict)  # by tier
     is_over: bool = False  # read by the thread that loads
 
 
@@ -140,6 +141,8 @@ class LayerLoads:
                     hit = None
                     if left_s > 0 and not job.is_over:
                         hit = self._reader.read(key, other, layers=(layer, layer + 1), timeout_s=left_s)
+                    if hit is not None:
+                        job.read_s[hit.tier] = job.read_s.get(hit.tier, 0.0) + hit.load_s
                     hits.append(hit)
                     if hit is None:
                         break  # what follows it is of no use
@@ -183,7 +186,9 @@ class LayerLoads:
             tokens[tier] += count
             cost.add(count, self._chunk_tokens, recompute_s)
         is_lost = job.lost_from < len(keys)
-        loaded = Loaded(dict(tokens), is_lost, job.waited_s, 0, cost.recompute_s, cost.unpriced_tokens)
+        loaded = Loaded(
+            dict(tokens), is_lost, job.waited_s, 0, cost.recompute_s, cost.unpriced_tokens, read_s=dict(job.read_s)
+        )
         counts = {f"loaded_tokens.{name}": count for name, count in tokens.items()}
         counts["loaded_bytes"] = sum(tokens.values()) * self._spec.token_bytes
         self._count({"loads": 1, "load_seconds": job.waited_s, "failed_loads": int(is_lost)} | counts)

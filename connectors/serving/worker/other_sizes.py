@@ -54,16 +54,31 @@ def warn_of_other_sizes(settings: StoreSettings, spec: KVSpec, store: KVStore) -
             )
 
 
+def holds_others_only(spec: KVSpec, store: KVStore) -> bool:
+    """Whether the tiers that outlive engines hold chunks, and none of their newest ones is of this model and rank."""
+    found = [other for tier in store.tiers for other in _newest(tier)]
+    return bool(found) and spec not in found
+
+
 def _sizes_in(tier: Tier, spec: KVSpec) -> set[int]:
     """Tensor-parallel sizes of the model's newest chunks in a tier."""
-    sizes: set[int] = set()
+    return {
+        other.shard[1]
+        for other in _newest(tier)
+        if replace(other, num_kv_heads=spec.num_kv_heads, shard=spec.shard) == spec
+    }
+
+
+def _newest(tier: Tier) -> list[KVSpec]:
+    """Specs of the newest chunks in a tier that reads layers alone."""
+    specs: list[KVSpec] = []
     if not isinstance(tier, ReadsLayers):
-        return sizes
+        return specs
     with suppress(TierError):
         for entry in tier.entries()[-_SAMPLE:]:
             with suppress(CodecError, ValueError):  # damaged: found so when it is read
                 blob = tier.get_layers(entry.key, 0, 1)
                 found = None if blob is None else spec_of_blob(blob)
-                if found and replace(found, num_kv_heads=spec.num_kv_heads, shard=spec.shard) == spec:
-                    sizes.add(found.shard[1])
-    return sizes
+                if found:
+                    specs.append(found)
+    return specs

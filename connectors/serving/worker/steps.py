@@ -70,7 +70,9 @@ class Steps:
         for number in plan.released:
             worker.transfers.offers.release(number)
         for lookup in plan.lookups:
-            report.found_prefixes[lookup.number] = worker.transfers.look_up(lookup)
+            report.found_prefixes[lookup.number] = found = worker.transfers.look_up(lookup)
+            if not found and (missing := worker.transfers.why_missing(lookup)) is not None:
+                report.missing[lookup.number] = missing
         for load in plan.loads:
             worker.transfers.load(load)
         if worker.fuser is not None:
@@ -87,6 +89,8 @@ class Steps:
                 self._revoked.add(revocation.request_id)
             report.revoked.add(revocation.request_id)
 
+        for request_id in plan.cancelled:
+            worker.transfers.give_back(request_id)
         self._again.update(plan.failures)
 
         # Last, since passes of our own would wait for them, too.

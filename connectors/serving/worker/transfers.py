@@ -17,8 +17,9 @@ from ....core import ChunkKey, KVChunk, KVSpec
 from ....errors import KVLoomError
 from ....kvstore.placement.catalog import PlacementChange
 from ....kvstore.store import Hit, KVStore
+from ..controller.decisions import Missing
 from ..head_splits import HeadSplit
-from ..messages import FoundTiers, Fusion, Load, Loaded, LookUp, OtherKeys, Save
+from ..messages import LOADERS, FoundTiers, Fusion, Load, Loaded, LookUp, OtherKeys, Save
 from .arrivals import Arrival, Fetched, RecomputeCost, fits
 from .head_reader import HeadReader
 from .offers import Offers
@@ -26,10 +27,25 @@ from .pending_writes import PagedCache, PendingWrites
 from .pieces import CacheGroup, PieceReader, all_keys, find_pieces
 from .threads import compute_alone
 
-_LOADERS = 4  # so that what lies on a slow disk is not in the way of what lies in memory
 _WRITERS = 2  # a chunk is written in less time than its neighbours take on another core
 
 _LOG = logging.getLogger("kvloom")
+
+
+class _Watch:
+    """Seconds of a load by tier, from one chunk to the next."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.last: str | None = None
+        self._lap_s = time.monotonic()
+
+    def lap(self, tier: str | None) -> None:
+        """What was spent since the last lap belongs to this tier; to none if it is None."""
+        now_s, before_s = time.monotonic(), self._lap_s
+        self._lap_s, self.last = now_s, tier
+        if tier is not None:
+            self.seconds[tier] = self.seconds.get(tier, 0.0) + now_s - before_s
 
 
 class Transfers:
@@ -50,6 +66,7 @@ class Transfers:
     reports_placement : whether `take_placement_changes` is called, for KV events.
     groups : of an engine that has several, or windows; `cache` and `spec` are those of the first.
     saves : whether this worker stores; not if another one has the same and stores it where this one finds it.
+    is_foreign : the store held chunks when it was opened, and none of this model.
     """
 
     def __init__(
@@ -66,6 +83,7 @@ class Transfers:
         splits: Sequence[HeadSplit] = (),
         groups: Sequence[CacheGroup] = (),
         saves: bool = True,
+        is_foreign: bool = False,
     ) -> None:
         self.store = store
         self.reader = HeadReader(store, spec, splits, count=self.count)
@@ -75,15 +93,17 @@ class Transfers:
         self.rank = rank
         self._groups = tuple(groups)
         self._saves_here = saves
+        self._is_foreign = is_foreign  # and this engine has stored nothing yet
         self._chunk_tokens = chunk_tokens
         self._load_timeout_s = load_timeout_s
         self._save_pending_bytes = save_pending_bytes
-        self._loader = ThreadPoolExecutor(_LOADERS, "kvloom-load", compute_alone)
+        self._loader = ThreadPoolExecutor(LOADERS, "kvloom-load", compute_alone)
         self._writer = ThreadPoolExecutor(_WRITERS, "kvloom-write", compute_alone)
         self._saver = ThreadPoolExecutor(1, "kvloom-save", compute_alone)
         self._loads: dict[str, tuple[Load, Future[Arrival]]] = {}
         self._fetches: list[Future[Fetched]] = []
         self._cancelled: set[str] = set()  # written by the engine's thread, read by the loaders
+        self._given_back: set[str] = set()  # of them, or late: to be computed, and no failure
         self._saves: dict[ChunkKey, tuple[int, Future[None]]] = {}  # with their bytes
         self._lock = threading.Lock()  # of the counts and of the keys below
         self._counts: Counter[str] = Counter()
@@ -114,6 +134,17 @@ class Transfers:
         self.count({"lookups": 1, "lookup_chunks": len(keys), "hit_chunks": len(found)})
         return found
 
+    def why_missing(self, lookup: LookUp) -> Missing | None:
+        """Why the first chunk of a look-up is not found; None if that is not known."""
+        try:
+            (known,) = self.store.explain(lookup.keys[self.rank][:1])
+            if known.word == "never stored" and self._is_foreign:
+                return "other model"
+            return "unavailable" if known.word == "stored" else known.word
+        except Exception:  # noqa: BLE001 - as in `look_up`
+            _LOG.exception("a look-up of request %s cannot be explained", lookup.request_id)
+            return None
+
     # ------------------------------------------------------------------------------------------------- loading
 
     @property
@@ -135,9 +166,16 @@ class Transfers:
         self._loads[load.request_id] = (load, self._loader.submit(fetch, load, begun_s))
 
     def cancel(self, request_id: str) -> None:
-        """End a load at its next chunk. `arrivals` gives it all the same."""
+        """End a load at its next chunk; one that has not begun does not begin. `arrivals` gives it all the same."""
         if request_id in self._loads:
             self._cancelled.add(request_id)
+            self._loads[request_id][1].cancel()
+
+    def give_back(self, request_id: str) -> None:
+        """End a load, as the engine computes faster by now."""
+        if request_id in self._loads:
+            self._given_back.add(request_id)
+            self.cancel(request_id)
 
     def wait(self, timeout_s: float) -> None:
         """Wait until a load or a fetch is over, at most `timeout_s`.
@@ -158,10 +196,11 @@ class Transfers:
             if not future.done():
                 continue
             del self._loads[request_id]
-            self._cancelled.discard(request_id)
             self.offers.release(load.lookup)
-            error = future.exception()
-            if error is None:
+            error = None if future.cancelled() else future.exception()
+            if future.cancelled():
+                over.append(self._arrival(load, {}, load.start, 0.0, RecomputeCost(), {}))
+            elif error is None:
                 over.append(future.result())
             else:
                 _LOG.error("loading KV of request %s failed; it is computed", request_id, exc_info=error)
@@ -169,49 +208,80 @@ class Transfers:
                 over.append(
                     Arrival(request_id, Loaded({}, True, 0.0), load.blocks_from(load.start, self._cache.block_tokens))
                 )
+            self._cancelled.discard(request_id)
+            self._given_back.discard(request_id)
         return over
 
     def _fetch(self, load: Load, begun_s: float) -> Arrival:
         """Load all chunks in order, up to the first that is lost."""
         tokens: Counter[str] = Counter()
-        cost = RecomputeCost()
-        done, nbytes = load.start, 0
+        cost, watch = RecomputeCost(), _Watch()
+        done = load.start
         with PendingWrites(self._cache, self._writer) as writes:
             for index, (key, other) in enumerate(load.chunks_of(self.rank)):
                 first = load.first + index * self._chunk_tokens
                 start, stop = max(first, load.start), min(first + self._chunk_tokens, load.stop)
-                hit = self._read(load.request_id, key, other, begun_s)
+                hit = self._read(load, key, other, begun_s)
                 if hit is None or not fits(hit.chunk, self._spec, self._chunk_tokens, first):
+                    watch.lap("" if load.request_id not in self._cancelled else None)
                     break
                 here = slice(start - first, stop - first)
                 writes.add(load.blocks, start, hit.chunk.keys[:, :, here], hit.chunk.values[:, :, here])
-                nbytes += (stop - start) * self._spec.token_bytes
+                watch.lap(hit.tier)
                 tokens[hit.tier] += stop - start
                 cost.add(stop - start, len(hit.chunk), hit.recompute_s)
                 done = stop
+        watch.lap(watch.last)
         spent_s = time.monotonic() - begun_s
-        counts = {"loads": 1, "load_seconds": spent_s, "loaded_bytes": nbytes}
-        self.count(counts | {f"loaded_tokens.{name}": n for name, n in tokens.items()})
-        is_lost = done < load.stop
-        loaded = Loaded(dict(tokens), is_lost, spent_s, 0, cost.recompute_s, cost.unpriced_tokens)
-        if not is_lost:
-            return Arrival(load.request_id, loaded, frozenset())
-        if load.request_id not in self._cancelled:
+        nbytes = (done - load.start) * self._spec.token_bytes
+        self.count({"loads": 1, "load_seconds": spent_s, "loaded_bytes": nbytes})
+        self.count({f"loaded_tokens.{name}": n for name, n in tokens.items()})
+        return self._arrival(load, dict(tokens), done, spent_s, cost, watch.seconds)
+
+    def _arrival(
+        self,
+        load: Load,
+        tokens: Mapping[str, int],
+        done: int,
+        spent_s: float,
+        cost: RecomputeCost,
+        read_s: Mapping[str, float],
+    ) -> Arrival:
+        """The outcome of a load; `done`: tokens before this one are there."""
+        is_lost, request_id = done < load.stop, load.request_id
+        if is_lost and request_id not in self._cancelled and request_id not in self._given_back:
             self.count({"failed_loads": 1})
-        return Arrival(load.request_id, loaded, load.blocks_from(done, self._cache.block_tokens))
+        is_given_back = is_lost and request_id in self._given_back
+        if is_given_back:
+            self.count({"given_back_loads": 1})
+        loaded = Loaded(
+            tokens,
+            is_lost,
+            spent_s,
+            0,
+            cost.recompute_s,
+            cost.unpriced_tokens,
+            read_s=read_s,
+            given_back=is_given_back,
+        )
+        bad = frozenset[int]()
+        if is_lost and not self._groups:
+            bad = load.blocks_from(done, self._cache.block_tokens)
+        return Arrival(request_id, loaded, bad)
 
     def _fetch_pieces(self, load: Load, begun_s: float) -> Arrival:
         """Load the pieces of all groups. Where one is lost, nothing counts as loaded: the request begins anew."""
         tokens: Counter[str] = Counter()
-        cost = RecomputeCost(unpriced_tokens=load.skipped)
+        cost, watch = RecomputeCost(unpriced_tokens=load.skipped), _Watch()
         nbytes, is_lost = 0, len(load.further) + 1 < len(self._groups)
         with ExitStack() as stack:
             for group, part in zip(self._groups, (load, *load.further), strict=False):
                 reader = PieceReader(part, group, self.rank, self._chunk_tokens)
                 writes = stack.enter_context(PendingWrites(group.cache, self._writer))
-                for hit, start, here in reader.hits(lambda key: self._read(load.request_id, key, (), begun_s)):
+                for hit, start, here in reader.hits(lambda key: self._read(load, key, (), begun_s)):
                     keys, values = hit.chunk.keys[:, :, here], hit.chunk.values[:, :, here]
                     writes.add(part.blocks, start, keys, values)
+                    watch.lap(hit.tier)
                     nbytes += keys.nbytes + values.nbytes
                     if part is load:
                         tokens[hit.tier] += keys.shape[2]
@@ -219,21 +289,25 @@ class Transfers:
                 if reader.done < part.stop:
                     is_lost = True
                     break
+        watch.lap(watch.last)
         spent_s = time.monotonic() - begun_s
+        self.count({"loads": 1, "load_seconds": spent_s, "loaded_bytes": nbytes})
         if is_lost:
             tokens.clear()
-        self.count({"loads": 1, "load_seconds": spent_s} | {f"loaded_tokens.{name}": n for name, n in tokens.items()})
-        self.count({"loaded_bytes": nbytes, "failed_loads": int(is_lost and load.request_id not in self._cancelled)})
-        recompute_s, unpriced = (0.0, 0) if is_lost else (cost.recompute_s, cost.unpriced_tokens)
-        loaded = Loaded(dict(tokens), is_lost, spent_s, 0, recompute_s, unpriced)
-        return Arrival(load.request_id, loaded, frozenset())
+            return self._arrival(load, {}, load.start, spent_s, RecomputeCost(), {})
+        self.count({f"loaded_tokens.{name}": n for name, n in tokens.items()})
+        return self._arrival(load, dict(tokens), load.stop, spent_s, cost, watch.seconds)
 
-    def _read(self, request_id: str, key: ChunkKey, other: OtherKeys, begun_s: float) -> Hit | None:
+    def _read(self, load: Load, key: ChunkKey, other: OtherKeys, begun_s: float) -> Hit | None:
         """A chunk of a load; None if it is lost, too late, or not wanted any more."""
         hit = None
-        remaining_s = begun_s + self._load_timeout_s - time.monotonic()
-        if request_id not in self._cancelled and remaining_s > 0:
-            hit = self.reader.read(key, other, timeout_s=remaining_s)
+        until_s = begun_s + self._load_timeout_s
+        if load.limit_s is not None:
+            until_s = min(until_s, begun_s + load.limit_s)
+        if load.request_id not in self._cancelled and (left_s := until_s - time.monotonic()) > 0:
+            hit = self.reader.read(key, other, timeout_s=left_s)
+        if hit is None and load.limit_s is not None and time.monotonic() >= begun_s + load.limit_s:
+            self._given_back.add(load.request_id)
         self._report_placement(key)
         return hit
 
@@ -332,6 +406,7 @@ class Transfers:
             _LOG.warning("a chunk of %d tokens is not stored: %s", len(chunk), error)
             self.count({"failed_saves": 1})
         else:
+            self._is_foreign = False
             if chunk.spec is self._spec:  # and no piece of a chunk beside it
                 self.count({"saved_chunks": 1, "saved_tokens": len(chunk)})
         self._report_placement(key)

@@ -75,7 +75,7 @@ def make(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
             block_size=block,
             max_num_batched_tokens=batch,
             kv_load_failure_policy=policy,
-            kv_connector_extra_config={"chunk_tokens": CHUNK, "lead_ids": []},
+            kv_connector_extra_config={"chunk_tokens": CHUNK, "lead_ids": [], "load_or_recompute": "always"},
         )
         config.model_config.skip_tokenizer_init = True
         config.cache_config.enable_prefix_caching = caching

