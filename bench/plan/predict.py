@@ -198,13 +198,18 @@ class Predictor:
 
 
 def engines_needed(jobs: Sequence[Job], costs: Costs, duration_s: float, busy_ratio: float) -> int:
-    """Engines for which computing what is not stored takes no more than this share of the time."""
-    computed_s = 0.0
+    """Engines for which computing what is not stored takes no more than this share of the time; nor do loads that are
+    made in any case, as those of fusions are.
+    """
+    computed_s, loaded_s = 0.0, 0.0
     for job in jobs:
         behind = sum(job.stored.values()) * costs.chunk_tokens
         computed_s += costs.prefill.seconds(job.tokens - behind, behind)
-        computed_s += costs.prefill.scattered_s(behind * job.recompute_ratio, behind)
-    return max(1, math.ceil(computed_s / (max(duration_s, 1e-9) * busy_ratio)))
+        if job.recompute_ratio:
+            computed_s += costs.prefill.scattered_s(behind * job.recompute_ratio, behind)
+            loaded_s += costs.load_s(job.stored)
+    needed = max(computed_s, loaded_s / costs.lanes) / (max(duration_s, 1e-9) * busy_ratio)
+    return max(1, math.ceil(needed))
 
 
 def job_of(

@@ -167,9 +167,9 @@ def byte_table(setup: Setup) -> Table:
     cells: list[Row] = []
     for name, form in setup.forms.items():
         origin = "KV of this model" if form.is_sampled else "any KV takes as much"
-        decoded = f"{form.raw_bytes / form.decode_s / 1e9:.3g}" if form.decode_s else "-"
+        speeds = [f"{form.raw_bytes / s / 1e9:.3g}" if s else "-" for s in (form.decode_s, form.moved_s)]
         sizes = [f"{form.token_bytes:,.1f}", f"{form.memory_bytes:,}", f"{form.disk_bytes:,}", f"{form.ratio:.3g}x"]
-        cells.append([name, *sizes, decoded, "nothing" if form.is_lossless else "some", origin])
+        cells.append([name, *sizes, *speeds, "nothing" if form.is_lossless else "some", origin])
     heads = [
         "codec",
         "bytes a token",
@@ -177,12 +177,13 @@ def byte_table(setup: Setup) -> Table:
         "chunk on disk",
         "smaller",
         "decodes GB/s",
+        "and moves GB/s",
         "loses",
         "measured on",
     ]
     form = next(iter(setup.forms.values()))
     caption = f"bytes of a chunk of {form.tokens:,} tokens, {form.raw_bytes:,} in the engine, encoded by each codec"
-    return Table(heads, cells, caption, left=(0, 6, 7))
+    return Table(heads, cells, caption, left=(0, 7, 8))
 
 
 def capacity_table(setup: Setup, context_tokens: int) -> Table:

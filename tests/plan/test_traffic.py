@@ -3,17 +3,19 @@
 import json
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kvloom.bench.eviction.replay import TimedRequest, replay, replay_tiers
 from kvloom.bench.plan.machines import Assumptions, TierPlan, gpu_by_name
-from kvloom.bench.plan.predict import FUSION, PREFIX, Predictor, Way, job_of, loaded_of, ways
+from kvloom.bench.plan.predict import FUSION, PREFIX, Predictor, Way, engines_needed, job_of, loaded_of, ways
 from kvloom.bench.plan.scale import Pool, catalog_bytes, lru_hit_ratio, parts_of
 from kvloom.bench.plan.setup import Setup, gpu_machine, measured_forms
 from kvloom.bench.plan.shapes import read_shape
 from kvloom.bench.plan.traffic import Traffic, Zipf, read_traffic
+from kvloom.bench.schedule.costs import Costs, LoadCost, PrefillCost
 from kvloom.bench.schedule.queues import Job, schedule
 from kvloom.testing import make_key
 
@@ -113,6 +115,16 @@ def test_as_many_engines_as_the_work_needs() -> None:
     work_s = setup.machine.prefill.seconds(3 * 2 * CHUNK + 8)
     outcome = Predictor(setup, traffic).outcome(Way())
     assert outcome.engines == -(-300 * work_s // (0.8 * traffic.duration_s)) > 1
+
+
+def test_as_many_engines_as_the_loads_of_fusions_need() -> None:
+    costs = Costs(PrefillCost(0.0, 1e-3, 0.0), CHUNK, 1, {"disk": LoadCost(read_s=1.0)}, lanes=2)
+    prefix, fusion = ([Job(0.0, 4 * CHUNK + 8, {"disk": 4}, ratio)] * 1000 for ratio in (0.0, 0.25))
+    assert engines_needed(prefix, costs, 15.0, 0.8) == 1  # computes 8 tokens each: 8 s
+    assert engines_needed(fusion, costs, 1010.0, 0.5) == 4  # loads 4 s each, two at once
+    assert engines_needed(fusion, costs, 1e6, 0.5) == 1
+    dear = replace(costs, prefill=PrefillCost(0.0, 1.0, 0.0))
+    assert engines_needed(fusion, dear, 1010.0, 1.0) == 40  # computes 8 tokens and a quarter of 128 each
 
 
 def test_ways_are_all_choices() -> None:
