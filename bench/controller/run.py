@@ -167,6 +167,13 @@ def _of_host(sizes: Sizes, sweep: Sweep, auto: Engine, prompts: Prompts) -> list
     few, longest, many = min(sizes.lengths), max(sizes.lengths), max(sizes.requests)
     found = [situation("a fast tier", sweep.ask(AUTO, longest, 1), ["loads"])]
     chunk_s = _chunk_s(sweep, sizes)
+    auto.slow_down(1.6 * chunk_s * few / CHUNK_TOKENS, 0.0)  # the longest prompts pay for that, and teach it
+    for count in (longest, few) * 6:
+        sweep.ask(AUTO, count, 1)
+    found.append(situation("a latency", sweep.ask(AUTO, few, 1), ["too short to pay", "trial"]))
+    auto.slow_down(0.0, 0.0)
+    for _ in range(6):
+        sweep.ask(AUTO, longest, 1)
     auto.slow_down(0.0, 0.5 * chunk_s / (CHUNK_TOKENS * _token_bytes(sizes.shape)))
     for _ in range(4):
         sweep.ask(AUTO, longest, 1)
@@ -179,10 +186,6 @@ def _of_host(sizes: Sizes, sweep: Sweep, auto: Engine, prompts: Prompts) -> list
             also=["loads", "shortened", "trial"],
         )
     )
-    auto.slow_down(4.0 * chunk_s * few / CHUNK_TOKENS + 0.05, 0.0)
-    for count in (few, longest) * 6:
-        sweep.ask(AUTO, count, 1)
-    found.append(situation("a latency", sweep.ask(AUTO, few, 1), ["too short to pay", "trial"]))
     auto.slow_down(0.0, 0.0)
     others = prompts.documents(many, longest)
     auto.generate(others, {"load": False})

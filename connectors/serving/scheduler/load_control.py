@@ -26,6 +26,7 @@ class _Waiting:
     decision: Decision
     begun_s: float
     was_alone: bool  # the engine had nothing to compute
+    beside: int  # loads that had not ended then, itself included
     is_given_back: bool = False
 
 
@@ -59,7 +60,8 @@ class LoadControl:
 
     def __post_init__(self) -> None:
         is_layerwise = self.settings.load_mode == "layerwise"
-        self._controller = Controller(lanes=LOADERS, overlaps=not is_layerwise, clock=self.clock)
+        # One lane: what runs at once shares processors, disk or network. `_learn` divides by how many loads do.
+        self._controller = Controller(lanes=1, overlaps=not is_layerwise, clock=self.clock)
         self.may_give_back = self.may_give_back and not is_layerwise and self._decides
 
     @property
@@ -113,7 +115,9 @@ class LoadControl:
         if loads:
             taken = replace(stored, runs=stored.leading(decision.chunks))
             now_s = self.clock()
-            self._waiting[request_id] = _Waiting(taken, tiers[: decision.chunks], decision, now_s, was_alone)
+            self._waiting[request_id] = _Waiting(
+                taken, tiers[: decision.chunks], decision, now_s, was_alone, len(self._waiting) + 1
+            )
         return decision
 
     def end(self, request_id: str, loaded: Loaded) -> Decision | None:
@@ -127,15 +131,16 @@ class LoadControl:
         return waiting.decision
 
     def _learn(self, request_id: str, waiting: _Waiting, loaded: Loaded) -> None:
+        shared = (min(waiting.beside, LOADERS) + min(len(self._waiting) + 1, LOADERS)) / 2
         lost = sum(loaded.tokens.values()) // self.settings.chunk_tokens
         for tier, seconds in loaded.read_s.items():
             nbytes = loaded.tokens.get(tier, 0) * self.token_bytes
             if not tier and lost < len(waiting.tiers):  # of a chunk that did not come: it takes at least that long
                 tier, late_bytes = waiting.tiers[lost], self.settings.chunk_tokens * self.token_bytes
                 expected_s = self._controller.load_s(tier, late_bytes)
-                nbytes = late_bytes if expected_s is not None and seconds > expected_s else 0
+                nbytes = late_bytes if expected_s is not None and seconds / shared > expected_s else 0
             if nbytes:
-                self._controller.observe_load(tier, nbytes, seconds)
+                self._controller.observe_load(tier, nbytes, seconds / shared)
         is_alone = waiting.was_alone and not self._queue(request_id).compute_tokens
         if is_alone and not loaded.failed and not loaded.given_back:
             beside_s = self.clock() - waiting.begun_s - loaded.spent_s

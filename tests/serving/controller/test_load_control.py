@@ -132,30 +132,43 @@ def test_without_a_fallback_a_load_is_never_given_up() -> None:
     """Where the engine fails a request whose load fails."""
     bed = Bed({"disk": 0.05}, may_give_back=False)
     busy = bed.begin(bed.open(1000))
-    bed.tiers = ("disk",) * 40
+    bed.tiers = ("disk",) * 10
     for _ in range(12):
-        bed.begin(bed.open(330))
+        bed.begin(bed.open(90))
     assert {load.limit_s for load in bed.plan.plan_step([]).loads} == {None}
     assert bed.plan.plan_step([Scheduled(busy, 1000, blocks_for(1000))]).cancelled == []
 
 
 def test_who_waits_for_a_load_is_given_back() -> None:
     bed = Bed({"disk": 0.05})
-    busy = bed.begin(bed.open(1000))  # 10 s of computing
+    busy = bed.begin(bed.open(4000))  # 40 s of computing
     bed.tiers = ("disk",) * 40  # 2 s of loading, while the engine is busy anyway
-    names = [bed.begin(bed.open(330)) for _ in range(12)]
+    names = [bed.begin(bed.open(330)) for _ in range(6)]
     planned = bed.plan.plan_step([])
-    assert len(planned.loads) == 12 and planned.cancelled == []
+    assert len(planned.loads) == 6 and planned.cancelled == []
     assert not bed.plan.is_quiet({busy: 1})
-    # The engine is done sooner than expected. The ninth waits for 3 s of loads and 2 s of its own; to compute it takes
-    # 3.3 s, behind 1.1 s of the others. Behind it, there is more to compute.
-    assert bed.plan.plan_step([Scheduled(busy, 1000, blocks_for(1000))]).cancelled == [names[8]]
+    # The engine is done sooner than expected. The fifth waits for 4 s of loads and 2 s of its own; to compute it takes
+    # 3.3 s, behind 0.5 s of the others. Behind it, there is more to compute.
+    assert bed.plan.plan_step([Scheduled(busy, 4000, blocks_for(4000))]).cancelled == [names[4]]
     assert bed.plan.plan_step([]).cancelled == []
     assert bed.plan.take_counts()["decisions.computes while waiting"] == 1
-    bed.finish(names[8], {}, failed=True, given_back=True)
-    for name in names[:6]:
-        bed.finish(name, {"disk": 320})
-    assert bed.plan.plan_step([]).cancelled == []
+    bed.finish(names[4], {}, failed=True, given_back=True)
+    assert bed.plan.plan_step([]).cancelled == [names[5]], "nothing is left to compute before it"
+
+
+def test_loads_that_run_at_once_share_the_tier() -> None:
+    """Each of four takes four times as long: alone, the next one is expected to take no longer than before."""
+    bed = Bed({"disk": 0.01})
+    bed.tiers = ("disk",) * 4
+    for _ in range(8):
+        names = [bed.begin(bed.open(34)) for _ in range(4)]
+        bed.chunk_s["disk"] = 0.04
+        for name in names:
+            bed.finish(name, {"disk": 4 * CHUNK})
+        bed.chunk_s["disk"] = 0.01
+    name = bed.begin(bed.open(34))
+    expected = bed.close(name)["expected_load_s"]
+    assert isinstance(expected, float) and expected < 0.16, "four chunks, and 0.02 s for the rest"
 
 
 def test_a_load_that_was_given_back_is_no_failure_and_not_offered_again() -> None:
