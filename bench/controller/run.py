@@ -67,10 +67,10 @@ class Sizes:
 
 
 FULL_SIZES = Sizes(
-    Shape(layers=4, hidden=512, intermediate=1024, heads=8, kv_heads=4, vocabulary=2048, max_tokens=4096),
+    Shape(layers=4, hidden=512, intermediate=1536, heads=8, kv_heads=4, vocabulary=2048, max_tokens=4096),
     lengths=(256, 1024, 2048),
     requests=(1, 4, 16),
-    rounds=2,
+    rounds=3,
 )
 QUICK_SIZES = Sizes(
     Shape(layers=2, hidden=128, intermediate=256, heads=4, kv_heads=2, vocabulary=512, max_tokens=2048),
