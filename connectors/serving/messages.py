@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import repeat
-from types import MappingProxyType
 from typing import TypeAlias
 
 import numpy as np
@@ -20,8 +19,6 @@ from ...core import ChunkKey, KVSpec
 from ...kvstore.placement.catalog import PlacementChange
 from .controller.decisions import Missing
 from .head_splits import HeadSplit
-
-_NO_SECONDS: Mapping[str, float] = MappingProxyType({})
 
 RankKeys: TypeAlias = "tuple[tuple[ChunkKey, ...], ...]"
 """Keys of the same chunks for every rank: `keys[rank][chunk]`."""
@@ -261,7 +258,7 @@ class Loaded:
     unpriced_tokens: int = 0
     chosen: NDArray[np.int32] | None = None
     ranks: int = 1
-    read_s: Mapping[str, float] = field(default_factory=lambda: _NO_SECONDS)
+    read_s: Mapping[str, float] = field(default_factory=dict)
     given_back: bool = False
 
 

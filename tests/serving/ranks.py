@@ -5,10 +5,11 @@ the token and all before it, so that a wrong head, block or token shows when a r
 """
 
 import hashlib
+import pickle
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,15 @@ def truth(tokens: Sequence[int], heads: int) -> tuple[Tensor, Tensor]:
         rows.append(torch.randn(2, LAYERS, heads, DIM, generator=generator))
     keys, values = torch.stack(rows, dim=3)
     return keys, values
+
+
+T = TypeVar("T")
+
+
+def sent(message: T) -> T:
+    """As it arrives in another process: engines of several ranks pickle what the two halves tell one another."""
+    received: T = pickle.loads(pickle.dumps(message))
+    return received
 
 
 class Pages:
@@ -134,7 +144,7 @@ class Ranks:
 
     def step(self, scheduled: Sequence[Scheduled] = (), compute: tuple[Sequence[int], int, int] | None = None) -> bool:
         """One step: what `compute` says (tokens, from, to) is computed; whether the load under way is over."""
-        plan = self.planner.plan_step(scheduled, is_idle=not scheduled)
+        plan = sent(self.planner.plan_step(scheduled, is_idle=not scheduled))
         report = StepReport()
         for rank, steps in enumerate(self.steps):
             steps.begin(plan)
@@ -145,7 +155,7 @@ class Ranks:
             steps.save(plan)
             self._arrived[rank] |= steps.end(plan, set())
             self._bad_blocks |= steps.take_bad_blocks()
-            report = report.merged(steps.take_report() or StepReport())
+            report = report.merged(sent(steps.take_report() or StepReport()))
         everywhere = set.intersection(*self._arrived)
         self._arrived = [each - everywhere for each in self._arrived]
         self.planner.apply_report(report)
