@@ -135,12 +135,13 @@ def _measured(layers: StockLayers) -> Structure:
     stock = layers.record(ids)
     if len(stock) != len(layers.layers):
         raise EngineError(f"{len(stock)} of {len(layers.layers)} layers run in a forward pass")
-    for i, (_, given) in enumerate(stock):
-        if not given.isfinite().all():
+    near = [layers.ask(i, given, positions) for i, (given, _) in enumerate(stock)]
+    for i, ((_, output), asked) in enumerate(zip(stock, near, strict=True)):
+        # Keys and values are looked at, too: some attention kernels give numbers for keys that are none.
+        if not all(each.isfinite().all() for each in (asked.keys, asked.values, output)):
             raise EngineError(
                 f"layer {i} gives numbers that are not finite for a few tokens: NaN or too large a weight?"
             )
-    near = [layers.ask(i, given, positions) for i, (given, _) in enumerate(stock)]
     query_heads, kv_heads, head_dim, value_dim = _shapes(near)
     ropes = []
     for i, (given, _) in enumerate(stock):
