@@ -1,6 +1,7 @@
 """Tiny random models of every supported architecture, tokenizers for them, and what their own forward says."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import cache
 from typing import NamedTuple
 
@@ -108,9 +109,16 @@ def make_variant(name: str) -> PreTrainedModel:
     return make_model(architecture, **config)
 
 
-@cache
 def make_tokenizer(*, bos: bool) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of the documents above; with `bos`, texts begin with `<s>`, as Llama's do, otherwise as Qwen's."""
+    """Byte-level BPE of the documents above; with `bos`, texts begin with `<s>`, as Llama's do, otherwise as Qwen's.
+
+    The caller's own: a template that one test sets is nothing to another.
+    """
+    return deepcopy(_trained_tokenizer(bos=bos))
+
+
+@cache
+def _trained_tokenizer(*, bos: bool) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
