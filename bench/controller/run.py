@@ -194,10 +194,9 @@ def _of_host(sizes: Sizes, sweep: Sweep, auto: Engine, prompts: Prompts) -> list
         auto.settle()
     # Which ones go is the policy's choice: it may keep what was asked for often.
     auto.reset()
-    served = auto.generate(others, {"save": False}), sweep.ask(AUTO, longest, many)
-    told = [word for each in served for word in situation("", each, ()).told]
+    told = (*auto.generate(others, {"save": False}).decisions, *sweep.ask(AUTO, longest, many).decisions)
     also = frozenset(("loads", "shortened", "load queue", "computes while waiting", "too short to pay", "trial"))
-    found.append(Situation("evicted prompts among others", tuple(told), frozenset(["evicted"]), also))
+    found.append(Situation("evicted prompts among others", told, frozenset(["evicted"]), also))
     return found
 
 

@@ -37,8 +37,7 @@ class Situation:
 
 def situation(what: str, served: Served, right: Collection[str], *, also: Collection[str] = ()) -> Situation:
     """What these requests were told."""
-    told = tuple(str((usage or {}).get("decision")) for usage in served.usage)
-    return Situation(what, told, frozenset(right), frozenset(also))
+    return Situation(what, served.decisions, frozenset(right), frozenset(also))
 
 
 def store_another_model(folder: Path) -> None:

@@ -44,7 +44,7 @@ class Cell:
         self.first_s[way].append(served.first_s)
         self.total_s[way].append(served.seconds)
         if way == AUTO:
-            self.decisions.update(str((usage or {}).get("decision")) for usage in served.usage)
+            self.decisions.update(served.decisions)
 
     def median_s(self, way: str) -> float:
         """Median over the rounds of the mean over the requests."""

@@ -72,6 +72,11 @@ class Served:
     loaded_bytes: int = 0
     first_s: tuple[float, ...] = ()
 
+    @property
+    def decisions(self) -> tuple[str, ...]:
+        """Why each loaded as much as it did, in kvloom's word for it."""
+        return tuple(str((usage or {}).get("decision")) for usage in self.usage)
+
 
 @dataclass(frozen=True, slots=True)
 class Ask:

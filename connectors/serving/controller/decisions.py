@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal, TypeAlias, get_args
@@ -144,32 +144,27 @@ class StoredPrefix:
 
     def leading(self, chunks: int) -> tuple[StoredRun, ...]:
         """The runs of so many leading chunks."""
-        found = []
-        for run in self.runs:
-            taken = min(chunks, run.chunks)
-            if taken:
-                found.append(replace(run, chunks=taken))
-            chunks -= taken
-        return tuple(found)
+        return tuple(replace(run, chunks=taken) for run, taken in self._taken(chunks))
 
     def stop(self, chunks: int) -> int:
         """Tokens that the engine has when so many chunks are loaded."""
-        stop = self.start
-        for run in self.runs:
-            stop += min(chunks, run.chunks) * run.chunk_tokens
-            chunks -= min(chunks, run.chunks)
+        stop = self.start + sum(taken * run.chunk_tokens for run, taken in self._taken(chunks))
         return min(max(stop, self.computed), self.prompt_tokens)
 
     def bytes_of(self, chunks: int) -> dict[str, int]:
         """Bytes of so many leading chunks, by tier."""
         found: dict[str, int] = {}
+        for run, taken in self._taken(chunks):
+            found[run.tier] = found.get(run.tier, 0) + taken * run.chunk_bytes
+        return found
+
+    def _taken(self, chunks: int) -> Iterator[tuple[StoredRun, int]]:
+        """The runs that hold so many leading chunks, and how many of them each has."""
         for run in self.runs:
             taken = min(chunks, run.chunks)
-            if not taken:
-                break
-            found[run.tier] = found.get(run.tier, 0) + taken * run.chunk_bytes
+            if taken:
+                yield run, taken
             chunks -= taken
-        return found
 
     def tier_of(self, chunk: int) -> str:
         """Tier of the chunk of this number."""
