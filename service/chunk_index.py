@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import threading
-import time
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,6 @@ from .served_store import ServedStore
 
 SIZE_STEP_BYTES = 4096
 _LOGGED_CHANGES = 1 << 16
-_RESCAN_INTERVAL_S = 1.0
 
 
 def listed_bytes(container_bytes: int) -> int:
@@ -80,7 +78,6 @@ class ChunkIndex:
         self._chunks: dict[ChunkKey, ListedChunk] = {}
         self._pools: defaultdict[str, _Pool] = defaultdict(_Pool)
         self._generation = store.generation
-        self._rescanned_at_s = float("-inf")
         self._arriving: dict[ChunkKey, tuple[ListedChunk, Sequence[int]]] = {}
         self._on_move: OnMove | None = None
         with self._lock:
@@ -116,22 +113,27 @@ class ChunkIndex:
     def expect(self, key: ChunkKey, info: ChunkInfo, token_ids: Sequence[int]) -> None:
         """A put of this chunk is under way; `written` or `not_written` says what came of it."""
         with self._lock:
-            self._arriving[key] = ListedChunk(key, 0, info, 0), token_ids
+            before, _ = self._arriving.get(key, (None, ()))
+            tiers = set() if before is None else before.tiers
+            self._arriving[key] = ListedChunk(key, 0, info, 0, tiers), token_ids
 
     def not_written(self, key: ChunkKey) -> None:
+        """A put of this chunk was refused, or failed, maybe after a tier had taken it."""
         with self._lock:
             self._catch_up()
-            self._arriving.pop(key, None)
+            arriving, _ = self._arriving.pop(key, (None, ()))
+            if arriving is not None and arriving.tiers and key not in self._chunks:
+                self._rescan()
 
     def written(self, key: ChunkKey, nbytes: int, info: ChunkInfo, etag: str) -> None:
         """A put of this chunk has succeeded."""
         with self._lock:
-            chunk = self._chunks.get(key)
-            tiers = set() if chunk is None else chunk.tiers
-            reads = 0 if chunk is None else chunk.reads
-            self._enter(ListedChunk(key, nbytes, info, 0, tiers, etag, reads))
             self._catch_up()
-            self._arriving.pop(key, None)
+            arriving, _ = self._arriving.pop(key, (None, ()))
+            chunk = self._chunks.get(key)
+            known = chunk or arriving
+            tiers = set() if known is None else known.tiers
+            self._enter(ListedChunk(key, nbytes, info, 0, tiers, etag, 0 if chunk is None else chunk.reads))
 
     def catch_up(self) -> None:
         """Follows what the store has done since the last call."""
@@ -173,23 +175,22 @@ class ChunkIndex:
         if self._generation != self._store.generation:
             self._generation = self._store.generation
             self._rescan()
-        unknown = False
         for move in self._store.take_changes():
-            chunk = self._chunks.get(move.key)
             arriving, token_ids = self._arriving.get(move.key, (None, ()))
-            about = arriving or chunk
-            if self._on_move is not None and about is not None:
-                self._on_move(about, move.tier, token_ids, is_there=move.is_there)
+            chunk = self._chunks.get(move.key) or arriving
+            if chunk is None and move.entry is not None:  # of the service itself, or of another process
+                chunk = ListedChunk(move.key, listed_bytes(move.entry.nbytes), move.entry.info, 0)
+                self._enter(chunk)
             if chunk is None:
-                unknown |= move.is_there
-            elif move.is_there:
+                continue
+            if self._on_move is not None:
+                self._on_move(arriving or chunk, move.tier, token_ids, is_there=move.is_there)
+            if move.is_there:
                 chunk.tiers.add(move.tier)
             else:
                 chunk.tiers.discard(move.tier)
-                if not chunk.tiers:
+                if not chunk.tiers and chunk is not arriving:
                     self._gone((move.key,))
-        if unknown and time.monotonic() - self._rescanned_at_s > _RESCAN_INTERVAL_S:
-            self._rescan()  # chunks of other processes
 
     def _enter(self, chunk: ListedChunk) -> None:
         """As the last that was written."""
@@ -209,8 +210,7 @@ class ChunkIndex:
             pool.log.append(Change(pool.sequence, key, None))
 
     def _rescan(self) -> None:
-        """Compares with what the tiers list: at the start, after tiers changed, and for chunks of other workers."""
-        self._rescanned_at_s = time.monotonic()
+        """Compares with what the tiers list: at the start, and after tiers changed."""
         found: dict[ChunkKey, set[str]] = {}
         for tier in reversed(self._store.tiers):  # the slowest holds nearly all, in order of writing
             for entry in tier.entries():

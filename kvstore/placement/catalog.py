@@ -25,11 +25,12 @@ _ABSENT_S = float("-inf")
 
 
 class PlacementChange(NamedTuple):
-    """A chunk is in a tier from now on, or no longer."""
+    """A chunk is in a tier from now on, or no longer. `entry` is what has entered, where that is told too."""
 
     key: ChunkKey
     tier: str
     is_there: bool
+    entry: Entry | None = None
 
 
 class Catalog:
@@ -352,7 +353,8 @@ class Catalog:
         if old is not None:
             state.count(replaced=1, removed_bytes=old.nbytes)
         elif self._changes is not None:
-            self._changes.append(PlacementChange(key, state.tier.name, is_there=True))
+            change = PlacementChange(key, state.tier.name, is_there=True, entry=Entry(key, nbytes, info))
+            self._changes.append(change)
         self._note_expiry(key)
 
     def _note_expiry(self, key: ChunkKey) -> None:

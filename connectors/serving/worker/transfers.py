@@ -440,7 +440,7 @@ class Transfers:
             return []
         with self._lock:
             keys, self._touched = self._touched, set()
-        changes = self.store.take_placement_changes()
+        changes = [change._replace(entry=None) for change in self.store.take_placement_changes()]  # unused: sent small
         tiers = ((key, self.store.locate(key)) for key in keys)  # read now: a later change is reported next time
         return changes + [PlacementChange(key, tier or "", is_there=tier is not None) for key, tier in tiers]
 

@@ -120,9 +120,8 @@ def test_vllm_answers_over_documents_of_the_service(tmp_path: Path) -> None:
             )
             assert told(exact)["fused"] == "yes" and told(exact)["failed"] is False
             assert exact.choices[0].text == answer
-            until_s = time.monotonic() + 10.0  # a read is counted when all of it is sent
-            while (hits := service.ask("GET", "/v1/stats").json()["service"]["hits"]) < len(case.documents):
-                assert time.monotonic() < until_s, f"{hits} documents were read by the engine out of the service"
+            stats = service.ask("GET", "/v1/stats").json()["service"]
+            assert stats["hits"] >= len(case.documents), "read by the engine out of the service"
 
             ids = load["prompt_token_ids"]
             for start, stop in params["kvloom"]["documents"]:  # named once, each is recognised in later prompts
