@@ -48,7 +48,7 @@ class TransformersModel:
         self._layers = StockLayers(self.model)
         self._identity = ModelIdentity(self.model, model_id)
         self._structures: dict[object, Structure] = {}  # by config and settings
-        self._scores: dict[str, object] = {}  # by config: what was done with scores when it was met first
+        self._changed: list[object] = []  # settings that are not those of the config
         self.refresh()
 
     def refresh(self) -> bool:
@@ -65,19 +65,18 @@ class TransformersModel:
         before = getattr(self, "spec", None)
         self._layers.forget()
         name, config = self._identity.name(), self._identity.config_text
-        measured_with = config, self._layers.settings()
+        measured_with = config, tuple(self._layers.settings().items())
         if measured_with not in self._structures:
             self._structures = {measured_with: measured(self._layers)}
+            self._changed = sorted(self._layers.changed_settings().items())
         found = self._structures[measured_with]
-        scores = found.scales, found.softcaps
-        is_as_ever = scores == self._scores.setdefault(config, scores)
         self.device = input_device(self._layers.decoder.get_input_embeddings())
         self.attention = found.attention(self._layers)
         self.query_heads = found.query_heads
         self.max_tokens = context_tokens(self._layers.config)
         self.is_length_bound = is_length_bound(self._layers.config)
         self.spec = KVSpec(
-            model_id=with_state(name, windows=windows_of(self.window_tokens), scores=None if is_as_ever else scores),
+            model_id=with_state(name, windows=windows_of(self.window_tokens), settings=self._changed),
             num_layers=len(self.attention),
             num_kv_heads=found.kv_heads,
             head_dim=found.head_dim,

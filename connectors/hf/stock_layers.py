@@ -30,6 +30,9 @@ IMPLEMENTATION = "kvloom_layers"
 
 _CONFIG = "config"
 _Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+Settings: TypeAlias = dict[tuple[str, str], bool | int | float | str]
+"""Values of plain attributes, by the module's path and the attribute's name."""
+
 _Attend: TypeAlias = Callable[[nn.Module, Tensor, Tensor, Tensor, Mapping[str, Any]], Tensor]
 
 
@@ -109,15 +112,35 @@ class StockLayers:
             )
         return found[0]
 
-    def settings(self) -> tuple[object, ...]:
-        """What attention modules keep in plain attributes, such as factors and windows: these may change, too."""
-        attentions = (self.attention_of(layer)[1] for layer in range(len(self.layers)))
-        return tuple(
-            (name, value)
-            for attention in attentions
-            for name, value in vars(attention).items()
-            if isinstance(value, bool | int | float | str) and name != "training"
-        )
+    def settings(self) -> Settings:
+        """What modules keep in plain attributes and nobody stores: all that attention knows, such as factors and windows,
+        and the numbers of others, such as a norm's epsilon. They shape KV and may be changed in memory.
+        """
+        of_attention = {id(self.attention_of(layer)[1]) for layer in range(len(self.layers))}
+        return {
+            (path, name): value
+            for path, module in self.decoder.named_modules()
+            if "inv_freq" not in module._buffers  # noqa: SLF001  the spec holds the table and its factor
+            for name, value in vars(module).items()
+            if (type(value) is float or (id(module) in of_attention and isinstance(value, bool | int | str)))
+            and name != "training"
+            and not name.startswith("_")
+        }
+
+    def changed_settings(self) -> Settings:
+        """Those settings that a model made anew of the same config would have otherwise.
+
+        Raises
+        ------
+        EngineError : no such model can be made.
+        """
+        try:
+            with torch.device("meta"):
+                anew = StockLayers(type(self._model)(copy.deepcopy(self._model.config)))
+        except Exception as error:
+            raise EngineError(f"no {type(self._model).__name__} can be made of its config: {error}") from error
+        expected = anew.settings()
+        return {place: value for place, value in self.settings().items() if expected.get(place, value) != value}
 
     def forget(self) -> None:
         """Drop what was derived from the model's tensors; called whenever they may have changed."""

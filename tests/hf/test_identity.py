@@ -14,6 +14,7 @@ from transformers import AutoModel, LlamaForCausalLM, PreTrainedModel
 
 from kvloom.connectors.hf import identity as hf_identity
 from kvloom.connectors.hf.identity import unwrapped
+from kvloom.connectors.hf.model import TransformersModel
 from kvloom.connectors.identity.weights import folder_name
 from kvloom.errors import EngineError
 from kvloom.kvstore.store import KVStore
@@ -138,7 +139,12 @@ def sharpen(model: PreTrainedModel) -> None:
     model.model.layers[1].self_attn.scaling *= 2.0  # neither a weight nor in the config
 
 
-CHANGES = (scale, scale_data, replace_data, one_bias, one_value_data, optimise, load_state, rotate, sharpen)
+def smooth(model: PreTrainedModel) -> None:
+    model.model.layers[1].input_layernorm.variance_epsilon *= 100.0
+
+
+SETTINGS = (sharpen, smooth)
+CHANGES = (scale, scale_data, replace_data, one_bias, one_value_data, optimise, load_state, rotate, *SETTINGS)
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
@@ -148,8 +154,19 @@ def test_weights_that_change_get_another_name(change: Callable[[PreTrainedModel]
     rag = Rag(model, model_id=model_id)
     assert rag.precompute(DOCUMENTS[:2]).computed == 2
     rag.is_renamed(lambda: change(model))
-    if model_id is not None and change not in (rotate, sharpen):
+    if model_id is not None and change not in (rotate, *SETTINGS):
         assert rag.spec.model_id.startswith("mine+changed-")
+
+
+@pytest.mark.parametrize("change", SETTINGS, ids=lambda change: change.__name__)
+def test_settings_that_changed_before_have_another_name(change: Callable[[PreTrainedModel], None]) -> None:
+    names = []
+    for changes in (False, True, True):
+        model = make_model("llama")
+        if changes:
+            change(model)
+        names.append(TransformersModel(model).spec.model_id)
+    assert names[0] != names[1] == names[2]
 
 
 def test_a_change_of_precision_is_another_dtype() -> None:

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kvloom.blend.attention import causal_attention
 from kvloom.connectors.hf.model import TransformersModel
 from kvloom.connectors.hf.retrieval.attention import with_retrieval
+from kvloom.connectors.hf.stock_layers import StockLayers
 from kvloom.core import LayerRopes, RopeSpec
 from kvloom.errors import EngineError
 
@@ -70,6 +71,11 @@ def test_the_table_is_what_was_verified() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- structures
+
+
+@of(SERVED)
+def test_a_model_as_its_config_says_has_no_changed_settings(family: Family) -> None:
+    assert StockLayers(make_family(family)).changed_settings() == {}
 
 
 def test_what_was_measured() -> None:
