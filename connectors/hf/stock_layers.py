@@ -113,8 +113,8 @@ class StockLayers:
         return found[0]
 
     def settings(self) -> Settings:
-        """What modules keep in plain attributes and nobody stores: all that attention knows, such as factors and windows,
-        and the numbers of others, such as a norm's epsilon. They shape KV and may be changed in memory.
+        """What modules keep in plain attributes and nobody stores: all that attention knows, such as factors and
+        windows, and the numbers of others, such as a norm's epsilon. They shape KV and may be changed in memory.
         """
         of_attention = {id(self.attention_of(layer)[1]) for layer in range(len(self.layers))}
         return {
