@@ -48,7 +48,7 @@ class TransformersModel:
         self._layers = StockLayers(self.model)
         self._identity = ModelIdentity(self.model, model_id)
         self._structures: dict[object, Structure] = {}  # by config and settings
-        self._changed: list[object] = []  # settings that are not those of the config
+        self._changed: Sequence[object] = ()  # settings that are not those of the config
         self.refresh()
 
     def refresh(self) -> bool:
