@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from ...kvstore.store import KVStore
 from ...kvstore.tiers.disk.tier import DiskTier
 from ..vllm.engine import Engine
 from ..vllm.server import Served
+
+_TTL_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,16 @@ def store_another_model(folder: Path) -> None:
     (key,) = prefix_keys(spec, tokens.tolist(), chunk_tokens=16)
     with KVStore([DiskTier(folder)]) as store:
         store.put(key, KVChunk(spec, tokens, tokens, torch.zeros(2, 2, 16, 8), torch.zeros(2, 2, 16, 8)))
+
+
+def ask_expired(engine: Engine, prompt: list[int]) -> Situation:
+    """A prompt that was stored with a limit of time, which is over."""
+    engine.expire(_TTL_S)
+    engine.generate([prompt], {"load": False})
+    engine.settle()
+    engine.expire(None)
+    time.sleep(_TTL_S)
+    return ask_new(engine, prompt, "a prompt stored for a second", "expired")
 
 
 def ask_new(engine: Engine, prompt: list[int], what: str, right: str, *, save: bool = False) -> Situation:

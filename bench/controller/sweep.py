@@ -20,6 +20,15 @@ QUESTION_TOKENS = 32  # behind what is stored, new in every request
 BOUND = 1.05  # of the better fixed way
 
 
+@dataclass(frozen=True, slots=True)
+class Rounds:
+    """How often a cell is measured: `least` times at least, and on until it took `seconds` in all, or `most` times."""
+
+    least: int
+    most: int
+    seconds: float
+
+
 @dataclass(slots=True)
 class Cell:
     """One tier, length and number of requests at once.
@@ -49,6 +58,12 @@ class Cell:
     def median_s(self, way: str) -> float:
         """Median over the rounds of the mean over the requests."""
         return statistics.median(statistics.fmean(each) for each in self.first_s[way])
+
+    def is_done(self, rounds: Rounds) -> bool:
+        """Whether it was measured often enough."""
+        count = len(self.total_s[AUTO])
+        spent_s = sum(sum(each) for each in self.total_s.values())
+        return count >= rounds.most or (count >= rounds.least and spent_s >= rounds.seconds)
 
     @property
     def best_fixed(self) -> str:
@@ -106,22 +121,25 @@ class Sweep:
         self._draw = random.Random(0)
 
     def measure(
-        self, lengths: Sequence[int], requests: Sequence[int], rounds: int, done: Callable[[], object]
+        self, lengths: Sequence[int], requests: Sequence[int], rounds: Rounds, done: Callable[[], object]
     ) -> list[Cell]:
         """Every cell, after one round of all that does not count, from which the engines learn.
 
-        `done` is called after each round of a cell.
+        `done` is called when a cell was measured often enough.
         """
         cells = [Cell(self._tier, tokens, count) for tokens in lengths for count in requests]
-        for number in range(rounds + 1):
+        for number in range(rounds.most + 1):
             for cell in cells:
+                if cell.is_done(rounds):
+                    continue
                 ways = list(WAYS)
                 self._draw.shuffle(ways)
                 for way in ways:
                     served = self.ask(way, cell.tokens, cell.requests)
                     if number:
                         cell.add(way, served)
-                done()
+                if cell.is_done(rounds):
+                    done()
         return cells
 
     def ask(self, way: str, tokens: int, requests: int) -> Served:

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import Self
 
 from ...errors import KVLoomError
-from .server import Ask, Failure, Reset, Served, Settle, Setup, SlowDown, serve
+from .server import Ask, Expire, Failure, Reset, Served, Settle, Setup, SlowDown, serve
 
 START_S, ANSWER_S, CLOSE_S = 300.0, 600.0, 30.0
 
@@ -89,6 +89,11 @@ class Engine:
     def slow_down(self, latency_s: float, byte_s: float) -> None:
         """Make loads slower from now on, see `Throttle`."""
         self._pipe.send(SlowDown(latency_s, byte_s))
+        self._receive(ANSWER_S)
+
+    def expire(self, ttl_s: float | None) -> None:
+        """What is stored from now on is too old after so many seconds; None for never."""
+        self._pipe.send(Expire(ttl_s))
         self._receive(ANSWER_S)
 
     def close(self) -> None:

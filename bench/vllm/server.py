@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,13 @@ class SlowDown:
 
 
 @dataclass(frozen=True, slots=True)
+class Expire:
+    """From now on, chunks are stored for so many seconds; None for ever."""
+
+    ttl_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Settle:
     """Wait until kvloom has stored what it was to store."""
 
@@ -187,7 +195,7 @@ def hide_fake_attributes() -> None:
     wrapper.__getattr__ = without_dunders
 
 
-def _answer(llm: Any, question: Ask | Reset | Settle | SlowDown) -> Served | None:
+def _answer(llm: Any, question: Ask | Reset | Settle | SlowDown | Expire) -> Served | None:
     if isinstance(question, Reset):
         if not llm.reset_prefix_cache():
             raise RuntimeError("vLLM does not forget its prefix cache: blocks are in use")
@@ -197,6 +205,9 @@ def _answer(llm: Any, question: Ask | Reset | Settle | SlowDown) -> Served | Non
         return None
     if isinstance(question, SlowDown):
         _slow_down(question)
+        return None
+    if isinstance(question, Expire):
+        _expire(question.ttl_s)
         return None
     return generate(llm, question)
 
@@ -243,6 +254,13 @@ def _settle() -> None:
     connector = get_kv_transfer_group()
     if not connector.worker.transfers.settle(SETTLE_S):
         raise RuntimeError(f"kvloom was not done storing after {SETTLE_S:g} s")
+
+
+def _expire(ttl_s: float | None) -> None:
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    store = get_kv_transfer_group().worker.transfers.store
+    store.put = partial(type(store).put, store, ttl_s=ttl_s)
 
 
 _THROTTLES: list[Any] = []  # of this process: at most one

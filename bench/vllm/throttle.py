@@ -29,10 +29,15 @@ class Throttle:
         self._device = threading.Lock()
         self._begins = threading.local()
         read, fetch = transfers.reader.read, transfers._fetch  # noqa: SLF001 - a bench stands between the two
+        measure = transfers.prober.measure
 
         def slow_fetch(load: Load, begun_s: float) -> Any:
             self._begins.here = True
             return fetch(load, begun_s)
+
+        def slow_measure(probe: Load) -> Any:
+            self._begins.here = True
+            return measure(probe)
 
         def slow_read(*args: Any, **kwargs: Any) -> Hit | None:
             hit = read(*args, **kwargs)
@@ -45,4 +50,5 @@ class Throttle:
             return hit
 
         transfers.reader.read = slow_read  # type: ignore[method-assign]
+        transfers.prober.measure = slow_measure  # type: ignore[method-assign]
         transfers._fetch = slow_fetch  # type: ignore[method-assign]  # noqa: SLF001

@@ -205,6 +205,7 @@ class StepPlan:
     released : numbers of look-ups whose offers are over.
     failures : requests whose loads are to be reported to the engine once more, as failed.
     cancelled : requests whose loads are to end, as computing is faster by now.
+    probe : a chunk to be read when the step is computed, and written nowhere, to learn what its tier costs.
     """
 
     is_idle: bool = False
@@ -222,13 +223,14 @@ class StepPlan:
     released: list[int] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
+    probe: Load | None = None
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to do and nothing to report."""
         work = self.lookups or self.loads or self.layer_loads or self.saves or self.fusions or self.advances
         other = self.revocations or self.released or self.is_idle or self.number or self.introduce or self.is_reset
-        return not (work or other or self.failures or self.cancelled)
+        return not (work or other or self.failures or self.cancelled or self.probe)
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,8 +247,8 @@ class Loaded:
     unpriced_tokens : provided tokens whose chunks do not say so.
     chosen : positions that a fusion recomputed, if it chose them itself.
     ranks : how many ranks this is the outcome of.
-    read_s : seconds of loading by tier, from a read to the bytes in the engine's blocks, without waiting for a thread;
-        by `""` those of a chunk that did not come. Empty if they were not taken.
+    read_s : seconds of loading by tier, from a read to the bytes in the engine's blocks, without waiting for a thread,
+        divided by the loads that ran at once; by `""` those of a chunk that did not come. Empty if they were not taken.
     given_back : it ended early because computing was faster, not because a chunk was lost. It counts as `failed`, too.
     """
 
@@ -276,6 +278,7 @@ class StepReport:
     revoked : requests whose revocation was carried out.
     placement_changes : chunks that entered or left a tier, for an engine that publishes KV events.
     number : of the plan.
+    probed : outcome of a probe.
     """
 
     workers: dict[int, WorkerInfo] = field(default_factory=dict)
@@ -286,11 +289,12 @@ class StepReport:
     placement_changes: list[PlacementChange] = field(default_factory=list)
     number: int = 0
     missing: dict[int, Missing] = field(default_factory=dict)
+    probed: Loaded | None = None
 
     @property
     def is_empty(self) -> bool:
         told = self.found_prefixes or self.loaded or self.found_documents or self.placement_changes
-        return not (told or self.number or self.revoked or self.workers)
+        return not (told or self.number or self.revoked or self.workers or self.probed)
 
     def merged(self, other: StepReport) -> StepReport:
         """The report of both ranks: stored is what both have, loaded what neither has lost."""
@@ -311,6 +315,7 @@ class StepReport:
             self.placement_changes + other.placement_changes,
             max(self.number, other.number),
             other.missing | self.missing,
+            both(self.probed, other.probed) if self.probed and other.probed else self.probed or other.probed,
         )
 
 

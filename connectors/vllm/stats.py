@@ -24,6 +24,7 @@ COUNTERS = MappingProxyType(
         "loaded_bytes": "Bytes of keys and values loaded into the engine's blocks by loads of prefixes.",
         "load_seconds": "Time from the beginning of a load to its end, summed.",
         "seconds_saved": "Seconds of computing that loads and fusions saved, less those they took.",
+        "probes": "Chunks read beside requests, to learn what a tier costs that no request loads from.",
         "given_back_loads": "Loads that ended early, as computing was faster by then.",
         "failed_loads": "Loads or fusions that lost a chunk on the way; it was computed.",
         "saved_chunks": "Chunks stored.",

@@ -183,6 +183,30 @@ def test_a_request_gets_what_it_keeps_and_nothing_else(halves: Halves, tokens: i
     assert load.skipped == max(halves.shapes[0].first_kept(stop) - local, 0)
 
 
+def test_a_probe_reads_all_that_a_request_needs_to_go_on_behind_a_chunk(halves: Halves) -> None:
+    halves.store_all()
+    offered, rows = halves.ask(40)
+    halves.planner.allocated("second", offered, *rows)
+    halves.run()
+    assert halves.arrive() == ({"second"}, set())
+    report = halves.steps.take_report()
+    assert report is not None
+    halves.planner.apply_report(report)
+    halves.planner.arrived({"second"})
+    plan = halves.run()
+    assert plan.probe is not None
+    for group, (shape, part) in enumerate(zip(halves.shapes, (plan.probe, *plan.probe.further), strict=True)):
+        first = 4 if shape.is_full else shape.first_chunk(4, CHUNK)
+        assert part.keys[0] == tuple(halves.piece(chunk, group) for chunk in range(first, 5))
+    before = [pages.rows.clone() for pages in halves.pages]
+    assert halves.steps.end(plan, set()) == set()
+    assert eventually(lambda: halves.steps.end(StepPlan(), set()) or not halves.transfers.prober.is_probing)
+    report = halves.steps.take_report()
+    assert report is not None and report.probed is not None
+    assert (dict(report.probed.tokens), report.probed.failed) == ({"host": CHUNK}, False)
+    assert all(torch.equal(*pair) for pair in zip(before, [pages.rows for pages in halves.pages], strict=True))
+
+
 def test_an_offer_ends_behind_the_last_chunk_of_which_all_is_there(halves: Halves) -> None:
     """Whatever is missing, as a count of all possibilities has it."""
     halves.store_all()

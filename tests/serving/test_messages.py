@@ -1,5 +1,7 @@
 """What the two halves tell one another reaches other processes: engines of several ranks pickle it."""
 
+import pickle
+
 import numpy as np
 import pytest
 
@@ -29,8 +31,10 @@ MESSAGES = (
     both(LOADED, LOADED),
     StepPlan(),
     StepPlan(loads=[Load("r", KEYS, 0, 0, 4, (1,), 1)]),
+    StepPlan(probe=Load("", KEYS, 0, 0, 4, ())),
     StepReport(),
     StepReport(loaded={"r": LOADED}).merged(StepReport(loaded={"r": LOADED}, missing={1: "evicted"})),
+    StepReport(probed=LOADED).merged(StepReport(probed=LOADED)),
 )
 
 
@@ -44,3 +48,23 @@ def test_saves_arrive_as_they_were_sent() -> None:
     save = Save(KEYS[0], None, np.arange(4), 0, (1,))
     received = sent(save)
     assert received.keys == save.keys and received.token_ids.tolist() == [0, 1, 2, 3]
+
+
+def test_a_probe_is_something_to_do_and_to_tell() -> None:
+    assert not StepPlan(probe=Load("", KEYS, 0, 0, 4, ())).is_empty and not StepReport(probed=LOADED).is_empty
+    slow = Loaded({"host": 4}, False, 0.9, read_s={"host": 0.9})
+    for merged in (
+        StepReport(probed=slow).merged(StepReport(probed=LOADED)),
+        StepReport(probed=LOADED).merged(StepReport(probed=slow)),
+    ):
+        assert merged.probed is not None
+        assert (merged.probed.ranks, merged.probed.read_s) == (2, {"host": 0.9}), "the slower rank counts"
+    assert (
+        StepReport(probed=LOADED).merged(StepReport()).probed == StepReport().merged(StepReport(probed=LOADED)).probed
+    )
+
+
+def test_a_probe_is_small() -> None:
+    """Beside what any plan takes."""
+    beside = len(pickle.dumps(StepPlan(probe=Load("", KEYS, 0, 0, 256, ())))) - len(pickle.dumps(StepPlan()))
+    assert beside < 300

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvloom.connectors.serving.messages import Document, Fusion, Load, LookUp, Save
+from kvloom.connectors.serving.messages import Document, Fusion, Load, Loaded, LookUp, Save
 from kvloom.connectors.serving.worker.arrivals import Arrival
 from kvloom.connectors.serving.worker.other_sizes import holds_others_only
 from kvloom.connectors.serving.worker.transfers import Transfers
 from kvloom.core import ChunkKey, KVChunk, KVSpec, RopeSpec
 from kvloom.errors import TierUnavailableError
 from kvloom.kvstore.keys import content_key, prefix_keys
+from kvloom.kvstore.placement.catalog import PlacementChange
 from kvloom.kvstore.store import KVStore
 from kvloom.kvstore.tiers.disk.tier import DiskTier
 from kvloom.kvstore.tiers.host import HostTier
@@ -324,19 +325,19 @@ def test_what_is_told_of_chunks() -> None:
         assert eventually(lambda: KEYS[0] in before)
         assert eventually(lambda: bool(save_both_of._saves[KEYS[0]][1].done()))
         moves = save_both_of.take_placement_changes()
-        assert set(moves) == {(KEYS[0], "host", True)}
+        assert set(moves) == {PlacementChange(KEYS[0], "host", True)}
         assert save_both_of.take_placement_changes() == []
         assert before.explain([KEYS[0]])[0].recompute_s == 0.25
         save_both_of.save(Save((KEYS[1],), (KEYS[0],), TOKENS[8:], 8, BLOCKS[2:4]))
         assert eventually(lambda: KEYS[1] in before and bool(save_both_of._saves[KEYS[1]][1].done()))
-        assert (KEYS[0], "host", False) in (moves := save_both_of.take_placement_changes())
-        assert (KEYS[1], "host", True) in moves
+        assert PlacementChange(KEYS[0], "host", False) in (moves := save_both_of.take_placement_changes())
+        assert PlacementChange(KEYS[1], "host", True) in moves
 
         late_comer = make(before, reports_placement=True, save_pending_bytes=1)
         late_comer.save(Save((KEYS[1],), None, TOKENS[8:], 8, BLOCKS[2:4]))
-        assert late_comer.take_placement_changes() == [(KEYS[1], "host", True)]
+        assert late_comer.take_placement_changes() == [PlacementChange(KEYS[1], "host", True)]
         late_comer.save(save)
-        assert late_comer.take_placement_changes() == [(KEYS[0], "", False)], "too much is waiting"
+        assert late_comer.take_placement_changes() == [PlacementChange(KEYS[0], "", False)], "too much is waiting"
         silent = make(before)
         silent.save(save)
         assert silent.take_placement_changes() == []
@@ -460,6 +461,67 @@ def test_a_load_that_takes_too_long_is_given_back() -> None:
     assert arrival.loaded.given_back and arrival.bad_blocks == {9, 2, 7, 4}
     assert arrival.loaded.read_s[""] > 0.04, "a chunk that did not come took at least that long"
     transfers.close()
+
+
+def test_loads_that_run_at_once_share_what_they_tell() -> None:
+    """Four that wait for one device for the same 0.2 s tell 0.05 s each."""
+    tier = FaultyTier()
+    transfers = make(KVStore([tier]))
+    save_both(transfers)
+    tier.gate.clear()
+    for name in ("a", "b", "c", "d"):
+        transfers.load(Load(name, (tuple(KEYS),), 0, 0, 16, (9, 2, 7, 4)))
+    assert eventually(lambda: tier.calls.count("get") == 4)
+    time.sleep(0.2)
+    tier.gate.set()
+    arrived: list[Arrival] = []
+    assert eventually(lambda: arrived.extend(transfers.arrivals()) or len(arrived) == 4)
+    told = sorted(sum(each.loaded.read_s.values()) for each in arrived)
+    assert all(each.loaded.spent_s >= 0.2 for each in arrived)
+    assert 0.04 < told[0] < 0.15
+    transfers.close()
+
+
+def test_a_probe_reads_as_a_load_does_and_writes_nothing() -> None:
+    pages = Pages()
+    transfers = make(KVStore([HostTier(None)]), pages)
+    save_both(transfers)
+    before = pages.keys.clone()
+    probe = Load("", ((KEYS[1],),), 8, 8, 16, ())
+    transfers.prober.begin(probe)
+    transfers.prober.begin(probe)  # nothing: one at a time
+    loaded = probed(transfers)
+    assert (dict(loaded.tokens), loaded.failed, set(loaded.read_s)) == ({"host": 8}, False, {"host"})
+    assert 0.0 < loaded.read_s["host"] <= loaded.spent_s
+    assert not transfers.prober.is_probing and transfers.prober.take() is None
+    assert torch.equal(pages.keys, before)
+    assert transfers.store.stats().tiers[0].hits == 1
+    transfers.store.delete(KEYS[1])
+    transfers.prober.begin(probe)
+    lost = probed(transfers)
+    assert (dict(lost.tokens), lost.failed, set(lost.read_s)) == ({}, True, {""})
+    counts = transfers.take_counts()
+    assert counts["probes"] == 2 and "loads" not in counts
+    transfers.close()
+
+
+def test_a_probe_that_breaks_is_lost_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    transfers = make(KVStore([HostTier(None)]))
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(transfers.reader, "read", broken)
+    transfers.prober.begin(Load("", ((KEYS[1],),), 8, 8, 16, ()))
+    assert probed(transfers).failed
+    assert transfers.take_counts()["errors"] == 1
+    transfers.close()
+
+
+def probed(transfers: Transfers) -> Loaded:
+    found: list[Loaded] = []
+    assert eventually(lambda: bool(found.extend(filter(None, [transfers.prober.take()])) or found))
+    return found[0]
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,7 @@ class SimulatedWorker:
         self.usage: dict[str, dict[str, Any]] = {}
         self.faults = Faults()
         self.loads: dict[str, Load] = {}
+        self.probes: list[Load] = []
         self.fusions: dict[str, tuple[Fusion, list[int] | None]] = {}  # with positions still to be computed
         self.computed: list[int] = []  # by fusions, in this order
         self.chosen: dict[str, np.ndarray | None] = {}
@@ -198,6 +199,9 @@ class SimulatedWorker:
                 del self.loads[request_id]
                 self._load(load, report, bad_blocks)
                 arrived.add(request_id)
+        if plan.probe is not None:
+            self.probes.append(plan.probe)
+            report.probed = self._probe(plan.probe)
         self.loads |= {load.request_id: load for load in plan.loads}
         for request_id in set(plan.cancelled) & self.loads.keys():
             self._give_back(self.loads.pop(request_id), report, bad_blocks)
@@ -288,6 +292,13 @@ class SimulatedWorker:
         tokens = {"host": max(min(load.stop, lost_from) - load.start, 0)}
         read_s = {} if self.faults.token_s is None else {"host": tokens["host"] * self.faults.token_s()}
         report.loaded[load.request_id] = Loaded(tokens, lost_from < load.stop, 0.0, read_s=read_s)
+
+    def _probe(self, probe: Load) -> Loaded:
+        if self.store.read(probe.keys[0][0]) is None:
+            return Loaded({}, True, 0.0)
+        tokens = probe.stop - probe.start
+        read_s = {} if self.faults.token_s is None else {"host": tokens * self.faults.token_s()}
+        return Loaded({"host": tokens}, False, 0.0, read_s=read_s)
 
     def _give_back(self, load: Load, report: StepReport, bad_blocks: set[int]) -> None:
         self.store.pins.pop(load.lookup, None)

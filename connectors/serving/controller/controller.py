@@ -2,6 +2,7 @@
 
     costs      observe_load(tier, bytes, seconds), observe_prefill(tokens, position, seconds), as they happen
     decisions  decide(stored, queue): so many leading chunks are loaded, and why
+    probes     is_probe_due(tier, bytes): nothing was loaded from a tier for long; a chunk of it is read beside requests
 
 It is a model of the time to the first token. A request that loads `n` chunks waits for the loads ahead of its own and
 for its own; meanwhile the engine computes what waits to be computed; then the request computes the rest:
@@ -25,14 +26,12 @@ from .decisions import IDLE, Decision, Queue, Reason, StoredPrefix
 
 _SLACK_RATIO = 0.02  # times that differ by no more count as equal
 _WAIT_RATIO = 1.1  # a request that waits for its load goes on to wait unless computing is faster by this factor
-_TRIAL_S = 5.0  # least time without an observation of a tier before it is tried again
-_PREFILL_TRIAL_S = 300.0  # the same of computing, of which requests that load have a little all the same
-_MOST_TRIAL_S = 600.0  # longest time before a trial, however much it may lose
-_PATIENCE = 100.0  # seconds without an observation, for each second that a trial is expected to lose
+_PROBE_S, _MOST_PROBE_S = 5.0, 600.0  # least and longest time without an observation of a tier before it is probed
+_TRIAL_S = 300.0  # least time without an observation of computing before it is tried
+_PATIENCE = 100.0  # seconds without an observation for each second that a probe takes, or that a trial may lose
 _GRACE_S = 0.1  # least time beyond the expected one before a load is given up
 _NEVER_PAYS = 2.0  # a chunk is not stored if loading it takes more than so many times as long as computing it
 _STORE_OBSERVATIONS = 8  # of computing, before it is said of a chunk that it will never pay
-_COMPUTING = ""  # stands for computing where names stand for tiers
 
 
 class Controller:
@@ -56,7 +55,8 @@ class Controller:
         self._tiers: dict[str, LearnedCost] = {}
         self._prefill = LearnedCost(3, 1, clock)
         self._turnaround = LearnedCost(1, 0, clock)
-        self._tried_s: dict[str, float] = {}  # when the last trial began, by what was tried
+        self._tried_s = float("-inf")  # when the last trial of computing began
+        self._probed_s: dict[str, float] = {}  # when the last probe of a tier began
 
     # ------------------------------------------------------------------------------------------------- learning
 
@@ -105,28 +105,42 @@ class Controller:
         total = stored.chunks
         if not total:
             return Decision(0, "nothing stored")
-        if not self._prefill.is_known or not self._is_known(run.tier for run in stored.runs):
-            return Decision(total, "untried")
         wait_s, busy_s = self._waits(queue)
+        if not self._prefill.is_known or not self._is_known(run.tier for run in stored.runs):
+            return Decision(total, "untried", None, *self._untried_s(stored, wait_s, busy_s))
         counts = self._candidates(stored, wait_s, busy_s) if may_shorten else [total]
         times = {count: self._ready_s(stored, count, wait_s, busy_s) for count in (0, *counts)}
         most_s = min(times.values()) * (1.0 + _SLACK_RATIO)
-        chunks, tried = max(count for count, seconds in times.items() if seconds <= most_s), None
-        reason: Reason = "loads" if chunks == total else "shortened"
-        for count, what in self._trials(stored, chunks, may_shorten=may_shorten):
-            if self._is_due(what, self._ready_s(stored, count, wait_s, busy_s) - times[chunks]):
-                chunks, reason, tried = count, "trial", what
-                break
+        chunks = max(count for count, seconds in times.items() if seconds <= most_s)
         if not chunks:
-            reason = self._why_not(stored, counts, busy_s, times[0]) if tried is None else reason
-            return Decision(0, reason, None, times[0], None, tried)
+            load_s = min((seconds for count, seconds in times.items() if count), default=None)
+            return Decision(0, self._why_not(stored, counts, busy_s, times[0]), load_s, times[0])
+        reason: Reason = "loads" if chunks == total else "shortened"
+        if chunks == total and may_shorten and self._is_trial_due(stored, times[chunks], wait_s, busy_s):
+            chunks, reason = total - 1, "trial"
         load_s = self._ready_s(stored, chunks, wait_s, busy_s)
-        return Decision(chunks, reason, load_s, times[0], self._limit_s(stored, chunks, wait_s, busy_s), tried)
+        return Decision(chunks, reason, load_s, times[0], self._limit_s(stored, chunks, wait_s, busy_s))
 
     def begin(self, decision: Decision) -> None:
-        """A decision is carried out: what it tries is not tried by others for a while."""
-        if decision.tried is not None:
-            self._tried_s[decision.tried] = self._clock()
+        """A decision is carried out: if it tries computing, others do not for a while."""
+        if decision.reason == "trial":
+            self._tried_s = self._clock()
+
+    def is_probe_due(self, tier: str, nbytes: int) -> bool:
+        """Whether so much is to be read from a tier that no request loads from, to learn what it costs by now.
+
+        At once and repeatedly, as long as its cost is not known. Later, after a hundred times the seconds that the
+        probe is expected to take, at least 5 s and at most 10 minutes: a tier spends about 1 % of its time on probes.
+        """
+        seconds = self.load_s(tier, nbytes)
+        if seconds is None:
+            return True
+        since_s = min(self._tiers[tier].age_s, self._clock() - self._probed_s.get(tier, float("-inf")))
+        return since_s >= max(_PROBE_S, min(_PATIENCE * seconds, _MOST_PROBE_S))
+
+    def begin_probe(self, tier: str) -> None:
+        """A tier is probed now, and not again for a while, whatever comes of it."""
+        self._probed_s[tier] = self._clock()
 
     def pays_to_wait(self, stored: StoredPrefix, queue: Queue) -> bool:
         """Whether a load of all these chunks that has not begun is still better than computing; if in doubt it is.
@@ -160,7 +174,7 @@ class Controller:
         compute_s = tokens * (token_s + position * context_s)
         for tier in tiers:
             cost = self._tiers.get(tier)
-            if cost is None or not cost.is_known or cost.age_s > _MOST_TRIAL_S:
+            if cost is None or not cost.is_known or cost.age_s > _MOST_PROBE_S:
                 return True
             if nbytes * cost.coefficients[1] <= _NEVER_PAYS * compute_s:
                 return True
@@ -233,20 +247,22 @@ class Controller:
         computing_s = self._prefill_s(stored.stop(chunks) - stored.computed, stored.computed)
         return loaded_s + max(computing_s, _GRACE_S)
 
-    # --------------------------------------------------------------------------------------------------- trials
+    def _untried_s(self, stored: StoredPrefix, wait_s: float, busy_s: float) -> tuple[float | None, float | None]:
+        """If computing is known: its seconds to the first token, and those after which loading is given up.
 
-    def _trials(self, stored: StoredPrefix, chunks: int, *, may_shorten: bool) -> list[tuple[int, str]]:
-        """Other numbers of chunks than what is thought fastest, each with what loading so many would teach."""
-        total = stored.chunks
-        if chunks == total:
-            return [(total - 1 if may_shorten else 0, _COMPUTING)]
-        if may_shorten:
-            return [(chunks + 1, stored.tier_of(chunks))]
-        return [(total, tier) for tier in {run.tier: None for run in stored.runs}]
+        That is when computing could have been over, so that at worst the request costs twice that.
+        """
+        if not self._prefill.is_known:
+            return None, None
+        computing_s = self._prefill_s(stored.stop(stored.chunks) - stored.computed, stored.computed)
+        limit_s = max(wait_s, busy_s) + max(computing_s, _GRACE_S)
+        return self._ready_s(stored, 0, wait_s, busy_s), limit_s
 
-    def _is_due(self, what: str, loss_s: float) -> bool:
-        """Whether a tier, or computing, was not observed for so long that a trial may lose so much."""
-        cost = self._prefill if what == _COMPUTING else self._tiers[what]
-        since_s = min(cost.age_s, self._clock() - self._tried_s.get(what, float("-inf")))
-        least_s = _PREFILL_TRIAL_S if what == _COMPUTING else _TRIAL_S
-        return since_s >= max(least_s, min(_PATIENCE * loss_s, _MOST_TRIAL_S))
+    def _is_trial_due(self, stored: StoredPrefix, loaded_s: float, wait_s: float, busy_s: float) -> bool:
+        """Whether computing was not observed for so long that the last chunk is computed, which teaches it.
+
+        That loses what computing one chunk takes at most, in a hundredth of the time.
+        """
+        loss_s = self._ready_s(stored, stored.chunks - 1, wait_s, busy_s) - loaded_s
+        since_s = min(self._prefill.age_s, self._clock() - self._tried_s)
+        return since_s >= max(_TRIAL_S, _PATIENCE * loss_s)

@@ -40,12 +40,13 @@ Reason: TypeAlias = Literal[
 
 - `nothing stored`: there is nothing to load; where more is known, the word of `Missing`.
 - `loads`: all that is stored, as that is fastest.
-- `untried`: all that is stored, as too little is known yet of what loading it or computing it costs.
+- `untried`: all that is stored, as too little is known yet of what loading it or computing it costs. Once computing is
+  known, no longer than that takes.
 - `shortened`: a part of it; to load more would take longer than to compute it.
 - `too short to pay`: nothing; what a load costs whatever its size is more than computing so few tokens.
 - `slow tier`: nothing; the tier gives bytes more slowly than the engine computes their tokens.
 - `load queue`: nothing; too much waits to be loaded before it.
-- `trial`: other than what is thought fastest, to learn a cost that was not observed for long.
+- `trial`: all but one chunk, as computing was not observed for long.
 - `computes while waiting`: it was to be loaded, but has not begun, and now computing is faster.
 - `always`: all that is stored, as the user has said.
 """
@@ -94,10 +95,10 @@ class Decision:
     ----------
     chunks : leading ones to load.
     reason : see `Reason`.
-    load_s : expected seconds to the first token if so many chunks are loaded; None if not known.
+    load_s : expected seconds to the first token if so many chunks are loaded, or, where none is, if as many were as is
+        best; None if not known.
     compute_s : the same if nothing is loaded.
     limit_s : seconds after which the load is better given up, counted from now; None for no limit.
-    tried : what a trial is of: a tier, or `""` for computing; None if this is no trial.
     """
 
     chunks: int
@@ -105,11 +106,12 @@ class Decision:
     load_s: float | None = None
     compute_s: float | None = None
     limit_s: float | None = None
-    tried: str | None = None
 
     def __str__(self) -> str:
         """In one line, for people."""
-        expected = f"expected to take {_seconds(self.load_s)}, computing everything {_seconds(self.compute_s)}"
+        expected = (
+            f"loading is expected to take {_seconds(self.load_s)}, computing everything {_seconds(self.compute_s)}"
+        )
         return f"{self.chunks} chunks are loaded ({self.reason}); {expected}"
 
 
@@ -165,11 +167,3 @@ class StoredPrefix:
             if taken:
                 yield run, taken
             chunks -= taken
-
-    def tier_of(self, chunk: int) -> str:
-        """Tier of the chunk of this number."""
-        for run in self.runs:
-            if chunk < run.chunks:
-                return run.tier
-            chunk -= run.chunks
-        raise ValueError(f"there is no chunk {chunk}")

@@ -11,8 +11,11 @@ from itertools import groupby
 
 from ..controller.controller import Controller
 from ..controller.decisions import Decision, Missing, Queue, StoredPrefix, StoredRun
-from ..messages import LOADERS, Loaded
+from ..groups import GroupShape
+from ..keys import PrefixKeys
+from ..messages import LOADERS, Load, Loaded
 from ..settings import ServingSettings
+from .probes import Probes
 
 _LOG = logging.getLogger("kvloom")
 
@@ -26,7 +29,6 @@ class _Waiting:
     decision: Decision
     begun_s: float
     was_alone: bool  # the engine had nothing to compute
-    beside: int  # loads that had not ended then, itself included
     is_given_back: bool = False
 
 
@@ -41,27 +43,41 @@ class LoadControl:
     settings : the user's. With `load_or_recompute` `always`, it decides nothing and learns all the same.
     token_bytes : of the first group's cache, on one rank.
     tiers : of the workers' stores; empty if they are not known.
-    may_shorten : whether a part of a hit is of use; otherwise all or nothing.
     may_give_back : whether the engine computes what was to be loaded and is not.
+    ranks : of the engine.
+    shapes : of its groups; empty for a single one of full attention. A part of a hit is of use to that alone.
     clock : monotonic seconds.
+
+    Attributes
+    ----------
+    counts : of decisions, by reason.
     """
 
     settings: ServingSettings
     token_bytes: int
     tiers: Sequence[str] = ()
-    may_shorten: bool = True
     may_give_back: bool = True
+    ranks: int = 1
+    shapes: Sequence[GroupShape] = ()
     clock: Callable[[], float] = time.monotonic
-    counts: Counter[str] = field(default_factory=Counter)  # of decisions, by reason
+    counts: Counter[str] = field(default_factory=Counter)
     _controller: Controller = field(init=False)
+    _probes: Probes = field(init=False)
     _decided: dict[str, tuple[Decision, StoredPrefix, Sequence[str]]] = field(init=False, default_factory=dict)
     _waiting: dict[str, _Waiting] = field(init=False, default_factory=dict)  # in the order in which they were begun
     _prompts: dict[str, tuple[int, int]] = field(init=False, default_factory=dict)  # taken on: tokens, and computed
 
     def __post_init__(self) -> None:
         is_layerwise = self.settings.load_mode == "layerwise"
-        # One lane: what runs at once shares processors, disk or network. `_learn` divides by how many loads do.
+        # One lane: what runs at once shares processors, disk or network, and tells seconds divided by how many do.
         self._controller = Controller(lanes=1, overlaps=not is_layerwise, clock=self.clock)
+        self._probes = Probes(
+            self._controller,
+            chunk_tokens=self.settings.chunk_tokens,
+            token_bytes=self.token_bytes,
+            ranks=self.ranks,
+            shapes=self.shapes,
+        )
         self.may_give_back = self.may_give_back and not is_layerwise and self._decides
 
     @property
@@ -83,7 +99,7 @@ class LoadControl:
         runs = [StoredRun(tier, len(list(same)), size * self.token_bytes, size) for tier, same in groupby(tiers)]
         stored = StoredPrefix(runs, first * size, computed, tokens)
         if self._decides or not tiers:
-            decision = self._controller.decide(stored, self._queue(request_id), may_shorten=self.may_shorten)
+            decision = self._controller.decide(stored, self._queue(request_id), may_shorten=not self.shapes)
         else:
             decision = Decision(len(tiers), "always")
         self._decided[request_id] = (decision, stored, tiers)
@@ -115,9 +131,7 @@ class LoadControl:
         if loads:
             taken = replace(stored, runs=stored.leading(decision.chunks))
             now_s = self.clock()
-            self._waiting[request_id] = _Waiting(
-                taken, tiers[: decision.chunks], decision, now_s, was_alone, len(self._waiting) + 1
-            )
+            self._waiting[request_id] = _Waiting(taken, tiers[: decision.chunks], decision, now_s, was_alone)
         return decision
 
     def end(self, request_id: str, loaded: Loaded) -> Decision | None:
@@ -131,16 +145,15 @@ class LoadControl:
         return waiting.decision
 
     def _learn(self, request_id: str, waiting: _Waiting, loaded: Loaded) -> None:
-        shared = (min(waiting.beside, LOADERS) + min(len(self._waiting) + 1, LOADERS)) / 2
         lost = sum(loaded.tokens.values()) // self.settings.chunk_tokens
         for tier, seconds in loaded.read_s.items():
             nbytes = loaded.tokens.get(tier, 0) * self.token_bytes
             if not tier and lost < len(waiting.tiers):  # of a chunk that did not come: it takes at least that long
                 tier, late_bytes = waiting.tiers[lost], self.settings.chunk_tokens * self.token_bytes
                 expected_s = self._controller.load_s(tier, late_bytes)
-                nbytes = late_bytes if expected_s is not None and seconds / shared > expected_s else 0
+                nbytes = late_bytes if expected_s is not None and seconds > expected_s else 0
             if nbytes:
-                self._controller.observe_load(tier, nbytes, seconds / shared)
+                self._controller.observe_load(tier, nbytes, seconds)
         is_alone = waiting.was_alone and not self._queue(request_id).compute_tokens
         if is_alone and not loaded.failed and not loaded.given_back:
             beside_s = self.clock() - waiting.begun_s - loaded.spent_s
@@ -161,7 +174,7 @@ class LoadControl:
             if waiting.is_given_back:
                 continue
             loading = waiting.stored.bytes_of(waiting.stored.chunks)
-            if index >= LOADERS and waiting.decision.tried is None:
+            if index >= LOADERS:
                 queue = replace(self._queue(request_id), loads=index, load_bytes=dict(ahead))
                 if not self._controller.pays_to_wait(waiting.stored, queue):
                     waiting.is_given_back = True
@@ -177,6 +190,30 @@ class LoadControl:
         decision = replace(decision, chunks=0, reason="computes while waiting")
         self._count(request_id, decision)
         return decision
+
+    # ---------------------------------------------------------------------------------------------------- probes
+
+    def consider_probes(self, tiers: Sequence[str], decision: Decision, keys: PrefixKeys, first: int) -> None:
+        """A request was taken on that has found chunks in these tiers, from number `first` on; see `Probes`."""
+        if self._decides:
+            self._probes.consider(tiers, decision.chunks, keys, first)
+
+    @property
+    def has_probe(self) -> bool:
+        """Whether `take_probe` has something to look at."""
+        return self._probes.has_next and not self._waiting
+
+    def take_probe(self) -> Load | None:
+        """A chunk to be read beside requests; none while a load waits."""
+        return self._probes.take() if self.has_probe else None
+
+    def end_probe(self, loaded: Loaded) -> None:
+        """Its outcome on some ranks."""
+        self._probes.end(loaded)
+
+    def reset(self) -> None:
+        """Nothing that was found before is found any more."""
+        self._probes.forget()
 
     # -------------------------------------------------------------------------------------------------- computing
 

@@ -124,8 +124,9 @@ class Planner:
             settings,
             specs[0].token_bytes,
             tiers,
-            may_shorten=not shapes,
             may_give_back=may_give_back,
+            ranks=len(specs),
+            shapes=self._shapes,
             clock=clock,
         )
         self._saves = SaveTracker(settings.chunk_tokens, block_tokens, known, self._shapes)
@@ -220,6 +221,7 @@ class Planner:
         self._saves.reset(known)
         self._fusions.reset()
         self._lookups.clear()
+        self._control.reset()
         for tracked in self._tracked.values():
             self._drop_offer(tracked)
             tracked.is_stale = True
@@ -386,6 +388,7 @@ class Planner:
             request_id, len(tracked.request.token_ids), computed, loads=bool(external_tokens) and is_prefix
         )
         if decision is not None:
+            self._control.consider_probes(tracked.tiers or (), decision, tracked.request.keys, tracked.asked_from or 0)
             tracked.usage.decision = decision = explained(decision, tracked.missing)
         return decision
 
@@ -420,6 +423,8 @@ class Planner:
             self._fusions.add_found(request_id, masks)
         if (step := self._rate.end(report.number)) is not None:
             self._control.observe_prefill(step.tokens, step.position, step.spent_s)
+        if report.probed is not None:
+            self._control.end_probe(report.probed)
         for request_id in report.revoked:
             self._acknowledge(request_id)
         for request_id, loaded in report.loaded.items():
@@ -503,7 +508,8 @@ class Planner:
         new_tokens : that the step computes, for each request.
         """
         has_passed = self._saves.passes(new_tokens)
-        has_other = self._fusions.is_fusing or self._control.has_queue or not self._plan.is_empty
+        control = self._control
+        has_other = self._fusions.is_fusing or control.has_queue or control.has_probe or not self._plan.is_empty
         return has_passed and not has_other and not is_prefill_step(new_tokens)
 
     def plan_step(
@@ -524,6 +530,7 @@ class Planner:
                 pays = self._control.pays_to_store(each.request_id, each.computed_tokens)
                 self._plan.saves += self._saves.plan(each, self._rate.token_s(each.request_id), pays=pays)
         self._plan.cancelled += self._control.given_back()
+        self._plan.probe = self._control.take_probe()
         if (advance := self._fusions.advance()) is not None:
             self._plan.advances.append(advance)
         plan, self._plan = self._plan, StepPlan()

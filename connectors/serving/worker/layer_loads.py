@@ -142,7 +142,8 @@ class LayerLoads:
                     if left_s > 0 and not job.is_over:
                         hit = self._reader.read(key, other, layers=(layer, layer + 1), timeout_s=left_s)
                     if hit is not None:
-                        job.read_s[hit.tier] = job.read_s.get(hit.tier, 0.0) + hit.load_s
+                        shared = max(min(len(self._jobs), _LOADERS), 1)
+                        job.read_s[hit.tier] = job.read_s.get(hit.tier, 0.0) + hit.load_s / shared
                     hits.append(hit)
                     if hit is None:
                         break  # what follows it is of no use

@@ -35,7 +35,8 @@ class Worker:
     @property
     def has_work(self) -> bool:
         """Whether something has begun that was not reported yet. A save counts as done: its end is not reported."""
-        return self.transfers.is_loading or (self.fuser is not None and self.fuser.is_fusing)
+        is_reading = self.transfers.is_loading or self.transfers.prober.is_probing
+        return is_reading or (self.fuser is not None and self.fuser.is_fusing)
 
 
 class Steps:
@@ -123,6 +124,10 @@ class Steps:
         if self._worker.fuser is not None:
             arrivals += self._worker.fuser.arrivals()
         self._add(arrivals)
+        if (probed := self._worker.transfers.prober.take()) is not None:
+            self._report.probed = probed
+        if plan.probe is not None:  # now, as the step is computed, and not beside it
+            self._worker.transfers.prober.begin(plan.probe)
         self._is_busy = self._worker.has_work
         again, self._again = self._again, set()
         self._failed |= again

@@ -25,27 +25,13 @@ from .head_reader import HeadReader
 from .offers import Offers
 from .pending_writes import PagedCache, PendingWrites
 from .pieces import CacheGroup, PieceReader, all_keys, find_pieces
+from .prober import Prober
+from .reading_times import ReadingTimes
 from .threads import compute_alone
 
 _WRITERS = 2  # a chunk is written in less time than its neighbours take on another core
 
 _LOG = logging.getLogger("kvloom")
-
-
-class _Watch:
-    """Seconds of a load by tier, from one chunk to the next."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.last: str | None = None
-        self._lap_s = time.monotonic()
-
-    def lap(self, tier: str | None) -> None:
-        """What was spent since the last lap belongs to this tier; to none if it is None."""
-        now_s, before_s = time.monotonic(), self._lap_s
-        self._lap_s, self.last = now_s, tier
-        if tier is not None:
-            self.seconds[tier] = self.seconds.get(tier, 0.0) + now_s - before_s
 
 
 class Transfers:
@@ -100,6 +86,8 @@ class Transfers:
         self._loader = ThreadPoolExecutor(LOADERS, "kvloom-load", compute_alone)
         self._writer = ThreadPoolExecutor(_WRITERS, "kvloom-write", compute_alone)
         self._saver = ThreadPoolExecutor(1, "kvloom-save", compute_alone)
+        self._times = ReadingTimes()
+        self.prober = Prober(self._read, self._times, rank, self.count)
         self._loads: dict[str, tuple[Load, Future[Arrival]]] = {}
         self._fetches: list[Future[Fetched]] = []
         self._cancelled: set[str] = set()  # written by the engine's thread, read by the loaders
@@ -215,23 +203,23 @@ class Transfers:
     def _fetch(self, load: Load, begun_s: float) -> Arrival:
         """Load all chunks in order, up to the first that is lost."""
         tokens: Counter[str] = Counter()
-        cost, watch = RecomputeCost(), _Watch()
-        done = load.start
-        with PendingWrites(self._cache, self._writer) as writes:
-            for index, (key, other) in enumerate(load.chunks_of(self.rank)):
-                first = load.first + index * self._chunk_tokens
-                start, stop = max(first, load.start), min(first + self._chunk_tokens, load.stop)
-                hit = self._read(load, key, other, begun_s)
-                if hit is None or not fits(hit.chunk, self._spec, self._chunk_tokens, first):
-                    watch.lap("" if load.request_id not in self._cancelled else None)
-                    break
-                here = slice(start - first, stop - first)
-                writes.add(load.blocks, start, hit.chunk.keys[:, :, here], hit.chunk.values[:, :, here])
-                watch.lap(hit.tier)
-                tokens[hit.tier] += stop - start
-                cost.add(stop - start, len(hit.chunk), hit.recompute_s)
-                done = stop
-        watch.lap(watch.last)
+        cost, done = RecomputeCost(), load.start
+        with self._times.watch() as watch:
+            with PendingWrites(self._cache, self._writer) as writes:
+                for index, (key, other) in enumerate(load.chunks_of(self.rank)):
+                    first = load.first + index * self._chunk_tokens
+                    start, stop = max(first, load.start), min(first + self._chunk_tokens, load.stop)
+                    hit = self._read(load, key, other, begun_s)
+                    if hit is None or not fits(hit.chunk, self._spec, self._chunk_tokens, first):
+                        watch.lap("" if load.request_id not in self._cancelled else None)
+                        break
+                    here = slice(start - first, stop - first)
+                    writes.add(load.blocks, start, hit.chunk.keys[:, :, here], hit.chunk.values[:, :, here])
+                    watch.lap(hit.tier)
+                    tokens[hit.tier] += stop - start
+                    cost.add(stop - start, len(hit.chunk), hit.recompute_s)
+                    done = stop
+            watch.lap(watch.last)
         spent_s = time.monotonic() - begun_s
         nbytes = (done - load.start) * self._spec.token_bytes
         self.count({"loads": 1, "load_seconds": spent_s, "loaded_bytes": nbytes})
@@ -272,24 +260,25 @@ class Transfers:
     def _fetch_pieces(self, load: Load, begun_s: float) -> Arrival:
         """Load the pieces of all groups. Where one is lost, nothing counts as loaded: the request begins anew."""
         tokens: Counter[str] = Counter()
-        cost, watch = RecomputeCost(unpriced_tokens=load.skipped), _Watch()
+        cost = RecomputeCost(unpriced_tokens=load.skipped)
         nbytes, is_lost = 0, len(load.further) + 1 < len(self._groups)
-        with ExitStack() as stack:
-            for group, part in zip(self._groups, (load, *load.further), strict=False):
-                reader = PieceReader(part, group, self.rank, self._chunk_tokens)
-                writes = stack.enter_context(PendingWrites(group.cache, self._writer))
-                for hit, start, here in reader.hits(lambda key: self._read(load, key, (), begun_s)):
-                    keys, values = hit.chunk.keys[:, :, here], hit.chunk.values[:, :, here]
-                    writes.add(part.blocks, start, keys, values)
-                    watch.lap(hit.tier)
-                    nbytes += keys.nbytes + values.nbytes
-                    if part is load:
-                        tokens[hit.tier] += keys.shape[2]
-                        cost.add(keys.shape[2], len(hit.chunk), hit.recompute_s)
-                if reader.done < part.stop:
-                    is_lost = True
-                    break
-        watch.lap(watch.last)
+        with self._times.watch() as watch:
+            with ExitStack() as stack:
+                for group, part in zip(self._groups, (load, *load.further), strict=False):
+                    reader = PieceReader(part, group, self.rank, self._chunk_tokens)
+                    writes = stack.enter_context(PendingWrites(group.cache, self._writer))
+                    for hit, start, here in reader.hits(lambda key: self._read(load, key, (), begun_s)):
+                        keys, values = hit.chunk.keys[:, :, here], hit.chunk.values[:, :, here]
+                        writes.add(part.blocks, start, keys, values)
+                        watch.lap(hit.tier)
+                        nbytes += keys.nbytes + values.nbytes
+                        if part is load:
+                            tokens[hit.tier] += keys.shape[2]
+                            cost.add(keys.shape[2], len(hit.chunk), hit.recompute_s)
+                    if reader.done < part.stop:
+                        is_lost = True
+                        break
+            watch.lap(watch.last)
         spent_s = time.monotonic() - begun_s
         self.count({"loads": 1, "load_seconds": spent_s, "loaded_bytes": nbytes})
         if is_lost:
@@ -464,6 +453,7 @@ class Transfers:
         """End loads, store what waits to be stored, and close the store."""
         self._cancelled.update(self._loads)
         self._loader.shutdown(wait=True, cancel_futures=True)
+        self.prober.close()
         self._writer.shutdown(wait=True)
         self._saver.shutdown(wait=True)
         self._forget_done_saves()

@@ -48,8 +48,9 @@ def test_a_slow_tier_is_left_alone(make_scheduler: MakeScheduler, open_worker: O
     assert {each["decision"] for each in told} == {"never stored"}
     worker.faults.token_s = lambda: 1.0
     told = [asked(worker, text) for text in texts]
-    assert [each["decision"] for each in told] == ["untried"] * 3 + ["slow tier"] * 2
-    assert [each["loaded_tokens"] for each in told] == [{"host": 96}] * 3 + [{}] * 2
+    assert [each["decision"] for each in told] == ["untried"] + ["slow tier"] * 4
+    assert [each["loaded_tokens"] for each in told] == [{"host": 96}] + [{}] * 4
+    assert len(worker.probes) == 2, "which others learn from"
     finish(worker)
 
 

@@ -71,7 +71,7 @@ def test_without_observations_all_is_loaded() -> None:
     machine.compute(512, 0)
     machine.load("host", 1)
     assert machine.decide(("host", 9)).reason == "untried", "first observations warm up"
-    assert Machine({"host": FAST}).decide(("host", 2), ("disk", 3)) == Decision(5, "untried")
+    assert Machine({"host": FAST}).decide(("host", 2), ("disk", 3)).reason == "untried"
     assert machine.decide() == Decision(0, "nothing stored")
 
 
@@ -83,6 +83,7 @@ def test_a_fast_tier_is_loaded_and_a_slow_one_left_alone() -> None:
     assert decision.compute_s == pytest.approx(machine.compute_s(2064, 0), rel=0.02)
     decision = machine.decide(("disk", 8))
     assert (decision.chunks, decision.reason) == (0, "slow tier")
+    assert decision.load_s == pytest.approx(machine.load_s("disk", 8) + machine.compute_s(16, 2048), rel=0.02)
     decision = machine.decide(("host", 3), ("disk", 5))
     assert (decision.chunks, decision.reason) == (3, "shortened")
 
@@ -141,47 +142,73 @@ def test_all_or_nothing_where_a_part_is_of_no_use() -> None:
     assert machine.controller.decide(stored, may_shorten=False).chunks == 31
 
 
-def test_a_slow_tier_is_tried_again_and_found_to_be_fast() -> None:
+def test_a_slow_tier_is_probed_beside_requests_and_found_to_be_fast() -> None:
     machine = Machine({"disk": SLOW})
+    due = machine.controller.is_probe_due
     assert machine.decide(("disk", 8)).reason == "slow tier"
     machine.now_s += 4.0
-    assert machine.decide(("disk", 8)).reason == "slow tier"
-    machine.now_s += 96.0  # one chunk loses 0.74 s
-    decision = machine.decide(("disk", 8))
-    assert (decision.chunks, decision.reason, decision.tried) == (1, "trial", "disk")
-    assert decision.limit_s is not None and 1.0 < decision.limit_s < 1.5
-    machine.controller.begin(decision)
-    assert machine.decide(("disk", 8)).reason == "slow tier", "one trial at a time"
+    assert not due("disk", CHUNK_BYTES)
+    machine.now_s += 95.0  # one chunk takes 1.01 s
+    assert not due("disk", CHUNK_BYTES)
+    machine.now_s += 3.0
+    assert due("disk", CHUNK_BYTES)
+    assert machine.decide(("disk", 8)).reason == "slow tier", "no request pays for it"
+    machine.controller.begin_probe("disk")
+    assert not due("disk", CHUNK_BYTES), "whatever comes of it, not again for a while"
     machine.tiers["disk"] = FAST
     machine.load("disk", 1)
-    trials = 0
+    probes = 1
     while machine.decide(("disk", 8)).chunks < 8:
         machine.now_s += 5.0
-        if (decision := machine.decide(("disk", 8))).reason == "trial":
-            trials += 1
-            machine.controller.begin(decision)
-            machine.load("disk", decision.chunks)
+        if due("disk", CHUNK_BYTES):
+            probes += 1
+            machine.controller.begin_probe("disk")
+            machine.load("disk", 1)
         assert machine.now_s < 2000.0
-    assert 1 <= trials <= 8
+    assert 2 <= probes <= 8
 
 
-def test_trials_of_all_or_nothing_reach_the_slow_tier() -> None:
-    machine = Machine({"host": FAST, "disk": SLOW})
-    machine.now_s += 600.0
-    machine.load("host", 1)
-    decision = machine.controller.decide(prefix(("host", 3), ("disk", 5)), may_shorten=False)
-    assert (decision.chunks, decision.tried) == (8, "disk")
+def test_a_tier_of_unknown_cost_is_due_at_once_until_it_is_known() -> None:
+    machine = Machine({"host": FAST})
+    machine.tiers["disk"] = SLOW
+    for _ in range(3):
+        assert machine.controller.is_probe_due("disk", CHUNK_BYTES)
+        machine.controller.begin_probe("disk")
+        machine.load("disk", 1)
+    assert not machine.controller.is_probe_due("disk", CHUNK_BYTES)
+    assert machine.decide(("disk", 8)).reason == "slow tier"
 
 
-def test_computing_is_tried_again_too() -> None:
+def test_what_was_never_observed_is_loaded_no_longer_than_computing_takes() -> None:
+    machine = Machine({"host": FAST})
+    decision = machine.decide(("disk", 8))
+    assert (decision.chunks, decision.reason, decision.load_s) == (8, "untried", None)
+    assert decision.compute_s == pytest.approx(machine.compute_s(2064, 0), rel=0.02)
+    assert decision.limit_s == pytest.approx(machine.compute_s(2048, 0), rel=0.02)
+    busy = machine.decide(("disk", 8), queue=Queue(compute_tokens=10_000)).limit_s
+    assert busy is not None and busy > 10.0, "what loads while the engine is busy is free"
+    assert Machine({"host": FAST}, seen=False).decide(("disk", 8)).limit_s is None
+
+
+def test_computing_is_tried_again_with_one_chunk() -> None:
     machine = Machine({"host": FAST})
     machine.now_s += 299.0
     assert machine.decide(("host", 8)).chunks == 8
     machine.now_s += 301.0
     decision = machine.decide(("host", 8))
-    assert (decision.chunks, decision.reason, decision.tried) == (7, "trial", "")
+    assert (decision.chunks, decision.reason) == (7, "trial")
+    assert machine.controller.decide(prefix(("host", 8)), may_shorten=False).chunks == 8, "not with all of it"
     machine.controller.begin(decision)
     assert machine.decide(("host", 8)).chunks == 8
+
+
+def test_a_trial_never_loses_more_than_a_hundredth_of_the_time() -> None:
+    machine = Machine({"host": FAST})
+    machine.now_s += 1000.0
+    stored = StoredPrefix([StoredRun("host", 8, CHUNK_BYTES, 40_000)], 0, 0, 320_016)  # a chunk takes a minute
+    assert machine.controller.decide(stored).reason == "loads"
+    machine.now_s += 500_000.0
+    assert machine.controller.decide(stored).reason == "trial"
 
 
 def test_a_tier_that_becomes_slow_is_left_after_few_loads() -> None:

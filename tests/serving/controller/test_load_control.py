@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvloom.connectors.serving.messages import FoundTiers, Loaded, LookUp, Scheduled, StepReport
+from kvloom.connectors.serving.messages import FoundTiers, Loaded, LookUp, Scheduled, StepPlan, StepReport
 from kvloom.connectors.serving.scheduler.planner import Planner
 from kvloom.connectors.serving.settings import ServingSettings
 
@@ -16,6 +16,10 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now_s
+
+
+def probed(seconds: float, tier: str = "disk") -> StepReport:
+    return StepReport(probed=Loaded({tier: CHUNK}, False, seconds, read_s={tier: seconds}))
 
 
 class Bed:
@@ -63,15 +67,23 @@ class Bed:
     def finish(self, name: str, tokens: dict[str, int], *, failed: bool = False, given_back: bool = False) -> None:
         read_s = {tier: self.chunk_s[tier] * count / CHUNK for tier, count in tokens.items()}
         self.clock.now_s += sum(read_s.values()) + self.beside_s
-        self.plan.plan_step([])
+        self.step()
         loaded = Loaded(tokens, failed, sum(read_s.values()), read_s=read_s, given_back=given_back)
         self.plan.apply_report(StepReport(loaded={name: loaded}))
         self.plan.arrived({name})
         self.close(name)
 
+    def step(self, *scheduled: Scheduled) -> StepPlan:
+        """A step of the engine; a probe is over with it."""
+        plan = self.plan.plan_step(scheduled)
+        if plan.probe is not None:
+            tier = self.tiers[0] if self.tiers else next(iter(self.chunk_s))
+            self.plan.apply_report(probed(self.chunk_s[tier], tier))
+        return plan
+
     def compute(self, name: str, tokens: int) -> None:
         self.begin(name)
-        step = self.plan.plan_step([Scheduled(name, tokens, blocks_for(tokens), tokens)])
+        step = self.step(Scheduled(name, tokens, blocks_for(tokens), tokens))
         self.clock.now_s += TOKEN_S * tokens
         self.plan.apply_report(StepReport(number=step.number))
         self.close(name)
@@ -156,19 +168,118 @@ def test_who_waits_for_a_load_is_given_back() -> None:
     assert bed.plan.plan_step([]).cancelled == [names[5]], "nothing is left to compute before it"
 
 
-def test_loads_that_run_at_once_share_the_tier() -> None:
-    """Each of four takes four times as long: alone, the next one is expected to take no longer than before."""
-    bed = Bed({"disk": 0.01})
+def left_alone(bed: Bed, tokens: int = 60) -> str:
+    """A request that is decided to compute what is stored."""
     bed.tiers = ("disk",) * 4
+    name = bed.begin(bed.open(tokens))
+    assert bed.close(name)["decision"] == "slow tier"
+    return name
+
+
+def test_a_tier_that_is_left_alone_is_probed_beside_requests() -> None:
+    bed = Bed({"disk": 1.0})
+    bed.clock.now_s += 40.0  # beside what the bed has computed since its last load
+    left_alone(bed)
+    assert bed.plan.plan_step([]).probe is None, "a chunk takes a second, so that it comes after a hundred"
+    bed.clock.now_s += 40.0
+    left_alone(bed)
+    assert not bed.plan.is_quiet({"r": 1})
+    plan = bed.plan.plan_step([])
+    assert plan.loads == []
+    assert plan.probe is not None and (plan.probe.start, plan.probe.stop, plan.probe.blocks) == (24, 32, ())
+    assert len(plan.probe.keys[0]) == 1
+    assert bed.plan.plan_step([]).probe is None and bed.plan.is_quiet({"r": 1})
+    left_alone(bed)
+    assert bed.plan.plan_step([]).probe is None, "one at a time"
     for _ in range(8):
-        names = [bed.begin(bed.open(34)) for _ in range(4)]
-        bed.chunk_s["disk"] = 0.04
-        for name in names:
-            bed.finish(name, {"disk": 4 * CHUNK})
-        bed.chunk_s["disk"] = 0.01
-    name = bed.begin(bed.open(34))
-    expected = bed.close(name)["expected_load_s"]
-    assert isinstance(expected, float) and expected < 0.16, "four chunks, and 0.02 s for the rest"
+        bed.plan.apply_report(probed(0.001))
+        bed.clock.now_s += 200.0
+        bed.tiers = ("disk",) * 4
+        bed.close(bed.begin(bed.open(60)))
+        if (plan := bed.plan.plan_step([])).loads:
+            break
+        assert plan.probe is not None
+    else:
+        pytest.fail("it became fast, and is still left alone")
+
+
+def test_no_probe_begins_while_a_load_waits() -> None:
+    bed = Bed({"disk": 1.0, "host": 0.001})
+    bed.clock.now_s += 200.0
+    bed.tiers = ("host",) * 2 + ("disk",) * 2
+    name = bed.begin(bed.open(60))
+    plan = bed.plan.plan_step([])
+    assert len(plan.loads) == 1 and plan.probe is None
+    bed.finish(name, {"host": 2 * CHUNK})
+    probe = bed.plan.plan_step([]).probe
+    assert probe is not None and probe.start == 3 * CHUNK
+
+
+def test_a_tier_that_was_never_observed_is_probed_until_it_is_known() -> None:
+    bed = Bed({"host": 0.001})
+    bed.tiers = ("disk",) * 5
+    name = bed.begin(bed.open(60))
+    plan = bed.plan.plan_step([])
+    (load,) = plan.loads
+    assert plan.probe is None
+    assert load.limit_s == pytest.approx(5 * CHUNK * TOKEN_S, rel=0.1), "no longer than computing takes"
+    bed.chunk_s["disk"] = 1.0
+    bed.plan.apply_report(
+        StepReport(loaded={name: Loaded({"disk": CHUNK}, True, 1.0, read_s={"disk": 1.0}, given_back=True)})
+    )
+    bed.plan.arrived({name})
+    starts = []
+    while (probe := bed.plan.plan_step([]).probe) is not None:
+        starts.append(probe.start)
+        bed.plan.apply_report(probed(1.0))
+    assert starts == [4 * CHUNK, 3 * CHUNK], "with the load's own, three observations"
+    bed.close(name)
+    assert bed.close(bed.begin(bed.open(61)))["decision"] == "slow tier"
+
+
+def test_a_probe_ends_when_all_ranks_have_told() -> None:
+    settings = ServingSettings.of({"chunk_tokens": CHUNK})
+    plan = Planner(settings, (SPEC, SPEC), BLOCK, lambda lookup: ("disk",) * len(lookup.keys[0]))
+    plan.open("r", list(range(20)), b"", PLAIN)
+    offered = plan.matched_tokens("r", 0) or 0
+    plan.allocated("r", offered, blocks_for(20))
+    assert len(plan.plan_step([]).loads) == 1
+    plan.apply_report(StepReport(loaded={"r": Loaded({"disk": 16}, False, 1.0, ranks=2)}))
+    plan.arrived({"r"})
+    first = plan.plan_step([]).probe
+    assert first is not None and len(first.keys) == 2
+    plan.apply_report(probed(0.5))
+    assert plan.plan_step([]).probe is None
+    plan.apply_report(probed(0.7))
+    second = plan.plan_step([]).probe
+    assert second is not None and second.start < first.start
+
+
+def test_a_chunk_that_is_lost_teaches_only_that_it_takes_longer() -> None:
+    bed = Bed({"disk": 1.0})
+    bed.clock.now_s += 200.0
+    before = bed.plan._control._controller.load_s("disk", CHUNK * SPEC.token_bytes)
+    assert before is not None
+    for seconds in (0.0, 5.0):
+        left_alone(bed)
+        assert bed.plan.plan_step([]).probe is not None
+        bed.plan.apply_report(StepReport(probed=Loaded({}, True, seconds, read_s={"": seconds})))
+        bed.clock.now_s += 700.0
+        after = bed.plan._control._controller.load_s("disk", CHUNK * SPEC.token_bytes)
+        assert after == before if not seconds else after is not None and after > before
+
+
+def test_always_probes_nothing_and_a_reset_forgets_what_was_to_be_probed() -> None:
+    bed = Bed({"disk": 1.0}, load_or_recompute="always")
+    bed.clock.now_s += 200.0
+    bed.tiers = ("disk",) * 4
+    bed.finish(bed.begin(bed.open(60)), {"disk": 4 * CHUNK})
+    assert bed.plan.plan_step([]).probe is None
+    bed = Bed({"disk": 1.0})
+    bed.clock.now_s += 200.0
+    left_alone(bed)
+    bed.plan.reset()
+    assert bed.plan.plan_step([]).probe is None
 
 
 def test_a_load_that_was_given_back_is_no_failure_and_not_offered_again() -> None:
