@@ -208,6 +208,16 @@ def retrieval(
 
 
 @app.command()
+def schedule(
+    json: JsonFile = None, report: ReportFile = None, quick: Quick = False, folder: DiskFolder = Path()
+) -> None:
+    """What `kvloom simulate --model` predicts of one trace, beside stock vLLM."""
+    from ..bench.schedule.check import run
+
+    _finish(run(quick=quick, folder=folder), json, report)
+
+
+@app.command()
 def service(
     json: JsonFile = None, report: ReportFile = None, quick: Quick = False, lmcache_python: LMCachePython = None
 ) -> None:

@@ -10,7 +10,8 @@ from itertools import combinations
 from ...evaluation.intervals import quantiles
 from ..eviction.replay import TimedRequest, replay_tiers
 from ..schedule.costs import Costs
-from ..schedule.queues import Job, Policy, Served, schedule
+from ..schedule.jobs import Job, Policy, Served
+from ..schedule.queues import schedule
 from .machines import TierPlan
 from .setup import Setup
 from .traffic import Traffic
@@ -159,7 +160,7 @@ class Predictor:
     ) -> Outcome:
         setup, form, blocks = self._setup, self._setup.forms[way.codec], self._traffic.blocks
         costs, per_block = setup.costs(way.codec, is_moved=way.reuse == FUSION), self._block_chunks
-        counts = [loaded_of(each) for each in served]
+        counts = [each.job.leading(each.chunks) for each in served]
         read, busy = {}, {"computing": sum(each.computed_s for each in served) / (engines * duration_s)}
         first_s = self._traffic.requests[0].arrival_s
         for name in way.tiers:
@@ -198,13 +199,14 @@ class Predictor:
 
 
 def engines_needed(jobs: Sequence[Job], costs: Costs, duration_s: float, busy_ratio: float) -> int:
-    """Engines for which computing what is not stored takes no more than this share of the time; nor do loads that are
-    made in any case, as those of fusions are.
+    """Engines for which computing what is not stored, and answers, takes no more than this share of the time; nor do
+    loads that are made in any case, as those of fusions are.
     """
     computed_s, loaded_s = 0.0, 0.0
     for job in jobs:
         behind = sum(job.stored.values()) * costs.chunk_tokens
         computed_s += costs.prefill.seconds(job.tokens - behind, behind)
+        computed_s += (job.output_tokens - 1) * costs.prefill.added_s(1, job.tokens + job.output_tokens / 2)
         if job.recompute_ratio:
             computed_s += costs.prefill.scattered_s(behind * job.recompute_ratio, behind)
             loaded_s += costs.load_s(job.stored)
@@ -227,13 +229,4 @@ def job_of(
         if taken > 0:
             stored[tier] = taken
         left -= taken
-    return Job(request.arrival_s, request.input_tokens, stored, recompute_ratio)
-
-
-def loaded_of(served: Served) -> dict[str, int]:
-    """Chunks that a request loaded, by tier."""
-    left, found = served.chunks, {}
-    for tier, count in served.job.stored.items():
-        found[tier] = min(count, left)
-        left -= found[tier]
-    return {tier: count for tier, count in found.items() if count}
+    return Job(request.arrival_s, request.input_tokens, stored, recompute_ratio, max(1, request.output_tokens))

@@ -16,6 +16,8 @@ from .forms import FIXED_SIZES, StoredForm, random_chunk, stored_form
 from .machines import GPUS, Assumptions, Gpu, TierPlan, gpu_by_name
 from .shapes import ModelShape
 
+CPU_KV_BYTES = 4 << 30  # that vLLM takes for its cache on a processor, unless it is told otherwise
+
 
 @dataclass(frozen=True, slots=True)
 class Machine:
@@ -83,7 +85,15 @@ class Setup:
                 overlaps=machine.overlaps,
                 shared_s=moved_s if tier.name == "remote" else 0.0,
             )
-        return Costs(machine.prefill, form.tokens, form.raw_bytes, loads, machine.call_s, machine.lanes)
+        return Costs(
+            machine.prefill,
+            form.tokens,
+            form.raw_bytes,
+            loads,
+            machine.call_s,
+            machine.lanes,
+            kv_tokens=(self.gpu_kv_bytes or CPU_KV_BYTES) / self.shape.spec().token_bytes,
+        )
 
 
 def gpu_machine(shape: ModelShape, gpu: Gpu, assume: Assumptions, gpus: int = 1) -> Machine:

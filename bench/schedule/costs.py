@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +30,26 @@ class PrefillCost:
 
     def seconds(self, new_tokens: float, behind_tokens: float = 0.0) -> float:
         """Of `new_tokens` behind `behind_tokens` whose KV is there; 0 for none."""
-        if new_tokens <= 0:
+        return self.step_s([(new_tokens, behind_tokens)]) if new_tokens > 0 else 0.0
+
+    def step_s(self, pieces: Sequence[tuple[float, float]]) -> float:
+        """Of one step with pieces of several requests, each so many new tokens behind so many; 0 for none."""
+        if not pieces:
             return 0.0
         windows = self.windows or (None,)
-        attended = sum(pairs(new_tokens, behind_tokens, window) for window in windows) / len(windows)
-        work_s = max(self.floor_s, self.token_s * new_tokens + self.pair_s * attended)
-        return self.fixed_s + self.behind_s * behind_tokens + work_s
+        new = behind = attended = 0.0
+        for count, before in pieces:
+            new += count
+            behind += before
+            for window in windows:
+                attended += pairs(count, before, window)
+        work_s = max(self.floor_s, self.token_s * new + self.pair_s * attended / len(windows))
+        return self.fixed_s + self.behind_s * behind + work_s
+
+    def added_s(self, new_tokens: float, behind_tokens: float) -> float:
+        """That a piece adds to a step whose weights are read anyway, as a token of an answer does among others."""
+        one = replace(self, fixed_s=0.0, floor_s=0.0)
+        return one.seconds(new_tokens, behind_tokens)
 
     def scattered_s(self, tokens: float, context_tokens: float) -> float:
         """Of tokens spread over a context whose KV is there, each attending to what is before it."""
@@ -54,7 +69,8 @@ class LoadCost:
     decode_s : of a chunk.
     copy_s : of a chunk: into the engine's cache.
     overlaps : whether a chunk is copied while the next one is read and decoded.
-    shared_s : of a chunk: for how long no other engine can read from the tier; 0 if they are not in each other's way.
+    shared_s : of a chunk: for how long the tier serves nobody else; 0 if loads from it are not in each other's way.
+    start_s : of a load, whatever its size.
     """
 
     read_s: float
@@ -62,6 +78,7 @@ class LoadCost:
     copy_s: float = 0.0
     overlaps: bool = False
     shared_s: float = 0.0
+    start_s: float = 0.0
 
     @property
     def chunk_s(self) -> float:
@@ -73,7 +90,7 @@ class LoadCost:
         """Of so many chunks, one after the other; 0 for none."""
         if chunks <= 0:
             return 0.0
-        return (chunks - 1) * self.chunk_s + self.read_s + self.decode_s + self.copy_s
+        return self.start_s + (chunks - 1) * self.chunk_s + self.read_s + self.decode_s + self.copy_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +103,10 @@ class Costs:
     chunk_bytes : of its keys and values as the engine has them.
     loads : by tier.
     call_s : of a request for which something is loaded, beside its loads.
-    lanes : loads that run at once in an engine.
+    lanes : loads that run at once in an engine at their full speed; of more, as many as `LOADERS`, each is slower.
+    step_tokens : that a step of the engine computes at most, of all its requests.
+    most_running : requests that it computes at once.
+    kv_tokens : for which it has memory.
     """
 
     prefill: PrefillCost
@@ -94,7 +114,10 @@ class Costs:
     chunk_bytes: int
     loads: Mapping[str, LoadCost] = field(default_factory=dict)
     call_s: float = 0.0
-    lanes: int = 4
+    lanes: float = 4.0
+    step_tokens: int = 2048
+    most_running: int = 256
+    kv_tokens: float = math.inf
 
     def load_s(self, chunks: Mapping[str, int]) -> float:
         """Seconds to load so many chunks of each tier, one tier after the other; 0 for none."""

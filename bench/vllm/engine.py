@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import Self
 
 from ...errors import KVLoomError
-from .server import Ask, Expire, Failure, Reset, Served, Settle, Setup, SlowDown, serve
+from .server import Ask, Expire, Failure, Replay, Reset, Served, Settle, Setup, SlowDown, serve
 
 START_S, ANSWER_S, CLOSE_S = 300.0, 600.0, 30.0
 
@@ -69,7 +69,19 @@ class Engine:
         VLLMError : the engine failed.
         """
         every = [options] * len(prompts) if options is None or isinstance(options, Mapping) else list(options)
-        self._pipe.send(Ask(prompts, new_tokens, every))
+        return self._served(Ask(prompts, new_tokens, every))
+
+    def replay(self, asked: Replay) -> Served:
+        """Requests that come one by one; `Served.seconds` counts from the first, `decode_s` is 0.
+
+        Raises
+        ------
+        VLLMError : the engine failed.
+        """
+        return self._served(asked)
+
+    def _served(self, asked: Ask | Replay) -> Served:
+        self._pipe.send(asked)
         served = self._receive(ANSWER_S)
         if not isinstance(served, Served):
             raise VLLMError(f"{self.name} answered {served!r}; expected what it served")

@@ -89,6 +89,18 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
+class Replay:
+    """Each of `prompts` so many seconds after the start, in ascending order, with so many `new_tokens`; `options` as of
+    `Ask`.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    arrivals_s: Sequence[float]
+    new_tokens: Sequence[int]
+    options: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
 class Reset:
     """Forget vLLM's own prefix cache, and nothing else."""
 
@@ -195,7 +207,7 @@ def hide_fake_attributes() -> None:
     wrapper.__getattr__ = without_dunders
 
 
-def _answer(llm: Any, question: Ask | Reset | Settle | SlowDown | Expire) -> Served | None:
+def _answer(llm: Any, question: Ask | Replay | Reset | Settle | SlowDown | Expire) -> Served | None:
     if isinstance(question, Reset):
         if not llm.reset_prefix_cache():
             raise RuntimeError("vLLM does not forget its prefix cache: blocks are in use")
@@ -209,24 +221,25 @@ def _answer(llm: Any, question: Ask | Reset | Settle | SlowDown | Expire) -> Ser
     if isinstance(question, Expire):
         _expire(question.ttl_s)
         return None
-    return generate(llm, question)
+    return replay(llm, question) if isinstance(question, Replay) else generate(llm, question)
+
+
+def _params(new_tokens: int, options: Mapping[str, object] | None) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=0,
+        max_tokens=new_tokens,
+        ignore_eos=True,
+        detokenize=False,
+        extra_args=None if options is None else {"kv_transfer_params": {"kvloom": dict(options)}},
+    )
 
 
 def generate(llm: Any, ask: Ask) -> Served:
     """What an engine in this process answers."""
-    from vllm import SamplingParams
-
     inputs = [{"prompt_token_ids": list(prompt)} for prompt in ask.prompts]
-    params = [
-        SamplingParams(
-            temperature=0,
-            max_tokens=ask.new_tokens,
-            ignore_eos=True,
-            detokenize=False,
-            extra_args=None if options is None else {"kv_transfer_params": {"kvloom": dict(options)}},
-        )
-        for options in ask.options
-    ]
+    params = [_params(ask.new_tokens, options) for options in ask.options]
     loaded_bytes = _loaded_bytes(llm)
     start = time.perf_counter()
     outputs = llm.generate(inputs, params, use_tqdm=False)
@@ -241,6 +254,46 @@ def generate(llm: Any, ask: Ask) -> Served:
         tuple((output.kv_transfer_params or {}).get("kvloom") for output in outputs),
         _loaded_bytes(llm) - loaded_bytes,
         tuple(output.metrics.first_token_latency for output in outputs),
+    )
+
+
+def replay(llm: Any, asked: Replay) -> Served:
+    """What an engine in this process answers to requests that come while it computes: it sees them between its steps.
+
+    Their times to the first token count from when they should have come.
+    """
+    engine, loaded_bytes = llm.llm_engine, _loaded_bytes(llm)
+    begun_s = time.perf_counter()
+    numbers: dict[str, int] = {}
+    first_s: dict[int, float] = {}
+    answers: dict[int, Any] = {}
+    coming = list(enumerate(asked.arrivals_s))
+    while coming or engine.has_unfinished_requests():
+        while coming and coming[0][1] <= time.perf_counter() - begun_s:
+            number, _ = coming.pop(0)
+            name = f"{begun_s}-{number}"
+            numbers[name] = number
+            prompt = {"prompt_token_ids": list(asked.prompts[number])}
+            engine.add_request(name, prompt, _params(asked.new_tokens[number], asked.options))
+        if not engine.has_unfinished_requests():
+            time.sleep(max(coming[0][1] - (time.perf_counter() - begun_s), 0.0))
+            continue
+        outputs = engine.step()
+        now_s = time.perf_counter() - begun_s
+        for output in outputs:
+            number = numbers[output.request_id]
+            first_s.setdefault(number, now_s - asked.arrivals_s[number])
+            if output.finished:
+                answers[number] = output
+    found = [answers[number] for number in range(len(asked.prompts))]
+    return Served(
+        time.perf_counter() - begun_s - asked.arrivals_s[0],
+        0.0,
+        tuple(tuple(output.outputs[0].token_ids) for output in found),
+        tuple(output.num_cached_tokens or 0 for output in found),
+        tuple((output.kv_transfer_params or {}).get("kvloom") for output in found),
+        _loaded_bytes(llm) - loaded_bytes,
+        tuple(first_s[number] for number in range(len(found))),
     )
 
 

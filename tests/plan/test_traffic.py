@@ -10,13 +10,14 @@ import pytest
 
 from kvloom.bench.eviction.replay import TimedRequest, replay, replay_tiers
 from kvloom.bench.plan.machines import Assumptions, TierPlan, gpu_by_name
-from kvloom.bench.plan.predict import FUSION, PREFIX, Predictor, Way, engines_needed, job_of, loaded_of, ways
+from kvloom.bench.plan.predict import FUSION, PREFIX, Predictor, Way, engines_needed, job_of, ways
 from kvloom.bench.plan.scale import Pool, catalog_bytes, lru_hit_ratio, parts_of
 from kvloom.bench.plan.setup import Setup, gpu_machine, measured_forms
 from kvloom.bench.plan.shapes import read_shape
 from kvloom.bench.plan.traffic import Traffic, Zipf, read_traffic
 from kvloom.bench.schedule.costs import Costs, LoadCost, PrefillCost
-from kvloom.bench.schedule.queues import Job, schedule
+from kvloom.bench.schedule.jobs import Job
+from kvloom.bench.schedule.queues import schedule
 from kvloom.testing import make_key
 
 CHUNK = 32
@@ -140,7 +141,7 @@ def test_the_last_token_is_always_computed() -> None:
     assert job == Job(0.0, 4 * CHUNK, {"host": 2, "disk": 1})
     costs = setup_of(tier("host", 1), tier("disk", 1)).costs("raw")
     (served,) = schedule([job], costs, "always")
-    assert loaded_of(served) == {"host": 2, "disk": 1}
+    assert served.job.leading(served.chunks) == {"host": 2, "disk": 1}
 
 
 def lru_hits(keys: Sequence[object], capacity: int) -> int:

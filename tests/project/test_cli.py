@@ -56,7 +56,7 @@ def test_runs_as_a_module_from_anywhere(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         "kvloom: No such command 'nothing'; known: blend, codecs, plan, controller, distributed, eviction, retrieval, "
-        "service, tiers, sglang, vllm, rag; see kvloom bench --help\n"
+        "schedule, service, tiers, sglang, vllm, rag; see kvloom bench --help\n"
     )
 
 
