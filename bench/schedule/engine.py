@@ -96,6 +96,7 @@ class Engine:
         self._loaded: deque[Request] = deque()  # or given back
         self._running: list[Request] = []
         self._held_tokens = 0
+        self._to_probe: set[str] = set()  # tiers in which something was found
         self._step: list[tuple[Request, int]] = []  # under way, with the tokens that it computes of each
         self._steps = 0  # that are taken at once: of answers alone
         self._begun_s = 0.0
@@ -259,6 +260,16 @@ class Engine:
         decision = self._control.take_on(request.name, tokens, computed, loads=request.chunks > 0)
         if decision is not None:
             request.reason = decision.reason
+        self._to_probe |= set(stored)
+
+    def _probe(self, control: LoadControl) -> None:
+        """Chunks of tiers that requests leave alone, or that nobody knows, are read beside steps; here at once."""
+        controller, nbytes = control._controller, self._costs.chunk_bytes  # noqa: SLF001  as above
+        for tier in sorted(self._to_probe):
+            while controller.is_probe_due(tier, nbytes):
+                controller.begin_probe(tier)
+                controller.observe_load(tier, nbytes, self._costs.loads[tier].seconds(1))
+        self._to_probe.clear()
 
     def _tell(self, step: Sequence[tuple[Request, int]]) -> None:
         """The connector learns of a step that is planned. It gives back loads that wait and do not pay any more: these
@@ -268,6 +279,8 @@ class Engine:
             return
         for request, count in step:
             self._control.computed(request.name, request.done + count)
+        if not self._loading:
+            self._probe(self._control)
         for name in self._control.given_back():
             number = int(name)
             if number not in self._loading or not self._loads.withdraw(number, self.number):

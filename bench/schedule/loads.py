@@ -23,7 +23,7 @@ class Load:
     engine : its number.
     chunks : by tier.
     begun_s : when it was handed to the engine's threads.
-    read_s : seconds spent on each tier.
+    read_s : seconds spent on each tier, divided by the loads of the engine then, as workers report them.
     """
 
     name: int
@@ -72,7 +72,7 @@ class Loads:
         ended = []
         for load, speed in zip(self._running, self._speeds, strict=True):
             tier, left_s = load.stages[0]
-            load.read_s[tier] = load.read_s.get(tier, 0.0) + spent_s
+            load.read_s[tier] = load.read_s.get(tier, 0.0) + spent_s / self._count[load.engine]
             left_s -= speed * spent_s
             if left_s > _NOTHING_S:
                 load.stages[0] = (tier, left_s)

@@ -175,10 +175,13 @@ def test_the_controller_is_no_worse_than_either_rule() -> None:
 
 
 def test_a_controller_learns_what_nobody_has_told_it() -> None:
+    """From the first request, and from chunks that are read beside it; computing is known after three prompts."""
     jobs = [Job(10.0 * i, 1024, {"disk": 3}) for i in range(30)]
     served = schedule(jobs, costs(SLOW), "controller")
-    assert [each.chunks for each in served[:3]] == [3, 3, 3]
-    assert sum(each.chunks for each in served[20:]) < 10 and served[-1].reason in ("slow tier", "trial")
+    assert [(each.chunks, each.reason) for each in served[:3]] == [(3, "untried")] * 3
+    assert [(each.chunks, each.reason) for each in served[3:]] == [(0, "slow tier")] * 27
+    served = schedule(jobs, costs(FAST), "controller")
+    assert [each.reason for each in served[3:]] == ["loads"] * 27
 
 
 def test_whatever_is_wrong_is_said() -> None:
