@@ -12,7 +12,7 @@ import typer
 from .. import __version__
 from ..errors import KVLoomError
 from ..service import command as service
-from . import bench, certify, planning, rag
+from . import bench, certify, explain, planning, rag
 
 COLUMNS = (40, 1000)  # what a terminal may say of its width; anything else is as good as nothing said
 
@@ -38,6 +38,7 @@ app.command()(certify.certify)
 app.command()(planning.simulate)
 app.command()(planning.plan)
 app.command()(bench.doctor)
+app.command()(explain.explain)
 app.command()(service.serve)
 app.add_typer(service.config_app)
 app.add_typer(service.token_app)

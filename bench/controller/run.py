@@ -128,6 +128,7 @@ def _measure_tier(
 
     def engine(choice: str, **settings: object) -> Engine:
         extra: dict[str, object] = {"chunk_tokens": CHUNK_TOKENS, "load_or_recompute": choice, "lead_ids": []}
+        extra["load_timeout_s"] = 60.0  # to always load from the slow disk takes as long as it takes
         extra["host_bytes"] = working_bytes * 5 // 4 if tier == HOST else NO_HOST_BYTES
         if tier != HOST:
             extra["disk_path"] = str(folder / "store")

@@ -12,6 +12,7 @@ from ...blend.method import ENGINE_CHOICES, EngineChoice
 from .store_settings import (
     CHECKED,
     Count,
+    FolderPath,
     NonNegative,
     Ratio,
     Size,
@@ -52,6 +53,9 @@ class ServingSettings(StoreSettings):
         is stored when it follows them at the start of a prompt, and is found in any context.
     separator_ids : tokens between documents. In a request without `documents`, the text between two separators is a
         document. Empty for none.
+    journal_path : folder in which the outcomes of the last requests are kept, for `kvloom explain`; None for
+        `disk_path`, and nothing is kept where there is none.
+    journal_requests : how many at least; 0 for none.
     match_tokens : documents of at least so many tokens are recognised by their text, anywhere in a prompt that names
         no documents. 0 turns this off. Only requests with a ratio below 1 are searched.
     """
@@ -70,6 +74,8 @@ class ServingSettings(StoreSettings):
     lead_ids: TokenIds | None = None
     separator_ids: TokenIds = ()
     match_tokens: NonNegative = 0
+    journal_path: FolderPath | None = None
+    journal_requests: NonNegative = 10_000
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> ServingSettings:
@@ -86,6 +92,7 @@ class ServingSettings(StoreSettings):
 USAGE_KEYS = frozenset(
     {
         "prompt_tokens",
+        "found_tokens",
         "loaded_tokens",
         "computed_tokens",
         "load_s",

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ pytest.importorskip(
     "vllm", reason="stock vLLM is not installed here; `make test-engines` runs this in its own environment"
 )
 
+from kvloom import cli
 from kvloom.kvstore.store import KVStore
 
 from .support import engines
@@ -275,3 +277,22 @@ def test_users_need_no_module_path() -> None:
     found[0].load()()
     config = KVTransferConfig(kv_connector="KVLoomConnector", kv_role="kv_both")
     assert KVConnectorFactory.get_connector_class(config).__module__ == "kvloom.connectors.vllm.connector"
+
+
+def test_the_command_line_explains_a_request_that_was_just_served(
+    llm: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    text = prompts(77, (200,))
+    generate(llm, text)
+    assert connector_of(llm).worker.transfers.settle(20.0)
+    assert llm.reset_prefix_cache()
+    (output,) = generate(llm, text)
+    folder = scheduler_of(llm).connector.settings.disk_path
+    told, deadline_s = "", time.monotonic() + 20
+    while "192 of 200" not in told and time.monotonic() < deadline_s:  # written in the background
+        with pytest.raises(SystemExit) as leave:
+            cli.main(["explain", output.request_id, "--disk-path", folder, "--json", str(tmp_path / "told.json")])
+        told = capsys.readouterr().out if not leave.value.code else ""
+    assert "192 of 200 prompt tokens were loaded (host)" in told and "always: the settings say so" in told
+    (record,) = json.loads((tmp_path / "told.json").read_text())
+    assert usage(output).items() <= record.items()

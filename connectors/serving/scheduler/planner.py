@@ -27,6 +27,7 @@ from ..groups import GroupShape
 from ..head_splits import HeadSplit
 from ..keys import Keys
 from ..messages import Document, FoundTiers, Load, Loaded, LookUp, Revocation, Scheduled, StepPlan, StepReport, both
+from ..request_journal import RequestJournal
 from ..settings import RequestOptions, ServingSettings
 from .fusions import FusionTracker
 from .known_documents import KnownDocuments
@@ -119,6 +120,8 @@ class Planner:
         self._shapes = tuple(shapes)
         self._keys = Keys(settings, specs, splits, further)
         self._reader = RequestReader(settings, self._keys, known, block_tokens, self._fusion)
+        folder, kept = settings.journal_path or settings.disk_path, settings.journal_requests
+        self._journal = None if folder is None or not kept else RequestJournal(Path(folder), kept)
         self._rate = PrefillRate(clock)
         self._control = LoadControl(
             settings,
@@ -203,7 +206,10 @@ class Planner:
         self._drop_offer(tracked)
         if request_id in self._layer_loads:  # over within its only step; the report comes later
             tracked.usage.expect(tracked.hit_tokens)
-        return tracked.usage.as_json(tracked.request.prompt_tokens, fused=fused, saved_chunks=saved_chunks)
+        usage = tracked.usage.as_json(tracked.request.prompt_tokens, fused=fused, saved_chunks=saved_chunks)
+        if self._journal is not None:
+            self._journal.append(request_id, usage)
+        return usage
 
     # --------------------------------------------------------------------------------------------------- reset
 
@@ -390,6 +396,8 @@ class Planner:
         if decision is not None:
             self._control.consider_probes(tracked.tiers or (), decision, tracked.request.keys, tracked.asked_from or 0)
             tracked.usage.decision = decision = explained(decision, tracked.missing)
+            size = self._settings.chunk_tokens
+            tracked.usage.found = {tier: size * count for tier, count in Counter(tracked.tiers).items()}
         return decision
 
     def _begin_transfer(self, request_id: str, start: int, stop: int, blocks: Sequence[int]) -> _Transfer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ..controller.decisions import Decision
 from ..messages import Loaded, both
@@ -18,12 +18,14 @@ class Usage:
     load or fusion to its end. For stored tokens, computing takes what it took when they were computed, if their chunks
     say so. For other tokens, and for those between fused documents, it is their number times the engine's seconds a
     token (`PrefillRate`). Below 0 if computing would have been faster; None if the engine has computed
-    no prompt yet. `decision`: the last one about what is loaded; None if there was nothing to decide.
+    no prompt yet. `decision`: the last one about what is loaded; None if there was nothing to decide. `found`: tokens
+    of the stored chunks that it was about, by tier.
     """
 
     loaded: Loaded | None = None
     seconds_saved: float | None = 0.0
     decision: Decision | None = None
+    found: Mapping[str, int] = field(default_factory=dict)
 
     def add(self, loaded: Loaded, saved_s: float | None) -> None:
         """Add a load or fusion that is over and saved so many seconds, None if that is not known."""
@@ -43,6 +45,7 @@ class Usage:
         loaded = self.loaded or Loaded({}, False, 0.0)
         return {
             "prompt_tokens": prompt_tokens,
+            "found_tokens": dict(self.found),
             "loaded_tokens": dict(loaded.tokens),
             "computed_tokens": loaded.computed_tokens,
             "load_s": round(loaded.spent_s, 6),
