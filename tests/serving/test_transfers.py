@@ -464,7 +464,7 @@ def test_a_load_that_takes_too_long_is_given_back() -> None:
 
 
 def test_loads_that_run_at_once_share_what_they_tell() -> None:
-    """Four that wait for one device for the same 0.2 s tell 0.05 s each."""
+    """Four that wait for one device for the same 0.2 s tell 0.05 s each, and all of it together."""
     tier = FaultyTier()
     transfers = make(KVStore([tier]))
     save_both(transfers)
@@ -478,7 +478,8 @@ def test_loads_that_run_at_once_share_what_they_tell() -> None:
     assert eventually(lambda: arrived.extend(transfers.arrivals()) or len(arrived) == 4)
     told = sorted(sum(each.loaded.read_s.values()) for each in arrived)
     assert all(each.loaded.spent_s >= 0.2 for each in arrived)
-    assert 0.04 < told[0] < 0.15
+    assert told[0] > 0.04
+    assert 0.2 <= sum(told) < 1.05 * max(each.loaded.spent_s for each in arrived)
     transfers.close()
 
 

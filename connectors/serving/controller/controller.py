@@ -60,7 +60,7 @@ class Controller:
 
     # ------------------------------------------------------------------------------------------------- learning
 
-    def observe_load(self, tier: str, nbytes: int, seconds: float) -> None:
+    def observe_load(self, tier: str, nbytes: int, seconds: float, loads: int = 1) -> None:
         """A load, or its part from this tier, took so long from the first read to the last byte in the engine's blocks.
 
         Parameters
@@ -68,10 +68,11 @@ class Controller:
         tier : its name, with that of the codec if chunks of several codecs lie in it: decoding is a part of the cost.
         nbytes : in whatever unit `StoredRun` counts them, as stored or as decoded; above 0.
         seconds : without waiting for other loads.
+        loads : that all this is of.
         """
         if tier not in self._tiers:
             self._tiers[tier] = LearnedCost(2, 1, self._clock)
-        self._tiers[tier].observe((1.0, float(nbytes)), seconds)
+        self._tiers[tier].observe((float(loads), float(nbytes)), seconds)
 
     def observe_prefill(self, tokens: int, position: float, seconds: float) -> None:
         """A step of the engine computed so many prompt tokens, above 0; `position`: their mean one in their prompts."""

@@ -65,6 +65,7 @@ class LoadControl:
     _probes: Probes = field(init=False)
     _decided: dict[str, tuple[Decision, StoredPrefix, Sequence[str]]] = field(init=False, default_factory=dict)
     _waiting: dict[str, _Waiting] = field(init=False, default_factory=dict)  # in the order in which they were begun
+    _together: dict[str, tuple[int, int, float]] = field(init=False, default_factory=dict)  # not learned yet, by tier
     _prompts: dict[str, tuple[int, int]] = field(init=False, default_factory=dict)  # taken on: tokens, and computed
 
     def __post_init__(self) -> None:
@@ -153,7 +154,13 @@ class LoadControl:
                 expected_s = self._controller.load_s(tier, late_bytes)
                 nbytes = late_bytes if expected_s is not None and seconds > expected_s else 0
             if nbytes:
-                self._controller.observe_load(tier, nbytes, seconds)
+                loads, total, spent_s = self._together.get(tier, (0, 0, 0.0))
+                self._together[tier] = (loads + 1, total + nbytes, spent_s + seconds)
+        # Of loads that run at once, one may have waited for the others: what they took is learned of all together.
+        for tier, (loads, total, spent_s) in list(self._together.items()):
+            if loads >= LOADERS or not self._waiting:
+                self._controller.observe_load(tier, total, spent_s, loads)
+                del self._together[tier]
         is_alone = waiting.was_alone and not self._queue(request_id).compute_tokens
         if is_alone and not loaded.failed and not loaded.given_back:
             beside_s = self.clock() - waiting.begun_s - loaded.spent_s

@@ -9,43 +9,54 @@ from contextlib import contextmanager
 
 
 class Watch:
-    """Seconds of a load by tier, from one chunk to the next, each divided by the loads that ran at once.
+    """Seconds of a load by tier, from one chunk to the next.
 
     Parameters
     ----------
-    active : how many loads run now, this one included.
+    clock : of `ReadingTimes`.
     """
 
-    def __init__(self, active: Callable[[], int]) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
         self.seconds: dict[str, float] = {}
         self.last: str | None = None
-        self._active = active
-        self._beside = active()
-        self._lap_s = time.monotonic()
+        self._clock = clock
+        self._lap_s = clock()
 
     def lap(self, tier: str | None) -> None:
         """What was spent since the last lap belongs to this tier; to none if it is None."""
-        now_s, before_s = time.monotonic(), self._lap_s
-        now, before = self._active(), self._beside
-        self._lap_s, self._beside, self.last = now_s, now, tier
+        now_s, before_s = self._clock(), self._lap_s
+        self._lap_s, self.last = now_s, tier
         if tier is not None:
-            self.seconds[tier] = self.seconds.get(tier, 0.0) + 2 * (now_s - before_s) / (now + before)
+            self.seconds[tier] = self.seconds.get(tier, 0.0) + now_s - before_s
 
 
 class ReadingTimes:
-    """Watches loads that share processors, disk or network. Every method may be called from any thread."""
+    """Watches loads that share processors, disk or network. Every method may be called from any thread.
+
+    While `n` of them run, their clock goes slower by that factor (the virtual time of processor sharing), so that what
+    all loads tell adds up to the time for which one ran at least.
+    """
 
     def __init__(self) -> None:
         self._active = 0
+        self._shared_s, self._since_s = 0.0, 0.0
         self._lock = threading.Lock()
 
     @contextmanager
     def watch(self) -> Iterator[Watch]:
         """Of one load, within which it runs."""
-        with self._lock:
-            self._active += 1
+        self._clock(1)
         try:
-            yield Watch(lambda: self._active)
+            yield Watch(self._clock)
         finally:
-            with self._lock:
-                self._active -= 1
+            self._clock(-1)
+
+    def _clock(self, more: int = 0) -> float:
+        """The loads' time; from now on, so many more run."""
+        with self._lock:
+            now_s = time.monotonic()
+            if self._active:
+                self._shared_s += (now_s - self._since_s) / self._active
+            self._since_s = now_s
+            self._active += more
+            return self._shared_s

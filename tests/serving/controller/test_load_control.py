@@ -282,6 +282,20 @@ def test_always_probes_nothing_and_a_reset_forgets_what_was_to_be_probed() -> No
     assert bed.plan.plan_step([]).probe is None
 
 
+def test_loads_that_run_at_once_are_learned_together() -> None:
+    """The first has waited for nobody, the last for all: alone, the next one is expected to take what they took."""
+    bed = Bed({"disk": 0.01})
+    bed.tiers = ("disk",) * 4
+    for _ in range(3):
+        names = [bed.begin(bed.open(34)) for _ in range(4)]
+        for name, share in zip(names, (0.25, 0.58, 1.08, 2.09), strict=True):  # of one device that serves in turn
+            bed.chunk_s["disk"] = 0.01 * share
+            bed.finish(name, {"disk": 4 * CHUNK})
+    name = bed.begin(bed.open(34))
+    expected = bed.close(name)["expected_load_s"]
+    assert expected == pytest.approx(4 * 0.01 + 2 * TOKEN_S, rel=0.1)
+
+
 def test_a_load_that_was_given_back_is_no_failure_and_not_offered_again() -> None:
     bed = Bed({"disk": 0.001})
     bed.tiers = ("disk",) * 4
