@@ -26,6 +26,7 @@ from .decisions import IDLE, Decision, Queue, Reason, StoredPrefix
 
 _SLACK_RATIO = 0.02  # times that differ by no more count as equal
 _WAIT_RATIO = 1.1  # a request that waits for its load goes on to wait unless computing is faster by this factor
+_PREFILL_MEMORY = 0.98  # the last fifty steps or so: bursts of steps of one kind tell three terms badly apart
 _PROBE_S, _MOST_PROBE_S = 5.0, 600.0  # least and longest time without an observation of a tier before it is probed
 _TRIAL_S = 300.0  # least time without an observation of computing before it is tried
 _PATIENCE = 100.0  # seconds without an observation for each second that a probe takes, or that a trial may lose
@@ -53,7 +54,7 @@ class Controller:
         self._overlaps = overlaps
         self._clock = clock
         self._tiers: dict[str, LearnedCost] = {}
-        self._prefill = LearnedCost(3, 1, clock)
+        self._prefill = LearnedCost(3, 1, clock, memory=_PREFILL_MEMORY)
         self._turnaround = LearnedCost(1, 0, clock)
         self._tried_s = float("-inf")  # when the last trial of computing began
         self._probed_s: dict[str, float] = {}  # when the last probe of a tier began

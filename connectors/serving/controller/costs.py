@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 _MEMORY = 0.95  # weight of all observations so far, from one to the next: the last twenty or so count
-_SURPRISE = 2.0  # an observation that is off by more than this factor makes the ones before it count for less
+_SURPRISE = 2.0  # two observations that are off by more than this factor, the same way, make older ones count for less
 _SURPRISED_MASS = 2.0  # observations that those before a surprise count for, together
 _MOST_SURPRISE = 10.0  # a stall counts for at most so many times what was expected; one right after it for its square
 _LEAST_S = 1e-3  # differences below this are noise of clocks and threads
@@ -17,29 +17,30 @@ class LearnedCost:
     """Seconds of an operation as `sum(c[i] * x[i])`, with coefficients `c >= 0` learned by least squares.
 
     Newer observations count for more. Where observations cannot tell the terms apart (all loads had one size), the
-    main term takes all. A change of speed is followed within a few observations: one that differs from what was
-    expected by more than a factor of 2 takes a third of the weight, though a single one counts for ten times what was
-    expected at most, as it may be a stall.
+    main term takes all. A change of speed is followed within a few observations: the second in a row that differs from
+    what was expected by more than a factor of 2, the same way, takes a third of the weight. A single one may be a
+    stall, or of a kind that the terms describe badly, and counts for ten times what was expected at most.
 
     Parameters
     ----------
     terms : how many there are.
     main : number of the main one.
     clock : monotonic seconds.
+    memory : weight of all observations so far, from one to the next.
 
     Attributes
     ----------
     count : of all observations.
     """
 
-    def __init__(self, terms: int, main: int, clock: Callable[[], float]) -> None:
-        self._terms = terms
+    def __init__(self, terms: int, main: int, clock: Callable[[], float], *, memory: float = _MEMORY) -> None:
+        self._terms, self._memory = terms, memory
         self._main = main
         self._clock = clock
         self._products = [[0.0] * terms for _ in range(terms)]  # decayed sums of x[i] * x[j], each over x[main]**2
         self._seconds = [0.0] * terms  # of x[i] * seconds, the same
         self._mass = 0.0  # of how many observations
-        self._surprises = 0  # in a row
+        self._surprises = 0  # in a row, below 0 if they took less than expected
         self._coefficients: list[float] | None = [0.0] * terms  # None: to be solved for
         self._observed_s = float("-inf")  # when the last observation came
         self.count = 0
@@ -56,14 +57,16 @@ class LearnedCost:
 
     def observe(self, x: Sequence[float], seconds: float) -> None:
         """Note that an operation of these terms took so many seconds. The main one is above 0."""
-        memory = _MEMORY
+        memory = self._memory
         if self.is_known:
             expected_s = max(self.predict(x), _LEAST_S)
-            seconds = min(seconds, _MOST_SURPRISE ** (self._surprises + 1) * expected_s)
+            seconds = min(seconds, _MOST_SURPRISE ** (max(self._surprises, 0) + 1) * expected_s)
             is_off = not expected_s / _SURPRISE <= seconds <= expected_s * _SURPRISE
             if is_off and abs(seconds - expected_s) > _LEAST_S:
-                memory = min(memory, _SURPRISED_MASS / self._mass)
-                self._surprises += 1
+                way = 1 if seconds > expected_s else -1
+                self._surprises = self._surprises + way if self._surprises * way > 0 else way
+                if abs(self._surprises) > 1:
+                    memory = min(memory, _SURPRISED_MASS / self._mass)
             else:
                 self._surprises = 0
         elif self.count:  # the first ones warm up: later ones are nearer the truth

@@ -156,9 +156,10 @@ class LoadControl:
             if nbytes:
                 loads, total, spent_s = self._together.get(tier, (0, 0, 0.0))
                 self._together[tier] = (loads + 1, total + nbytes, spent_s + seconds)
-        # Of loads that run at once, one may have waited for the others: what they took is learned of all together.
+        # Of loads that run at once, one may have waited for the others: what they took is learned of all together. The
+        # first ones are not awaited: as long as nothing is known, everything is loaded.
         for tier, (loads, total, spent_s) in list(self._together.items()):
-            if loads >= LOADERS or not self._waiting:
+            if loads >= LOADERS or not self._waiting or self._controller.load_s(tier, total) is None:
                 self._controller.observe_load(tier, total, spent_s, loads)
                 del self._together[tier]
         is_alone = waiting.was_alone and not self._queue(request_id).compute_tokens

@@ -158,7 +158,7 @@ def test_a_slow_tier_is_probed_beside_requests_and_found_to_be_fast() -> None:
     machine.tiers["disk"] = FAST
     machine.load("disk", 1)
     probes = 1
-    while machine.decide(("disk", 8)).chunks < 8:
+    while machine.decide(("disk", 8)).chunks < 7:  # or a trial of computing
         machine.now_s += 5.0
         if due("disk", CHUNK_BYTES):
             probes += 1
