@@ -37,6 +37,7 @@ from .choosers import (
     squares,
     value_deviation_of,
 )
+from .correction import Correction
 from .question import QUESTION_TOKENS, question_attention
 
 
@@ -51,6 +52,31 @@ class LayerSource(Protocol):
         ones if all others are computed.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _CorrectedSource:
+    """The `LayerSource` of a context whose tokens behind the exact ones are corrected as they come.
+
+    Attributes
+    ----------
+    offsets : `[S]` int64, of the context's tokens in their documents.
+    """
+
+    source: LayerSource
+    correction: Correction
+    offsets: Tensor
+    exact_tokens: int
+
+    def load(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        self.source.load(layer, keys, values)
+        behind = slice(self.exact_tokens, keys.shape[1])
+        positions = torch.arange(behind.start, behind.stop, device=keys.device)
+        if len(positions):
+            here = keys[None, :, behind], values[None, :, behind]
+            corrected = self.correction.apply(*here, positions, self.offsets[behind], first_layer=layer)
+            for cached, new in zip(here, corrected, strict=True):
+                cached.copy_(new)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,12 +142,14 @@ class Blender:
         `recompute_ratio` (the paper's gradual filter); less where that would exceed all tokens.
     check_layer : the first layer whose deviations are looked at, from 1 on; all layers before it are computed for all
         tokens by choosers that need deviations.
+    correction : of cached tokens that are not exact, before anything is chosen; None for none.
     """
 
     recompute_ratio: float = 0.15
     chooser: Chooser = by_borders_and_question
     spread_ratio: float = 0.0
     check_layer: int = 2
+    correction: Correction | None = None
 
     def __post_init__(self) -> None:
         for name in ("recompute_ratio", "spread_ratio"):
@@ -134,6 +162,8 @@ class Blender:
             raise TypeError(f"check_layer is {self.check_layer!r}; expected an integer from 1")
         if self.check_layer < 1:
             raise ValueError(f"check_layer is {self.check_layer}; expected a layer from 1: layer 0 never deviates")
+        if self.correction is not None and not isinstance(self.correction, Correction):
+            raise TypeError(f"correction is a {type(self.correction).__name__}; expected a Correction or None")
         if not callable(self.chooser):
             known = ", ".join(CHOOSERS)
             raise TypeError(
@@ -201,6 +231,8 @@ class Blender:
         values = torch.empty(layers, spec.num_kv_heads, total, spec.value_dim, dtype=spec.dtype, device=device)
         offsets, to_next = (each.to(device) for each in places_in_chunks(torch.arange(total), starts))
         needed = exact_tokens if self.recompute_ratio >= 1.0 else total  # what is computed anyway need not be loaded
+        if self.correction is not None:
+            source = _CorrectedSource(source, self.correction, offsets, exact_tokens)
         loader = ThreadPoolExecutor(1, thread_name_prefix="kvloom-load")
         try:
             loads = [

@@ -12,6 +12,7 @@ from ..calibration.codec_form import canonical_json
 from ..core import KVSpec
 from .blender import Blender
 from .choosers import CHOOSERS
+from .correction import Correction
 
 FUSION = "fusion"
 """Stands in these certificates in place of a codec's name."""
@@ -53,11 +54,13 @@ class FusionMethod:
     ratio : share of the documents' tokens that is recomputed, 0 to 1; 1 is exact.
     select : name of the chooser.
     check_layer : whose keys and values it compares; without a meaning for `question`.
+    correction : fingerprint of the `Correction` that cached documents get; empty for none.
     """
 
     ratio: float
     select: str = "borders+question"
     check_layer: int = 2
+    correction: str = ""
 
     def __post_init__(self) -> None:
         if self.select not in CHOOSERS:
@@ -66,11 +69,25 @@ class FusionMethod:
     @property
     def parameters(self) -> Mapping[str, Any]:
         """The parameters that a certificate of this fusion states, beside the model."""
-        return {"ratio": self.ratio, "select": self.select, "check_layer": self.check_layer}
+        found: dict[str, Any] = {"ratio": self.ratio, "select": self.select, "check_layer": self.check_layer}
+        return found | ({"correction": self.correction} if self.correction else {})
 
     @property
     def blender(self) -> Blender:
-        return Blender(self.ratio, CHOOSERS[self.select], spread_ratio=0.0, check_layer=self.check_layer)
+        """See `blender_with`, of a method without a correction."""
+        return self.blender_with(None)
+
+    def blender_with(self, correction: Correction | None) -> Blender:
+        """A blender that fuses so.
+
+        Raises
+        ------
+        ValueError : the correction is not that of the method.
+        """
+        given = "" if correction is None else correction.fingerprint
+        if given != self.correction:
+            raise ValueError(f"the method's correction is {self.correction or None}, the one given {given or None}")
+        return Blender(self.ratio, CHOOSERS[self.select], 0.0, self.check_layer, correction)
 
     def full_layers(self, num_layers: int) -> int:
         """Layers that are computed for every token before tokens are chosen, in a model of so many layers."""
@@ -98,7 +115,12 @@ EXACT = FusionMethod(1.0, "deviation")
 
 
 def certified_fusion(
-    gate: CertificateGate, spec: KVSpec, *, select: str | None = None, check_layer: int | None = None
+    gate: CertificateGate,
+    spec: KVSpec,
+    *,
+    select: str | None = None,
+    check_layer: int | None = None,
+    correction: str = "",
 ) -> FusionMethod | None:
     """The cheapest fusion that a certificate covers for a model; None if none does.
 
@@ -107,6 +129,7 @@ def certified_fusion(
     Parameters
     ----------
     select, check_layer : the only ones wanted; None for any.
+    correction : fingerprint of the one at hand; methods with another one are left out.
     """
     whole = replace(spec, num_kv_heads=spec.num_kv_heads * spec.shard[1], shard=(0, 1))
     found = []
@@ -114,7 +137,8 @@ def certified_fusion(
         method = _method_of(one.parameters) if one.codec == FUSION else None
         if method is None or gate.covering((FUSION, canonical_json(method.parameters)), whole) is None:
             continue
-        if select in (None, method.select) and check_layer in (None, method.check_layer):
+        is_wanted = select in (None, method.select) and check_layer in (None, method.check_layer)
+        if is_wanted and method.correction in ("", correction):
             found.append(method)
     return min(found, key=lambda method: (method.cost_ratio(spec.num_layers), method.ratio), default=None)
 
@@ -122,7 +146,9 @@ def certified_fusion(
 def _method_of(parameters: Mapping[str, Any]) -> FusionMethod | None:
     """The method of which a certificate states these parameters; None if it is none that engines know."""
     ratio, select, check_layer = (parameters.get(name) for name in ("ratio", "select", "check_layer"))
-    if not isinstance(ratio, float | int) or not isinstance(check_layer, int) or len(parameters) != 3:
+    correction = parameters.get("correction", "")
+    known = 3 + ("correction" in parameters)
+    if not isinstance(ratio, float | int) or not isinstance(check_layer, int) or len(parameters) != known:
         return None
-    is_known = 0.0 <= ratio <= 1.0 and select in ENGINE_CHOICES
-    return FusionMethod(float(ratio), str(select), check_layer) if is_known else None
+    is_known = 0.0 <= ratio <= 1.0 and select in ENGINE_CHOICES and isinstance(correction, str)
+    return FusionMethod(float(ratio), str(select), check_layer, correction) if is_known else None

@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from .. import __version__
+from ..blend.correction import WEIGHTS
 from ..calibration.model_profile import Profile
+from ..connectors.hf.model import TransformersModel
+from ..connectors.identity.requests import lead_of, natural_lead
 from ..evaluation.models import load_model
 from ..evaluation.page import Row, Table
 from ..evaluation.screen import output, print_table, progress
@@ -25,6 +28,7 @@ from ..evaluation.windows import (
 )
 from ..retrieval.vq.vq_fit import CENTROIDS, distance_bands, fit_layer
 from .calibrate_model import calibrate, stage_units
+from .correction_fit import document_contexts, fit_correction
 from .method_fits import LAYER_FITS, LEFT_OUT
 
 _STAGES = {"forward": "hidden states", "backward": "keys, values, gradients", "fit": "fitting layers"}
@@ -82,6 +86,9 @@ def run_calibrate(options: CalibrateOptions) -> Profile:
             model.config.num_hidden_layers, windows, strings=strings, gradient_windows=options.gradients
         )
         bars = {stage: bar.add_task(_STAGES[stage], total=total) for stage, total in totals.items()}
+        behind_lead = [window[len(lead_of(tokenizer)) :] for window in windows]
+        contexts = document_contexts(behind_lead)
+        fusing = bar.add_task("fusion", total=sum(len(ids) for documents in contexts for ids in documents))
         profile = calibrate(
             model,
             windows,
@@ -92,6 +99,14 @@ def run_calibrate(options: CalibrateOptions) -> Profile:
             meta={"texts": ", ".join(str(path) for path in options.texts), "version": __version__},
             advance=lambda stage, done: bar.advance(bars[stage], done),
         )
+        if contexts:
+            correction = fit_correction(
+                TransformersModel(model, model_id=options.model_id),
+                contexts,
+                lead_ids=natural_lead(tokenizer),
+                advance=partial(bar.advance, fusing),
+            )
+            profile = replace(profile, tensors={**profile.tensors, **correction})
     profile.save(options.out)
     _show(profile, options.out, time.perf_counter() - began_s)
     return profile
@@ -111,5 +126,7 @@ def _show(profile: Profile, path: Path, elapsed_s: float) -> None:
         f"{meta['sequences']} sequences, {int(meta['tokens']):,} tokens, loss {meta['loss']} nats a token, "
         f"{elapsed_s:.0f} s: {path}"
     )
+    if WEIGHTS not in profile.tensors:
+        console.print("nothing for fusion, which needs two documents or more: give more --text")
     for method, missing in LEFT_OUT.items():
         console.print(f"nothing for {method}, which needs {', '.join(missing)}")

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from rich.progress import Progress
 
+from ..blend.correction import Correction
 from ..blend.method import ENGINE_CHOICES, FUSION, FusionMethod
 from ..calibration.certificate import Certificate, Figure
+from ..calibration.model_profile import Profile
 from ..evaluation.answers import KNOWN_RATIO, Answer
 from ..evaluation.intervals import paired_share_difference
 from ..evaluation.models import load_model
@@ -41,6 +43,7 @@ class FusionOptions:
     select, check_layer : how tokens are chosen, see `FusionMethod`; None for what does best at CacheBlend's cost on
         questions that nothing is judged by, which may take longer than the rest. The certificate holds the choice.
     tuned : such questions, of each kind.
+    profile : file made by `kvloom calibrate`, whose correction documents get; None for none.
     task_loss : limit, points of exact match as a share, at the bad end of the 95 % interval.
     out : where the certificate goes; None for nowhere.
     model_id : names the weights, as the server will; None for the name of the folder, which servers have by default.
@@ -56,6 +59,7 @@ class FusionOptions:
     select: str | None = None
     check_layer: int | None = None
     tuned: int = 8
+    profile: Path | None = None
     task_loss: float = 0.05
     out: Path | None = None
     model_id: str | None = None
@@ -86,18 +90,22 @@ def certify_fusion(options: FusionOptions) -> Certificate:
     kinds = KINDS if AUTO in options.tasks else task_kinds(options.tasks)
     if not kinds:
         raise ValueError("tasks are none; fusion is certified by the answers to tasks")
+    profile = None if options.profile is None else Profile.load(options.profile)
     with progress() as bar:
         loading = bar.add_task("loading the model", total=1, logged=False)
         model, tokenizer = load_model(options.model, dtype=options.dtype, device=options.device)
         bar.advance(loading)
         bed = FusionBed(model, model_id=options.model_id)
+        correction = None if profile is None else Correction.from_profile(profile, bed.layers.spec)
+        if profile is not None and correction is None:
+            raise ValueError(f"{options.profile} holds no correction; make it anew with `kvloom calibrate`")
         longest = min(options.context_tokens, bed.layers.max_tokens - QUESTION_TOKENS)
         tune, check = (
             QuestionSampler(tokenizer, split=split, context_tokens=longest, num_documents=options.num_documents)
             for split in (TUNE, CHECK)
         )
-        method, tried = _method(options, bed, tune, bar)
-        blenders = {f"{ratio:g}": replace(method, ratio=ratio).blender for ratio in ratios}
+        method, tried = _method(options, bed, tune, correction, bar)
+        blenders = {f"{ratio:g}": replace(method, ratio=ratio).blender_with(correction) for ratio in ratios}
         found: dict[str, tuple[Sequence[Answer], list[Sequence[Answer]]]] = {}
         for kind in kinds:
             task = bar.add_task(f"{kind} tasks", total=options.trials)
@@ -144,18 +152,17 @@ def smallest_passing(passed: Sequence[bool]) -> int:
 
 
 def _method(
-    options: FusionOptions, bed: FusionBed, tune: QuestionSampler, bar: Progress
+    options: FusionOptions, bed: FusionBed, tune: QuestionSampler, correction: Correction | None, bar: Progress
 ) -> tuple[FusionMethod, list[TriedMethod]]:
     """How tokens are chosen, and what was tried to find that out. The ratio has no meaning yet."""
-    default = FusionMethod(TUNED_RATIO)
+    default = FusionMethod(TUNED_RATIO, correction="" if correction is None else correction.fingerprint)
     if options.select is not None or options.check_layer is not None:
-        return FusionMethod(
-            TUNED_RATIO, options.select or default.select, options.check_layer or default.check_layer
-        ), []
+        select, layer = options.select or default.select, options.check_layer or default.check_layer
+        return replace(default, select=select, check_layer=layer), []
     task = bar.add_task("choosing a method", total=options.tuned * len(TUNED_KINDS))
     cost = FusionMethod(TUNED_RATIO, "deviation", 1).cost_ratio(bed.layers.spec.num_layers)
     questions = {kind: tune.contexts(kind, options.tuned) for kind in TUNED_KINDS}
-    tried = best_method(bed, questions, cost, advance=partial(bar.advance, task))
+    tried = best_method(bed, questions, cost, correction=correction, advance=partial(bar.advance, task))
     return (tried[0].method if tried else default), tried
 
 

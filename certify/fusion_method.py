@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from ..blend.correction import Correction
 from ..blend.method import ENGINE_CHOICES, NEEDS_QUESTION, WITHOUT_DEVIATION, FusionMethod
 from ..evaluation.answers import gap_closed, mean_of
 from ..evaluation.placed import FusionBed
@@ -57,6 +58,7 @@ def try_methods(
     questions: Mapping[str, Sequence[Sequence[Question]]],
     methods: Sequence[FusionMethod],
     *,
+    correction: Correction | None = None,
     advance: Callable[[], object] = lambda: None,
 ) -> list[TriedMethod]:
     """Measure methods on questions, by kind and context; the best mean share of the gap first.
@@ -65,7 +67,7 @@ def try_methods(
     """
     closed: list[dict[str, float]] = [{} for _ in methods]
     blenders = {"naive": FusionMethod(0.0, "none").blender}
-    blenders |= {str(number): method.blender for number, method in enumerate(methods)}
+    blenders |= {str(number): method.blender_with(correction) for number, method in enumerate(methods)}
     for kind, of_kind in questions.items():
         full, (naive, *others) = bed.measure(of_kind, blenders, advance=advance)
         loss = "kl" if kind == "multihop" else "nll"
@@ -84,6 +86,7 @@ def best_method(
     questions: Mapping[str, Sequence[Sequence[Question]]],
     cost_ratio: float,
     *,
+    correction: Correction | None = None,
     advance: Callable[[], object] = lambda: None,
     shared: bool = False,
 ) -> list[TriedMethod]:
@@ -93,9 +96,13 @@ def best_method(
     ----------
     questions : of the split `tune`, by kind and context; at least one of each.
     cost_ratio : share of full prefill's tokens that run through a layer, mean over layers.
+    correction : that all of them have; None for none.
     shared : leave out methods whose fusions belong to one question.
     """
     ratio = max(question_ratio_of(of_kind) for of_kind in questions.values())
     methods = methods_at_cost(cost_ratio, bed.layers.spec.num_layers, question_ratio=ratio)
-    wanted = [method for method in methods if not (shared and method.select in NEEDS_QUESTION)]
-    return try_methods(bed, questions, wanted, advance=advance)
+    known = "" if correction is None else correction.fingerprint
+    wanted = [
+        replace(method, correction=known) for method in methods if not (shared and method.select in NEEDS_QUESTION)
+    ]
+    return try_methods(bed, questions, wanted, correction=correction, advance=advance)

@@ -40,7 +40,7 @@ def calibrate(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Learn a model's keys and values from text: the profile that nuq, transform, lowrank and vq need."""
+    """Learn a model's keys and values from text: the profile that nuq, transform, lowrank, vq and corrections need."""
     if not text:
         raise ValueError("no text; name files or folders of it with --text")
     from ..certify.calibrate import CalibrateOptions, run_calibrate
@@ -74,7 +74,7 @@ BELONGS_TO = {  # options that say nothing in the other cases
         ("retrieval",),
     ),
     **dict.fromkeys(
-        ("profile", "text", "text_windows", "text_window_tokens", "max_perplexity_increase", "max_kl"),
+        ("text", "text_windows", "text_window_tokens", "max_perplexity_increase", "max_kl"),
         ("codec", "retrieval"),
     ),
 }
@@ -91,7 +91,10 @@ def certify(
         bool, typer.Option("--fusion", help="Find the smallest share of cached documents that must be recomputed.")
     ] = False,
     profile: Annotated[
-        Path | None, typer.Option(metavar="FILE", callback=file_path, help="Profile, from `kvloom calibrate`.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", callback=file_path, help="From `kvloom calibrate`; with --fusion, its correction."
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", metavar="FILE", callback=output_path, help="Write the certificate.")
@@ -202,6 +205,7 @@ def certify(
             ratios=shares,
             select=select,
             check_layer=check_layer,
+            profile=profile,
             tasks=kinds,
             trials=trials,
             context_tokens=context_tokens or 1024,

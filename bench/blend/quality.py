@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
 from ...blend.blender import CACHEBLEND, Blender
 from ...blend.choosers import CHOOSERS
+from ...blend.correction import Correction
 from ...blend.method import FusionMethod
 from ...certify.fusion_method import TUNED_KINDS, WITHOUT_FULL_LAYERS, TriedMethod, best_method
 from ...evaluation.answers import Answer, gap_closed, mean_of, ratio_of
@@ -96,6 +97,7 @@ def measure_quality(
     *,
     prefix: str,
     seed: int,
+    correction: Correction | None = None,
     stop_s: float = math.inf,
     advance: Callable[[str, float], object],
 ) -> FusionQuality:
@@ -105,6 +107,7 @@ def measure_quality(
     ----------
     prefix : of the metrics' names.
     seed : of the questions; nothing was tuned on those of `check`, whatever it is.
+    correction : with which the default method is measured once more, see `corrected`; None for not.
     stop_s : by `time.monotonic`; later no context begins, but one of each kind. What is left is shared among kinds.
     advance : called after each context with what it belongs to and its work, see `quality_work`.
     """
@@ -121,7 +124,7 @@ def measure_quality(
     layers = bed.layers.spec.num_layers
     asked = len(check.sample("astride", 0).asked)
     methods = default_methods(layers, sizes.budgets, asked_tokens=asked)
-    blenders = _blenders(methods, layers, asked, has_all=sizes.has_all_methods)
+    blenders = _blenders(methods, layers, asked, correction, has_all=sizes.has_all_methods)
     tables, notes = [], []
     if sizes.tune:
         tuned = {kind: tune.contexts(kind, sizes.tune) for kind in TUNED_KINDS}
@@ -167,8 +170,8 @@ def quality_work(sizes: QualitySizes) -> float:
 def _context_work(sizes: QualitySizes, kind: str) -> float:
     """Thousand tokens of one context: twice itself, one fusion for each method or question, every answer."""
     questions = min(sizes.per_context, sizes.check[kind]) if kind == "astride" else 1
-    own, asked = sum(sizes.budgets), questions * sum(sizes.budgets)
-    shared, methods = (own + 0.4, 4 + 4) if sizes.has_all_methods else (0.15, 2 + 2)
+    own, asked = sum(sizes.budgets), 2 * questions * sum(sizes.budgets)
+    shared, methods = (own + 0.4, 6 + 4) if sizes.has_all_methods else (0.15, 4 + 2)
     fused = sizes.context_tokens * (2 + shared + asked)
     return (fused + questions * (_ANSWERED_TOKENS * (methods + 1) + 2 * _ASKED_TOKENS)) / 1000
 
@@ -177,11 +180,20 @@ def _tune_work(sizes: QualitySizes) -> float:
     return sizes.context_tokens * (2 + 15 * 0.25) / 1000
 
 
-def _blenders(methods: dict[float, FusionMethod], layers: int, asked: int, *, has_all: bool) -> dict[str, Blender]:
+def corrected(budget: float) -> str:
+    """Name of the default method at this budget over corrected documents."""
+    return f"kvloom, corrected, at {budget:.0%}"
+
+
+def _blenders(
+    methods: dict[float, FusionMethod], layers: int, asked: int, correction: Correction | None, *, has_all: bool
+) -> dict[str, Blender]:
     """What is measured, by name: naive reuse first; then for each budget methods at equal cost."""
     found = {NAIVE: FusionMethod(0.0, "none").blender}
     for budget, method in methods.items():
         found[f"kvloom at {budget:.0%}"] = method.blender
+        if correction is not None:
+            found[corrected(budget)] = replace(method.blender, correction=correction)
         if has_all or budget == min(methods):
             found[f"CacheBlend {budget:.0%}"] = Blender(
                 budget, CACHEBLEND.chooser, spread_ratio=CACHEBLEND.spread_ratio, check_layer=CACHEBLEND.check_layer
@@ -265,12 +277,13 @@ def _metrics(
     found: dict[str, Metric] = {}
     for budget in budgets:
         own, published = f"kvloom at {budget:.0%}", f"CacheBlend {budget:.0%}"
-        for label, name in (("", own), ("cacheblend_", published)):
+        for label, name in (("", own), ("corrected_", corrected(budget)), ("cacheblend_", published)):
             if name in named:
                 closed = gap_closed(naive.answers, full, named[name].answers, _gap_name(kind))
                 meaning = "full prefill is 1, naive reuse is 0"
                 found[f"{prefix}{middle}{label}gap_closed_at_{budget:.2f}"] = Metric(*closed, "share", meaning)
-        if kind == MULTIHOP and published in named:
-            ratio = ratio_of(named[own].answers, named[published].answers, "kl")
-            found[f"{prefix}musique_kl_at_{budget:.2f}_vs_cacheblend"] = Metric(*ratio, "times", published)
+        for label, name in (("", own), ("corrected_", corrected(budget))):
+            if kind == MULTIHOP and published in named and name in named:
+                ratio = ratio_of(named[name].answers, named[published].answers, "kl")
+                found[f"{prefix}{label}musique_kl_at_{budget:.2f}_vs_cacheblend"] = Metric(*ratio, "times", published)
     return found

@@ -527,7 +527,8 @@ class TransformersConnector:
         context = self.fuse(documents, blender=blender)
         # Two choosers of the user's own may bear one name: what they chose must not lie under one key.
         chooser = next((name for name, known in CHOOSERS.items() if known is blender.chooser), uuid4().hex)
-        way = f"fused {blender.recompute_ratio} {blender.spread_ratio} {blender.check_layer} {chooser}"
+        corrected = "" if blender.correction is None else f" {blender.correction.fingerprint}"
+        way = f"fused {blender.recompute_ratio} {blender.spread_ratio} {blender.check_layer} {chooser}{corrected}"
         keys = [self._key_of(ids).hex() for ids in documents]
         session.start_with(context.token_ids, context.blended.keys, context.blended.values, f"{way} {keys}")
 

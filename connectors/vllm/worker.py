@@ -117,6 +117,7 @@ def open_worker(settings: ServingSettings, token: str, vllm_config: Any, kv_cach
         groups=pieces,
         saves=saves,
         is_foreign=holds_others_only(spec, store),
+        correction=records.correction(spec) if method.correction else None,
     )
     adapters = None
     if vllm_config.lora_config is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from kvloom import cli
+from kvloom.blend.correction import Correction
 from kvloom.calibration.layer_sample import LayerSample
 from kvloom.calibration.model_profile import Profile
 from kvloom.certify.calibrate_model import calibrate, stage_units
@@ -330,6 +331,11 @@ def test_command(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["profile.safetensors", "text.txt"]
     assert run("calibrate", folder, "--text", text, "-o", out, "--tokens", 100, "--model-id", "mine") == 0
     assert Profile.load(out).spec.model_id == "mine"
+    correction = Correction.from_profile(profile)
+    assert correction is not None and correction.weights.shape == (4, 2, 16, 16) and bool(correction.weights.any())
+    assert run("calibrate", folder, "--text", text, "-o", out, "--sequences", 1, "--tokens", 60) == 0
+    assert Correction.from_profile(Profile.load(out)) is None
+    assert "nothing for fusion, which needs two documents" in capsys.readouterr().out
 
 
 def test_command_fits_codebooks(folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

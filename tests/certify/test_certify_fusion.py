@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from kvloom.blend.choosers import CHOOSERS
+from kvloom.blend.correction import BIASES, PLACES, WEIGHTS
 from kvloom.blend.method import EXACT, FUSION, FusionMethod, certified_fusion
 from kvloom.calibration.certificate import Certificate, Figure
 from kvloom.calibration.certificate_gate import CertificateGate
+from kvloom.calibration.model_profile import Profile
 from kvloom.certify.fusion import smallest_passing
 from kvloom.certify.fusion_method import methods_at_cost, question_ratio_of, try_methods
+from kvloom.connectors.hf.model import TransformersModel
 from kvloom.connectors.identity.weights import folder_name
 from kvloom.core import KVSpec, RopeSpec
 from kvloom.evaluation.environment import BUNDLED_MODEL
@@ -88,6 +91,25 @@ def test_the_command(tmp_path: Path) -> None:
     assert run("certify", "reference", "--fusion", "--codec", "raw") == 2
     assert run("certify", "reference", "--fusion", "--select", "guess") == 2
     assert run("certify", "reference", "--fusion", "--ratios", "1.5") == 2
+
+
+@pytest.mark.slow
+def test_the_command_with_a_correction(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layers = TransformersModel(load_model(None)[0], model_id=folder_name(BUNDLED_MODEL))
+    spec = layers.spec
+    width, heads = spec.head_dim + spec.value_dim, (spec.num_layers, spec.num_kv_heads)
+    tensors = {WEIGHTS: torch.zeros(*heads, width, width), BIASES: torch.zeros(*heads, PLACES, width)}
+    profile, out, bare = Profile(spec, tensors), tmp_path / "fusion.json", tmp_path / "bare.safetensors"
+    profile.save(tmp_path / "profile.safetensors")
+    Profile(spec, {}).save(bare)
+    small = ("--trials", 2, "--context-tokens", 256, "--tasks", "needle", "--ratios", "0.5", "--max-task-loss", 1.0)
+    asked = ("certify", "reference", "--fusion", *small, "--select", "deviation", "-o", out)
+    assert run(*asked, "--profile", tmp_path / "profile.safetensors") == 0
+    expected = FusionMethod(0.5, "deviation", correction=profile.fingerprint)
+    assert Certificate.load(out).parameters == expected.parameters
+    capsys.readouterr()
+    assert run(*asked, "--profile", bare) == 2
+    assert "holds no correction; make it anew with `kvloom calibrate`" in capsys.readouterr().err
 
 
 def test_tokens_are_chosen_once() -> None:

@@ -17,6 +17,7 @@ pytest.importorskip(
 from transformers import AutoModelForCausalLM
 
 from kvloom.blend.choosers import kv_deviation
+from kvloom.blend.correction import PLACES, Correction
 from kvloom.connectors.hf.model import TransformersModel
 
 from .support.engines import BLOCK, DECLINED, generate, make_model, prompts, sampling, start, tokens_of, usage
@@ -89,9 +90,10 @@ def plain(llm: Any, tokens: Sequence[int], count: int = 20) -> list[int]:
 class Reference:
     """CacheBlend in plain torch, over the layers of the transformers model: chooses once, at one layer."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, correction: Correction | None = None) -> None:
         self.layers = TransformersModel(model, model_id="reference")
         self.model = model
+        self.correction = correction
 
     @torch.no_grad()
     def answer(self, case: Case, ratio: float, count: int) -> tuple[list[int], list[int]]:
@@ -104,8 +106,11 @@ class Reference:
             alone = torch.zeros_like(keys), torch.zeros_like(values)
             self._run(case.tokens[begin:stop], torch.arange(stop - begin), *alone)
             assert spec.rope is not None
-            keys[:, :, begin:stop] = spec.rope.shift(alone[0][:, :, : stop - begin], begin)
-            values[:, :, begin:stop] = alone[1][:, :, : stop - begin]
+            count_here = stop - begin
+            here = spec.rope.shift(alone[0][:, :, :count_here], begin), alone[1][:, :, :count_here]
+            if self.correction is not None:
+                here = self.correction.apply(*here, torch.arange(begin, stop), torch.arange(count_here))
+            keys[:, :, begin:stop], values[:, :, begin:stop] = here
         old_keys, old_values = keys[CHECK].clone(), values[CHECK].clone()
         everything = torch.arange(total)
         if ratio:
@@ -172,6 +177,27 @@ def test_it_is_cacheblend(llm: Any, monkeypatch: pytest.MonkeyPatch, ratio: floa
     told = usage(output)
     loaded = sum(LENGTHS) - case.spans[-1][1] % BLOCK
     assert (told["computed_tokens"], told["loaded_tokens"], told["failed"]) == (len(seen), {"host": loaded}, False)
+
+
+@pytest.mark.parametrize("ratio", [0.15, 0.0])
+def test_documents_are_corrected(llm: Any, monkeypatch: pytest.MonkeyPatch, ratio: float) -> None:
+    """Tokens are chosen beside corrected documents, and what is not computed is corrected."""
+    case, worker = Case(), connector_of(llm).worker
+    drawn = torch.Generator().manual_seed(9)
+    spec = worker.info.spec
+    width, shape = spec.head_dim + spec.value_dim, (spec.num_layers, spec.num_kv_heads)
+    weights = 0.05 * torch.randn(*shape, width, width, generator=drawn)
+    biases = 0.2 * torch.randn(*shape, PLACES, width, generator=drawn)
+    weights[0], biases[0] = 0.0, 0.0
+    correction = Correction(spec, weights, biases, "drawn")
+    monkeypatch.setattr(worker.transfers, "_correction", correction)
+    expected_positions, expected = Reference(llm.reference, correction).answer(case, ratio, 12)
+    uncorrected = Reference(llm.reference).answer(case, ratio, 12)
+    assert (expected_positions, expected) != uncorrected, "a correction that changes nothing would prove nothing"
+    seen = computed_positions(llm, monkeypatch)
+    (output,) = generate(llm, [case.tokens], case.options(ratio), tokens=12)
+    assert seen == expected_positions
+    assert tokens_of([output]) == [expected]
 
 
 @pytest.mark.parametrize("system", [SYSTEM, SYSTEM[:32], []])

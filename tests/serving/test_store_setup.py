@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvloom.blend.correction import BIASES, PLACES, WEIGHTS
 from kvloom.blend.method import EXACT, FUSION, FusionMethod
 from kvloom.calibration.certificate import Certificate, Figure
 from kvloom.calibration.codec_form import parameters_of
@@ -122,3 +123,28 @@ def test_the_certified_fusion(tmp_path: Path) -> None:
     assert papers.fusion(SPEC, check_layer=1) == FusionMethod(1.0, "deviation", 1)
     assert papers.fusion(replace(SPEC, head_dim=8)) == EXACT
     assert QualityRecords.of(ServingSettings()).fusion(SPEC) == EXACT
+
+
+def test_a_fusion_certified_with_a_correction_needs_it(tmp_path: Path) -> None:
+    width, heads = SPEC.head_dim + SPEC.value_dim, (SPEC.num_layers, SPEC.num_kv_heads)
+    tensors = {WEIGHTS: torch.zeros(*heads, width, width), BIASES: torch.zeros(*heads, PLACES, width)}
+    profile = Profile(SPEC, tensors)
+    profile.save(tmp_path / "profile.safetensors")
+    Profile(SPEC, {}).save(tmp_path / "bare.safetensors")
+    corrected = FusionMethod(0.1, correction=profile.fingerprint)
+    plain = FusionMethod(0.3)
+    files = [write(tmp_path, f"f{one.ratio}", SPEC, FUSION, one.parameters) for one in (corrected, plain)]
+
+    def records(name: str | None, certificates: list[str] = files) -> QualityRecords:
+        path = {} if name is None else {"profile": str(tmp_path / name)}
+        return QualityRecords.of(ServingSettings.of({"certificates": certificates, **path}))
+
+    assert records("profile.safetensors").fusion(SPEC) == corrected
+    assert records("bare.safetensors").fusion(SPEC) == records(None).fusion(SPEC) == plain
+    uncertified = records("profile.safetensors", []).fusion(SPEC)
+    assert uncertified == FusionMethod(1.0, "deviation", 2, profile.fingerprint), "for whoever sets a ratio"
+    half = replace(SPEC, num_kv_heads=1, shard=(1, 2))
+    found = records("profile.safetensors").correction(half)
+    assert found is not None and found.weights.shape[1] == 1
+    with pytest.raises(SpecMismatchError, match="this profile was made for"):
+        records("profile.safetensors").correction(replace(SPEC, model_id="other"))

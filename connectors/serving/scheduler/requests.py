@@ -125,7 +125,7 @@ class RequestReader:
     ) -> bytes:
         spans = [(document.start, document.stop) for document in documents]
         how = self._fusion
-        plan = ("kvloom fusion", ratio, how.select, how.check_layer, self._keys.lead_ids, spans)
+        plan = ("kvloom fusion", ratio, how.select, how.check_layer, how.correction, self._keys.lead_ids, spans)
         fused_ids = np.asarray(token_ids[: spans[-1][1]], dtype="<i8")
         asked = b"" if question is None else question.astype("<i8").tobytes()
         return blake3(repr(plan).encode() + fused_ids.tobytes() + asked).digest()

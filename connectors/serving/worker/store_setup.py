@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ....blend.correction import Correction
 from ....blend.method import FusionMethod, certified_fusion
 from ....calibration.certificate import Certificate
 from ....calibration.certificate_gate import CertificateGate
@@ -43,8 +44,21 @@ class QualityRecords:
         """How documents are fused: as is asked for, otherwise as the cheapest certificate says, otherwise by the
         deviation at layer 2, whose fusions all questions share. Its ratio is the certified one, 1 without.
         """
-        found = certified_fusion(CertificateGate(self.certificates), spec, select=select, check_layer=check_layer)
-        return found or FusionMethod(1.0, select or "deviation", check_layer or 2)
+        correction = self.correction(spec)
+        at_hand = "" if correction is None else correction.fingerprint
+        found = certified_fusion(
+            CertificateGate(self.certificates), spec, select=select, check_layer=check_layer, correction=at_hand
+        )
+        return found or FusionMethod(1.0, select or "deviation", check_layer or 2, at_hand)
+
+    def correction(self, spec: KVSpec) -> Correction | None:
+        """That of the profile, for the heads of `spec`; None without one.
+
+        Raises
+        ------
+        SpecMismatchError : the profile is of another model.
+        """
+        return None if self.profile is None else Correction.from_profile(self.profile, spec)
 
 
 def open_store(settings: StoreSettings, spec: KVSpec, papers: QualityRecords, *, ranks: int | None = None) -> KVStore:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ....blend.correction import Correction
 from ....core import ChunkKey, KVChunk, KVSpec
 from ....errors import KVLoomError
 from ....kvstore.placement.catalog import PlacementChange
@@ -53,6 +54,7 @@ class Transfers:
     groups : of an engine that has several, or windows; `cache` and `spec` are those of the first.
     saves : whether this worker stores; not if another one has the same and stores it where this one finds it.
     is_foreign : the store held chunks when it was opened, and none of this model.
+    correction : of documents that are fused behind others; None for none.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Transfers:
         groups: Sequence[CacheGroup] = (),
         saves: bool = True,
         is_foreign: bool = False,
+        correction: Correction | None = None,
     ) -> None:
         self.store = store
         self.reader = HeadReader(store, spec, splits, count=self.count)
@@ -80,6 +83,7 @@ class Transfers:
         self._groups = tuple(groups)
         self._saves_here = saves
         self._is_foreign = is_foreign  # and this engine has stored nothing yet
+        self._correction = correction
         self._chunk_tokens = chunk_tokens
         self._load_timeout_s = load_timeout_s
         self._save_pending_bytes = save_pending_bytes
@@ -326,8 +330,11 @@ class Transfers:
                     found.append(False)
                     continue
                 found.append(True)
+                keys, values = hit.chunk.keys, hit.chunk.values
+                if self._correction is not None and document.start >= fusion.inexact:
+                    keys, values = self._correction.apply(keys, values, positions, torch.arange(count))
                 here = slice(start - document.start, stop - document.start)
-                writes.add(fusion.blocks, start, hit.chunk.keys[:, :, here], hit.chunk.values[:, :, here])
+                writes.add(fusion.blocks, start, keys[:, :, here], values[:, :, here])
                 tokens[hit.tier] += stop - start
                 cost.add(stop - start, len(hit.chunk), hit.recompute_s)
         return Fetched(tuple(found), dict(tokens), cost)
