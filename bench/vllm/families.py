@@ -31,7 +31,16 @@ _CONFIGS = {
     "deepseek-v2": "DeepseekV2Config",
     "deepseek-v3": "DeepseekV3Config",
     "glm4": "Glm4Config",
+    "qwen3-next": "Qwen3NextConfig",
+    "granite-hybrid": "GraniteMoeHybridConfig",
+    "falcon-h1": "FalconH1Config",
+    "nemotron-h": "NemotronHConfig",
+    "zamba2": "Zamba2Config",
+    "mamba2": "Mamba2Config",
 }
+
+
+_OWN_HEADS, _COUNTS_LAYERS = {"zamba2"}, {"nemotron-h"}  # configs that work these numbers out
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +50,7 @@ class Family:
     Attributes
     ----------
     architecture, config : see `make_tiny_model`.
-    groups : kinds of KV cache groups that vLLM makes of it: full, latent, window or local.
+    groups : kinds of KV cache groups that vLLM makes of it: full, latent, window, local or state.
     options : of the engine, beside its defaults.
     on_processors : further ones where there is no GPU.
     fuses : whether documents are fused in such an engine.
@@ -79,6 +88,11 @@ class Family:
             return "vLLM wants AVX-512 for fp8 caches on a processor"
         return None
 
+    @property
+    def keeps_states(self) -> bool:
+        """Whether some layers keep states."""
+        return "state" in self.groups
+
 
 _MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 128}
 _LLAMA4 = {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size": 128, "intermediate_size_mlp": 256}
@@ -111,6 +125,20 @@ _LATENT = {  # 512 + 64 numbers a token, the one size that vLLM's kernel for pro
 # vLLM's rotary kernel for processors is wrong where it rotates a slice of each head; and where there is AMX, vLLM
 # prefers a backend that takes bfloat16 alone.
 _LATENT_OPTIONS = {"attention_backend": "CPU_MLA", "compilation_config": {"custom_ops": ["-rotary_embedding"]}}
+
+_STATE_SPACE = {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 16, "mamba_n_groups": 1}
+_LINEAR = {  # heads of 64 numbers, of which vLLM's kernels for processors take no fewer
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "num_key_value_heads": 4,
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+_STATES = {"block_size": 64, "enable_prefix_caching": True}
+# vLLM's kernels for processors cannot give a state from within a step, as its scheduler asks Mamba 2 layers to. Then
+# a step has no room for the first block of a request beside one that decodes: vLLM serves one at a time.
+_STEPS_OF_BLOCKS = {"max_num_batched_tokens": 64}
 
 FAMILIES: Mapping[str, Family] = {
     "Llama, two ranks": Family("llama", options={"tensor_parallel_size": 2}),
@@ -149,11 +177,95 @@ FAMILIES: Mapping[str, Family] = {
         blocks=110,
     ),
     "Mistral with windows": Family("mistral", _WINDOWED, ("window",), fuses=False, blocks=36),
+    "Qwen3-Next": Family(
+        "qwen3-next",
+        {
+            "layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2,
+            "shared_expert_intermediate_size": 128,
+            **_LINEAR,
+            **_EXPERTS,
+        },
+        ("full", "state"),
+        options={"dtype": "bfloat16", **_STATES},  # the one that vLLM's kernels of linear attention take
+        fuses=False,
+        blocks=50,
+    ),
+    "Granite 4, hybrid": Family(
+        "granite-hybrid",
+        {
+            "layer_types": ["mamba", "attention", "mamba"] * 2,
+            "mamba_expand": 2,
+            "shared_intermediate_size": 512,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "position_embedding_type": "rope",
+            **_STATE_SPACE,
+        },
+        ("full", "state"),
+        options=_STATES,
+        on_processors=_STEPS_OF_BLOCKS,
+        fuses=False,
+        blocks=28,
+    ),
+    "Falcon H1": Family(
+        "falcon-h1",
+        {"mamba_d_ssm": 512, **_STATE_SPACE},
+        ("full", "state"),
+        options=_STATES,
+        on_processors=_STEPS_OF_BLOCKS,
+        fuses=False,
+        blocks=24,
+    ),
+    "Nemotron-H": Family(
+        "nemotron-h",
+        {
+            "layers_block_type": ["mamba", "attention", "mlp"] * 2,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 64,
+            "ssm_state_size": 16,
+            "n_groups": 1,
+        },
+        ("full", "state"),
+        options=_STATES,
+        on_processors=_STEPS_OF_BLOCKS,
+        fuses=False,
+        blocks=24,
+    ),
+    "Zamba 2": Family(
+        "zamba2",
+        {
+            "layers_block_type": ["mamba", "mamba", "hybrid", "mamba", "hybrid", "mamba"],
+            "n_mamba_heads": 8,
+            "mamba_headdim": 64,
+            "mamba_d_state": 16,
+            "mamba_ngroups": 1,
+            "mamba_expand": 2,
+            "num_mem_blocks": 1,
+            "use_mem_rope": True,
+            "num_key_value_heads": 4,
+            "adapter_rank": 16,
+        },
+        ("full", "state"),
+        options=_STATES,
+        on_processors=_STEPS_OF_BLOCKS,
+        fuses=False,
+        blocks=32,
+    ),
+    "Mamba 2": Family(
+        "mamba2",
+        {"num_heads": 8, "head_dim": 64, "state_size": 16, "n_groups": 1, "expand": 2, "chunk_size": 64},
+        ("state",),
+        options=_STATES,
+        on_processors=_STEPS_OF_BLOCKS,
+        fuses=False,
+        blocks=12,
+    ),
 }
 
 
 def make_tiny_model(folder: Path, architecture: str = "llama", **config: object) -> Path:
-    """Save a random model of six layers without a tokenizer; equal arguments, equal weights.
+    """Save a random model of six layers, or as many as `config` lists, without a tokenizer; equal arguments, equal
+    weights.
 
     A model with default initialisation says the same token whatever came before, so that equal tokens prove nothing.
     Here weights are scaled so that hidden states keep their size and attention is sharp.
@@ -178,6 +290,10 @@ def make_tiny_model(folder: Path, architecture: str = "llama", **config: object)
         "pad_token_id": 0,
         **config,
     }
+    if architecture in _OWN_HEADS:
+        del settings["head_dim"]
+    if architecture in _COUNTS_LAYERS:
+        del settings["num_hidden_layers"]
     model = AutoModelForCausalLM.from_config(getattr(transformers, _CONFIGS[architecture])(**settings)).float()
     generator = torch.Generator().manual_seed(1)
     for name, parameter in sorted(model.named_parameters()):

@@ -38,8 +38,9 @@ from ..serving.settings import ServingSettings
 from ..serving.worker.steps import Steps, Worker
 from .plugin import forward_logs
 from .scheduler_half import SchedulerHalf
+from .servable import expect_servable, settings_for
 from .stats import FAULTS, KVLoomPromMetrics, KVLoomStats
-from .worker import expect_servable, open_worker
+from .worker import open_worker
 
 _SOURCES = {"host": CacheHitSource.HOST, "disk": CacheHitSource.DISK}
 
@@ -74,8 +75,8 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
     ------
     ValueError : a setting is unknown, out of its range, or contradicts another one.
     EngineError : this engine's cache cannot be served exactly: KV cache groups of other kinds than full, latent,
-        windowed and chunked local attention, caches quantised otherwise than as fp8, context parallelism, a draft
-        model.
+        windowed and chunked local attention, and states behind blocks; caches quantised otherwise than as fp8, context
+        parallelism, a draft model.
     """
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
@@ -87,6 +88,7 @@ class KVLoomConnector(KVConnectorBase_V1, SupportsHMA):
         self._steps: Steps | None = None
         self.scheduler_half: SchedulerHalf | None = None
         groups = expect_servable(self.settings, vllm_config, kv_cache_config)
+        self.settings = settings_for(groups, self.settings)
         if role == KVConnectorRole.SCHEDULER:
             self.scheduler_half = SchedulerHalf(self.settings, vllm_config, groups, worker_here)
         self._quiet = StepMetadata(StepPlan())  # never changed

@@ -303,11 +303,12 @@ def _scheduled(scheduler_output: Any, groups: EngineGroups) -> Iterator[Schedule
     before = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
     cached = scheduler_output.scheduled_cached_reqs
     before |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+    states = state.boundary_state_offloads if groups.keeps_states else {}
     for request_id, count in scheduler_output.num_scheduled_tokens.items():
         rows = state.get_block_ids(request_id)
         if rows is not None and request_id in before:
             drafted = len(scheduler_output.scheduled_spec_decode_tokens.get(request_id, ()))
-            blocks, *further = groups.in_order(rows)
+            blocks, *further = groups.rows_to_save(rows, states.get(request_id, ()))
             yield Scheduled(request_id, before[request_id] + count - drafted, blocks, count, tuple(further))
 
 

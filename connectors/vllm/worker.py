@@ -31,6 +31,7 @@ from .identity import agreed_name, engine_name, engine_rope
 from .paged_layers import PagedLayers
 from .retrieval.settings import RetrievalSettings
 from .scheduler_half import publishes_events, ranks_of
+from .state_layers import StateLayers
 
 _LOG = logging.getLogger("kvloom")
 
@@ -53,7 +54,7 @@ def open_worker(settings: ServingSettings, token: str, vllm_config: Any, kv_cach
     """
     groups = groups_of(kv_cache_config)
     members = [_members(vllm_config, kv_cache_config.kv_cache_groups[number]) for number in groups.numbers]
-    layers = members[0]
+    layers = list(members[0].values())
     stage, stages = _pipeline_stage(), int(vllm_config.parallel_config.pipeline_parallel_size)
     if stages > 1 and not all(members):
         raise EngineError(
@@ -64,19 +65,24 @@ def open_worker(settings: ServingSettings, token: str, vllm_config: Any, kv_cach
     _expect_retrieval_is_read(vllm_config, groups, layers)
     computes = vllm_config.model_config.dtype
     caches = [
-        PagedLayers(each, shape.block_tokens, computes) for each, shape in zip(members, groups.shapes, strict=True)
+        _cache_of(list(each.values()), shape, computes) for each, shape in zip(members, groups.shapes, strict=True)
     ]
     cache = caches[0]
     shard = (_tensor_parallel_rank(), int(vllm_config.parallel_config.tensor_parallel_size))
     rank = stage * shard[1] + shard[0]
     # Of a latent cache every rank has the whole. The first stores it where the others find it, or each for itself.
     saves = not cache.is_latent or not shard[0] or (settings.disk_path is None and settings.remote_url is None)
-    if groups.is_plain:
+    if groups.is_plain and isinstance(cache, PagedLayers):
         rope, why_not = _rope(vllm_config, layers, cache)
     else:
-        rope, why_not = None, "its layers are in groups, or have windows, and blocks of windows are taken back"
+        rope, why_not = None, "its layers are in groups, or have windows or states, and blocks of those are taken back"
     model = _fusable_model(vllm_config, layers, why_not)
     records = QualityRecords.of(settings)
+    if groups.keeps_states and is_lossy(settings, records):
+        raise EngineError(
+            "this engine has layers with states, which the codec of a tier would round: leave host_codec and "
+            "disk_codec out, or give 'lossless'"
+        )
     if cache.dtype == torch.uint8 and is_lossy(settings, records):
         raise EngineError(
             f"this engine's cache is quantised already ({layers[0].kv_cache_dtype}), and the codec of a tier would "
@@ -84,15 +90,16 @@ def open_worker(settings: ServingSettings, token: str, vllm_config: Any, kv_cach
         )
     name = agreed_name(vllm_config, layers, settings.model_id)
     if stages > 1:
-        name = with_state(name, stage=[layer.layer_name for layer in layers])
+        name = with_state(name, stage=list(members[0]))
     pieces: list[CacheGroup] = []
     if groups.is_plain:
         full_name = with_state(engine_name(name, vllm_config, layers, rope, cache.dtype), cache=cache.state())
         spec = _spec(full_name, cache, rope, shard)
     else:
-        for paged, shape in zip(caches, groups.shapes, strict=True):
-            group_name = engine_name(name, vllm_config, paged.layers, None, paged.dtype)
-            group_name = with_state(group_name, group=_group_state(paged.layers, shape), cache=paged.state())
+        for paged, shape, each in zip(caches, groups.shapes, members, strict=True):
+            attention = () if shape.keeps_state else tuple(each.values())
+            group_name = engine_name(name, vllm_config, attention, None, paged.dtype)
+            group_name = with_state(group_name, group=_group_state(list(each), shape), cache=paged.state())
             pieces.append(CacheGroup(paged, _spec(group_name, paged, None, shard), shape))
         spec = pieces[0].spec
     method = records.fusion(spec, select=settings.fusion_select, check_layer=settings.check_layer)
@@ -124,7 +131,7 @@ def open_worker(settings: ServingSettings, token: str, vllm_config: Any, kv_cach
         with suppress(EngineError):
             adapters = LoadedAdapters(running_model(layers))
     fuser = None
-    if model is not None:
+    if model is not None and isinstance(cache, PagedLayers):
         fuser = Fuser(
             transfers,
             EnginePasses(vllm_config, kv_cache_config.kv_cache_groups[0].kv_cache_spec, model, cache),
@@ -146,18 +153,26 @@ def open_worker(settings: ServingSettings, token: str, vllm_config: Any, kv_cach
         load_timeout_s=settings.load_timeout_s,
         count=transfers.count,
     )
-    numbers = {layer.layer_name: i for i, layer in enumerate(layers)}
+    numbers = {layer_name: i for i, layer_name in enumerate(members[0])}
     further = tuple(piece.spec for piece in pieces[1:])
     tiers = tuple(tier.name for tier in store.tiers)
     info = WorkerInfo(spec, fuser is not None, method, token, splits, further, tiers)
     return Worker(info, transfers, layer_loads, numbers, fuser, adapters, fails_whole=bool(pieces))
 
 
-def _members(vllm_config: Any, group: Any) -> list[Any]:
-    """The attention modules of a KV cache group. One that shares another's cache has none of its own to keep."""
+def _members(vllm_config: Any, group: Any) -> dict[str, Any]:
+    """The modules of a KV cache group by name. One that shares another's cache has none of its own to keep."""
     context = vllm_config.compilation_config.static_forward_context
-    layers = [context[name] for name in group.layer_names]
-    return [layer for layer in layers if getattr(layer, "kv_sharing_target_layer_name", None) is None]
+    layers = {name: context[name] for name in group.layer_names}
+    return {
+        name: layer for name, layer in layers.items() if getattr(layer, "kv_sharing_target_layer_name", None) is None
+    }
+
+
+def _cache_of(layers: Sequence[Any], shape: GroupShape, computes: torch.dtype) -> PagedLayers | StateLayers:
+    if shape.keeps_state:
+        return StateLayers(layers, shape.block_tokens)
+    return PagedLayers(layers, shape.block_tokens, computes)
 
 
 def _rope(vllm_config: Any, layers: Sequence[Any], cache: PagedLayers) -> tuple[RopeSpec | None, str | None]:
@@ -172,7 +187,7 @@ def _rope(vllm_config: Any, layers: Sequence[Any], cache: PagedLayers) -> tuple[
         return None, str(exc)
 
 
-def _spec(name: str, cache: PagedLayers, rope: RopeSpec | None, shard: tuple[int, int]) -> KVSpec:
+def _spec(name: str, cache: PagedLayers | StateLayers, rope: RopeSpec | None, shard: tuple[int, int]) -> KVSpec:
     return KVSpec(
         model_id=name,
         num_layers=cache.num_layers,
@@ -185,13 +200,13 @@ def _spec(name: str, cache: PagedLayers, rope: RopeSpec | None, shard: tuple[int
     )
 
 
-def _group_state(layers: Sequence[Any], shape: GroupShape) -> dict[str, object]:
+def _group_state(layer_names: Sequence[str], shape: GroupShape) -> dict[str, object]:
     """Which layers a piece is of and, beside the length of a chunk, what decides which tokens."""
     return {
-        "layers": [layer.layer_name for layer in layers],
+        "layers": layer_names,
         "window": shape.window_tokens,
         "local": shape.local_tokens,
-        "block": None if shape.is_full else shape.block_tokens,
+        "block": None if shape.is_full or shape.keeps_state else shape.block_tokens,
     }
 
 
@@ -232,63 +247,10 @@ def _fusable_model(config: Any, layers: list[Any], why: str | None) -> Any:
     return None
 
 
-def expect_servable(settings: ServingSettings, vllm_config: Any, kv_cache_config: Any) -> EngineGroups:
-    """The groups of the engine's layers.
-
-    Raises
-    ------
-    EngineError : the engine is another one, or cannot do what the settings ask for; says what to change.
-    """
-    parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
-    groups, why = groups_of(kv_cache_config), None
-    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
-        why = "it divides the context among ranks; use --tensor-parallel-size instead of context parallelism"
-    elif speculative is not None and speculative.method not in ("ngram", "suffix"):
-        why = f"it drafts with a model ({speculative.method}), whose KV kvloom does not store; use ngram or suffix"
-    if why is not None:
-        raise EngineError(f"kvloom cannot serve this engine exactly: {why}; or leave the connector out")
-    if groups.is_latent and _rotates_wrongly(vllm_config):
-        raise EngineError(
-            "vLLM's rotary kernel for processors gives latent attention (MLA) other keys with every batch: give "
-            '--compilation-config \'{"custom_ops": ["-rotary_embedding"]}\'; or leave the connector out'
-        )
-    if settings.load_mode == "layerwise":
-        if not groups.is_plain:
-            raise EngineError(
-                "load_mode 'layerwise' needs one KV cache group of full attention: this engine's layers are in groups, "
-                "or have windows, and vLLM cannot take back a step for some blocks of them; use 'async'"
-            )
-        if groups.is_latent:
-            raise EngineError("load_mode 'layerwise' is not there for latent caches (MLA); use 'async'")
-        if parallel.pipeline_parallel_size > 1:
-            raise EngineError(
-                "load_mode 'layerwise' needs one stage: with --pipeline-parallel-size a stage has begun the next step "
-                "when another finds that KV was lost; use 'async'"
-            )
-        # vLLM 0.32 (issue 49250) goes on from tokens sampled of KV that was lost, where it plans ahead.
-        if vllm_config.scheduler_config.async_scheduling:
-            raise EngineError(
-                "load_mode 'layerwise' needs --no-async-scheduling: vLLM cannot take back a step otherwise"
-            )
-        if vllm_config.use_v2_model_runner:
-            raise EngineError("load_mode 'layerwise' needs VLLM_USE_V2_MODEL_RUNNER=0: V2 cannot take back a step")
-    return groups
-
-
 def _tensor_parallel_rank() -> int:
     from vllm.distributed import get_tensor_model_parallel_rank
 
     return int(get_tensor_model_parallel_rank())
-
-
-def _rotates_wrongly(vllm_config: Any) -> bool:
-    """Whether keys of latent attention are rotated by the processors' kernel of vLLM 0.32.
-
-    It takes the rotated parts of heads to lie side by side. In latent attention they are slices of heads, so that it
-    rotates other numbers of other tokens.
-    """
-    is_cpu = vllm_config.device_config.device_type == "cpu"
-    return is_cpu and bool(vllm_config.compilation_config.is_custom_op_enabled("rotary_embedding"))
 
 
 def _pipeline_stage() -> int:

@@ -319,3 +319,71 @@ def test_a_group_of_full_attention_is_saved_as_an_engine_with_nothing_else_is() 
         planner.close("r")
     for one, other in zip(*saves, strict=True):
         assert (one.keys, one.after, one.start, one.blocks) == (other.keys, other.after, other.start, other.blocks)
+
+
+class Trace:
+    """An engine with full attention and states, which says where it has one: at the ends of some steps."""
+
+    shapes = (FULL, GroupShape(BLOCK, keeps_state=True))
+
+    def __init__(self, ends: Sequence[int]) -> None:
+        self.halves, self.ends = Halves(self.shapes), ends
+
+    def store(self, tokens: int = len(TOKENS)) -> list[Save]:
+        planner, saves = self.halves.planner, list[Save]()
+        planner.open("first", TOKENS[:tokens], b"", RequestOptions())
+        done = 0
+        for end in (*self.ends, tokens):
+            blocks = tuple(range(1, 1 + -(-end // BLOCK)))
+            states = (NULL_BLOCK,) * (end // BLOCK - 1) + (40 + end // BLOCK,) if end % BLOCK == 0 else ()
+            saves += self.halves.run(Scheduled("first", end, blocks, end - done, (states,))).saves
+            done = end
+        planner.close("first")
+        assert self.halves.transfers.settle(10.0)
+        return saves
+
+
+@pytest.mark.parametrize(
+    ("ends", "tokens", "reach"),
+    [
+        ((16, 32), 40, 32),
+        ((16, 32), 33, 32),
+        ((16, 32), 32, 16),  # the last token is computed again, and the state behind 32 has seen it
+        ((16, 32), 31, 16),
+        ((16, 36), 40, 16),  # a state within a chunk is of no use
+        ((12, 20), 40, 0),
+        ((8, 16, 24, 32, 40), 40, 32),
+    ],
+)
+def test_with_states_a_request_goes_on_where_a_step_ended(ends: Sequence[int], tokens: int, reach: int) -> None:
+    trace = Trace(ends)
+    halves = trace.halves
+    saves = trace.store()
+    states = [save for save in saves if save.group]
+    assert [(save.start, len(save.token_ids), save.blocks) for save in states] == [
+        (end - 1, 1, (40 + end // BLOCK,)) for end in sorted({*ends, len(TOKENS)}) if end % CHUNK == 0
+    ]
+    assert [save.start for save in saves if not save.group] == [0, 8, 16, 24, 32], "chunks are all stored"
+    before = halves.pages[1].rows.clone()
+    halves.planner.open("second", TOKENS[:tokens], b"", RequestOptions())
+    assert halves.planner.matched_tokens("second", 0) == reach
+    if reach:
+        count = reach // BLOCK
+        row = (NULL_BLOCK,) * (count - 1) + (50,)
+        halves.planner.allocated("second", reach, tuple(range(20, 20 + count)), row)
+        halves.run()
+        assert halves.arrive() == ({"second"}, set())
+        slot, source = 50 * BLOCK + BLOCK - 1, (40 + count) * BLOCK + BLOCK - 1
+        assert torch.equal(halves.pages[1].rows[:, :, slot], before[:, :, source])
+        halves.pages[1].rows[:, :, slot] = before[:, :, slot]
+        assert torch.equal(halves.pages[1].rows, before), "of a block of states nothing else is written"
+    halves.steps.close()
+
+
+def test_a_state_that_is_lost_leaves_the_one_before_it() -> None:
+    trace = Trace((16, 32))
+    trace.store()
+    for border, reach in ((32, 16), (16, 0)):
+        trace.halves.store.delete(trace.halves.piece(border // CHUNK - 1, 1))  # type: ignore[arg-type]
+        assert trace.halves.ask(39)[0] == reach
+    trace.halves.steps.close()

@@ -1,8 +1,9 @@
 """Several KV cache groups without a model: vLLM's real scheduler, and both of kvloom's real halves.
 
 In every group a token has a number in its slot, made of the token and of the numbers, in all groups, of the tokens that
-each group's layers attend to. So a block that is missing, stale, or another's shows in the answer, as it would with a
-model. Needs vLLM and its own test utilities (`vllm_unit`).
+each group's layers attend to. Where layers keep states, a block has one number, which each token makes anew of the last
+one. So a block that is missing, stale, or another's shows in the answer, as it would with a model. Needs vLLM and its
+own test utilities (`vllm_unit`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,9 @@ _NUMBERS = 1 << 50  # exact in 64-bit floats
 
 
 def attended(shape: GroupShape, position: int) -> list[int]:
-    """Tokens before `position` that it attends to; of a full group some of them."""
+    """Tokens before `position` that it attends to, or goes on from; of a full group some of them."""
+    if shape.keeps_state:
+        return [position - 1] if position else []
     if shape.window_tokens is not None:
         return list(range(max(position - shape.window_tokens + 1, 0), position))
     if shape.local_tokens is not None:
@@ -80,6 +83,18 @@ class Slots:
         self.rows[:, :, self.slots(blocks, start, start + keys.shape[2])] = keys
 
 
+class States(Slots):
+    """A group's states, one for each block: behind the last token of the step that wrote it."""
+
+    def __init__(self, blocks: int, block_tokens: int) -> None:
+        super().__init__(blocks, 1)
+        self.block_tokens = block_tokens
+
+    def slots(self, blocks: Sequence[int], start: int, stop: int) -> list[int]:
+        assert stop - start == 1 and stop % self.block_tokens == 0, "no other token of a block has a state"
+        return [blocks[start // self.block_tokens]]
+
+
 class GroupedWorker(SimulatedWorker):
     """Steps a scheduler whose connector has these groups; `bytes` of host memory for pieces."""
 
@@ -89,7 +104,12 @@ class GroupedWorker(SimulatedWorker):
         super().__init__(scheduler)
         self.groups = scheduler.connector.scheduler_half._groups
         self.shapes = self.groups.shapes
-        self.caches = [Slots(scheduler.kv_cache_config.num_blocks, shape.block_tokens) for shape in self.shapes]
+        self.chunk_tokens = chunk_tokens
+        self.ends: set[tuple[int, ...]] = set()  # tokens behind which a step ended, at borders of chunks
+        self.caches = [
+            (States if shape.keeps_state else Slots)(scheduler.kv_cache_config.num_blocks, shape.block_tokens)
+            for shape in self.shapes
+        ]
         specs = [KVSpec(f"model {i}", 1, 1, 1, torch.float64, None) for i in range(len(self.shapes))]
         pieces = [CacheGroup(*each) for each in zip(self.caches, specs, self.shapes, strict=True)]
         self.kv_store = store or KVStore([HostTier(nbytes)])
@@ -155,17 +175,31 @@ class GroupedWorker(SimulatedWorker):
         for name, count in output.num_scheduled_tokens.items():
             rows = self.groups.in_order(self.scheduler.kv_cache_manager.get_block_ids(name))
             request, start = self.requests[name], before[name]
-            total = 0
-            for position in range(start, start + count):
+            stop, total = start + count, 0
+            states = {
+                group: [] if not start else [int(cache.rows[0, 0, row[(start - 1) // cache.block_tokens], 0])]
+                for group, (cache, row) in enumerate(zip(self.caches, rows, strict=True))
+                if isinstance(cache, States)
+            }
+            for position in range(start, stop):
                 seen = [
-                    [int(cache.rows[0, 0, cache.slots(row, q, q + 1)[0], 0]) for q in attended(shape, position)]
-                    for cache, shape, row in zip(self.caches, self.shapes, rows, strict=True)
+                    states[group]
+                    if group in states
+                    else [int(cache.rows[0, 0, cache.slots(row, q, q + 1)[0], 0]) for q in attended(shape, position)]
+                    for group, (cache, shape, row) in enumerate(zip(self.caches, self.shapes, rows, strict=True))
                 ]
                 total = 0
                 for group, (cache, row) in enumerate(zip(self.caches, rows, strict=True)):
                     made = number(group, request.all_token_ids[position], self.weights, seen)
-                    cache.rows[0, 0, cache.slots(row, position, position + 1)[0], 0] = made
+                    if group in states:
+                        states[group] = [made]
+                    else:
+                        cache.rows[0, 0, cache.slots(row, position, position + 1)[0], 0] = made
                     total += made
+            for group, (state,) in states.items():
+                self.caches[group].rows[0, 0, rows[group][(stop - 1) // self.caches[group].block_tokens], 0] = state
+            if stop % self.chunk_tokens == 0:
+                self.ends.add(tuple(request.all_token_ids[:stop]))
             sampled[name] = [total % VOCABULARY] if start + count >= request.num_tokens else []
         return sampled
 
@@ -184,14 +218,19 @@ def finish(worker: GroupedWorker) -> None:
 
 
 def specs_of(kinds: Sequence[Mapping[str, int]]) -> list[Any]:
-    """vLLM's specs: `{}` for full attention, else `window` or `local` tokens; `block` tokens."""
-    from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
+    """vLLM's specs: `{}` for full attention, else `window` or `local` tokens, or `state`; `block` tokens."""
+    from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, MambaSpec, SlidingWindowSpec
 
-    made = []
+    made: list[Any] = []
     for kind in kinds:
         common = {"block_size": kind.get("block", 16), "num_kv_heads": 1, "head_size": 1, "dtype": torch.float32}
         if "window" in kind:
             made.append(SlidingWindowSpec(**common, sliding_window=kind["window"]))
+        elif "state" in kind:
+            shapes, dtypes = ((3, 4), (2, 4)), (torch.bfloat16, torch.float32)
+            made.append(
+                MambaSpec(block_size=common["block_size"], shapes=shapes, dtypes=dtypes, mamba_cache_mode="align")
+            )
         elif "local" in kind:
             made.append(ChunkedLocalAttentionSpec(**common, attention_chunk_size=kind["local"]))
         else:

@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 
 from kvloom.connectors.serving.settings import ServingSettings
-from kvloom.connectors.vllm.worker import expect_servable
+from kvloom.connectors.vllm.groups import groups_of
+from kvloom.connectors.vllm.servable import expect_servable, settings_for
+from kvloom.connectors.vllm.worker import _expect_retrieval_is_read
 from kvloom.errors import EngineError
 
-from .test_groups import FULL, WINDOW, config
+from .test_groups import FULL, WINDOW, config, states
 
 LATENT = ("MLAAttentionSpec", {})
 
@@ -26,16 +28,23 @@ def engine(**changes: Any) -> Any:
         speculative_config=changes.get("speculative"),
         device_config=SimpleNamespace(device_type=changes.get("device", "cpu")),
         compilation_config=SimpleNamespace(is_custom_op_enabled=is_enabled),
-        scheduler_config=SimpleNamespace(async_scheduling=changes.get("plans_ahead", False)),
+        scheduler_config=SimpleNamespace(
+            async_scheduling=changes.get("plans_ahead", False), max_num_batched_tokens=changes.get("step", 2048)
+        ),
+        cache_config=SimpleNamespace(use_replayssm=changes.get("replays", False)),
         use_v2_model_runner=False,
     )
 
 
 LAYERWISE = {"load_mode": "layerwise"}
+MAMBA2 = states(block_size=64, num_prefill_checkpoint_blocks=1)
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], list[Any], str]] = {
     "context parallelism": ({"decode_context_parallel_size": 2}, {}, [FULL], "--tensor-parallel-size instead"),
     "a draft model": ({"speculative": SimpleNamespace(method="eagle")}, {}, [FULL], "use ngram or suffix"),
     "windows, layerwise": ({}, LAYERWISE, [FULL, WINDOW], "use 'async'"),
+    "states, layerwise": ({}, LAYERWISE, [FULL, states()], "use 'async'"),
+    "states with inputs since": ({"replays": True}, {}, [FULL, states()], "--use-replayssm"),
+    "states within steps": ({}, {}, [FULL, MAMBA2], "--max-num-batched-tokens 64, .*or leave the connector out"),
     "stages, layerwise": (
         {"pipeline_parallel_size": 2},
         LAYERWISE,
@@ -69,8 +78,27 @@ def test_what_is_refused(case: str) -> None:
         ({"custom_ops": ["all", "-rotary_embedding"]}, [LATENT]),
         ({"custom_ops": ["none"]}, [LATENT]),
         ({"device": "cuda"}, [LATENT]),
+        ({}, [FULL, states()]),
+        ({"step": 64}, [FULL, MAMBA2]),
+        ({"device": "cuda"}, [FULL, MAMBA2]),
     ],
 )
 def test_what_is_served(changes: dict[str, Any], groups: list[Any]) -> None:
     served = expect_servable(ServingSettings(), engine(**changes), config(*groups))
     assert served.is_latent is (groups == [LATENT])
+
+
+def test_chunks_are_as_long_as_blocks_with_states() -> None:
+    settings = ServingSettings.of({"chunk_tokens": 100})
+    assert settings_for(groups_of(config(FULL, WINDOW)), settings) is settings
+    assert settings_for(groups_of(config(FULL, states(block_size=528))), settings).chunk_tokens == 528
+
+
+@pytest.mark.parametrize("further", [WINDOW, states()])
+def test_retrieval_in_groups_is_refused(further: Any) -> None:
+    settings = {"budget_tokens": 512, "allow_uncertified": True}
+    asked = SimpleNamespace(additional_config={"kvloom": {"retrieval": settings}})
+    with pytest.raises(EngineError, match=r"in several KV cache groups, or have windows.*leave the settings out"):
+        _expect_retrieval_is_read(asked, groups_of(config(FULL, further)), [])
+    unasked = SimpleNamespace(additional_config={})
+    _expect_retrieval_is_read(unasked, groups_of(config(FULL, further)), [])

@@ -10,10 +10,12 @@ from ..keys import PrefixKeys
 from ..messages import Load, LookUp
 
 
-def look_up_pieces(request_id: str, keys: PrefixKeys, first: int, groups: int, number: int, replaces: int) -> LookUp:
-    """Ask for the pieces of chunks from `first` on, in so many groups."""
-    further = tuple(keys.between(first, group=group) for group in range(1, groups))
-    return LookUp(request_id, keys.between(first), number, replaces, first=first, further=further)
+def look_up_pieces(
+    request_id: str, keys: PrefixKeys, first: int, last: int, groups: int, number: int, replaces: int
+) -> LookUp:
+    """Ask for the pieces of chunks `[first, last)`, in so many groups."""
+    further = tuple(keys.between(first, last, group) for group in range(1, groups))
+    return LookUp(request_id, keys.between(first, last), number, replaces, first=first, further=further)
 
 
 def load_pieces(

@@ -264,7 +264,7 @@ class Planner:
             return max(tracked.offer - computed_tokens, 0)
         request.keys.extend()
         first = computed_tokens // self._settings.chunk_tokens
-        if first >= len(request.keys):
+        if first >= self._chunks_of_use(request):
             return 0
         if self._is_to_be_looked_up(tracked, first):
             self._ask(request_id, tracked, first)
@@ -280,6 +280,12 @@ class Planner:
             tracked.offer = min(tracked.offer, len(request.token_ids) - 1)
         return max(tracked.offer - computed_tokens, 0)
 
+    def _chunks_of_use(self, request: Request) -> int:
+        """Leading chunks that a request may load: with states not its last token, which the engine computes again."""
+        if any(shape.keeps_state for shape in self._shapes):
+            return min((len(request.token_ids) - 1) // self._settings.chunk_tokens, len(request.keys))
+        return len(request.keys)
+
     def _is_to_be_looked_up(self, tracked: _Tracked, first: int) -> bool:
         if self._look_up is not None or tracked.asked_from is None:
             return True
@@ -292,7 +298,8 @@ class Planner:
         self._last_lookup += 1
         keys = tracked.request.keys
         if self._shapes:
-            lookup = look_up_pieces(request_id, keys, first, len(self._shapes), self._last_lookup, tracked.lookup)
+            last, groups = self._chunks_of_use(tracked.request), len(self._shapes)
+            lookup = look_up_pieces(request_id, keys, first, last, groups, self._last_lookup, tracked.lookup)
         else:
             others = keys.others_between(first)
             lookup = LookUp(request_id, keys.between(first), self._last_lookup, tracked.lookup, others)

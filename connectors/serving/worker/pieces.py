@@ -41,9 +41,15 @@ def find_pieces(
         tiers: Sequence[str | None] = store.locate_prefix(rows[0])
     else:
         tiers = store.locate_each(rows[0])
+    # States are stored where a step of the engine ended, which is at few chunks of many.
+    states = [
+        store.locate_each(keys[: len(tiers)])
+        for shape, keys in zip(shapes, rows, strict=True)
+        if shape.keeps_state and keys is not rows[0]
+    ]
     index = len(tiers) - 1
     while index >= 0:
-        if tiers[index] is None:
+        if tiers[index] is None or any(there[index] is None for there in states):
             index -= 1
             continue
         needed: list[ChunkKey] = []

@@ -20,6 +20,7 @@ _KINDS = {
     "full": "full attention",
     "window": "sliding window",
     "local": "chunked local attention",
+    "state": "states",
 }
 
 

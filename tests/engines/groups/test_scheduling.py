@@ -33,6 +33,11 @@ KINDS: dict[str, list[Mapping[str, int]]] = {
     "a short window alone": [{"window": 5}],
     "full twice, and a window": [FULL, {"window": 33}, FULL],
     "larger blocks than chunks": [{"block": 64}, {"window": 40, "block": 64}],
+    "full, and states": [FULL, {"state": 1}],
+    "states twice, and full": [{"state": 1}, FULL, {"state": 1}],
+    "states alone": [{"state": 1}],
+    "full, a window, and states": [FULL, {"window": 40}, {"state": 1}],
+    "states in blocks of more tokens than chunks elsewhere": [{"block": 64}, {"state": 1, "block": 64}],
 }
 Make = Callable[..., GroupedWorker]
 
@@ -79,10 +84,12 @@ def make(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
         )
         config.model_config.skip_tokenizer_init = True
         config.cache_config.enable_prefix_caching = caching
+        config.cache_config.mamba_cache_mode = "align" if has_states(kinds) else "none"
         groups = [KVCacheGroupSpec([f"layer.{i}"], spec) for i, spec in enumerate(specs_of(kinds))]
         cache = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=groups)
         scheduler = utils.create_scheduler(config, blocks, cache)
-        worker = GroupedWorker(scheduler, chunk_tokens=CHUNK, store=store, nbytes=nbytes)
+        chunk_tokens = scheduler.connector.settings.chunk_tokens
+        worker = GroupedWorker(scheduler, chunk_tokens=chunk_tokens, store=store, nbytes=nbytes)
         made.append(worker)
         if at_once:
             here[worker.token] = worker.worker
@@ -92,6 +99,19 @@ def make(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     yield opened
     for worker in made:
         worker.steps.close()
+
+
+def has_states(kinds: list[Mapping[str, int]]) -> bool:
+    return any("state" in kind for kind in kinds)
+
+
+def reach_of(worker: GroupedWorker, text: list[int]) -> int:
+    """Up to where a prompt is loaded that begins as one that was stored; with states to where a step has ended."""
+    chunk_tokens = worker.chunk_tokens
+    if not any(shape.keeps_state for shape in worker.shapes):
+        return len(text) // chunk_tokens * chunk_tokens - (len(text) % chunk_tokens == 0)
+    borders = range(0, len(text), chunk_tokens)
+    return max((stop for stop in borders if tuple(text[:stop]) in worker.ends), default=0)
 
 
 def ask(worker: GroupedWorker, text: list[int], count: int = 3, **more: Any) -> str:
@@ -110,9 +130,9 @@ def test_what_was_stored_is_loaded_up_to_the_last_chunk(make: Make, kinds: str) 
     ask(worker, text, count=40)
     for length in (229, 225, 224, 223, 193, 192, 161, 160, 159, 97, 96, 65, 64, 33, 32, 31, 20):
         forget(worker)
+        reach = reach_of(worker, text[:length])
         name = ask(worker, text[:length])
         loaded = worker.usage[name]["loaded_tokens"].get("host", 0)
-        reach = length // CHUNK * CHUNK - (length % CHUNK == 0)
         if worker.shapes[0].is_full:
             assert loaded == reach, length
         else:
@@ -152,9 +172,11 @@ class Losing:
 @pytest.mark.parametrize("kinds", KINDS)
 def test_bursts_with_losses_preemptions_and_aborts(make: Make, monkeypatch: pytest.MonkeyPatch, kinds: str) -> None:
     """Few blocks, little memory for pieces, pieces lost while they are loaded; every answer is right."""
-    groups, caching = len(KINDS[kinds]), list(KINDS).index(kinds) % 2 == 0
+    groups, caching = len(KINDS[kinds]), list(KINDS).index(kinds) % 2 == 0 or has_states(KINDS[kinds])
     large = KINDS[kinds][0].get("block", 16) // 16
-    worker = make(KINDS[kinds], blocks=14 * groups // large + 4, caching=caching, nbytes=100_000, at_once=caching)
+    states = sum("state" in kind for kind in KINDS[kinds])  # of which a request has a few blocks
+    blocks = (14 * (groups - states) + 6 * states) // large + 4
+    worker = make(KINDS[kinds], blocks=blocks, caching=caching, nbytes=100_000, at_once=caching)
     rng = random.Random(7)
     losing = Losing(worker.kv_store, rng, 0.2)
     monkeypatch.setattr(worker.kv_store, "read", losing)
