@@ -28,12 +28,14 @@ class EngineGroups:
     numbers : vLLM's number of each.
     is_latent : whether the cache keeps latents (MLA).
     saves_within_steps : whether layers that keep states give one also from within a step, not from its end alone.
+    convolves : whether states are those of short convolutions alone (LFM2).
     """
 
     shapes: tuple[GroupShape, ...]
     numbers: tuple[int, ...]
     is_latent: bool = False
     saves_within_steps: bool = False
+    convolves: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -117,6 +119,7 @@ def groups_of(kv_cache_config: Any) -> EngineGroups:
         tuple(numbers),
         is_latent,
         any(spec.num_prefill_checkpoint_blocks for spec in states),
+        any(spec.mamba_type.name == "SHORT_CONV" for spec in states),
     )
 
 

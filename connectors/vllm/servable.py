@@ -80,6 +80,11 @@ def _expect_states_are_kept(vllm_config: Any, groups: EngineGroups) -> None:
         )
     block_tokens = min(shape.block_tokens for shape in groups.shapes if shape.keeps_state)
     is_cpu = vllm_config.device_config.device_type == "cpu"
+    if groups.convolves and is_cpu:
+        raise EngineError(
+            "vLLM's short convolutions for processors (LFM2) give other answers with every batch, with and without "
+            "kvloom, so that a hit could give another token; leave the connector out"
+        )
     if groups.saves_within_steps and is_cpu and vllm_config.scheduler_config.max_num_batched_tokens > block_tokens:
         raise EngineError(
             "vLLM's kernels for processors fail where Mamba 2 layers are to give the state behind a block from within "

@@ -25,7 +25,8 @@ LOCAL = ("ChunkedLocalAttentionSpec", {"attention_chunk_size": 64, "block_size":
 def states(**changes: Any) -> tuple[str, dict[str, Any]]:
     """Of layers that keep states, as vLLM's spec has it."""
     fields = {"mamba_cache_mode": "align", "num_speculative_blocks": 0, "num_prefill_checkpoint_blocks": 0}
-    return "MambaSpec", {"tokens_per_state": -1, **fields, **changes}
+    kind = SimpleNamespace(name=changes.pop("kind", "GDN_ATTN"))
+    return "MambaSpec", {"tokens_per_state": -1, "mamba_type": kind, **fields, **changes}
 
 
 def test_one_group_of_full_attention_is_plain() -> None:

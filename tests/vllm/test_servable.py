@@ -44,6 +44,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], list[Any], str]] = {
     "windows, layerwise": ({}, LAYERWISE, [FULL, WINDOW], "use 'async'"),
     "states, layerwise": ({}, LAYERWISE, [FULL, states()], "use 'async'"),
     "states with inputs since": ({"replays": True}, {}, [FULL, states()], "--use-replayssm"),
+    "short convolutions": ({}, {}, [FULL, states(kind="SHORT_CONV")], "other answers with every batch"),
     "states within steps": ({}, {}, [FULL, MAMBA2], "--max-num-batched-tokens 64, .*or leave the connector out"),
     "stages, layerwise": (
         {"pipeline_parallel_size": 2},
@@ -79,6 +80,7 @@ def test_what_is_refused(case: str) -> None:
         ({"custom_ops": ["none"]}, [LATENT]),
         ({"device": "cuda"}, [LATENT]),
         ({}, [FULL, states()]),
+        ({"device": "cuda"}, [FULL, states(kind="SHORT_CONV")]),
         ({"step": 64}, [FULL, MAMBA2]),
         ({"device": "cuda"}, [FULL, MAMBA2]),
     ],
