@@ -40,7 +40,8 @@ def share_interval(successes: int, trials: int) -> tuple[float, float]:
     centre = share + z * z / (2 * trials)
     reach = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
-    return max(0.0, (centre - reach) / scale), min(1.0, (centre + reach) / scale)
+    low, high = (centre - reach) / scale, (centre + reach) / scale
+    return max(0.0, min(low, share)), min(1.0, max(high, share))  # all of 10 would miss 1 by a rounding
 
 
 def paired_share_difference(a: Sequence[bool], b: Sequence[bool]) -> tuple[float, float, float]:

@@ -168,3 +168,11 @@ def test_plot_draws_the_points_where_they_are() -> None:
     assert down == pytest.approx(up[::-1], rel=1e-3)
     assert "currentColor" in rising
     assert Plot("x", "y", {"a": [Point(0, 0)]}).to_svg() == Plot("x", "y", {"a": [Point(0, 0)]}).to_svg()
+
+
+def test_the_interval_of_a_share_holds_the_share() -> None:
+    """Also where all succeed, and rounding would leave it out."""
+    for trials in range(1, 200):
+        for successes in {0, 1, trials // 2, trials}:
+            low, high = share_interval(successes, trials)
+            assert 0.0 <= low <= successes / trials <= high <= 1.0
