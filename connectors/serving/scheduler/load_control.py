@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 
@@ -30,6 +30,10 @@ class _Waiting:
     begun_s: float
     was_alone: bool  # the engine had nothing to compute
     is_given_back: bool = False
+    nbytes: Mapping[str, int] = field(init=False)  # by tier; asked for again and again while many wait
+
+    def __post_init__(self) -> None:
+        self.nbytes = self.stored.bytes_of(self.stored.chunks)
 
 
 @dataclass(slots=True)
@@ -178,20 +182,22 @@ class LoadControl:
             return []
         found = []
         ahead: Counter[str] = Counter()
+        all_left = self._queue("")
         for index, (request_id, waiting) in enumerate(self._waiting.items()):
             if waiting.is_given_back:
                 continue
-            loading = waiting.stored.bytes_of(waiting.stored.chunks)
             if index >= LOADERS:
-                queue = replace(self._queue(request_id), loads=index, load_bytes=dict(ahead))
+                tokens, position = self._without(all_left, request_id)
+                queue = Queue(index, ahead, tokens, position)
                 if not self._controller.pays_to_wait(waiting.stored, queue):
                     waiting.is_given_back = True
                     waiting.decision = self._give_back(request_id, waiting.decision)
                     self._prompts[request_id] = (waiting.stored.prompt_tokens, waiting.stored.computed)
                     found.append(request_id)
+                    all_left = self._queue("")
                     continue
             # Of a load that has begun, half is still to come.
-            ahead.update({tier: nbytes // (1 if index >= LOADERS else 2) for tier, nbytes in loading.items()})
+            ahead.update({tier: nbytes // (1 if index >= LOADERS else 2) for tier, nbytes in waiting.nbytes.items()})
         return found
 
     def _give_back(self, request_id: str, decision: Decision) -> Decision:
@@ -257,11 +263,19 @@ class LoadControl:
         """What waits, but for what the request itself computes."""
         load_bytes: Counter[str] = Counter()
         for waiting in self._waiting.values():
-            load_bytes.update(waiting.stored.bytes_of(waiting.stored.chunks))
+            load_bytes.update(waiting.nbytes)
         left = [(total - done, (total + done) / 2) for name, (total, done) in self._prompts.items() if name != without]
         tokens = sum(count for count, _ in left if count > 0)
         position = sum(count * middle for count, middle in left if count > 0) / max(tokens, 1)
         return Queue(len(self._waiting), dict(load_bytes), tokens, position)
+
+    def _without(self, queue: Queue, request_id: str) -> tuple[int, float]:
+        """Tokens to compute, and their mean position, without those of a request."""
+        total, done = self._prompts.get(request_id, (0, 0))
+        own, tokens = max(total - done, 0), queue.compute_tokens
+        if own >= tokens:
+            return 0, 0.0
+        return tokens - own, (tokens * queue.compute_position - own * (total + done) / 2) / (tokens - own)
 
     def _count(self, request_id: str, decision: Decision) -> None:
         self.counts[f"decisions.{decision.reason}"] += 1

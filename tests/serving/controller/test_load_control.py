@@ -2,6 +2,7 @@
 
 import pytest
 
+from kvloom.connectors.serving.controller.decisions import Queue
 from kvloom.connectors.serving.messages import FoundTiers, Loaded, LookUp, Scheduled, StepPlan, StepReport
 from kvloom.connectors.serving.scheduler.planner import Planner
 from kvloom.connectors.serving.settings import ServingSettings
@@ -345,3 +346,17 @@ def test_why_nothing_was_found_is_said(at_once: bool) -> None:
     usage = plan.close("r")
     assert usage is not None
     assert usage["decision"] == ("evicted" if at_once else "expired")
+
+
+def test_what_others_compute_is_told_without_counting_anew() -> None:
+    bed = Bed({"disk": 0.05})
+    bed.begin(bed.open(4000))
+    bed.tiers = ("disk",) * 40
+    names = [bed.begin(bed.open(330)) for _ in range(6)]
+    control = bed.plan._control
+    for name in (*names, "unknown"):
+        queue = control._queue(name)
+        assert control._without(control._queue(""), name) == pytest.approx(
+            (queue.compute_tokens, queue.compute_position)
+        )
+    assert control._without(Queue(), names[0]) == (0, 0.0)
