@@ -31,9 +31,11 @@ from ...kvstore.chunk_store import ChunkStore
 from ...kvstore.keys import content_key
 from ...retrieval.settings import Retrieval
 from ..identity.requests import chunk_salt, natural_lead
+from ..serving.controller.decisions import Reason
 from .documents import Document, document_text, document_texts, valid_text
 from .generation import generation_call
 from .identity import unwrapped
+from .load_choice import Choice, LoadChoice, LoadOrRecompute
 from .model import TransformersModel
 from .prefill import Prefill
 from .prompts import Prompts, TokenIds, positive_count, token_ids
@@ -66,6 +68,8 @@ class FusedContext:
     computed_tokens : tokens of documents that were computed rather than loaded, mean over the layers.
     stored_s : seconds that computing what was loaded took once, as far as the store remembers.
     is_exact : whether all KV is that of a full prefill.
+    decisions : for each document about which something was decided, why it was loaded or not, see `LoadChoice`. Those
+        that a full recompute computes in any case, and those that could only be fused instead, are left out.
     """
 
     token_ids: Tensor
@@ -74,6 +78,7 @@ class FusedContext:
     computed_tokens: float
     stored_s: float
     is_exact: bool
+    decisions: tuple[Reason, ...] = ()
 
 
 class TransformersConnector:
@@ -105,6 +110,9 @@ class TransformersConnector:
         that were computed alone.
     certificates : permit approximate retrieval, see `kvloom certify --retrieval`.
     allow_uncertified : use it without a certificate all the same; warns every time.
+    load_or_recompute : `always`: what is stored is loaded. `auto`: a document or the next chunk of a prompt is
+        computed instead where loading it takes longer, by what both have cost in this process. Only what is exact
+        either way is decided: the ratio of a fusion does not change, and saved sessions are loaded.
 
     Raises
     ------
@@ -127,6 +135,7 @@ class TransformersConnector:
         reuse_contexts: bool = False,
         certificates: Sequence[Certificate] = (),
         allow_uncertified: bool = False,
+        load_or_recompute: LoadOrRecompute = "always",
     ) -> None:
         _expect("tokenizer", tokenizer, PreTrainedTokenizerBase)
         _expect("store", store, ChunkStore)
@@ -158,8 +167,14 @@ class TransformersConnector:
         self._prefill = Prefill(
             self.layers, lead_ids=self.lead_ids, pack_tokens=positive_count(pack_tokens, "pack_tokens")
         )
+        self._choice = LoadChoice(load_or_recompute)
         self._planner = RetrievalPlanner(
-            self.layers, store, self._salt, tuple(certificates), allow_uncertified=allow_uncertified
+            self.layers,
+            store,
+            self._salt,
+            tuple(certificates),
+            allow_uncertified=allow_uncertified,
+            choice=self._choice,
         )
         self._leads: dict[KVSpec, KVChunk] = {}
 
@@ -240,6 +255,7 @@ class TransformersConnector:
         with Progress(disable=not progress, transient=True) as bar:
             task = bar.add_task("precomputing documents", total=sum(map(len, todo.values())))
             for key, chunk, spent_s in self._prefill.documents(todo):
+                self._choice.observe_prefill(len(chunk), len(self.lead_ids) + len(chunk) / 2, spent_s)
                 self.store.put(key, chunk, recompute_s=spent_s)
                 bar.advance(task, len(chunk))
         return Precomputed(len(todo), len(by_key) - len(todo), sum(map(len, todo.values())))
@@ -291,14 +307,31 @@ class TransformersConnector:
         starts = list(accumulate(map(len, [*lead, *rows][:-1]), initial=0))
         in_full = blender.recompute_ratio >= 1.0
         lost: set[ChunkKey] = set()
+        choices: dict[ChunkKey, Choice] = {}
+
+        def is_loaded(key: ChunkKey, ids: Sequence[int], position: int) -> bool:
+            if key in lost or (tier := self.store.locate(key)) is None:
+                choices[key] = Choice(False, "nothing stored")
+            elif key not in choices:
+                choices[key] = self._choice.decide(tier, len(ids) * self.spec.token_bytes, len(ids), position)
+            return choices[key].loads
+
         computed_tokens = 0.0
         with self.store.pinned(list(dict.fromkeys([*lead_keys, *alone, *in_context]))):
             while True:
                 for key in lead_keys:
                     if key not in held and (key in lost or key not in self.store):
                         self._compute_opening(key, opening, held)
-                stored = (key not in lost and key in self.store for key in in_context)
+                # Below ratio 1, a document that is not loaded as it is in this context would be fused instead: that is
+                # no choice, but for the first one, which is computed alone in any case.
+                places = zip(in_context, rows, starts[len(lead) :], strict=False)
+                stored = (
+                    is_loaded(key, ids, start) if in_full else key not in lost and key in self.store
+                    for key, ids, start in places
+                )
                 exact = sum(takewhile(bool, stored))
+                if exact == 1 and is_lead and not in_full and not is_loaded(in_context[0], rows[0], len(opening)):
+                    exact = 0
                 # The first document has the lead tokens before it: alone, its KV is already that of this context.
                 begun = max(exact, int(is_lead))
                 # At ratio 1 documents are computed in this context; alone they are of use for other ones, unless those
@@ -306,25 +339,31 @@ class TransformersConnector:
                 loaded = [*in_context[:exact], *alone[exact : begun if in_full and self._reuses_contexts else None]]
                 missing = {
                     key: ids
-                    for key, ids in zip(loaded[exact:], rows[exact:], strict=False)
-                    if key not in held and (key in lost or key not in self.store)
+                    for place, (key, ids) in enumerate(zip(loaded[exact:], rows[exact:], strict=False), exact)
+                    if key not in held
+                    and not (
+                        is_loaded(key, ids, len(self.lead_ids))
+                        if place < begun or not in_full  # otherwise it is stored for others, and not read
+                        else key not in lost and key in self.store
+                    )
                 }
                 computed_tokens += sum(map(len, missing.values()))
                 self._compute_missing(missing, held)
+                source = StoreSource(
+                    self.store,
+                    [*lead_keys, *loaded, *alone[len(loaded) :]],
+                    starts,
+                    len(context),
+                    self.spec.num_layers,
+                    held,
+                )
                 began_s = time.perf_counter()
                 try:
                     blended = blender.blend(
                         self.layers,
                         context,
                         starts,
-                        StoreSource(
-                            self.store,
-                            [*lead_keys, *loaded, *alone[len(loaded) :]],
-                            starts,
-                            len(context),
-                            self.spec.num_layers,
-                            held,
-                        ),
+                        source,
                         exact_tokens=len(opening) + sum(map(len, rows[:begun])),
                         question_ids=question,
                         device=self.layers.device,
@@ -332,6 +371,8 @@ class TransformersConnector:
                     break
                 except LostChunksError as error:
                     lost |= error.keys
+            for tier, nbytes, read_s in source.reads.values():
+                self._choice.observe_load(tier, nbytes, read_s)
             if in_full and self._reuses_contexts:
                 start = len(opening) + sum(map(len, rows[:begun]))
                 spent_s = time.perf_counter() - began_s
@@ -343,6 +384,7 @@ class TransformersConnector:
             computed_tokens=computed_tokens + blended.computed_tokens,
             stored_s=sum(each.recompute_s or 0.0 for each in self.store.explain([k for k in loaded if k not in held])),
             is_exact=in_full or blended.candidates == 0,
+            decisions=tuple(choices[key].reason for key in dict.fromkeys([*in_context, *alone]) if key in choices),
         )
 
     def stored_contexts(self, documents: Sequence[TokenIds]) -> Callable[[Sequence[int]], bool]:
@@ -394,6 +436,7 @@ class TransformersConnector:
     def _compute_missing(self, missing: Mapping[ChunkKey, Sequence[int]], held: dict[ChunkKey, KVChunk]) -> None:
         """Compute, hold for this request, and store where the store has room."""
         for key, chunk, spent_s in self._prefill.documents(missing):
+            self._choice.observe_prefill(len(chunk), len(self.lead_ids) + len(chunk) / 2, spent_s)
             held[key] = chunk
             with suppress(TierError):  # held, so the answer is safe; the store has counted the fault
                 self.store.put(key, chunk, recompute_s=spent_s)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...core import ChunkKey, KVChunk
 from ...kvstore.chunk_store import ChunkStore
+from ...kvstore.store import Hit
 
 _GROWTH = 8
 _MOST_LAYERS = 16
@@ -32,6 +33,10 @@ class StoreSource:
     keys, starts : of the chunks: names, and positions in the context, which has `total` tokens.
     num_layers : of every chunk.
     held : chunks in memory; all others are read from the store.
+
+    Attributes
+    ----------
+    reads : of each chunk that was read: its tier, and bytes and seconds of all layers.
     """
 
     def __init__(
@@ -46,6 +51,7 @@ class StoreSource:
         self._store = store
         self._num_layers = num_layers
         self._held = held
+        self.reads: dict[ChunkKey, tuple[str, int, float]] = {}
         self._places = [
             (key, start, torch.arange(start, stop))
             for key, start, stop in zip(keys, starts, [*starts[1:], total], strict=True)
@@ -79,6 +85,7 @@ class StoreSource:
                 if hit is None:
                     lost.add(key)
                     continue
+                self._note(key, hit)
                 self._group.append((hit.chunk.keys, hit.chunk.values))
                 continue
             moved = chunk.spec.shift(chunk.keys[layer:stop], positions - chunk.positions, layer)
@@ -86,3 +93,8 @@ class StoreSource:
         if lost:
             raise LostChunksError(lost)
         self._stop = stop
+
+    def _note(self, key: ChunkKey, hit: Hit) -> None:
+        _, nbytes, before_s = self.reads.get(key, ("", 0, 0.0))
+        nbytes += hit.chunk.keys.nbytes + hit.chunk.values.nbytes
+        self.reads[key] = hit.tier, nbytes, before_s + hit.load_s

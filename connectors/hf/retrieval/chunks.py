@@ -30,6 +30,9 @@ class SequenceCounts:
     Attributes
     ----------
     reused_tokens, computed_tokens : of prompts; tokens whose decoding is repeated count as computed.
+    computed_hits : tokens of `computed_tokens` that are stored, and took less time to compute than to load.
+    decision : why what is stored of a prompt was loaded, or not, in the end: a word of `Reason`; empty if nothing was
+        to be decided.
     lost_chunks : missing in the store although the sequence was saved; their tokens were computed again.
     unstored_chunks : refused by the store; the session keeps them in its own memory.
     rebuilt_chunks : stored chunks whose part of the index was missing or another index's.
@@ -40,6 +43,8 @@ class SequenceCounts:
 
     reused_tokens: int = 0
     computed_tokens: int = 0
+    computed_hits: int = 0
+    decision: str = ""
     lost_chunks: int = 0
     unstored_chunks: int = 0
     rebuilt_chunks: int = 0

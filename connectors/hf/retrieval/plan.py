@@ -16,6 +16,7 @@ from ....kvstore.chunk_store import ChunkStore
 from ....retrieval.selector import LayerShape
 from ....retrieval.settings import Retrieval, require_certificate
 from ...break_even import break_even
+from ..load_choice import LoadChoice
 from ..model import TransformersModel
 
 _WHOLE_HEADS = ("factor", "landmarks+factor", "sketch", "vq")  # methods that rotate by tables of their own
@@ -33,6 +34,7 @@ class RetrievalPlan:
     salt : part of every key.
     device : of the model.
     current_spec : gives the spec of the KV that the model would compute now.
+    choice : of what is loaded.
     """
 
     spec: KVSpec
@@ -44,6 +46,7 @@ class RetrievalPlan:
     salt: bytes
     device: torch.device
     current_spec: Callable[[], KVSpec]
+    choice: LoadChoice
 
     def expect_unchanged(self) -> None:
         """Raises `EngineError` if the model would compute other KV now than the session holds."""
@@ -67,6 +70,7 @@ class RetrievalPlanner:
     Parameters
     ----------
     certificates, allow_uncertified : as for `TransformersConnector`.
+    choice : of what sessions load.
     """
 
     def __init__(
@@ -77,7 +81,9 @@ class RetrievalPlanner:
         certificates: Sequence[Certificate],
         *,
         allow_uncertified: bool,
+        choice: LoadChoice,
     ) -> None:
+        self._choice = choice
         self._layers, self._store, self._salt = layers, store, salt
         self._gate = CertificateGate(certificates, allow_uncertified=allow_uncertified)
         self._measured: dict[Form, int] = {}  # break-evens
@@ -113,6 +119,7 @@ class RetrievalPlanner:
             self._salt,
             self._layers.device,
             self._current_spec,
+            self._choice,
         )
 
     def _expect_served(self, retrieval: Retrieval) -> None:

@@ -237,7 +237,7 @@ class DecodedSequence:
         switches = [] if record is None else record.extras[_SWITCHES].tolist()
         self.dense_until, self.switches = last, list(switches)
         until = last if record is None else int(record.positions[0])
-        self._load(until)
+        self._load(until, may_compute=record is None)
         if record is not None and self.length == until:
             self._take(record)
             self.counts.has_index_state = self.chunks.restore_index(dict(record.extras))
@@ -261,15 +261,31 @@ class DecodedSequence:
             self.dense_until = len(self.ids)
             self._take(KVChunk(spec, ids, torch.arange(first, first + len(ids)), keys[:, :, here], values[:, :, here]))
 
-    def _load(self, until: int) -> None:
-        """Take the chunks that the store has, from the beginning, as far as they end at `until` or before."""
+    def _load(self, until: int, *, may_compute: bool) -> None:
+        """Take the chunks that the store has, from the beginning, as far as they end at `until` or before.
+
+        Parameters
+        ----------
+        may_compute : end where computing the next chunk takes less time than loading it.
+        """
+        plan, choice = self.plan, self.plan.choice
+        nbytes = CHUNK_TOKENS * plan.spec.token_bytes
         while self.length + CHUNK_TOKENS <= until:
             place = self.length // CHUNK_TOKENS
-            chunk = self.plan.store.get(self.key_of(place))
-            if chunk is None or chunk.token_ids.tolist() != self.ids[self.length : self.length + CHUNK_TOKENS]:
+            key = self.key_of(place)
+            if may_compute and (tier := plan.store.locate(key)) is not None:
+                decided = choice.decide(tier, nbytes, CHUNK_TOKENS, self.length)
+                self.counts.decision = decided.reason
+                if not decided.loads:
+                    keys = [self.key_of(later) for later in range(place, until // CHUNK_TOKENS)]
+                    self.counts.computed_hits += CHUNK_TOKENS * plan.store.match(keys)
+                    return
+            hit = plan.store.read(key)
+            if hit is None or hit.chunk.token_ids.tolist() != self.ids[self.length : self.length + CHUNK_TOKENS]:
                 return
-            self._resumed[place] = on_cpu(chunk)
-            self._take(chunk)
+            choice.observe_load(hit.tier, nbytes, hit.load_s)
+            self._resumed[place] = on_cpu(hit.chunk)
+            self._take(hit.chunk)
 
     def _take(self, chunk: KVChunk) -> None:
         """Append tokens that were computed before."""

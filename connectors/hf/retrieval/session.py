@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -262,6 +263,7 @@ class Session:
 
     def _forward(self, sequence: DecodedSequence, start: int, stop: int) -> None:
         device = self.plan.device
+        began_s = time.perf_counter()
         cache = RetrievalCache([sequence], self.plan.spec.num_layers)
         self._model.get_decoder()(
             input_ids=torch.tensor([sequence.ids[start:stop]], device=device),
@@ -271,6 +273,10 @@ class Session:
         )
         cache.expect_end()
         sequence.counts.computed_tokens += stop - start
+        if self.plan.choice.decides:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            self.plan.choice.observe_prefill(stop - start, (start + stop) / 2, time.perf_counter() - began_s)
 
     # ------------------------------------------------------------------------------------------------- answers
 
