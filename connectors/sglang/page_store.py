@@ -6,7 +6,7 @@ import logging
 import secrets
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from itertools import repeat
@@ -26,6 +26,7 @@ from ..serving.worker.arrivals import UNKNOWN, fits
 from ..serving.worker.head_reader import HeadReader
 from ..serving.worker.offers import OFFER_S
 from ..serving.worker.threads import compute_alone
+from .load_choice import LoadChoice
 
 Page: TypeAlias = "tuple[Tensor, Tensor]"
 """Keys `[L, H, T, D]` and values `[L, H, T, Dv]` in host memory of the engine."""
@@ -57,6 +58,7 @@ class PageStore(EngineCalls):
     salt : the tenant's secret.
     load_timeout_s : longest time that a batch of pages may take; later ones are misses.
     splits : where else the rank's heads may be stored, see `WorkerInfo`.
+    choice : decides how many of the pages found are loaded; None for all.
     is_lossy : some tier's codec loses something. Such codecs undo the rotation of keys, so that pages whose position
         SGLang does not tell are not stored.
     """
@@ -71,8 +73,10 @@ class PageStore(EngineCalls):
         load_timeout_s: float,
         is_lossy: bool,
         splits: Sequence[HeadSplit] = (),
+        choice: LoadChoice | None = None,
     ) -> None:
         super().__init__("SGLang")
+        self.choice = choice
         self.store = store
         self.spec = spec
         self._splits = tuple(splits)
@@ -107,22 +111,44 @@ class PageStore(EngineCalls):
         salt = chunk_salt(tenant=self._tenant, epoch=self._epoch)
         return page_keys(spec, list(map(bytes.fromhex, hashes)), chunk_tokens=self._page_tokens, salt=salt)
 
-    def find(self, hashes: Sequence[str]) -> int:
-        """How many leading pages are stored. They stay pinned until they are read, but not for long."""
+    def find(self, hashes: Sequence[str], before: Sequence[str] | None = None) -> int:
+        """How many leading pages are stored, and to be loaded. They stay pinned until they are read, but not for long.
+
+        Parameters
+        ----------
+        before : as for `write`; if SGLang does not say it, nothing is known of what computing costs there, and all is
+            loaded.
+        """
 
         def look_up() -> int:
             keys, others = self.keys(hashes), self.others(hashes)
-            found = len(self._reader.locate_prefix(keys, others)) if others else self.store.match(keys)
+            tiers = self._reader.locate_prefix(keys, others) if others else self.store.locate_prefix(keys)
+            found = len(tiers)
             if found < len(others):
                 self._reader.explain_partly_stored(keys[found], others[found])
+            self.count({"lookups": 1, "lookup_pages": len(keys), "hit_pages": found})
+            if found and self.choice is not None and before is not None:
+                decision = self.choice.decide(tiers, len(before), len(keys))
+                self.count({f"decisions.{decision.reason}": 1, "left_pages": found - decision.chunks})
+                if decision.chunks < found:
+                    page = decision.chunks
+                    self._probe(self.choice, tiers[page], keys[page], others[page] if others else ())
+                found = decision.chunks
             if found:
                 pin = self._reader.pinned(keys[:found], others[:found], deadline_s=OFFER_S)
                 pin.__enter__()
                 self._pin_instead(keys[found - 1], pin)
-            self.count({"lookups": 1, "lookup_pages": len(keys), "hit_pages": found})
             return found
 
         return self.guarded("a look-up", look_up, 0)
+
+    def _probe(self, choice: LoadChoice, tier: str, key: ChunkKey, other: OtherKeys) -> None:
+        """Read a page of a tier that is left alone, if that was not done for long: it may have become faster."""
+        if choice.is_probe_due(tier):
+            begun_s = time.monotonic()
+            hit = self._reader.read(key, other, timeout_s=self._load_timeout_s)
+            name = tier if hit is None else hit.tier
+            choice.observe_pages({name: 1}, {name: time.monotonic() - begun_s})
 
     def read(self, hashes: Sequence[str], pages: Sequence[Page]) -> int:
         """Copy stored pages into host memory, up to the first that is lost; how many."""
@@ -130,7 +156,8 @@ class PageStore(EngineCalls):
 
         def load() -> int:
             nonlocal done
-            begun_s = time.monotonic()
+            begun_s = lap_s = time.monotonic()
+            tiers, read_s = Counter[str](), dict[str, float]()
             keys = self.keys(hashes)
             others: Iterable[OtherKeys] = self.others(hashes) or repeat((), len(keys))
             for key, other, (into_keys, into_values) in zip(keys, others, pages, strict=True):
@@ -140,9 +167,15 @@ class PageStore(EngineCalls):
                     break
                 into_keys.copy_(hit.chunk.keys)
                 into_values.copy_(hit.chunk.values)
-                self.count({f"loaded_pages.{hit.tier}": 1})
+                tiers[hit.tier] += 1
+                now_s = time.monotonic()
+                read_s[hit.tier] = read_s.get(hit.tier, 0.0) + now_s - lap_s
+                lap_s = now_s
                 done += 1
             self._release(keys)
+            self.count({f"loaded_pages.{tier}": count for tier, count in tiers.items()})
+            if self.choice is not None:
+                self.choice.observe_pages(tiers, read_s)
             spent_s = time.monotonic() - begun_s
             self._loads.append(self._transfer(done, spent_s))
             self.count({"loads": 1, "load_seconds": spent_s, "lost_pages": len(keys) - done})

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from ..serving.settings import LoadChoice
 from ..serving.store_settings import CHECKED, StoreSettings, checked
 
 # SGLang's own, which stand in the same object. It takes out others before a backend sees them.
@@ -15,7 +17,15 @@ _OF_SGLANG = frozenset({"backend_name", "module_path", "class_name", "interface_
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=CHECKED)
 class SGLangSettings(StoreSettings):
-    """`StoreSettings`, of which one tier at least is to be named: SGLang's host pool holds what a host tier would."""
+    """`StoreSettings`, of which one tier at least is to be named: SGLang's host pool holds what a host tier would.
+
+    Attributes
+    ----------
+    load_or_recompute : `always`: pages that are stored are loaded. `auto`: as many of them as are expected to be there
+        sooner than if they were computed, by what both have cost here lately, if nothing waits.
+    """
+
+    load_or_recompute: Annotated[LoadChoice, Field(description="one of auto, always")] = "always"
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> SGLangSettings:

@@ -18,12 +18,14 @@ from ...kvstore.stats import StoreStats
 
 _LOG = logging.getLogger("kvloom")
 _TIER = "loaded_pages."  # followed by the tier's name
+_REASON = "decisions."  # followed by a word of `Reason`
 
 COUNTERS = MappingProxyType(
     {
         "lookups": "Questions to the store.",
         "lookup_pages": "Pages asked about.",
         "hit_pages": "Leading pages asked about that were stored.",
+        "left_pages": "Pages that were stored and were to be computed, as that is faster.",
         "loads": "Batches of pages that SGLang asked for.",
         "load_seconds": "Time that these took, summed.",
         "joined_chunks": "Pages made of those that engines of other tensor-parallel sizes have stored.",
@@ -110,6 +112,9 @@ class EngineMetrics:
         for name, count in _since(self._counted, counts).items():
             if name.startswith(_TIER):
                 self._families["loaded_pages"].labels(**self._labels, tier=name.removeprefix(_TIER)).inc(count)
+            elif name.startswith(_REASON):
+                reason = name.removeprefix(_REASON)
+                self._families["decisions"].labels(**self._labels, reason=reason).inc(count)
             elif name in COUNTERS:
                 self._families[name].labels(**self._labels).inc(count)
         for reason, count in _since(self._missed, store.misses).items():
@@ -142,6 +147,8 @@ def _families(labels: tuple[str, ...]) -> Mapping[str, Any]:
     }
     text = "Pages loaded, by the tier that they came from."
     made["loaded_pages"] = Counter("sglang:kvloom_loaded_pages", text, labelnames=(*labels, "tier"))
+    text = "Look-ups that found something, by the reason for loading as much of it as was loaded."
+    made["decisions"] = Counter("sglang:kvloom_decisions", text, labelnames=(*labels, "reason"))
     made["misses"] = Counter("sglang:kvloom_misses", "Pages not given, by reason.", labelnames=(*labels, "reason"))
     made["tier_used_bytes"] = Gauge(
         "sglang:kvloom_tier_used_bytes",

@@ -24,8 +24,10 @@ from ...core import ChunkKey
 from ...errors import EngineError
 from ..serving.worker.other_sizes import splits_for, warn_of_other_sizes
 from ..serving.worker.store_setup import QualityRecords, is_lossy, open_store
+from . import batch_times
 from .host_pages import HostPages
 from .identity import engine_heads, engine_spec, live_weights
+from .load_choice import LoadChoice
 from .page_store import Page, PageStore
 from .settings import SGLangSettings
 from .side_pools import SidePool, restorable_prefixes, transfer_pages
@@ -75,6 +77,10 @@ class KVLoomStorage(HiCacheStorage):
         chunks = open_store(self._settings, spec, records)
         if spec.shard[0] == 0:
             warn_of_other_sizes(self._settings, spec, chunks)
+        choice = None
+        if self._settings.load_or_recompute == "auto":
+            choice = LoadChoice(pages.page_tokens, pages.page_tokens * spec.token_bytes)
+            batch_times.watch(choice)
         store = PageStore(
             chunks,
             spec,
@@ -83,6 +89,7 @@ class KVLoomStorage(HiCacheStorage):
             load_timeout_s=self._settings.load_timeout_s,
             is_lossy=is_lossy(self._settings, records),
             splits=splits_for(self._settings, spec, engine_heads()),
+            choice=choice,
         )
         self._open = pages, store
         self._weights = live_weights()
@@ -150,7 +157,8 @@ class KVLoomStorage(HiCacheStorage):
 
     def batch_exists(self, keys: list[str], extra_info: Any = None) -> int:
         """How many of the keys, from the first on without a gap, are stored."""
-        return 0 if not self._is_open() else self.pages.find(keys)
+        before = None if extra_info is None else extra_info.prefix_keys
+        return 0 if not self._is_open() else self.pages.find(keys, before)
 
     def get(self, key: str, target_location: Any = None, target_sizes: Any = None) -> Tensor | None:
         (found,) = self.batch_get([key], [target_location])

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar
 from weakref import WeakSet
 
+from . import batch_times
+
 T = TypeVar("T")
 
 _UPDATES = ("disk", "distributed", "tensor", "ipc")
@@ -25,11 +27,12 @@ _OPEN: WeakSet[Renewable] = WeakSet()  # in this process; closed ones go by them
 
 
 def register() -> None:
-    """Ask SGLang to say when weights have been updated."""
+    """Ask SGLang to say when weights have been updated, and what batches take."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     for source in _UPDATES:
         HookRegistry.register(f"{_MANAGER}.update_weights_from_{source}", _renewing, HookType.AROUND)
+    batch_times.register()
 
 
 def watch(storage: Renewable) -> None:

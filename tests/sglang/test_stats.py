@@ -72,6 +72,8 @@ def test_counters_add_up_and_a_storage_may_be_attached_again() -> None:
     assert value("tier_used_bytes", labels, tier="host") == 0
     EngineMetrics(labels).observe({"hit_pages": 1}, stats())
     assert value("hit_pages_total", labels) == 6
+    metrics.observe({"decisions.slow tier": 2, "left_pages": 7}, stats())
+    assert value("decisions_total", labels, reason="slow tier") == 2 and value("left_pages_total", labels) == 7
     assert set(COUNTERS) >= {"hit_pages", "lost_pages", "errors"}
 
 

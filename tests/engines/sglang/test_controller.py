@@ -1,5 +1,6 @@
 """SGLang's real controller, pools and threads around kvloom: every layout and interface, bit for bit."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -157,4 +158,31 @@ def test_updated_weights_end_all_names(tmp_path: Path) -> None:
     assert cache.load(tokens)[0] == len(tokens)
     get_context().override("scheduler.weight_version", weight_version="another")
     assert cache.load(tokens) == (0, None)
+    cache.close()
+
+
+def test_a_slow_tier_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found, not loaded, and the same KV whenever it is loaded; SGLang's threads go on."""
+    tokens = list(range(20 * PAGE))
+    own = {"interface_v1": 1, "hicache_storage_pass_prefix_keys": True, "load_or_recompute": "auto"}
+    cache = opened("page_first", tmp_path, **own)
+    kv = saved(cache, tokens, before=[])
+    store = cache.controller.storage_backend.pages
+    read = store._reader.read
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        time.sleep(0.02)
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(store._reader, "read", slow)
+    for _ in range(4):
+        store.choice.observe_prefill(4 * PAGE, 2 * PAGE, 1e-3)
+    for _ in range(3):
+        found, where = cache.load(tokens, before=[])
+        assert found == len(tokens) and where is not None and same(cache, where, kv)
+        cache.allocator.free(where)
+    assert cache.load(tokens, before=[]) == (0, None)
+    assert store.counts()["decisions.slow tier"] == 1 and store.counts()["left_pages"] == 20
+    found, where = cache.load(tokens)  # SGLang does not say where they stand: nothing is decided
+    assert found == len(tokens) and where is not None and same(cache, where, kv)
     cache.close()

@@ -92,3 +92,28 @@ def test_random_failures_and_delays(model: Path, plain: list[list[int]], tmp_pat
     finally:
         for name in faults:
             del os.environ[name]
+
+
+def test_what_is_decided_changes_no_token(model: Path, plain: list[list[int]], tmp_path: Path) -> None:
+    """With the plugin, batches teach what computing takes: whatever pays on this machine, answers are the same."""
+    texts = prompts(3, LENGTHS)
+    settings = {"disk_path": str(tmp_path / "kv"), "model_id": "tiny", "load_or_recompute": "auto"}
+
+    def decisions() -> dict[str, float]:
+        reasons = ("untried", "loads", "shortened", "too short to pay", "slow tier", "trial")
+        return {reason: counted("sglang:kvloom_decisions_total", reason=reason) for reason in reasons}
+
+    with engine(model, settings, enable_metrics=True) as running:
+        before = decisions()
+        for _ in range(8):
+            for text, answer in zip(texts, plain, strict=True):
+                tokens, details = generate(running, text)
+                assert tokens == answer, details
+            running.flush_cache()
+        deadline_s = time.monotonic() + 10
+        while sum(told := decisions().values()) - sum(before.values()) < 12 and time.monotonic() < deadline_s:
+            generate(running, texts[0][:20])
+            time.sleep(0.5)
+        new = {reason: count - before[reason] for reason, count in decisions().items()}
+        assert new["untried"] > 0 and sum(new.values()) > new["untried"], (new, told)
+        assert counted("sglang:kvloom_errors_total") == 0
