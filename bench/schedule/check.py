@@ -1,7 +1,7 @@
 """Does an engine do what a schedule says of it? `kvloom bench schedule`, in vLLM's environment.
 
 One trace is served by a real engine that loads always, never, and as kvloom decides, and by the simulation of
-`kvloom simulate --model`, with costs measured on the same engine just before.
+`kvloom simulate --model`, with costs measured on the same engines in between.
 """
 
 from __future__ import annotations
@@ -27,13 +27,17 @@ from ..vllm.inputs import Prompts, Shape, make_model
 from ..vllm.server import Replay, Setup
 from .costs import Costs
 from .jobs import POLICIES, Job, Policy
-from .probes import costs_of, measured_loads, measured_prefill
+from .probes import Times, costs_of, prefill_of, probe_loads, probe_prefill
 from .queues import schedule
 from .trace import Traced, draw_trace, prompts_of
 
 CHUNK_TOKENS = 256
 MOST_RUNNING = 16
 STEP_TOKENS = 2048
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+"""Threads that compute together wait for one another in every operation: one that is held up for a moment, by a load or
+anything else, holds up the step. No GPU is like that.
+"""
 TIERS: Mapping[str, float] = {"host": 0.0, "disk": 0.5, "slow disk": 2.0}
 """How many times as long as computing it a chunk takes from the device behind each; 0 for no device."""
 
@@ -41,13 +45,13 @@ FIGURES = ("ttft_p50_s", "ttft_p90_s", "ttft_p99_s", "makespan_s")
 
 TITLE = "Does an engine do what a schedule says of it?"
 MEANING = (
-    "Predicted: by the simulation of kvloom simulate --model, with costs measured on these engines before: steps of "
-    "prompts and answers alone, loads of one chunk and of many. Measured: stock vLLM, requests come while it computes; "
-    "medians over the rounds. Off by: the difference over what was measured. What is stored is stored before, and "
-    "nothing is stored meanwhile; vLLM's own prefix cache is off. Disks are files in the page cache behind a device "
-    "that serves one chunk at a time, in half or twice the time of computing it. schedule_error: median of all. "
-    "schedule_order: of the pairs of ways that differ by more than a tenth in a figure, the share that is predicted in "
-    "the same order."
+    "Predicted: by the simulation of kvloom simulate --model, with costs measured on these engines in turns with the "
+    "ways: steps of prompts and answers alone, loads of one chunk and of many. Measured: stock vLLM, one thread that "
+    "computes, requests come while it does; medians over the rounds. Off by: the difference over what was measured. "
+    "What is stored is stored before, and nothing is stored meanwhile; vLLM's own prefix cache is off. Disks are files "
+    "in the page cache behind a device that serves one chunk at a time, in half or twice the time of computing it. "
+    "schedule_error: median of all. schedule_order: of the pairs of ways that differ by more than a tenth in a figure, "
+    "the share that is predicted in the same order."
 )
 TARGETS = (Target("schedule_error", "<=", 0.25), Target("schedule_order", ">=", 0.9))
 
@@ -76,7 +80,7 @@ FULL_SIZES = Sizes(
     requests=40,
     documents=12,
     chunks=7,
-    rounds=3,
+    rounds=4,
     busy_ratio=0.8,
 )
 QUICK_SIZES = Sizes(
@@ -130,8 +134,8 @@ def run(*, quick: bool = False, folder: Path = Path(), sizes: Sizes | None = Non
             task = bar.add_task(tier, total=len(POLICIES) * sizes.rounds)
             with ExitStack() as stack:
                 bed = _Bed(stack, sizes, where, tier)
-                costs[tier] = bed.costs
                 compared += bed.compare(lambda task=task: bar.advance(task))  # type: ignore[misc]
+                costs[tier] = bed.costs
     return result_of(compared, costs)
 
 
@@ -161,6 +165,7 @@ class _Bed:
                 log=folder / f"{choice}.log",
                 prefix_caching=False,
                 options={"max_num_seqs": MOST_RUNNING, "max_num_batched_tokens": STEP_TOKENS},
+                environment=ONE_THREAD,
             )
             return stack.enter_context(Engine(f"{tier}, {choice}", setup))
 
@@ -169,40 +174,56 @@ class _Bed:
             if each is self._auto or tier == "host":  # on a disk, one finds what the other has stored
                 each.generate(self._texts, {"load": False})
                 each.settle()
-        lengths = [CHUNK_TOKENS, sizes.chunks * CHUNK_TOKENS // 2, sizes.chunks * CHUNK_TOKENS]
-        prefill = measured_prefill(self._auto, self._prompts, lengths, MOST_RUNNING // 2)
+        self._token_bytes = token_bytes
+        self._prefills: Times = {}
+        self._loads: Times = {}
+        self._probe_prefill({})  # warms up
+        self._probe_prefill(self._prefills)
         whole = sizes.chunks * CHUNK_TOKENS
-        byte_s = TIERS[tier] * prefill.seconds(whole) / (whole * token_bytes)
+        byte_s = TIERS[tier] * prefill_of(self._prefills).seconds(whole) / (whole * token_bytes)
         for each in (self._auto, self._always):
             each.slow_down(0.0, byte_s)
-        loads, _ = (  # the engine that decides learns from the same requests
-            measured_loads(each, self._texts, self._prompts, prefill, CHUNK_TOKENS)
-            for each in (self._always, self._auto)
+        for _ in range(2):
+            self._probe_loads({})
+
+    def _probe_prefill(self, times: Times) -> None:
+        whole = self._sizes.chunks * CHUNK_TOKENS
+        probe_prefill(self._auto, self._prompts, [CHUNK_TOKENS, whole // 2, whole], MOST_RUNNING // 2, times)
+
+    def _probe_loads(self, times: Times) -> None:
+        probe_loads(self._always, self._texts, self._prompts, CHUNK_TOKENS, times)
+        probe_loads(self._auto, self._texts, self._prompts, CHUNK_TOKENS, {})  # which learns from it
+
+    @property
+    def costs(self) -> Costs:
+        """By all that was probed."""
+        prefill, chunks = prefill_of(self._prefills), self._sizes.chunks
+        chunk_bytes = CHUNK_TOKENS * self._token_bytes
+        costs = costs_of(
+            prefill, self._loads, tier=self._tier, chunks=chunks, chunk_tokens=CHUNK_TOKENS, chunk_bytes=chunk_bytes
         )
-        sizes_of = {"chunks": sizes.chunks, "chunk_tokens": CHUNK_TOKENS, "chunk_bytes": CHUNK_TOKENS * token_bytes}
-        self.costs = replace(
-            costs_of(prefill, loads, tier=tier, **sizes_of), most_running=MOST_RUNNING, step_tokens=STEP_TOKENS
-        )
+        return replace(costs, most_running=MOST_RUNNING, step_tokens=STEP_TOKENS)
 
     def compare(self, done: Callable[[], object]) -> list[Compared]:
-        """Each way, in turns."""
+        """Each way, in turns with one another and with probes, as no machine is equally fast all the time."""
         sizes = self._sizes
         trace = draw_trace(sizes.requests, sizes.documents, sizes.chunks, CHUNK_TOKENS, busy_ratio=sizes.busy_ratio)
-        whole = sizes.chunks * CHUNK_TOKENS
-        work_s = self.costs.prefill.seconds(whole) / sizes.chunks
+        work_s = prefill_of(self._prefills).seconds(sizes.chunks * CHUNK_TOKENS) / sizes.chunks
         jobs = [each.job(self._tier, CHUNK_TOKENS, work_s) for each in trace]
         found: dict[Policy, list[Mapping[str, float]]] = {way: [] for way in POLICIES}
         told: dict[Policy, Counter[str]] = {way: Counter() for way in POLICIES}
         draw = random.Random(0)
         for _ in range(sizes.rounds):
+            self._probe_prefill(self._prefills)
+            self._probe_loads(self._loads)
             ways = list(POLICIES)
             draw.shuffle(ways)
             for way in ways:
                 found[way].append(self._serve(way, trace, jobs, told[way]))
                 done()
-        compared = []
+        compared, costs = [], self.costs
         for way in POLICIES:
-            served = schedule(jobs, self.costs, way, is_taught=True)
+            served = schedule(jobs, costs, way, is_taught=True)
             last_s = max(each.done_s for each in served)
             predicted = figures([each.ttft_s for each in served], last_s - jobs[0].arrival_s)
             measured = {name: statistics.median(each[name] for each in found[way]) for name in FIGURES}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
@@ -15,32 +15,35 @@ from .costs import Costs, LoadCost, PrefillCost, pairs
 
 QUESTION_TOKENS = 32  # behind what is stored, new in every request
 _DECODED = 9  # tokens of an answer whose steps are timed
-_ROUNDS = 5
+
+Times: TypeAlias = "dict[tuple[float, ...], list[float]]"
+"""Seconds of what is asked again and again, by what it is."""
 
 
-def measured_prefill(engine: Engine, prompts: Prompts, lengths: Sequence[int], together: int) -> PrefillCost:
-    """From times to the first token of prompts that meet an idle engine, and from the steps behind them.
+def probe_prefill(engine: Engine, prompts: Prompts, lengths: Sequence[int], together: int, times: Times) -> None:
+    """Add times to the first token of prompts that meet an idle engine, and of the steps behind them.
 
     Parameters
     ----------
     lengths : of the prompts.
     together : requests whose answers are generated at once, beside one alone.
+    times : by terms of a step, see `fitted`.
     """
-    rows: dict[tuple[float, ...], list[float]] = {}
-    for number in range(_ROUNDS + 1):
-        for count in (1, together):
-            for length in lengths:
-                engine.reset()
-                asked = prompts.documents(count, length)
-                served = engine.generate(asked, {"load": False, "save": False}, new_tokens=_DECODED)
-                if not number:
-                    continue
-                if count == 1:
-                    rows.setdefault((1.0, length, pairs(length), 0.0), []).append(served.first_s[0])
-                behind = length + _DECODED / 2
-                step = (1.0, count, count * behind, count * behind)
-                rows.setdefault(step, []).append(served.decode_s / (_DECODED - 1))
-    return fitted(list(rows), [statistics.median(found) for found in rows.values()])
+    for count in (1, together):
+        for length in lengths:
+            engine.reset()
+            asked = prompts.documents(count, length)
+            served = engine.generate(asked, {"load": False, "save": False}, new_tokens=_DECODED)
+            if count == 1:
+                times.setdefault((1.0, length, pairs(length), 0.0), []).append(served.first_s[0])
+            behind = length + _DECODED / 2
+            step = (1.0, count, count * behind, count * behind)
+            times.setdefault(step, []).append(served.decode_s / (_DECODED - 1))
+
+
+def prefill_of(times: Times) -> PrefillCost:
+    """What the medians say."""
+    return fitted(list(times), [statistics.median(found) for found in times.values()])
 
 
 def fitted(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> PrefillCost:
@@ -68,50 +71,37 @@ def fitted(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> Prefill
     return PrefillCost(fixed_s, token_s, pair_s, behind_s=behind_s)
 
 
-@dataclass(frozen=True, slots=True)
-class LoadTimes:
-    """Seconds of loads, medians.
+def probe_loads(
+    engine: Engine, texts: Sequence[Sequence[int]], prompts: Prompts, chunk_tokens: int, times: Times
+) -> None:
+    """Add loads of one chunk and of a whole document alone, and of `LOADERS` documents at once; of an engine that loads
+    whatever is stored, all of `texts`. One that decides learns from them.
 
-    Attributes
+    Parameters
     ----------
-    one_s, whole_s : of a chunk, and of a whole document, alone.
-    crowded_s : of a whole document among `LOADERS` at once.
-    beside_s : of a request that loads, beside the load and what it computes then.
+    times : of a load, by its chunks, how many run, and 0; of a request's time to the first token, the same with 1.
     """
-
-    one_s: float
-    whole_s: float
-    crowded_s: float
-    beside_s: float
-
-
-def measured_loads(
-    engine: Engine, texts: Sequence[Sequence[int]], prompts: Prompts, prefill: PrefillCost, chunk_tokens: int
-) -> LoadTimes:
-    """Loads of an engine that loads whatever is stored, all of `texts`; one that decides learns from them."""
     whole = len(texts[0]) // chunk_tokens
-    found: dict[tuple[int, int], list[float]] = {(1, 1): [], (whole, 1): [], (whole, LOADERS): []}
-    beside: list[float] = []
-    for number in range(_ROUNDS + 1):
-        for (chunks, count), times in found.items():
-            engine.reset()
-            asked = [[*text[: chunks * chunk_tokens], *prompts.ids(QUESTION_TOKENS)] for text in texts[:count]]
-            served = engine.generate(asked, {"save": False})
-            if not number:
-                continue
-            times.append(statistics.fmean(float((usage or {})["load_s"]) for usage in served.usage))
-            if count == 1:
-                computed_s = prefill.seconds(QUESTION_TOKENS, chunks * chunk_tokens)
-                beside.append(served.first_s[0] - times[-1] - computed_s)
-    one_s, whole_s, crowded_s = (statistics.median(times) for times in found.values())
-    return LoadTimes(one_s, whole_s, crowded_s, statistics.median(beside))
+    for chunks, count in ((1, 1), (whole, 1), (whole, LOADERS)):
+        engine.reset()
+        asked = [[*text[: chunks * chunk_tokens], *prompts.ids(QUESTION_TOKENS)] for text in texts[:count]]
+        served = engine.generate(asked, {"save": False})
+        load_s = statistics.fmean(float((usage or {})["load_s"]) for usage in served.usage)
+        times.setdefault((chunks, count, 0), []).append(load_s)
+        times.setdefault((chunks, count, 1), []).append(served.first_s[0])
 
 
 def costs_of(
-    prefill: PrefillCost, loads: LoadTimes, *, tier: str, chunks: int, chunk_tokens: int, chunk_bytes: int
+    prefill: PrefillCost, loads: Times, *, tier: str, chunks: int, chunk_tokens: int, chunk_bytes: int
 ) -> Costs:
     """What a schedule is given; `chunks`: of a whole document."""
-    chunk_s = max(loads.whole_s - loads.one_s, 1e-6 * loads.whole_s) / max(chunks - 1, 1)
-    lanes = min(max(LOADERS * loads.whole_s / loads.crowded_s, 1.0), float(LOADERS))
-    load = LoadCost(read_s=chunk_s, start_s=max(loads.one_s - chunk_s, 0.0))
-    return Costs(prefill, chunk_tokens, chunk_bytes, {tier: load}, max(loads.beside_s, 0.0), lanes)
+    median = {what: statistics.median(found) for what, found in loads.items()}
+    one_s, whole_s, crowded_s = (median[what] for what in ((1, 1, 0), (chunks, 1, 0), (chunks, LOADERS, 0)))
+    beside_s = [
+        median[count, 1, 1] - median[count, 1, 0] - prefill.seconds(QUESTION_TOKENS, count * chunk_tokens)
+        for count in (1, chunks)
+    ]
+    chunk_s = max(whole_s - one_s, 1e-6 * whole_s) / max(chunks - 1, 1)
+    lanes = min(max(LOADERS * whole_s / crowded_s, 1.0), float(LOADERS))
+    load = LoadCost(read_s=chunk_s, start_s=max(one_s - chunk_s, 0.0))
+    return Costs(prefill, chunk_tokens, chunk_bytes, {tier: load}, max(statistics.fmean(beside_s), 0.0), lanes)

@@ -38,6 +38,7 @@ class Setup:
     path : folders to import from, behind those of this environment.
     prefix_caching : vLLM's own.
     options : of the engine, instead of those below.
+    environment : of the process, instead of what is set below.
     """
 
     model: Path
@@ -48,6 +49,7 @@ class Setup:
     path: Sequence[str] = field(default=())
     prefix_caching: bool = True
     options: Mapping[str, object] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +170,7 @@ def start_engine(setup: Setup) -> Any:
     cores = "|".join(map(str, range(ranks))) if ranks > 1 else "auto"
     memory = str(setup.cache_gib)
     os.environ.update(ENVIRONMENT, VLLM_CPU_KVCACHE_SPACE=memory, VLLM_CPU_OMP_THREADS_BIND=cores)
+    os.environ.update(setup.environment)
     hide_fake_attributes()
     from vllm import LLM
     from vllm.config import KVTransferConfig

@@ -8,7 +8,7 @@ import pytest
 from kvloom.bench.schedule.check import FIGURES, Compared, figures, order_of, result_of
 from kvloom.bench.schedule.costs import Costs, LoadCost, PrefillCost, pairs
 from kvloom.bench.schedule.jobs import Policy
-from kvloom.bench.schedule.probes import LoadTimes, costs_of, fitted
+from kvloom.bench.schedule.probes import Times, costs_of, fitted, prefill_of
 from kvloom.bench.schedule.queues import schedule
 from kvloom.bench.schedule.trace import BURST, draw_trace, prompts_of
 from kvloom.bench.vllm.inputs import Prompts
@@ -35,15 +35,26 @@ def test_no_cost_is_negative() -> None:
 
 
 def test_loads_alone_and_together_say_what_they_cost() -> None:
-    times = LoadTimes(one_s=0.03, whole_s=0.09, crowded_s=0.18, beside_s=0.002)
-    costs = costs_of(PrefillCost(0.0, 1e-3, 0.0), times, tier="disk", chunks=7, chunk_tokens=CHUNK, chunk_bytes=1 << 20)
+    prefill = PrefillCost(0.0, 1e-3, 0.0)
+    times: Times = {(1, 1, 0): [0.03], (7, 1, 0): [0.02, 0.09, 0.8], (7, LOADERS, 0): [0.18], (7, LOADERS, 1): [9.0]}
+    times |= {(1, 1, 1): [0.03 + 0.032 + 0.001], (7, 1, 1): [0.09 + 0.032 + 0.003]}
+    sizes = {"chunks": 7, "chunk_tokens": CHUNK, "chunk_bytes": 1 << 20}
+    costs = costs_of(prefill, times, tier="disk", **sizes)
     cost = costs.loads["disk"]
     assert (cost.chunk_s, cost.start_s) == (pytest.approx(0.01), pytest.approx(0.02))
-    assert cost.seconds(7) == pytest.approx(0.09) and costs.call_s == 0.002 and costs.lanes == pytest.approx(2.0)
+    assert cost.seconds(7) == pytest.approx(0.09) and costs.call_s == pytest.approx(0.002)
+    assert costs.lanes == pytest.approx(2.0)
     for crowded_s, lanes in ((9.0, 1.0), (0.01, LOADERS)):
-        times = LoadTimes(0.03, 0.09, crowded_s, -1.0)
-        costs = costs_of(costs.prefill, times, tier="d", chunks=7, chunk_tokens=CHUNK, chunk_bytes=1)
-        assert (costs.lanes, costs.call_s) == (lanes, 0.0)
+        costs = costs_of(prefill, {**times, (7, LOADERS, 0): [crowded_s]}, tier="disk", **sizes)
+        assert costs.lanes == lanes
+
+
+def test_medians_of_steps_are_fitted() -> None:
+    true = PrefillCost(fixed_s=4e-3, token_s=1e-4, pair_s=4e-8)
+    lengths = (256, 900, 1800)
+    times = {(1.0, n, pairs(n), 0.0): [true.seconds(n), true.seconds(n), 99.0] for n in lengths}
+    found = prefill_of(times)
+    assert [found.seconds(n) for n in lengths] == pytest.approx([true.seconds(n) for n in lengths], rel=1e-3)
 
 
 def test_a_trace_is_as_busy_as_asked_for() -> None:
