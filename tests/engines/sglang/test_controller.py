@@ -164,7 +164,7 @@ def test_updated_weights_end_all_names(tmp_path: Path) -> None:
 def test_a_slow_tier_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found, not loaded, and the same KV whenever it is loaded; SGLang's threads go on."""
     tokens = list(range(20 * PAGE))
-    own = {"interface_v1": 1, "hicache_storage_pass_prefix_keys": True, "load_or_recompute": "auto"}
+    own = {"interface_v1": 1, "load_or_recompute": "auto"}
     cache = opened("page_first", tmp_path, **own)
     kv = saved(cache, tokens, before=[])
     store = cache.controller.storage_backend.pages
