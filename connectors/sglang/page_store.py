@@ -111,13 +111,13 @@ class PageStore(EngineCalls):
         salt = chunk_salt(tenant=self._tenant, epoch=self._epoch)
         return page_keys(spec, list(map(bytes.fromhex, hashes)), chunk_tokens=self._page_tokens, salt=salt)
 
-    def find(self, hashes: Sequence[str], before: Sequence[str] | None = None) -> int:
+    def find(self, hashes: Sequence[str], before: Sequence[str] | None = None, *, decides: bool = True) -> int:
         """How many leading pages are stored, and to be loaded. They stay pinned until they are read, but not for long.
 
         Parameters
         ----------
-        before : as for `write`; if SGLang does not say it, nothing is known of what computing costs there, and all is
-            loaded.
+        before : as for `write`. None counts as none: SGLang passes that on where there are none, too.
+        decides : whether `choice` is asked; otherwise all that is stored is to be loaded.
         """
 
         def look_up() -> int:
@@ -127,8 +127,8 @@ class PageStore(EngineCalls):
             if found < len(others):
                 self._reader.explain_partly_stored(keys[found], others[found])
             self.count({"lookups": 1, "lookup_pages": len(keys), "hit_pages": found})
-            if found and self.choice is not None and before is not None:
-                decision = self.choice.decide(tiers, len(before), len(keys))
+            if found and self.choice is not None and decides:
+                decision = self.choice.decide(tiers, len(before or ()), len(keys))
                 self.count({f"decisions.{decision.reason}": 1, "left_pages": found - decision.chunks})
                 if decision.chunks < found:
                     page = decision.chunks

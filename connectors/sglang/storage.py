@@ -214,7 +214,7 @@ class KVLoomStorage(HiCacheStorage):
         if not self._is_open():
             return PoolTransferResult.empty()
         store = self.pages
-        kv_pages = store.find(keys)
+        kv_pages = store.find(keys, decides=False)  # a shorter prefix may be of no use to the other pools
         nothing: Any = PoolTransferResult.empty()
 
         def look_up() -> Any:

@@ -86,14 +86,9 @@ class Cache:
         for buffer in (self.host.kv_buffer,):
             buffer.zero_()
 
-    def load(self, tokens: Sequence[int], *, before: list[str] | None = None) -> tuple[int, torch.Tensor | None]:
-        """Storage to host to device: tokens that were found, and where those that arrived are.
-
-        Parameters
-        ----------
-        before : hashes of the pages in front of them; None as if SGLang were not to pass them on.
-        """
-        self.controller.prefetch("request", list(tokens), None, before)
+    def load(self, tokens: Sequence[int]) -> tuple[int, torch.Tensor | None]:
+        """Storage to host to device: tokens that were found, and where those that arrived are."""
+        self.controller.prefetch("request", list(tokens), None)
         found = self.controller.prefetch_hit_queue.get(timeout=60)
         if not found.storage_hit_count:
             return 0, None
