@@ -7,6 +7,7 @@ configuration that names our attention function. Nothing of the model is changed
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from ...errors import EngineError
 
 IMPLEMENTATION = "kvloom_layers"
 """The name of the attention function under which layers are asked; transformers makes no mask for it."""
+
+_LOG = logging.getLogger("kvloom.identity")
 
 _CONFIG = "config"
 _Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
@@ -128,17 +131,19 @@ class StockLayers:
         }
 
     def changed_settings(self) -> Settings:
-        """Those settings that a model made anew of the same config would have otherwise.
-
-        Raises
-        ------
-        EngineError : no such model can be made.
+        """Those settings that a model made anew of the same config would have otherwise; none, with a warning, if no
+        such model can be made.
         """
         try:
             with torch.device("meta"):
                 anew = StockLayers(type(self._model)(copy.deepcopy(self._model.config)))
-        except Exception as error:
-            raise EngineError(f"no {type(self._model).__name__} can be made of its config: {error}") from error
+        except Exception as error:  # noqa: BLE001  the model's own code, which has run before with other arguments
+            _LOG.warning(
+                "no %s can be made anew of its config (%s): settings that were changed in memory go unnoticed",
+                type(self._model).__name__,
+                error,
+            )
+            return {}
         expected = anew.settings()
         return {place: value for place, value in self.settings().items() if expected.get(place, value) != value}
 

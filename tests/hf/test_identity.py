@@ -169,6 +169,20 @@ def test_settings_that_changed_before_have_another_name(change: Callable[[PreTra
     assert names[0] != names[1] == names[2]
 
 
+def test_a_model_that_cannot_be_made_anew_is_served_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_model("llama")
+    expected = TransformersModel(model).spec
+
+    def fail(*_: object) -> None:
+        raise TypeError("needs a name")
+
+    monkeypatch.setattr(type(model), "__init__", fail)
+    assert TransformersModel(model).spec == expected
+    assert "no LlamaForCausalLM can be made anew of its config (needs a name)" in caplog.text
+
+
 def test_a_change_of_precision_is_another_dtype() -> None:
     model = make_model("llama")
     rag = Rag(model, model_id="m")
