@@ -48,11 +48,23 @@ def engine(model: Path, storage: Mapping[str, Any] | None, **options: Any) -> It
         **extra,
         **options,
     }
+    if settings.get("enable_metrics"):
+        _forget_metrics()
     running = sglang.Engine(model_path=str(model), **settings)
     try:
         yield running
     finally:
         running.shutdown()
+
+
+def _forget_metrics() -> None:
+    """Those of an engine that was here before: a process can have one by each name, and one folder."""
+    from prometheus_client import REGISTRY
+
+    os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
+    for collector, names in list(REGISTRY._collector_to_names.items()):
+        if any(name.startswith("sglang:") for name in names):
+            REGISTRY.unregister(collector)
 
 
 def generate(running: Any, prompt: Sequence[int], *, tokens: int = 12, **more: Any) -> tuple[list[int], dict[str, Any]]:
