@@ -652,8 +652,9 @@ def test_changes_add_up_to_what_is_where(tmp_path: Path, host_chunks: int, disk_
                 store.get(make_key(number))
             else:
                 store.delete(make_key(number))
-            for key, tier, is_there in store.take_placement_changes():
+            for key, tier, is_there, entry in store.take_placement_changes():
                 assert (key in where[tier]) is not is_there, "each is told once"
+                assert (entry is not None) is is_there and (entry is None or (entry.key == key and entry.nbytes > 0))
                 (where[tier].add if is_there else where[tier].discard)(key)
             for tier in ("host", "disk"):
                 assert where[tier] == {key for key in map(make_key, range(9)) if tier in tiers_of(store, key)}
