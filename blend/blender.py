@@ -215,6 +215,7 @@ class Blender:
         ValueError : `chunk_starts` or `exact_tokens` do not fit `token_ids`, the chooser needs a question and there is
             none, or it returns something else than ascending indices of its tokens.
         TypeError : `token_ids` or `question_ids` is no one-dimensional tensor of integers.
+        SpecMismatchError : the correction was fitted to another model than `model` is now.
         """
         for name, ids in (("token_ids", token_ids), ("question_ids", question_ids)):
             is_row = isinstance(ids, Tensor) and ids.ndim == 1 and not ids.is_floating_point()
@@ -232,6 +233,7 @@ class Blender:
         offsets, to_next = (each.to(device) for each in places_in_chunks(torch.arange(total), starts))
         needed = exact_tokens if self.recompute_ratio >= 1.0 else total  # what is computed anyway need not be loaded
         if self.correction is not None:
+            self.correction.check_serves(spec)
             source = _CorrectedSource(source, self.correction, offsets, exact_tokens)
         loader = ThreadPoolExecutor(1, thread_name_prefix="kvloom-load")
         try:

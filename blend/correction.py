@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..calibration.model_profile import Profile
+from ..calibration.model_profile import Profile, model_identity
 from ..core import KVSpec
+from ..errors import SpecMismatchError
 
 WEIGHTS, BIASES = "fusion.weights", "fusion.biases"
 _PLACES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # first offset of every class but the first: of tokens in their document
@@ -69,6 +70,19 @@ class Correction:
         profile.check_serves(replace(spec, num_kv_heads=spec.num_kv_heads * count, shard=(0, 1)))
         heads = slice(index * spec.num_kv_heads, (index + 1) * spec.num_kv_heads)
         return cls(spec, weights[:, heads], biases[:, heads], profile.fingerprint)
+
+    def check_serves(self, spec: KVSpec) -> None:
+        """Checks that it was fitted to the model of `spec`.
+
+        Raises
+        ------
+        SpecMismatchError : it was fitted to another one.
+        """
+        if model_identity(spec) != model_identity(self.spec):
+            raise SpecMismatchError(
+                f"the correction was fitted to {self.spec.model_id}, the model is {spec.model_id}; make a profile "
+                "of it with `kvloom calibrate`"
+            )
 
     def apply(
         self, keys: Tensor, values: Tensor, positions: Tensor, offsets: Tensor, *, first_layer: int = 0

@@ -101,7 +101,7 @@ def run_calibrate(options: CalibrateOptions) -> Profile:
         )
         if contexts:
             correction = fit_correction(
-                TransformersModel(model, model_id=options.model_id),
+                TransformersModel(model, model_id=profile.spec.model_id),  # its weights are not read once more
                 contexts,
                 lead_ids=natural_lead(tokenizer),
                 advance=partial(bar.advance, fusing),

@@ -123,7 +123,7 @@ class ChunkIndex:
             self._catch_up()
             arriving, _ = self._arriving.pop(key, (None, ()))
             if arriving is not None and arriving.tiers and key not in self._chunks:
-                self._rescan()
+                self._enter(arriving)
 
     def written(self, key: ChunkKey, nbytes: int, info: ChunkInfo, etag: str) -> None:
         """A put of this chunk has succeeded."""
@@ -183,6 +183,8 @@ class ChunkIndex:
                 self._enter(chunk)
             if chunk is None:
                 continue
+            if chunk is arriving and move.entry is not None:
+                chunk.nbytes = listed_bytes(move.entry.nbytes)  # until `written` knows better
             if self._on_move is not None:
                 self._on_move(arriving or chunk, move.tier, token_ids, is_there=move.is_there)
             if move.is_there:

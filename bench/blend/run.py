@@ -224,9 +224,19 @@ def _times(
     with KVStore([HostTier(HOST_BYTES)]) as store:
         connector = TransformersConnector(model, tokenizer, store)
         connector.precompute([*context.documents, *brief.documents])
+        methods = [_named_as(connector, method) for method in methods]
         score(connector, [brief], methods)
         advance()
         return score(connector, [context] * count, methods, warm_up=False, advance=advance)
+
+
+def _named_as(connector: TransformersConnector, method: Method) -> Method:
+    """The method for the same model under the connector's name of it."""
+    blender = method.blender
+    if blender is None or blender.correction is None:
+        return method
+    correction = replace(blender.correction, spec=connector.spec)
+    return replace(method, blender=replace(blender, correction=correction))
 
 
 def _times_table(scores: Sequence[Score], tokens: int) -> Table:

@@ -129,6 +129,14 @@ def test_what_is_exact_stays_and_the_rest_is_corrected() -> None:
     assert not torch.allclose(context.keys[1:, :, behind], case.naive.keys[1:, :, behind], atol=1e-2)
 
 
+def test_a_correction_of_another_model_is_refused() -> None:
+    """Its shapes fit: nothing else would tell."""
+    case = make_case(make_model("llama"))
+    other = make_correction(replace(case.model.spec, model_id="other"))
+    with pytest.raises(SpecMismatchError, match="was fitted to other, the model is m; make a profile"):
+        case.blend(Blender(0.2, correction=other))
+
+
 def test_bad_arguments() -> None:
     with pytest.raises(TypeError, match="correction is a str"):
         Blender(correction="x")  # type: ignore[arg-type]

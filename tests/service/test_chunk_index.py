@@ -63,7 +63,8 @@ def test_a_put_that_failed_after_a_tier_took_it_is_listed(store: ServedStore) ->
     put(store, 1)
     index.not_written(KEY)
     (chunk,) = index.chunks("pool")
-    assert chunk.tiers == {"host"} and chunk.info == INFO
+    assert chunk.tiers == {"host"} and chunk.info == INFO and chunk.sequence == 1
+    assert chunk.nbytes == listed_bytes(make_blob(1).nbytes)
     index.expect(make_key(2), INFO, [1, 2])
     index.not_written(make_key(2))
     assert [each.key for each in index.chunks("pool")] == [KEY]
