@@ -38,10 +38,6 @@ Device = Annotated[
     str | None, typer.Option(metavar="NAME", help="With --model: cpu or cuda; default: a GPU if there is one.")
 ]
 Questions = Annotated[int | None, typer.Option(metavar="N", min=1, help="With --model: questions of each kind.")]
-Processes = Annotated[int, typer.Option(metavar="N", min=1, help="With --model: processes that share the work.")]
-Minutes = Annotated[
-    float | None, typer.Option(metavar="N", min=0.1, help="With --model: after them no question begins.")
-]
 
 
 @app.command()
@@ -176,12 +172,25 @@ def retrieval(
     ] = None,
     model: Pretrained = None,
     device: Device = None,
-    questions: Questions = None,
-    context_tokens: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="With --model: tokens of a context; default: 4096.")
+    questions: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="With --model: contexts; each is asked for all it states, and four times for one fact.",
+        ),
     ] = None,
-    processes: Processes = 1,
-    minutes: Minutes = None,
+    context_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="With --model: tokens of a context; default: 2048.")
+    ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="With --model: processes that share the work; default: one a core."),
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(metavar="N", min=0.1, help="With --model: after them no context begins; default: 14."),
+    ] = None,
 ) -> None:
     """What choosing tokens loses and saves."""
     tokens = None if sizes is None else read_token_counts(sizes, "--sizes")

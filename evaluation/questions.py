@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from .models import token_counter
 from .passages import CHECK, load_heldout, load_questions, sentences
 from .passages import Question as PassageQuestion
-from .tasks import Task, TaskSampler
+from .tasks import SINGLE, Task, TaskSampler
 from .wording import Frame, frame_of
 
 MULTIHOP, TEXT, OWN = "multihop", "text", "question"
@@ -143,10 +143,12 @@ class QuestionSampler:
             return [self._continued(rng, number)]
         if kind == MULTIHOP:
             return [self._multihop(rng, number)]
-        sizes = {"context_tokens": self.context_tokens, "num_documents": self.num_documents}
-        tasks = self._tasks.samples(rng, kind, **sizes, most=most)
-        documents = tuple(tuple(self._document_ids(text)) for text in tasks[0].documents)
-        return [self._framed(task, number, documents, group=f"{kind} {number}") for task in tasks]
+        return self._about_facts(rng, kind, number, most=most)
+
+    def extraction(self, number: int, *, singles: int) -> list[Question]:
+        """`sample("extract", number)`, then questions about so many single facts of its context (`needle12`)."""
+        rng = random.Random(f"{self.split} {self.seed} extract {number}")
+        return self._about_facts(rng, "extract", number, singles=singles)
 
     def samples(self, kind: str, numbers: Sequence[int] | range) -> list[Question]:
         """Several questions of a kind."""
@@ -171,6 +173,14 @@ class QuestionSampler:
         asked = self.frame.wording.own_question.format(question=question)
         placed = tuple(tuple(self._document_ids(text)) for text in texts)
         return self._framed(Task(OWN, (), asked, ""), 0, placed, group=OWN)
+
+    def _about_facts(
+        self, rng: random.Random, kind: str, number: int, *, most: int = 1, singles: int = 0
+    ) -> list[Question]:
+        sizes = {"context_tokens": self.context_tokens, "num_documents": self.num_documents}
+        tasks = self._tasks.samples(rng, kind, **sizes, most=most, singles=singles)
+        documents = tuple(tuple(self._document_ids(text)) for text in tasks[0].documents)
+        return [self._framed(task, number, documents, group=f"{kind} {number}") for task in tasks]
 
     @cached_property
     def _tasks(self) -> TaskSampler:
@@ -244,7 +254,7 @@ class QuestionSampler:
             tuple(question),
             tuple(begun),
             tuple(answer),
-            tuple(values) if task.kind in ANSWERED else (),
+            tuple(values) if task.kind in (*ANSWERED, SINGLE) else (),
             group,
         )
 

@@ -8,6 +8,7 @@ from .statements import draw_names, draw_number
 from .wording import STATEMENTS, Wording
 
 EXTRACTED = 12  # facts that are asked for at once
+SINGLE = f"needle{EXTRACTED}"  # kind of a question about one of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,14 @@ class TaskSampler:
         return self.samples(rng, kind, context_tokens=context_tokens, num_documents=num_documents)[0]
 
     def samples(
-        self, rng: random.Random, kind: str, *, context_tokens: int, num_documents: int = 8, most: int = 1
+        self,
+        rng: random.Random,
+        kind: str,
+        *,
+        context_tokens: int,
+        num_documents: int = 8,
+        most: int = 1,
+        singles: int = 0,
     ) -> list[Task]:
         """Tasks over the same documents, which hold about `context_tokens` tokens together.
 
@@ -93,6 +101,7 @@ class TaskSampler:
         Parameters
         ----------
         most : tasks, each about another fact; there are fewer where the documents state fewer.
+        singles : of `extract`: so many tasks more, of the kind `SINGLE`, each about one of its facts.
         """
         if kind not in self.ALL_KINDS:
             raise ValueError(f"kind is {kind!r}; expected one of {', '.join(self.ALL_KINDS)}")
@@ -137,7 +146,9 @@ class TaskSampler:
         placed = zip(statements, begins, ends, strict=True)
         documents = tuple(self._document(rng, s, tokens, begin=begin, end=end) for s, begin, end in placed)
         if kind == "extract":
-            return [self._extraction(documents, attribute, asked)]
+            extraction = self._extraction(documents, attribute, asked)
+            chosen = rng.sample(asked, min(singles, len(asked)))
+            return [extraction, *(self._about(documents, SINGLE, attribute, name, value) for name, value in chosen)]
         first = rng.choice(asked)
         chosen = [first, *(fact for fact in asked if fact != first)][:most]
         return [self._about(documents, kind, attribute, name, value) for name, value in chosen]

@@ -1,8 +1,9 @@
 """What choosing tokens costs a pretrained model: needles, many values at once, by method, share and coverage.
 
-A context is computed densely, and so is the question behind it but for its last token. That token and those of the gold
-answer then attend, in every layer, to sinks, window, what follows the context, and what a method chooses. All tokens of
-an answer go through a layer at once: each is a KV head of its own to the functions that choose and prune.
+A context is computed densely, and so are the questions behind it but for their last tokens. That token and those of the
+gold answer then attend, in every layer, to sinks, window, what follows the context, and what a method chooses. The
+answers to all questions about a context go through a layer at once, in all ways: each token is a KV head of its own to
+the functions that choose and prune.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from ...blend.attention import layer_attention
 from ...connectors.hf.retrieval.plan import layer_shape
 from ...core import KVChunk
 from ...evaluation.answers import Answer, score_answer
@@ -57,80 +59,157 @@ class Trial:
     attended: float
 
 
+class _Context:
+    """A context whose keys and values every question about it is asked of, and what methods have made of them."""
+
+    def __init__(self, model: ForcedModel, ids: Tensor) -> None:
+        self.chunk, _ = model.run(ids)
+        self.shape = layer_shape(model.layers)
+        self._made: dict[str, list[Choose]] = {}
+
+    def __len__(self) -> int:
+        return len(self.chunk)
+
+    def pinned(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of sinks and window."""
+        both = (self.chunk.keys[layer], self.chunk.values[layer])
+        keys, values = (torch.cat((each[:, :SINK_TOKENS], each[:, -WINDOW_TOKENS:]), 1) for each in both)
+        return keys, values
+
+    def covered(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of what is chosen from."""
+        here = slice(SINK_TOKENS, len(self) - WINDOW_TOKENS)
+        return self.chunk.keys[layer, :, here], self.chunk.values[layer, :, here]
+
+    def choose(self, method: str, layer: int) -> Choose:
+        """How a method chooses in a layer, built when it is first asked for."""
+        if method not in self._made:
+            layers = range(self.chunk.spec.num_layers)
+            self._made[method] = [_choice(method, self.shape, self.chunk, each) for each in layers]
+        return self._made[method][layer]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Asked:
+    """A question behind a context.
+
+    Attributes
+    ----------
+    rows : keys and values `[H, T, D]` of its tokens but the last, by layer.
+    exact : distributions `[A, V]` of the answer's tokens under full attention.
+    """
+
+    question: Question
+    rows: Sequence[tuple[Tensor, Tensor]]
+    exact: Tensor
+
+    @property
+    def tail(self) -> list[int]:
+        """The tokens whose outputs predict the answer."""
+        return [self.question.asked[-1], *self.question.answer[:-1]]
+
+
 @dataclass(slots=True, eq=False)
 class _Attention:
-    """Attention of the last tokens behind a context through what is chosen, see `evaluation.forcing.Attend`."""
+    """Attention of a question's last tokens behind a context, to what a way chooses."""
 
-    shape: LayerShape
-    context_tokens: int
-    choices: Sequence[Choose]
+    context: _Context
+    asked: _Asked
     way: Way
     chosen: list[Tensor] = field(default_factory=list)  # tokens, a mean over KV heads and tokens for each layer
 
-    def __call__(
-        self, layer: int, _: KVChunk, queries: Tensor, keys: Tensor, values: Tensor, first: int
-    ) -> Tensor | None:
-        heads, group, scale = self.shape.kv_heads, self.shape.group, self.shape.scale
-        count, dim = queries.shape[1:]
-        end, device = self.context_tokens - WINDOW_TOKENS, queries.device
-        at = torch.arange(keys.shape[1], device=device)
-        last = torch.arange(first, first + count, device=device)[:, None]
-        near = ((at < SINK_TOKENS) | (at >= end)) & (at <= last)  # [T, S]
-        scores = queries.float().view(heads, group, count, dim) @ keys.float().mT[:, None] * scale
-        budget = max(1, int(self.way.ratio * self.context_tokens) - SINK_TOKENS - WINDOW_TOKENS)
-        ids = self.choices[layer](queries, first, budget).to(device)
+    @property
+    def first(self) -> int:
+        """Position of the first of these tokens."""
+        return len(self.context) + len(self.asked.question.asked) - 1
+
+    def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """The outputs `[Hq, T, Dv]` of the queries `[Hq, T, D]` of a layer, given what these tokens compute."""
+        context, shape = self.context, self.context.shape
+        heads, group, (count, dim) = shape.kv_heads, shape.group, queries.shape[1:]
+        pinned_keys, pinned_values = (
+            torch.cat(parts, 1).float()
+            for parts in zip(context.pinned(layer), self.asked.rows[layer], (keys, values), strict=True)
+        )
+        rows = (queries.float() * shape.scale).view(heads, group, count, dim).transpose(1, 2).flatten(1, 2)  # T, then G
+        later = torch.ones(count, count, dtype=torch.bool, device=queries.device).triu(1)
+        near = (rows @ pinned_keys.mT).view(heads, count, group, -1)
+        near[..., -count:].masked_fill_(later[:, None], -torch.inf)
+        covered_keys, covered_values = (each.float() for each in context.covered(layer))
+        far = (rows @ covered_keys.mT).view(heads, count, group, -1)
+        budget = max(1, int(self.way.ratio * len(context)) - SINK_TOKENS - WINDOW_TOKENS)
+        ids = context.choose(self.way.method, layer)(queries, self.first, budget).to(queries.device)
         if self.way.coverage is not None:
-            ids = self._pruned(ids, queries, keys, scores.masked_fill(~near, -torch.inf).logsumexp(-1))
-        chosen = torch.zeros(heads, count, len(at) + 1, dtype=torch.bool, device=device)
-        chosen.scatter_(2, torch.where(ids < 0, len(at), ids), True)
-        self.chosen.append(chosen[..., :-1].sum(-1).float().mean())
-        visible = chosen[..., :-1] | near
-        weights = scores.masked_fill(~visible[:, None], -torch.inf).softmax(-1)
-        return (weights @ values.float()[:, None]).flatten(0, 1).to(values.dtype)
+            ids = self._pruned(ids, queries, covered_keys, near.logsumexp(-1))
+        missing, at = ids < 0, (ids - SINK_TOKENS).clamp(min=0)[:, :, None].expand(-1, -1, group, -1)
+        self.chosen.append((~missing).sum(-1).float().mean())
+        of_chosen = far.gather(3, at).masked_fill_(missing[:, :, None], -torch.inf)
+        weights = torch.cat((near, of_chosen), -1).softmax(-1)
+        spread = far.zero_().scatter_add_(
+            3, at, weights[..., near.shape[-1] :]
+        )  # rows of zeros where nothing is chosen
+        out = weights[..., : near.shape[-1]].flatten(1, 2) @ pinned_values + spread.flatten(1, 2) @ covered_values
+        return out.view(heads, count, group, -1).transpose(1, 2).flatten(0, 1).to(values.dtype)
 
     def _pruned(self, ids: Tensor, queries: Tensor, keys: Tensor, near: Tensor) -> Tensor:
-        """`covering`, for each KV head and token; `near` `[H, G, T]`."""
+        """`covering`, for each KV head and token; `near` `[H, T, G]`."""
         heads, count, size = ids.shape
-        of_ids = keys[torch.arange(heads, device=keys.device)[:, None, None], ids.clamp(min=0)]
-        asked = queries.view(heads, self.shape.group, count, -1).transpose(1, 2).reshape(-1, queries.shape[-1])
-        limits = {"coverage": float(self.way.coverage or 1.0), "scale": self.shape.scale}
+        of_ids = keys[torch.arange(heads, device=keys.device)[:, None, None], (ids - SINK_TOKENS).clamp(min=0)]
+        shape = self.context.shape
+        asked = queries.view(heads, shape.group, count, -1).transpose(1, 2).reshape(-1, queries.shape[-1])
+        limits = {"coverage": float(self.way.coverage or 1.0), "scale": shape.scale}
         chosen = Selection(ids.reshape(heads * count, size), 0)
-        kept = covering(chosen, of_ids.flatten(0, 1), asked, near.transpose(1, 2).reshape(-1), **limits)
-        return kept.ids.view(heads, count, -1)
+        return covering(chosen, of_ids.flatten(0, 1), asked, near.reshape(-1), **limits).ids.view(heads, count, -1)
 
 
 def answered(
-    model: ForcedModel,
-    question: Question,
-    ways: Sequence[Way],
-    others: Sequence[Way] = (),
-    *,
-    dtype: torch.dtype = torch.int64,
+    model: ForcedModel, asked: Sequence[tuple[Question, Sequence[Way]]], *, dtype: torch.dtype = torch.int64
 ) -> list[Trial]:
-    """One question, densely and in every way, `others` included, behind the same context.
+    """Questions about one context, each densely and in its ways: trials in their order, question by question.
 
     Parameters
     ----------
     model : keeps its queries.
+
+    Raises
+    ------
+    ValueError : the questions are about different contexts.
     """
-    context, _ = model.run(torch.tensor(question.context, dtype=dtype))
-    asked, tail = question.asked[:-1], torch.tensor([question.asked[-1], *question.answer[:-1]], dtype=dtype)
-    prefix = context
-    if asked:
-        behind, _ = model.run(torch.tensor(asked, dtype=dtype), context)
-        prefix = _joined(context, behind)
-    exact = model.logits(model.run(tail, prefix)[1][-len(question.answer) :])
-    dense = Trial(Way(DENSE), score_answer(question, exact, exact), float(len(context)))
-    trials, shape = [dense], layer_shape(model.layers)
-    built: dict[str, list[Choose]] = {}
-    for way in (*ways, *others):
-        if way.method not in built:
-            built[way.method] = [_choice(way.method, shape, context, layer) for layer in range(model.spec.num_layers)]
-        attention = _Attention(shape, len(context), built[way.method], way)
-        logits = model.logits(model.run(tail, prefix, attend=attention)[1][-len(question.answer) :])
-        attended = float(torch.stack(attention.chosen).mean()) + SINK_TOKENS + WINDOW_TOKENS
-        trials.append(Trial(way, score_answer(question, logits, exact), attended))
+    questions = [question for question, _ in asked]
+    if len({tuple(question.context) for question in questions}) != 1:
+        raise ValueError(f"{len(questions)} questions are not about one context; expected the same one in each")
+    context = _Context(model, torch.tensor(questions[0].context, dtype=dtype))
+    known = _asked(model, context, questions, dtype)
+    attentions = [_Attention(context, one, way) for one, (_, ways) in zip(known, asked, strict=True) for way in ways]
+    parts = [(torch.tensor(each.asked.tail, dtype=dtype), each.first) for each in attentions]
+    outputs = model.side_by_side(parts, lambda layer, part, *row: attentions[part](layer, *row)) if parts else []
+    through = iter(zip(attentions, outputs, strict=True))
+    trials = []
+    for one, (question, ways) in zip(known, asked, strict=True):
+        trials.append(Trial(Way(DENSE), score_answer(question, one.exact, one.exact), float(len(context))))
+        for attention, hidden in islice(through, len(ways)):
+            attended = float(torch.stack(attention.chosen).mean()) + SINK_TOKENS + WINDOW_TOKENS
+            trials.append(Trial(attention.way, score_answer(question, model.logits(hidden), one.exact), attended))
     return trials
+
+
+def _asked(model: ForcedModel, context: _Context, questions: Sequence[Question], dtype: torch.dtype) -> list[_Asked]:
+    """All questions in one dense pass."""
+    chunk, size, layers = context.chunk, len(context), model.layers
+    sizes = [len(question.asked) - 1 for question in questions]
+    rows: list[list[tuple[Tensor, Tensor]]] = [[] for _ in questions]
+
+    def attend(layer: int, part: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        rows[part].append((keys[:, : sizes[part]], values[:, : sizes[part]]))
+        keys, values = (torch.cat((of[layer], own), 1) for of, own in ((chunk.keys, keys), (chunk.values, values)))
+        placed = torch.arange(size, keys.shape[1], device=keys.device)
+        return layer_attention(layers.attention[layer], queries, keys, values, placed)
+
+    outputs = model.side_by_side([(torch.tensor(each.forced, dtype=dtype), size) for each in questions], attend)
+    return [
+        _Asked(question, of_question, model.logits(hidden[-len(question.answer) :]))
+        for question, of_question, hidden in zip(questions, rows, outputs, strict=True)
+    ]
 
 
 def _choice(method: str, shape: LayerShape, context: KVChunk, layer: int) -> Choose:
@@ -176,13 +255,6 @@ def _by_selector(selector: Selector) -> Choose:
         return torch.stack([torch.nn.functional.pad(row, (0, width - row.shape[1]), value=-1) for row in rows], 1)
 
     return choose
-
-
-def _joined(context: KVChunk, behind: KVChunk) -> KVChunk:
-    parts = (context, behind)
-    ids, positions = (torch.cat([getattr(part, name) for part in parts]) for name in ("token_ids", "positions"))
-    keys, values = (torch.cat([getattr(part, name) for part in parts], dim=2) for name in ("keys", "values"))
-    return KVChunk(context.spec, ids, positions, keys, values)
 
 
 def tokens_at_equal_loss(fixed: Mapping[float, float], loss: float) -> float:

@@ -2,16 +2,21 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 
 from kvloom.bench.retrieval import pretrained, pretrained_run
-from kvloom.bench.retrieval.pretrained import SINK_TOKENS, WINDOW_TOKENS, Way, answered, tokens_at_equal_loss
+from kvloom.bench.retrieval.pretrained import SINK_TOKENS, WINDOW_TOKENS, Trial, Way, answered, tokens_at_equal_loss
 from kvloom.connectors.hf.retrieval.plan import layer_shape
+from kvloom.core import KVChunk
+from kvloom.evaluation.answers import Answer
 from kvloom.evaluation.environment import BUNDLED_MODEL
 from kvloom.evaluation.forcing import ForcedModel
 from kvloom.evaluation.questions import Question
+from kvloom.retrieval.attention import attend, attend_at, attend_selected
 from kvloom.retrieval.exact import ExactSelector
 from kvloom.retrieval.quantized.quantized import QuantizedKeyIndex
 
@@ -29,7 +34,7 @@ def forced() -> ForcedModel:
 
 def test_a_share_of_everything_is_dense(forced: ForcedModel) -> None:
     ways = [Way("exact", 1.0), Way("quantized", 1.0), Way("landmarks", 1.0), Way("exact", 1.0, 1.0)]
-    dense, *found = answered(forced, QUESTION, ways)
+    dense, *found = answered(forced, [(QUESTION, ways)])
     assert dense.answer.kl == 0.0 and dense.attended == 441
     for trial in found:
         assert trial.answer.kl < 1e-6 and trial.attended == pytest.approx(441)
@@ -37,11 +42,51 @@ def test_a_share_of_everything_is_dense(forced: ForcedModel) -> None:
 
 
 def test_few_tokens_cost_and_random_ones_more(forced: ForcedModel) -> None:
-    ways = [Way("exact", 0.2), Way("exact", 0.2, 0.6)]
-    _, best, covered, drawn = answered(forced, QUESTION, ways, [Way("random", 0.2)])
+    ways = [Way("exact", 0.2), Way("exact", 0.2, 0.6), Way("random", 0.2)]
+    _, best, covered, drawn = answered(forced, [(QUESTION, ways)])
     assert best.attended == drawn.attended == int(0.2 * 441)
     assert 0 < best.answer.kl < drawn.answer.kl
     assert SINK_TOKENS + WINDOW_TOKENS < covered.attended < best.attended
+
+
+def test_questions_about_one_context_are_answered_as_alone(forced: ForcedModel) -> None:
+    """Also as one token after the other does, through a selector and attention of one token."""
+    other = replace(QUESTION, question=(9, 8, 7, 6, 5), answer=(20, 21), values=((0, 2),))
+    ways, few = [Way("quantized", 0.2), Way("landmarks", 0.2)], [Way("exact", 0.3, 0.7)]
+    together = answered(forced, [(QUESTION, ways), (other, few)])
+    alone = answered(forced, [(QUESTION, ways)]) + answered(forced, [(other, few)])
+    assert [trial.way for trial in together] == [trial.way for trial in alone]
+    for a, b in zip(together, alone, strict=True):
+        assert a.answer.kl == pytest.approx(b.answer.kl, abs=1e-6)
+        assert a.answer.nll == pytest.approx(b.answer.nll, abs=1e-5) and a.attended == pytest.approx(b.attended)
+    assert together[1].answer.kl > 1e-4
+    one_by_one = _token_by_token(forced, QUESTION, 0.2)
+    assert together[1].answer.nll == pytest.approx(one_by_one, abs=1e-4)
+    with pytest.raises(ValueError, match="not about one context"):
+        answered(forced, [(QUESTION, ways), (replace(QUESTION, lead=(2,)), ways)])
+
+
+def _token_by_token(forced: ForcedModel, question: Question, ratio: float) -> float:
+    """NLL of the gold answer if each of its tokens attends through a `QuantizedKeyIndex`, without a batch."""
+    size = len(question.context)
+    prefix, _ = forced.run(torch.tensor([*question.context, *question.asked[:-1]]))
+    shape, covered = layer_shape(forced.layers), slice(SINK_TOKENS, size - WINDOW_TOKENS)
+    budget = int(ratio * size) - SINK_TOKENS - WINDOW_TOKENS
+
+    def attend_layer(layer: int, _: KVChunk, queries: Tensor, keys: Tensor, values: Tensor, first: int) -> Tensor:
+        selector = QuantizedKeyIndex(shape, start=SINK_TOKENS)
+        selector.add(keys[:, covered], values[:, covered])
+        rows = []
+        for place in range(queries.shape[1]):
+            seen = torch.cat((torch.arange(SINK_TOKENS), torch.arange(covered.stop, first + place + 1)))
+            query = queries[:, place]
+            near = attend(query, keys[:, seen], values[:, seen], scale=shape.scale)
+            ids = partial(attend_at, query, keys, values, scale=shape.scale)
+            rows.append(attend_selected(near, selector.select(query, first + place, budget), ids)[0])
+        return torch.stack(rows, 1)
+
+    outputs = forced.continued(prefix, torch.tensor([question.asked[-1], *question.answer[:-1]]), attend_layer)
+    return float(torch.nn.functional.cross_entropy(forced.logits(outputs), torch.tensor(question.answer)))
 
 
 def test_choices_for_all_tokens_at_once_are_those_of_the_selectors(forced: ForcedModel) -> None:
@@ -72,12 +117,34 @@ def test_tokens_at_equal_loss() -> None:
 
 @pytest.mark.slow
 def test_it_runs_at_its_smallest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretrained_run, "QUICK", replace(pretrained_run.QUICK, questions=1, context_tokens=320))
+    monkeypatch.setattr(pretrained_run, "QUICK", replace(pretrained_run.QUICK, contexts=1, context_tokens=448))
     monkeypatch.setattr(pretrained_run, "OTHERS", ("random", "landmarks"))
     result = pretrained_run.run(BUNDLED_MODEL, quick=True)
     assert set(result.metrics) == {target.metric for target in pretrained_run.TARGETS}
     assert {row["method"] for row in result.rows} == {"dense", "quantized", "exact", "random", "landmarks"}
     assert len(result.tables) == 2
+    dense = [row["kind"] for row in result.rows if row["method"] == "dense"]
+    assert dense == ["extract", "needle12", "needle12"]  # of one context
+    assert {row["kind"] for row in result.rows if row["method"] == "random"} == {"needle12"}
+
+
+def test_the_saving_counts_contexts_and_kinds_alike() -> None:
+    """Four needles and one extraction of a context: half of the loss is the extraction's."""
+
+    def trial(way: Way, kind: str, group: str, kl: float, attended: float) -> Trial:
+        return Trial(way, Answer(kind, 0, group, True, 1.0, 0.1, kl), attended)
+
+    trials = []
+    for ratio, loss in ((0.03, 0.4), (0.06, 0.2), (0.12, 0.1)):
+        for group in "ab":
+            trials += [trial(Way("quantized", ratio), "needle12", group, 0.0, 4000 * ratio)] * 4
+            trials.append(trial(Way("quantized", ratio), "extract", group, 2 * loss, 4000 * ratio))
+    for group in "ab":
+        covered = Way("quantized", 0.12, pretrained_run.SAVING_COVERAGE)
+        trials += [trial(covered, "needle12", group, 0.0, 90.0)] * 4
+        trials.append(trial(covered, "extract", group, 0.4, 70.0))
+    saving = pretrained_run._saving(trials)
+    assert saving.value == pytest.approx(240 / 80)  # 0.2, as 6 %, at 80 tokens in the mean of both kinds
 
 
 def test_wrong_sizes_are_refused() -> None:

@@ -100,6 +100,22 @@ def test_extraction_asks_for_every_value(tokenizer: PreTrainedTokenizerBase) -> 
     assert all(f"is {value}." in text_of(tokenizer, question) for value in values)
 
 
+def test_single_facts_of_an_extraction(tokenizer: PreTrainedTokenizerBase) -> None:
+    sampler = QuestionSampler(tokenizer, context_tokens=600)
+    whole, *singles = sampler.extraction(0, singles=4)
+    assert whole == sampler.sample("extract", 0)
+    assert [each.kind for each in singles] == ["needle12"] * 4
+    assert {each.group for each in singles} == {whole.group} and {
+        each.context == whole.context for each in singles
+    } == {True}
+    listed = {tokenizer.decode(whole.answer[a:b]).strip() for a, b in whole.values}
+    values = [tokenizer.decode(each.answer[a:b]).strip(" .") for each in singles for a, b in each.values]
+    assert len(values) == 4 and set(values) <= listed
+    for each, value in zip(singles, values, strict=True):
+        name = tokenizer.decode(each.asked).split(" of ")[1].split("?")[0]
+        assert f"of {name} is {value}." in text_of(tokenizer, whole)
+
+
 def test_excerpts_hold_the_gold_answer(tokenizer: PreTrainedTokenizerBase) -> None:
     sampler = QuestionSampler(tokenizer, context_tokens=800)
     for number in range(8):
