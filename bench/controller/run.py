@@ -33,8 +33,8 @@ TITLE = "Is a hit in vLLM ever slower than a miss, when kvloom decides what is l
 MEANING = (
     "Times to first token are means over the requests of a cell, medians over the rounds; the ways take turns within "
     "each round, in an order drawn by lot, on two engines of equal settings but load_or_recompute; what is never "
-    "loaded is asked of the engine that decides. A round that does not count comes first: the engines learn from it. "
-    "A cell is measured in 3 rounds at least, and on until it took 5 s in all or 15 rounds. "
+    "loaded is asked of both, and counts of the engine that decides. A round that does not count comes first: the "
+    "engines learn from it. A cell is measured in 3 rounds at least, and on until it took 5 s in all or 15 rounds. "
     "within_5pct: share of cells whose time as decided is at most 1.05 times that of the better fixed way, by the "
     "median of the rounds' ratios. throughput_vs_best_fixed: the seconds of the whole sweep of the better fixed way, "
     "over those as decided. p99_ttft_vs_recompute: the 99th percentile of all requests' times of a tier over that of "

@@ -108,7 +108,8 @@ class Sweep:
 
     Parameters
     ----------
-    auto, always : engines by their `load_or_recompute`. What is never loaded is asked of the first.
+    auto, always : engines by their `load_or_recompute`. What is never loaded is asked of both, and counts of the first:
+        an engine loads more slowly after it has computed prompts than one that never computes any.
     texts : prompts as they are stored; a cell takes their beginnings.
     prompts : of which questions are drawn.
     """
@@ -132,19 +133,19 @@ class Sweep:
             for cell in cells:
                 if cell.is_done(rounds):
                     continue
-                ways = list(WAYS)
-                self._draw.shuffle(ways)
-                for way in ways:
-                    served = self.ask(way, cell.tokens, cell.requests)
-                    if number:
+                asks = [(ALWAYS, self._always), (NEVER, self._always), (NEVER, self._auto), (AUTO, self._auto)]
+                self._draw.shuffle(asks)
+                for way, engine in asks:
+                    served = self.ask(way, cell.tokens, cell.requests, engine)
+                    if number and (way, engine) != (NEVER, self._always):
                         cell.add(way, served)
                 if cell.is_done(rounds):
                     done()
         return cells
 
-    def ask(self, way: str, tokens: int, requests: int) -> Served:
-        """Stored prompts of `tokens`, so many at once, each with another question."""
-        engine = self._always if way == ALWAYS else self._auto
+    def ask(self, way: str, tokens: int, requests: int, engine: Engine | None = None) -> Served:
+        """Stored prompts of `tokens`, so many at once, each with another question; None for the engine that decides."""
+        engine = self._auto if engine is None else engine
         engine.reset()
         asked = [[*text[:tokens], *self._prompts.ids(QUESTION_TOKENS)] for text in self._texts[:requests]]
         served = engine.generate(asked, {"load": way != NEVER, "save": False})

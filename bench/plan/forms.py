@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from ...connectors.break_even import median_s
 from ...core import ChunkKey, Codec, KVChunk, KVSpec
 from ...kvstore.format import Container
 from ...kvstore.tiers.disk.index import ALIGNMENT_BYTES
+from ..harness.rounds import return_free_memory
 
 FIXED_SIZES = frozenset({"raw", "int8", "int4", "int2", "fp8"})
 """Codecs whose chunks take the same bytes whatever the model says in them."""
@@ -25,7 +27,8 @@ class StoredForm:
     raw_bytes : of its keys and values as the engine has them.
     memory_bytes : that it takes in a tier in memory.
     disk_bytes : that it takes on a disk, in whole pages, its header included.
-    decode_s : seconds to decode it on this machine's processor; 0 where nothing is to be done.
+    decode_s : seconds to decode it on this machine's processor into memory that was not touched before, as chunks of a
+        request are, which are all held at once; 0 where nothing is to be done.
     moved_s : seconds to decode it to another position, where its keys are rotated.
     is_sampled : of KV of the model itself; otherwise of random numbers, which take the same bytes.
     """
@@ -80,8 +83,15 @@ def stored_form(name: str, codec: Codec, chunk: KVChunk, *, is_sampled: bool = F
         raw_bytes=chunk.keys.nbytes + chunk.values.nbytes,
         memory_bytes=blob.nbytes,
         disk_bytes=-(-disk_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES,
-        decode_s=0.0 if is_raw else median_s(lambda: codec.decode(blob)),
-        moved_s=median_s(lambda: codec.decode(blob, chunk.positions + 1)),
+        decode_s=0.0 if is_raw else _into_fresh_memory_s(lambda: codec.decode(blob)),
+        moved_s=_into_fresh_memory_s(lambda: codec.decode(blob, chunk.positions + 1)),
         is_lossless=codec.is_lossless,
         is_sampled=is_sampled,
     )
+
+
+def _into_fresh_memory_s(decode: Callable[[], object]) -> float:
+    """Median seconds of a call that makes something, with all that was made before still held."""
+    held: list[object] = []
+    return_free_memory()
+    return median_s(lambda: held.append(decode()))
