@@ -153,7 +153,8 @@ class Fusion:
     and everything else computed. Documents before token `inexact` are exact as they are stored.
 
     Every rank first fetches documents and reports which it found (`StepReport.found_documents`). It computes only when
-    an `Advance` says so: ranks compute together and must not wait for each other within a step.
+    an `Advance` says so: ranks compute together and must not wait for each other within a step. What precedes the first
+    document is computed while documents are fetched.
 
     `question`: the tokens that follow the documents, for a choice that goes by them; None for one that does not.
 
@@ -175,10 +176,13 @@ class Fusion:
 
 @dataclass(frozen=True, slots=True)
 class Advance:
-    """Compute the next slice of a fusion; `found` says of each document whether all ranks have it."""
+    """Compute the next slice of a fusion; `found` says of each document whether all ranks have it.
+
+    None for `found`: documents are still being fetched. Only what precedes them may be computed.
+    """
 
     request_id: str
-    found: tuple[bool, ...]
+    found: tuple[bool, ...] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +238,24 @@ class StepPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class FusionWork:
+    """What a fusion has done on one rank, to learn what fusions cost.
+
+    Attributes
+    ----------
+    documents : that were fetched, by tier.
+    tokens : of the passes behind the first document, as if each had gone through all layers.
+    position : mean of their positions.
+    seconds : of these passes.
+    """
+
+    documents: Mapping[str, int] = field(default_factory=dict)
+    tokens: float = 0.0
+    position: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Loaded:
     """Outcome of a load or a fusion.
 
@@ -250,6 +272,7 @@ class Loaded:
     read_s : seconds of loading by tier, from a read to the bytes in the engine's blocks, without waiting for a thread,
         divided by the loads that ran at once; by `""` those of a chunk that did not come. Empty if they were not taken.
     given_back : it ended early because computing was faster, not because a chunk was lost. It counts as `failed`, too.
+    fused : what a fusion has done that was neither cancelled nor failed.
     """
 
     tokens: Mapping[str, int]
@@ -262,6 +285,7 @@ class Loaded:
     ranks: int = 1
     read_s: Mapping[str, float] = field(default_factory=dict)
     given_back: bool = False
+    fused: FusionWork | None = None
 
 
 @dataclass(slots=True)
@@ -347,4 +371,5 @@ def both(one: Loaded, other: Loaded) -> Loaded:
             tier: max(one.read_s.get(tier, 0.0), other.read_s.get(tier, 0.0)) for tier in {**one.read_s, **other.read_s}
         },
         given_back=one.given_back or other.given_back,
+        fused=max(one.fused or other.fused, other.fused or one.fused, key=lambda work: work.seconds if work else 0.0),
     )

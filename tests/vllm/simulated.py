@@ -129,6 +129,7 @@ class SimulatedWorker:
         self.loads: dict[str, Load] = {}
         self.probes: list[Load] = []
         self.fusions: dict[str, tuple[Fusion, list[int] | None]] = {}  # with positions still to be computed
+        self.led: dict[str, int] = {}  # token up to which a fusion has what precedes its documents
         self.computed: list[int] = []  # by fusions, in this order
         self.chosen: dict[str, np.ndarray | None] = {}
         self.told: set[str] = set()  # fusions whose documents were found, or not, as the scheduler knows
@@ -208,6 +209,7 @@ class SimulatedWorker:
             arrived.add(request_id)
         for fusion in plan.fusions:
             self.fusions[fusion.request_id] = (fusion, None)
+            self.led.pop(fusion.request_id, None)
             self.told.discard(fusion.request_id)
         for request_id, (fusion, _) in self.fusions.items():
             if request_id not in self.faults.held | self.told:
@@ -305,16 +307,24 @@ class SimulatedWorker:
         bad_blocks.update(load.blocks_from(load.start, self.block_tokens))
         report.loaded[load.request_id] = Loaded({}, True, 0.0, given_back=True)
 
-    def _advance(self, name: str, found: Sequence[bool], report: StepReport, arrived: set[str]) -> None:
-        if name not in self.fusions or name in self.faults.held:
+    def _advance(self, name: str, found: Sequence[bool] | None, report: StepReport, arrived: set[str]) -> None:
+        if name not in self.fusions:
             return
         fusion, left = self.fusions[name]
+        if found is None:
+            led = self.led.setdefault(name, fusion.start)
+            self.led[name] = min(led + self.slice_tokens, fusion.documents[0].start)
+            for position in range(led, self.led[name]):
+                self._compute(fusion.blocks, position, int(fusion.token_ids[position]))
+            return
+        if name in self.faults.held:
+            return
         if left is None:
             for document, is_found in zip(fusion.documents, found, strict=True):
                 for position in range(max(document.start, fusion.start), min(document.stop, fusion.stop)):
                     if is_found:
                         self._write(fusion.blocks, position, self.store[document.keys[0]][position - document.start])
-            left = self._choose(fusion, tuple(found))
+            left = self._choose(fusion, tuple(found), self.led.pop(name, 0))
             self.chosen[name] = None if fusion.chosen is not None else np.array(left, dtype=np.int32)
         else:
             for position in left[: self.slice_tokens]:
@@ -327,12 +337,12 @@ class SimulatedWorker:
             report.loaded[name] = Loaded({"host": 1}, False, 0.0, 1, chosen=self.chosen.pop(name))
             arrived.add(name)
 
-    def _choose(self, fusion: Fusion, found: tuple[bool, ...]) -> list[int]:
+    def _choose(self, fusion: Fusion, found: tuple[bool, ...], led: int) -> list[int]:
         """Which tokens are chosen is a matter of all candidates: a choice among fewer is another one."""
-        probed, candidates = stage(fusion, found)
+        probed, candidates = stage(fusion, found, led)
         count = math.ceil(fusion.ratio * len(candidates))
         if fusion.chosen is not None:
-            return continued(fusion, found).tolist()
+            return continued(fusion, found, led).tolist()
         by_rank = sorted(candidates.tolist(), key=lambda p: hash((p, len(candidates))))
         skipped = torch.tensor(by_rank[count:], dtype=torch.int64)
         return probed[~torch.isin(probed, skipped)].tolist()

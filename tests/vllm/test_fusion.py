@@ -161,12 +161,15 @@ def fuse(
     *,
     is_lossy: bool = False,
     method: FusionMethod = DEVIATION,
+    early: int = 0,
 ) -> tuple[Fuser, Passes, Any]:
     cache = Cache().paged
     passes = Passes(cache)
     shelves = Shelves(cache, passes, noise)
     fuser = Fuser(shelves, passes, cache, slice_tokens=slice_tokens, method=method, is_lossy=is_lossy)  # type: ignore[arg-type]
     fuser.begin(fusion)
+    for _ in range(early):
+        fuser.advance(Advance("r", None))
     assert fuser.fetched() == {"r": (True,) * len(fusion.documents)}
     assert fuser.fetched() == {}, "told of once"
     steps: list[Any] = []
@@ -201,6 +204,45 @@ def test_slices_choose_and_compute_what_one_piece_does(ratio: float, slice_token
     assert len(computed) == len(gap) + -int(-ratio * 48 // 1)
     keys, _ = cache.read(fusion.blocks, 0, 60)
     assert torch.equal(keys[:, :, computed], passes.truth[0][:, :, computed])
+
+
+@pytest.mark.parametrize("early", [1, 2, 9])
+def test_what_precedes_the_documents_does_not_wait_for_them(early: int) -> None:
+    """It is computed first, once, and by nothing but itself; the result is the same."""
+    fusion = fusion_of(3, 60, 16, [(16, 30), (34, 60)], 0.25)
+    _, passes, cache = fuse(fusion, 5, early=early)
+    _, whole, whole_cache = fuse(fusion, 64)
+    assert [part for part in passes.computed if part[0] < 16] == [[*range(3, 8)], [*range(8, 13)], [13, 14, 15]]
+    assert [p for part in passes.computed for p in part] == [p for part in whole.computed for p in part]
+    for mine, other in zip(cache.read(fusion.blocks, 3, 60), whole_cache.read(fusion.blocks, 3, 60), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_while_documents_are_fetched_nothing_else_is_computed() -> None:
+    cache = Cache().paged
+    passes = Passes(cache)
+    shelves = Shelves(cache, passes)
+    fetched, pending = shelves.fetch, Future[Fetched]()
+    shelves.fetch = lambda _: pending  # type: ignore[method-assign]
+    fuser = Fuser(shelves, passes, cache, slice_tokens=5, method=DEVIATION)  # type: ignore[arg-type]
+    fusion = fusion_of(3, 60, 16, [(16, 30), (34, 60)], 0.25)
+    fuser.begin(fusion)
+    for _ in range(9):
+        fuser.advance(Advance("r", None))
+    assert sum(map(len, passes.computed)) == 13 and fuser.fetched() == {} and fuser.arrivals() == []
+    pending.set_result(replace(fetched(fusion).result(), documents={"host": 2}))
+    assert fuser.fetched() == {"r": (True, True)}
+    arrivals: list[Any] = []
+    while not arrivals:
+        fuser.advance(Advance("r", (True, True)))
+        arrivals += fuser.arrivals()
+    loaded = arrivals[0].loaded
+    assert loaded.computed_tokens == 13 + 4 + 10
+    assert loaded.fused.documents == {"host": 2} and loaded.fused.seconds > 0.0
+    probed, computed = range(16, 60), [p for part in passes.computed for p in part if p >= 16]
+    assert loaded.fused.tokens == pytest.approx(len(probed) * 2 / 3 + len(computed))
+    middle = (sum(probed) * 2 / 3 + sum(computed)) / loaded.fused.tokens
+    assert loaded.fused.position == pytest.approx(middle)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.04, 0.25, 1.0])

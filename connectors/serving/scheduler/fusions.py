@@ -31,6 +31,7 @@ class _State:
     first: int  # token that is not exact
     local_tokens: int | None = None  # that the engine has itself, from when it asks until it admits the request
     begun_at: int = 0  # token, of the last fusion
+    lead_tokens: int = 0  # before its first document, which no slice was planned for yet
     fused: Fused | None = None
 
 
@@ -41,11 +42,13 @@ class FusionTracker:
     ----------
     ranks : of the engine; all of them fetch before any of them computes.
     block_tokens : of the engine.
+    slice_tokens : of a slice at most; workers' may be shorter.
     """
 
-    def __init__(self, ranks: int, block_tokens: int) -> None:
+    def __init__(self, ranks: int, block_tokens: int, slice_tokens: int) -> None:
         self._ranks = ranks
         self._block_tokens = block_tokens
+        self._slice_tokens = slice_tokens
         self._states: dict[str, _State] = {}
         self._found: dict[str, tuple[tuple[bool, ...], ...]] = {}  # by each rank, of fusions in order of arrival
         self._choices: OrderedDict[bytes, NDArray[np.int32]] = OrderedDict()  # recomputed positions, by plan
@@ -93,6 +96,7 @@ class FusionTracker:
         """The engine took the offer up to `stop`: tokens `[start, stop)` are to be provided."""
         state = self._states[request_id]
         request, state.local_tokens, state.begun_at = state.request, None, start
+        state.lead_tokens = request.documents[0].start - start
         self._found[request_id] = ()
         return Fusion(
             request_id,
@@ -123,10 +127,18 @@ class FusionTracker:
             self._found[request_id] += masks
 
     def advance(self) -> Advance | None:
-        """The next slice. One fusion at a time, the first whose documents all ranks have fetched."""
+        """The next slice. One fusion at a time, the first whose documents all ranks have fetched.
+
+        Where there is none, the first one with tokens before its documents: these are computed meanwhile.
+        """
         for request_id, masks in self._found.items():
             if len(masks) == self._ranks:
                 return Advance(request_id, tuple(all(ranks) for ranks in zip(*masks, strict=True)))
+        for request_id in self._found:
+            state = self._states.get(request_id)
+            if state is not None and state.lead_tokens > 0:
+                state.lead_tokens -= self._slice_tokens
+                return Advance(request_id, None)
         return None
 
     def end(self, request_id: str, loaded: Loaded) -> None:

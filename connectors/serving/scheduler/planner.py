@@ -133,7 +133,7 @@ class Planner:
             clock=clock,
         )
         self._saves = SaveTracker(settings.chunk_tokens, block_tokens, known, self._shapes)
-        self._fusions = FusionTracker(len(specs), block_tokens)
+        self._fusions = FusionTracker(len(specs), block_tokens, settings.fusion_slice_tokens)
         self._tracked: dict[str, _Tracked] = {}
         self._transfers: dict[str, _Transfer] = {}
         self._layer_loads: dict[str, Load] = {}  # loads within a step whose outcome was not reported

@@ -35,11 +35,16 @@ class RecomputeCost:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """Which documents of a fusion are in its blocks now, their tokens by tier, and what computing them took."""
+    """Which documents of a fusion are in its blocks now, their tokens by tier, and what computing them took.
+
+    `documents`: how many of them, by tier. `read_s`: as of `Loaded`.
+    """
 
     found: tuple[bool, ...]
     tokens: Mapping[str, int]
     cost: RecomputeCost = field(default_factory=RecomputeCost)
+    documents: Mapping[str, int] = field(default_factory=dict)
+    read_s: Mapping[str, float] = field(default_factory=dict)
 
 
 UNKNOWN = -1

@@ -1,11 +1,12 @@
 """CacheBlend (arXiv 2405.16444) within an engine: stored documents in a new context, some of their tokens recomputed.
 
     fetch     documents from the store, moved to where they stand now, into the blocks of the request   (background)
-    choose    the tokens of documents, and all that is in none, through the first layers; what `check_layer` makes of
+    lead      what precedes the first document, through all layers, while documents are fetched
+    choose    the tokens of documents, and what is between them, through the first layers; what `check_layer` makes of
               them is compared with what was stored, and the tokens that differ most are chosen
     compute   what is in no document and what was chosen, through all layers
 
-Choosing and computing go in slices, one in each step of the engine, in the order of positions, so that a long context
+All but fetching goes in slices, one in each step of the engine, in the order of positions, so that a long context
 does not keep other requests waiting; the result is the same as in one piece. Deviation and choice are those of
 `blend.choosers`. Deviations from the paper: tokens are chosen once, not again in every layer, since the engine's
 forward pass cannot drop tokens on its way; and the layers up to `check_layer` are fresh for every token, as they had to
@@ -24,8 +25,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -46,11 +48,15 @@ from ....blend.choosers import (
 )
 from ....blend.method import WITHOUT_DEVIATION, FusionMethod
 from ....errors import EngineError
-from ..messages import Advance, Fusion, Loaded
+from ..messages import Advance, Fusion, FusionWork, Loaded
 from .arrivals import Arrival, Fetched
+from .stretches import Stretch
 from .transfers import Transfers
 
 _LOSS = 0.25  # squared, relative: 2 bits lose about a tenth; keys that are turned by chance differ by 2
+
+_CANCELLED = torch.empty(0, dtype=torch.int64)
+"""Positions that a cancelled fusion still computes: none."""
 
 _LOG = logging.getLogger("kvloom")
 
@@ -85,6 +91,7 @@ class TokenCache(Protocol):
     num_layers: int
     block_tokens: int
     dtype: torch.dtype
+    device: torch.device
 
     def read_layer(self, index: int, blocks: Sequence[int], start: int, stop: int) -> tuple[Tensor, Tensor]: ...
     def write_tokens(
@@ -97,12 +104,15 @@ class _Job:
     fusion: Fusion
     fetching: Future[Fetched]
     begun_s: float
+    lead: int  # token up to which no document is needed
+    led: int  # token up to which that is computed
     is_reported: bool = False  # that its documents are fetched
     probed: Tensor | None = None  # positions that go through the first layers, ascending
     candidates: Tensor | None = None  # of them, those that may be chosen
     rows: list[Tensor] = field(default_factory=list)  # of the slices probed so far
     computed: Tensor | None = None  # positions that go through all layers
     done: int = 0  # positions of the present stage
+    passes: list[tuple[float, float, Stretch]] = field(default_factory=list)  # tokens, mean position and time of each
 
 
 class Fuser:
@@ -153,13 +163,16 @@ class Fuser:
 
     def begin(self, fusion: Fusion) -> None:
         """Begin a fusion; `arrivals` gives its outcome."""
-        self._jobs[fusion.request_id] = _Job(fusion, self._transfers.fetch(fusion), time.monotonic())
+        lead = max(fusion.documents[0].start, fusion.start)
+        self._jobs[fusion.request_id] = _Job(
+            fusion, self._transfers.fetch(fusion), time.monotonic(), lead, fusion.start
+        )
 
     def cancel(self, request_id: str) -> None:
         """End a fusion. `arrivals` gives it all the same, when nothing writes to its blocks any more."""
         if (job := self._jobs.get(request_id)) is not None:
             job.is_reported = True
-            job.computed = torch.empty(0, dtype=torch.int64)
+            job.computed = _CANCELLED
 
     def fetched(self) -> dict[str, tuple[bool, ...]]:
         """For fusions whose documents are fetched, each once: which documents this rank found."""
@@ -189,11 +202,18 @@ class Fuser:
         if job is None:
             return
         try:
-            if job.computed is None:
+            if job.computed is None and job.led < job.lead:
+                stop = min(job.led + self._slice_tokens, job.lead)
+                self.passes.compute(job.fusion.token_ids, torch.arange(job.led, stop), job.fusion.blocks)
+                job.led = stop
+            elif advance.found is None:
+                return
+            elif job.computed is None:
                 self._choose(job, advance.found)
             elif len(left := job.computed[job.done :]):
                 count = first_slice(left, self._slice_tokens, self.passes.max_runs)
-                self.passes.compute(job.fusion.token_ids, left[:count], job.fusion.blocks)
+                with self._timed(job, left[:count], 1.0):
+                    self.passes.compute(job.fusion.token_ids, left[:count], job.fusion.blocks)
                 job.done += count
         except (RuntimeError, EngineError):  # of the device or a kernel; the engine itself can still compute
             _LOG.exception("fusing request %s failed; it is computed", advance.request_id)
@@ -209,7 +229,7 @@ class Fuser:
         """Compute the next slice of the first layers; after the last one, choose."""
         fusion = job.fusion
         if job.probed is None or job.candidates is None:
-            job.probed, job.candidates = stage(fusion, found)
+            job.probed, job.candidates = stage(fusion, found, job.lead)
             count = math.ceil(fusion.ratio * len(job.candidates))
             # What goes on with a choice that was made goes through the first layers all the same: they stay fresh.
             is_settled = fusion.chosen is None and count == len(job.candidates)
@@ -220,7 +240,8 @@ class Fuser:
                 return
         left = job.probed[job.done :]
         count = first_slice(left, self._probe_tokens, self.passes.max_runs)
-        job.rows.append(self._probe(fusion, left[:count]))
+        with self._timed(job, left[:count], (self._check_layer + 1) / self._cache.num_layers):
+            job.rows.append(self._probe(fusion, left[:count]))
         job.done += count
         if job.done < len(job.probed):
             return
@@ -242,7 +263,7 @@ class Fuser:
             job.computed = job.probed
             return
         if fusion.chosen is not None:
-            job.computed = continued(fusion, found)
+            job.computed = continued(fusion, found, job.lead)
             return
         positions = job.probed[is_candidate]
         starts = torch.tensor([document.start for document in fusion.documents])
@@ -301,22 +322,49 @@ class Fuser:
 
     def _arrival(self, job: _Job, computed: Tensor) -> Arrival:
         spent_s, fusion = time.monotonic() - job.begun_s, job.fusion
+        computed_tokens = len(computed) + job.led - fusion.start
         counts = {
             "fusions": 1,
             "fused_tokens": fusion.stop - fusion.start,
-            "fusion_computed_tokens": len(computed),
+            "fusion_computed_tokens": computed_tokens,
             "fusion_seconds": spent_s,
         }
         self._transfers.count(counts)
         fetched = self._outcome(job)
         unpriced = fusion.stop - fusion.start - sum(fetched.tokens.values()) + fetched.cost.unpriced_tokens
         chosen = computed.numpy().astype(np.int32) if fusion.chosen is None else None
-        loaded = Loaded(fetched.tokens, False, spent_s, len(computed), fetched.cost.recompute_s, unpriced, chosen)
+        loaded = Loaded(
+            fetched.tokens,
+            False,
+            spent_s,
+            computed_tokens,
+            fetched.cost.recompute_s,
+            unpriced,
+            chosen,
+            read_s=fetched.read_s,
+            fused=self._work(job, fetched) if computed is not _CANCELLED else None,
+        )
         return Arrival(fusion.request_id, loaded, frozenset())
 
+    @contextmanager
+    def _timed(self, job: _Job, positions: Tensor, layers_ratio: float) -> Iterator[None]:
+        """Take the time of a pass through this share of the layers."""
+        with Stretch.on(self._cache.device) as stretch:
+            yield
+        mean = float(positions.double().mean())
+        job.passes.append((len(positions) * layers_ratio, mean, stretch))
 
-def stage(fusion: Fusion, found: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
+    def _work(self, job: _Job, fetched: Fetched) -> FusionWork:
+        tokens = sum(count for count, _, _ in job.passes)
+        position = sum(count * mean for count, mean, _ in job.passes) / max(tokens, 1.0)
+        seconds = sum(stretch.seconds() for _, _, stretch in job.passes)
+        return FusionWork(fetched.documents, tokens, position, seconds)
+
+
+def stage(fusion: Fusion, found: tuple[bool, ...], lead: int = 0) -> tuple[Tensor, Tensor]:
     """Positions that go through the first layers, and those among them that may be chosen, both ascending.
+
+    None before token `lead`, where all is computed already.
 
     | tokens                                 | first layers | may be chosen |
     |----------------------------------------|--------------|---------------|
@@ -329,16 +377,16 @@ def stage(fusion: Fusion, found: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
         if is_found:
             is_stored[document.start : document.stop] = True
     positions = torch.arange(fusion.stop)
-    ours = positions >= fusion.start
+    ours = positions >= max(fusion.start, lead)
     return (
         positions[ours & ~(is_stored & (positions < fusion.inexact))],
         positions[ours & is_stored & (positions >= fusion.inexact)],
     )
 
 
-def continued(fusion: Fusion, found: tuple[bool, ...]) -> Tensor:
+def continued(fusion: Fusion, found: tuple[bool, ...], lead: int = 0) -> Tensor:
     """Ascending positions left to compute of a fusion with known `chosen` tokens: these, and what is not stored."""
-    probed, candidates = stage(fusion, found)
+    probed, candidates = stage(fusion, found, lead)
     is_left = ~torch.isin(probed, candidates)
     if fusion.chosen is not None:
         is_left |= torch.isin(probed, torch.from_numpy(fusion.chosen.astype(np.int64)))

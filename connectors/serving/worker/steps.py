@@ -117,7 +117,7 @@ class Steps:
             return set()
         for request_id in gone:
             self._cancel(request_id)
-        if plan.is_idle:
+        if plan.is_idle and not plan.advances:
             self._worker.transfers.wait(_IDLE_WAIT_S)
         self._finish_layers()
         arrivals = self._worker.transfers.arrivals()

@@ -314,9 +314,10 @@ class Transfers:
 
     def _fetch_documents(self, fusion: Fusion, begun_s: float) -> Fetched:
         tokens: Counter[str] = Counter()
+        documents: Counter[str] = Counter()
         cost = RecomputeCost()
         found = []
-        with PendingWrites(self._cache, self._writer) as writes:
+        with self._times.watch() as watch, PendingWrites(self._cache, self._writer) as writes:
             for document in fusion.documents:
                 start, stop = max(document.start, fusion.start), min(document.stop, fusion.stop)
                 remaining_s = begun_s + self._load_timeout_s - time.monotonic()
@@ -327,6 +328,7 @@ class Transfers:
                     hit = self.reader.read(key, other, positions, timeout_s=remaining_s)
                 count = document.stop - document.start
                 if hit is None or not fits(hit.chunk, self._spec, count, document.start):
+                    watch.lap(None)
                     found.append(False)
                     continue
                 found.append(True)
@@ -335,9 +337,11 @@ class Transfers:
                     keys, values = self._correction.apply(keys, values, positions, torch.arange(count))
                 here = slice(start - document.start, stop - document.start)
                 writes.add(fusion.blocks, start, keys[:, :, here], values[:, :, here])
+                watch.lap(hit.tier)
                 tokens[hit.tier] += stop - start
+                documents[hit.tier] += 1
                 cost.add(stop - start, len(hit.chunk), hit.recompute_s)
-        return Fetched(tuple(found), dict(tokens), cost)
+        return Fetched(tuple(found), dict(tokens), cost, dict(documents), watch.seconds)
 
     # -------------------------------------------------------------------------------------------------- saving
 
