@@ -47,7 +47,7 @@ def blend(
     model: Pretrained = None,
     device: Device = None,
     full: Annotated[
-        bool, typer.Option("--full", help="With --model: all kinds and methods, and tuning; hours.")
+        bool, typer.Option("--full", help="All tasks, half an hour; with --model, all kinds and methods, hours.")
     ] = False,
     questions: Annotated[int | None, typer.Option(metavar="N", min=2, help="With --model: of each kind.")] = None,
     kinds: Annotated[
@@ -63,9 +63,7 @@ def blend(
     ] = None,
     minutes: Annotated[
         float | None,
-        typer.Option(
-            metavar="N", min=0.1, help="With --model: after them no question begins; default: 14, with --full none."
-        ),
+        typer.Option(metavar="N", min=0.1, help="After them no question begins; default: 14, with --full none."),
     ] = None,
 ) -> None:
     """Fused documents beside full prefill: answers and time to first token, by ratio and length."""

@@ -1,5 +1,6 @@
 """One question under every way of using cached documents: time to first token, tokens, bytes, answer."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -194,8 +195,10 @@ def score(
     methods: Sequence[Method],
     *,
     warm_up: bool = True,
+    before_case: Callable[[Case], object] = lambda _: None,
     before_each: Callable[[], None] = lambda: None,
     advance: Callable[[], object] = lambda: None,
+    stop_s: float = math.inf,
 ) -> list[Score]:
     """Every method on every case, side by side: case by case, full prefill first.
 
@@ -203,15 +206,23 @@ def score(
     ----------
     methods : begins with `FULL`, which the others are compared with.
     warm_up : answer the first case by every method before, untimed.
+    before_case : called before the answers to a case, to compute its documents for instance.
     before_each : called before every timed answer, to empty the page cache for instance.
     advance : called after every case.
+    stop_s : of the monotonic clock: no case but the first begins after it.
     """
+    if warm_up:
+        before_case(cases[0])
     for method in methods if warm_up else ():
         answer(connector, method, cases[0], new_tokens=1)
     outcomes: list[list[Outcome]] = [[] for _ in methods]
     exact: list[list[bool | None]] = [[] for _ in methods]
     kl: list[list[float]] = [[] for _ in methods]
     for case in cases:
+        if outcomes[0] and time.monotonic() >= stop_s:
+            cases = cases[: len(outcomes[0])]
+            break
+        before_case(case)
         gold = None if case.answer is None else tuple(connector.encode_question(case.answer))
         for i, method in enumerate(methods):
             before_each()

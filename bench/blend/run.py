@@ -7,21 +7,18 @@ match on the bundled model, in the loss of the answer on others.
 """
 
 import math
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from ...blend.correction import Correction
-from ...blend.method import FusionMethod
 from ...calibration.model_profile import Profile
 from ...certify.correction_fit import document_contexts, fit_correction
 from ...connectors.hf.connector import TransformersConnector
 from ...connectors.identity.requests import lead_of, natural_lead
-from ...evaluation.fused_answers import FULL, HOST_BYTES, NAIVE, PREFIX, Method, Score, blend, own, score
-from ...evaluation.intervals import Floats, paired_bootstrap, share_of_gap
-from ...evaluation.models import load_model, token_counter
+from ...evaluation.fused_answers import FULL, HOST_BYTES, NAIVE, Method, Score, blend, score
+from ...evaluation.models import token_counter
 from ...evaluation.page import Row, Table
 from ...evaluation.passages import TUNE, load_heldout
 from ...evaluation.report import BenchResult, Metric, Target, figures_table
@@ -30,23 +27,12 @@ from ...evaluation.windows import SEQUENCE_TOKENS, SEQUENCES, token_windows
 from ...evaluation.wording import frame_of
 from ...evaluation.workload import task_cases
 from ...kvstore.store import KVStore
-from ...kvstore.tiers.disk.tier import DiskTier
 from ...kvstore.tiers.host import HostTier
-from ..demo.run import METHODS
-from ..harness.page_cache import drop_page_cache
 from ..harness.pool import ModelPool
+from .bundled import CONTEXT_TOKENS, NUM_DOCUMENTS, TITLE, measure_bundled, named, speedup
 from .pooled import PooledBed
 from .quality import COST_TOKENS, KINDS, QualitySizes, corrected, default_methods, measure_quality, quality_work
 
-RATIOS = (0.01, 0.02, 0.05, 0.10, 0.15)
-NUM_DOCUMENTS = 8
-CONTEXT_TOKENS = 4480  # documents end at sentences, somewhat short of it, but above 4,096 together
-TARGETS = (
-    Target("tokens_identical_at_1", ">=", 1.0),
-    Target("gap_closed_at_0.05", ">=", 0.95),
-    Target("alias_gap_closed_at_0.05", ">=", 0.9),
-    Target("ttft_speedup_at_0.15_host_4k", ">=", 2.0),
-)
 MODEL_TARGETS = (
     Target("real_gap_closed_at_0.15", ">=", 0.7),
     Target("real_gap_closed_at_0.30", ">=", 0.95),
@@ -65,14 +51,6 @@ QUICK_FORM = QualitySizes(
 MINUTES = 14.0  # of the default form on a processor
 _TIMED_WORK = 1.7  # work of a token of so long a context, beside one of a short context
 SEED = 2611  # of the questions that are reported; nothing was ever tuned on it
-TITLE = "Does fusing cached documents answer as full prefill does, and how much sooner?"
-MEANING = (
-    "TTFT: time to first token, from the request's tokens to the answer's first, median. Speed-up: full prefill's time "
-    "over it, question by question. Computed: tokens that ran through a layer, mean over layers. Exact: answered word "
-    "for word. Gap closed: share of the gap between naive reuse and full prefill, 95 % interval. KL: of the next-token "
-    "distribution to full prefill's. CacheBlend: as published. kvloom: its default method, at the share of tokens "
-    "in the name. The bundled model's figures do not carry over to other models: give one with --model."
-)
 MODEL_MEANING = (
     "kvloom: its default method. Corrected: the same over documents that a linear map, fitted to other text by "
     "`kvloom calibrate`, brings nearer to what they are in a context. All methods compute as many tokens times layers "
@@ -83,9 +61,6 @@ MODEL_MEANING = (
     "and full prefill, in the loss of the gold answer, or in KL where the model may not know it; 95 % interval, "
     "contexts drawn anew with all their questions. Right: values given word for word."
 )
-
-
-QUESTION = Method("question 5%", blender=FusionMethod(0.05, "question").blender)
 
 
 def run(
@@ -106,20 +81,22 @@ def run(
     Parameters
     ----------
     quick : smallest sizes, to see that it runs.
-    model_dir : a Hugging Face folder, measured by `quality`; None for the bundled reference model. All further
-        parameters are for such a model.
+    model_dir : a Hugging Face folder, measured by `quality`; None for the bundled reference model.
     device : as for `load_model`.
-    full : every kind of question and every method, and one chosen on the split to tune on; what a GPU is asked anyway.
-    questions : of each kind; None for those of the form.
+    full : every kind of question and every method, and one chosen on the split to tune on; of the bundled model, all
+        tasks however long they take.
+    questions : with `model_dir`, as what follows but `minutes`: of each kind; None for those of the form.
     kinds : of question, see `quality.KINDS`; none for those of the form.
     context_tokens : of the documents of one question; None for those of the form.
     timed : measure times, too.
     processes : that share its questions; None for one for each core of a processor.
-    minutes : after which no question begins, but for one of each kind; None for `MINUTES` of the default form.
+    minutes : after which no question begins, but for one of each kind; None for `MINUTES`, and without end if `full`.
     """
-    if model_dir is None:
-        return _of_bundled(quick=quick, device=device)
     began_s = time.monotonic()
+    if model_dir is None:
+        limit = MINUTES if minutes is None and not full else minutes
+        stop_s = math.inf if limit is None else began_s + 60 * limit
+        return measure_bundled(quick=quick, device=device, stop_s=stop_s)
     form = QUICK_FORM if quick else FULL_FORM if full else DEFAULT_FORM
     chosen = {kind: questions or form.check.get(kind, 200) for kind in kinds or form.check}
     form = replace(form, check=chosen, context_tokens=context_tokens or form.context_tokens)
@@ -150,15 +127,15 @@ def _of_model(pool: ModelPool, form: QualitySizes, *, quick: bool, timed: bool, 
             scores = _times(pool, methods, count, tokens, lambda: bar.advance(task, timing / (count + 1)))
             tables.append(_times_table(scores, tokens))
             for share in methods_at:
-                metrics[f"real_ttft_speedup_at_{share:.2f}"] = _speedup(scores, f"kvloom at {share:.0%}")
-                metrics[f"real_corrected_ttft_speedup_at_{share:.2f}"] = _speedup(scores, corrected(share))
+                metrics[f"real_ttft_speedup_at_{share:.2f}"] = speedup(scores, f"kvloom at {share:.0%}")
+                metrics[f"real_corrected_ttft_speedup_at_{share:.2f}"] = speedup(scores, corrected(share))
                 published = Metric.of_samples(
-                    _named(scores, f"kvloom at {share:.0%}").speedups(_named(scores, f"CacheBlend {share:.0%}")),
+                    named(scores, f"kvloom at {share:.0%}").speedups(named(scores, f"CacheBlend {share:.0%}")),
                     unit="times",
                     baseline=f"CacheBlend {share:.0%}",
                 )
                 metrics[f"real_ttft_speedup_at_{share:.2f}_vs_cacheblend"] = published
-                metrics[f"real_cacheblend_ttft_speedup_at_{share:.2f}"] = _speedup(scores, f"CacheBlend {share:.0%}")
+                metrics[f"real_cacheblend_ttft_speedup_at_{share:.2f}"] = speedup(scores, f"CacheBlend {share:.0%}")
 
         def advance(part: str, work: float) -> None:
             bar.update(task, description=f"{part}, thousand tokens")
@@ -249,162 +226,3 @@ def _times_table(scores: Sequence[Score], tokens: int) -> Table:
         cells,
         f"times to first token, one context of {tokens:,} tokens, {len(scores[0].outcomes)} times",
     )
-
-
-def _of_bundled(*, quick: bool, device: str | None) -> BenchResult:
-    """Exact match and times on the tasks that the bundled model was trained for."""
-    tasks, alias_tasks, timed = (3, 2, 2) if quick else (200, 100, 12)
-    context = 512 if quick else CONTEXT_TOKENS
-    lengths = (256, 512) if quick else (1120, 2240, 4480, 8960)
-    model, tokenizer = load_model(None, device=device)
-    context = min(context, model.config.max_position_embeddings - 128)
-    count_tokens = token_counter(tokenizer)
-    metrics: dict[str, Metric] = {}
-    rows: list[dict[str, object]] = []
-    tables: list[Table] = []
-
-    def add(title: str, scores: Sequence[Score]) -> None:
-        cells: list[Row] = []
-        for s in scores:
-            row, gap = s.summary(scores[0]), gap_closed(scores, s)
-            rows.append({"table": title} | asdict(row) | {"gap_closed": asdict(gap)})
-            exact = [f"{share:.1%}" for share in row.exact_match.values()]
-            times = [f"{row.ttft_s * 1e3:.0f}", f"{row.speedup:.2f}x", f"{row.computed_tokens:,.0f}"]
-            cells.append([row.method, *times, *exact, _with_interval(gap), f"{row.kl:.4f}"])
-        tables.append(
-            Table(["method", "TTFT ms", "speed-up", "computed", "exact", "gap closed", "KL nats"], cells, title)
-        )
-
-    with tempfile.TemporaryDirectory(prefix="kvloom-bench-") as folder, progress() as bar:
-        store_dir = Path(folder) / "store"
-        with KVStore([HostTier(HOST_BYTES), DiskTier(store_dir)]) as store:
-            connector = TransformersConnector(model, tokenizer, store)
-
-            def measure(kind: str, count: int, tokens: int, methods: Sequence[Method], seed: int) -> list[Score]:
-                cases = task_cases(
-                    None,
-                    count_tokens,
-                    kind=kind,
-                    count=count,
-                    context_tokens=tokens,
-                    num_documents=NUM_DOCUMENTS,
-                    seed=seed,
-                )
-                task = bar.add_task(f"{kind}, {tokens:,} tokens", total=count)
-                connector.precompute([d for case in cases for d in case.documents])
-                scores = score(connector, cases, methods, advance=lambda: bar.advance(task))
-                bar.remove_task(task)
-                return scores
-
-            records = measure(
-                "record",
-                tasks,
-                context,
-                [
-                    FULL,
-                    NAIVE,
-                    *(own(r) for r in RATIOS),
-                    blend(0.05),
-                    blend(0.15),
-                    QUESTION,
-                    blend(0.15, "deviation+first"),
-                    blend(0.15, "first"),
-                    blend(0.15, "random"),
-                    own(1.0),
-                ],
-                seed=1,
-            )
-            add(f"records, {context:,} tokens", records)
-            aliases = measure(
-                "alias",
-                alias_tasks,
-                context,
-                [
-                    FULL,
-                    NAIVE,
-                    own(0.05),
-                    own(0.15),
-                    blend(0.05),
-                    blend(0.15),
-                    QUESTION,
-                    blend(0.15, "random"),
-                ],
-                seed=2,
-            )
-            add(f"aliases, {context:,} tokens", aliases)
-            for tokens in lengths:
-                if tokens + 128 <= model.config.max_position_embeddings:
-                    swept = measure("record", timed, tokens, [FULL, PREFIX, *METHODS[2:]], seed=3)
-                    add(f"records by length, {tokens:,} tokens", swept)
-            metrics |= _quality_metrics(records, aliases)
-            metrics["ttft_speedup_at_0.15_host_4k"] = _speedup(records, "kvloom 15%")
-        with KVStore([DiskTier(store_dir)]) as store:
-            connector = TransformersConnector(model, tokenizer, store, model_id=connector.spec.model_id)
-            cases = task_cases(
-                None,
-                count_tokens,
-                kind="record",
-                count=timed,
-                context_tokens=context,
-                num_documents=NUM_DOCUMENTS,
-                seed=1,
-            )
-            cold = score(connector, cases, METHODS, before_each=lambda: drop_page_cache(store_dir))
-            add(f"records from disk, past the page cache, {context:,} tokens", cold)
-            metrics["ttft_speedup_at_0.15_disk_4k"] = _speedup(cold, "kvloom 15%")
-    tables.append(figures_table(metrics))
-    return BenchResult("blend", metrics, rows, tables, targets=TARGETS, notes=[MEANING], title=TITLE)
-
-
-def _named(scores: Sequence[Score], name: str) -> Score:
-    return next(s for s in scores if s.method.name == name)
-
-
-def _gap(naive: Floats, full: Floats, other: Floats) -> float:
-    return share_of_gap(float(naive.mean()), float(full.mean()), float(other.mean()))
-
-
-def gap_closed(scores: Sequence[Score], other: Score) -> Metric:
-    """Share of the exact-match gap between naive reuse and full prefill, with its paired bootstrap interval."""
-    naive, full = _named(scores, NAIVE.name), scores[0]
-    samples = [[float(right) for right in s.known] for s in (naive, full, other)]
-    value, low, high = paired_bootstrap(*samples, statistic=_gap)
-    return Metric(value, low, high, "share", "full prefill is 1, naive reuse is 0")
-
-
-def _quality_metrics(records: Sequence[Score], aliases: Sequence[Score]) -> dict[str, Metric]:
-    full, exact = records[0], _named(records, own(1.0).name)
-    identical = sum(a.tokens == b.tokens for a, b in zip(full.outcomes, exact.outcomes, strict=True))
-    difference = max(
-        float((a.logits - b.logits).abs().max()) for a, b in zip(full.outcomes, exact.outcomes, strict=True)
-    )
-    closing = [r for r in RATIOS if gap_closed(records, _named(records, own(r).name)).value >= 0.9]
-    metrics = {
-        "tokens_identical_at_1": Metric.of_share(identical, len(full.outcomes), baseline=1.0),
-        "max_abs_dlogit_at_1": Metric(difference, unit="logits", baseline=0.0),
-        "gap_closed_at_0.05": gap_closed(records, _named(records, "kvloom 5%")),
-        "gap_closed_at_0.15": gap_closed(records, _named(records, "kvloom 15%")),
-        "gap_closed_random_at_0.15": gap_closed(records, _named(records, "random 15%")),
-        "smallest_ratio_closing_0.9": Metric(min(closing, default=math.nan), unit="share of tokens", baseline=1.0),
-        "alias_gap_closed_at_0.05": gap_closed(aliases, _named(aliases, "kvloom 5%")),
-        "alias_gap_closed_at_0.15": gap_closed(aliases, _named(aliases, "kvloom 15%")),
-        "cacheblend_gap_closed_at_0.05": gap_closed(records, _named(records, "CacheBlend 5%")),
-        "cacheblend_alias_gap_closed_at_0.05": gap_closed(aliases, _named(aliases, "CacheBlend 5%")),
-        "cacheblend_alias_gap_closed_at_0.15": gap_closed(aliases, _named(aliases, "CacheBlend 15%")),
-        "question_alias_gap_closed_at_0.05": gap_closed(aliases, _named(aliases, "question 5%")),
-        "alias_gap_closed_random_at_0.15": gap_closed(aliases, _named(aliases, "random 15%")),
-    }
-    for kind, scores in (("record", records), ("alias", aliases)):
-        for name, method in (("full", FULL), ("naive", NAIVE)):
-            known = _named(scores, method.name).known
-            metrics[f"exact_match_{kind}_{name}"] = Metric.of_share(sum(known), len(known))
-    return metrics
-
-
-def _speedup(scores: Sequence[Score], name: str) -> Metric:
-    return Metric.of_samples(_named(scores, name).speedups(scores[0]), unit="times", baseline="full prefill")
-
-
-def _with_interval(metric: Metric) -> str:
-    interval = "" if metric.low is None or metric.high is None else f" [{metric.low:.2f}, {metric.high:.2f}]"
-    return f"{metric.value:.2f}{interval}"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from kvloom import DiskTier, KVStore, cli
-from kvloom.bench.blend.run import gap_closed
+from kvloom.bench.blend.bundled import gap_closed, measure_bundled
 from kvloom.bench.blend.run import run as run_blend
 from kvloom.bench.demo.run import METHODS, DemoOptions, run_demo
 from kvloom.evaluation.fused_answers import FULL, NAIVE, Method, Outcome, Score, kl_divergence
@@ -138,6 +139,15 @@ def test_blend_benchmark_writes_every_figure() -> None:
         metric = result.metrics[name]
         assert metric.low is not None and 0 < metric.low <= metric.value
     assert json.loads(result.to_json())["rows"]
+
+
+@pytest.mark.slow
+def test_blend_benchmark_ends_when_its_time_is_up() -> None:
+    """With a task of each kind, and says how many it was."""
+    result = measure_bundled(quick=True, device="cpu", stop_s=time.monotonic())
+    assert result.metrics["tokens_identical_at_1"].value == 1.0
+    assert [note for note in result.notes if "after 1 of 3 tasks of record" in note]
+    assert [note for note in result.notes if "after 1 of 2 tasks of alias" in note]
 
 
 @pytest.mark.slow
