@@ -22,9 +22,12 @@ WHY: Mapping[str, str] = MappingProxyType(
         "too short to pay": "what a load costs whatever its size is more than computing so few tokens",
         "slow tier": "the tier gives bytes more slowly than the engine computes their tokens",
         "load queue": "too many loads waited before it",
-        "trial": "computing was not observed for long, and a chunk of it tells what it takes",
+        "trial": "what is thought slower was not observed for long, and is tried",
         "computes while waiting": "its load had not begun when computing became faster, or took longer than expected",
         "always": "the settings say so",
+        "fuses": "to load and fuse its documents was expected to be fastest",
+        "ratio raised": "leading documents were computed in full while the others were loaded",
+        "fusion does not pay": "to load and fuse its documents was expected to take no less than to compute everything",
     }
 )
 """What each word of `Reason` means."""
@@ -47,11 +50,12 @@ def explanation(record: Mapping[str, Any]) -> str:
         if found:
             done += f", though {found:,} were stored{_from(record.get('found_tokens'))}"
     parts = [f"{record['request']}, {when(record)}: {done}"]
+    is_fused = record.get("fused") in ("yes", "partly")
     if isinstance(decision, str):
         parts.append(f"{decision}: {WHY.get(decision, 'an unknown reason')}")
-    elif record.get("fused") in ("yes", "partly"):
+    if is_fused:
         parts.append(f"its documents were fused, and {int(record.get('computed_tokens', 0)):,} tokens of them computed")
-    else:
+    elif not isinstance(decision, str):
         parts.append("nothing was to be decided: it was not to load, or is shorter than a chunk")
     load_s, compute_s = record.get("expected_load_s"), record.get("expected_compute_s")
     if load_s is not None and compute_s is not None:

@@ -33,7 +33,7 @@ LOADERS = 4
 """Loads that a worker runs at once, so that what lies on a slow disk is not in the way of what lies in memory."""
 
 FoundTiers: TypeAlias = "tuple[str, ...]"
-"""Result of a look-up: the tier of each chunk asked for, up to the first chunk that no tier holds."""
+"""Result of a look-up: the tier of each chunk asked for, up to the first chunk that no tier holds; see `LookUp`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,7 @@ class LookUp:
     the number is in `StepPlan.released`, or another look-up `replaces` it.
 
     `first`: number of the first chunk within its request. `further`: keys of the same chunks in further groups.
+    `is_each`: ask of each chunk alone, `""` for one that is not stored; nothing is offered and nothing pinned.
     """
 
     request_id: str
@@ -69,6 +70,7 @@ class LookUp:
     others: RankOthers = ()
     first: int = 0
     further: tuple[RankKeys, ...] = ()
+    is_each: bool = False
 
     def others_of(self, rank: int) -> tuple[OtherKeys, ...]:
         """Keys of other sizes, for one rank; empty if these are not looked for."""
@@ -247,12 +249,14 @@ class FusionWork:
     tokens : of the passes behind the first document, as if each had gone through all layers.
     position : mean of their positions.
     seconds : of these passes.
+    waited_s : seconds from its beginning until all documents were fetched and what precedes them was computed.
     """
 
     documents: Mapping[str, int] = field(default_factory=dict)
     tokens: float = 0.0
     position: float = 0.0
     seconds: float = 0.0
+    waited_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,7 +328,8 @@ class StepReport:
         """The report of both ranks: stored is what both have, loaded what neither has lost."""
         prefixes, loaded = dict(self.found_prefixes), dict(self.loaded)
         for number, tiers in other.found_prefixes.items():
-            prefixes[number] = min(prefixes.get(number, tiers), tiers, key=len)
+            both_have = zip(prefixes.get(number, tiers), tiers, strict=False)
+            prefixes[number] = tuple(mine if mine and theirs else "" for mine, theirs in both_have)
         for request_id, load in other.loaded.items():
             loaded[request_id] = both(loaded[request_id], load) if request_id in loaded else load
         documents = dict(self.found_documents)

@@ -28,11 +28,13 @@ _MOST_SILENT_STEPS = 64  # without a word of the workers; then the engine is ser
 class _Mark:
     """What the kvloom connectors of one `MultiConnector` tell each other of a request; an attribute of it.
 
-    The first connector that opens a request may fuse it. `exact_tokens`: before the first fused one; None if all are.
+    The first connector that opens a request may fuse it. `exact_tokens`: before the first one that may be fused; None
+    if all are. `name`: what its blocks are named by, see `Planner.fusion_name`.
     """
 
     connectors: list[object]
     exact_tokens: int | None = None
+    name: tuple[int | None, bytes] = (None, b"")
 
 
 class SchedulerHalf:
@@ -134,11 +136,20 @@ class SchedulerHalf:
         )
         self._requests[request.request_id] = request
         if is_first:
-            if mark.exact_tokens is not None:
-                _restore_hashes(request)
             mark.exact_tokens = inexact
-            if inexact is not None:
-                _fork_hashes(request, inexact // self._block_tokens, planner.fusion_digest(request.request_id))
+            self._name_blocks(planner, request, mark)
+
+    def _name_blocks(self, planner: Planner, request: Any, mark: _Mark) -> None:
+        """File a request's blocks, which it does not have yet, under names of what they will hold."""
+        name = planner.fusion_name(request.request_id)
+        if name == mark.name:
+            return
+        if mark.name[0] is not None:
+            _restore_hashes(request)
+        mark.name = name
+        inexact, digest = name
+        if inexact is not None:
+            _fork_hashes(request, inexact // self._block_tokens, digest)
 
     def _leave_if_changed(self, planner: Planner, request_id: str, local_tokens: int = 0) -> None:
         """A request goes on without kvloom once it is uncertain which version of its adapter computes it."""
@@ -184,6 +195,8 @@ class SchedulerHalf:
         if self._planner.has_to_wait(request.all_token_ids, computed_tokens):
             return None, False
         tokens = self._planner.matched_tokens(request.request_id, computed_tokens)
+        if tokens is None and (mark := _mark_of(request)).connectors[0] is self:
+            self._name_blocks(self._planner, request, mark)
         return tokens, bool(tokens) and not self._planner.is_layerwise(request.request_id)
 
     def allocated(self, request: Any, blocks: Any, external_tokens: int) -> None:

@@ -262,7 +262,7 @@ def test_a_choice_by_the_question_is_of_its_question(select: str) -> None:
     digests = []
     for name, tokens in (("r", [*range(40)]), ("s", [*range(36), 7, 7, 7, 7]), ("t", [*range(40)])):
         plan.open(name, tokens, b"", documents)
-        digests.append(plan.fusion_digest(name))
+        digests.append(plan.fusion_name(name)[1])
         assert plan.matched_tokens(name, 0) == 36
         plan.allocated(name, 36, blocks_for(40))
         (fusion,) = plan.plan_step([]).fusions
@@ -295,7 +295,7 @@ def test_fusions_share_only_when_all_is_the_same() -> None:
     digests = {}
     for name, (ids, options) in variants.items():
         plan.open(name, ids, b"", options)
-        digests[name] = plan.fusion_digest(name)
+        digests[name] = plan.fusion_name(name)[1]
     assert digests["same"] == digests["another question"]
     assert len(set(digests.values())) == len(variants) - 1
 

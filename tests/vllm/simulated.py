@@ -238,6 +238,8 @@ class SimulatedWorker:
 
     def look_up(self, lookup: LookUp) -> tuple[str, ...]:
         keys = lookup.keys[0]
+        if lookup.is_each:
+            return tuple("host" if key in self.store else "" for key in keys)
         found = next((i for i, key in enumerate(keys) if key not in self.store), len(keys))
         self.store.pins.pop(lookup.replaces, None)
         if lookup.number and found:

@@ -93,6 +93,15 @@ class Controller:
         """Seconds of computing `tokens` from `position` on, without queues; None if that is not known yet."""
         return self._prefill_s(tokens, position) if self._prefill.is_known else None
 
+    @property
+    def prefill_age_s(self) -> float:
+        """Seconds since computing was observed; infinite before that."""
+        return self._prefill.age_s
+
+    def waits_s(self, queue: Queue) -> tuple[float, float]:
+        """Seconds until a load would begin, and until the engine has computed what it has taken on."""
+        return self._waits(queue)
+
     # ------------------------------------------------------------------------------------------------ decisions
 
     def decide(self, stored: StoredPrefix, queue: Queue = IDLE, *, may_shorten: bool = True) -> Decision:

@@ -35,6 +35,9 @@ Reason: TypeAlias = Literal[
     "trial",
     "computes while waiting",
     "always",
+    "fuses",
+    "ratio raised",
+    "fusion does not pay",
 ]
 """Why a request loads as much as it does.
 
@@ -46,9 +49,13 @@ Reason: TypeAlias = Literal[
 - `too short to pay`: nothing; what a load costs whatever its size is more than computing so few tokens.
 - `slow tier`: nothing; the tier gives bytes more slowly than the engine computes their tokens.
 - `load queue`: nothing; too much waits to be loaded before it.
-- `trial`: all but one chunk, as computing was not observed for long.
+- `trial`: all but one chunk, as computing was not observed for long. Of documents all or none, whichever is thought
+    slower and was not observed for long.
 - `computes while waiting`: it was to be loaded, but has not begun, and now computing is faster.
 - `always`: all that is stored, as the user has said.
+- `fuses`: all documents that are stored, as that is fastest; they are fused at the ratio that was asked for.
+- `ratio raised`: all but leading documents, which are computed in full while the others are loaded.
+- `fusion does not pay`: no document; to compute everything takes no longer than to load and fuse them.
 """
 
 _NONE: Mapping[str, int] = MappingProxyType({})
@@ -93,7 +100,7 @@ class Decision:
 
     Attributes
     ----------
-    chunks : leading ones to load.
+    chunks : leading ones to load; of a request that may be fused, documents.
     reason : see `Reason`.
     load_s : expected seconds to the first token if so many chunks are loaded, or, where none is, if as many were as is
         best; None if not known.

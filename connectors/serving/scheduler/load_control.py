@@ -89,6 +89,11 @@ class LoadControl:
     def _decides(self) -> bool:
         return self.settings.load_or_recompute == "auto"
 
+    @property
+    def controller(self) -> Controller:
+        """That it tells and asks."""
+        return self._controller
+
     # --------------------------------------------------------------------------------------------------- loading
 
     def decide(self, request_id: str, tiers: Sequence[str], first: int, computed: int, tokens: int) -> int:
@@ -251,6 +256,10 @@ class LoadControl:
             return True
         size, (tokens, _) = self.settings.chunk_tokens, self._prompts.get(request_id, (0, 0))
         return self._controller.pays_to_store(self.tiers, size * self.token_bytes, size, max(tokens, computed))
+
+    def queue(self, request_id: str) -> Queue:
+        """What waits, but for what the request itself computes."""
+        return self._queue(request_id)
 
     def forget(self, request_id: str) -> None:
         """The request is over. A load of it is still awaited."""

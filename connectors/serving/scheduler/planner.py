@@ -29,6 +29,7 @@ from ..keys import Keys
 from ..messages import Document, FoundTiers, Load, Loaded, LookUp, Revocation, Scheduled, StepPlan, StepReport, both
 from ..request_journal import RequestJournal
 from ..settings import RequestOptions, ServingSettings
+from .fusion_control import FusionControl
 from .fusions import FusionTracker
 from .known_documents import KnownDocuments
 from .load_control import LoadControl, explained
@@ -45,7 +46,10 @@ _FRESH_S = 20.0  # a result that waited longer is looked up again: its chunks ar
 class _Tracked:
     """A request, and what is offered to the engine of its prefix or its fusion."""
 
-    request: Request
+    request: Request  # as it is computed
+    asked: Request | None = None  # as it came, as long as it is not decided how its documents are fused
+    documents_lookup: int = 0  # number of the look-up of its documents
+    document_tiers: FoundTiers | None = None  # its result
     lookup: int = 0  # number of the look-up whose chunks are pinned for this request; 0 for none
     asked_from: int | None = None  # chunk from which on it asked
     tiers: FoundTiers | None = None  # its result
@@ -134,6 +138,14 @@ class Planner:
         )
         self._saves = SaveTracker(settings.chunk_tokens, block_tokens, known, self._shapes)
         self._fusions = FusionTracker(len(specs), block_tokens, settings.fusion_slice_tokens)
+        self._fusion_control = FusionControl(
+            self._control.controller,
+            self._fusion,
+            specs[0].num_layers,
+            specs[0].token_bytes,
+            block_tokens,
+            clock,
+        )
         self._tracked: dict[str, _Tracked] = {}
         self._transfers: dict[str, _Transfer] = {}
         self._layer_loads: dict[str, Load] = {}  # loads within a step whose outcome was not reported
@@ -179,26 +191,38 @@ class Planner:
             self._drop_offer(before)
             self._saves.close(request_id)
             self._fusions.close(request_id)
+            self._fusion_control.forget(request_id)
         options = replace(options, load=options.load and self._may_load, save=options.save and self._may_save)
         request = self._reader.read(token_ids, identity, options, is_stored, may_fuse=may_fuse and not self._shapes)
         if self._shapes:
             request = replace(request, alone=())  # of no use to an engine that does not fuse
         if exact_tokens is not None and request.inexact is None:
             request = replace(request, options=replace(options, load=False), inexact=exact_tokens)
-        self._tracked[request_id] = _Tracked(request)
+        tracked = self._tracked[request_id] = _Tracked(request)
+        if request.digest and request.options.load and self._settings.load_or_recompute == "auto":
+            tracked.asked = request
+            tracked.request = self._fusion_control.remembered(request, self._reader)
+        self._track(request_id, tracked.request)
+        return request.inexact
+
+    def _track(self, request_id: str, request: Request) -> None:
         self._saves.open(request_id, request)
         if request.options.load:
             self._fusions.open(request_id, request)
-        return request.inexact
 
-    def fusion_digest(self, request_id: str) -> bytes:
-        """32 bytes that stand for everything that a fusion's KV depends on; see `Request`."""
-        return self._tracked[request_id].request.digest
+    def fusion_name(self, request_id: str) -> tuple[int | None, bytes]:
+        """The first token whose KV is not that of its tokens, None if there is none, and the digest of its fusion.
+
+        It may change until the request is admitted; `matched_tokens` is None then, as the engine has to look again.
+        """
+        request = self._tracked[request_id].request
+        return (request.inexact, request.digest) if request.digest else (None, b"")
 
     def close(self, request_id: str) -> dict[str, object] | None:
         """Forget a request; what kvloom did for it (see `Usage`), None if it is not tracked."""
         self._rate.forget(request_id)
         self._control.forget(request_id)
+        self._fusion_control.forget(request_id)
         fused, saved_chunks = self._fusions.close(request_id), self._saves.close(request_id)
         tracked = self._tracked.pop(request_id, None)
         if tracked is None:
@@ -254,11 +278,13 @@ class Planner:
         tracked = self._tracked.get(request_id)
         if tracked is None:
             return 0
-        request = tracked.request
         self._control.forget_decision(request_id)
         self._fusions.ask(request_id, computed_tokens)
-        if tracked.has_failed or tracked.is_stale or not request.options.load:
+        if tracked.has_failed or tracked.is_stale or not tracked.request.options.load:
             return 0
+        if tracked.asked is not None and not self._settle_fusion(request_id, tracked, tracked.asked, computed_tokens):
+            return None
+        request = tracked.request
         if request.inexact is not None:
             tracked.offer = self._fusions.reach(request_id, computed_tokens)
             return max(tracked.offer - computed_tokens, 0)
@@ -279,6 +305,52 @@ class Planner:
         if self._shapes or self.is_layerwise(request_id):
             tracked.offer = min(tracked.offer, len(request.token_ids) - 1)
         return max(tracked.offer - computed_tokens, 0)
+
+    def _settle_fusion(self, request_id: str, tracked: _Tracked, asked: Request, computed_tokens: int) -> bool:
+        """Decide once how a request's documents are fused; False if the engine has to ask, and look, again."""
+        before, inexact = tracked.request, tracked.request.inexact
+        if inexact is not None and computed_tokens > inexact:  # it has blocks of an equal fusion, and goes on with them
+            tracked.asked = None
+            return True
+        if not self._fusion_control.is_known:
+            tracked.asked = None
+            self._fusion_control.leave(request_id, asked)
+            return True
+        if tracked.document_tiers is None:
+            if not tracked.documents_lookup:
+                self._ask_documents(request_id, tracked, asked.documents)
+            if tracked.document_tiers is None:
+                return False
+        tracked.asked = None
+        for document, tier in zip(asked.documents, tracked.document_tiers, strict=False):
+            if tier:
+                found = tracked.usage.found.get(tier, 0) + document.stop - document.start
+                tracked.usage.found = {**tracked.usage.found, tier: found}
+        tracked.request = self._fusion_control.decide(
+            request_id,
+            asked,
+            self._reader,
+            tracked.document_tiers,
+            computed_tokens,
+            self._control.queue(request_id),
+        )
+        if tracked.request.digest == before.digest:
+            return True
+        self._saves.close(request_id)
+        self._fusions.close(request_id)
+        self._track(request_id, tracked.request)
+        return False
+
+    def _ask_documents(self, request_id: str, tracked: _Tracked, documents: Sequence[Document]) -> None:
+        keys = tuple(zip(*(document.keys for document in documents), strict=True))
+        others = tuple(zip(*(document.others for document in documents), strict=True))
+        if self._look_up is not None:
+            tracked.document_tiers = self._look_up(LookUp(request_id, keys, others=others, is_each=True))
+            return
+        self._last_lookup += 1
+        tracked.documents_lookup = self._last_lookup
+        self._lookups[self._last_lookup] = request_id
+        self._plan.lookups.append(LookUp(request_id, keys, self._last_lookup, others=others, is_each=True))
 
     def _chunks_of_use(self, request: Request) -> int:
         """Leading chunks that a request may load: with states not its last token, which the engine computes again."""
@@ -396,15 +468,23 @@ class Planner:
     def _take_on(self, request_id: str, tracked: _Tracked, external_tokens: int) -> Decision | None:
         """The engine takes the request on: what was decided about its load, if that is what it loads."""
         is_prefix = tracked.request.inexact is None
+        queue = self._control.queue(request_id)
+        fusion = self._fusion_control.take_on(request_id, queue, fuses=bool(external_tokens) and not is_prefix)
+        if fusion is not None:
+            self._counts[f"decisions.{fusion.reason}"] += 1
+            tracked.usage.decision = fusion
         computed = tracked.offer if external_tokens else None
         decision = self._control.take_on(
             request_id, len(tracked.request.token_ids), computed, loads=bool(external_tokens) and is_prefix
         )
         if decision is not None:
             self._control.consider_probes(tracked.tiers or (), decision, tracked.request.keys, tracked.asked_from or 0)
-            tracked.usage.decision = decision = explained(decision, tracked.missing)
+            decision = explained(decision, tracked.missing)
+            if decision.chunks or fusion is None or fusion.reason == "nothing stored":
+                tracked.usage.decision = decision
             size = self._settings.chunk_tokens
-            tracked.usage.found = {tier: size * count for tier, count in Counter(tracked.tiers).items()}
+            if tracked.tiers or fusion is None:
+                tracked.usage.found = {tier: size * count for tier, count in Counter(tracked.tiers).items()}
         return decision
 
     def _begin_transfer(self, request_id: str, start: int, stop: int, blocks: Sequence[int]) -> _Transfer:
@@ -430,7 +510,9 @@ class Planner:
         """Take note of what the workers did."""
         for number, tiers in report.found_prefixes.items():
             tracked = self._tracked.get(self._lookups.pop(number, ""))
-            if tracked is not None and tracked.lookup == number:
+            if tracked is not None and tracked.documents_lookup == number:
+                tracked.document_tiers = tiers
+            elif tracked is not None and tracked.lookup == number:
                 tracked.tiers, tracked.found_s = tiers, self._clock()
                 tracked.lookup = number if tiers else 0
                 tracked.missing = report.missing.get(number)
@@ -481,6 +563,7 @@ class Planner:
         transfer.loaded = loaded if transfer.loaded is None else both(transfer.loaded, loaded)
         if transfer.loaded.ranks < self._ranks:
             return
+        self._fusion_control.end(request_id, transfer.loaded, self._control.queue(request_id))
         decision, tracked = self._control.end(request_id, transfer.loaded), self._tracked.get(request_id)
         if decision is not None and tracked is not None:
             tracked.usage.decision = decision

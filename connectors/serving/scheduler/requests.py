@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from blake3 import blake3
@@ -30,6 +30,7 @@ class Request:
         all of them. Empty where all is exact.
     question : the tokens behind the documents, if tokens are chosen by them; otherwise None.
     plan : the same together with the request's salt: requests of one plan share their fusion.
+    salt : of the request's keys.
     """
 
     token_ids: Sequence[int]
@@ -43,6 +44,7 @@ class Request:
     digest: bytes = b""
     plan: bytes = b""
     question: NDArray[np.int64] | None = None
+    salt: bytes = b""
 
 
 class RequestReader:
@@ -114,7 +116,23 @@ class RequestReader:
             digest,
             b"" if inexact is None else blake3(salt + digest).digest(),
             question,
+            salt,
         )
+
+    def exact(self, request: Request) -> Request:
+        """The same request without a fusion: all of it is computed, or loaded as it was computed."""
+        return replace(request, inexact=None, digest=b"", plan=b"", question=None)
+
+    def fused(self, request: Request, first: int, ratio: float) -> Request:
+        """The same fusion, but the leading documents, before number `first`, are computed like what is in no document.
+
+        Its digest is that of a request that names the other documents only, with this ratio.
+        """
+        documents = request.documents[first:]
+        inexact = max(request.inexact or 0, documents[0].start)
+        digest = self._digest(request.token_ids, documents, ratio, request.question)
+        plan = blake3(request.salt + digest).digest()
+        return replace(request, documents=documents, ratio=ratio, inexact=inexact, digest=digest, plan=plan)
 
     def _digest(
         self,

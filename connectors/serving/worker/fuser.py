@@ -106,6 +106,7 @@ class _Job:
     begun_s: float
     lead: int  # token up to which no document is needed
     led: int  # token up to which that is computed
+    waited_s: float = 0.0  # until all documents were fetched and that was computed
     is_reported: bool = False  # that its documents are fetched
     probed: Tensor | None = None  # positions that go through the first layers, ascending
     candidates: Tensor | None = None  # of them, those that may be chosen
@@ -229,6 +230,7 @@ class Fuser:
         """Compute the next slice of the first layers; after the last one, choose."""
         fusion = job.fusion
         if job.probed is None or job.candidates is None:
+            job.waited_s = time.monotonic() - job.begun_s
             job.probed, job.candidates = stage(fusion, found, job.lead)
             count = math.ceil(fusion.ratio * len(job.candidates))
             # What goes on with a choice that was made goes through the first layers all the same: they stay fresh.
@@ -270,7 +272,7 @@ class Fuser:
         offsets, to_next = places_in_chunks(positions, starts)
         attention, choose = None, CHOOSERS[self._select]
         if fusion.question is not None:
-            attention = partial(self._attention, fusion, positions)
+            attention = partial(self._attention, job, positions)
         elif self._select in WITHOUT_DEVIATION:  # there is none
             choose = by_deviation
         of_kv = rows[:4, is_candidate]
@@ -280,12 +282,14 @@ class Fuser:
         kept = positions if chosen is None else positions[chosen]
         job.computed = torch.cat((job.probed[~is_candidate], kept)).sort().values
 
-    def _attention(self, fusion: Fusion, positions: Tensor) -> Tensor:
+    def _attention(self, job: _Job, positions: Tensor) -> Tensor:
         """How much the question attends to tokens at `positions`, see `CandidateTokens`: `[2, T]`."""
+        fusion = job.fusion
         if fusion.question is None:
             raise ValueError(f"request {fusion.request_id} has no question")
         first = fusion.documents[-1].stop
-        rows = self.passes.question_attention(fusion.question, first, fusion.stop, fusion.blocks).cpu()
+        with self._timed(job, torch.arange(first, first + len(fusion.question)), 1.0):
+            rows = self.passes.question_attention(fusion.question, first, fusion.stop, fusion.blocks).cpu()
         return (rows if self._sum_over_ranks is None else self._sum_over_ranks(rows))[:, positions]
 
     def _probe(self, fusion: Fusion, positions: Tensor) -> Tensor:
@@ -358,7 +362,7 @@ class Fuser:
         tokens = sum(count for count, _, _ in job.passes)
         position = sum(count * mean for count, mean, _ in job.passes) / max(tokens, 1.0)
         seconds = sum(stretch.seconds() for _, _, stretch in job.passes)
-        return FusionWork(fetched.documents, tokens, position, seconds)
+        return FusionWork(fetched.documents, tokens, position, seconds, job.waited_s)
 
 
 def stage(fusion: Fusion, found: tuple[bool, ...], lead: int = 0) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -110,6 +111,10 @@ class Transfers:
         found: FoundTiers = ()
         try:
             self.offers.release(lookup.replaces)
+            if lookup.is_each:
+                each = zip(keys, others or repeat(()), strict=False)
+                tiers = (self.reader.locate_prefix([key], [other] if other else []) for key, other in each)
+                return tuple(tier[0] if tier else "" for tier in tiers)
             if self._groups:
                 found = self.offers.make(
                     lookup.number,

@@ -1,7 +1,8 @@
 """Load or recompute beside vLLM's real scheduler: whatever is decided, every answer is right."""
 
 import random
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ pytest.importorskip(
 
 from kvloom.connectors.serving.controller.controller import Controller
 from kvloom.connectors.serving.controller.decisions import Decision, StoredPrefix
+from kvloom.connectors.serving.controller.fusion_choice import FusionChoice, FusionWay
 from kvloom.connectors.serving.scheduler import load_control
 
 from ...vllm.simulated import (
@@ -19,10 +21,13 @@ from ...vllm.simulated import (
     SimulatedStore,
     SimulatedWorker,
     ask,
+    documents,
     finish,
     forget,
+    in_context,
     plain_answer,
     prompt,
+    store_documents,
 )
 
 pytestmark = NEEDS_SCHEDULER
@@ -158,4 +163,68 @@ def test_any_decision_at_any_time(
     assert {"never stored", "loads"} <= reasons
     is_given_back = "computes while waiting" in reasons
     assert not is_given_back if policy == "fail" else is_given_back or caching
+    finish(worker)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_fusion_at_any_time(
+    make_scheduler: MakeScheduler, open_worker: OpenWorker, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests of documents are fused in any way or computed, beside plain ones of the same tokens: whose KV is exact
+    answers exactly, and requests whose KV has one name answer alike.
+    """
+    rng = random.Random(seed)
+    scheduler = make_scheduler(blocks=80 if seed % 2 else 200)
+    worker = open_worker(scheduler, at_once=seed < 2, slice_tokens=40)
+    store_documents(worker)
+    half = scheduler.connector.scheduler_half
+
+    def decide(_: object, ways: Sequence[FusionWay], *__: object) -> tuple[Decision, FusionWay | None]:
+        way = rng.choice([*ways, None])
+        reason = "fusion does not pay" if way is None else "fuses"
+        return Decision(0 if way is None else 1, reason), way  # type: ignore[arg-type]
+
+    names: dict[str, tuple[int | None, bytes]] = {}
+    close = half._planner.close
+
+    def closed(request_id: str) -> Any:
+        if request_id in half._planner._tracked:
+            names[request_id] = half._planner.fusion_name(request_id)
+        return close(request_id)
+
+    monkeypatch.setattr(FusionChoice, "decide", decide)
+    monkeypatch.setattr(FusionChoice, "is_known", property(lambda _: True))
+    monkeypatch.setattr(half._planner, "close", closed)
+    contexts = [in_context(each, order) for each, order in ((1, (2, 0, 1)), (1, (0, 2, 1)), (2, (1, 2, 0)))]
+    texts: dict[str, list[int]] = {}
+    for _ in range(50):
+        for _ in range(rng.randrange(1, 4)):
+            tokens, spans = rng.choice(contexts)
+            options = documents(spans, rng.choice((0.2, 0.5))) if rng.random() < 0.7 else None
+            texts[worker.add(tokens, options, tokens=6)] = tokens
+        for _ in range(rng.randrange(8)):
+            if rng.random() < 0.3:
+                worker.faults.held.update(worker.fusions)
+            worker.step()
+            worker.faults.held.clear()
+        if rng.random() < 0.1:
+            doomed = rng.choice(list(texts))
+            worker.abort(doomed)
+            del texts[doomed]
+        if rng.random() < 0.1:
+            worker.run()
+            forget(worker)
+    worker.run()
+    assert worker.failed == set()
+    fused = {name for name in texts if worker.usage[name]["fused"] != "no"}
+    exact = [name for name in texts if names[name][0] is None]
+    assert not fused & set(exact) and len(fused) > 20 and len(exact) > 20
+    assert all(worker.is_right(name, texts[name]) for name in exact)
+    alike = defaultdict(set)
+    for name in fused:
+        if worker.usage[name]["fused"] == "yes":
+            alike[names[name], tuple(texts[name])].add(tuple(worker.answers[name]))
+    assert len(alike) > 6 and all(len(answers) == 1 for answers in alike.values())
+    told = {worker.usage[name]["decision"] for name in texts}
+    assert {"fuses", "fusion does not pay"} <= told
     finish(worker)
