@@ -13,7 +13,7 @@ and values depend on the token alone. The measurements are in decision 164.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ class Correction:
     weights: Tensor
     biases: Tensor
     fingerprint: str
+    _on: dict[torch.device, tuple[Tensor, Tensor]] = field(init=False, repr=False, default_factory=dict)  # copied once
 
     @classmethod
     def from_profile(cls, profile: Profile, spec: KVSpec | None = None) -> Correction | None:
@@ -98,7 +99,7 @@ class Correction:
         first_layer : that of the first of these keys.
         """
         layers = slice(first_layer, first_layer + len(keys))
-        weights, biases = (each[layers].to(keys.device) for each in (self.weights, self.biases))
+        weights, biases = (each[layers] for each in self._maps(keys.device))
         if not bool(weights.any()) and not bool(biases.any()):
             return keys, values
         plain = self.spec.shift(keys.float(), -positions, first_layer)
@@ -107,3 +108,9 @@ class Correction:
         of_keys, of_values = change.split((keys.shape[-1], values.shape[-1]), dim=-1)
         turned = self.spec.shift(of_keys.contiguous(), positions, first_layer)
         return (keys.float() + turned).to(keys.dtype), (values.float() + of_values).to(values.dtype)
+
+    def _maps(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Weights and biases on a device, copied there when they are first asked for."""
+        if device not in self._on:
+            self._on[device] = self.weights.to(device), self.biases.to(device)
+        return self._on[device]

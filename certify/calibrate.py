@@ -13,7 +13,6 @@ from .. import __version__
 from ..blend.correction import WEIGHTS
 from ..calibration.model_profile import Profile
 from ..connectors.hf.model import TransformersModel
-from ..connectors.identity.requests import lead_of, natural_lead
 from ..evaluation.models import load_model
 from ..evaluation.page import Row, Table
 from ..evaluation.screen import output, print_table, progress
@@ -28,7 +27,7 @@ from ..evaluation.windows import (
 )
 from ..retrieval.vq.vq_fit import CENTROIDS, distance_bands, fit_layer
 from .calibrate_model import calibrate, stage_units
-from .correction_fit import document_contexts, fit_correction
+from .correction_fit import learn_correction
 from .method_fits import LAYER_FITS, LEFT_OUT
 
 _STAGES = {"forward": "hidden states", "backward": "keys, values, gradients", "fit": "fitting layers"}
@@ -86,9 +85,7 @@ def run_calibrate(options: CalibrateOptions) -> Profile:
             model.config.num_hidden_layers, windows, strings=strings, gradient_windows=options.gradients
         )
         bars = {stage: bar.add_task(_STAGES[stage], total=total) for stage, total in totals.items()}
-        behind_lead = [window[len(lead_of(tokenizer)) :] for window in windows]
-        contexts = document_contexts(behind_lead)
-        fusing = bar.add_task("fusion", total=sum(len(ids) for documents in contexts for ids in documents))
+        fusing = bar.add_task("fusion", total=sum(map(len, windows)))
         profile = calibrate(
             model,
             windows,
@@ -99,14 +96,9 @@ def run_calibrate(options: CalibrateOptions) -> Profile:
             meta={"texts": ", ".join(str(path) for path in options.texts), "version": __version__},
             advance=lambda stage, done: bar.advance(bars[stage], done),
         )
-        if contexts:
-            correction = fit_correction(
-                TransformersModel(model, model_id=profile.spec.model_id),  # its weights are not read once more
-                contexts,
-                lead_ids=natural_lead(tokenizer),
-                advance=partial(bar.advance, fusing),
-            )
-            profile = replace(profile, tensors={**profile.tensors, **correction})
+        layers = TransformersModel(model, model_id=profile.spec.model_id)  # its weights are not read once more
+        correction = learn_correction(layers, tokenizer, windows, advance=partial(bar.advance, fusing))
+        profile = replace(profile, tensors={**profile.tensors, **correction})
     profile.save(options.out)
     _show(profile, options.out, time.perf_counter() - began_s)
     return profile

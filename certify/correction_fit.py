@@ -8,15 +8,41 @@ from itertools import chain, pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ..blend.correction import BIASES, PLACES, WEIGHTS, place_of
 from ..connectors.hf.model import TransformersModel
 from ..connectors.hf.prefill import Prefill
+from ..connectors.identity.requests import lead_of, natural_lead
 from ..core import KVChunk, KVSpec
 
 _LEFT_OUT = 0.03  # of a context's tokens: attention sinks and the like change most and would decide the fit alone
 _RIDGE = 1e-3  # of the mean square of what the map is given
 _SMALLEST, _LARGEST = 64, 384  # tokens of a document
+
+
+def learn_correction(
+    layers: TransformersModel,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: Sequence[Sequence[int]],
+    *,
+    advance: Callable[[int], object] = lambda _: None,
+) -> Mapping[str, Tensor]:
+    """The tensors of a `Correction` from the sequences that a model is calibrated with; none from too little text.
+
+    Parameters
+    ----------
+    windows : of `token_windows`, the model's own lead included.
+    advance : called with tokens that are done; those of all windows in all.
+    """
+    lead = len(lead_of(tokenizer))
+    contexts = document_contexts([window[lead:] for window in windows])
+    left = sum(map(len, windows)) - sum(map(len, chain.from_iterable(contexts)))
+    found: Mapping[str, Tensor] = {}
+    if contexts:
+        found = fit_correction(layers, contexts, lead_ids=natural_lead(tokenizer), advance=advance)
+    advance(left)
+    return found
 
 
 def document_contexts(

@@ -14,9 +14,8 @@ from pathlib import Path
 
 from ...blend.correction import Correction
 from ...calibration.model_profile import Profile
-from ...certify.correction_fit import document_contexts, fit_correction
+from ...certify.correction_fit import learn_correction
 from ...connectors.hf.connector import TransformersConnector
-from ...connectors.identity.requests import lead_of, natural_lead
 from ...evaluation.fused_answers import FULL, HOST_BYTES, NAIVE, Method, Score, blend, score
 from ...evaluation.models import token_counter
 from ...evaluation.page import Row, Table
@@ -166,15 +165,11 @@ def _of_model(pool: ModelPool, form: QualitySizes, *, quick: bool, timed: bool, 
 
 def _correction(bed: PooledBed, pool: ModelPool, *, sequences: int) -> Correction:
     """As `kvloom calibrate` fits it, to text that no question comes from."""
-    tokenizer, lead = pool.here.tokenizer, len(lead_of(pool.here.tokenizer))
-    tokens = min(SEQUENCE_TOKENS, bed.layers.max_tokens)
+    tokenizer, tokens = pool.here.tokenizer, min(SEQUENCE_TOKENS, bed.layers.max_tokens)
     windows = token_windows(tokenizer, ["\n".join(load_heldout(TUNE))], sequences=sequences, tokens=tokens)
-    contexts = document_contexts([window[lead:] for window in windows])
     with progress() as bar:
-        task = bar.add_task("learning a correction", total=sum(len(ids) for each in contexts for ids in each))
-        tensors = fit_correction(
-            bed.layers, contexts, lead_ids=natural_lead(tokenizer), advance=lambda tokens: bar.advance(task, tokens)
-        )
+        task = bar.add_task("learning a correction", total=sum(map(len, windows)))
+        tensors = learn_correction(bed.layers, tokenizer, windows, advance=lambda tokens: bar.advance(task, tokens))
     found = Correction.from_profile(Profile(bed.layers.spec, tensors))
     if found is None:
         raise ValueError("the profile holds no correction")

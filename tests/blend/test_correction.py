@@ -15,9 +15,10 @@ from kvloom.blend.method import FUSION, FusionMethod, certified_fusion
 from kvloom.calibration.certificate import Certificate, Figure
 from kvloom.calibration.certificate_gate import CertificateGate
 from kvloom.calibration.model_profile import Profile
-from kvloom.certify.correction_fit import document_contexts, fit_correction
+from kvloom.certify.correction_fit import document_contexts, fit_correction, learn_correction
 from kvloom.connectors.hf.model import TransformersModel
 from kvloom.connectors.hf.prefill import Prefill
+from kvloom.connectors.identity.requests import lead_of, natural_lead
 from kvloom.core import KVSpec
 from kvloom.errors import SpecMismatchError
 from kvloom.evaluation.environment import BUNDLED_MODEL
@@ -30,6 +31,7 @@ from .test_blender import make_case, random_chunks
 
 MODEL = TransformersModel(make_model("llama"), model_id="m")
 SPEC = MODEL.spec
+BUNDLED = TransformersModel(load_model(BUNDLED_MODEL)[0], model_id="m")
 
 
 def make_tensors(spec: KVSpec = SPEC, *, seed: int = 0) -> dict[str, Tensor]:
@@ -83,6 +85,16 @@ def test_precision_is_that_of_the_cache() -> None:
     keys = torch.randn(SPEC.num_layers, SPEC.num_kv_heads, 3, SPEC.head_dim, dtype=torch.bfloat16)
     found = make_correction().apply(keys, keys.clone(), torch.arange(3), torch.arange(3))
     assert [each.dtype for each in found] == [torch.bfloat16] * 2
+
+
+def test_maps_are_copied_to_a_device_once() -> None:
+    correction, keys = make_correction(), torch.randn(SPEC.num_layers, SPEC.num_kv_heads, 3, SPEC.head_dim)
+    device = torch.device("meta")
+    assert correction._maps(device)[0].device == device and correction._maps(device)[0] is correction._maps(device)[0]
+    before = correction.apply(keys, keys, torch.arange(3), torch.arange(3))
+    other = replace(correction, weights=2.0 * correction.weights)
+    after = other.apply(keys, keys, torch.arange(3), torch.arange(3))
+    assert not torch.allclose(before[0], after[0], atol=1e-3), "another correction has maps of its own"
 
 
 def test_a_rank_corrects_its_own_heads() -> None:
@@ -178,6 +190,21 @@ def test_contexts_hold_documents_of_different_windows() -> None:
     assert document_contexts([[1] * 70]) == [], "no second document"
 
 
+def test_it_is_learned_behind_the_lead_of_windows() -> None:
+    _, tokenizer = load_model(BUNDLED_MODEL)
+    windows = token_windows(tokenizer, ["\n".join(load_heldout(TUNE))], sequences=2, tokens=300)
+    lead = len(lead_of(tokenizer))
+    assert lead and all(window[:lead] == list(lead_of(tokenizer)) for window in windows)
+    told: list[int] = []
+    found = learn_correction(BUNDLED, tokenizer, windows, advance=told.append)
+    assert sum(told) == sum(map(len, windows))
+    contexts = document_contexts([window[lead:] for window in windows])
+    expected = fit_correction(BUNDLED, contexts, lead_ids=natural_lead(tokenizer))
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    told.clear()
+    assert learn_correction(BUNDLED, tokenizer, [windows[0][:80]], advance=told.append) == {} and sum(told) == 80
+
+
 def off(model: TransformersModel, documents: Sequence[Sequence[int]], correction: Correction | None) -> float:
     """Squared distance of the second and later documents to what they are in their context."""
     lead = [0]
@@ -197,8 +224,7 @@ def off(model: TransformersModel, documents: Sequence[Sequence[int]], correction
 
 
 def test_a_fit_brings_other_texts_nearer_to_their_context() -> None:
-    model, tokenizer = load_model(BUNDLED_MODEL)
-    layers = TransformersModel(model, model_id="m")
+    layers, (_, tokenizer) = BUNDLED, load_model(BUNDLED_MODEL)
     told: list[int] = []
     learned, other = (
         document_contexts([w[1:] for w in token_windows(tokenizer, ["\n".join(load_heldout(split))], sequences=4)])
