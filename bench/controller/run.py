@@ -18,15 +18,13 @@ from ...evaluation.page import Row, Table
 from ...evaluation.report import BenchResult, Metric, Target
 from ...evaluation.screen import progress
 from ..harness.page_cache import file_system
-from ..vllm.bed import NO_HOST_BYTES
-from ..vllm.engine import KVLOOM, Engine, expect_vllm
+from ..vllm.bed import CHUNK_TOKENS
+from ..vllm.engine import Engine, expect_vllm
 from ..vllm.inputs import Prompts, Shape, make_model
-from ..vllm.server import Setup
+from ..vllm.pair import DISK, HOST, SLOW, SMALL, TINY, EnginePair, PairSettings
 from .situations import Situation, ask_expired, ask_new, situation, store_another_model
 from .sweep import AUTO, BOUND, NEVER, QUESTION_TOKENS, WAYS, Cell, Rounds, Sweep, p99_ratio, throughput_ratio
 
-HOST, DISK, SLOW = "host", "disk", "slow disk"
-CHUNK_TOKENS = 256
 SLOWER = 2.0  # the slow disk takes so many times as long for a chunk as the engine
 
 TITLE = "Is a hit in vLLM ever slower than a miss, when kvloom decides what is loaded?"
@@ -68,13 +66,13 @@ class Sizes:
 
 
 FULL_SIZES = Sizes(
-    Shape(layers=4, hidden=512, intermediate=1536, heads=8, kv_heads=4, vocabulary=2048, max_tokens=4096),
+    SMALL,
     lengths=(256, 1024, 2048),
     requests=(1, 4, 16),
     rounds=Rounds(least=3, most=15, seconds=5.0),
 )
 QUICK_SIZES = Sizes(
-    Shape(layers=2, hidden=128, intermediate=256, heads=4, kv_heads=2, vocabulary=512, max_tokens=2048),
+    TINY,
     lengths=(256, 768),
     requests=(1, 6),
     rounds=Rounds(least=1, most=1, seconds=0.0),
@@ -122,42 +120,27 @@ def _measure_tier(
     prompts = Prompts(sizes.shape.vocabulary, (), seed=len(tier))
     longest = max(sizes.lengths)
     texts = prompts.documents(max(sizes.requests), longest)
-    working_bytes = len(texts) * longest * _token_bytes(sizes.shape)
     if tier == DISK:
         store_another_model(folder / "store")
-
-    def engine(choice: str, **settings: object) -> Engine:
-        extra: dict[str, object] = {"chunk_tokens": CHUNK_TOKENS, "load_or_recompute": choice, "lead_ids": []}
-        extra["load_timeout_s"] = 60.0  # to always load from the slow disk takes as long as it takes
-        extra["host_bytes"] = working_bytes * 5 // 4 if tier == HOST else NO_HOST_BYTES
-        if tier != HOST:
-            extra["disk_path"] = str(folder / "store")
-        setup = Setup(
-            where / "model",
-            {**KVLOOM, "kv_connector_extra_config": extra | settings},
-            longest + 4 * QUESTION_TOKENS,
-            cache_gib=1,
-            log=folder / f"{choice}.log",
-            options={"max_num_seqs": max(sizes.requests)},
-        )
-        return Engine(f"{tier}, {choice}", setup)
-
+    settings = PairSettings(
+        where / "model",
+        sizes.shape,
+        longest + 4 * QUESTION_TOKENS,
+        extra={"load_timeout_s": 60.0},  # to always load from the slow disk takes as long as it takes
+        options={"max_num_seqs": max(sizes.requests)},
+    )
     with ExitStack() as stack:
-        auto, always = (stack.enter_context(engine(choice)) for choice in ("auto", "always"))
+        pair = EnginePair(stack, settings, tier, folder, texts)
+        auto, always = pair.both
         if tier == DISK:
             situations.append(ask_new(auto, prompts.ids(longest), "a store of another model", "other model"))
-        for each in (auto, always):
-            if each is auto or tier == HOST:  # on a disk, one finds what the other has stored
-                each.generate(texts, {"load": False})
-                each.settle()
+        pair.store()
         sweep = Sweep(tier, auto, always, texts, prompts)
         if tier == DISK:
             situations.append(ask_expired(auto, prompts.ids(longest)))
         situations.append(ask_new(auto, prompts.ids(longest), f"never stored, {tier}", "never stored"))
         if tier == SLOW:
-            byte_s = SLOWER * _chunk_s(sweep, sizes) / (CHUNK_TOKENS * _token_bytes(sizes.shape))
-            for each in (auto, always):
-                each.slow_down(0.0, byte_s)
+            pair.slow_down(0.0, SLOWER * _chunk_s(sweep, sizes) / (CHUNK_TOKENS * sizes.shape.token_bytes))
         cells += sweep.measure(sizes.lengths, sizes.requests, sizes.rounds, done)
         if tier == SLOW:
             found = sweep.ask(AUTO, longest, 1)
@@ -178,7 +161,7 @@ def _of_host(sizes: Sizes, sweep: Sweep, auto: Engine, prompts: Prompts) -> list
     auto.slow_down(0.0, 0.0)
     for _ in range(6):
         sweep.ask(AUTO, longest, 1)
-    auto.slow_down(0.0, 0.5 * chunk_s / (CHUNK_TOKENS * _token_bytes(sizes.shape)))
+    auto.slow_down(0.0, 0.5 * chunk_s / (CHUNK_TOKENS * sizes.shape.token_bytes))
     for _ in range(4):
         sweep.ask(AUTO, longest, 1)
     for _ in range(3):
@@ -209,11 +192,6 @@ def _chunk_s(sweep: Sweep, sizes: Sizes) -> float:
     few, many = min(sizes.lengths), max(sizes.lengths)
     times = {each: statistics.median(sweep.ask(NEVER, each, 1).first_s[0] for _ in range(3)) for each in (few, many)}
     return max(times[many] - times[few], 1e-4) * CHUNK_TOKENS / (many - few)
-
-
-def _token_bytes(shape: Shape) -> int:
-    """Of keys and values in float32."""
-    return 2 * 4 * shape.layers * shape.kv_heads * (shape.hidden // shape.heads)
 
 
 def _result(sizes: Sizes, cells: list[Cell], situations: list[Situation], folder: Path) -> BenchResult:

@@ -21,24 +21,24 @@ from ...evaluation.intervals import quantiles
 from ...evaluation.page import Row, Table
 from ...evaluation.report import BenchResult, Metric, Target
 from ...evaluation.screen import progress
-from ..vllm.bed import NO_HOST_BYTES
-from ..vllm.engine import KVLOOM, Engine, VLLMError, expect_vllm
+from ..vllm.bed import CHUNK_TOKENS
+from ..vllm.engine import VLLMError, expect_vllm
 from ..vllm.inputs import Prompts, Shape, make_model
-from ..vllm.server import Replay, Setup
+from ..vllm.pair import DISK, HOST, SLOW, SMALL, TINY, EnginePair, PairSettings
+from ..vllm.server import Replay
 from .costs import Costs
 from .jobs import POLICIES, Job, Policy
 from .probes import Times, costs_of, prefill_of, probe_loads, probe_prefill
 from .queues import schedule
 from .trace import Traced, draw_trace, prompts_of
 
-CHUNK_TOKENS = 256
 MOST_RUNNING = 16
 STEP_TOKENS = 2048
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """Threads that compute together wait for one another in every operation: one that is held up for a moment, by a load or
 anything else, holds up the step. No GPU is like that.
 """
-TIERS: Mapping[str, float] = {"host": 0.0, "disk": 0.5, "slow disk": 2.0}
+TIERS: Mapping[str, float] = {HOST: 0.0, DISK: 0.5, SLOW: 2.0}
 """How many times as long as computing it a chunk takes from the device behind each; 0 for no device."""
 
 FIGURES = ("ttft_p50_s", "ttft_p90_s", "ttft_p99_s", "makespan_s")
@@ -76,7 +76,7 @@ class Sizes:
 
 
 FULL_SIZES = Sizes(
-    Shape(layers=4, hidden=512, intermediate=1536, heads=8, kv_heads=4, vocabulary=2048, max_tokens=4096),
+    SMALL,
     requests=40,
     documents=12,
     chunks=7,
@@ -84,7 +84,7 @@ FULL_SIZES = Sizes(
     busy_ratio=0.8,
 )
 QUICK_SIZES = Sizes(
-    Shape(layers=2, hidden=128, intermediate=256, heads=4, kv_heads=2, vocabulary=512, max_tokens=2048),
+    TINY,
     requests=8,
     documents=4,
     chunks=3,
@@ -146,43 +146,25 @@ class _Bed:
         self._sizes, self._tier = sizes, tier
         folder = where / tier.replace(" ", "-")
         folder.mkdir()
-        shape = sizes.shape
-        token_bytes = 2 * 4 * shape.layers * shape.kv_heads * (shape.hidden // shape.heads)  # in float32
-        self._prompts = Prompts(shape.vocabulary, (), seed=len(tier))
+        self._prompts = Prompts(sizes.shape.vocabulary, (), seed=len(tier))
         self._texts = self._prompts.documents(sizes.documents, sizes.chunks * CHUNK_TOKENS)
-        stored_bytes = sizes.documents * sizes.chunks * CHUNK_TOKENS * token_bytes
-
-        def engine(choice: str) -> Engine:
-            extra: dict[str, object] = {"chunk_tokens": CHUNK_TOKENS, "load_or_recompute": choice, "lead_ids": []}
-            extra["host_bytes"] = stored_bytes * 5 // 4 if tier == "host" else NO_HOST_BYTES
-            if tier != "host":
-                extra["disk_path"] = str(folder / "store")
-            setup = Setup(
-                where / "model",
-                {**KVLOOM, "kv_connector_extra_config": extra},
-                (sizes.chunks + 1) * CHUNK_TOKENS + 64,
-                cache_gib=1,
-                log=folder / f"{choice}.log",
-                prefix_caching=False,
-                options={"max_num_seqs": MOST_RUNNING, "max_num_batched_tokens": STEP_TOKENS},
-                environment=ONE_THREAD,
-            )
-            return stack.enter_context(Engine(f"{tier}, {choice}", setup))
-
-        self._auto, self._always = engine("auto"), engine("always")
-        for each in (self._auto, self._always):
-            if each is self._auto or tier == "host":  # on a disk, one finds what the other has stored
-                each.generate(self._texts, {"load": False})
-                each.settle()
-        self._token_bytes = token_bytes
+        settings = PairSettings(
+            where / "model",
+            sizes.shape,
+            (sizes.chunks + 1) * CHUNK_TOKENS + 64,
+            options={"max_num_seqs": MOST_RUNNING, "max_num_batched_tokens": STEP_TOKENS},
+            environment=ONE_THREAD,
+            prefix_caching=False,
+        )
+        pair = EnginePair(stack, settings, tier, folder, self._texts)
+        self._auto, self._always = pair.both
+        pair.store()
         self._prefills: Times = {}
         self._loads: Times = {}
         self._probe_prefill({})  # warms up
         self._probe_prefill(self._prefills)
         whole = sizes.chunks * CHUNK_TOKENS
-        byte_s = TIERS[tier] * prefill_of(self._prefills).seconds(whole) / (whole * token_bytes)
-        for each in (self._auto, self._always):
-            each.slow_down(0.0, byte_s)
+        pair.slow_down(0.0, TIERS[tier] * prefill_of(self._prefills).seconds(whole) / (whole * sizes.shape.token_bytes))
         for _ in range(2):
             self._probe_loads({})
 
@@ -198,7 +180,7 @@ class _Bed:
     def costs(self) -> Costs:
         """By all that was probed."""
         prefill, chunks = prefill_of(self._prefills), self._sizes.chunks
-        chunk_bytes = CHUNK_TOKENS * self._token_bytes
+        chunk_bytes = CHUNK_TOKENS * self._sizes.shape.token_bytes
         costs = costs_of(
             prefill, self._loads, tier=self._tier, chunks=chunks, chunk_tokens=CHUNK_TOKENS, chunk_bytes=chunk_bytes
         )

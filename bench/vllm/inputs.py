@@ -33,6 +33,11 @@ class Shape:
     vocabulary: int = 4096
     max_tokens: int = 8192
 
+    @property
+    def token_bytes(self) -> int:
+        """Of keys and values in float32."""
+        return 2 * 4 * self.layers * self.kv_heads * (self.hidden // self.heads)
+
 
 def make_model(folder: Path, shape: Shape) -> None:
     """Save a random model; equal shapes, equal weights.
