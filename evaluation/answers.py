@@ -46,17 +46,29 @@ class Answer:
 
 
 def score_answer(question: Question, logits: Tensor, exact: Tensor) -> Answer:
-    """Score the distributions `[A, V]` of the gold answer's tokens, beside those of full attention.
+    """`score_answers` of one."""
+    return score_answers(question, [logits], exact)[0]
+
+
+def score_answers(question: Question, answers: Iterable[Tensor], exact: Tensor) -> list[Answer]:
+    """Score distributions `[A, V]` of the gold answer's tokens, beside those of full attention.
 
     Without a gold answer they are those of the first token, `[1, V]`, and `nll` is NaN.
     """
+    p = exact.double().log_softmax(-1)
+    weights = p.exp()
+    return [_scored(question, logits, p, weights) for logits in answers]
+
+
+def _scored(question: Question, logits: Tensor, p: Tensor, weights: Tensor) -> Answer:
+    """Beside full attention's logarithms of probabilities `p` and these probabilities."""
     gold = torch.tensor(question.answer, dtype=torch.int64, device=logits.device)
-    if not logits.shape == exact.shape or max(1, len(gold)) != len(logits):
+    if not logits.shape == p.shape or max(1, len(gold)) != len(logits):
         raise ValueError(
-            f"logits have shapes {list(logits.shape)} and {list(exact.shape)}; expected [{max(1, len(gold))}, V] twice"
+            f"logits have shapes {list(logits.shape)} and {list(p.shape)}; expected [{max(1, len(gold))}, V] twice"
         )
-    p, q = (each.double().log_softmax(-1) for each in (exact, logits))
-    kl = float((p.exp() * (p - q)).sum(-1).clamp(min=0).mean())
+    q = logits.double().log_softmax(-1)
+    kl = float((weights * (p - q)).sum(-1).clamp(min=0).mean())
     if not len(gold):
         return Answer(question.kind, question.number, question.group, None, None, math.nan, kl)
     hits = (q.argmax(-1) == gold).tolist()

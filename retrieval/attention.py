@@ -62,7 +62,7 @@ def attend_selected(
     """
     parts = [] if not selection.ids.shape[1] else [attend_ids(selection.ids)]
     if selection.rest is not None:
-        parts.append(selection.rest)
+        parts.append(selection.rest(selection.ids))
     device = near[0].device
     return merge([near, *((out.to(device), lse.to(device)) for out, lse in parts)])
 

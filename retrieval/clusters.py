@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ except ImportError as error:
     raise ImportError('kvloom.retrieval.clusters needs faiss: pip install "kvloom[retrieval]"') from error
 
 from .attention import PartialAttention
-from .selector import LayerShape, Pooling, Selection
+from .selector import LayerShape, Pooling, Rest, Selection
 
 SEGMENT_TOKENS, UPDATE_TOKENS = 8192, 1024  # RetroInfer: keys clustered together, in a prompt and while generating
 TOKENS_A_CLUSTER = 16  # RetroInfer: on average
@@ -154,13 +155,15 @@ class ClusterIndex:
         ids = _latest(known.members, known.starts.gather(1, order) + sizes, taken) + self.start
         singles = self._pending[0].shape[1] - len(self._updates) * self._update_tokens
         read = known.keys.nbytes + 4 * known.sizes.numel()
-        rest, estimated = None, round(self._ratio * entries)
+        rest: Rest | None = None
+        estimated = round(self._ratio * entries)
         if estimated and budget < self._tokens:
             left = sizes - taken
             first = ((left == 0) & (sizes > 0)).sum(1, keepdim=True)  # chosen whole; empty clusters stand at the end
             places = first + torch.arange(estimated)
             counts = left.gather(1, places.clamp(max=entries - 1)) * (places < entries)
-            rest = _estimate(scores, known.values, counts, order.gather(1, places.clamp(max=entries - 1)))
+            found = _estimate(scores, known.values, counts, order.gather(1, places.clamp(max=entries - 1)))
+            rest = partial(_same, found)
             read += heads * estimated * known.values.shape[-1] * known.values.itemsize
         return Selection(ids, read, heads * singles, rest)
 
@@ -196,6 +199,11 @@ class ClusterIndex:
             codes.argsort(dim=1, stable=True).int(),
             sizes.cumsum(1) - sizes,
         )
+
+
+def _same(estimate: PartialAttention, _: Tensor) -> PartialAttention:
+    """`Selection.rest`: tokens that are pruned from the choice are not added to the estimate."""
+    return estimate
 
 
 def _singles(keys: Tensor, values: Tensor) -> Clusters:

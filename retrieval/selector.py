@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from ..core import RopeSpec
 
 Pooling: TypeAlias = Literal["max", "sum"]
+Rest: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""`rest(ids)`: of ids `[H, K]` (-1 for none) an output `[Hq, Dv]` and its log-sum-exp `[Hq]`, float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +74,14 @@ class Selection:
         tokens is not included.
     compared_keys : whole keys compared with a query, summed over KV heads; a key that several queries of a group meet
         counts once.
-    rest : estimate of the attention over the tokens that were not chosen, `[Hq, Dv]` and its log-sum-exp `[Hq]`,
-        float32; None if there is none.
+    rest : estimates the attention over the tokens that are not among the ids given, which are those above or some of
+        them; None if nothing is estimated.
     """
 
     ids: Tensor
     read_bytes: int
     compared_keys: int = 0
-    rest: tuple[Tensor, Tensor] | None = None
+    rest: Rest | None = None
 
 
 @runtime_checkable

@@ -15,7 +15,7 @@ from ..calibration.certificate_gate import CertificateGate
 from ..calibration.codec_form import Form, canonical_json
 from ..calibration.model_profile import Profile
 from ..core import KVSpec
-from .registry import METHODS, selector_by_name
+from .registry import METHODS, NAMED_DEFAULTS, selector_by_name
 from .selector import LayerShape, Pooling, Selector
 
 CHUNK_TOKENS = 256  # stored together, and leave the window together
@@ -113,7 +113,7 @@ class Retrieval:
             "window_tokens": self.window_tokens,
             "dense_layers": self.dense_layers,
             "pooling": self.pooling,
-            "parameters": dict(self.parameters),
+            "parameters": {**NAMED_DEFAULTS.get(self.method, {}), **self.parameters},
             "profile": None if self.profile is None else self.profile.fingerprint,
             # named only where it is set, so that certificates made before there was one stay valid
             **({} if self.coverage is None else {"coverage": self.coverage}),

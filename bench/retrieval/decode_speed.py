@@ -222,7 +222,7 @@ class _Step:
         marks.append(time.perf_counter())
         around = gather_attend(queries, context.keys, context.values, self._ends, scale=scale)
         marks.append(time.perf_counter())
-        out = merge([retrieved, around] if chosen.rest is None else [retrieved, around, chosen.rest])[0]
+        out = merge([retrieved, around, *([] if chosen.rest is None else [chosen.rest(chosen.ids)])])[0]
         marks.append(time.perf_counter())
         seconds = dict(zip(PIECES, (after - before for before, after in pairwise(marks)), strict=True))
         tokens = int((chosen.ids >= 0).sum()) + self._ends.numel()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 from typing import TypeAlias
 
 import torch
@@ -20,21 +20,28 @@ from torch import Tensor
 from ...blend.attention import layer_attention
 from ...connectors.hf.retrieval.plan import layer_shape
 from ...core import KVChunk
-from ...evaluation.answers import Answer, score_answer
+from ...evaluation.answers import Answer, score_answers
 from ...evaluation.forcing import QUERIES, ForcedModel
 from ...evaluation.questions import Question
 from ...retrieval.coverage import covering
-from ...retrieval.quantized.quantized import QuantizedKeyIndex
+from ...retrieval.quantized.quantized import MEAN_TOKENS, QuantizedKeyIndex, block_means
 from ...retrieval.registry import selector_by_name
-from ...retrieval.selector import LayerShape, LearnsFromQueries, Selection, Selector, pooled, top_ids
+from ...retrieval.selector import LayerShape, LearnsFromQueries, Selection, Selector, pooled
 
-SINK_TOKENS, WINDOW_TOKENS = 4, 32  # attended to exactly, and counted; scaled to contexts of some thousand tokens
+SINK_TOKENS = 4  # attended to exactly, and counted, as the window is
 DENSE = "dense"
+ALONE = "quantized, chosen alone"  # without an estimate of the rest
+_LEAST_WINDOW_TOKENS = 16
 _OBSERVED = 1024  # queries that are handed to a selector at once
 _GAP = 1e-3  # of a share, beyond the last one that is measured
 
-Choose: TypeAlias = Callable[[Tensor, int, int], Tensor]
-"""Queries `[Hq, T, D]` of tokens from a position on, and a budget: ids `[H, T, K]`, -1 for none."""
+Choose: TypeAlias = Callable[[Tensor, int, int], "_Choice"]
+"""What is chosen for queries `[Hq, T, D]` of tokens from a position on, within a budget."""
+
+
+def window_of(context_tokens: int) -> int:
+    """Tokens at the end of a context that are attended to exactly: 32 of 4,096, in proportion, but at least 16."""
+    return max(_LEAST_WINDOW_TOKENS, round(context_tokens / 128))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +66,29 @@ class Trial:
     attended: float
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Choice:
+    """Tokens chosen, and what is known of the others.
+
+    Attributes
+    ----------
+    ids : `[H, T, K]`, -1 for none.
+    scores : `[H, T, G, N]`, of all tokens that are chosen from, as far as the method knows; None if it estimates
+        nothing.
+    """
+
+    ids: Tensor
+    scores: Tensor | None = None
+
+
 class _Context:
     """A context whose keys and values every question about it is asked of, and what methods have made of them."""
 
     def __init__(self, model: ForcedModel, ids: Tensor) -> None:
         self.chunk, _ = model.run(ids)
-        self.shape = layer_shape(model.layers)
+        self.shape, self.window_tokens = layer_shape(model.layers), window_of(len(ids))
         self._made: dict[str, list[Choose]] = {}
+        self._means: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.chunk)
@@ -73,19 +96,25 @@ class _Context:
     def pinned(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of sinks and window."""
         both = (self.chunk.keys[layer], self.chunk.values[layer])
-        keys, values = (torch.cat((each[:, :SINK_TOKENS], each[:, -WINDOW_TOKENS:]), 1) for each in both)
+        keys, values = (torch.cat((each[:, :SINK_TOKENS], each[:, -self.window_tokens :]), 1) for each in both)
         return keys, values
 
     def covered(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of what is chosen from."""
-        here = slice(SINK_TOKENS, len(self) - WINDOW_TOKENS)
+        here = slice(SINK_TOKENS, len(self) - self.window_tokens)
         return self.chunk.keys[layer, :, here], self.chunk.values[layer, :, here]
+
+    def means(self, layer: int) -> Tensor:
+        """Mean values of what is chosen from, as `QuantizedKeyIndex` has them."""
+        if layer not in self._means:
+            self._means[layer] = block_means(self.covered(layer)[1].float(), MEAN_TOKENS, lead=SINK_TOKENS)
+        return self._means[layer]
 
     def choose(self, method: str, layer: int) -> Choose:
         """How a method chooses in a layer, built when it is first asked for."""
         if method not in self._made:
             layers = range(self.chunk.spec.num_layers)
-            self._made[method] = [_choice(method, self.shape, self.chunk, each) for each in layers]
+            self._made[method] = [_choice(method, self.shape, self.chunk, each, self.window_tokens) for each in layers]
         return self._made[method][layer]
 
 
@@ -137,18 +166,24 @@ class _Attention:
         near[..., -count:].masked_fill_(later[:, None], -torch.inf)
         covered_keys, covered_values = (each.float() for each in context.covered(layer))
         far = (rows @ covered_keys.mT).view(heads, count, group, -1)
-        budget = max(1, int(self.way.ratio * len(context)) - SINK_TOKENS - WINDOW_TOKENS)
-        ids = context.choose(self.way.method, layer)(queries, self.first, budget).to(queries.device)
+        budget = max(1, int(self.way.ratio * len(context)) - SINK_TOKENS - context.window_tokens)
+        choice = context.choose(self.way.method, layer)(queries, self.first, budget)
+        ids = choice.ids.to(queries.device)
         if self.way.coverage is not None:
             ids = self._pruned(ids, queries, covered_keys, near.logsumexp(-1))
         missing, at = ids < 0, (ids - SINK_TOKENS).clamp(min=0)[:, :, None].expand(-1, -1, group, -1)
         self.chosen.append((~missing).sum(-1).float().mean())
         of_chosen = far.gather(3, at).masked_fill_(missing[:, :, None], -torch.inf)
-        weights = torch.cat((near, of_chosen), -1).softmax(-1)
-        spread = far.zero_().scatter_add_(
-            3, at, weights[..., near.shape[-1] :]
-        )  # rows of zeros where nothing is chosen
+        known = near.shape[-1] + ids.shape[-1]
+        parts, masses = [near, of_chosen], None
+        if choice.scores is not None:
+            masses, lse = _rest(choice.scores, at, missing[:, :, None])
+            parts.append(lse)
+        weights = torch.cat(parts, -1).softmax(-1)
+        spread = far.zero_().scatter_add_(3, at, weights[..., near.shape[-1] : known])  # zeros where nothing is chosen
         out = weights[..., : near.shape[-1]].flatten(1, 2) @ pinned_values + spread.flatten(1, 2) @ covered_values
+        if masses is not None:
+            out += (masses * weights[..., known:]).flatten(1, 2) @ context.means(layer)
         return out.view(heads, count, group, -1).transpose(1, 2).flatten(0, 1).to(values.dtype)
 
     def _pruned(self, ids: Tensor, queries: Tensor, keys: Tensor, near: Tensor) -> Tensor:
@@ -186,10 +221,13 @@ def answered(
     through = iter(zip(attentions, outputs, strict=True))
     trials = []
     for one, (question, ways) in zip(known, asked, strict=True):
-        trials.append(Trial(Way(DENSE), score_answer(question, one.exact, one.exact), float(len(context))))
-        for attention, hidden in islice(through, len(ways)):
-            attended = float(torch.stack(attention.chosen).mean()) + SINK_TOKENS + WINDOW_TOKENS
-            trials.append(Trial(attention.way, score_answer(question, model.logits(hidden), one.exact), attended))
+        of_question = list(islice(through, len(ways)))
+        logits = chain([one.exact], (model.logits(hidden) for _, hidden in of_question))
+        dense, *answers = score_answers(question, logits, one.exact)
+        trials.append(Trial(Way(DENSE), dense, float(len(context))))
+        for (attention, _), answer in zip(of_question, answers, strict=True):
+            attended = float(torch.stack(attention.chosen).mean()) + SINK_TOKENS + context.window_tokens
+            trials.append(Trial(attention.way, answer, attended))
     return trials
 
 
@@ -212,16 +250,29 @@ def _asked(model: ForcedModel, context: _Context, questions: Sequence[Question],
     ]
 
 
-def _choice(method: str, shape: LayerShape, context: KVChunk, layer: int) -> Choose:
+def _rest(scores: Tensor, at: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the tokens that were not chosen: shares of their softmax by blocks, as mean values stand for `MEAN_TOKENS`,
+    `[H, T, G, n]`, and the log-sum-exp of their scores `[H, T, G, 1]`. Overwrites `scores`; `at` from 0 on.
+    """
+    peak = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(peak).exp_()
+    weights.scatter_add_(3, at, -weights.gather(3, at).masked_fill_(missing, 0.0))  # those chosen become 0
+    pads = (SINK_TOKENS, -(SINK_TOKENS + weights.shape[-1]) % MEAN_TOKENS)
+    masses = torch.nn.functional.pad(weights, pads).unflatten(-1, (-1, MEAN_TOKENS)).sum(-1)
+    total = masses.sum(-1, keepdim=True)
+    return masses / total.clamp(min=torch.finfo(torch.float32).tiny), peak + total.log()
+
+
+def _choice(method: str, shape: LayerShape, context: KVChunk, layer: int, window_tokens: int) -> Choose:
     """How a method chooses in one layer; exact search and the keys of two bits choose for all tokens at once."""
-    covered = slice(SINK_TOKENS, len(context) - WINDOW_TOKENS)
+    covered = slice(SINK_TOKENS, len(context) - window_tokens)
     keys, values = context.keys[layer, :, covered], context.values[layer, :, covered]
     if method == "exact":
         return _by_keys(shape, keys.float())
-    if method == "quantized":
+    if method in ("quantized", ALONE):
         index = QuantizedKeyIndex(shape, start=SINK_TOKENS, device=keys.device)
         index.add(keys, values)
-        return _by_keys(shape, index.approximate_keys)
+        return _by_keys(shape, index.approximate_keys, knows_the_rest=method != ALONE)
     selector = selector_by_name(method, shape, layer, start=SINK_TOKENS)
     selector.add(keys.cpu(), values.cpu())
     if isinstance(selector, LearnsFromQueries):
@@ -232,15 +283,17 @@ def _choice(method: str, shape: LayerShape, context: KVChunk, layer: int) -> Cho
     return _by_selector(selector)
 
 
-def _by_keys(shape: LayerShape, keys: Tensor) -> Choose:
+def _by_keys(shape: LayerShape, keys: Tensor, *, knows_the_rest: bool = False) -> Choose:
     """The best by the scores of these keys `[H, N, D]`."""
 
-    def choose(queries: Tensor, _: int, budget: int) -> Tensor:
+    def choose(queries: Tensor, _: int, budget: int) -> _Choice:
         (_, count, dim), heads = queries.shape, shape.kv_heads
         asked = queries.float().view(heads, shape.group, count, dim).transpose(1, 2).flatten(1, 2)
         scores = (asked @ keys.mT * shape.scale).reshape(heads * count * shape.group, -1)
         each = LayerShape(heads * count, shape.group, dim, shape.scale)
-        return top_ids(pooled(scores, each), budget, SINK_TOKENS).view(heads, count, -1)
+        best = pooled(scores, each).topk(min(budget, keys.shape[1]), dim=1, sorted=False).indices
+        ids = (best + SINK_TOKENS).view(heads, count, -1)
+        return _Choice(ids, scores.view(heads, count, shape.group, -1) if knows_the_rest else None)
 
     return choose
 
@@ -248,11 +301,12 @@ def _by_keys(shape: LayerShape, keys: Tensor) -> Choose:
 def _by_selector(selector: Selector) -> Choose:
     """What a selector chooses for one token after the other."""
 
-    def choose(queries: Tensor, first: int, budget: int) -> Tensor:
+    def choose(queries: Tensor, first: int, budget: int) -> _Choice:
         wide = queries.float().cpu()
         rows = [selector.select(wide[:, t], first + t, budget).ids for t in range(queries.shape[1])]
         width = max(row.shape[1] for row in rows)
-        return torch.stack([torch.nn.functional.pad(row, (0, width - row.shape[1]), value=-1) for row in rows], 1)
+        padded = [torch.nn.functional.pad(row, (0, width - row.shape[1]), value=-1) for row in rows]
+        return _Choice(torch.stack(padded, 1))
 
     return choose
 

@@ -23,7 +23,7 @@ from ...evaluation.screen import progress
 from ...evaluation.tasks import EXTRACTED, SINGLE
 from ...retrieval.settings import Retrieval
 from ..harness.pool import LoadedModel, ModelPool
-from .pretrained import DENSE, SINK_TOKENS, WINDOW_TOKENS, Trial, Way, answered, tokens_at_equal_loss
+from .pretrained import ALONE, DENSE, SINK_TOKENS, Trial, Way, answered, tokens_at_equal_loss
 
 DEFAULT = Retrieval().method
 NEEDLE, EXTRACT = SINGLE, "extract"
@@ -46,13 +46,14 @@ TARGETS = (
 TITLE = "What does attending to few tokens cost a pretrained model?"
 MEANING = (
     "A context and the question behind it are computed densely; the answer's tokens attend to "
-    f"{SINK_TOKENS} sinks, the last {WINDOW_TOKENS} tokens of the context, all that follows it, and what a method "
-    "chooses, one set for each KV head. Attended: sinks, window and chosen tokens, a mean over layers, heads and "
-    "tokens. KL: of the gold answer's tokens to full attention, nats a token. Values: share of the values that greedy "
-    "decoding gives behind the gold answer so far, and how many fewer than under full attention. A coverage chooses "
-    f"within {BOUND_RATIO:.0%}, then keeps the fewest tokens that hold its share of the attention. A context states "
-    f"{EXTRACTED} facts: extract asks for all at once, a needle for one of them. All questions about a context share "
-    "its keys and values. Intervals of 95 %: contexts drawn anew, with all their questions."
+    f"{SINK_TOKENS} sinks, the last tokens of the context (1 of 128, at least 16), all that follows it, and what a "
+    "method chooses, one set for each KV head. Attended: sinks, window and chosen tokens, a mean over layers, heads "
+    "and tokens. KL: of the gold answer's tokens to full attention, nats a token. Values: share of the values that "
+    "greedy decoding gives behind the gold answer so far. A coverage chooses "
+    f"within {BOUND_RATIO:.0%}, then keeps the fewest tokens that hold its share of the attention. "
+    "`quantized` also attends to the tokens that are not chosen, by mean values; all others drop them. A context "
+    f"states {EXTRACTED} facts: extract asks for all at once, a needle for one of them. All questions about a context "
+    "share its keys and values. Intervals of 95 %: contexts drawn anew, with all their questions."
 )
 
 
@@ -63,7 +64,7 @@ class Sizes:
     contexts: int = 100
     needles: int = 4
     context_tokens: int = 2048
-    others: int = 4
+    others: int = 3
 
 
 FULL, QUICK = Sizes(), Sizes(contexts=2, needles=2, context_tokens=512, others=1)
@@ -140,6 +141,7 @@ def _answered(
     ways, others = _ways(), []
     if is_compared:
         ways += [Way(DEFAULT, BOUND_RATIO, coverage) for coverage in OTHER_COVERAGES]
+        ways += [Way(ALONE, ratio) for ratio in OTHER_RATIOS]
         # They choose token by token: an extraction has a hundred.
         others = [Way(method, ratio) for method in OTHERS if method in methods for ratio in OTHER_RATIOS]
     questions = sampler.extraction(number, singles=needles)

@@ -116,7 +116,7 @@ def test_an_estimate_of_the_rest_is_merged_and_recovers_no_mass() -> None:
     class Guessing(ExactSelector):
         def select(self, queries, position, budget) -> Selection:
             chosen = super().select(queries, position, budget)
-            return Selection(chosen.ids, 0, 0, (torch.full((4, 16), 100.0), torch.full((4,), 50.0)))
+            return Selection(chosen.ids, 0, 0, lambda _: (torch.full((4, 16), 100.0), torch.full((4,), 50.0)))
 
     plain, guessing = measured(
         {"plain": lambda s, start: ExactSelector(s, start=start), "guess": lambda s, start: Guessing(s, start=start)},

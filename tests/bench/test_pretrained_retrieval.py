@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvloom.bench.retrieval import pretrained, pretrained_run
-from kvloom.bench.retrieval.pretrained import SINK_TOKENS, WINDOW_TOKENS, Trial, Way, answered, tokens_at_equal_loss
+from kvloom.bench.retrieval.pretrained import SINK_TOKENS, Trial, Way, answered, tokens_at_equal_loss, window_of
 from kvloom.connectors.hf.retrieval.plan import layer_shape
 from kvloom.core import KVChunk
 from kvloom.evaluation.answers import Answer
@@ -25,6 +25,9 @@ from ..support.models import make_model
 QUESTION = Question(
     "needle", 0, (1,), ((5,) * 40, tuple(range(3, 403))), (7, 8, 9), (10,), (11, 12, 13), ((0, 3),), "g"
 )
+
+
+WINDOW = window_of(441)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,7 @@ def test_few_tokens_cost_and_random_ones_more(forced: ForcedModel) -> None:
     _, best, covered, drawn = answered(forced, [(QUESTION, ways)])
     assert best.attended == drawn.attended == int(0.2 * 441)
     assert 0 < best.answer.kl < drawn.answer.kl
-    assert SINK_TOKENS + WINDOW_TOKENS < covered.attended < best.attended
+    assert SINK_TOKENS + WINDOW < covered.attended < best.attended
 
 
 def test_questions_about_one_context_are_answered_as_alone(forced: ForcedModel) -> None:
@@ -70,8 +73,8 @@ def _token_by_token(forced: ForcedModel, question: Question, ratio: float) -> fl
     """NLL of the gold answer if each of its tokens attends through a `QuantizedKeyIndex`, without a batch."""
     size = len(question.context)
     prefix, _ = forced.run(torch.tensor([*question.context, *question.asked[:-1]]))
-    shape, covered = layer_shape(forced.layers), slice(SINK_TOKENS, size - WINDOW_TOKENS)
-    budget = int(ratio * size) - SINK_TOKENS - WINDOW_TOKENS
+    shape, covered = layer_shape(forced.layers), slice(SINK_TOKENS, size - WINDOW)
+    budget = int(ratio * size) - SINK_TOKENS - WINDOW
 
     def attend_layer(layer: int, _: KVChunk, queries: Tensor, keys: Tensor, values: Tensor, first: int) -> Tensor:
         selector = QuantizedKeyIndex(shape, start=SINK_TOKENS)
@@ -94,12 +97,12 @@ def test_choices_for_all_tokens_at_once_are_those_of_the_selectors(forced: Force
     context, _ = forced.run(torch.tensor(QUESTION.context))
     shape = layer_shape(forced.layers)
     queries = torch.randn(shape.query_heads, 3, shape.head_dim, generator=torch.Generator().manual_seed(0))
-    covered = slice(SINK_TOKENS, len(context) - WINDOW_TOKENS)
+    covered = slice(SINK_TOKENS, len(context) - WINDOW)
     for method, make in (("exact", ExactSelector), ("quantized", QuantizedKeyIndex)):
         selector = make(shape, start=SINK_TOKENS)
         selector.add(context.keys[1, :, covered], context.values[1, :, covered])
-        at_once = pretrained._choice(method, shape, context, 1)(queries, len(context), 20)
-        one_by_one = pretrained._by_selector(selector)(queries, len(context), 20)
+        at_once = pretrained._choice(method, shape, context, 1, WINDOW)(queries, len(context), 20).ids
+        one_by_one = pretrained._by_selector(selector)(queries, len(context), 20).ids
         rows = zip(at_once.flatten(0, 1).tolist(), one_by_one.flatten(0, 1).tolist(), strict=True)
         shared = [len(set(a) & set(b)) for a, b in rows]
         assert min(shared) >= 19, method  # products in another order may swap the last of nearly equal ones
@@ -121,7 +124,8 @@ def test_it_runs_at_its_smallest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrained_run, "OTHERS", ("random", "landmarks"))
     result = pretrained_run.run(BUNDLED_MODEL, quick=True)
     assert set(result.metrics) == {target.metric for target in pretrained_run.TARGETS}
-    assert {row["method"] for row in result.rows} == {"dense", "quantized", "exact", "random", "landmarks"}
+    methods = {"dense", "quantized", "exact", "random", "landmarks", pretrained.ALONE}
+    assert {row["method"] for row in result.rows} == methods
     assert len(result.tables) == 2
     dense = [row["kind"] for row in result.rows if row["method"] == "dense"]
     assert dense == ["extract", "needle12", "needle12"]  # of one context

@@ -9,6 +9,7 @@ import pytest
 from kvloom.calibration.certificate import Certificate, Figure
 from kvloom.calibration.certificate_gate import CertificateGate
 from kvloom.errors import JudgedWithoutTasksWarning, UncertifiedError, UncertifiedWarning
+from kvloom.retrieval.settings import Retrieval, require_certificate
 from kvloom.testing import SPEC
 
 FIGURE = Figure(0.01, 0.0, 0.02, limit=0.03)
@@ -77,3 +78,16 @@ def test_more_questions_than_are_remembered_from_several_threads() -> None:
     for thread in threads:
         thread.join()
     assert sum(answers) == 4 and len(answers) == 2400
+
+
+def test_certificates_of_retrieval_from_before_the_rest_was_estimated_cover_it_no_longer() -> None:
+    retrieval, alone = Retrieval(budget_ratio=0.06), Retrieval(budget_ratio=0.06, parameters={"mean_tokens": 0})
+    figures = {"kl": FIGURE, "needle_loss": FIGURE}
+    before = Certificate(SPEC, retrieval.form[0], {**retrieval.fields, "parameters": {}}, figures)
+    with pytest.raises(UncertifiedError, match="retrieval 'quantized'"):
+        require_certificate(CertificateGate([before]), retrieval, SPEC)
+    now = Certificate(SPEC, retrieval.form[0], retrieval.fields, figures)
+    assert require_certificate(CertificateGate([before, now]), retrieval, SPEC) is now
+    with pytest.raises(UncertifiedError, match="retrieval 'quantized'"):
+        require_certificate(CertificateGate([before, now]), alone, SPEC)
+    assert '"mean_tokens":16' in retrieval.form[1].replace(" ", "")

@@ -25,7 +25,7 @@ def test_near_chosen_and_rest_make_the_whole() -> None:
         partial(attend_at, queries, keys, values, scale=scale),
         partial(pages.attend, queries, scale=scale),
     ):
-        torch.testing.assert_close(attend_selected(near, Selection(ids, 0, rest=rest), attend_ids), whole)
+        torch.testing.assert_close(attend_selected(near, Selection(ids, 0, rest=lambda _: rest), attend_ids), whole)
         without = attend_selected(near, Selection(ids, 0), attend_ids)
         assert not torch.allclose(without[0], whole[0], atol=1e-3)
         nothing = Selection(torch.empty(2, 0, dtype=torch.int64), 0)

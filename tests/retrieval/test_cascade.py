@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from kvloom.errors import CodecError
-from kvloom.retrieval.attention import empty_attention
+from kvloom.retrieval.attention import PartialAttention, empty_attention
 from kvloom.retrieval.cascade import CascadeSelector, ExactKeys, KeySource
 from kvloom.retrieval.exact import ExactSelector, RandomSelector
 from kvloom.retrieval.factor.factor import FactorIndex
@@ -129,7 +129,9 @@ class TestCascade:
                 ids = torch.tensor([[4, 9, 2, -1, -1], [30, 20, 10, 60, 70]])
                 return Selection(ids, 7, 0, rest)
 
-        rest = empty_attention(4, 32)
+        def rest(_: Tensor) -> PartialAttention:
+            return empty_attention(4, 32)
+
         keys, values, queries = make_context(100)
         cascade = CascadeSelector(SHAPE, Sparse(), ExactKeys(SHAPE))
         cascade.add(keys, values)

@@ -131,7 +131,7 @@ class TestEstimate:
         index.add(keys, values)
         selection = index.select(queries, 140, budget)
         assert selection.rest is not None
-        out, lse = selection.rest
+        out, lse = selection.rest(selection.ids)
         expected = estimated_by_hand(index, keys, values, queries, selection, round(0.25 * (32 + 12)))
         torch.testing.assert_close(out, torch.stack([e[0] for e in expected]), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(lse, torch.stack([e[1] for e in expected]), rtol=1e-4, atol=1e-5)
@@ -147,7 +147,8 @@ class TestEstimate:
         whole = attend(queries, keys, values, scale=SHAPE.scale)
         for budget in (0, 8, 64):
             selection = index.select(queries, 128, budget)
-            parts = [attend_at(queries, keys, values, selection.ids, scale=SHAPE.scale), selection.rest]
+            assert selection.rest is not None
+            parts = [attend_at(queries, keys, values, selection.ids, scale=SHAPE.scale), selection.rest(selection.ids)]
             out, lse = merge(parts)
             torch.testing.assert_close(lse, whole[1])
             if not budget:  # otherwise values of a cluster chosen in part are estimated by its mean
@@ -158,10 +159,11 @@ class TestEstimate:
         index = small(estimated_ratio=1.0)
         index.add(keys, values)
         everything = attend(queries, keys, values, scale=SHAPE.scale)[1]
-        rest = index.select(queries, 256, 0).rest
-        assert rest is not None
-        assert bool((rest[1] <= everything + 1e-5).all())
-        assert bool((rest[1] > everything - 2.5).all())
+        selection = index.select(queries, 256, 0)
+        assert selection.rest is not None
+        lse = selection.rest(selection.ids)[1]
+        assert bool((lse <= everything + 1e-5).all())
+        assert bool((lse > everything - 2.5).all())
 
     def test_it_brings_the_output_nearer(self) -> None:
         with_it, without = [], []
@@ -175,7 +177,8 @@ class TestEstimate:
             chosen = attend_at(queries, keys, values, selection.ids, scale=SHAPE.scale)
             exact = attend(queries, keys, values, scale=SHAPE.scale)[0]
             assert selection.rest is not None
-            with_it.append(float((merge([chosen, selection.rest])[0] - exact).norm() / exact.norm()))
+            whole = merge([chosen, selection.rest(selection.ids)])[0]
+            with_it.append(float((whole - exact).norm() / exact.norm()))
             without.append(float((chosen[0] - exact).norm() / exact.norm()))
         assert sum(with_it) < 0.5 * sum(without)
 
@@ -198,5 +201,7 @@ class TestEstimate:
         assert selection.ids.tolist() == [list(range(54, 64))] * 2
         assert selection.rest is not None
         mean_score = float(keys[0].mean(0).sum()) * SHAPE.scale
-        assert float(selection.rest[1][0]) == pytest.approx(mean_score + torch.tensor(54.0).log().item(), abs=1e-4)
-        assert float(selection.rest[0][0, 0]) == pytest.approx(31.5)
+        assert float(selection.rest(selection.ids)[1][0]) == pytest.approx(
+            mean_score + torch.tensor(54.0).log().item(), abs=1e-4
+        )
+        assert float(selection.rest(selection.ids)[0][0, 0]) == pytest.approx(31.5)

@@ -1,10 +1,12 @@
 import math
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvloom.retrieval.attention import attend, attend_at, attend_selected, empty_attention
 from kvloom.retrieval.kernels import quantized_ops
 from kvloom.retrieval.kernels.quantized_ops import (
     channel_mixing,
@@ -137,10 +139,76 @@ def test_channels_far_larger_than_the_others_cost_nothing() -> None:
 
 def test_an_eighth_of_the_bytes_of_keys() -> None:
     shape = LayerShape(2, 2, 128, 1.0)
-    index = QuantizedKeyIndex(shape)
+    index, with_means = QuantizedKeyIndex(shape, mean_tokens=0), QuantizedKeyIndex(shape)
     keys = torch.randn(2, 1024, 128, generator=torch.Generator().manual_seed(0))
     index.add(keys, keys)
     assert index.held_bytes <= 1.15 * keys.numel() * 2 / 8
+    with_means.add(keys, keys)
+    assert with_means.held_bytes == index.held_bytes + keys.numel() * 2 / 16
+
+
+def rest_by_hand(
+    index: QuantizedKeyIndex, values: torch.Tensor, queries: torch.Tensor, ids: torch.Tensor, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of each query head over the tokens but `ids`, each with the mean value of its block of positions."""
+    scores, first = index.scores(queries)
+    outs, lses = [], []
+    for q in range(len(queries)):
+        head = q // 2
+        left = [t for t in range(index.start, index.start + len(index)) if t not in set(ids[head].tolist())]
+        weights = torch.tensor([float(scores[q, t - first]) for t in left]).double()
+        rows = []
+        for t in left:
+            block = [n for n in range(t // size * size, t // size * size + size) if index.start <= n < values.shape[1]]
+            rows.append(values[head, block].double().mean(0))
+        outs.append((weights.softmax(0) @ torch.stack(rows)).float())
+        lses.append(weights.logsumexp(0).float())
+    return torch.stack(outs), torch.stack(lses)
+
+
+@pytest.mark.parametrize(("start", "tokens"), [(0, 100), (16, 200), (16, 600), (300, 512), (255, 300)])
+@pytest.mark.parametrize("size", [1, 8, 256])
+def test_the_rest_is_all_that_is_not_chosen_by_mean_values(start: int, tokens: int, size: int) -> None:
+    keys, values, queries = make_context(start + tokens, seed=start + size)
+    index = QuantizedKeyIndex(SHAPE, start=start, mean_tokens=size)
+    for here in range(start, start + tokens, 90):  # in pieces that end nowhere near a group
+        stop = min(here + 90, start + tokens)
+        index.add(keys[:, here:stop], values[:, here:stop])
+    found = index.select(queries, start + tokens, 20)
+    assert found.rest is not None
+    fewer = found.ids.clone()
+    fewer[0, 3:], fewer[1, :] = -1, -1  # as a coverage prunes
+    for ids in (found.ids, fewer, found.ids):
+        expected = rest_by_hand(index, values, queries, ids, size)
+        torch.testing.assert_close(found.rest(ids), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_the_rest_brings_a_diffuse_head_nearer() -> None:
+    """A head that attends to all alike loses what few tokens do not stand for."""
+    lost: dict[int, float] = {}
+    keys, values, queries = make_context(1024)
+    values = values + torch.linspace(0, 3, 1024)[:, None]
+    exact = attend(0.2 * queries, keys, values, scale=SHAPE.scale)[0]
+    for size in (0, 16):
+        index = QuantizedKeyIndex(SHAPE, mean_tokens=size)
+        index.add(keys, values)
+        selection = index.select(0.2 * queries, 1024, 30)
+        nothing = empty_attention(4, values.shape[-1])
+        attend_ids = partial(attend_at, 0.2 * queries, keys, values, scale=SHAPE.scale)
+        lost[size] = float((attend_selected(nothing, selection, attend_ids)[0] - exact).norm() / exact.norm())
+    assert lost[16] < 0.3 * lost[0] and lost[0] > 0.05
+
+
+def test_without_an_estimate_values_are_not_looked_at() -> None:
+    keys, values, queries = make_context(400)
+    index = QuantizedKeyIndex(SHAPE, mean_tokens=0)
+    index.add(keys, values * math.nan)
+    assert index.select(queries, 400, 9).rest is None
+    with pytest.raises(ValueError, match="mean values leave the range"):
+        QuantizedKeyIndex(SHAPE).add(keys, values * math.nan)
+    for wrong in (-1, 3, 512):
+        with pytest.raises(ValueError, match=f"mean_tokens is {wrong}"):
+            QuantizedKeyIndex(SHAPE, mean_tokens=wrong)
 
 
 def test_means_beyond_half_precision_are_refused() -> None:

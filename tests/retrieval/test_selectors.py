@@ -128,7 +128,7 @@ class TestAttention:
         attend_ids = partial(attend_at, queries, keys, values, scale=0.2)
         ids = torch.arange(10, 30).expand(2, -1)
         whole = attend(queries, keys, values, scale=0.2)
-        torch.testing.assert_close(attend_selected(near, Selection(ids, 0, rest=rest), attend_ids), whole)
+        torch.testing.assert_close(attend_selected(near, Selection(ids, 0, rest=lambda _: rest), attend_ids), whole)
         without = attend(queries, keys[:, :30], values[:, :30], scale=0.2)
         torch.testing.assert_close(attend_selected(near, Selection(ids, 0), attend_ids), without)
         nothing_chosen = attend_selected(near, Selection(ids[:, :0], 0), attend_ids)

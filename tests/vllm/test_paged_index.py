@@ -1,6 +1,7 @@
 """Indexes over blocks that are shared, freed and written again: what is attended to is always what the blocks hold."""
 
 import random
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,8 @@ from kvloom.connectors.vllm.packings import GATHERS, PACKINGS, find_packing, unp
 from kvloom.connectors.vllm.retrieval import in_place
 from kvloom.connectors.vllm.retrieval.paged_index import PagedRetrieval
 from kvloom.connectors.vllm.retrieval.rows import DecodeRow, PromptPart, kept_queries, window_grid
-from kvloom.retrieval.attention import attend
+from kvloom.retrieval.attention import attend, attend_at, attend_selected
+from kvloom.retrieval.coverage import covering
 from kvloom.retrieval.selector import LayerShape
 from kvloom.retrieval.settings import CHUNK_TOKENS, Retrieval
 
@@ -95,6 +97,45 @@ def test_attention_is_over_sinks_window_and_what_is_chosen(packing: str, dtype: 
         assert not torch.allclose(attended(few, 0, row, query, cache).float(), dense, atol=0.1), (
             "it is an approximation"
         )
+
+
+@pytest.mark.parametrize("is_in_place", [True, False])
+@pytest.mark.parametrize("coverage", [None, 0.4])
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_the_default_method_counts_what_it_does_not_choose(
+    packing: str, coverage: float | None, is_in_place: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pruned tokens are among it. The engine's kernel, which attends to whole blocks, is not asked."""
+    if not is_in_place:
+        monkeypatch.setattr(in_place, "compiled_for_cpu", lambda: None)
+    torch.manual_seed(3)
+    tokens, rows = 900, []
+    keys, values, query = torch.randn(H, tokens, D), torch.randn(H, tokens, D) + 1, torch.randn(H * G, D)
+    count, positions = -(-tokens // N), torch.arange(tokens)
+    blocks = torch.randperm(count)
+    cache, slots = torch.randn(count, H, N, 2 * D), blocks[positions // N] * N + positions % N
+    Backend(packing).do_kv_cache_update(None, keys.transpose(0, 1), values.transpose(0, 1), cache, slots)
+    for mean_tokens in (0, 16):
+        paged = paged_of(packing, method="quantized", coverage=coverage, parameters={"mean_tokens": mean_tokens})
+        paged.wrote(slots, len(cache))
+        found = attended(paged, 0, DecodeRow(0, 0, tokens - 1, blocks), query, cache, kernel_of(packing))
+        if not mean_tokens:
+            rows.append(found)
+            continue
+        stop = paged.stop(tokens - 1)
+        selector = paged.retrieval.selector(SHAPE, 0)
+        selector.add(keys[:, SINKS:stop], values[:, SINKS:stop])
+        chosen = selector.select(query, tokens - 1, paged.retrieval.budget(len(selector)))
+        seen = torch.cat((torch.arange(SINKS), torch.arange(stop, tokens)))
+        near = attend(query, keys[:, seen], values[:, seen], scale=SHAPE.scale)
+        if coverage is not None:
+            of_chosen = keys.gather(1, chosen.ids[..., None].expand(-1, -1, D))
+            chosen = covering(chosen, of_chosen, query, near[1], coverage=coverage, scale=SHAPE.scale)
+            assert int((chosen.ids >= 0).sum()) < H * paged.retrieval.budget(len(selector))
+        whole = attend_selected(near, chosen, partial(attend_at, query, keys, values, scale=SHAPE.scale))[0]
+        assert torch.allclose(found, whole, atol=1e-4)
+        dense = attend(query, keys, values, scale=SHAPE.scale)[0]
+        assert float((found - dense).norm()) < 0.5 * float((rows[0] - dense).norm())
 
 
 @pytest.mark.parametrize("packing", PACKINGS)

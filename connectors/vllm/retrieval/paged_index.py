@@ -318,14 +318,15 @@ class PagedRetrieval:
 
     def _attend_to(self, row: DecodeRow, choice: _Choice, queries: Tensor, cache: Tensor) -> Tensor:
         """Of exactly the tokens that were chosen: `[Hq, Dv]`."""
-        places = None if choice.chosen.rest is not None else rows_in_place(self.packing, cache, self.shape.head_dim)
+        places = rows_in_place(self.packing, cache, self.shape.head_dim)
         if places is not None:
+            rest = [] if choice.chosen.rest is None else [choice.chosen.rest(choice.chosen.ids)]
             scale, last = self.shape.scale, torch.arange(choice.stop, row.position + 1)
             reading = partial(places.attend, queries, row.blocks, self.block_tokens, scale=scale)
             if choice.keys is None:
-                return reading(self._with(choice, last))[0].to(queries.dtype)
+                return merge([reading(self._with(choice, last)), *rest])[0].to(queries.dtype)
             near = reading(last.expand(self.shape.kv_heads, -1))
-            return merge([reading(self._with(choice), keys=choice.keys), near])[0].to(queries.dtype)
+            return merge([reading(self._with(choice), keys=choice.keys), near, *rest])[0].to(queries.dtype)
         near = self._attend_near(row, choice.stop, queries, cache)
         attend_ids = partial(self._attend_at, row, queries, cache)
         return attend_selected(near, choice.chosen, attend_ids)[0].to(queries.dtype)
