@@ -239,3 +239,17 @@ def test_ranks_have_what_all_of_them_have() -> None:
     one = StepReport(found_prefixes={3: ("disk", "host", "", "disk"), 4: ("host", "host")})
     two = StepReport(found_prefixes={3: ("disk", "", "host", "disk"), 4: ("host",)})
     assert one.merged(two).found_prefixes == {3: ("disk", "", "", "disk"), 4: ("host",)}
+
+
+def test_a_document_without_a_whole_block_is_not_what_is_left_to_fuse() -> None:
+    """What is provided ends with a whole block: to load such a document alone would provide nothing of it."""
+    bed = Bed(0.001)
+    spans = (SPANS[0], (SPANS[0][1], SPANS[0][1] + 3))
+    tokens = bed.tokens[: spans[1][1] + 2]
+    for start, stop in spans:
+        bed.shelf.tiers[content_key(SPEC, tokens[start:stop])] = "disk"
+    for name, given in (("both", spans), ("last", spans[1:])):
+        bed.plan.open(name, tokens, b"", replace(PLAIN, documents=given, ratio=RATIO))
+        bed.take(name)
+    assert bed.plan.fusion_name("both")[0] in (None, LEAD)
+    assert bed.plan.fusion_name("last") == (None, b"")

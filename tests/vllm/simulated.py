@@ -315,7 +315,7 @@ class SimulatedWorker:
         fusion, left = self.fusions[name]
         if found is None:
             led = self.led.setdefault(name, fusion.start)
-            self.led[name] = min(led + self.slice_tokens, fusion.documents[0].start)
+            self.led[name] = min(led + self.slice_tokens, fusion.documents[0].start, fusion.stop)
             for position in range(led, self.led[name]):
                 self._compute(fusion.blocks, position, int(fusion.token_ids[position]))
             return

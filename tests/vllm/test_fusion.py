@@ -218,6 +218,14 @@ def test_what_precedes_the_documents_does_not_wait_for_them(early: int) -> None:
         assert torch.equal(mine, other)
 
 
+@pytest.mark.parametrize("early", [0, 3])
+def test_a_fusion_may_end_before_its_only_document(early: int) -> None:
+    """Whole blocks only are provided: a short document in the last one is left to the engine."""
+    fusion = fusion_of(3, 56, 57, [(57, 59)], 0.25)
+    _, passes, _ = fuse(fusion, 20, early=early)
+    assert [p for part in passes.computed for p in part] == list(range(3, 56))
+
+
 def test_while_documents_are_fetched_nothing_else_is_computed() -> None:
     cache = Cache().paged
     passes = Passes(cache)

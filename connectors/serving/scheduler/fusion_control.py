@@ -109,24 +109,23 @@ class FusionControl:
             for document, tier in zip(documents, tiers, strict=True)
         ]
         asked = request.ratio * sum(moved)
+        stop = min(documents[-1].stop, len(request.token_ids) - 1)
+        stop -= stop % self._block_tokens
         ways = []
         for first, document in enumerate(documents):
             left = sum(moved[first:])
-            has_whole_block = len(request.token_ids) // self._block_tokens > document.start // self._block_tokens
-            if not tiers[first] or not left or asked >= left or not has_whole_block:
+            if not tiers[first] or not left or asked >= left or stop <= max(inexact, document.start):
                 continue
             # The one asked for as it is: its blocks have a name already.
             ratio = request.ratio if left == sum(moved) else asked / left
-            ways.append(self._way(request, tiers, first, max(inexact, document.start), ratio, computed))
+            ways.append(self._way(request, tiers, first, max(inexact, document.start), stop, ratio, computed))
         return ways
 
     def _way(
-        self, request: Request, tiers: FoundTiers, first: int, inexact: int, ratio: float, computed: int
+        self, request: Request, tiers: FoundTiers, first: int, inexact: int, stop: int, ratio: float, computed: int
     ) -> FusionWay:
         loaded = [(tier, each) for tier, each in zip(tiers[first:], request.documents[first:], strict=True) if tier]
         computed = min(computed, inexact - inexact % self._block_tokens)  # blocks from there on have other names
-        stop = min(request.documents[-1].stop, len(request.token_ids) - 1)
-        stop -= stop % self._block_tokens
         counts: Counter[str] = Counter()
         nbytes: Counter[str] = Counter()
         for tier, document in loaded:

@@ -164,7 +164,7 @@ class Fuser:
 
     def begin(self, fusion: Fusion) -> None:
         """Begin a fusion; `arrivals` gives its outcome."""
-        lead = max(fusion.documents[0].start, fusion.start)
+        lead = min(max(fusion.documents[0].start, fusion.start), fusion.stop)  # which ends with a whole block
         self._jobs[fusion.request_id] = _Job(
             fusion, self._transfers.fetch(fusion), time.monotonic(), lead, fusion.start
         )
