@@ -87,7 +87,7 @@ def run(
     device : `cpu` or `cuda`; None for a GPU if there is one.
     questions : contexts, each with one extraction and four needles; None for 100.
     context_tokens : of each context, about; None for 2,048, or less where the model's own context is shorter: at this
-        length a model of 135 million parameters gets through 100 in a quarter of an hour on two cores.
+        length a model of 135 million parameters gets through 99 in 14 minutes on two cores.
     processes : that share the contexts; None for one for each core of a processor.
     minutes : after which no context begins; None for `MINUTES`.
 
