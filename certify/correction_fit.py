@@ -18,6 +18,8 @@ from ..core import KVChunk, KVSpec
 
 _LEFT_OUT = 0.03  # of a context's tokens: attention sinks and the like change most and would decide the fit alone
 _RIDGE = 1e-3  # of the mean square of what the map is given
+KEYS_RATIO = 0.5
+"""Of what least squares say of keys: they go too far on other text, where answers lose the documents (decision 164)."""
 _SMALLEST, _LARGEST = 64, 384  # tokens of a document
 
 
@@ -75,6 +77,7 @@ def fit_correction(
     contexts: Sequence[Sequence[Sequence[int]]],
     *,
     lead_ids: Sequence[int],
+    keys_ratio: float = KEYS_RATIO,
     advance: Callable[[int], object] = lambda _: None,
 ) -> Mapping[str, Tensor]:
     """The tensors of a `Correction`: by least squares, from documents' KV alone to what it lacks in their contexts.
@@ -85,6 +88,7 @@ def fit_correction(
     ----------
     contexts : token sequences of the documents of each, at least two: the first one lacks nothing.
     lead_ids : in front of every document, and of every context.
+    keys_ratio : how far keys are moved along what is found; values are moved all the way.
     advance : called with the tokens of each context that is done.
 
     Raises
@@ -119,6 +123,7 @@ def fit_correction(
         advance(sum(map(len, documents)))
     size = grams.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(1e-30)
     found = torch.linalg.solve(grams + _RIDGE * size * torch.eye(taken, dtype=torch.float64), products).float()
+    found[..., : spec.head_dim] *= keys_ratio
     return {WEIGHTS: found[:, :, :width].contiguous(), BIASES: found[:, :, width:].contiguous()}
 
 

@@ -238,6 +238,18 @@ def test_a_fit_brings_other_texts_nearer_to_their_context() -> None:
     assert after < 0.9 * before
 
 
+def test_keys_are_moved_half_way() -> None:
+    contexts = [random_chunks(), random_chunks(seed=4)]
+    half, whole = (
+        fit_correction(MODEL, contexts, lead_ids=[0]),
+        fit_correction(MODEL, contexts, lead_ids=[0], keys_ratio=1.0),
+    )
+    for name in (WEIGHTS, BIASES):
+        keys, values = half[name].split((SPEC.head_dim, SPEC.value_dim), dim=-1)
+        all_keys, all_values = whole[name].split((SPEC.head_dim, SPEC.value_dim), dim=-1)
+        assert bool(all_keys[1:].any()) and torch.equal(keys, 0.5 * all_keys) and torch.equal(values, all_values)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_fit_to_every_kind_of_layer(variant: str) -> None:
     model = TransformersModel(make_variant(variant), model_id="m")
