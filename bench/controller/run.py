@@ -21,7 +21,7 @@ from ..harness.page_cache import file_system
 from ..vllm.bed import CHUNK_TOKENS
 from ..vllm.engine import Engine, expect_vllm
 from ..vllm.inputs import Prompts, Shape, make_model
-from ..vllm.pair import DISK, HOST, SLOW, SMALL, TINY, EnginePair, PairSettings
+from ..vllm.tier_engines import DISK, HOST, SLOW, SMALL, TINY, TierEngines, TierSettings
 from .situations import Situation, ask_expired, ask_new, situation, store_another_model
 from .sweep import AUTO, BOUND, NEVER, QUESTION_TOKENS, WAYS, Cell, Rounds, Sweep, p99_ratio, throughput_ratio
 
@@ -30,9 +30,9 @@ SLOWER = 2.0  # the slow disk takes so many times as long for a chunk as the eng
 TITLE = "Is a hit in vLLM ever slower than a miss, when kvloom decides what is loaded?"
 MEANING = (
     "Times to first token are means over the requests of a cell, medians over the rounds; the ways take turns within "
-    "each round, in an order drawn by lot, on two engines of equal settings but load_or_recompute; what is never "
-    "loaded is asked of both, and counts of the engine that decides. A round that does not count comes first: the "
-    "engines learn from it. A cell is measured in 3 rounds at least, and on until it took 5 s in all or 15 rounds. "
+    "each round, in an order drawn by lot, on one engine, whose load_or_recompute is exchanged together with what it "
+    "has learned. A round that does not count comes first: the engine learns from it. "
+    "A cell is measured in 3 rounds at least, and on until it took 5 s in all or 15 rounds. "
     "within_5pct: share of cells whose time as decided is at most 1.05 times that of the better fixed way, by the "
     "median of the rounds' ratios. throughput_vs_best_fixed: the seconds of the whole sweep of the better fixed way, "
     "over those as decided. p99_ttft_vs_recompute: the 99th percentile of all requests' times of a tier over that of "
@@ -122,7 +122,7 @@ def _measure_tier(
     texts = prompts.documents(max(sizes.requests), longest)
     if tier == DISK:
         store_another_model(folder / "store")
-    settings = PairSettings(
+    settings = TierSettings(
         where / "model",
         sizes.shape,
         longest + 4 * QUESTION_TOKENS,
@@ -130,38 +130,38 @@ def _measure_tier(
         options={"max_num_seqs": max(sizes.requests)},
     )
     with ExitStack() as stack:
-        pair = EnginePair(stack, settings, tier, folder, texts)
-        auto, always = pair.both
+        engines = TierEngines(stack, settings, tier, folder, texts, ["auto"])
+        (engine,) = engines.all
         if tier == DISK:
-            situations.append(ask_new(auto, prompts.ids(longest), "a store of another model", "other model"))
-        pair.store()
-        sweep = Sweep(tier, auto, always, texts, prompts)
+            situations.append(ask_new(engine, prompts.ids(longest), "a store of another model", "other model"))
+        engines.store()
+        sweep = Sweep(tier, engine, texts, prompts)
         if tier == DISK:
-            situations.append(ask_expired(auto, prompts.ids(longest)))
-        situations.append(ask_new(auto, prompts.ids(longest), f"never stored, {tier}", "never stored"))
+            situations.append(ask_expired(engine, prompts.ids(longest)))
+        situations.append(ask_new(engine, prompts.ids(longest), f"never stored, {tier}", "never stored"))
         if tier == SLOW:
-            pair.slow_down(0.0, SLOWER * _chunk_s(sweep, sizes) / (CHUNK_TOKENS * sizes.shape.token_bytes))
+            engine.slow_down(0.0, SLOWER * _chunk_s(sweep, sizes) / (CHUNK_TOKENS * sizes.shape.token_bytes))
         cells += sweep.measure(sizes.lengths, sizes.requests, sizes.rounds, done)
         if tier == SLOW:
             found = sweep.ask(AUTO, longest, 1)
             situations.append(situation("a slow disk", found, ["slow tier"]))
         if tier == HOST:
-            situations += _of_host(sizes, sweep, auto, prompts)
+            situations += _of_host(sizes, sweep, engine, prompts)
 
 
-def _of_host(sizes: Sizes, sweep: Sweep, auto: Engine, prompts: Prompts) -> list[Situation]:
+def _of_host(sizes: Sizes, sweep: Sweep, engine: Engine, prompts: Prompts) -> list[Situation]:
     """What a fast tier can be made to show: loads that pay, a queue, a latency, and eviction."""
     few, longest, many = min(sizes.lengths), max(sizes.lengths), max(sizes.requests)
     found = [situation("a fast tier", sweep.ask(AUTO, longest, 1), ["loads"])]
     chunk_s = _chunk_s(sweep, sizes)
-    auto.slow_down(1.6 * chunk_s * few / CHUNK_TOKENS, 0.0)  # the longest prompts pay for that, and teach it
+    engine.slow_down(1.6 * chunk_s * few / CHUNK_TOKENS, 0.0)  # the longest prompts pay for that, and teach it
     for count in (longest, few) * 6:
         sweep.ask(AUTO, count, 1)
     found.append(situation("a latency", sweep.ask(AUTO, few, 1), ["too short to pay"]))
-    auto.slow_down(0.0, 0.0)
+    engine.slow_down(0.0, 0.0)
     for _ in range(6):
         sweep.ask(AUTO, longest, 1)
-    auto.slow_down(0.0, 0.5 * chunk_s / (CHUNK_TOKENS * sizes.shape.token_bytes))
+    engine.slow_down(0.0, 0.5 * chunk_s / (CHUNK_TOKENS * sizes.shape.token_bytes))
     for _ in range(4):
         sweep.ask(AUTO, longest, 1)
     for _ in range(3):
@@ -174,14 +174,14 @@ def _of_host(sizes: Sizes, sweep: Sweep, auto: Engine, prompts: Prompts) -> list
             also=["loads", "shortened", "trial"],
         )
     )
-    auto.slow_down(0.0, 0.0)
+    engine.slow_down(0.0, 0.0)
     others = prompts.documents(many, longest)
     for _ in range(2):
-        auto.generate(others, {"load": False})
-        auto.settle()
+        engine.generate(others, {"load": False})
+        engine.settle()
     # Which ones go is the policy's choice: it may keep what was asked for often.
-    auto.reset()
-    told = (*auto.generate(others, {"save": False}).decisions, *sweep.ask(AUTO, longest, many).decisions)
+    engine.reset()
+    told = (*engine.generate(others, {"save": False}).decisions, *sweep.ask(AUTO, longest, many).decisions)
     also = frozenset(("loads", "shortened", "load queue", "computes while waiting", "too short to pay", "trial"))
     found.append(Situation("evicted prompts among others", told, frozenset(["evicted"]), also))
     return found

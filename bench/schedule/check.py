@@ -24,8 +24,8 @@ from ...evaluation.screen import progress
 from ..vllm.bed import CHUNK_TOKENS
 from ..vllm.engine import VLLMError, expect_vllm
 from ..vllm.inputs import Prompts, Shape, make_model
-from ..vllm.pair import DISK, HOST, SLOW, SMALL, TINY, EnginePair, PairSettings
 from ..vllm.server import Replay
+from ..vllm.tier_engines import DISK, HOST, SLOW, SMALL, TINY, TierEngines, TierSettings
 from .costs import Costs
 from .jobs import POLICIES, Job, Policy
 from .probes import Times, costs_of, prefill_of, probe_loads, probe_prefill
@@ -148,7 +148,7 @@ class _Bed:
         folder.mkdir()
         self._prompts = Prompts(sizes.shape.vocabulary, (), seed=len(tier))
         self._texts = self._prompts.documents(sizes.documents, sizes.chunks * CHUNK_TOKENS)
-        settings = PairSettings(
+        settings = TierSettings(
             where / "model",
             sizes.shape,
             (sizes.chunks + 1) * CHUNK_TOKENS + 64,
@@ -156,15 +156,17 @@ class _Bed:
             environment=ONE_THREAD,
             prefix_caching=False,
         )
-        pair = EnginePair(stack, settings, tier, folder, self._texts)
-        self._auto, self._always = pair.both
-        pair.store()
+        engines = TierEngines(stack, settings, tier, folder, self._texts, ("auto", "always"))
+        self._auto, self._always = engines.all
+        engines.store()
         self._prefills: Times = {}
         self._loads: Times = {}
         self._probe_prefill({})  # warms up
         self._probe_prefill(self._prefills)
         whole = sizes.chunks * CHUNK_TOKENS
-        pair.slow_down(0.0, TIERS[tier] * prefill_of(self._prefills).seconds(whole) / (whole * sizes.shape.token_bytes))
+        engines.slow_down(
+            0.0, TIERS[tier] * prefill_of(self._prefills).seconds(whole) / (whole * sizes.shape.token_bytes)
+        )
         for _ in range(2):
             self._probe_loads({})
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import Self
 
 from ...errors import KVLoomError
-from .server import Ask, Expire, Failure, Replay, Reset, Served, Settle, Setup, SlowDown, serve
+from .server import Ask, Choose, Expire, Failure, Replay, Reset, Served, Settle, Setup, SlowDown, serve
 
 START_S, ANSWER_S, CLOSE_S = 300.0, 600.0, 30.0
 
@@ -106,6 +106,11 @@ class Engine:
     def expire(self, ttl_s: float | None) -> None:
         """What is stored from now on is too old after so many seconds; None for never."""
         self._pipe.send(Expire(ttl_s))
+        self._receive(ANSWER_S)
+
+    def choose(self, load_or_recompute: str) -> None:
+        """Decide what is loaded in this way from now on; see `Choose`."""
+        self._pipe.send(Choose(load_or_recompute))
         self._receive(ANSWER_S)
 
     def close(self) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -123,6 +124,16 @@ class Expire:
 
 
 @dataclass(frozen=True, slots=True)
+class Choose:
+    """From now on, what is loaded is decided by another `load_or_recompute`.
+
+    Each has learned its own costs, from the requests that came while it decided.
+    """
+
+    load_or_recompute: str
+
+
+@dataclass(frozen=True, slots=True)
 class Settle:
     """Wait until kvloom has stored what it was to store."""
 
@@ -210,7 +221,7 @@ def hide_fake_attributes() -> None:
     wrapper.__getattr__ = without_dunders
 
 
-def _answer(llm: Any, question: Ask | Replay | Reset | Settle | SlowDown | Expire) -> Served | None:
+def _answer(llm: Any, question: Ask | Replay | Reset | Settle | SlowDown | Expire | Choose) -> Served | None:
     if isinstance(question, Reset):
         if not llm.reset_prefix_cache():
             raise RuntimeError("vLLM does not forget its prefix cache: blocks are in use")
@@ -223,6 +234,9 @@ def _answer(llm: Any, question: Ask | Replay | Reset | Settle | SlowDown | Expir
         return None
     if isinstance(question, Expire):
         _expire(question.ttl_s)
+        return None
+    if isinstance(question, Choose):
+        _choose(llm, question.load_or_recompute)
         return None
     return replay(llm, question) if isinstance(question, Replay) else generate(llm, question)
 
@@ -330,3 +344,17 @@ def _slow_down(wanted: SlowDown) -> None:
     if not _THROTTLES:
         _THROTTLES.append(Throttle(get_kv_transfer_group().worker.transfers))
     _THROTTLES[0].latency_s, _THROTTLES[0].byte_s = wanted.latency_s, wanted.byte_s
+
+
+_CONTROLS: dict[str, Any] = {}  # of this process, by `load_or_recompute`
+
+
+def _choose(llm: Any, choice: str) -> None:
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    planner = scheduler.connector.scheduler_half._planner  # noqa: SLF001 - no user changes it while an engine runs
+    now = planner._control  # noqa: SLF001
+    _CONTROLS.setdefault(now.settings.load_or_recompute, now)
+    if choice not in _CONTROLS:
+        settings = replace(now.settings, load_or_recompute=choice)
+        _CONTROLS[choice] = replace(now, settings=settings, counts=Counter())
+    planner._control = _CONTROLS[choice]  # noqa: SLF001

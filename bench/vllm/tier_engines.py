@@ -1,4 +1,4 @@
-"""Two engines over one tier that differ in what they load: one decides by cost, the other one loads all it finds."""
+"""Engines over one tier that differ in what they load: by cost, or all that they find."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ TINY = Shape(layers=2, hidden=128, intermediate=256, heads=4, kv_heads=2, vocabu
 
 
 @dataclass(frozen=True, slots=True)
-class PairSettings:
-    """Of both engines.
+class TierSettings:
+    """Of all engines.
 
     Attributes
     ----------
@@ -40,18 +40,25 @@ class PairSettings:
     prefix_caching: bool = True
 
 
-class EnginePair:
-    """The two engines, closed with `stack`. Chunks have `bed.CHUNK_TOKENS` tokens.
+class TierEngines:
+    """Engines over equal stores, closed with `stack`. Chunks have `bed.CHUNK_TOKENS` tokens.
 
     Parameters
     ----------
     tier : `HOST`, or any other name for one whose chunks come from `folder`.
     folder : for the store and the logs; there already.
     texts : that are to be stored.
+    choices : `load_or_recompute` of each.
     """
 
     def __init__(
-        self, stack: ExitStack, settings: PairSettings, tier: str, folder: Path, texts: Sequence[Sequence[int]]
+        self,
+        stack: ExitStack,
+        settings: TierSettings,
+        tier: str,
+        folder: Path,
+        texts: Sequence[Sequence[int]],
+        choices: Sequence[str],
     ) -> None:
         self._tier, self._texts = tier, texts
         nbytes = sum(map(len, texts)) * settings.shape.token_bytes
@@ -73,19 +80,15 @@ class EnginePair:
             )
             return stack.enter_context(Engine(f"{tier}, {choice}", setup))
 
-        self.auto, self.always = engine("auto"), engine("always")
-
-    @property
-    def both(self) -> tuple[Engine, Engine]:
-        return self.auto, self.always
+        self.all = [engine(choice) for choice in choices]
 
     def store(self) -> None:
-        """Store the texts, so that both engines find them: on a disk, one finds what the other one has stored."""
-        for engine in self.both if self._tier == HOST else (self.auto,):
+        """Store the texts, so that all engines find them: on a disk, each finds what the first one has stored."""
+        for engine in self.all if self._tier == HOST else self.all[:1]:
             engine.generate(self._texts, {"load": False})
             engine.settle()
 
     def slow_down(self, latency_s: float, byte_s: float) -> None:
-        """As `Engine.slow_down`, in both."""
-        for engine in self.both:
+        """As `Engine.slow_down`, in all."""
+        for engine in self.all:
             engine.slow_down(latency_s, byte_s)
