@@ -19,7 +19,7 @@ from kvloom.bench.retrieval.quality import ANSWER, QUESTION, Found, Outcome, Sco
 from kvloom.bench.retrieval.summary import pooled_loss, summaries
 from kvloom.evaluation.models import load_model
 from kvloom.evaluation.passages import load_heldout, load_questions, sentences
-from kvloom.retrieval.attention import attend
+from kvloom.retrieval.attention import PartialAttention, attend
 from kvloom.retrieval.exact import ExactSelector, RandomSelector
 from kvloom.retrieval.selector import LayerShape, Selection, Selector
 
@@ -109,8 +109,12 @@ class EstimatesRest(ExactSelector):
         found = super().select(queries, position, budget)
         assert self.kept is not None
         keys, values = self.kept
-        rest = torch.ones(keys.shape[:2], dtype=torch.bool).scatter_(1, found.ids - self.start, False)
-        return replace(found, rest=attend(queries, keys, values, scale=self.shape.scale, visible=rest))
+
+        def rest(ids: Tensor) -> PartialAttention:
+            left = torch.ones(keys.shape[:2], dtype=torch.bool).scatter_(1, ids - self.start, False)
+            return attend(queries, keys, values, scale=self.shape.scale, visible=left)
+
+        return replace(found, rest=rest)
 
 
 def test_attention_along_the_dense_pass(model: ContextModel, parts: tuple[Context, Context, Context]) -> None:
