@@ -32,7 +32,7 @@ MEANING = (
     "Times to first token are means over the requests of a cell, medians over the rounds; the ways take turns within "
     "each round, in an order drawn by lot, on one engine, whose load_or_recompute is exchanged together with what it "
     "has learned. A round that does not count comes first: the engine learns from it. "
-    "A cell is measured in 3 rounds at least, and on until it took 5 s in all or 15 rounds. "
+    "A cell is measured in 7 rounds at least, and on until it took 5 s in all or 15 rounds. "
     "within_5pct: share of cells whose time as decided is at most 1.05 times that of the better fixed way, by the "
     "median of the rounds' ratios. throughput_vs_best_fixed: the seconds of the whole sweep of the better fixed way, "
     "over those as decided. p99_ttft_vs_recompute: the 99th percentile of all requests' times of a tier over that of "
@@ -69,7 +69,7 @@ FULL_SIZES = Sizes(
     SMALL,
     lengths=(256, 1024, 2048),
     requests=(1, 4, 16),
-    rounds=Rounds(least=3, most=15, seconds=5.0),
+    rounds=Rounds(least=7, most=15, seconds=5.0),
 )
 QUICK_SIZES = Sizes(
     TINY,
