@@ -38,6 +38,10 @@ Device = Annotated[
     str | None, typer.Option(metavar="NAME", help="With --model: cpu or cuda; default: a GPU if there is one.")
 ]
 Questions = Annotated[int | None, typer.Option(metavar="N", min=1, help="With --model: questions of each kind.")]
+Processes = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="With --model: processes that share the work; default: one a core."),
+]
 
 
 @app.command()
@@ -47,7 +51,7 @@ def blend(
     model: Pretrained = None,
     device: Device = None,
     full: Annotated[
-        bool, typer.Option("--full", help="All tasks, half an hour; with --model, all kinds and methods, hours.")
+        bool, typer.Option("--full", help="All tasks, some minutes more; with --model, all kinds and methods, hours.")
     ] = False,
     questions: Annotated[int | None, typer.Option(metavar="N", min=2, help="With --model: of each kind.")] = None,
     kinds: Annotated[
@@ -57,10 +61,7 @@ def blend(
         int | None, typer.Option(metavar="N", min=256, help="With --model: tokens of a question's documents.")
     ] = None,
     times: Annotated[bool, typer.Option(help="Measure times to first token, with --model.")] = True,
-    processes: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="With --model: processes that share the work; default: one a core."),
-    ] = None,
+    processes: Processes = None,
     minutes: Annotated[
         float | None,
         typer.Option(metavar="N", min=0.1, help="After them no question begins; default: 14, with --full none."),
@@ -181,10 +182,7 @@ def retrieval(
     context_tokens: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="With --model: tokens of a context; default: 2048.")
     ] = None,
-    processes: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="With --model: processes that share the work; default: one a core."),
-    ] = None,
+    processes: Processes = None,
     minutes: Annotated[
         float | None,
         typer.Option(metavar="N", min=0.1, help="With --model: after them no context begins; default: 14."),

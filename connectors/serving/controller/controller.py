@@ -23,13 +23,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 from .costs import LearnedCost
 from .decisions import IDLE, Decision, Queue, Reason, StoredPrefix
+from .trials import PATIENCE, SLACK_RATIO, Trials
 
-_SLACK_RATIO = 0.02  # times that differ by no more count as equal
 _WAIT_RATIO = 1.1  # a request that waits for its load goes on to wait unless computing is faster by this factor
 _PREFILL_MEMORY = 0.98  # the last fifty steps or so: bursts of steps of one kind tell three terms badly apart
 _PROBE_S, _MOST_PROBE_S = 5.0, 600.0  # least and longest time without an observation of a tier before it is probed
-_TRIAL_S = 300.0  # least time without an observation of computing before it is tried
-_PATIENCE = 100.0  # seconds without an observation for each second that a probe takes, or that a trial may lose
 _GRACE_S = 0.1  # least time beyond the expected one before a load is given up
 _NEVER_PAYS = 2.0  # a chunk is not stored if loading it takes more than so many times as long as computing it
 _STORE_OBSERVATIONS = 8  # of computing, before it is said of a chunk that it will never pay
@@ -56,7 +54,7 @@ class Controller:
         self._tiers: dict[str, LearnedCost] = {}
         self._prefill = LearnedCost(3, 1, clock, memory=_PREFILL_MEMORY)
         self._turnaround = LearnedCost(1, 0, clock)
-        self._tried_s = float("-inf")  # when the last trial of computing began
+        self._trials = Trials(clock)  # of computing
         self._probed_s: dict[str, float] = {}  # when the last probe of a tier began
 
     # ------------------------------------------------------------------------------------------------- learning
@@ -100,7 +98,12 @@ class Controller:
 
     def waits_s(self, queue: Queue) -> tuple[float, float]:
         """Seconds until a load would begin, and until the engine has computed what it has taken on."""
-        return self._waits(queue)
+        wait_s = 0.0
+        if queue.loads >= self._lanes:
+            for tier, nbytes in queue.load_bytes.items():
+                wait_s += self._tiers[tier].predict((1.0, float(nbytes))) if tier in self._tiers else 0.0
+        _, token_s, context_s = self._prefill.coefficients
+        return wait_s / self._lanes, queue.compute_tokens * (token_s + queue.compute_position * context_s)
 
     # ------------------------------------------------------------------------------------------------ decisions
 
@@ -116,12 +119,12 @@ class Controller:
         total = stored.chunks
         if not total:
             return Decision(0, "nothing stored")
-        wait_s, busy_s = self._waits(queue)
+        wait_s, busy_s = self.waits_s(queue)
         if not self._prefill.is_known or not self._is_known(run.tier for run in stored.runs):
             return Decision(total, "untried", None, *self._untried_s(stored, wait_s, busy_s))
         counts = self._candidates(stored, wait_s, busy_s) if may_shorten else [total]
         times = {count: self._ready_s(stored, count, wait_s, busy_s) for count in (0, *counts)}
-        most_s = min(times.values()) * (1.0 + _SLACK_RATIO)
+        most_s = min(times.values()) * (1.0 + SLACK_RATIO)
         chunks = max(count for count, seconds in times.items() if seconds <= most_s)
         if not chunks:
             load_s = min((seconds for count, seconds in times.items() if count), default=None)
@@ -135,7 +138,7 @@ class Controller:
     def begin(self, decision: Decision) -> None:
         """A decision is carried out: if it tries computing, others do not for a while."""
         if decision.reason == "trial":
-            self._tried_s = self._clock()
+            self._trials.begin()
 
     def is_probe_due(self, tier: str, nbytes: int) -> bool:
         """Whether so much is to be read from a tier that no request loads from, to learn what it costs by now.
@@ -147,7 +150,7 @@ class Controller:
         if seconds is None:
             return True
         since_s = min(self._tiers[tier].age_s, self._clock() - self._probed_s.get(tier, float("-inf")))
-        return since_s >= max(_PROBE_S, min(_PATIENCE * seconds, _MOST_PROBE_S))
+        return since_s >= max(_PROBE_S, min(PATIENCE * seconds, _MOST_PROBE_S))
 
     def begin_probe(self, tier: str) -> None:
         """A tier is probed now, and not again for a while, whatever comes of it."""
@@ -162,7 +165,7 @@ class Controller:
         """
         if not self._prefill.is_known or not self._is_known(run.tier for run in stored.runs):
             return True
-        wait_s, busy_s = self._waits(queue)
+        wait_s, busy_s = self.waits_s(queue)
         load_s = self._ready_s(stored, stored.chunks, wait_s, busy_s)
         compute_s = self._ready_s(stored, 0, wait_s, busy_s)
         return load_s <= _WAIT_RATIO * compute_s + self._turnaround.predict((1.0,))
@@ -195,15 +198,6 @@ class Controller:
 
     def _is_known(self, tiers: Iterable[str]) -> bool:
         return all(tier in self._tiers and self._tiers[tier].is_known for tier in tiers)
-
-    def _waits(self, queue: Queue) -> tuple[float, float]:
-        """Seconds until a load would begin, and until the engine has computed what it has taken on."""
-        wait_s = 0.0
-        if queue.loads >= self._lanes:
-            for tier, nbytes in queue.load_bytes.items():
-                wait_s += self._tiers[tier].predict((1.0, float(nbytes))) if tier in self._tiers else 0.0
-        _, token_s, context_s = self._prefill.coefficients
-        return wait_s / self._lanes, queue.compute_tokens * (token_s + queue.compute_position * context_s)
 
     def _prefill_s(self, tokens: int, position: int) -> float:
         return self._prefill.predict((1.0, float(tokens), tokens * (position + tokens / 2))) if tokens > 0 else 0.0
@@ -244,7 +238,7 @@ class Controller:
 
     def _why_not(self, stored: StoredPrefix, counts: Sequence[int], busy_s: float, compute_s: float) -> Reason:
         """Why to load nothing is fastest."""
-        most_s = compute_s * (1.0 + _SLACK_RATIO)
+        most_s = compute_s * (1.0 + SLACK_RATIO)
         some = [count for count in counts if count]
         if any(self._ready_s(stored, count, 0.0, busy_s) <= most_s for count in some):
             return "load queue"
@@ -275,5 +269,4 @@ class Controller:
         That loses what computing one chunk takes at most, in a hundredth of the time.
         """
         loss_s = self._ready_s(stored, stored.chunks - 1, wait_s, busy_s) - loaded_s
-        since_s = min(self._prefill.age_s, self._clock() - self._tried_s)
-        return since_s >= max(_TRIAL_S, _PATIENCE * loss_s)
+        return self._trials.is_due(self._prefill.age_s, loss_s)

@@ -22,10 +22,7 @@ from dataclasses import dataclass
 from .controller import Controller
 from .costs import LearnedCost
 from .decisions import IDLE, Decision, Queue, Reason
-
-_SLACK_RATIO = 0.02  # times that differ by no more count as equal
-_TRIAL_S = 300.0  # least time without an observation before what is thought slower is tried
-_PATIENCE = 100.0  # seconds without an observation for each second that a trial may lose
+from .trials import SLACK_RATIO, Trials
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +67,7 @@ class FusionChoice:
         self._tiers: dict[str, LearnedCost] = {}
         self._passes = LearnedCost(3, 1, clock)
         self._beside = LearnedCost(1, 0, clock)
-        self._tried_s = float("-inf")  # when the last trial began
+        self._trials = Trials(clock)
 
     # ------------------------------------------------------------------------------------------------- learning
 
@@ -130,22 +127,22 @@ class FusionChoice:
         usable = ways[:1] if queue.compute_tokens else ways
         times = [self._ready_s(way, prompt_tokens, wait_s + ahead_s, busy_s) for way in usable]
         least_s = min(times)
-        last = max(i for i, seconds in enumerate(times) if seconds <= least_s * (1.0 + _SLACK_RATIO))
+        last = max(i for i, seconds in enumerate(times) if seconds <= least_s * (1.0 + SLACK_RATIO))
         way, fused_s = usable[last], times[last]
-        if compute_s > least_s * (1.0 + _SLACK_RATIO):
-            if self._is_due(self._controller.prefill_age_s, compute_s - fused_s):
+        if compute_s > least_s * (1.0 + SLACK_RATIO):
+            if self._trials.is_due(self._controller.prefill_age_s, compute_s - fused_s):
                 return Decision(0, "trial", fused_s, compute_s), None
             reason: Reason = "fuses" if way is first else "ratio raised"
             return Decision(_loaded(way), reason, fused_s, compute_s), way
         oldest_s = max([self._passes.age_s, *(tier.age_s for tier in tiers if tier is not None)])
-        if self._is_due(oldest_s, fused_s - compute_s):
+        if self._trials.is_due(oldest_s, fused_s - compute_s):
             return Decision(_loaded(way), "trial", fused_s, compute_s), way
         return Decision(0, "fusion does not pay", fused_s, compute_s), None
 
     def begin(self, decision: Decision) -> None:
         """A decision is carried out: if it tries what is thought slower, others do not for a while."""
         if decision.reason == "trial":
-            self._tried_s = self._clock()
+            self._trials.begin()
 
     # ------------------------------------------------------------------------------------------------ the model
 
@@ -158,11 +155,6 @@ class FusionChoice:
         passes_s = self._passes.predict((1.0, way.pass_tokens, way.pass_tokens * way.pass_position))
         begin_s = max(loaded_s, busy_s + self._prefill_s(*way.lead))
         return begin_s + passes_s + self._beside.predict((1.0,)) + self._prefill_s(way.stop, prompt_tokens)
-
-    def _is_due(self, age_s: float, loss_s: float) -> bool:
-        """Whether what was not observed for so long is tried, though that is expected to lose so many seconds."""
-        since_s = min(age_s, self._clock() - self._tried_s)
-        return since_s >= max(_TRIAL_S, _PATIENCE * loss_s)
 
 
 def _loaded(way: FusionWay) -> int:

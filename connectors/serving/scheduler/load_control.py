@@ -109,7 +109,7 @@ class LoadControl:
         runs = [StoredRun(tier, len(list(same)), size * self.token_bytes, size) for tier, same in groupby(tiers)]
         stored = StoredPrefix(runs, first * size, computed, tokens)
         if self._decides or not tiers:
-            decision = self._controller.decide(stored, self._queue(request_id), may_shorten=not self.shapes)
+            decision = self._controller.decide(stored, self.queue(request_id), may_shorten=not self.shapes)
         else:
             decision = Decision(len(tiers), "always")
         self._decided[request_id] = (decision, stored, tiers)
@@ -171,7 +171,7 @@ class LoadControl:
             if loads >= LOADERS or not self._waiting or self._controller.load_s(tier, total) is None:
                 self._controller.observe_load(tier, total, spent_s, loads)
                 del self._together[tier]
-        is_alone = waiting.was_alone and not self._queue(request_id).compute_tokens
+        is_alone = waiting.was_alone and not self.queue(request_id).compute_tokens
         if is_alone and not loaded.failed and not loaded.given_back:
             beside_s = self.clock() - waiting.begun_s - loaded.spent_s
             self._controller.observe_turnaround(max(beside_s, 0.0))
@@ -187,7 +187,7 @@ class LoadControl:
             return []
         found = []
         ahead: Counter[str] = Counter()
-        all_left = self._queue("")
+        all_left = self.queue("")
         for index, (request_id, waiting) in enumerate(self._waiting.items()):
             if waiting.is_given_back:
                 continue
@@ -199,7 +199,7 @@ class LoadControl:
                     waiting.decision = self._give_back(request_id, waiting.decision)
                     self._prompts[request_id] = (waiting.stored.prompt_tokens, waiting.stored.computed)
                     found.append(request_id)
-                    all_left = self._queue("")
+                    all_left = self.queue("")
                     continue
             # Of a load that has begun, half is still to come.
             ahead.update({tier: nbytes // (1 if index >= LOADERS else 2) for tier, nbytes in waiting.nbytes.items()})
@@ -257,10 +257,6 @@ class LoadControl:
         size, (tokens, _) = self.settings.chunk_tokens, self._prompts.get(request_id, (0, 0))
         return self._controller.pays_to_store(self.tiers, size * self.token_bytes, size, max(tokens, computed))
 
-    def queue(self, request_id: str) -> Queue:
-        """What waits, but for what the request itself computes."""
-        return self._queue(request_id)
-
     def forget(self, request_id: str) -> None:
         """The request is over. A load of it is still awaited."""
         self._prompts.pop(request_id, None)
@@ -268,7 +264,7 @@ class LoadControl:
 
     # --------------------------------------------------------------------------------------------------- counting
 
-    def _queue(self, without: str) -> Queue:
+    def queue(self, without: str) -> Queue:
         """What waits, but for what the request itself computes."""
         load_bytes: Counter[str] = Counter()
         for waiting in self._waiting.values():

@@ -355,8 +355,8 @@ def test_what_others_compute_is_told_without_counting_anew() -> None:
     names = [bed.begin(bed.open(330)) for _ in range(6)]
     control = bed.plan._control
     for name in (*names, "unknown"):
-        queue = control._queue(name)
-        assert control._without(control._queue(""), name) == pytest.approx(
+        queue = control.queue(name)
+        assert control._without(control.queue(""), name) == pytest.approx(
             (queue.compute_tokens, queue.compute_position)
         )
     assert control._without(Queue(), names[0]) == (0, 0.0)
