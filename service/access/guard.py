@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import secrets
 import time
 from collections.abc import MutableMapping
@@ -19,6 +18,7 @@ from ..context import ServiceContext
 from ..problems import ProblemError
 from ..transfer.body_socket import body_socket
 from .credentials import Credential
+from .quantum import sleep_to_multiple
 
 _LOG = logging.getLogger("kvloom.service")
 _ACCESS = logging.getLogger("kvloom.service.access")
@@ -134,7 +134,8 @@ class _Request:
 
     async def _marked_send(self, message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
-            await self._wait_for_quantum()
+            if quantum_s := self._context.settings.latency_quantum_s:
+                await sleep_to_multiple(self._began_s, quantum_s)
             self._status = message["status"]
             headers = list(message.get("headers", []))
             known = {name for name, _ in headers}
@@ -155,12 +156,6 @@ class _Request:
     def _body_is_read(self) -> bool:
         body = body_socket(self._scope)
         return self._is_read or (body is not None and body.is_received)
-
-    async def _wait_for_quantum(self) -> None:
-        quantum_s = self._context.settings.latency_quantum_s
-        if quantum_s:
-            spent_s = time.monotonic() - self._began_s
-            await asyncio.sleep(math.ceil(spent_s / quantum_s) * quantum_s - spent_s)
 
     async def _refuse(self, problem: ProblemError) -> None:
         if self._status:
