@@ -34,7 +34,7 @@ def advantage(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 def expect_untold(measure: Callable[[], tuple[Sequence[float], Sequence[float]]]) -> None:
-    """Assert that the two kinds of times are not told apart; a busy machine gets three tries, what is told is told in each."""
+    """Assert that the two kinds of times are not told apart. A busy machine has three tries."""
     found = []
     while len(found) < 3:
         found.append(advantage(*measure()))
