@@ -454,7 +454,7 @@ def test_a_miss_in_the_middle_of_documents(
     """What is lost in a layer is computed again, all of it at once, and the context is that of a sound store."""
     disk, blends, blend = LayerFaults(), [], Blender.blend
     monkeypatch.setattr(Blender, "blend", lambda *args, **options: (blends.append(1), blend(*args, **options))[1])
-    with KVStore([disk], timeout_s=0.05 if how == "stalled" else LONG_S) as store:
+    with KVStore([disk], timeout_s=0.3 if how == "stalled" else LONG_S) as store:
         rag = TransformersConnector(model, make_tokenizer(bos=True), store, blender=Blender(0.3), model_id="m")
         rag.precompute(DOCUMENTS)
         expected = fused(rag)

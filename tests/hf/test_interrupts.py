@@ -11,7 +11,6 @@ import dis
 import gc
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -31,6 +30,7 @@ from kvloom.kvstore.tiers.host import HostTier
 from kvloom.retrieval.settings import Retrieval
 
 from ..support.models import DOCUMENTS, QUESTION, make_model, make_tokenizer
+from ..support.patience import eventually
 from .test_retrieval import prompts
 
 ROOT = str(Path(kvloom.__file__).parent)
@@ -121,13 +121,9 @@ def answer(rag: TransformersConnector) -> list[str]:
     return [rag.answer(LONG, QUESTION, max_new_tokens=3)]
 
 
-def eventually(holds: Callable[[], bool], seconds: float = 10.0) -> bool:
-    """What the worker of a lost session still does takes a moment."""
-    until = time.monotonic() + seconds
-    while not holds() and time.monotonic() < until:
-        gc.collect()  # a session that nobody holds any more
-        time.sleep(0.01)
-    return holds()
+def settles(holds: Callable[[], bool]) -> bool:
+    """What the worker of a lost session still does takes a moment, and so does the collector, if nobody holds it."""
+    return eventually(lambda: holds() or (gc.collect() and holds()))
 
 
 def index_threads() -> list[threading.Thread]:
@@ -153,11 +149,11 @@ def check(model: PreTrainedModel, scenario: Callable[[TransformersConnector], li
         where = f"place {at} of {counted.places}"
         assert interrupt.has_struck, where
         assert model.config._attn_implementation == before, where
-        assert eventually(lambda: rag.store.stats().pinned == 0), where  # noqa: B023
-        assert eventually(lambda: not index_threads()), where
+        assert settles(lambda: rag.store.stats().pinned == 0), where  # noqa: B023
+        assert settles(lambda: not index_threads()), where
         assert rag.store.check() == [], where
         assert scenario(rag) == expected, where  # of the same store: nothing that is half done is served
-        assert eventually(lambda: rag.store.stats().pinned == 0), where  # noqa: B023
+        assert settles(lambda: rag.store.stats().pinned == 0), where  # noqa: B023
         rag.store.close()
 
 

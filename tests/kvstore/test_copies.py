@@ -13,6 +13,8 @@ import torch
 
 from kvloom.kvstore.encoding.copies import copy, copy_bytes
 
+from ..support.patience import at_best
+
 
 @pytest.mark.parametrize("nbytes", [0, 1, 1000, 1_000_003])
 def test_the_bytes_are_copied_and_no_others(nbytes: int) -> None:
@@ -70,26 +72,28 @@ def test_a_tensor_of_a_graph_is_read() -> None:
 
 
 def test_other_threads_go_on_meanwhile() -> None:
-    """The interpreter's lock is free while a large copy runs: another thread wakes within it."""
+    """The interpreter's lock is free while a large copy runs: another thread wakes within it, if it gets a core."""
     data = bytearray(1 << 28)
     target = bytearray(1 << 28)
     woken_at_s: list[float] = []
-    started = threading.Event()
+    started, ended = threading.Event(), threading.Event()
 
     def wake() -> None:
-        started.set()
-        until_s = time.monotonic() + 5
-        while time.monotonic() < until_s and not ended.is_set():
+        while not ended.is_set():
             woken_at_s.append(time.monotonic())
+            started.set()
             time.sleep(0.001)
 
-    ended = threading.Event()
+    def wakings() -> int:
+        began_s = time.monotonic()
+        copy_bytes(memoryview(target), memoryview(data))
+        done_s = time.monotonic()
+        return sum(began_s < at_s < done_s for at_s in woken_at_s)
+
     thread = threading.Thread(target=wake)
     thread.start()
     started.wait()
-    began_s = time.monotonic()
-    copy_bytes(memoryview(target), memoryview(data))
-    done_s = time.monotonic()
+    most = at_best(wakings, lambda count: count >= 3)
     ended.set()
     thread.join()
-    assert sum(began_s < at_s < done_s for at_s in woken_at_s) >= 3
+    assert most >= 3

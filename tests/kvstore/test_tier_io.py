@@ -54,7 +54,7 @@ def settled(store: KVStore) -> bool:
 
 
 def test_what_was_given_up_is_counted(disk: FaultyTier) -> None:
-    with KVStore([HostTier(None), disk], timeout_s=0.1) as store:
+    with KVStore([HostTier(None), disk], timeout_s=0.3) as store:
         put(store, 0, 1, 2)
         disk.gate.clear()
         put(store, 0, 3)  # written over; and new, so that the catalog never had it
@@ -276,7 +276,7 @@ def test_changes_are_kept_if_the_tier_fails_among_them() -> None:
 def test_a_late_undoing_takes_the_copy_of_another_process_along(shelf: StallingShelf) -> None:
     """And the catalog knows of it."""
     other = ShelfTier(shelf.shelf, None)
-    with KVStore([HostTier(0), shelf], timeout_s=0.1) as store:
+    with KVStore([HostTier(0), shelf], timeout_s=0.3) as store:
         shelf.puts.clear()
         with pytest.raises(TierUnavailableError):
             put(store, 0)

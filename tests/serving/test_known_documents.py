@@ -2,7 +2,6 @@
 
 import fcntl
 import multiprocessing
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,8 @@ import kvloom.connectors.serving.scheduler.known_documents as module
 from kvloom.connectors.serving.scheduler.known_documents import KnownDocuments
 from kvloom.core import ChunkKey, KVSpec
 from kvloom.kvstore.keys import content_key
+
+from ..support.patience import least_cpu_s
 
 SPEC = KVSpec("model", 2, 2, 8, torch.float32, None)
 WINDOW = 4
@@ -161,11 +162,7 @@ def test_a_long_prompt_against_many_documents_takes_milliseconds() -> None:
     for place, text in zip(places, texts[::1250], strict=True):
         tokens[place : place + 300] = text
     numbers = {place: (1250 * i).to_bytes(32, "little") for i, place in enumerate(places)}
-    spent_s = []
-    for _ in range(7):
-        begun_s = time.perf_counter()
-        found = made.find(tokens, lambda start, stop: [ChunkKey(numbers[start])])
-        spent_s.append(time.perf_counter() - begun_s)
-    assert found == [(place, place + 300) for place in places]
-    print(f"{1e3 * min(spent_s):.2f} ms at best, {1e3 * sorted(spent_s)[3]:.2f} ms median")
-    assert min(spent_s) < 0.02
+    found: list[object] = []
+    spent_s = least_cpu_s(lambda: found.append(made.find(tokens, lambda start, stop: [ChunkKey(numbers[start])])))
+    assert found == [[(place, place + 300) for place in places]] * 7
+    assert spent_s < 0.02

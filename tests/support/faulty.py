@@ -10,16 +10,7 @@ from kvloom.core import NOTHING, ChunkInfo, ChunkKey, EncodedChunk
 from kvloom.errors import TierError, TierFullError, TierUnavailableError
 from kvloom.kvstore.tiers.host import HostTier
 
-LONG_S = 20.0  # what no test ever waits for, on however slow a machine
-
-
-def eventually(condition: Callable[[], object]) -> bool:
-    until_s = time.monotonic() + LONG_S
-    while not condition():
-        if time.monotonic() > until_s:
-            return False
-        time.sleep(0.002)
-    return True
+from .patience import LONG_S, eventually
 
 
 def workers() -> set[threading.Thread]:

@@ -146,7 +146,7 @@ def test_a_closed_tier_has_nothing(tier: DiskTier) -> None:
 
 
 def test_a_store_reads_what_is_cached_from_a_device_that_is_stuck(tmp_path: Path, device: Device) -> None:
-    with KVStore([DiskTier(tmp_path / "kv", files=device)], timeout_s=0.2) as store:
+    with KVStore([DiskTier(tmp_path / "kv", files=device)], timeout_s=1.0) as store:
         store.put(make_key(1), make_chunk(1))
         store.get(make_key(1))
         device.answers.clear()

@@ -18,6 +18,7 @@ from kvloom.kvstore.tiers.disk.tier import DiskTier
 from kvloom.testing import keys_of, make_blob, make_key, same_blob
 
 from ..support.damage import flip, index_of, overwrite, stored_at, stored_bytes, write_journal
+from ..support.patience import eventually, least_cpu_s
 
 
 def same(found: EncodedChunk | None, seed: int, *, numbers: int = 100) -> bool:
@@ -117,11 +118,12 @@ def test_reopens_thousands_of_chunks_quickly(tmp_path: Path) -> None:
     write_journal(tmp_path, ((make_key(n), (segment, 4096 * n, *rest)) for n in range(20_000)))
     with stored_at(tmp_path, make_key(0))[0].open("r+b") as file:
         file.truncate(4096 * 20_000)
-    start_s = time.process_time()
-    tier = DiskTier(tmp_path)
-    took_s = time.process_time() - start_s
-    assert len(tier.entries()) == 20_000 and took_s < 0.4  # a fifth of what is promised for 100,000 in 2 s
-    tier.close()
+    opened: list[DiskTier] = []  # a tier that is only read may be opened more than once
+    took_s = least_cpu_s(lambda: opened.append(DiskTier(tmp_path)), 4)
+    assert took_s < 0.4  # a fifth of what is promised for 100,000 in 2 s
+    for tier in opened:
+        assert len(tier.entries()) == 20_000
+        tier.close()
 
 
 def test_refuses_foreign_folders(tmp_path: Path) -> None:
@@ -532,10 +534,7 @@ def test_batch_syncs_in_the_background(tmp_path: Path, files: FaultyFiles) -> No
     files.calls.clear()
     for number in range(3):
         tier.put(make_key(number), make_blob(number))
-    give_up_at_s = time.monotonic() + 20
-    while "fdatasync" not in files.calls or "kvloom-commit" in threads():
-        assert time.monotonic() < give_up_at_s
-        time.sleep(0.01)
+    assert eventually(lambda: "fdatasync" in files.calls and "kvloom-commit" not in threads())
     assert files.calls.count("fdatasync") <= 6
     tier.close()
 
@@ -547,18 +546,13 @@ def test_a_failed_batch_makes_itself_heard(tmp_path: Path, files: FaultyFiles, c
     tier.flush()
     files.faults["fdatasync"] = errno.EIO
     tier.put(make_key(1), make_blob(1))
-    give_up_at_s = time.monotonic() + 20
-    while make_key(1) in tier:
-        assert time.monotonic() < give_up_at_s
-        time.sleep(0.01)
+    assert eventually(lambda: make_key(1) not in tier)
     assert tier.changes() == [make_key(1)]  # given up: nobody can say whether it would survive
     files.faults.clear()
 
     def put() -> None:
         """The background says that it failed a moment after the chunk is gone."""
-        for _ in range(1000):
-            tier.put(make_key(2), make_blob(2))
-            time.sleep(0.001)
+        eventually(lambda: tier.put(make_key(2), make_blob(2)) < 0)
 
     calls = {"put": put, "flush": tier.flush, "close": tier.close}
     with pytest.raises(TierUnavailableError, match=os.strerror(errno.EIO)):

@@ -4,12 +4,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 
 from kvloom.errors import TierTimeoutError, TierUnavailableError
 from kvloom.kvstore.tiers.remote.http import Answer, HttpPool, ReadAt
+
+from ..support.patience import LONG_S
 
 
 @contextmanager
@@ -19,7 +21,7 @@ def server(serve: Callable[[socket.socket], None], connections: int = 1) -> Iter
     def accept(listener: socket.socket) -> None:
         for _ in range(connections):
             connection, _ = listener.accept()
-            with connection:
+            with connection, suppress(EOFError):
                 serve(connection)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -28,18 +30,21 @@ def server(serve: Callable[[socket.socket], None], connections: int = 1) -> Iter
         pool = HttpPool(f"http://127.0.0.1:{listener.getsockname()[1]}")
         yield pool
         pool.close()
-        thread.join(5)
+        thread.join(LONG_S)
 
 
 def read_request(connection: socket.socket) -> bytes:
     data = b""
     while b"\r\n\r\n" not in data:
-        data += connection.recv(65536)
+        piece = connection.recv(65536)
+        if not piece:
+            raise EOFError
+        data += piece
     return data
 
 
 def ask(pool: HttpPool, method: str = "GET", **options: object) -> Answer:
-    return pool.request(method, "/x", **{"headers": {}, "until_s": time.monotonic() + 5, **options})  # type: ignore[arg-type]
+    return pool.request(method, "/x", **{"headers": {}, "until_s": time.monotonic() + LONG_S, **options})  # type: ignore[arg-type]
 
 
 def take(headers: Mapping[str, str], nbytes: int, read_at: ReadAt) -> bytes:
@@ -141,7 +146,7 @@ def test_connections_are_used_again_and_what_was_closed_is_opened_anew() -> None
     ],
 )
 def test_connections_that_must_not_be_used_again_are_not(answer: bytes) -> None:
-    asked: list[int] = []
+    asked, sent = list[int](), threading.Event()
 
     def serve(connection: socket.socket) -> None:
         asked.append(connection.getpeername()[1])
@@ -149,13 +154,15 @@ def test_connections_that_must_not_be_used_again_are_not(answer: bytes) -> None:
         connection.sendall(answer[:-20])
         time.sleep(0.05)
         connection.sendall(answer[-20:])
-        connection.settimeout(2)
+        sent.set()
+        connection.settimeout(LONG_S)
         assert connection.recv(100) == b""
 
     with server(serve, connections=2) as pool:
         for _ in range(2):
+            sent.clear()
             assert ask(pool).body == b"0123456789" * 2
-            time.sleep(0.2)
+            assert sent.wait(LONG_S)
     assert len(set(asked)) == 2
 
 
@@ -202,11 +209,11 @@ def test_a_body_that_nobody_reads_costs_the_deadline() -> None:
     release = threading.Event()
 
     def serve(connection: socket.socket) -> None:
-        release.wait(5)
+        release.wait(LONG_S)
 
     with server(serve) as pool:
         began_s = time.monotonic()
         with pytest.raises(TierTimeoutError):
             ask(pool, "PUT", body=[bytes(100 << 20)], body_bytes=100 << 20, until_s=began_s + 0.3)
-        assert time.monotonic() - began_s < 2
+        assert time.monotonic() - began_s < LONG_S / 2
         release.set()

@@ -258,4 +258,4 @@ def test_decisions_are_the_same_for_the_same_history() -> None:
 
 def test_nothing_heavy_is_imported() -> None:
     code = "import sys, kvloom.connectors.serving.controller.controller; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(kvloom.__file__).parent.parent, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(kvloom.__file__).parent.parent, timeout=240)
