@@ -82,7 +82,7 @@ class Sizes:
 
 
 FULL = Sizes((MIB, 4 * MIB, 16 * MIB), 15, 3.0, L2Sizes(4 * MIB, 16, 7, 7))
-QUICK = Sizes((MIB,), 2, 1.5, L2Sizes(MIB // 4, 8, 1, 1))
+QUICK = Sizes((MIB,), 2, 4.0, L2Sizes(MIB // 4, 8, 1, 1))
 
 
 @dataclass(frozen=True, slots=True)

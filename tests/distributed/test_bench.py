@@ -18,7 +18,7 @@ def test_it_runs_and_nothing_is_wrong() -> None:
     assert result.metrics["wrong_bytes"].value == 0
     for kind in present:
         assert result.metrics[f"{kind}_put_vs_bare"].value > 0 and result.metrics[f"{kind}_get_vs_bare"].value > 0
-        assert result.metrics[f"{kind}_stall_over_deadline_s"].value < 1.0
+        assert result.metrics[f"{kind}_stall_over_deadline_s"].value < 2.5  # 3 if it waited for the frozen server
     assert math.isnan(result.metrics["longest_stall_over_deadline_s"].value) == (not present)
     left_out = [note for note in result.notes if "left out" in note]
     has_lmcache = find_python(None) is not None

@@ -15,13 +15,14 @@ from kvloom.errors import TierError
 from kvloom.kvstore.store import KVStore
 from kvloom.testing import make_chunk, make_key, same_chunk
 
+from ..support.patience import LONG_S, eventually
 from ..support.proxy import Proxy
 from .servers import BUCKET, a_sharing, expect, redis_tier, s3_tier
 
 pytestmark = pytest.mark.slow
 
-TIMEOUT_S = 2.0
-SLACK_S = 0.5
+TIMEOUT_S = 1.0
+FAULT_S = 6.0  # a call that waited for the end of a fault took longer than one that was given up on a busy machine
 CHUNKS = 8
 
 
@@ -152,13 +153,13 @@ def test_a_fault_costs_time_and_nothing_else(site: Site, fault: str) -> None:
     clients = Clients(store)
     time.sleep(0.5)
     begin(site)
-    time.sleep(2 * TIMEOUT_S)
+    time.sleep(FAULT_S)
     end(site)
     await_works(store)
     clients.end()
     assert clients.failures == []
     assert clients.wrong == 0
-    assert clients.longest_s < TIMEOUT_S + SLACK_S
+    assert clients.longest_s < FAULT_S - 1.0
     counts = store.stats().tiers[0]
     if fault != "cut":
         assert counts.errors + counts.timeouts > 0 and (counts.recoveries > 0 or fault == "slow")
@@ -176,10 +177,7 @@ def works(store: KVStore) -> bool:
 
 
 def await_works(store: KVStore) -> None:
-    until_s = time.monotonic() + 60.0
-    while not works(store):
-        assert time.monotonic() < until_s, store.stats()
-        time.sleep(0.1)
+    assert eventually(lambda: works(store)), store.stats()
 
 
 def test_a_store_opens_without_its_server(site: Site) -> None:
@@ -187,7 +185,7 @@ def test_a_store_opens_without_its_server(site: Site) -> None:
     began_s = time.monotonic()
     store = KVStore([site.open_tier()], timeout_s=TIMEOUT_S)
     assert store.match([make_key(1)]) == 0 and store.get(make_key(1)) is None
-    assert time.monotonic() - began_s < 2 * (TIMEOUT_S + SLACK_S)
+    assert time.monotonic() - began_s < LONG_S / 4
     site.server.start()
     site.after_start()
     await_works(store)

@@ -11,12 +11,14 @@ from kvloom.errors import TierError, TierUnavailableError
 from kvloom.kvstore.store import KVStore
 from kvloom.testing import make_blob, make_chunk, make_key, same_blob, same_chunk
 
+from ..support.patience import LONG_S, eventually
 from .servers import Cluster, a_cluster, a_prefix, a_sharing, expect, mooncake_tier
 
 pytestmark = pytest.mark.slow
 
 CHUNKS = 24
 TIMEOUT_S = 2.0
+SLACK_S = 5.0  # on a busy machine
 
 
 @pytest.fixture
@@ -48,12 +50,13 @@ def test_a_node_that_dies_costs_its_chunks_and_little_time(cluster: Cluster, rep
     cluster.nodes[0].kill()
     hits, longest_s = read_all(store)
     counts = store.stats().tiers[0]
-    assert 0 < hits < CHUNKS and longest_s < TIMEOUT_S + 0.5
+    assert 0 < hits < CHUNKS and longest_s < TIMEOUT_S + SLACK_S
     assert counts.unreachable == CHUNKS - hits == store.stats().misses["unavailable"]
     began_s = time.monotonic()
     again, _ = read_all(store)
-    assert again >= hits and time.monotonic() - began_s < 2.0  # what its node held is not waited for again
-    until_s = time.monotonic() + 40.0
+    waited_s = TIMEOUT_S * (CHUNKS - hits)  # if what its node held were waited for again
+    assert again >= hits and time.monotonic() - began_s < waited_s / 2
+    until_s = time.monotonic() + LONG_S
     for number in count(100):  # a dead node may be chosen, until the master has dropped it
         assert time.monotonic() < until_s
         with suppress(TierError):
@@ -61,10 +64,7 @@ def test_a_node_that_dies_costs_its_chunks_and_little_time(cluster: Cluster, rep
             break
         time.sleep(0.2)
     if replicas == 2:  # once the master has dropped the node, the other replica is read
-        until_s = time.monotonic() + 40.0
-        while time.monotonic() < until_s and read_all(store)[0] < CHUNKS:
-            time.sleep(1.0)
-        assert read_all(store)[0] == CHUNKS
+        assert eventually(lambda: read_all(store)[0] == CHUNKS)
     store.close()
 
 
@@ -75,9 +75,9 @@ def test_a_master_that_is_restarted_has_forgotten_everything(cluster: Cluster) -
     cluster.master.kill()
     began_s = time.monotonic()
     assert store.get(make_key(0)) is None and store.get(make_key(1)) is None
-    assert time.monotonic() - began_s < 2 * (TIMEOUT_S + 0.5)
+    assert time.monotonic() - began_s < 2 * TIMEOUT_S + SLACK_S
     cluster.master.start()
-    until_s = time.monotonic() + 60.0
+    until_s = time.monotonic() + LONG_S
     while time.monotonic() < until_s:
         try:
             store.put(make_key(200), make_chunk(200))
@@ -121,7 +121,7 @@ def test_a_master_that_is_not_there_is_told_at_once() -> None:
     began_s = time.monotonic()
     with pytest.raises(TierUnavailableError, match="cannot be reached"):
         tier.get(make_key(1))
-    assert time.monotonic() - began_s < 2.0
+    assert time.monotonic() - began_s < LONG_S / 4  # Mooncake's own client tries for 90 s
     tier.close()
     for wrong in ("master", "master:port", ":50051"):
         with pytest.raises(ValueError, match="host:port"):

@@ -72,9 +72,10 @@ def test_damage_is_found(s3: Server) -> None:
 def test_a_chunk_that_has_expired_is_absent_and_removed(s3: Server) -> None:
     sharing = a_sharing()
     tier = s3_tier(s3, sharing)
-    tier.put(make_key(1), make_blob(1), ChunkInfo(expires_at_s=time.time() + 0.2))
+    expires_at_s = time.time() + 2.0
+    tier.put(make_key(1), make_blob(1), ChunkInfo(expires_at_s=expires_at_s))
     assert tier.get(make_key(1)) is not None
-    time.sleep(0.3)
+    time.sleep(max(0.0, expires_at_s - time.time()))
     assert tier.find([make_key(1)]) == [None] and tier.get(make_key(1)) is None and make_key(1) not in tier
 
 
@@ -118,4 +119,4 @@ def test_deadline(s3: Server) -> None:
         began_s = time.monotonic()
         with pytest.raises(TierTimeoutError):
             tier.get(make_key(1))
-        assert time.monotonic() - began_s < 2.5  # one more try
+        assert time.monotonic() - began_s < 4.5  # one more try; without the deadline 5 s at least
