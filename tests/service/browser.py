@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from ..support.patience import LONG_S
+
 
 class Page:
     """A page in a headless Chromium."""
@@ -50,8 +52,8 @@ class Page:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def wait(self, expression: str, timeout_s: float = 20.0) -> Any:
-        until_s = time.monotonic() + timeout_s
+    def wait(self, expression: str) -> Any:
+        until_s = time.monotonic() + LONG_S
         while True:
             found = self.run(expression)
             if found:

@@ -24,6 +24,8 @@ from kvloom.service.server import Server
 from kvloom.service.settings import ServiceSettings
 from kvloom.service.workers.supervisor import Workers
 
+from ..support.patience import LONG_S
+
 MIB = 1 << 20
 
 
@@ -62,9 +64,9 @@ class Service:
     ) -> Reply:
         """One request; `token` None for none, empty for the service's own."""
         connection = (
-            HTTPConnection("127.0.0.1", self.port, timeout=30)
+            HTTPConnection("127.0.0.1", self.port, timeout=LONG_S)
             if self.tls is None
-            else HTTPSConnection("127.0.0.1", self.port, timeout=30, context=self.tls)
+            else HTTPSConnection("127.0.0.1", self.port, timeout=LONG_S, context=self.tls)
         )
         sent = dict(headers)
         if token is not None:
@@ -103,14 +105,14 @@ def service_in_thread(
     service.context = app.state.context
     service.workers = server.workers
     try:
-        until_s = time.monotonic() + 30
+        until_s = time.monotonic() + LONG_S
         while not server.started:
             assert thread.is_alive() and time.monotonic() < until_s, "the service did not start"
             time.sleep(0.01)
         yield service
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(LONG_S)
         assert not thread.is_alive()
 
 

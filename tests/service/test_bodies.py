@@ -14,6 +14,7 @@ from kvloom.kvstore.tiers.host import HostTier
 from kvloom.service.transfer import body_socket
 from kvloom.testing.chunks import make_blob, make_key, same_blob
 
+from ..support.patience import LONG_S, eventually
 from .serving import MIB, Service, service_in_thread
 
 pytestmark = pytest.mark.slow
@@ -55,10 +56,8 @@ def answer(connection: socket.socket, rest: bytes = b"") -> tuple[int, bytes, by
 
 
 def assert_nothing_is_under_way(service: Service) -> None:
-    until_s = time.monotonic() + 30
-    while service.context.limits.open_requests and time.monotonic() < until_s:
-        time.sleep(0.02)
-    assert service.context.limits.open_requests == 0 and service.context.uploads.used_bytes == 0
+    context = service.context
+    assert eventually(lambda: context.limits.open_requests == 0) and context.uploads.used_bytes == 0
 
 
 def test_requests_on_one_connection_follow_one_another(service: Service) -> None:
@@ -75,7 +74,7 @@ def test_requests_on_one_connection_follow_one_another(service: Service) -> None
         request(service, "GET", 1),
     ]
     with socket.create_connection(("127.0.0.1", service.port)) as connection:
-        connection.settimeout(20)
+        connection.settimeout(LONG_S)
         rest = b""
         for put in puts:
             connection.sendall(put)
@@ -114,9 +113,8 @@ def test_the_event_loop_moves_large_bodies_for_nobody_but_a_lone_client(
             with socket.create_connection(("127.0.0.1", service.port)) as other:
                 if not is_alone:
                     other.sendall(request(service, "PUT", 2, "Content-Length: 1000000"))
-                    until_s = time.monotonic() + 30
-                    while not service.context.limits.open_requests and time.monotonic() < until_s:
-                        time.sleep(0.01)
+                    # The other is alone as it begins: its own first move is not what is judged.
+                    assert eventually(lambda: service.context.limits.open_requests and (on_loop or method == "GET"))
                     on_loop.clear()
                 answered = service.ask(method, path, data if method == "PUT" else None)
                 assert answered.status in (200, 204) and (method == "PUT" or answered.body == data)
@@ -138,16 +136,30 @@ def test_a_body_may_come_in_small_pieces(service: Service) -> None:
         assert (status, body) == (206, data[10:20])
 
 
-@pytest.mark.parametrize("drip_s", [10.0, 0.5])
-def test_a_body_that_stops_or_drips_is_given_up(service: Service, drip_s: float) -> None:
+@pytest.mark.parametrize("workers", [1, 2], ids=["alone", "workers"])
+@pytest.mark.parametrize(
+    ("drip_s", "limits"),
+    [
+        (LONG_S, {"idle_timeout_s": 1.0, "request_timeout_s": LONG_S}),
+        (0.5, {"idle_timeout_s": LONG_S, "request_timeout_s": 3.0}),
+    ],
+    ids=["stops", "drips"],
+)
+def test_a_body_that_stops_or_drips_is_given_up(
+    tmp_path: Path, workers: int, drip_s: float, limits: dict[str, float]
+) -> None:
     """Nothing for `idle_timeout_s`, or not all within `request_timeout_s`; nothing is stored, and others go on."""
     data = to_bytes(make_key(1), LARGE)
-    with socket.create_connection(("127.0.0.1", service.port)) as connection, service.client() as client:
+    with (
+        service_in_thread(tmp_path, [HostTier(None)], workers=workers, max_transfers=2, **limits) as service,
+        socket.create_connection(("127.0.0.1", service.port)) as connection,
+        service.client() as client,
+    ):
         connection.settimeout(0.05)
         connection.sendall(request(service, "PUT", 1, f"Content-Length: {len(data)}") + data[:300_000])
         client.put(make_key(2), make_blob(2))  # the slow ones leave turns to others
         began_s, at, came = time.monotonic(), 300_000, b""
-        while b"408" not in came and time.monotonic() - began_s < 8:
+        while b"408" not in came and time.monotonic() - began_s < LONG_S / 2:
             try:
                 came += connection.recv(65536)
                 if not came:
@@ -156,10 +168,9 @@ def test_a_body_that_stops_or_drips_is_given_up(service: Service, drip_s: float)
                 if time.monotonic() - began_s > drip_s * (at - 299_999):
                     connection.sendall(data[at : at + 1])
                     at += 1
-        spent_s = time.monotonic() - began_s
-        assert came.startswith(b"HTTP/1.1 408") and spent_s < (2.5 if drip_s > 1 else 5)
+        assert came.startswith(b"HTTP/1.1 408")
         assert client.get(make_key(1)) is None and client.get(make_key(2)) is not None
-    assert_nothing_is_under_way(service)
+        assert_nothing_is_under_way(service)
 
 
 def test_a_client_that_goes_within_a_body_leaves_nothing(service: Service) -> None:
@@ -179,18 +190,16 @@ def test_a_client_that_goes_within_a_body_leaves_nothing(service: Service) -> No
 
 
 def test_clients_that_read_nothing_are_given_up_and_cost_no_others(service: Service) -> None:
-    with service.client() as client:
+    with service.client(timeout_s=LONG_S / 2) as client:
         client.put(make_key(1), make_blob(1, numbers=16 * MIB // 4))
         stuck = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(8)]
         for connection in stuck:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.sendall(request(service, "GET", 1))
-        began_s = time.monotonic()
         for number in range(5):
             client.put(make_key(2), make_blob(number))
             found = client.get(make_key(2))
             assert found is not None and same_blob(found, make_blob(number))
-        assert time.monotonic() - began_s < 25
         assert_nothing_is_under_way(service)
         for connection in stuck:
             connection.close()

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import random
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from kvloom.service.documents.tenant_store import TenantStore
 from kvloom.service.served_store import ServedStore
 from kvloom.testing.chunks import make_blob, make_chunk, make_key, same_blob, same_chunk
 
+from ..support.patience import eventually
 from .serving import Service, service_in_thread
 
 KEY = make_key(7)
@@ -116,12 +116,11 @@ def test_a_damaged_container_is_refused_wherever_it_is_damaged(service: Service)
 
 
 def test_expiry_and_namespace(service: Service) -> None:
-    headers = {"KVLoom-Namespace": "rag", "KVLoom-TTL": "0.2"}
+    headers = {"KVLoom-Namespace": "rag", "KVLoom-TTL": "2"}
     assert service.ask("PUT", PATH, BODY, headers=headers).status == 201
     listed = service.ask("GET", "/v1/chunks").json()["chunks"]
     assert [(each["key"], each["namespace"]) for each in listed] == [(KEY.hex(), "rag")]
-    time.sleep(0.3)
-    assert service.ask("GET", PATH).status == 404
+    assert eventually(lambda: service.ask("GET", PATH).status == 404)
     assert service.ask("PUT", PATH, BODY, headers={"KVLoom-Namespace": "x" * 200}).status == 422
 
 

@@ -17,6 +17,7 @@ from kvloom.service.pins import Pins
 from kvloom.service.served_store import ServedStore
 from kvloom.testing.chunks import make_blob, make_key, same_blob
 
+from ..support.patience import eventually
 from .serving import ServiceProcess, service_in_thread, service_process
 
 pytestmark = pytest.mark.slow
@@ -70,9 +71,8 @@ def assert_all_there(directory: Path, load: Load) -> None:
 def test_what_was_acknowledged_is_there_after_the_service_ended(tmp_path: Path, sign: int, durability: str) -> None:
     with service_process(tmp_path, "--set", f"durability={durability}") as service:
         load = Load(service)
-        time.sleep(1.5)
+        assert eventually(lambda: len(load.acknowledged) > 50)
         code = service.stop(sign)
-        time.sleep(0.3)
         load.end()
         assert code == (0 if sign == signal.SIGTERM else -9)
     assert_all_there(tmp_path, load)
@@ -81,7 +81,7 @@ def test_what_was_acknowledged_is_there_after_the_service_ended(tmp_path: Path, 
 @pytest.mark.slow
 def test_a_killed_service_is_a_miss_and_then_a_hit_again(tmp_path: Path) -> None:
     with service_process(tmp_path) as service:
-        client = service.client(timeout_s=1.0, retries=0)
+        client = service.client(retries=0)
         client.put(make_key(1), make_blob(1))
         service.stop(signal.SIGKILL)
         with pytest.raises(TierUnavailableError):

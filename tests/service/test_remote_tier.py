@@ -21,6 +21,7 @@ from kvloom.service.access.credentials import TokenFile
 from kvloom.testing.chunks import make_blob, make_chunk, make_key, same_blob, same_chunk
 from kvloom.testing.tier import TierContract
 
+from ..support.patience import LONG_S, eventually
 from .serving import Service, service_in_thread
 
 pytestmark = pytest.mark.slow
@@ -66,14 +67,14 @@ def test_what_one_engine_puts_another_finds(service: Service) -> None:
 
 def test_a_node_that_is_down_is_a_miss_and_comes_back(tmp_path: Path) -> None:
     with service_in_thread(tmp_path / "first") as service:
-        tier = RemoteTier(service.url, token=service.token, timeout_s=1.0, poll_interval_s=0.0)
-        store = KVStore([tier], timeout_s=2.0)
+        tier = RemoteTier(service.url, token=service.token, timeout_s=5.0, poll_interval_s=0.0)
+        store = KVStore([tier], timeout_s=10.0)
         store.put(make_key(1), make_chunk(1))
     began_s = time.monotonic()
     assert store.get(make_key(1)) is None and store.match([make_key(1)]) in (0, 1)
     with pytest.raises(TierUnavailableError):
         store.put(make_key(2), make_chunk(2))
-    assert time.monotonic() - began_s < 6
+    assert time.monotonic() - began_s < LONG_S / 2
     stats = store.stats()
     assert stats.misses.get("unavailable") == 1 and stats.tiers[0].errors >= 1
     store.close()
@@ -89,7 +90,7 @@ def test_a_server_that_does_not_answer_costs_the_deadline_and_no_more() -> None:
             began_s = time.monotonic()
             with pytest.raises(TierTimeoutError):
                 request()
-            assert time.monotonic() - began_s < 1.5
+            assert time.monotonic() - began_s < 8  # the client's own choice would be 10 s
 
 
 def test_a_server_that_drips_costs_the_deadline_and_no_more() -> None:
@@ -99,7 +100,7 @@ def test_a_server_that_drips_costs_the_deadline_and_no_more() -> None:
             connection.recv(65536)
             try:
                 connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
-                for _ in range(100):
+                for _ in range(400):
                     connection.sendall(b"x")
                     time.sleep(0.05)
             except OSError:
@@ -111,7 +112,7 @@ def test_a_server_that_drips_costs_the_deadline_and_no_more() -> None:
         began_s = time.monotonic()
         with pytest.raises(TierTimeoutError):
             client.get(make_key(1))
-        assert time.monotonic() - began_s < 1.5
+        assert time.monotonic() - began_s < 8
 
 
 def answering(*answers: bytes) -> Iterator[tuple[str, list[bytes]]]:
@@ -160,7 +161,7 @@ def test_what_a_server_sends_is_verified() -> None:
     for broken in (b"", b"SMTP ready\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nabc"):
         for url, _ in answering(broken, broken, broken):
             with pytest.raises(TierUnavailableError):
-                KVLoomClient(url, token="t", timeout_s=2).get(make_key(1))
+                KVLoomClient(url, token="t").get(make_key(1))
 
 
 def test_wrong_tokens_and_wrong_arguments(service: Service, tmp_path: Path) -> None:
@@ -208,15 +209,13 @@ def test_a_store_opens_without_its_service_and_finds_it_later(tmp_path: Path) ->
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     token = TokenFile(tmp_path / "tokens.json").create("default", ("read", "write"))
-    tier = RemoteTier(f"http://127.0.0.1:{port}", token=token, timeout_s=1.0, poll_interval_s=0.0)
-    with KVStore([HostTier(None), tier], timeout_s=2.0) as store:
+    tier = RemoteTier(f"http://127.0.0.1:{port}", token=token, timeout_s=5.0, poll_interval_s=0.0)
+    with KVStore([HostTier(None), tier], timeout_s=10.0) as store:
         store.put(make_key(1), make_chunk(1))
         assert store.match([make_key(2)]) == 0
         with service_in_thread(tmp_path, on_port=port) as service:
             service.client().put(make_key(2), RawCodec().encode(make_chunk(2)))
-            until_s = time.monotonic() + 20
-            while store.match([make_key(2)]) == 0 and time.monotonic() < until_s:
-                time.sleep(0.05)
+            assert eventually(lambda: store.match([make_key(2)]) == 1)
             found = store.get(make_key(2))
             assert found is not None and same_chunk(found, make_chunk(2))
             assert store.stats().tiers[1].recoveries >= 1 or store.stats().tiers[1].errors >= 1

@@ -6,8 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from kvloom.kvstore.tiers.remote.shared_memory import SharedMemorySession
 from kvloom.kvstore.tiers.remote.tier import RemoteTier
 from kvloom.testing.chunks import make_blob, make_chunk, make_key, same_blob, same_chunk
 
+from ..support.patience import LONG_S, eventually
 from .serving import MIB, Service, service_in_thread
 
 pytestmark = [
@@ -33,13 +33,6 @@ pytestmark = [
 def service(tmp_path: Path) -> Iterator[Service]:
     with service_in_thread(tmp_path, [HostTier(None)], shared_memory_bytes=8 * MIB) as service:
         yield service
-
-
-def eventually(condition: Callable[[], object]) -> bool:
-    until_s = time.monotonic() + 10
-    while not condition() and time.monotonic() < until_s:
-        time.sleep(0.01)
-    return bool(condition())
 
 
 def test_bytes_go_through_memory_and_leases_come_back(service: Service) -> None:
@@ -173,7 +166,7 @@ def test_without_a_ticket_nothing_is_given(service: Service) -> None:
     told = service.ask("POST", "/v1/shared-memory").json()
     for ticket in (b"", b"x" * 32):
         with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(2)
+            sock.settimeout(LONG_S)
             sock.connect("\0" + told["socket"])
             sock.sendall(ticket)
             sock.shutdown(socket.SHUT_WR)

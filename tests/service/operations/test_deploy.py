@@ -243,7 +243,7 @@ def test_prometheus_scrapes_the_service_and_every_query_has_an_answer(service: S
     scrape = yaml.safe_load((DEPLOY / "prometheus.yaml").read_text())
     (job,) = scrape["scrape_configs"]
     assert job["scheme"] == "https" and job.pop("tls_config")["ca_file"]
-    job |= {"scheme": "http", "scrape_interval": "500ms", "scrape_timeout": "400ms"}
+    job |= {"scheme": "http", "scrape_interval": "1s", "scrape_timeout": "1s"}
     job["authorization"]["credentials_file"] = str(tmp_path / "token")
     job["static_configs"][0]["targets"] = [f"127.0.0.1:{service.port}"]
     (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(scrape))

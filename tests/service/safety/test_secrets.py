@@ -3,7 +3,6 @@
 import ast
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 
 from kvloom.service.access.credentials import TokenFile
 
+from ...support.patience import eventually
 from ..serving import Service, service_in_thread
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -159,18 +159,9 @@ def test_tokens_come_and_go_while_the_service_runs(tmp_path: Path) -> None:
         assert asked(service, new) == 200 == asked(service, old), "while both are there, clients change over"
         assert other.revoke(old.split("_")[1])
         assert eventually(lambda: asked(service, old) == 401) and asked(service, new) == 200
-        brief = other.create("team", ["read"], ttl_s=1.0)
+        brief = other.create("team", ["read"], ttl_s=3.0)
         assert asked(service, brief) == 200 and eventually(lambda: asked(service, brief) == 401)
 
 
 def asked(service: Service, token: str) -> int:
     return service.ask("GET", "/v1/stats", token=token).status
-
-
-def eventually(condition: Any, timeout_s: float = 5.0) -> bool:
-    until_s = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > until_s:
-            return False
-        time.sleep(0.05)
-    return True

@@ -1,6 +1,7 @@
 """Workers: what they die of, what then is left, and that they give what one process gives."""
 
 import os
+import re
 import signal
 import socket
 import threading
@@ -20,6 +21,7 @@ from kvloom.kvstore.tiers.remote.tier import RemoteTier
 from kvloom.service.workers import supervisor
 from kvloom.testing.chunks import make_blob, make_chunk, make_key, same_blob, same_chunk
 
+from ...support.patience import LONG_S, eventually
 from ..serving import MIB, Certificate, Service, service_in_thread, service_process
 from ..test_crashes import Load
 
@@ -36,13 +38,6 @@ def service(tmp_path: Path) -> Iterator[Service]:
         yield service
 
 
-def until(condition: object, timeout_s: float = 60.0) -> bool:
-    until_s = time.monotonic() + timeout_s
-    while not condition() and time.monotonic() < until_s:  # type: ignore[operator]
-        time.sleep(0.02)
-    return bool(condition())  # type: ignore[operator]
-
-
 def put_head(service: Service) -> bytes:
     head = f"PUT /v1/chunks/{UPLOADED.hex()} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {service.token}\r\n"
     return f"{head}Content-Length: {len(LARGE_BODY)}\r\n\r\n".encode()
@@ -53,6 +48,14 @@ def begun_put(service: Service, sent_bytes: int) -> socket.socket:
     connection = socket.create_connection(("127.0.0.1", service.port))
     connection.sendall(put_head(service) + LARGE_BODY[:sent_bytes])
     return connection
+
+
+def upload_bytes(service: Service) -> float:
+    """Of the bodies that are on their way in."""
+    (line,) = re.findall(
+        r"^kvloom_service_upload_bytes (.*)$", service.ask("GET", "/metrics").body.decode(), re.MULTILINE
+    )
+    return float(line)
 
 
 def workers_of(process_id: int) -> list[int]:
@@ -93,7 +96,7 @@ def test_a_killed_worker_costs_its_own_requests_alone(service: Service) -> None:
         client.put(make_key(5), make_blob(5, numbers=100_000))
     stored_bytes = memory.used_bytes
     uploads = [begun_put(service, 3 * MIB) for _ in range(4)]
-    assert until(lambda: context.uploads.used_bytes == 4 * len(LARGE_BODY) and memory.used_bytes > 20 * MIB)
+    assert eventually(lambda: context.uploads.used_bytes == 4 * len(LARGE_BODY) and memory.used_bytes > 20 * MIB)
     wrong, ended = [], threading.Event()
 
     def use() -> None:
@@ -109,12 +112,12 @@ def test_a_killed_worker_costs_its_own_requests_alone(service: Service) -> None:
     before = service.workers.process_ids
     for killed in before:
         os.kill(killed, signal.SIGKILL)
-        assert until(lambda killed=killed: not is_running(killed))
-    assert until(lambda: context.workers.alive == 2 and not set(service.workers.process_ids) & set(before))
+        assert eventually(lambda killed=killed: not is_running(killed))
+    assert eventually(lambda: context.workers.alive == 2 and not set(service.workers.process_ids) & set(before))
     ended.set()
     user.join()
     for connection in uploads:
-        connection.settimeout(10)
+        connection.settimeout(LONG_S)
         with suppress(ConnectionResetError):
             assert connection.recv(100) == b""
         connection.close()
@@ -125,7 +128,7 @@ def test_a_killed_worker_costs_its_own_requests_alone(service: Service) -> None:
         found = client.get(make_key(5))
         assert found is not None and same_blob(found, make_blob(5, numbers=100_000))
         del found
-    assert until(lambda: memory.used_bytes == stored_bytes and context.limits.open_requests == 0)
+    assert eventually(lambda: memory.used_bytes == stored_bytes and context.limits.open_requests == 0)
     assert context.uploads.used_bytes == 0
     told = service.ask("GET", "/v1/stats").json()["service"]["workers"]
     assert told == {"configured": 2, "alive": 2, "restarts": 2}
@@ -140,7 +143,7 @@ def test_a_worker_that_does_not_answer_is_killed(tmp_path: Path, monkeypatch: py
         assert service.workers is not None
         stopped = service.workers.process_ids[0]
         os.kill(stopped, signal.SIGSTOP)
-        assert until(lambda: not is_running(stopped) and service.context.workers.alive == 2)
+        assert eventually(lambda: not is_running(stopped) and service.context.workers.alive == 2)
         assert service.ask("GET", "/readyz", token=None).status == 200
 
 
@@ -172,16 +175,16 @@ def test_chunks_of_clients_on_this_host_are_there_for_others(tmp_path: Path) -> 
                 for client, key in ((local, make_key(10 + number)), (other, make_key(number))):
                     found = client.get(key)
                     assert found is not None and same_blob(found, LARGE) and found.leased is (client is local)
-        assert until(lambda: service.context.shared_memory.leases == 0)
+        assert eventually(lambda: service.context.shared_memory.leases == 0)
 
 
 def test_limits_hold_at_workers(service: Service) -> None:
     with socket.create_connection(("127.0.0.1", service.port)) as slow:
         slow.sendall(b"GET /v1/stats HTTP/1.1\r\nHost:")
-        slow.settimeout(15)  # the limit is 1 s, and that of idle connections 30 s
+        slow.settimeout(25)  # the limit is 1 s, and that of idle connections 30 s
         assert slow.recv(100) == b""
     with socket.create_connection(("127.0.0.1", service.port)) as long:
-        long.settimeout(10)
+        long.settimeout(LONG_S)
         with suppress(ConnectionResetError, BrokenPipeError):
             long.sendall(b"GET / HTTP/1.1\r\nx: " + b"a" * 100_000)
             assert long.recv(100) == b""
@@ -193,12 +196,12 @@ def test_limits_hold_at_workers(service: Service) -> None:
     assert refused.status == 401 and refused.headers["connection"] == "close"
     assert service.ask("PUT", path, LARGE_BODY[:-1] + b"\0").status == 422
     memory = service.context.uploads, service.context.worker_memory
-    assert until(lambda: all(each.used_bytes == 0 for each in memory)), "given back soon after the answer"
+    assert eventually(lambda: all(each.used_bytes == 0 for each in memory)), "given back soon after the answer"
 
 
 def test_bodies_are_encrypted_by_workers(tmp_path: Path) -> None:
     certificate = Certificate(tmp_path / "tls")
-    options = ("--workers", "2", "--set", "idle_timeout_s=1", *certificate.options)
+    options = ("--workers", "2", "--set", "idle_timeout_s=3", *certificate.options)
     with (
         service_process(tmp_path / "kv", *options, certificate=certificate) as service,
         KVLoomClient(
@@ -215,7 +218,7 @@ def test_bodies_are_encrypted_by_workers(tmp_path: Path) -> None:
         with service.tls.wrap_socket(
             socket.create_connection(("127.0.0.1", service.port)), server_hostname="127.0.0.1"
         ) as slow:
-            slow.settimeout(10)
+            slow.settimeout(LONG_S)
             slow.sendall(put_head(service) + LARGE_BODY[:MIB])
             assert slow.recv(100).startswith(b"HTTP/1.1 408")
         assert client.match([make_key(1)]) == 1 and UPLOADED not in client
@@ -226,15 +229,14 @@ def test_an_orderly_end_lets_workers_end_first(tmp_path: Path) -> None:
     with service_process(tmp_path / "kv", "--workers", "2", "--set", "durability=batch") as service:
         workers = workers_of(service.process.pid)
         load = Load(service)
-        time.sleep(0.5)
         with begun_put(service, 4 * MIB) as upload:
-            time.sleep(0.3)
+            assert eventually(lambda: load.acknowledged and upload_bytes(service) >= len(LARGE_BODY))
             ended = threading.Thread(target=service.stop)
             ended.start()
             time.sleep(0.5)
             load.end()
             upload.sendall(LARGE_BODY[4 * MIB :])
-            upload.settimeout(20)
+            upload.settimeout(LONG_S)
             assert upload.recv(100).startswith(b"HTTP/1.1 201")
         ended.join()
         assert service.process.returncode == 0 and service.lines[-1].startswith("kvloom has stopped")
@@ -245,9 +247,8 @@ def test_an_orderly_end_lets_workers_end_first(tmp_path: Path) -> None:
 def test_a_killed_service_leaves_no_worker_and_a_new_one_has_what_was_acknowledged(tmp_path: Path) -> None:
     with service_process(tmp_path / "kv", "--workers", "2") as service:
         workers, load = workers_of(service.process.pid), Load(service)
-        time.sleep(1.0)
+        assert eventually(lambda: len(load.acknowledged) > 50)
         service.stop(signal.SIGKILL)
-        time.sleep(0.2)
         load.end()
-        assert len(workers) == 2 and until(lambda: not any(map(is_running, workers)))
+        assert len(workers) == 2 and eventually(lambda: not any(map(is_running, workers)))
     assert_all_there(tmp_path / "kv", load, {})
