@@ -15,20 +15,14 @@ from kvloom.errors import TierUnavailableError
 from kvloom.evaluation.environment import ROOT
 from kvloom.evaluation.report import BenchResult, Metric
 
+from ..support.commands import refusal
+
 
 def run(*args: str) -> int:
     """Exit code of the command line in this process."""
     with pytest.raises(SystemExit) as leave:
         cli.main(args)
     return int(leave.value.code or 0)
-
-
-def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.endswith("\n")
-    assert captured.err.count("\n") == 1
-    return captured.err.strip()
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,8 +56,7 @@ def test_runs_as_a_module_from_anywhere(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("option", ["--dir", "--lmcache-python", "--report", "--sizes"])
 def test_options_of_another_benchmark_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("bench", "blend", option, "here") == 2
-    said = one_line(capsys)
+    said = refusal(capsys, "bench", "blend", option, "here")
     assert said.startswith(f"kvloom: No such option: {option}") and said.endswith("; see kvloom bench blend --help")
 
 
@@ -137,8 +130,7 @@ def test_wrong_arguments(command: str, tmp_path: Path, capsys: pytest.CaptureFix
     names = {"folder": tmp_path / "folder", "file": tmp_path / "file.txt", "missing": tmp_path / "missing"}
     names["folder"].mkdir()
     names["file"].write_text("Too short.")
-    assert run(*(word.format(**names) for word in command.split())) == 2
-    assert WRONG[command].format(**names) in one_line(capsys)
+    assert WRONG[command].format(**names) in refusal(capsys, *(word.format(**names) for word in command.split()))
     assert list(names["folder"].iterdir()) == []
     assert names["file"].read_text() == "Too short."
 
@@ -153,8 +145,7 @@ def test_wrong_arguments(command: str, tmp_path: Path, capsys: pytest.CaptureFix
     ],
 )
 def test_nothing_may_be_empty(arguments: list[str], name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(*arguments) == 2
-    assert one_line(capsys) == f"kvloom: {name} is empty; give it a value, or leave it out"
+    assert refusal(capsys, *arguments) == f"kvloom: {name} is empty; give it a value, or leave it out"
 
 
 @pytest.mark.parametrize("columns", ["0", "1", "00", "99999999999999", "-3", "wide"])
@@ -183,8 +174,7 @@ def test_output_is_refused_before_the_work(
 ) -> None:
     monkeypatch.setitem(sys.modules, "kvloom.bench.demo.run", None)  # importing it would fail: the work must not begin
     for place in (tmp_path / "missing" / "out", tmp_path, Path("/proc/out")):
-        assert run("demo", option, str(place)) == 2
-        line = one_line(capsys)
+        line = refusal(capsys, "demo", option, str(place))
         assert line.startswith(f"kvloom: Invalid value for '{option}': cannot write {place}: ")
     assert list(tmp_path.iterdir()) == []
 
@@ -205,8 +195,7 @@ def test_expected_failures(
         raise error
 
     monkeypatch.setattr("kvloom.bench.doctor.run.diagnose", fail)
-    assert run("doctor") == 2
-    assert line in one_line(capsys)
+    assert line in refusal(capsys, "doctor")
     monkeypatch.setenv("KVLOOM_TRACEBACK", "1")
     with pytest.raises(type(error)):
         cli.main(["doctor"])
@@ -259,8 +248,7 @@ def test_doctor_names_what_is_missing(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_doctor_without_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("doctor", "--dir", str(tmp_path / "missing")) == 2
-    assert "is not a folder" in one_line(capsys)
+    assert "is not a folder" in refusal(capsys, "doctor", "--dir", str(tmp_path / "missing"))
 
 
 def test_options_that_belong_to_one_kind_of_certificate_exist() -> None:

@@ -16,6 +16,7 @@ from kvloom.connectors.serving.request_journal import RequestJournal, read_journ
 from kvloom.connectors.serving.scheduler.planner import Planner
 from kvloom.connectors.serving.settings import ServingSettings
 
+from ..support.commands import refusal
 from ..support.faulty import eventually, leaves_no_threads
 from .test_planner import BLOCK, CHUNK, PLAIN, SPEC, blocks_for
 
@@ -116,10 +117,7 @@ def test_bad_input_is_one_line(
     journal(tmp_path / "there", "r")
     (tmp_path / "empty").mkdir()
     places = {"there": tmp_path / "there", "empty": tmp_path / "empty"}
-    assert run(*(arg.format(**places) for arg in args)) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1
-    assert message in captured.err
+    assert message in refusal(capsys, "explain", *(arg.format(**places) for arg in args))
 
 
 def test_old_requests_are_forgotten_and_torn_lines_left_out(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from kvloom.bench.eviction.replay import belady_hits, read_trace, replay
 from kvloom.bench.eviction.simulate import SimulateOptions, simulate
 from kvloom.testing import make_key
 
+from ...support.commands import refusal
+
 BLOCK_BYTES = 1000
 
 
@@ -199,7 +201,4 @@ def test_bad_input_is_one_line(
     monkeypatch.delenv("KVLOOM_TRACEBACK", raising=False)
     (tmp_path / "good.jsonl").write_text(GOOD)
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["simulate", *arguments])
-    said = capsys.readouterr()
-    assert ended.value.code == 2 and said.out == "" and message in said.err and len(said.err.splitlines()) == 1
+    assert message in refusal(capsys, "simulate", *arguments)
