@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import textwrap
+import time
 import types
 from contextlib import closing
 from pathlib import Path
@@ -32,6 +33,8 @@ from kvloom.errors import ChunkCorruptError
 from kvloom.evaluation.environment import usable
 from kvloom.kvstore import format as container
 from kvloom.kvstore.store import KVStore
+
+from ..support.fakes import Clock
 
 KIB, MIB = 1 << 10, 1 << 20
 ALWAYS = {
@@ -161,14 +164,18 @@ def test_rounds_take_turns_in_changing_order_after_one_to_warm_up() -> None:
     assert seconds["a"] == [3.0 * i + rounds[i].index("a") + 1 for i in range(1, 21)]
 
 
-def test_freeing_does_not_count() -> None:
-    import time
+def test_freeing_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(0.0)
+    monkeypatch.setattr(time, "perf_counter", clock)
 
     class Slow:
-        def __del__(self) -> None:
-            time.sleep(0.2)
+        def __init__(self) -> None:
+            clock.now_s += 1.0
 
-    assert timed(Slow) < 0.1
+        def __del__(self) -> None:
+            clock.now_s += 10.0
+
+    assert timed(Slow) == 1.0 and clock.now_s == 11.0
 
 
 def test_texts() -> None:
