@@ -161,7 +161,7 @@ def test_a_conversation_goes_on_as_if_it_were_loaded(connect: Connect) -> None:
         with rag.session(DENSE) as session:
             first = session.generate(history, max_new_tokens=4)
             expected = session.generate([5, 6, 7], max_new_tokens=8).token_ids
-        tier.delay_s = 2.0
+        tier.delay_s = 1.0
         said = [*history, *first.token_ids[0]]
         counts = []
         for _ in range(2):
