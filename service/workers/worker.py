@@ -33,6 +33,7 @@ _LOG = logging.getLogger("kvloom.service")
 _PIECE_BYTES = 1 << 18
 _TICKS = 20  # of a tenth of a second
 _ACCEPT_AGAIN_S = 0.1
+_TLS_END_S = 2.0  # an idle client answers no good-bye: how long the end waits for it, which by default is 30 s
 _LENGTH_BYTES = 4
 
 
@@ -311,8 +312,11 @@ class _WorkerServer(uvicorn.Server):
             made: asyncio.Protocol = kind(config=self.config, server_state=self.server_state, app_state={}, _loop=loop)
             return made
 
+        tls: dict[str, Any] = {}
+        if self.config.ssl is not None:
+            tls = {"ssl": self.config.ssl, "ssl_shutdown_timeout": _TLS_END_S}
         try:
-            await loop.connect_accepted_socket(protocol, connection, ssl=self.config.ssl)
+            await loop.connect_accepted_socket(protocol, connection, **tls)
         except OSError as exc:  # no TLS came of it
             _LOG.debug("a connection was not made: %s", exc)
 
