@@ -208,12 +208,12 @@ def test_no_error_ends_a_thread(make_guard: MakeGuard, tier: FaultyTier, error: 
 
 
 def test_a_call_that_does_not_end_is_given_up(make_guard: MakeGuard, tier: FaultyTier) -> None:
-    guard = make_guard(0.05)
+    guard = make_guard(0.5)
     tier.gate.clear()
     begun_s = time.monotonic()
     with pytest.raises(TierTimeoutError, match="has not answered within 0") as error:
         guard.call(lambda tier: tier.get(make_key(1)))
-    assert error.value.begun and 0.05 <= time.monotonic() - begun_s < LONG_S / 2
+    assert error.value.begun and 0.5 <= time.monotonic() - begun_s < LONG_S / 2
     tier.heal()
     assert eventually(lambda: idle(guard)) and make_guard().call(lambda tier: tier.get(make_key(1))) is None
 
@@ -230,7 +230,7 @@ def test_late_results_are_thrown_away(make_guard: MakeGuard, tier: FaultyTier) -
         made.append(weakref.ref(result))
         return result
 
-    guard = make_guard(0.05)
+    guard = make_guard(0.5)
     tier.gate.clear()
     with pytest.raises(TierTimeoutError):
         guard.call(slow)
@@ -272,7 +272,7 @@ def test_brief_calls_do_not_wait_behind_others(make_guard: MakeGuard, tier: Faul
 
 def test_nothing_piles_up_behind_a_stalled_tier(make_guard: MakeGuard, tier: FaultyTier) -> None:
     recovered: list[float] = []
-    guard = make_guard(0.1)
+    guard = make_guard(0.5)
     guard.on_recovery = recovered.append
     stall(guard, tier)
     assert eventually(lambda: not guard.is_available)
@@ -357,7 +357,7 @@ def put(guard: GuardedTier, number: int, blob_seed: int = 1) -> None:
 
 
 def test_a_late_write_is_undone(make_guard: MakeGuard, tier: FaultyTier) -> None:
-    guard = make_guard(0.1)
+    guard = make_guard(0.5)
     tier.gate.clear()
     with pytest.raises(TierTimeoutError) as error:
         put(guard, 1)
@@ -376,7 +376,7 @@ def test_a_late_write_is_undone(make_guard: MakeGuard, tier: FaultyTier) -> None
 def test_a_late_deletion_is_certain(make_guard: MakeGuard, tier: FaultyTier) -> None:
     """Also if the late call itself failed."""
     tier.put(make_key(1), make_blob(1))
-    guard = make_guard(0.1)
+    guard = make_guard(0.5)
     tier.gate.clear()
     with pytest.raises(TierTimeoutError):
         guard.call(lambda tier: tier.delete(make_key(1)), writes=make_key(1))
@@ -405,7 +405,7 @@ def test_a_tier_that_gives_up_by_itself(make_guard: MakeGuard, tier: FaultyTier)
 def test_an_undoing_that_fails_is_tried_again_and_a_bug_in_it_is_raised(
     make_guard: MakeGuard, tier: FaultyTier
 ) -> None:
-    guard = make_guard(0.1)
+    guard = make_guard(0.5)
     tier.gate.clear()
     with pytest.raises(TierTimeoutError):
         put(guard, 1)
@@ -424,7 +424,7 @@ def test_doubtful_chunks_are_bounded(make_guard: MakeGuard, tier: FaultyTier) ->
     guard = make_guard(deadline=deadline, most_doubtful=2)
     tier.gate.clear()
     for number in range(2):
-        with deadline.within(0.02), pytest.raises(TierTimeoutError):
+        with deadline.within(0.5), pytest.raises(TierTimeoutError):
             put(guard, number)
     with pytest.raises(TierUnavailableError, match="2 chunks whose writing was given up"):
         put(guard, 2)
@@ -518,7 +518,7 @@ def test_close(make_guard: MakeGuard, tier: FaultyTier) -> None:
 
 
 def test_close_behind_a_stalled_tier(make_guard: MakeGuard, tier: FaultyTier) -> None:
-    guard = make_guard(0.1)
+    guard = make_guard(0.5)
     stall(guard, tier)
     begun_s = time.monotonic()
     with pytest.raises(TierTimeoutError, match="is closed when it does"):
