@@ -8,8 +8,9 @@ bytes: what is to be done goes to the workers in the `StepPlan` of a step of the
                       (failed, or given back: never offered again)
     plan_step      -> Save of every chunk that the step completes
 
-`requests.py` finds what a request consists of, `saves.py`, `fusions.py` and `usage.py` keep what was stored of it, how
-it is fused and what kvloom did for it; `load_control.py` decides how much of a hit is loaded. Loads are planned here.
+`requests.py` finds what a request consists of, `pending_transfers.py` keeps what the engine waits for, `saves.py`,
+`fusions.py` and `usage.py` what was stored of it, how it is fused and what kvloom did for it; `load_control.py` decides
+how much of a hit is loaded. Loads are planned here.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from ..controller.decisions import Decision, Missing
 from ..groups import GroupShape
 from ..head_splits import HeadSplit
 from ..keys import Keys
-from ..messages import Document, FoundTiers, Load, Loaded, LookUp, Revocation, Scheduled, StepPlan, StepReport, both
+from ..messages import Document, FoundTiers, Load, Loaded, LookUp, Scheduled, StepPlan, StepReport
 from ..request_journal import RequestJournal
 from ..settings import RequestOptions, ServingSettings
 from .fusion_control import FusionControl
 from .fusions import FusionTracker
 from .known_documents import KnownDocuments
 from .load_control import LoadControl, explained
+from .pending_transfers import PendingTransfers
 from .pieces import load_pieces, look_up_pieces
 from .prefill_rate import PrefillRate, is_prefill_step
 from .requests import Request, RequestReader
@@ -60,17 +62,6 @@ class _Tracked:
     has_failed: bool = False
     is_stale: bool = False  # opened before the last reset
     usage: Usage = field(default_factory=Usage)
-
-
-@dataclass(slots=True)
-class _Transfer:
-    """A load or fusion that the engine waits for."""
-
-    blocks: frozenset[int]  # into which it writes
-    loaded: Loaded | None = None  # outcome on the ranks that have reported it
-    is_revoked: bool = False  # the cache was reset since it was planned
-    is_acknowledged: bool = False  # the workers have reported its blocks as not loaded
-    is_held_back: bool = False  # it is over, but the engine does not know
 
 
 class Planner:
@@ -147,12 +138,11 @@ class Planner:
             clock,
         )
         self._tracked: dict[str, _Tracked] = {}
-        self._transfers: dict[str, _Transfer] = {}
+        self._pending = PendingTransfers(len(specs), block_tokens)
         self._layer_loads: dict[str, Load] = {}  # loads within a step whose outcome was not reported
         self._lookups: dict[int, str] = {}  # requests of look-ups under way, by number
         self._last_lookup = 0
         self._unwritten_blocks: set[int] = set()
-        self._passed_on: set[str] = set()  # requests held back before, whose transfer is over for the engine now
         self._plan = StepPlan()
         self._counts: Counter[str] = Counter()
 
@@ -258,10 +248,7 @@ class Planner:
         plan = self._plan
         plan.lookups, plan.saves, plan.advances = [], [], []
         plan.is_reset = True
-        for request_id, transfer in self._transfers.items():
-            if not transfer.is_revoked:
-                transfer.is_revoked = True
-                plan.revocations.append(Revocation(request_id, transfer.blocks))
+        plan.revocations += self._pending.revoke()
 
     def is_stale(self, request_id: str) -> bool:
         """Whether a request was opened before the last reset and has to be opened anew."""
@@ -442,7 +429,7 @@ class Planner:
         self._counts["hit_tokens"] += external_tokens
         if request.inexact is not None:
             self._plan.fusions.append(self._fusions.begin(request_id, start, stop, blocks))
-            self._begin_transfer(request_id, start, stop, blocks)
+            self._pending.begin(request_id, start, stop, blocks)
             return
         first, last = start // chunk_tokens, -(-stop // chunk_tokens)
         if self._shapes:
@@ -457,7 +444,7 @@ class Planner:
             self._layer_loads[request_id] = load
         else:
             self._plan.loads.append(load)
-            self._begin_transfer(request_id, start, stop, blocks)
+            self._pending.begin(request_id, start, stop, blocks)
         self._saves.skip(request_id, last)
         tokens: Counter[str] = Counter()
         for chunk in range(first, last):
@@ -487,17 +474,10 @@ class Planner:
                 tracked.usage.found = {tier: size * count for tier, count in Counter(tracked.tiers).items()}
         return decision
 
-    def _begin_transfer(self, request_id: str, start: int, stop: int, blocks: Sequence[int]) -> _Transfer:
-        size = self._block_tokens
-        written = frozenset(blocks[start // size : -(-stop // size)])
-        transfer = self._transfers[request_id] = _Transfer(written)
-        return transfer
-
     def _load_nothing(self, request_id: str, start: int, stop: int, blocks: Sequence[int]) -> None:
         """The engine took an offer that a reset has withdrawn since: a load without keys, which is lost."""
         self._plan.loads.append(Load(request_id, ((),) * self._ranks, start, start, stop, tuple(blocks)))
-        transfer = self._begin_transfer(request_id, start, stop, blocks)
-        transfer.is_revoked = transfer.is_acknowledged = True
+        self._pending.begin(request_id, start, stop, blocks, is_withdrawn=True)
 
     def hit_tokens(self, request_id: str) -> Mapping[str, int]:
         """Tokens of the last offer taken by the tier that holds them; empty for a fusion."""
@@ -523,7 +503,11 @@ class Planner:
         if report.probed is not None:
             self._control.end_probe(report.probed)
         for request_id in report.revoked:
-            self._acknowledge(request_id)
+            if self._pending.acknowledge(request_id):
+                if self._shapes:  # whose engine learns of failures with the end of a load, not by blocks
+                    self._plan.failures.append(request_id)
+                else:
+                    self._pending.pass_on(request_id)
         for request_id, loaded in report.loaded.items():
             self._apply_loaded(request_id, loaded)
 
@@ -533,23 +517,7 @@ class Planner:
         A transfer that was over on the workers before they learned that it is revoked waits here until they have
         reported its blocks as not loaded. To be called after `apply_report`, for every outcome of a step.
         """
-        held_back = {each for each in request_ids if each in self._transfers and self._transfers[each].is_held_back}
-        for request_id in request_ids - held_back:
-            self._transfers.pop(request_id, None)
-        passed_on, self._passed_on = self._passed_on, set()
-        return (request_ids - held_back) | passed_on
-
-    def _acknowledge(self, request_id: str) -> None:
-        transfer = self._transfers.get(request_id)
-        if transfer is None:
-            return
-        transfer.is_acknowledged = True
-        if transfer.is_held_back:
-            del self._transfers[request_id]
-            if self._shapes:  # whose engine learns of failures with the end of a load, not by blocks
-                self._plan.failures.append(request_id)
-            else:
-                self._passed_on.add(request_id)
+        return self._pending.over(request_ids)
 
     def _apply_loaded(self, request_id: str, loaded: Loaded) -> None:
         """A load or a fusion is over, on some ranks at least."""
@@ -559,23 +527,17 @@ class Planner:
                 self._unwritten_blocks.update(load.blocks[load.start // self._block_tokens :])
             self._count_loaded(request_id, loaded)
             return
-        transfer = self._transfers.get(request_id) or _Transfer(frozenset())
-        transfer.loaded = loaded if transfer.loaded is None else both(transfer.loaded, loaded)
-        if transfer.loaded.ranks < self._ranks:
+        whole = self._pending.add_outcome(request_id, loaded)
+        if whole is None:
             return
-        self._fusion_control.end(request_id, transfer.loaded, self._control.queue(request_id))
-        decision, tracked = self._control.end(request_id, transfer.loaded), self._tracked.get(request_id)
+        self._fusion_control.end(request_id, whole, self._control.queue(request_id))
+        decision, tracked = self._control.end(request_id, whole), self._tracked.get(request_id)
         if decision is not None and tracked is not None:
             tracked.usage.decision = decision
-        if not transfer.is_revoked:
-            self._transfers.pop(request_id, None)
-            self._fusions.end(request_id, transfer.loaded)
+        if self._pending.end(request_id):
+            self._fusions.end(request_id, whole)
             if request_id in self._tracked:  # otherwise it was aborted
-                self._count_loaded(request_id, transfer.loaded)
-        elif transfer.is_acknowledged:
-            del self._transfers[request_id]
-        else:
-            transfer.is_held_back = True
+                self._count_loaded(request_id, whole)
 
     def _count_loaded(self, request_id: str, loaded: Loaded) -> None:
         saved_s = seconds_saved(loaded, self._rate)
@@ -596,7 +558,7 @@ class Planner:
     @property
     def is_idle(self) -> bool:
         """Whether no request is open and no load or fusion is under way."""
-        return not (self._tracked or self._transfers or self._layer_loads or self._fusions.is_fusing)
+        return not (self._tracked or self._pending or self._layer_loads or self._fusions.is_fusing)
 
     def is_quiet(self, new_tokens: Mapping[str, int]) -> bool:
         """Whether `plan_step` would give an empty plan. Call it once, before that, for every step of the engine.
