@@ -8,12 +8,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Self
 
+from ..service.servers import ServedAt
 from .engine import KVLOOM, Engine
 from .lmcache import LMCacheServer
 from .server import Setup
 
 PLAIN = "vLLM"
 KVLOOM_HOST, KVLOOM_DISK, KVLOOM_MEMORY = "kvloom", "kvloom without a host tier", "kvloom without a disk"
+KVLOOM_SERVICE = "kvloom with a service alone"
 KVLOOM_WHOLE = "kvloom without a disk, windows kept whole"
 NATIVE, COPIES, LMCACHE = "vLLM's offloading", "vLLM's offloading, plain copies", "LMCache"
 
@@ -33,6 +35,7 @@ class Bed:
     max_tokens : of a request.
     lead_ids : in front of every prompt.
     server : of LMCache; None if it is not to be had.
+    service : of kvloom; None if it is not to be had.
     """
 
     def __init__(
@@ -44,12 +47,13 @@ class Bed:
         max_tokens: int,
         lead_ids: Sequence[int] = (),
         server: LMCacheServer | None = None,
+        service: ServedAt | None = None,
     ) -> None:
         self.title = title
         self.store = folder / "store"
         self._model, self._folder, self._max_tokens = model, folder, max_tokens
         self._lead_ids = list(lead_ids)
-        self._server = server
+        self._server, self._service = server, service
         self._engines: dict[str, Engine] = {}
         self._open = ExitStack()
 
@@ -86,6 +90,12 @@ class Bed:
             "load_or_recompute": "always",  # a row's name says what is loaded
         }
         disk = {"disk_path": str(self.store)}
+        if name == KVLOOM_SERVICE and self._service is not None:
+            token_file = self._folder / "service.token"
+            token_file.write_text(self._service.token)
+            token_file.chmod(0o600)
+            remote = {"remote_url": self._service.url, "remote_token_file": str(token_file)}
+            return _with(KVLOOM, settings | remote | {"host_bytes": NO_HOST_BYTES})
         offloading: dict[str, object] = {"cpu_bytes_to_use": HOST_BYTES}
         copies: dict[str, object] = {"spec_name": "CopyingSpec", "spec_module_path": "kvloom.bench.vllm.copies"}
         known: Mapping[str, Mapping[str, object] | None] = MappingProxyType(

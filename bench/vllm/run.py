@@ -21,6 +21,7 @@ from ...evaluation.report import BenchResult, Metric, Target
 from ...evaluation.screen import progress
 from ..harness.page_cache import can_drop_page_cache, file_system
 from ..harness.peer import PeerError, find_python
+from ..service.servers import kvloom_server
 from .bed import Bed
 from .engine import expect_vllm
 from .exact import FULL as ANSWER_FULL
@@ -36,12 +37,27 @@ from .retrieval import measure as measure_retrieval
 from .served_families import FamilyOutcome, count_families, families_table, share
 from .sizes import FULL_SIZES, QUICK_SIZES, Sizes
 from .tables import decode_table, records_table, retrieval_table, rounds_plot, same_table, times_table
-from .times import COPIED, DISK, FUSED, HOST, IDLE, OFFLOADED, PEER, SAVING, Timed, time_decoding, time_first_tokens
+from .times import (
+    COPIED,
+    DISK,
+    FULL,
+    FUSED,
+    HOST,
+    IDLE,
+    OFFLOADED,
+    PEER,
+    SAVING,
+    SERVICE,
+    Timed,
+    time_decoding,
+    time_first_tokens,
+)
 from .windows import WindowedHit, time_windowed_hit
 
 LONG = Shape(hidden=512, intermediate=512, heads=8, vocabulary=1024)  # 134 MB of keys and values a layer at 64K
 WIDE, REFERENCE = "random model, 8 layers of 768", "bundled model"
 LMCACHE_GIB = 1
+SERVICE_BYTES = 1 << 30  # of the service's memory
 REFERENCE_VOCABULARY = 3072
 AT_LEAST_TOKENS = 4096  # of chunks, for the figure about fusion
 
@@ -50,6 +66,7 @@ TARGETS = (
     Target("prefix_hit_ttft_vs_native_offload", "<=", 1.15),
     Target("prefix_hit_ttft_vs_offload_copies", "<=", 1.15),
     Target("prefix_hit_ttft_vs_lmcache", "<", 1.0),
+    Target("service_hit_ttft_vs_lmcache", "<", 1.0),
     Target("fusion_ttft_speedup_4k", ">=", 2.0),
     Target("decode_throughput_idle", ">=", 0.98),
     Target("fusion_gap_closed_at_0.15", ">=", 0.9),
@@ -164,8 +181,12 @@ def _measure(sizes: Sizes, place: Path, python: Path | None, bar: Progress, *, t
             )
         )
 
-    server = None
+    server = service = None
     with ExitStack() as servers:
+        try:
+            service, _ = servers.enter_context(kvloom_server(place / "service", host_bytes=SERVICE_BYTES))
+        except OSError as exc:
+            missing[SERVICE] = f"{exc}; kvloom[service] is needed beside vLLM"
         if python is None:
             missing[PEER] = "LMCache is not installed, or not named with --lmcache-python"
         else:
@@ -177,7 +198,7 @@ def _measure(sizes: Sizes, place: Path, python: Path | None, bar: Progress, *, t
             model = place / "wide"
             make_model(model, sizes.wide)
             (place / "1").mkdir()
-            with Bed(WIDE, model, place / "1", max_tokens=sizes.max_tokens, server=server) as bed:
+            with Bed(WIDE, model, place / "1", max_tokens=sizes.max_tokens, server=server, service=service) as bed:
                 time_all(bed, Prompts(sizes.wide.vocabulary, (), seed=1))
         (place / "2").mkdir()
         with Bed(
@@ -187,6 +208,7 @@ def _measure(sizes: Sizes, place: Path, python: Path | None, bar: Progress, *, t
             max_tokens=sizes.max_tokens,
             lead_ids=inputs.lead_ids,
             server=server,
+            service=service,
         ) as bed:
             identity, answers = _compare(bed, inputs, bar)
             time_all(bed, Prompts(REFERENCE_VOCABULARY, inputs.lead_ids, seed=2))
@@ -210,7 +232,7 @@ def _measure(sizes: Sizes, place: Path, python: Path | None, bar: Progress, *, t
         notes.append(f"LMCache {server.version}: its server in a process of its own, its client in the engine's.")
     notes.append(
         "The stand-in is vLLM's OffloadingConnector with its transfers replaced by copies in memory, done at once: the "
-        "least that it would take on a processor. Prefixes from a service are left out: kvloom has none yet."
+        "least that it would take on a processor."
     )
     return _Found(first, decoding, identity, answers, retrieval, windowed, outcomes, missing, notes)
 
@@ -258,8 +280,10 @@ def _metrics(sizes: Sizes, found: _Found) -> dict[str, Metric]:
         "prefix_hit_ttft_vs_native_offload": ratio(HOST, OFFLOADED),
         "prefix_hit_ttft_vs_offload_copies": ratio(HOST, COPIED),
         "prefix_hit_ttft_vs_lmcache": ratio(HOST, PEER),
+        "service_hit_ttft_vs_lmcache": ratio(SERVICE, PEER),
         "prefix_hit_speedup_host": first.speedup(HOST),
         "prefix_hit_speedup_disk": first.speedup(DISK),
+        "prefix_hit_speedup_service": ratio(FULL, SERVICE),
         "fusion_ttft_speedup_4k": fusion,
         **_known("families_served", share(found.families)),
         "hybrid_hit_ttft_vs_plain": found.windowed.ratio(),

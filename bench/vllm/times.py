@@ -14,7 +14,7 @@ from rich.progress import Progress
 from ...evaluation.report import Metric
 from ..harness.page_cache import drop_page_cache
 from ..harness.rounds import interleave
-from .bed import CHUNK_TOKENS, COPIES, KVLOOM_DISK, KVLOOM_HOST, LMCACHE, NATIVE, PLAIN, Bed
+from .bed import CHUNK_TOKENS, COPIES, KVLOOM_DISK, KVLOOM_HOST, KVLOOM_SERVICE, LMCACHE, NATIVE, PLAIN, Bed
 from .engine import Engine, VLLMError
 from .inputs import Prompts, joined
 from .server import Served
@@ -27,6 +27,7 @@ PEER = "LMCache, prefix in its server's memory"
 COLD = "kvloom, nothing stored, everything saved"
 HOST = "kvloom, prefix from the host tier"
 DISK = "kvloom, prefix from disk, past the page cache"
+SERVICE = "kvloom, prefix from a service's memory"
 FUSED = "kvloom, fusion at 15 %, chunks reordered"
 EXACT = "kvloom, fusion at 100 %, chunks reordered"
 
@@ -117,6 +118,9 @@ class FirstTokens:
         kvloom.generate([self.prompt])
         kvloom.settle()
         bed[KVLOOM_DISK].generate([self.prompt], {"save": False})
+        if SERVICE not in left_out:
+            bed[KVLOOM_SERVICE].generate([self.prompt])
+            bed[KVLOOM_SERVICE].settle()
         self._fill(bed[COPIES])
         for way, name in ((OFFLOADED, NATIVE), (PEER, LMCACHE)):
             if way in left_out:
@@ -148,6 +152,7 @@ class FirstTokens:
             COLD: self._cold,
             HOST: lambda: self._ask(HOST, KVLOOM_HOST, cached=self._found, tier="host"),
             DISK: self._disk,
+            SERVICE: lambda: self._ask(SERVICE, KVLOOM_SERVICE, cached=self._found, tier="remote"),
             FUSED: lambda: self._fuse(FUSED, FUSION_RATIO),
             EXACT: lambda: self._fuse(EXACT, 1.0),
         }

@@ -15,7 +15,7 @@ from kvloom.bench.vllm import run as vllm
 from kvloom.bench.vllm import times as vllm_times
 from kvloom.bench.vllm import windows as vllm_windows
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 FIRST_TOKENS = (
     vllm_times.FULL,
@@ -24,6 +24,7 @@ FIRST_TOKENS = (
     vllm_times.COLD,
     vllm_times.HOST,
     vllm_times.DISK,
+    vllm_times.SERVICE,
     vllm_times.FUSED,
     vllm_times.EXACT,
 )
@@ -68,6 +69,7 @@ def test_a_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     for name, why in (
         ("prefix_hit_ttft_vs_native_offload", "not tried"),
         ("prefix_hit_ttft_vs_lmcache", "not installed"),
+        ("service_hit_ttft_vs_lmcache", "not installed"),
         ("fusion_ttft_speedup_4k", "shorter than 4,096"),
     ):
         assert metrics[name]["value"] is None
