@@ -51,7 +51,7 @@ def through_retrieval(retrieval: Retrieval, layers: TransformersModel) -> Approx
             query = queries[:, place]
             part = attend(query, *_near(keys, values, start, stop, position), scale=shape.scale)
             part = with_sinks(part, layers.attention[layer].sinks)
-            selection = choose(selector, query, position, retrieval.budget(len(selector)))
+            selection = choose(selector, query, position, retrieval.budget(len(selector)), part[1])
             if retrieval.coverage is not None and selection.ids.shape[1]:
                 rows = selection.ids.clamp(min=0)[..., None].expand(-1, -1, keys.shape[-1])
                 chosen = keys.gather(1, rows)

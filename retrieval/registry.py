@@ -12,7 +12,7 @@ from .cascade import CascadeSelector
 from .exact import ExactSelector, RandomSelector
 from .factor.factor import FactorIndex
 from .landmarks import LandmarkIndex
-from .quantized.quantized import MEAN_TOKENS
+from .quantized.quantized import VALUE_BITS
 from .selector import LayerShape, Pooling, Selector
 
 MakeSelector: TypeAlias = Callable[..., Selector]
@@ -114,7 +114,7 @@ METHODS: dict[str, MakeSelector] = {
 }
 """What makes a selector, by the name of the method that `Retrieval` and the command line take."""
 
-NAMED_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"quantized": {"mean_tokens": MEAN_TOKENS}}
+NAMED_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"quantized": {"value_bits": VALUE_BITS}}
 """Parameters by method that a certificate names even where nobody sets them: there were certificates before there was
 the parameter, and they are about another method."""
 

@@ -168,30 +168,44 @@ class KeepsState(Protocol):
         ...
 
 
-def choose(selector: Selector, queries: Tensor, position: int, budget: int) -> Selection:
+@runtime_checkable
+class SeesNear(Protocol):
+    """Optional capability: tokens are weighed beside what is attended to anyway."""
+
+    def select_beside(self, queries: Tensor, position: int, budget: int, near: Tensor | None) -> Selection:
+        """As `select`; `near` `[Hq]` float32, see `pooled`."""
+        ...
+
+
+def choose(selector: Selector, queries: Tensor, position: int, budget: int, near: Tensor | None = None) -> Selection:
     """What a selector chooses; one that covers no more tokens than `budget` is not asked.
 
     Parameters
     ----------
     queries : `[Hq, D]` after rotary embedding at `position`.
     budget : tokens for each KV head.
+    near : see `SeesNear`; None if it is not known.
     """
     covered = len(selector)
     if 0 < budget < covered:
+        if isinstance(selector, SeesNear):
+            return selector.select_beside(queries, position, budget, near)
         return selector.select(queries, position, budget)
     ids = torch.arange(selector.start, selector.start + min(budget, covered))
     return Selection(ids.expand(selector.shape.kv_heads, -1), 0)
 
 
-def pooled(scores: Tensor, shape: LayerShape, pooling: Pooling = "max") -> Tensor:
+def pooled(scores: Tensor, shape: LayerShape, pooling: Pooling = "max", near: Tensor | None = None) -> Tensor:
     """The importance of candidates for each KV head: softmax of each query head, then its maximum or sum in the group.
 
     The softmax comes first because heads of one group differ in temperature (ShadowKV, arXiv 2410.21465, section 4;
-    RetroInfer, arXiv 2505.02922, sums).
+    RetroInfer, arXiv 2505.02922, sums). With `near`, it is that of the whole attention: a head that looks at sinks and
+    window alone has no say in which candidates are chosen.
 
     Parameters
     ----------
     scores : `[Hq, N]` scaled scores of the candidates; -inf for none.
+    near : `[Hq]` float32, log-sum-exp of the scaled scores of what is attended to anyway; None for nothing.
 
     Returns
     -------
@@ -199,7 +213,11 @@ def pooled(scores: Tensor, shape: LayerShape, pooling: Pooling = "max") -> Tenso
     """
     if pooling not in get_args(Pooling):
         raise ValueError(f"pooling is {pooling!r}; expected one of {', '.join(get_args(Pooling))}")
-    weights = torch.softmax(scores.float(), dim=-1).nan_to_num_(0.0)
+    if near is None:
+        weights = torch.softmax(scores.float(), dim=-1).nan_to_num_(0.0)
+    else:
+        total = torch.logaddexp(scores.float().logsumexp(-1), near)
+        weights = (scores.float() - total[:, None]).exp().nan_to_num_(0.0)
     grouped = weights.view(shape.kv_heads, shape.group, -1)
     return grouped.amax(1) if pooling == "max" else grouped.sum(1)
 

@@ -24,7 +24,7 @@ from ...evaluation.answers import Answer, score_answers
 from ...evaluation.forcing import QUERIES, ForcedModel
 from ...evaluation.questions import Question
 from ...retrieval.coverage import covering
-from ...retrieval.quantized.quantized import MEAN_TOKENS, QuantizedKeyIndex, block_means
+from ...retrieval.quantized.quantized import QuantizedKeyIndex
 from ...retrieval.registry import selector_by_name
 from ...retrieval.selector import LayerShape, LearnsFromQueries, Selection, Selector, pooled
 
@@ -35,8 +35,9 @@ _LEAST_WINDOW_TOKENS = 16
 _OBSERVED = 1024  # queries that are handed to a selector at once
 _GAP = 1e-3  # of a share, beyond the last one that is measured
 
-Choose: TypeAlias = Callable[[Tensor, int, int], "_Choice"]
-"""What is chosen for queries `[Hq, T, D]` of tokens from a position on, within a budget."""
+Choose: TypeAlias = Callable[[Tensor, int, int, Tensor], "_Choice"]
+"""What is chosen for queries `[Hq, T, D]` of tokens from a position on, within a budget, beside what is attended to
+anyway (log-sum-exp of its scores `[H, T, G]`)."""
 
 
 def window_of(context_tokens: int) -> int:
@@ -75,10 +76,12 @@ class _Choice:
     ids : `[H, T, K]`, -1 for none.
     scores : `[H, T, G, N]`, of all tokens that are chosen from, as far as the method knows; None if it estimates
         nothing.
+    values : `[H, N, Dv]`, what stands for theirs then.
     """
 
     ids: Tensor
     scores: Tensor | None = None
+    values: Tensor | None = None
 
 
 class _Context:
@@ -88,7 +91,6 @@ class _Context:
         self.chunk, _ = model.run(ids)
         self.shape, self.window_tokens = layer_shape(model.layers), window_of(len(ids))
         self._made: dict[str, list[Choose]] = {}
-        self._means: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.chunk)
@@ -103,12 +105,6 @@ class _Context:
         """Keys and values of what is chosen from."""
         here = slice(SINK_TOKENS, len(self) - self.window_tokens)
         return self.chunk.keys[layer, :, here], self.chunk.values[layer, :, here]
-
-    def means(self, layer: int) -> Tensor:
-        """Mean values of what is chosen from, as `QuantizedKeyIndex` has them."""
-        if layer not in self._means:
-            self._means[layer] = block_means(self.covered(layer)[1].float(), MEAN_TOKENS, lead=SINK_TOKENS)
-        return self._means[layer]
 
     def choose(self, method: str, layer: int) -> Choose:
         """How a method chooses in a layer, built when it is first asked for."""
@@ -167,23 +163,24 @@ class _Attention:
         covered_keys, covered_values = (each.float() for each in context.covered(layer))
         far = (rows @ covered_keys.mT).view(heads, count, group, -1)
         budget = max(1, int(self.way.ratio * len(context)) - SINK_TOKENS - context.window_tokens)
-        choice = context.choose(self.way.method, layer)(queries, self.first, budget)
+        of_near = near.logsumexp(-1)
+        choice = context.choose(self.way.method, layer)(queries, self.first, budget, of_near)
         ids = choice.ids.to(queries.device)
         if self.way.coverage is not None:
-            ids = self._pruned(ids, queries, covered_keys, near.logsumexp(-1))
+            ids = self._pruned(ids, queries, covered_keys, of_near)
         missing, at = ids < 0, (ids - SINK_TOKENS).clamp(min=0)[:, :, None].expand(-1, -1, group, -1)
         self.chosen.append((~missing).sum(-1).float().mean())
         of_chosen = far.gather(3, at).masked_fill_(missing[:, :, None], -torch.inf)
         known = near.shape[-1] + ids.shape[-1]
-        parts, masses = [near, of_chosen], None
+        parts, shares = [near, of_chosen], None
         if choice.scores is not None:
-            masses, lse = _rest(choice.scores, at, missing[:, :, None])
+            shares, lse = _rest(choice.scores, at, missing[:, :, None])
             parts.append(lse)
         weights = torch.cat(parts, -1).softmax(-1)
         spread = far.zero_().scatter_add_(3, at, weights[..., near.shape[-1] : known])  # zeros where nothing is chosen
         out = weights[..., : near.shape[-1]].flatten(1, 2) @ pinned_values + spread.flatten(1, 2) @ covered_values
-        if masses is not None:
-            out += (masses * weights[..., known:]).flatten(1, 2) @ context.means(layer)
+        if shares is not None and choice.values is not None:
+            out += shares.mul_(weights[..., known:]).flatten(1, 2) @ choice.values
         return out.view(heads, count, group, -1).transpose(1, 2).flatten(0, 1).to(values.dtype)
 
     def _pruned(self, ids: Tensor, queries: Tensor, keys: Tensor, near: Tensor) -> Tensor:
@@ -251,16 +248,15 @@ def _asked(model: ForcedModel, context: _Context, questions: Sequence[Question],
 
 
 def _rest(scores: Tensor, at: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the tokens that were not chosen: shares of their softmax by blocks, as mean values stand for `MEAN_TOKENS`,
-    `[H, T, G, n]`, and the log-sum-exp of their scores `[H, T, G, 1]`. Overwrites `scores`; `at` from 0 on.
+    """Of the tokens that were not chosen: their softmax `[H, T, G, N]`, and the log-sum-exp of their scores.
+
+    That is `[H, T, G, 1]`. Overwrites `scores`; `at` from 0 on.
     """
     peak = scores.amax(-1, keepdim=True)
     weights = scores.sub_(peak).exp_()
     weights.scatter_add_(3, at, -weights.gather(3, at).masked_fill_(missing, 0.0))  # those chosen become 0
-    pads = (SINK_TOKENS, -(SINK_TOKENS + weights.shape[-1]) % MEAN_TOKENS)
-    masses = torch.nn.functional.pad(weights, pads).unflatten(-1, (-1, MEAN_TOKENS)).sum(-1)
-    total = masses.sum(-1, keepdim=True)
-    return masses / total.clamp(min=torch.finfo(torch.float32).tiny), peak + total.log()
+    total = weights.sum(-1, keepdim=True)
+    return weights.div_(total.clamp(min=torch.finfo(torch.float32).tiny)), peak + total.log()
 
 
 def _choice(method: str, shape: LayerShape, context: KVChunk, layer: int, window_tokens: int) -> Choose:
@@ -270,9 +266,10 @@ def _choice(method: str, shape: LayerShape, context: KVChunk, layer: int, window
     if method == "exact":
         return _by_keys(shape, keys.float())
     if method in ("quantized", ALONE):
-        index = QuantizedKeyIndex(shape, start=SINK_TOKENS, device=keys.device)
+        index = QuantizedKeyIndex(shape, start=SINK_TOKENS, value_bits=int(method != ALONE), device=keys.device)
         index.add(keys, values)
-        return _by_keys(shape, index.approximate_keys, knows_the_rest=method != ALONE)
+        values_read = None if method == ALONE else index.approximate_values
+        return _by_keys(shape, index.approximate_keys, values_read, sees_near=True)
     selector = selector_by_name(method, shape, layer, start=SINK_TOKENS)
     selector.add(keys.cpu(), values.cpu())
     if isinstance(selector, LearnsFromQueries):
@@ -283,17 +280,20 @@ def _choice(method: str, shape: LayerShape, context: KVChunk, layer: int, window
     return _by_selector(selector)
 
 
-def _by_keys(shape: LayerShape, keys: Tensor, *, knows_the_rest: bool = False) -> Choose:
-    """The best by the scores of these keys `[H, N, D]`."""
+def _by_keys(shape: LayerShape, keys: Tensor, values: Tensor | None = None, *, sees_near: bool = False) -> Choose:
+    """The best by the scores of these keys `[H, N, D]`, see `SeesNear`; `values` `[H, N, Dv]` stand for those of the
+    rest.
+    """
 
-    def choose(queries: Tensor, _: int, budget: int) -> _Choice:
+    def choose(queries: Tensor, _: int, budget: int, near: Tensor) -> _Choice:
         (_, count, dim), heads = queries.shape, shape.kv_heads
         asked = queries.float().view(heads, shape.group, count, dim).transpose(1, 2).flatten(1, 2)
         scores = (asked @ keys.mT * shape.scale).reshape(heads * count * shape.group, -1)
         each = LayerShape(heads * count, shape.group, dim, shape.scale)
-        best = pooled(scores, each).topk(min(budget, keys.shape[1]), dim=1, sorted=False).indices
+        importance = pooled(scores, each, near=near.flatten() if sees_near else None)
+        best = importance.topk(min(budget, keys.shape[1]), dim=1, sorted=False).indices
         ids = (best + SINK_TOKENS).view(heads, count, -1)
-        return _Choice(ids, scores.view(heads, count, shape.group, -1) if knows_the_rest else None)
+        return _Choice(ids, scores.view(heads, count, shape.group, -1) if values is not None else None, values)
 
     return choose
 
@@ -301,7 +301,7 @@ def _by_keys(shape: LayerShape, keys: Tensor, *, knows_the_rest: bool = False) -
 def _by_selector(selector: Selector) -> Choose:
     """What a selector chooses for one token after the other."""
 
-    def choose(queries: Tensor, first: int, budget: int) -> _Choice:
+    def choose(queries: Tensor, first: int, budget: int, _: Tensor) -> _Choice:
         wide = queries.float().cpu()
         rows = [selector.select(wide[:, t], first + t, budget).ids for t in range(queries.shape[1])]
         width = max(row.shape[1] for row in rows)

@@ -51,7 +51,7 @@ MEANING = (
     "and tokens. KL: of the gold answer's tokens to full attention, nats a token. Values: share of the values that "
     "greedy decoding gives behind the gold answer so far. A coverage chooses "
     f"within {BOUND_RATIO:.0%}, then keeps the fewest tokens that hold its share of the attention. "
-    "`quantized` also attends to the tokens that are not chosen, by mean values; all others drop them. A context "
+    "`quantized` also attends to the tokens that are not chosen, by values of one bit; all others drop them. A context "
     f"states {EXTRACTED} facts: extract asks for all at once, a needle for one of them. All questions about a context "
     "share its keys and values. Intervals of 95 %: contexts drawn anew, with all their questions."
 )

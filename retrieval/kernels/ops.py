@@ -111,7 +111,9 @@ def tile_scores(queries: Tensor, tiles: Tensor, firsts: Tensor, counts: Tensor, 
     return ((queries.float() * scale).view(H, -1, queries.shape[1]) @ rows.float().mT).flatten(0, 1)
 
 
-def top_pooled(scores: Tensor, kv_heads: int, k: int, *, pooling: Pooling = "max") -> Tensor:
+def top_pooled(
+    scores: Tensor, kv_heads: int, k: int, *, pooling: Pooling = "max", near: Tensor | None = None
+) -> Tensor:
     """The k candidates of each KV head with the largest `pooled` softmax; the last ones among equals.
 
     Sums below the smallest normal float32 may count as equal; on a device, importances are compared in steps of 1/2048
@@ -120,6 +122,7 @@ def top_pooled(scores: Tensor, kv_heads: int, k: int, *, pooling: Pooling = "max
     Parameters
     ----------
     scores : `[Hq, N]` float32, scaled, without NaN; each row has a finite number.
+    near : `[Hq]` float32, see `pooled`.
 
     Returns
     -------
@@ -134,18 +137,21 @@ def top_pooled(scores: Tensor, kv_heads: int, k: int, *, pooling: Pooling = "max
     if k < 0:
         raise ValueError(f"k is {k}; expected at least 0")
     count = scores.shape[1]
+    if near is not None and (near.shape, near.dtype) != (scores.shape[:1], torch.float32):
+        raise ValueError(f"near is {near.dtype} {list(near.shape)}; expected torch.float32 [{len(scores)}]")
     if k == 0 or k >= count:
         return torch.arange(min(k, count), device=scores.device).expand(kv_heads, -1).contiguous()
     if scores.is_cuda:
         from . import top_triton
 
         with torch.cuda.device(scores.device):
-            return top_triton.top_pooled(scores, kv_heads, k, pooling)
+            return top_triton.top_pooled(scores, kv_heads, k, pooling, near=near)
     kernel = compiled_for_cpu()
     if kernel is not None:
-        ids: Tensor = kernel.top_pooled(scores, kv_heads, k, pooling)
+        ids: Tensor = kernel.top_pooled(scores, kv_heads, k, pooling, near)
         return ids
-    grouped = scores.view(kv_heads, -1, count).log_softmax(-1)
+    total = scores.logsumexp(1) if near is None else torch.logaddexp(scores.logsumexp(1), near)
+    grouped = (scores - total[:, None]).view(kv_heads, -1, count)
     importance = grouped.amax(1) if pooling == "max" else grouped.logsumexp(1)
     backwards = importance.flip(1).argsort(dim=1, descending=True, stable=True)[:, :k]
     return (count - 1 - backwards).sort(dim=1).values

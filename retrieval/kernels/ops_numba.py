@@ -99,11 +99,12 @@ def tile_scores(queries: Tensor, tiles: Tensor, firsts: Tensor, ends: Tensor, co
     return scores
 
 
-def top_pooled(scores: Tensor, kv_heads: int, k: int, pooling: str) -> Tensor:
+def top_pooled(scores: Tensor, kv_heads: int, k: int, pooling: str, near: Tensor | None) -> Tensor:
     """See ops.py; k is above 0 and below N."""
     ids = torch.empty(kv_heads, k, dtype=torch.int64)
     grouped = scores.contiguous().numpy().reshape(kv_heads, -1, scores.shape[1])
-    run(_top, grouped, pooling == "sum", ids.numpy())
+    others = torch.full(scores.shape[:1], -torch.inf) if near is None else near.contiguous()
+    run(_top, grouped, others.view(kv_heads, -1).numpy(), pooling == "sum", ids.numpy())
     return ids
 
 
@@ -324,7 +325,7 @@ def _score_tiles(
 
 
 @compiled()
-def _top_of_head(scores: Any, adds: Any, ids: Any) -> None:
+def _top_of_head(scores: Any, near: Any, adds: Any, ids: Any) -> None:
     """The k largest of one KV head: log-sum-exp of each query head in blocks that fit a first-level cache, pooled."""
     count, block = scores.shape[1], 2048
     importance, room, bits = np.empty(count, np.float32), np.empty(block, np.float32), np.empty(block, np.int32)
@@ -340,6 +341,8 @@ def _top_of_head(scores: Any, adds: Any, ids: Any) -> None:
             for n in range(some):
                 total += room[n]
         lse = top + np.log(total)
+        most = max(lse, near[g])
+        lse = most + np.log(np.exp(lse - most) + np.exp(near[g] - most))
         if not adds:
             for n in range(count):
                 importance[n] = max(importance[n], scores[g, n] - lse)
@@ -354,6 +357,6 @@ def _top_of_head(scores: Any, adds: Any, ids: Any) -> None:
 
 
 @compiled(parallel=True)
-def _top(scores: Any, adds: Any, ids: Any) -> None:
+def _top(scores: Any, near: Any, adds: Any, ids: Any) -> None:
     for h in prange(len(scores)):
-        _top_of_head(scores[h], adds, ids[h])
+        _top_of_head(scores[h], near[h], adds, ids[h])

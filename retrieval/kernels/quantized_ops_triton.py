@@ -34,6 +34,63 @@ def quantized_scores(
     return scores, parts
 
 
+def quantized_sums(weights: Tensor, words: Tensor, scales: Tensor, means: Tensor) -> Tensor:
+    """See quantized_ops.py."""
+    (H, n, rows, D), Hq = words.shape, len(weights)
+    sums = torch.empty(Hq, n, D, device=weights.device)
+    _quantized_sums[(H, n)](
+        weights.contiguous(), words, scales, means, sums, words.stride(0), scales.stride(0), means.stride(0),
+        n, D, Hq // H, ROWS=rows, BLOCK_GROUP=power(Hq // H), BLOCK_DIM=power(D),
+    )  # fmt: skip
+    return sums.sum(1)
+
+
+@triton.jit
+def _quantized_sums(
+    weights,
+    words,
+    scales,
+    means,
+    sums,
+    words_step,
+    scales_step,
+    means_step,
+    groups,
+    D,
+    group,
+    ROWS: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    """For each group of 32 ROWS tokens of a KV head: over words, unpack the signs of 32 tokens, `weights * scales @
+    signs` of the query heads, plus the weights' sum times the group's mean.
+
+    Grid: (H, n). Query heads and channels past the end are masked. Signs are exact in half precision, to which products
+    of weight and scale are rounded after division by the largest of 32; sums are float32. A token reads D / 8 + 2
+    bytes, once for its group, and 4 bytes for each query head.
+    """
+    head, block = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    t, g, d = tl.arange(0, 32), tl.arange(0, BLOCK_GROUP), tl.arange(0, BLOCK_DIM)
+    at = head * group + g
+    total = tl.zeros((BLOCK_GROUP,), dtype=tl.float32)
+    found = tl.zeros((BLOCK_GROUP, BLOCK_DIM), dtype=tl.float32)
+    for r in range(ROWS):
+        token = (block * ROWS + r) * 32 + t
+        row = tl.load(weights + at[:, None] * (groups * ROWS * 32) + token[None, :], mask=g[:, None] < group, other=0.0)
+        own = tl.load(scales + head * scales_step + token).to(tl.float32)
+        shares = row * own[None, :]
+        unit = tl.maximum(tl.max(shares, 1), 1e-30)
+        word = tl.load(words + head * words_step + (block * ROWS + r) * D + d, mask=d < D, other=0)
+        signs = (2 * ((word[None, :] >> t[:, None]) & 1) - 1).to(tl.float16)
+        found += tl.dot((shares / unit[:, None]).to(tl.float16), signs) * unit[:, None]
+        total += tl.sum(row, 1)
+    mean = tl.load(means + head * means_step + block * D + d, mask=d < D, other=0.0).to(tl.float32)
+    found += total[:, None] * mean[None, :]
+    tl.store(
+        sums + at[:, None] * (groups * D) + block * D + d[None, :], found, mask=(g[:, None] < group) & (d[None, :] < D)
+    )
+
+
 @triton.jit
 def _quantized_scores(
     queries,

@@ -26,6 +26,7 @@ def top_pooled(
     k: int,
     pooling: str,
     *,
+    near: Tensor | None = None,
     parts: Tensor | None = None,
     start: int = 0,
     block: int = BLOCK,
@@ -37,6 +38,7 @@ def top_pooled(
 
     Parameters
     ----------
+    near : see ops.py.
     parts : `[2, Hq, P]` float32, largest score and sum of exponentials less it of parts of each row; None to make them.
     start : number of the first candidate.
     """
@@ -51,8 +53,8 @@ def top_pooled(
     ids = torch.empty(kv_heads, k, dtype=torch.int64, device=device)
     grid, width = (kv_heads, blocks), parts.shape[2]
     _pool[grid](
-        scores, parts, steps, held, N, group, Hq, width, STEPS_A_NAT, LEAST_NATS,
-        ADDS=pooling == "sum", PARTS=_power(width), BLOCK=block, BINS=BINS,
+        scores, scores if near is None else near.contiguous(), parts, steps, held, N, group, Hq, width, STEPS_A_NAT,
+        LEAST_NATS, ADDS=pooling == "sum", HAS_NEAR=near is not None, PARTS=_power(width), BLOCK=block, BINS=BINS,
     )  # fmt: skip
     _count_low[grid](steps, held, N, kv_heads, k, BLOCK=block, BINS=BINS)
     _count_blocks[grid](steps, held, counts, N, kv_heads, k, BLOCK=block, BINS=BINS)
@@ -100,6 +102,7 @@ def _least(held, head, heads, k, BINS: tl.constexpr):
 @triton.jit
 def _pool(
     scores,
+    near,
     parts,
     steps,
     held,
@@ -110,6 +113,7 @@ def _pool(
     steps_a_nat,
     least_nats,
     ADDS: tl.constexpr,
+    HAS_NEAR: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     BINS: tl.constexpr,
@@ -117,8 +121,8 @@ def _pool(
     """For each block of candidates of a KV head: pool the logarithm of the group's softmax, store it in steps, count
     high bytes.
 
-    Grid: (H, ceil(N / BLOCK)). Every program merges the parts of its query heads. A candidate reads 4 bytes for each
-    query head and writes 4; what is past N is not counted. What is below exp(-32) is step 0.
+    Grid: (H, ceil(N / BLOCK)). Every program merges the parts of its query heads, and what is near. A candidate reads 4
+    bytes for each query head and writes 4; what is past N is not counted. What is below exp(-32) is step 0.
     """
     head, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     n = block * BLOCK + tl.arange(0, BLOCK)
@@ -130,6 +134,10 @@ def _pool(
         total = tl.load(parts + (query_heads + at) * width + p, mask=p < width, other=0.0)
         best = tl.max(top, 0)
         lse = best + tl.log(tl.sum(total * tl.exp(top - best), 0))
+        if HAS_NEAR:
+            other = tl.load(near + at)
+            most = tl.maximum(lse, other)
+            lse = most + tl.log(tl.exp(lse - most) + tl.exp(other - most))
         weight = tl.load(scores + at * N + n, mask=n < N, other=-float("inf")) - lse
         pooled = pooled + tl.exp(weight) if ADDS else tl.maximum(pooled, weight)
     if ADDS:

@@ -19,17 +19,9 @@ from ..kernels.quantized_ops import (
     quantized_scores,
 )
 from ..selector import LayerShape, Pooling, Selection, top_ids
+from .values import QuantizedValues
 
-MEAN_TOKENS = 16  # a mean value in 16 bits of so many takes half of what their keys take
-
-
-def block_means(rows: Tensor, size: int, *, lead: int = 0) -> Tensor:
-    """Means `[H, ceil((lead + T) / size), Dv]` of blocks of rows `[H, T, Dv]`, the first of which lacks `lead` rows."""
-    missing = -(lead + rows.shape[1]) % size
-    blocks = torch.nn.functional.pad(rows, (0, 0, lead, missing)).unflatten(1, (-1, size))
-    is_row = torch.nn.functional.pad(torch.ones(rows.shape[1], device=rows.device), (lead, missing))
-    means: Tensor = blocks.sum(2) / is_row.unflatten(0, (-1, size)).sum(1).clamp(min=1)[:, None]
-    return means
+VALUE_BITS = 1  # of a channel
 
 
 class QuantizedKeyIndex:
@@ -44,14 +36,14 @@ class QuantizedKeyIndex:
     Tokens lie in groups of 256 at multiples of 256 of the context. Those of the last group are kept as they are and
     scored exactly until it is full.
 
-    Every token has a score, so what is not chosen is known by its weight. It is attended to, too, by mean values of
-    `mean_tokens` neighbours (RetroInfer, arXiv 2505.02922, estimates clusters by their mean keys and values, and some
-    of them only). A head that attends to many tokens alike loses little that way, and no head takes few tokens for all.
+    Every token has a score, so what is not chosen is known by its weight. It is attended to, too, by values of one bit
+    a channel (RetroInfer, arXiv 2505.02922, estimates clusters by their mean keys and values, and some of them only). A
+    head that attends to many tokens alike loses little that way, and no head takes few tokens for all.
 
     Parameters
     ----------
     start : first token of the context that it covers.
-    mean_tokens : neighbours that a mean value stands for, a divisor of 256; 0 for no estimate of the rest.
+    value_bits : of each channel of a value, 1; 0 for no estimate of the rest.
     pooling : see `pooled`.
     device : where it lies, and its keys and queries.
     """
@@ -63,14 +55,14 @@ class QuantizedKeyIndex:
         shape: LayerShape,
         *,
         start: int = 0,
-        mean_tokens: int = MEAN_TOKENS,
+        value_bits: int = VALUE_BITS,
         pooling: Pooling = "max",
         device: torch.device | None = None,
     ) -> None:
         if start < 0:
             raise ValueError(f"start is {start}; expected at least 0")
-        if mean_tokens < 0 or (mean_tokens and GROUP_TOKENS % mean_tokens):
-            raise ValueError(f"mean_tokens is {mean_tokens}; expected 0 or a divisor of {GROUP_TOKENS}")
+        if value_bits not in (0, 1):
+            raise ValueError(f"value_bits is {value_bits}; expected 0 or 1")
         self.shape, self.start, self._pooling = shape, start, pooling
         self._mix = channel_mixing(shape.head_dim).to(device)
         self._first = start // GROUP_TOKENS * GROUP_TOKENS  # position of the first slot of the first group
@@ -81,9 +73,7 @@ class QuantizedKeyIndex:
         self._means.add(torch.empty(heads, 0, shape.head_dim, dtype=torch.float16, device=device))
         self._tail = torch.empty(heads, 0, shape.head_dim, device=device)  # keys as they are, float32
         self._tokens = 0
-        self._mean_tokens = mean_tokens
-        self._value_means = GrowableTensor(1)  # of blocks of whole groups, float16
-        self._tail_values = self._tail_means = torch.empty(heads, 0, 0, device=device)  # of the tokens of `_tail`
+        self._values = QuantizedValues(start - self._first) if value_bits else None
 
     def __len__(self) -> int:
         return self._tokens
@@ -91,42 +81,35 @@ class QuantizedKeyIndex:
     @property
     def held_bytes(self) -> int:
         of_keys = self._words.nbytes + self._scales.nbytes + self._means.nbytes + self._tail.nbytes
-        return of_keys + self._value_means.nbytes + self._tail_means.nbytes
+        return of_keys + (0 if self._values is None else self._values.held_bytes)
 
     def add(self, keys: Tensor, values: Tensor) -> None:
         self.shape.check_keys(keys)
         pending = torch.cat((self._tail, keys.float()), 1) if self._tail.shape[1] else keys.float()
         lead = 0 if len(self._words) else self.start - self._first  # places before the first of them in their group
         whole = max(0, (lead + pending.shape[1]) // GROUP_TOKENS * GROUP_TOKENS - lead)
-        of_values = self._value_blocks(values.float(), whole, lead) if self._mean_tokens else None
+        of_values = None if self._values is None else self._values.coded(values, whole)
         if whole:
             first = GROUP_TOKENS - lead
             self._quantize(pending[:, None, :first])
             if whole > first:
                 self._quantize(pending[:, first:whole].unflatten(1, (-1, GROUP_TOKENS)))
         self._tail = pending[:, whole:].clone()
-        if of_values is not None:
-            means, self._tail_values, self._tail_means = of_values
-            self._value_means.add(means)
+        if of_values is not None and self._values is not None:
+            self._values.add(of_values)
         self._tokens += keys.shape[1]
 
-    def _value_blocks(self, values: Tensor, whole: int, lead: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean values of the next `whole` tokens, which complete groups; the values behind them, and their means."""
-        pending = torch.cat((self._tail_values, values), 1) if self._tail_values.shape[1] else values
-        means = block_means(pending[:, :whole], self._mean_tokens, lead=lead if whole else 0).half()
-        if not bool(means.isfinite().all()) or not bool(values.sum().isfinite()):
-            raise ValueError("mean values leave the range of float16; the context they come from cannot be searched")
-        tail = pending[:, whole:].clone()
-        return means, tail, block_means(tail, self._mean_tokens, lead=0 if whole else lead % self._mean_tokens)
-
     def select(self, queries: Tensor, position: int, budget: int) -> Selection:
+        return self.select_beside(queries, position, budget, None)
+
+    def select_beside(self, queries: Tensor, position: int, budget: int, near: Tensor | None) -> Selection:
         self.shape.check_query(queries, budget)
         heads, tokens = self.shape.kv_heads, len(self)
         if budget >= tokens or not budget:
             return Selection(top_ids(torch.empty(heads, tokens), budget, self.start), 0)
         scores, first = self.scores(queries)
-        ids = top_pooled(scores, heads, budget, pooling=self._pooling)
-        rest = partial(self._rest, scores, first) if self._mean_tokens else None
+        ids = top_pooled(scores, heads, budget, pooling=self._pooling, near=near)
+        rest = None if self._values is None else partial(_rest, self._values, scores, first)
         return Selection(ids + first, self.held_bytes, heads * self._tail.shape[1], rest)
 
     @property
@@ -135,6 +118,18 @@ class QuantizedKeyIndex:
         first = self.start - self._first
         read = dequantize_keys(self._words.all, self._scales.all, self._means.all).flatten(1, 2)[:, first:] @ self._mix
         return torch.cat((read, self._tail), 1)
+
+    @property
+    def approximate_values(self) -> Tensor:
+        """What stands for the values of tokens that are not chosen, `[H, T, Dv]` float32.
+
+        Raises
+        ------
+        ValueError : there is no estimate of the rest.
+        """
+        if self._values is None:
+            raise ValueError("value_bits is 0; expected 1: nothing stands for what is not chosen")
+        return self._values.approximate
 
     def scores(self, queries: Tensor) -> tuple[Tensor, int]:
         """Scaled scores `[Hq, N]` of the tokens from a position on, and that position; -inf before `start`."""
@@ -146,21 +141,6 @@ class QuantizedKeyIndex:
         if self._tail.shape[1]:
             found = torch.cat((found, landmark_scores(wide, self._tail, scale=scale)), 1)
         return found, self._first
-
-    def _rest(self, scores: Tensor, first: int, ids: Tensor) -> PartialAttention:
-        """Attention over all tokens but `ids` by their scores `[Hq, N]` from `first` on, and mean values."""
-        heads, group, size = self.shape.kv_heads, self.shape.group, self._mean_tokens
-        lead = (first - self._first) % size
-        # a block more, into which ids of none go
-        left = torch.nn.functional.pad(scores, (lead, size + -(lead + scores.shape[1]) % size), value=-torch.inf)
-        at = torch.where(ids < 0, left.shape[1] - 1, ids - first + lead).to(left.device)
-        left.scatter_(1, at.repeat_interleave(group, 0), -torch.inf)
-        peak = left.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-        masses = left.sub_(peak).exp_().unflatten(1, (-1, size)).sum(-1)[:, :-1]
-        total = masses.sum(1)
-        of_groups, of_tail = masses.view(heads, group, -1).split((len(self._value_means), self._tail_means.shape[1]), 2)
-        out = (of_groups @ self._value_means.all.float() + of_tail @ self._tail_means).flatten(0, 1)
-        return out / total.clamp(min=torch.finfo(torch.float32).tiny)[:, None], peak[:, 0] + total.log()
 
     def _quantize(self, keys: Tensor) -> None:
         """Adds groups `[H, n, size, D]`; of the first group, the slots before `start` are made of its mean."""
@@ -175,3 +155,16 @@ class QuantizedKeyIndex:
         self._words.add(words)
         self._scales.add(scales)
         self._means.add(means)
+
+
+def _rest(values: QuantizedValues, scores: Tensor, first: int, ids: Tensor) -> PartialAttention:
+    """Attention over all tokens but `ids` by their scores `[Hq, N]` from `first` on, and approximate values."""
+    group = scores.shape[0] // ids.shape[0]
+    left = torch.nn.functional.pad(scores, (0, 1), value=-torch.inf)  # a token more, which ids of none name
+    at = torch.where(ids < 0, scores.shape[1], ids - first).to(left.device)
+    left.scatter_(1, at.repeat_interleave(group, 0), -torch.inf)
+    peak = left.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+    weights = left.sub_(peak).exp_()[:, :-1]
+    total = weights.sum(1)
+    out = values.sums(weights) / total.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    return out, peak[:, 0] + total.log()

@@ -19,6 +19,7 @@ from kvloom.evaluation.questions import Question
 from kvloom.retrieval.attention import attend, attend_at, attend_selected
 from kvloom.retrieval.exact import ExactSelector
 from kvloom.retrieval.quantized.quantized import QuantizedKeyIndex
+from kvloom.retrieval.selector import choose
 
 from ..support.models import make_model
 
@@ -85,7 +86,7 @@ def _token_by_token(forced: ForcedModel, question: Question, ratio: float) -> fl
             query = queries[:, place]
             near = attend(query, keys[:, seen], values[:, seen], scale=shape.scale)
             ids = partial(attend_at, query, keys, values, scale=shape.scale)
-            rows.append(attend_selected(near, selector.select(query, first + place, budget), ids)[0])
+            rows.append(attend_selected(near, choose(selector, query, first + place, budget, near[1]), ids)[0])
         return torch.stack(rows, 1)
 
     outputs = forced.continued(prefix, torch.tensor([question.asked[-1], *question.answer[:-1]]), attend_layer)
@@ -101,8 +102,9 @@ def test_choices_for_all_tokens_at_once_are_those_of_the_selectors(forced: Force
     for method, make in (("exact", ExactSelector), ("quantized", QuantizedKeyIndex)):
         selector = make(shape, start=SINK_TOKENS)
         selector.add(context.keys[1, :, covered], context.values[1, :, covered])
-        at_once = pretrained._choice(method, shape, context, 1, WINDOW)(queries, len(context), 20).ids
-        one_by_one = pretrained._by_selector(selector)(queries, len(context), 20).ids
+        nothing = torch.full((shape.kv_heads, 3, shape.group), -math.inf)
+        at_once = pretrained._choice(method, shape, context, 1, WINDOW)(queries, len(context), 20, nothing).ids
+        one_by_one = pretrained._by_selector(selector)(queries, len(context), 20, nothing).ids
         rows = zip(at_once.flatten(0, 1).tolist(), one_by_one.flatten(0, 1).tolist(), strict=True)
         shared = [len(set(a) & set(b)) for a, b in rows]
         assert min(shared) >= 19, method  # products in another order may swap the last of nearly equal ones

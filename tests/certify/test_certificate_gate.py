@@ -81,7 +81,7 @@ def test_more_questions_than_are_remembered_from_several_threads() -> None:
 
 
 def test_certificates_of_retrieval_from_before_the_rest_was_estimated_cover_it_no_longer() -> None:
-    retrieval, alone = Retrieval(budget_ratio=0.06), Retrieval(budget_ratio=0.06, parameters={"mean_tokens": 0})
+    retrieval, alone = Retrieval(budget_ratio=0.06), Retrieval(budget_ratio=0.06, parameters={"value_bits": 0})
     figures = {"kl": FIGURE, "needle_loss": FIGURE}
     before = Certificate(SPEC, retrieval.form[0], {**retrieval.fields, "parameters": {}}, figures)
     with pytest.raises(UncertifiedError, match="retrieval 'quantized'"):
@@ -90,4 +90,4 @@ def test_certificates_of_retrieval_from_before_the_rest_was_estimated_cover_it_n
     assert require_certificate(CertificateGate([before, now]), retrieval, SPEC) is now
     with pytest.raises(UncertifiedError, match="retrieval 'quantized'"):
         require_certificate(CertificateGate([before, now]), alone, SPEC)
-    assert '"mean_tokens":16' in retrieval.form[1].replace(" ", "")
+    assert '"value_bits":1' in retrieval.form[1].replace(" ", "")

@@ -269,6 +269,20 @@ def test_top_pooled(heads, count, k, spread, pooling, seed) -> None:
     torch.testing.assert_close(weights.gather(1, ids).sum(1), best, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("pooling", ["max", "sum"])
+def test_top_pooled_weighs_beside_what_is_near(pooling, compiled, monkeypatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(ops, "compiled_for_cpu", lambda: None)
+    scores, near = 3 * numbers(6, 500, seed=1), torch.tensor([-math.inf, 9.0, 0.0, 20.0, 12.0, 11.0])
+    whole = torch.cat((scores, near[:, None]), 1).double().softmax(1)[:, :-1].view(2, 3, -1)
+    weights = whole.amax(1) if pooling == "max" else whole.sum(1)
+    torch.testing.assert_close(pooled(scores, LayerShape(2, 3, 1, 1.0), pooling, near).double(), weights)
+    ids = ops.top_pooled(scores, 2, 20, pooling=pooling, near=near)
+    torch.testing.assert_close(weights.gather(1, ids).sum(1), weights.topk(20, dim=1).values.sum(1))
+    assert not torch.equal(ids, ops.top_pooled(scores, 2, 20, pooling=pooling))
+
+
 @pytest.mark.parametrize("pooling", ["max", "sum"])
 def test_top_pooled_prefers_the_last_of_equals(pooling) -> None:
     scores = torch.tensor([[2.0, 0.0, 2.0, 2.0, -math.inf], [0.0, 0.0, 0.0, 0.0, 0.0]])
@@ -345,6 +359,7 @@ def runs(firsts: list[list[int]], counts: list[list[int]]) -> Tensor:
         ("ranges sum to", lambda: runs([[0], [0]], [[1], [2]])),
         ("k is -1", lambda: ops.top_pooled(torch.zeros(2, 3), 1, -1)),
         ("scores are", lambda: ops.top_pooled(torch.zeros(3, 3), 2, 1)),
+        ("near is", lambda: ops.top_pooled(torch.zeros(4, 3), 2, 1, near=torch.zeros(2))),
         ("'mean'", lambda: ops.top_pooled(torch.zeros(2, 3), 1, 1, pooling="mean")),
         ("factor is", lambda: rebuild_with(factor=torch.zeros(5, 4))),
         ("factor is", lambda: rebuild_with(factor=torch.zeros(5, 3, dtype=torch.uint8))),

@@ -101,6 +101,15 @@ def test_top_pooled(count: int, k: int, spread: float, pooling: str) -> None:
     assert bool((left.amax(1) <= taken.amin(1) * 1.0006 + 2e-14).all())
 
 
+@pytest.mark.parametrize("pooling", ["max", "sum"])
+def test_top_pooled_weighs_beside_what_is_near(pooling: str) -> None:
+    scores, near = 3 * numbers(6, 500, seed=1), torch.tensor([-math.inf, 9.0, 0.0, 20.0, 12.0, 11.0])
+    weights = pooled(scores.double(), LayerShape(2, 3, 1, 1.0), pooling, near.double())
+    ids = top_triton.top_pooled(on(scores), 2, 20, pooling, near=on(near), block=64).cpu()
+    # steps of 1/2048 nat
+    torch.testing.assert_close(weights.gather(1, ids).sum(1), weights.topk(20, dim=1).values.sum(1), rtol=5e-4, atol=0)
+
+
 def test_top_pooled_takes_the_parts_of_rows() -> None:
     """What was summed when the scores were made, in other pieces, gives the same choice."""
     scores = 4 * numbers(4, 512, seed=1)
@@ -207,6 +216,26 @@ def test_quantized_scores(heads, dim, groups, dtype, seed) -> None:
     torch.testing.assert_close((top + total.log()).logsumexp(1), found.cpu().logsumexp(1), rtol=1e-5, atol=1e-5)
 
 
+@settings(max_examples=15)
+@given(
+    heads=st.tuples(st.integers(1, 2), st.sampled_from([1, 3, 20])),
+    dim=st.sampled_from([5, 32, 64]),
+    groups=st.integers(1, 2),
+    seed=st.integers(0, 99),
+)
+def test_quantized_sums(heads, dim, groups, seed) -> None:
+    (H, G) = heads
+    values = numbers(H, groups, 256, dim, seed=seed) + 1
+    means = values.mean(2).half()
+    words, scales = quantized_ops.quantize_values(values, means.float())
+    weights = numbers(H * G, groups * 256, seed=seed + 1).abs() ** 8 * 1e-6  # far apart, as a softmax is
+    true = quantized_ops.quantized_sums(weights, words, scales, means)
+    room = [torch.cat((part, part), 1)[:, :groups] for part in (words, scales, means)]
+    found = quantized_ops_triton.quantized_sums(on(weights), *map(on, room))
+    scale = float(weights.sum(1).max())
+    torch.testing.assert_close(found.cpu(), true, rtol=2e-3, atol=2e-3 * scale)
+
+
 @pytest.mark.slow
 @settings(max_examples=30)
 @given(
@@ -263,13 +292,16 @@ for of_queries in (f16, f32):
           IS_ONE_DTYPE=one, TILE=16, BLOCK=128, BLOCK_GROUP=16, BLOCK_RANK=32)
     build(q._quantized_scores, dict(queries=of_queries, words=i32, scales=f16, means=f16, scores=f32, parts=f32,
           scale="fp32"), W=8, SIZE=256, BLOCK_GROUP=16)
+    build(q._quantized_sums, dict(weights=f32, words=i32, scales=f16, means=f16, sums=f32),
+          ROWS=8, BLOCK_GROUP=16, BLOCK_DIM=128)
     for split in (64, 256):
         build(a._gather_attend, dict(queries=of_queries, keys=f16, values=f16, ids=i64, out=f32, lse=f32, scale="fp32"),
               IS_ONE_DTYPE=one, SPLIT=split, BLOCK=32, BLOCK_GROUP=16, BLOCK_DIM=128, BLOCK_V_DIM=128)
 build(a._merge, dict(outs=f32, lses=f32, out=f32, lse=f32), SPLITS=64, BLOCK=16, BLOCK_V_DIM=128)
 build(t._parts, dict(scores=f32, parts=f32), BLOCK=1024)
 for adds in (True, False):
-    build(t._pool, dict(scores=f32, parts=f32, steps=i32, held=i32), ADDS=adds, PARTS=512, BLOCK=1024, BINS=256)
+    build(t._pool, dict(scores=f32, near=f32, parts=f32, steps=i32, held=i32), ADDS=adds, HAS_NEAR=True, PARTS=512,
+          BLOCK=1024, BINS=256)
 build(t._count_low, dict(steps=i32, held=i32), BLOCK=1024, BINS=256)
 build(t._count_blocks, dict(steps=i32, held=i32, counts=i32), BLOCK=1024, BINS=256)
 build(t._write, dict(steps=i32, held=i32, counts=i32, ids=i64), BLOCKS=128, BLOCK=1024, BINS=256)

@@ -15,7 +15,7 @@ from kvloom.connectors.vllm.retrieval.paged_index import PagedRetrieval
 from kvloom.connectors.vllm.retrieval.rows import DecodeRow, PromptPart, kept_queries, window_grid
 from kvloom.retrieval.attention import attend, attend_at, attend_selected
 from kvloom.retrieval.coverage import covering
-from kvloom.retrieval.selector import LayerShape
+from kvloom.retrieval.selector import LayerShape, choose
 from kvloom.retrieval.settings import CHUNK_TOKENS, Retrieval
 
 from .test_paged_layers import Backend
@@ -115,19 +115,19 @@ def test_the_default_method_counts_what_it_does_not_choose(
     blocks = torch.randperm(count)
     cache, slots = torch.randn(count, H, N, 2 * D), blocks[positions // N] * N + positions % N
     Backend(packing).do_kv_cache_update(None, keys.transpose(0, 1), values.transpose(0, 1), cache, slots)
-    for mean_tokens in (0, 16):
-        paged = paged_of(packing, method="quantized", coverage=coverage, parameters={"mean_tokens": mean_tokens})
+    for value_bits in (0, 1):
+        paged = paged_of(packing, method="quantized", coverage=coverage, parameters={"value_bits": value_bits})
         paged.wrote(slots, len(cache))
         found = attended(paged, 0, DecodeRow(0, 0, tokens - 1, blocks), query, cache, kernel_of(packing))
-        if not mean_tokens:
+        if not value_bits:
             rows.append(found)
             continue
         stop = paged.stop(tokens - 1)
         selector = paged.retrieval.selector(SHAPE, 0)
         selector.add(keys[:, SINKS:stop], values[:, SINKS:stop])
-        chosen = selector.select(query, tokens - 1, paged.retrieval.budget(len(selector)))
         seen = torch.cat((torch.arange(SINKS), torch.arange(stop, tokens)))
         near = attend(query, keys[:, seen], values[:, seen], scale=SHAPE.scale)
+        chosen = choose(selector, query, tokens - 1, paged.retrieval.budget(len(selector)), near[1])
         if coverage is not None:
             of_chosen = keys.gather(1, chosen.ids[..., None].expand(-1, -1, D))
             chosen = covering(chosen, of_chosen, query, near[1], coverage=coverage, scale=SHAPE.scale)

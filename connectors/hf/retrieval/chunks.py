@@ -175,11 +175,12 @@ class IndexedChunks:
         asked, scale = queries.cpu(), self._plan.shapes[layer].scale
         if self.index.learns:
             self._step_queries[layer].append(asked)
-        selection = choose(selector, asked, position, budget)
+        of_near = near[1].cpu()
+        selection = choose(selector, asked, position, budget, of_near)
         coverage = self._plan.retrieval.coverage
         if coverage is not None:
             keys = self._pages[layer].keys_at(selection.ids)
-            selection = covering(selection, keys, asked, near[1].cpu(), coverage=coverage, scale=scale)
+            selection = covering(selection, keys, asked, of_near, coverage=coverage, scale=scale)
         self._counts.read_bytes += selection.read_bytes
         self._counts.chosen_tokens += int((selection.ids >= 0).sum())
         return attend_selected(near, selection, partial(self._pages[layer].attend, asked, scale=scale))

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ....errors import KVLoomError
-from ....retrieval.attention import PartialAttention, attend, attend_selected, merge
+from ....retrieval.attention import PartialAttention, attend, attend_selected
 from ....retrieval.coverage import covering
 from ....retrieval.growable import GrowableTensor
-from ....retrieval.selector import LayerShape, LearnsFromQueries, Selection, choose
+from ....retrieval.selector import LayerShape, LearnsFromQueries, SeesNear, Selection, choose
 from ....retrieval.settings import Retrieval
 from ..packings import GATHERS, Packing, unpacked
 from .in_place import rows_in_place
@@ -62,12 +62,14 @@ class _RowIndex:
 class _Choice:
     """What a row attends to: `chosen` of what lies between the sinks and `stop`, and everything else.
 
-    `keys` `[H, stop, D]`: a copy of those before `stop`, if there is one.
+    `keys` `[H, stop, D]`: a copy of those before `stop`, if there is one. `near`: attention to sinks and window, if it
+    is known.
     """
 
     stop: int
     chosen: Selection
     keys: Tensor | None = None
+    near: PartialAttention | None = None
 
 
 _NOTHING = Selection(torch.empty(0, 0, dtype=torch.int64), 0)
@@ -272,34 +274,37 @@ class PagedRetrieval:
         index = self._index_of(row, cache) if self.stop(row.position) else None
         if index is not None:
             try:
-                chosen = self._choose(index, row, queries, cache)
+                choice = self._choose(index, row, queries, cache)
                 self.counts.rows += 1
-                return _Choice(index.stop, chosen, None if index.keys is None else index.keys.all)
+                return choice
             except (ValueError, KVLoomError) as exc:
                 self._give_up(index, row, exc)
         self.counts.refused_rows += 1
         return _Choice(0, _NOTHING)
 
-    def _choose(self, index: _RowIndex, row: DecodeRow, queries: Tensor, cache: Tensor) -> Selection:
+    def _choose(self, index: _RowIndex, row: DecodeRow, queries: Tensor, cache: Tensor) -> _Choice:
         asked = queries.detach().to("cpu", torch.float32)
         if self.learns:
             index.asked.append(asked)
         budget = self.retrieval.budget(len(index.selector))
-        chosen = choose(index.selector, asked, row.position, budget)
-        if self.retrieval.coverage is not None:
-            near = self._attend_near(row, index.stop, queries, cache)[1]
+        near = None
+        if self.retrieval.coverage is not None or isinstance(index.selector, SeesNear):
+            near = self._near(row, index.stop, queries, cache)
+        of_near = None if near is None else near[1].cpu()
+        chosen = choose(index.selector, asked, row.position, budget, of_near)
+        if self.retrieval.coverage is not None and near is not None:
             if index.keys is None:
                 keys = self._rows_at(row, cache, chosen.ids)[0]
             else:
                 rows = chosen.ids.clamp(min=0)[..., None].expand(-1, -1, self.shape.head_dim)
                 keys = index.keys.all.gather(1, rows)
             limits = {"coverage": self.retrieval.coverage, "scale": self.shape.scale}
-            chosen = covering(chosen, keys, queries, near, **limits)
+            chosen = covering(chosen, keys, queries, near[1], **limits)
         self.counts.chosen_tokens += int(np.count_nonzero(chosen.ids.numpy() >= 0))
         self.counts.read_bytes += chosen.read_bytes
         if self.on_choice is not None:
             self.on_choice(chosen.ids)
-        return chosen
+        return _Choice(index.stop, chosen, None if index.keys is None else index.keys.all, near)
 
     def _blocks_of(self, row: DecodeRow, choice: _Choice) -> NDArray[np.bool_] | None:
         """For each KV head, which of the row's blocks hold tokens that it attends to, `[H, n]`; None to gather."""
@@ -318,30 +323,25 @@ class PagedRetrieval:
 
     def _attend_to(self, row: DecodeRow, choice: _Choice, queries: Tensor, cache: Tensor) -> Tensor:
         """Of exactly the tokens that were chosen: `[Hq, Dv]`."""
+        near = self._near(row, choice.stop, queries, cache) if choice.near is None else choice.near
         places = rows_in_place(self.packing, cache, self.shape.head_dim)
-        if places is not None:
-            rest = [] if choice.chosen.rest is None else [choice.chosen.rest(choice.chosen.ids)]
-            scale, last = self.shape.scale, torch.arange(choice.stop, row.position + 1)
-            reading = partial(places.attend, queries, row.blocks, self.block_tokens, scale=scale)
-            if choice.keys is None:
-                return merge([reading(self._with(choice, last)), *rest])[0].to(queries.dtype)
-            near = reading(last.expand(self.shape.kv_heads, -1))
-            return merge([reading(self._with(choice), keys=choice.keys), near, *rest])[0].to(queries.dtype)
-        near = self._attend_near(row, choice.stop, queries, cache)
         attend_ids = partial(self._attend_at, row, queries, cache)
+        if places is not None:
+            where = (queries, row.blocks, self.block_tokens)
+            attend_ids = partial(places.attend, *where, scale=self.shape.scale, keys=choice.keys)
         return attend_selected(near, choice.chosen, attend_ids)[0].to(queries.dtype)
-
-    def _with(self, choice: _Choice, *more: Tensor) -> Tensor:
-        """Ids of sinks, `more` tokens and those chosen, `[H, K]`."""
-        near, ids = torch.cat((torch.arange(self._sinks(choice.stop)), *more)), choice.chosen.ids
-        return (
-            torch.cat((near.expand(self.shape.kv_heads, -1), ids), 1)
-            if ids.numel()
-            else near.expand(self.shape.kv_heads, -1)
-        )
 
     def _sinks(self, stop: int) -> int:
         return self.retrieval.sink_tokens if stop else 0
+
+    def _near(self, row: DecodeRow, stop: int, queries: Tensor, cache: Tensor) -> PartialAttention:
+        """Attention to sinks and window."""
+        places = rows_in_place(self.packing, cache, self.shape.head_dim)
+        if places is None:
+            return self._attend_near(row, stop, queries, cache)
+        ids = torch.cat((torch.arange(self._sinks(stop)), torch.arange(stop, row.position + 1)))
+        ids = ids.expand(self.shape.kv_heads, -1)
+        return places.attend(queries, row.blocks, self.block_tokens, ids, scale=self.shape.scale)
 
     def _attend_near(self, row: DecodeRow, stop: int, queries: Tensor, cache: Tensor) -> PartialAttention:
         """Sinks and window, read by whole blocks."""
