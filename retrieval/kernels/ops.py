@@ -111,7 +111,9 @@ def tile_scores(queries: Tensor, tiles: Tensor, firsts: Tensor, counts: Tensor, 
     return ((queries.float() * scale).view(H, -1, queries.shape[1]) @ rows.float().mT).flatten(0, 1)
 
 
-def top_pooled(scores: Tensor, kv_heads: int, k: int, *, pooling: Pooling = "max") -> Tensor:
+def top_pooled(
+    scores: Tensor, kv_heads: int, k: int, *, pooling: Pooling = "max", parts: Tensor | None = None
+) -> Tensor:
     """The k candidates of each KV head with the largest `pooled` softmax; the last ones among equals.
 
     Sums below the smallest normal float32 may count as equal; on a device, importances are compared in steps of 1/2048
@@ -120,6 +122,8 @@ def top_pooled(scores: Tensor, kv_heads: int, k: int, *, pooling: Pooling = "max
     Parameters
     ----------
     scores : `[Hq, N]` float32, scaled, without NaN; each row has a finite number.
+    parts : `[2, Hq, P]` float32, if they are known: the largest score and the sum of exponentials less it of parts of
+        each row, equally many columns each.
 
     Returns
     -------
@@ -140,9 +144,12 @@ def top_pooled(scores: Tensor, kv_heads: int, k: int, *, pooling: Pooling = "max
         from . import top_triton
 
         with torch.cuda.device(scores.device):
-            return top_triton.top_pooled(scores, kv_heads, k, pooling)
+            return top_triton.top_pooled(scores, kv_heads, k, pooling, parts=parts)
     kernel = compiled_for_cpu()
     if kernel is not None:
+        is_of_parts = parts is not None and pooling == "max" and k <= parts.shape[2]
+        if is_of_parts and count == TILE_TOKENS * parts.shape[2]:
+            return compiled_for_cpu("parts_numba").top_of_parts(scores, parts, kv_heads, k)
         ids: Tensor = kernel.top_pooled(scores, kv_heads, k, pooling)
         return ids
     grouped = scores.view(kv_heads, -1, count).log_softmax(-1)

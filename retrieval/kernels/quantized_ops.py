@@ -1,4 +1,4 @@
-"""Keys of two bits a channel: how they are made, and their scores: references and their dispatch.
+"""Keys of two bits a channel: how they are made, their scores, and the rest: references and their dispatch.
 
 Tensors on a CUDA device go to quantized_ops_triton.py, on the cpu to quantized_ops_numba.py where numba is installed.
 
@@ -14,9 +14,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..attention import PartialAttention
 from .ops import compiled_for_cpu
 
 GROUP_TOKENS = 256
+PART_TOKENS = 16  # that share a largest score and a sum of exponentials
 WORD_CODES = 16  # codes of a word
 STEP = 0.9957  # between levels, in deviations: the least mean squared error of 4 even steps for a normal distribution
 MIDDLE = 1.5  # the code that would stand for the mean
@@ -90,7 +92,26 @@ def quantized_scores(queries: Tensor, words: Tensor, scales: Tensor, means: Tens
 
     Returns
     -------
-    `[Hq, 256 n]` float32.
+    `[Hq, 256 n]` float32. On a processor with numba, what a query has in common with codes is rounded to 8 bits of its
+    largest channel: scores are off by less than a hundredth of their deviation. On a device, to half precision.
+    """
+    return scores_and_parts(queries, words, scales, means, scale=scale)[0]
+
+
+def scores_and_parts(
+    queries: Tensor, words: Tensor, scales: Tensor, means: Tensor, *, scale: float, skip: int = 0, padding: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The same, and what a softmax of the scores needs, summed when they are made.
+
+    Parameters
+    ----------
+    skip : so many first tokens get a score of -inf.
+    padding : so many places behind the last token are left to the caller to fill, a multiple of 256; their parts, too.
+
+    Returns
+    -------
+    Scores `[Hq, 256 n + padding]`, and of parts of each row of equally many tokens the largest score and the sum of
+    exponentials less that, `[2, Hq, P]`, see `parts_of`; both float32.
     """
     H, n, W, size = words.shape
     D = queries.shape[-1]
@@ -105,16 +126,65 @@ def quantized_scores(queries: Tensor, words: Tensor, scales: Tensor, means: Tens
         raise ValueError(f"scales are {scales.dtype} {list(scales.shape)}; expected float16 [{H}, {n}, {size}]")
     if (means.shape, means.dtype) != ((H, n, D), torch.float16) or not means[0].is_contiguous():
         raise ValueError(f"means are {means.dtype} {list(means.shape)}; expected float16 [{H}, {n}, {D}]")
-    if not n:
-        return torch.empty(queries.shape[0], 0, device=queries.device)
-    if queries.is_cuda:
+    if padding % size:
+        raise ValueError(f"padding is {padding}; expected a multiple of {size}")
+    if not 0 <= skip <= n * size:
+        raise ValueError(f"skip is {skip}; expected some of {n * size} tokens")
+    kernel = None if queries.is_cuda else compiled_for_cpu("quantized_ops_numba")
+    if kernel is not None and skip <= size:
+        found: tuple[Tensor, Tensor] = kernel.scores_and_parts(queries, words, scales, means, scale, skip, padding)
+        return found
+    size = GROUP_TOKENS if queries.is_cuda and n else PART_TOKENS  # of a part
+    if queries.is_cuda and n:
         from . import quantized_ops_triton
 
         with torch.cuda.device(queries.device):
-            return quantized_ops_triton.quantized_scores(queries, words, scales, means, scale)[0]
-    kernel = compiled_for_cpu("quantized_ops_numba")
+            scores, parts = quantized_ops_triton.quantized_scores(queries, words, scales, means, scale)
+    else:
+        keys = dequantize_keys(words, scales, means).flatten(1, 2)
+        scores = (queries.float().view(H, -1, D) @ keys.mT).flatten(0, 1) * scale
+        parts = parts_of(scores)
+    if skip:
+        scores[:, :skip] = -torch.inf
+        of_first = -(-skip // size)
+        parts[:, :, :of_first] = parts_of(scores[:, : of_first * size], size)
+    pad = torch.nn.functional.pad
+    return pad(scores, (0, padding)), pad(parts, (0, padding // size))
+
+
+def parts_of(scores: Tensor, size: int = PART_TOKENS) -> Tensor:
+    """Of each `size` tokens of rows `[Hq, N]` the largest score and the sum of exponentials less that, `[2, Hq, P]`."""
+    pieces = scores.unflatten(1, (-1, size))
+    tops = pieces.amax(2)
+    return torch.stack((tops, (pieces - tops.clamp(min=torch.finfo(torch.float32).min)[..., None]).exp().sum(2)))
+
+
+def attend_to_rest(
+    scores: Tensor, parts: Tensor, ids: Tensor, value_means: Tensor, tail_means: Tensor, *, first_tail: int, size: int
+) -> PartialAttention:
+    """Attention over all tokens but `ids`, each by its score and the mean value of `size` neighbours.
+
+    Parameters
+    ----------
+    scores, parts : by `scores_and_parts`, what lies behind the last token filled with -inf.
+    ids : `[H, K]` int64 columns of the scores, ascending; -1 for none.
+    value_means : `[H, n, Dv]` float16, of tokens `[size i, size (i + 1))`.
+    tail_means : `[H, m, Dv]` float32, from block `first_tail` on; those of `value_means` are before it.
+    """
+    H, size = ids.shape[0], int(size)
+    kernel = None if scores.is_cuda or size % PART_TOKENS else compiled_for_cpu("parts_numba")
     if kernel is not None:
-        scores: Tensor = kernel.quantized_scores(queries, words, scales, means, scale)
-        return scores
-    keys = dequantize_keys(words, scales, means).flatten(1, 2)
-    return (queries.float().view(H, -1, D) @ keys.mT).flatten(0, 1) * scale
+        found: PartialAttention = kernel.attend_to_rest(scores, parts, ids, value_means, tail_means, first_tail, size)
+        return found
+    group = scores.shape[0] // H
+    # a block more, into which ids of none go
+    left = torch.nn.functional.pad(scores, (0, size + -scores.shape[1] % size), value=-torch.inf)
+    at = torch.where(ids < 0, left.shape[1] - 1, ids).to(left.device)
+    left.scatter_(1, at.repeat_interleave(group, 0), -torch.inf)
+    peak = left.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+    masses = left.sub_(peak).exp_().unflatten(1, (-1, size)).sum(-1)
+    total = masses.sum(1)
+    grouped, of_tail = masses.view(H, group, -1), tail_means.shape[1]
+    out = grouped[..., : value_means.shape[1]] @ value_means.float()
+    out = (out + grouped[..., first_tail : first_tail + of_tail] @ tail_means).flatten(0, 1)
+    return out / total.clamp(min=torch.finfo(torch.float32).tiny)[:, None], peak[:, 0] + total.log()

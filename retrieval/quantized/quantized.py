@@ -13,10 +13,12 @@ from ..kernels.ops import landmark_scores, top_pooled
 from ..kernels.quantized_ops import (
     GROUP_TOKENS,
     WORD_CODES,
+    attend_to_rest,
     channel_mixing,
     dequantize_keys,
+    parts_of,
     quantize_keys,
-    quantized_scores,
+    scores_and_parts,
 )
 from ..selector import LayerShape, Pooling, Selection, top_ids
 
@@ -124,10 +126,10 @@ class QuantizedKeyIndex:
         heads, tokens = self.shape.kv_heads, len(self)
         if budget >= tokens or not budget:
             return Selection(top_ids(torch.empty(heads, tokens), budget, self.start), 0)
-        scores, first = self.scores(queries)
-        ids = top_pooled(scores, heads, budget, pooling=self._pooling)
-        rest = partial(self._rest, scores, first) if self._mean_tokens else None
-        return Selection(ids + first, self.held_bytes, heads * self._tail.shape[1], rest)
+        scores, parts = self._scored(queries)
+        columns = top_pooled(scores, heads, budget, pooling=self._pooling, parts=parts)
+        rest = partial(self._rest, scores, parts) if self._mean_tokens else None
+        return Selection(columns + self._first, self.held_bytes, heads * self._tail.shape[1], rest)
 
     @property
     def approximate_keys(self) -> Tensor:
@@ -138,29 +140,34 @@ class QuantizedKeyIndex:
 
     def scores(self, queries: Tensor) -> tuple[Tensor, int]:
         """Scaled scores `[Hq, N]` of the tokens from a position on, and that position; -inf before `start`."""
-        wide, scale = queries.float(), self.shape.scale
-        if not len(self._words):
-            return landmark_scores(wide, self._tail, scale=scale), self.start
-        found = quantized_scores(wide @ self._mix.T, self._words.all, self._scales.all, self._means.all, scale=scale)
-        found[:, : self.start - self._first] = -torch.inf
-        if self._tail.shape[1]:
-            found = torch.cat((found, landmark_scores(wide, self._tail, scale=scale)), 1)
-        return found, self._first
+        return self._scored(queries)[0][:, : self.start - self._first + self._tokens], self._first
 
-    def _rest(self, scores: Tensor, first: int, ids: Tensor) -> PartialAttention:
-        """Attention over all tokens but `ids` by their scores `[Hq, N]` from `first` on, and mean values."""
-        heads, group, size = self.shape.kv_heads, self.shape.group, self._mean_tokens
-        lead = (first - self._first) % size
-        # a block more, into which ids of none go
-        left = torch.nn.functional.pad(scores, (lead, size + -(lead + scores.shape[1]) % size), value=-torch.inf)
-        at = torch.where(ids < 0, left.shape[1] - 1, ids - first + lead).to(left.device)
-        left.scatter_(1, at.repeat_interleave(group, 0), -torch.inf)
-        peak = left.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-        masses = left.sub_(peak).exp_().unflatten(1, (-1, size)).sum(-1)[:, :-1]
-        total = masses.sum(1)
-        of_groups, of_tail = masses.view(heads, group, -1).split((len(self._value_means), self._tail_means.shape[1]), 2)
-        out = (of_groups @ self._value_means.all.float() + of_tail @ self._tail_means).flatten(0, 1)
-        return out / total.clamp(min=torch.finfo(torch.float32).tiny)[:, None], peak[:, 0] + total.log()
+    def _scored(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores from `_first` on, filled up to whole groups with -inf, and their parts, see `scores_and_parts`."""
+        wide, scale = queries.float(), self.shape.scale
+        whole, tail = len(self._words), self._tail.shape[1]
+        lead = self.start - self._first  # columns before the first token
+        padding = 0 if not tail else GROUP_TOKENS if whole else -(-(lead + tail) // GROUP_TOKENS) * GROUP_TOKENS
+        stored = (self._words.all, self._scales.all, self._means.all)
+        skip = lead if whole else 0
+        scores, parts = scores_and_parts(wide @ self._mix.T, *stored, scale=scale, skip=skip, padding=padding)
+        if tail:
+            behind = whole * GROUP_TOKENS
+            last = scores[:, behind:]
+            last.fill_(-torch.inf)
+            begin = 0 if whole else lead
+            last[:, begin : begin + tail] = landmark_scores(wide, self._tail, scale=scale)
+            size = scores.shape[1] // parts.shape[2]  # tokens of a part, by the kernel
+            parts[:, :, behind // size :] = parts_of(last, size)
+        return scores, parts
+
+    def _rest(self, scores: Tensor, parts: Tensor, ids: Tensor) -> PartialAttention:
+        """Attention over all tokens but `ids` by their scores from `_first` on, and mean values."""
+        size = self._mean_tokens
+        columns = torch.where(ids < 0, -1, ids - self._first)
+        first_tail = len(self._value_means) or (self.start - self._first) // size
+        means = self._value_means.all
+        return attend_to_rest(scores, parts, columns, means, self._tail_means, first_tail=first_tail, size=size)
 
     def _quantize(self, keys: Tensor) -> None:
         """Adds groups `[H, n, size, D]`; of the first group, the slots before `start` are made of its mean."""

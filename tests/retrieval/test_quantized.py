@@ -1,6 +1,7 @@
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,14 +9,18 @@ from hypothesis import strategies as st
 
 from kvloom.retrieval.attention import attend, attend_at, attend_selected, empty_attention
 from kvloom.retrieval.kernels import quantized_ops
+from kvloom.retrieval.kernels.ops import top_pooled
 from kvloom.retrieval.kernels.quantized_ops import (
+    attend_to_rest,
     channel_mixing,
     dequantize_keys,
+    parts_of,
     quantize_keys,
     quantized_scores,
+    scores_and_parts,
 )
 from kvloom.retrieval.quantized.quantized import QuantizedKeyIndex
-from kvloom.retrieval.selector import LayerShape, Selector, pooled, top_ids
+from kvloom.retrieval.selector import LayerShape, Pooling, Selector, pooled, top_ids
 from kvloom.testing import SHAPE, SelectorContract, make_context
 
 
@@ -71,22 +76,107 @@ def test_codes_are_two_bits_in_the_order_of_channels() -> None:
     seed=st.integers(0, 9),
 )
 def test_scores_of_every_kernel(heads: tuple[int, int], dim: int, groups: int, seed: int) -> None:
-    """The compiled kernel against torch over the keys that the codes stand for; words lie in a larger memory."""
+    """The compiled kernel against torch over the keys that the codes stand for; words lie in a larger memory.
+
+    It rounds what a query has in common with codes to 8 bits: its scores are those of the rounded query, and near those
+    of the query.
+    """
     H, G = heads
     words, scales, means = made(H, groups, dim, seed=seed)
     room = [torch.cat((part, part), 1)[:, :groups] for part in (words, scales, means)]
     queries = torch.randn(H * G, dim, generator=torch.Generator().manual_seed(seed + 1))
     keys = dequantize_keys(words, scales, means).flatten(1, 2)
-    true = (queries.view(H, G, dim) @ keys.mT).flatten(0, 1) * 0.3
-    torch.testing.assert_close(quantized_scores(queries, *room, scale=0.3), true, rtol=1e-4, atol=1e-4)
+    shared = means.float()[:, :, None].expand(-1, -1, 256, -1).flatten(1, 2)
+    true, of_means = ((queries.view(H, G, dim) @ each.mT).flatten(0, 1) * 0.3 for each in (keys, shared))
+    steps = queries.abs().amax(1, keepdim=True) / 127
+    rounded = (queries / steps).round() * steps
+    near = of_means + (rounded.view(H, G, dim) @ (keys - shared).mT).flatten(0, 1) * 0.3
+    found = quantized_scores(queries, *room, scale=0.3)
+    torch.testing.assert_close(found, near, rtol=1e-4, atol=1e-4)
+    assert float((found - true).square().mean().sqrt()) < 0.01 * float((true - of_means).square().mean().sqrt())
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    G=st.integers(1, 5), skip=st.sampled_from([0, 16, 20, 256]), dim=st.sampled_from([16, 40]), seed=st.integers(0, 9)
+)
+def test_parts_are_summed_with_the_scores(G: int, skip: int, dim: int, seed: int) -> None:
+    words, scales, means = made(2, 2, dim, seed=seed)
+    queries = 3 * torch.randn(2 * G, dim, generator=torch.Generator().manual_seed(seed))
+    plain = quantized_scores(queries, words, scales, means, scale=0.3)
+    scores, parts = scores_and_parts(queries, words, scales, means, scale=0.3, skip=skip, padding=256)
+    assert scores.shape == (2 * G, 768) and parts.shape == (2, 2 * G, 48)
+    assert torch.equal(scores[:, skip:512], plain[:, skip:]) and bool((scores[:, :skip] == -math.inf).all())
+    torch.testing.assert_close(parts[:, :, :32], parts_of(scores[:, :512]), rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize(("lanes", "heads"), [(4, 1), (4, 2), (2, 4)])
+def test_codes_are_summed_alike_without_the_instruction_for_pairs(lanes: int, heads: int) -> None:
+    sums = pytest.importorskip("kvloom.retrieval.kernels.quantized_sums_numba")
+    numba = pytest.importorskip("numba")
+    random = np.random.default_rng(0)
+    words = random.integers(-(2**31), 2**31, (3, 256), dtype=np.int32)
+    weights = random.integers(-127, 128, (heads, 3, 4, 4)).astype(np.int8)
+    codes = words.view(np.uint8).reshape(3, 256, 4)[..., None] >> (2 * np.arange(4)) & 3  # [W, token, byte, turn]
+    true = np.einsum("wtbk,qwkb->qt", codes, weights.astype(np.int64))[:, : 8 * lanes]
+    for has_pairs in (False, sums._HAS_PAIRS):
+        add = sums.code_sums(heads, lanes, has_pairs=has_pairs)
+
+        @numba.njit  # type: ignore[untyped-decorator]
+        def added(given: object, at: object, out: object, add: object = add) -> None:
+            add(given, np.uint64(0), np.uint64(12), at, np.uint64(3), out, np.uint64(0))  # type: ignore[operator]
+
+        out = np.ones(256 * heads, np.float32)
+        added(weights.reshape(-1).view(np.int32), np.uint64(words.ctypes.data), out)
+        assert (out.reshape(heads, 256)[:, : 8 * lanes] == true + 1).all()
 
 
 def test_without_numba_torch_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     words, scales, means = made(2, 2, 32)
     queries = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
-    found = quantized_scores(queries, words, scales, means, scale=1.0)
+    keys = dequantize_keys(words, scales, means).flatten(1, 2)
     monkeypatch.setattr(quantized_ops, "compiled_for_cpu", lambda _: None)
-    torch.testing.assert_close(quantized_scores(queries, words, scales, means, scale=1.0), found, rtol=1e-4, atol=1e-4)
+    found, parts = scores_and_parts(queries, words, scales, means, scale=1.0, skip=20)
+    true = (queries.view(2, 2, 32) @ keys.mT).flatten(0, 1)
+    true[:, :20] = -math.inf
+    torch.testing.assert_close(found, true, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close((parts[0] + parts[1].log()).logsumexp(1), true.logsumexp(1))
+
+
+@pytest.mark.parametrize("size", [16, 64])
+@pytest.mark.parametrize("spread", [0.1, 3.0, 60.0])
+def test_the_rest_of_every_kernel(size: int, spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where what is taken was nearly all of a part, or all of it; and where nothing is left at all."""
+    random = torch.Generator().manual_seed(size)
+    scores = spread * torch.randn(6, 768, generator=random)
+    scores[:, 700:] = -math.inf
+    value_means = torch.randn(2, 512 // size, 5, generator=random).half()
+    tail_means = torch.randn(2, -(-188 // size), 5, generator=random)
+    few = torch.full((2, 40), -1)
+    few[0, :30] = torch.randperm(700, generator=random)[:30].sort().values
+    few[1, :17] = torch.arange(32, 49)
+    best = scores.view(2, 3, 768).amax(1).topk(40).indices.sort(1).values
+    for ids in (few, best, torch.arange(700).expand(2, -1), torch.full((2, 0), -1)):
+        asked = (scores.clone(), parts_of(scores), ids, value_means, tail_means)
+        found = attend_to_rest(*asked, first_tail=512 // size, size=size)
+        with monkeypatch.context() as without:
+            without.setattr(quantized_ops, "compiled_for_cpu", lambda _: None)
+            out, lse = attend_to_rest(*asked, first_tail=512 // size, size=size)
+        if ids.shape[1] == 700:
+            assert bool((found[1] < -80).all())
+            continue
+        torch.testing.assert_close(found[1], lse, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found[0], out, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("count", "k"), [(256, 1), (256, 16), (768, 20), (768, 47), (768, 200), (4096, 250)])
+@pytest.mark.parametrize("pooling", ["max", "sum"])
+def test_the_best_by_parts_are_the_best(count: int, k: int, pooling: Pooling) -> None:
+    scores = 3 * torch.randn(6, count, generator=torch.Generator().manual_seed(k))
+    scores[:, :16] = -math.inf
+    scores[:, 40:44] = scores[:, 50:51]  # equals
+    ids = top_pooled(scores, 2, k, pooling=pooling, parts=parts_of(scores))
+    assert torch.equal(ids, top_pooled(scores, 2, k, pooling=pooling))
 
 
 def test_wrong_tensors_are_refused() -> None:

@@ -1,0 +1,196 @@
+"""What is chosen by scores of keys of two bits, and attention over the rest; compiled for this processor; needs numba.
+
+quantized_ops.py and ops.py have checked what they dispatch here. KV heads are divided among threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import prange
+from torch import Tensor
+
+from .quantized_ops import PART_TOKENS
+from .quantized_sums_numba import at_least, exp_sum, first_bit, top_of_part
+from .ranks_numba import _largest, threshold
+from .rows_numba import KINDS, compiled, exp_less, run, widen
+
+_HALF_KIND = KINDS[torch.float16]
+_LEAST = np.float32(-3e38)
+_LOST = np.float32(1 / 256)  # of a part's sum; where less is left it is summed anew, since differences are not exact
+_u = np.uint64
+
+
+def top_of_parts(scores: Tensor, parts: Tensor, kv_heads: int, k: int) -> Tensor:
+    """`top_pooled` with `max`, of at most as many candidates as there are parts of 16.
+
+    The k-th largest of the parts' largest is a bound: at least k candidates are not below it, and most parts are not
+    looked at.
+    """
+    ids = torch.empty(kv_heads, k, dtype=torch.int64)
+    _, Hq, P = parts.shape
+    grouped = parts.numpy().reshape(2, kv_heads, Hq // kv_heads, P)
+    run(_top, scores.numpy().reshape(kv_heads, -1), grouped[0], grouped[1], ids.numpy())
+    return ids
+
+
+def attend_to_rest(
+    scores: Tensor, parts: Tensor, ids: Tensor, value_means: Tensor, tail_means: Tensor, first_tail: int, size: int
+) -> tuple[Tensor, Tensor]:
+    """See quantized_ops.py; `size` is a multiple of 16."""
+    H, (_, Hq, P), v_dim = ids.shape[0], parts.shape, tail_means.shape[2]
+    out, lse = torch.empty(Hq, v_dim), torch.empty(Hq)
+    grouped = parts.numpy().reshape(2, H, Hq // H, P)
+    run(
+        _rest, scores.numpy().reshape(H, -1), grouped[0], grouped[1], ids.contiguous().numpy(),
+        value_means.data_ptr(), value_means.stride(0) * 2, value_means.shape[1], tail_means.contiguous().numpy(),
+        first_tail, size // PART_TOKENS, out.numpy().reshape(H, -1, v_dim), lse.numpy().reshape(H, -1),
+    )  # fmt: skip
+    return out, lse
+
+
+@compiled()
+def _log_sum(tops: Any, masses: Any, g: Any, weights: Any, bits: Any) -> Any:
+    """Log-sum-exp of a row, from those of its parts; `weights` and `bits` are room for as many numbers."""
+    P, top, total = tops.shape[1], _LEAST, np.float32(0)
+    for p in range(P):
+        weights[p] = tops[g, p]
+    whole = P // PART_TOKENS * PART_TOKENS
+    for p in range(_u(0), _u(whole), _u(PART_TOKENS)):
+        top = max(top, top_of_part(weights, p))
+    for p in range(whole, P):
+        top = max(top, weights[p])
+    exp_less(weights, top, P, bits)
+    for p in range(P):
+        total += weights[p] * masses[g, p]
+    return top + np.log(total)
+
+
+@compiled()
+def _top_of_head(scores: Any, tops: Any, masses: Any, ids: Any) -> None:
+    """`scores` are flat, one query head behind the other."""
+    G, P, wanted = tops.shape[0], tops.shape[1], len(ids)
+    width = _u(P) * _u(PART_TOKENS)
+    pooled, room, bits = np.empty(P, np.float32), np.empty(P, np.float32), np.empty(P, np.int32)
+    shifts = np.empty(G, np.float32)
+    for g in range(G):
+        shifts[g] = shift = _log_sum(tops, masses, g, room, bits)
+        for p in range(P):
+            own = tops[g, p] - shift
+            pooled[p] = own if g == 0 else max(pooled[p], own)
+    key, _ = threshold(pooled.view(np.int32), np.ones(P, np.int8), wanted)
+    # the number that has this key, see `ordered`
+    rank = np.empty(1, np.uint32)
+    rank[0] = key ^ np.uint32(0x80000000) if key & np.uint32(0x80000000) else ~key
+    least = rank.view(np.float32)[0]
+    kept, places = np.empty(P * PART_TOKENS, np.float32), np.empty(P * PART_TOKENS, np.int32)
+    best, found = np.empty(PART_TOKENS, np.float32), _u(0)
+    for p in range(_u(P)):
+        if pooled[p] < least:
+            continue
+        at = p * _u(PART_TOKENS)
+        for i in range(_u(PART_TOKENS)):
+            best[i] = scores[at + i] - shifts[0]
+        for g in range(_u(1), _u(G)):
+            for i in range(_u(PART_TOKENS)):
+                best[i] = max(best[i], scores[g * width + at + i] - shifts[g])
+        left = at_least(best, _u(0), least)
+        while left:
+            i = first_bit(left)
+            kept[found], places[found] = best[i], at + i
+            left &= left - np.uint32(1)
+            found += _u(1)
+    _largest(kept.view(np.int32)[: np.int64(found)], ids)
+    for n in range(wanted):
+        ids[n] = places[ids[n]]
+
+
+@compiled(parallel=True)
+def _top(scores: Any, tops: Any, masses: Any, ids: Any) -> None:
+    for h in prange(len(ids)):
+        _top_of_head(scores[h], tops[h], masses[h], ids[h])
+
+
+@compiled()
+def _take(scores: Any, tops: Any, g: Any, ids: Any, count: Any, sums: Any, weights: Any, bits: Any) -> None:
+    """Takes the exponentials of `ids` off the sums of their parts; those of a part follow one another."""
+    P = tops.shape[1]
+    first = g * P * PART_TOKENS
+    for n in range(count):
+        weights[n] = scores[first + ids[n]] - max(tops[g, ids[n] // PART_TOKENS], _LEAST)
+    exp_less(weights, np.float32(0), count, bits)
+    room, n = np.empty(PART_TOKENS, np.float32), 0
+    while n < count:
+        part, total, stop = ids[n] // PART_TOKENS, np.float32(0), n
+        while stop < count and ids[stop] // PART_TOKENS == part:
+            total += weights[stop]
+            stop += 1
+        left = sums[part] - total
+        if left < _LOST * sums[part]:
+            start, shift = first + part * PART_TOKENS, max(tops[g, part], _LEAST)
+            for i in range(PART_TOKENS):
+                room[i] = scores[start + i]
+            for m in range(n, stop):
+                room[ids[m] % PART_TOKENS] = -np.inf
+            left = exp_sum(room, _u(0), shift) if stop - n < PART_TOKENS else np.float32(0)
+        sums[part] = left
+        n = stop
+
+
+@compiled()
+def _rest_of_head(
+    scores: Any, tops: Any, masses: Any, ids: Any, means: Any, count: Any, tail: Any, first_tail: Any, size: Any,
+    out: Any, lse: Any,
+) -> None:  # fmt: skip
+    (G, P), v_dim, taken = tops.shape, out.shape[1], 0
+    chosen = np.empty(len(ids), np.int64)
+    for n in range(len(ids)):
+        chosen[taken] = ids[n]
+        taken += ids[n] >= 0
+    weights, bits = np.empty(max(P, len(ids)), np.float32), np.empty(max(P, len(ids)), np.int32)
+    blocks = (P + size - 1) // size
+    of_blocks = np.zeros((G, blocks), np.float32)
+    sums = np.empty(P, np.float32)
+    for g in range(G):
+        sums[:] = masses[g]
+        _take(scores, tops, g, chosen, taken, sums, weights, bits)
+        top, total = _LEAST, np.float32(0)
+        for p in range(P):
+            weights[p] = tops[g, p] if sums[p] > np.float32(0) else _LEAST
+            top = max(top, weights[p])
+        exp_less(weights, top, P, bits)
+        for p in range(P):
+            weights[p] *= sums[p]
+            total += weights[p]
+        for p in range(P):
+            of_blocks[g, p // size] += weights[p]
+        lse[g] = top + np.log(total) if total > np.float32(0) else -np.inf
+        share = np.float32(1) / max(total, np.float32(1e-38))
+        for b in range(blocks):
+            of_blocks[g, b] *= share
+    out[:] = np.float32(0)
+    row = np.empty(v_dim, np.float32)
+    for b in range(min(count, blocks)):
+        widen(means + _u(b) * _u(2 * v_dim), _HALF_KIND, _u(v_dim), row, _u(0))
+        for g in range(G):
+            weight = of_blocks[g, b]
+            for d in range(v_dim):
+                out[g, d] += weight * row[d]
+    for b in range(first_tail, min(first_tail + len(tail), blocks)):
+        for g in range(G):
+            for d in range(v_dim):
+                out[g, d] += of_blocks[g, b] * tail[b - first_tail, d]
+
+
+@compiled(parallel=True)
+def _rest(
+    scores: Any, tops: Any, masses: Any, ids: Any, means: Any, means_step: Any, count: Any, tail: Any, first_tail: Any,
+    size: Any, out: Any, lse: Any,
+) -> None:  # fmt: skip
+    for h in prange(len(ids)):
+        _rest_of_head(
+            scores[h], tops[h], masses[h], ids[h], _u(means) + _u(h) * _u(means_step), count, tail[h], first_tail,
+            size, out[h], lse[h],
+        )  # fmt: skip
