@@ -114,12 +114,13 @@ def _top(scores: Any, tops: Any, masses: Any, ids: Any) -> None:
 
 
 @compiled()
-def _take(scores: Any, tops: Any, g: Any, ids: Any, count: Any, sums: Any, weights: Any, bits: Any) -> None:
-    """Takes the exponentials of `ids` off the sums of their parts; those of a part follow one another."""
-    P = tops.shape[1]
-    first = g * P * PART_TOKENS
+def _take(scores: Any, first: Any, ids: Any, count: Any, peaks: Any, sums: Any, weights: Any, bits: Any) -> None:
+    """Takes the exponentials of `ids` off the sums of their parts; those of a part follow one another.
+
+    `first` is where the query's scores begin. The peak of a part of which little is left is that of what is left.
+    """
     for n in range(count):
-        weights[n] = scores[first + ids[n]] - max(tops[g, ids[n] // PART_TOKENS], _LEAST)
+        weights[n] = scores[first + ids[n]] - max(peaks[ids[n] // PART_TOKENS], _LEAST)
     exp_less(weights, np.float32(0), count, bits)
     room, n = np.empty(PART_TOKENS, np.float32), 0
     while n < count:
@@ -129,12 +130,12 @@ def _take(scores: Any, tops: Any, g: Any, ids: Any, count: Any, sums: Any, weigh
             stop += 1
         left = sums[part] - total
         if left < _LOST * sums[part]:
-            start, shift = first + part * PART_TOKENS, max(tops[g, part], _LEAST)
             for i in range(PART_TOKENS):
-                room[i] = scores[start + i]
+                room[i] = scores[first + part * PART_TOKENS + i]
             for m in range(n, stop):
                 room[ids[m] % PART_TOKENS] = -np.inf
-            left = exp_sum(room, _u(0), shift) if stop - n < PART_TOKENS else np.float32(0)
+            peaks[part] = top_of_part(room, _u(0))
+            left = exp_sum(room, _u(0), max(peaks[part], _LEAST))
         sums[part] = left
         n = stop
 
@@ -152,17 +153,19 @@ def _rest_of_head(
     weights, bits = np.empty(max(P, len(ids)), np.float32), np.empty(max(P, len(ids)), np.int32)
     blocks = (P + size - 1) // size
     of_blocks = np.zeros((G, blocks), np.float32)
-    sums = np.empty(P, np.float32)
+    sums, peaks = np.empty(P, np.float32), np.empty(P, np.float32)
     for g in range(G):
-        sums[:] = masses[g]
-        _take(scores, tops, g, chosen, taken, sums, weights, bits)
+        for p in range(P):
+            sums[p], peaks[p] = masses[g, p], tops[g, p]
+        _take(scores, g * P * PART_TOKENS, chosen, taken, peaks, sums, weights, bits)
         top, total = _LEAST, np.float32(0)
         for p in range(P):
-            weights[p] = tops[g, p] if sums[p] > np.float32(0) else _LEAST
-            top = max(top, weights[p])
+            top = max(top, peaks[p])
+        for p in range(P):
+            weights[p] = peaks[p]
         exp_less(weights, top, P, bits)
         for p in range(P):
-            weights[p] *= sums[p]
+            weights[p] = weights[p] * sums[p] if peaks[p] > _LEAST else np.float32(0)
             total += weights[p]
         for p in range(P):
             of_blocks[g, p // size] += weights[p]

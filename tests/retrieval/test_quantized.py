@@ -163,7 +163,7 @@ def test_the_rest_of_every_kernel(size: int, spread: float, monkeypatch: pytest.
             without.setattr(quantized_ops, "compiled_for_cpu", lambda _: None)
             out, lse = attend_to_rest(*asked, first_tail=512 // size, size=size)
         if ids.shape[1] == 700:
-            assert bool((found[1] < -80).all())
+            assert found[1].tolist() == [-math.inf] * 6 and not found[0].any()
             continue
         torch.testing.assert_close(found[1], lse, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(found[0], out, rtol=1e-3, atol=1e-3)
@@ -204,7 +204,7 @@ def test_it_chooses_by_roughly_the_scores_of_the_keys(start: int) -> None:
     assert bool((found[:, : start - first] == -math.inf).all())
     found = found[:, start - first :]
     by_keys = (queries.view(2, 2, -1) @ index.approximate_keys.mT).flatten(0, 1) * SHAPE.scale
-    torch.testing.assert_close(found, by_keys, rtol=1e-3, atol=1e-3)
+    assert float((found - by_keys).square().mean() / by_keys.var()) < 1e-4  # queries are rounded to 8 bits
     tail = (start + 900) % 256
     torch.testing.assert_close(found[:, -tail:], scores[:, -tail:], rtol=1e-4, atol=1e-4)
     assert float((found - scores).square().mean() / scores.var()) < 0.2
