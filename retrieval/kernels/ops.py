@@ -147,9 +147,11 @@ def top_pooled(
             return top_triton.top_pooled(scores, kv_heads, k, pooling, parts=parts)
     kernel = compiled_for_cpu()
     if kernel is not None:
-        is_of_parts = parts is not None and pooling == "max" and k <= parts.shape[2]
-        if is_of_parts and count == TILE_TOKENS * parts.shape[2]:
-            return compiled_for_cpu("parts_numba").top_of_parts(scores, parts, kv_heads, k)
+        if parts is not None and pooling == "max" and k <= parts.shape[2] and count == TILE_TOKENS * parts.shape[2]:
+            of_parts = compiled_for_cpu("parts_numba")
+            if of_parts is not None:
+                best: Tensor = of_parts.top_of_parts(scores, parts, kv_heads, k)
+                return best
         ids: Tensor = kernel.top_pooled(scores, kv_heads, k, pooling)
         return ids
     grouped = scores.view(kv_heads, -1, count).log_softmax(-1)

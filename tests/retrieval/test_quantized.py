@@ -1,5 +1,7 @@
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,6 +112,15 @@ def test_parts_are_summed_with_the_scores(G: int, skip: int, dim: int, seed: int
     torch.testing.assert_close(parts[:, :, :32], parts_of(scores[:, :512]), rtol=1e-5, atol=1e-30)
 
 
+def adding(add: Any) -> Callable[..., None]:
+    """Sums codes of three words of each token, all queries at once."""
+
+    def added(weights: Any, words: Any, out: Any) -> None:
+        add(weights, np.uint64(0), np.uint64(12), words, np.uint64(3), out, np.uint64(0))
+
+    return added
+
+
 @pytest.mark.parametrize(("lanes", "heads"), [(4, 1), (4, 2), (2, 4)])
 def test_codes_are_summed_alike_without_the_instruction_for_pairs(lanes: int, heads: int) -> None:
     sums = pytest.importorskip("kvloom.retrieval.kernels.quantized_sums_numba")
@@ -122,10 +133,7 @@ def test_codes_are_summed_alike_without_the_instruction_for_pairs(lanes: int, he
     for has_pairs in (False, sums._HAS_PAIRS):
         add = sums.code_sums(heads, lanes, has_pairs=has_pairs)
 
-        @numba.njit  # type: ignore[untyped-decorator]
-        def added(given: object, at: object, out: object, add: object = add) -> None:
-            add(given, np.uint64(0), np.uint64(12), at, np.uint64(3), out, np.uint64(0))  # type: ignore[operator]
-
+        added = numba.njit(adding(add))
         out = np.ones(256 * heads, np.float32)
         added(weights.reshape(-1).view(np.int32), np.uint64(words.ctypes.data), out)
         assert (out.reshape(heads, 256)[:, : 8 * lanes] == true + 1).all()
