@@ -260,8 +260,18 @@ def vllm(
     families: Annotated[
         bool, typer.Option("--families", help="Also start every family of docs/models.md; a few minutes more.")
     ] = False,
+    long: Annotated[
+        bool, typer.Option("--long", help="Only decoding through retrieval behind 64K tokens; some minutes.")
+    ] = False,
 ) -> None:
     """Kvloom in stock vLLM beside vLLM's own caches and LMCache; runs in vLLM's environment."""
+    if long:
+        if families or lmcache_python is not None:
+            raise typer.BadParameter("leaves out --families and --lmcache-python", param_hint="--long")
+        from ..bench.vllm.long import run as run_long
+
+        _finish(run_long(quick=quick, folder=folder), json, report)
+        return
     from ..bench.vllm.run import run
 
     _finish(run(quick=quick, folder=folder, lmcache_python=lmcache_python, families=families), json, report)

@@ -21,9 +21,9 @@ from ...evaluation.report import Metric, Target, write_text
 
 RESULTS = Path(__file__).parent
 PAGE = ROOT / "docs" / "benchmarks.md"
-ORDER = ("blend", "tiers", "retrieval", "vllm", "codecs", "simulate")  # others follow by name
+ORDER = ("blend", "tiers", "retrieval", "vllm", "vllm-long", "codecs", "simulate")  # others follow by name
 ON = "-on-"  # between a benchmark and a pretrained model in the names of files
-COMMANDS = {"simulate": "kvloom simulate TRACE.jsonl"}
+COMMANDS = {"simulate": "kvloom simulate TRACE.jsonl", "vllm-long": "kvloom bench vllm --long"}
 INTRODUCTION = """# Benchmarks
 
 Made from `bench/results/*.json` by `make docs`; do not edit. Each section is one run; every figure stands beside its

@@ -28,8 +28,6 @@ WAYS: Mapping[str, Mapping[str, Any] | None] = {
     "landmarks": {"method": "landmarks", "budget_ratio": 0.06},
     "factor": {"method": "factor", "budget_ratio": 0.06},
 }
-LONG_WAYS: Mapping[str, Mapping[str, Any]] = {"default": {"break_even_tokens": None}}
-"""At 64K tokens: `Retrieval` as it is, whose break-even the engine measures at its start."""
 KINDS = ("single_text", "multi_key", "only_needles")
 ANSWER_TOKENS = 8
 START_S = 300.0

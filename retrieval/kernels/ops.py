@@ -112,7 +112,13 @@ def tile_scores(queries: Tensor, tiles: Tensor, firsts: Tensor, counts: Tensor, 
 
 
 def top_pooled(
-    scores: Tensor, kv_heads: int, k: int, *, pooling: Pooling = "max", near: Tensor | None = None
+    scores: Tensor,
+    kv_heads: int,
+    k: int,
+    *,
+    pooling: Pooling = "max",
+    near: Tensor | None = None,
+    parts: Tensor | None = None,
 ) -> Tensor:
     """The k candidates of each KV head with the largest `pooled` softmax; the last ones among equals.
 
@@ -123,6 +129,8 @@ def top_pooled(
     ----------
     scores : `[Hq, N]` float32, scaled, without NaN; each row has a finite number.
     near : `[Hq]` float32, see `pooled`.
+    parts : `[2, Hq, P]` float32, if they are known: the largest score and the sum of exponentials less it of parts of
+        each row, equally many columns each.
 
     Returns
     -------
@@ -145,9 +153,14 @@ def top_pooled(
         from . import top_triton
 
         with torch.cuda.device(scores.device):
-            return top_triton.top_pooled(scores, kv_heads, k, pooling, near=near)
+            return top_triton.top_pooled(scores, kv_heads, k, pooling, near=near, parts=parts)
     kernel = compiled_for_cpu()
     if kernel is not None:
+        if parts is not None and pooling == "max" and k <= parts.shape[2] and count == TILE_TOKENS * parts.shape[2]:
+            of_parts = compiled_for_cpu("parts_numba")
+            if of_parts is not None:
+                best: Tensor = of_parts.top_of_parts(scores, parts, kv_heads, k, near)
+                return best
         ids: Tensor = kernel.top_pooled(scores, kv_heads, k, pooling, near)
         return ids
     total = scores.logsumexp(1) if near is None else torch.logaddexp(scores.logsumexp(1), near)

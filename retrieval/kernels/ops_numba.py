@@ -14,11 +14,12 @@ from torch import Tensor
 
 from .ranks_numba import largest
 from .rows_numba import (
+    DOT_QUERIES,
     KINDS,
     VECTOR_LENGTH,
     compiled,
     copy_bytes,
-    dots_of_four,
+    dots_with_four,
     exp_less,
     prefetch,
     run,
@@ -124,9 +125,9 @@ def _dots(queries: Any, dim: Any, rows: Any, width: Any, found: Any, scores: Any
     of a slice takes as long as a row.
     """
     group = _u(scores.shape[0])
-    for g in range(_u(0), group, _u(4)):
-        dots_of_four(queries, g * dim, rows, width, dim, found)
-        for q in range(min(_u(4), group - g)):
+    for g in range(_u(0), group, _u(DOT_QUERIES)):
+        dots_with_four(queries, g * dim, rows, width, dim, found)
+        for q in range(min(_u(DOT_QUERIES), group - g)):
             if count == _u(_ROWS):
                 scores[g + q, at] = found[_u(4) * q]
                 scores[g + q, at + _u(1)] = found[_u(4) * q + _u(1)]

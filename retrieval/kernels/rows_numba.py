@@ -25,6 +25,9 @@ from ...compress.kernels import machine_code
 _R = TypeVar("_R")
 
 VECTOR_LENGTH = 16
+# registers hold this many numbers, and as many sums of four rows with each of some queries
+_DOT_LANES = 16 if llvm.get_host_cpu_features().get("avx512f", False) else 8
+DOT_QUERIES = _DOT_LANES // 4
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _I8, _I16, _I32 = (ir.IntType(bits) for bits in (8, 16, 32))
 _HALF, _FLOAT = ir.HalfType(), ir.FloatType()
@@ -44,8 +47,11 @@ def run(kernel: Callable[..., None], *arguments: Any) -> None:
     config: Any = numba.config
     with _ENTRY:
         _start_threads()
-        before = numba.get_num_threads()
-        numba.set_num_threads(max(1, min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)))
+        before, wanted = numba.get_num_threads(), max(1, min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))
+        if before == wanted:
+            kernel(*arguments)
+            return
+        numba.set_num_threads(wanted)
         try:
             kernel(*arguments)
         finally:
@@ -147,57 +153,60 @@ def _type_word(_typing: Any, row: Any, i: Any) -> Any:
 
 
 def _type_dots(_typing: Any, queries: Any, first: Any, rows: Any, width: Any, count: Any, out: Any) -> Any:
-    """`out[4 q + n]` becomes the inner product of query q with row n, of 4 and 4.
+    """`out[4 q + n]` becomes the inner product of query q with row n, of `DOT_QUERIES` and 4.
 
     Queries have `count` numbers, a multiple of 16, one behind the other from `first` on; rows begin every `width`
-    numbers. All arrays are flat. Sixteen sums of 16 lanes each are made side by side; then
-    halves, quarters, ... of two of them are added at a time, so that all are reduced together.
+    numbers. All arrays are flat. As many sums are made side by side as each has lanes, which is what registers hold;
+    then halves, quarters, ... of two of them are added at a time, so that all are reduced together.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         from numba.core import cgutils
 
         _, first, _, width, count, _ = args
-        wide = ir.VectorType(_FLOAT, VECTOR_LENGTH)
+        wide = ir.VectorType(_FLOAT, _DOT_LANES)
         data = [cgutils.create_struct_proxy(signature.args[n])(context, builder, args[n]).data for n in (0, 2, 5)]
         number = count.type
 
-        def every(start: Any, first: Any, step: Any) -> list[Any]:
-            places = [builder.add(first, builder.mul(step, ir.Constant(number, n))) for n in range(4)]
+        def every(start: Any, first: Any, step: Any, some: int) -> list[Any]:
+            places = [builder.add(first, builder.mul(step, ir.Constant(number, n))) for n in range(some)]
             return [builder.ptrtoint(builder.gep(start, [place]), number) for place in places]
 
-        of_queries, of_rows = every(data[0], first, count), every(data[1], ir.Constant(number, 0), width)
+        of_queries = every(data[0], first, count, DOT_QUERIES)
+        of_rows = every(data[1], ir.Constant(number, 0), width, 4)
         before = builder.block
         loop, done = builder.append_basic_block("loop"), builder.append_basic_block("done")
         builder.branch(loop)
         builder.position_at_end(loop)
         at = builder.phi(number)
-        sums = [builder.phi(wide) for _ in range(16)]
+        sums = [builder.phi(wide) for _ in range(_DOT_LANES)]
         at.add_incoming(ir.Constant(number, 0), before)
         for each in sums:
-            each.add_incoming(ir.Constant(wide, [0.0] * VECTOR_LENGTH), before)
+            each.add_incoming(ir.Constant(wide, [0.0] * _DOT_LANES), before)
         moved = builder.mul(at, ir.Constant(number, 4))
         right, left = (
-            [_vector_at(builder, builder.add(row, moved), _FLOAT, VECTOR_LENGTH) for row in each]
+            [_vector_at(builder, builder.add(row, moved), _FLOAT, _DOT_LANES) for row in each]
             for each in (of_rows, of_queries)
         )
-        for q in range(4):
+        for q in range(DOT_QUERIES):
             for n in range(4):
                 each = sums[4 * q + n]
                 product = builder.fmul(left[q], right[n], flags=("contract",))
                 each.add_incoming(builder.fadd(each, product, flags=("contract",)), loop)
-        following = builder.add(at, ir.Constant(number, VECTOR_LENGTH))
+        following = builder.add(at, ir.Constant(number, _DOT_LANES))
         at.add_incoming(following, loop)
         builder.cbranch(builder.icmp_unsigned("<", following, count), loop, done)
         builder.position_at_end(done)
         parts = [each.incomings[1][0] for each in sums]
-        for span in (8, 4, 2, 1):
-            low = [lane if lane // span % 2 == 0 else VECTOR_LENGTH + lane - span for lane in range(VECTOR_LENGTH)]
-            masks = [ir.Constant(ir.VectorType(_I32, VECTOR_LENGTH), [m + more for m in low]) for more in (0, span)]
+        span = _DOT_LANES // 2
+        while span:
+            low = [lane if lane // span % 2 == 0 else _DOT_LANES + lane - span for lane in range(_DOT_LANES)]
+            masks = [ir.Constant(ir.VectorType(_I32, _DOT_LANES), [m + more for m in low]) for more in (0, span)]
             parts = [
                 builder.fadd(*(builder.shuffle_vector(a, b, mask) for mask in masks))
                 for a, b in zip(parts[:span], parts[span:], strict=True)
             ]
+            span //= 2
         builder.store(parts[0], builder.bitcast(data[2], wide.as_pointer())).align = 4
         return context.get_dummy_value()
 
@@ -263,7 +272,7 @@ _widen_one_float, _widen_one_half, _widen_one_bfloat = (_widening(kind, 1) for k
 prefetch: Any = intrinsic(_type_prefetch)
 copy_bytes: Any = intrinsic(_type_copy)
 word: Any = intrinsic(_type_word)
-dots_of_four: Any = intrinsic(_type_dots)
+dots_with_four: Any = intrinsic(_type_dots)
 tile_of_four: Any = intrinsic(_type_tile)
 
 

@@ -15,8 +15,9 @@ from ..kernels.quantized_ops import (
     WORD_CODES,
     channel_mixing,
     dequantize_keys,
+    parts_of,
     quantize_keys,
-    quantized_scores,
+    scores_and_parts,
 )
 from ..selector import LayerShape, Pooling, Selection, top_ids
 from .values import QuantizedValues
@@ -107,10 +108,10 @@ class QuantizedKeyIndex:
         heads, tokens = self.shape.kv_heads, len(self)
         if budget >= tokens or not budget:
             return Selection(top_ids(torch.empty(heads, tokens), budget, self.start), 0)
-        scores, first = self.scores(queries)
-        ids = top_pooled(scores, heads, budget, pooling=self._pooling, near=near)
-        rest = None if self._values is None else partial(_rest, self._values, scores, first)
-        return Selection(ids + first, self.held_bytes, heads * self._tail.shape[1], rest)
+        scores, parts = self._scored(queries)
+        columns = top_pooled(scores, heads, budget, pooling=self._pooling, near=near, parts=parts)
+        rest = None if self._values is None else partial(self._rest, self._values, scores, parts)
+        return Selection(columns + self._first, self.held_bytes, heads * self._tail.shape[1], rest)
 
     @property
     def approximate_keys(self) -> Tensor:
@@ -133,14 +134,30 @@ class QuantizedKeyIndex:
 
     def scores(self, queries: Tensor) -> tuple[Tensor, int]:
         """Scaled scores `[Hq, N]` of the tokens from a position on, and that position; -inf before `start`."""
+        return self._scored(queries)[0][:, : self.start - self._first + self._tokens], self._first
+
+    def _scored(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores from `_first` on, filled up to whole groups with -inf, and their parts, see `scores_and_parts`."""
         wide, scale = queries.float(), self.shape.scale
-        if not len(self._words):
-            return landmark_scores(wide, self._tail, scale=scale), self.start
-        found = quantized_scores(wide @ self._mix.T, self._words.all, self._scales.all, self._means.all, scale=scale)
-        found[:, : self.start - self._first] = -torch.inf
-        if self._tail.shape[1]:
-            found = torch.cat((found, landmark_scores(wide, self._tail, scale=scale)), 1)
-        return found, self._first
+        whole, tail = len(self._words), self._tail.shape[1]
+        lead = self.start - self._first  # columns before the first token
+        padding = 0 if not tail else GROUP_TOKENS if whole else -(-(lead + tail) // GROUP_TOKENS) * GROUP_TOKENS
+        stored = (self._words.all, self._scales.all, self._means.all)
+        skip = lead if whole else 0
+        scores, parts = scores_and_parts(wide @ self._mix.T, *stored, scale=scale, skip=skip, padding=padding)
+        if tail:
+            behind = whole * GROUP_TOKENS
+            last = scores[:, behind:]
+            last.fill_(-torch.inf)
+            begin = 0 if whole else lead
+            last[:, begin : begin + tail] = landmark_scores(wide, self._tail, scale=scale)
+            size = scores.shape[1] // parts.shape[2]  # tokens of a part, by the kernel
+            parts[:, :, behind // size :] = parts_of(last, size)
+        return scores, parts
+
+    def _rest(self, values: QuantizedValues, scores: Tensor, parts: Tensor, ids: Tensor) -> PartialAttention:
+        """Attention over all tokens but `ids` by their scores from `_first` on, and approximate values."""
+        return values.attend(scores, parts, torch.where(ids < 0, -1, ids - self._first))
 
     def _quantize(self, keys: Tensor) -> None:
         """Adds groups `[H, n, size, D]`; of the first group, the slots before `start` are made of its mean."""
@@ -155,16 +172,3 @@ class QuantizedKeyIndex:
         self._words.add(words)
         self._scales.add(scales)
         self._means.add(means)
-
-
-def _rest(values: QuantizedValues, scores: Tensor, first: int, ids: Tensor) -> PartialAttention:
-    """Attention over all tokens but `ids` by their scores `[Hq, N]` from `first` on, and approximate values."""
-    group = scores.shape[0] // ids.shape[0]
-    left = torch.nn.functional.pad(scores, (0, 1), value=-torch.inf)  # a token more, which ids of none name
-    at = torch.where(ids < 0, scores.shape[1], ids - first).to(left.device)
-    left.scatter_(1, at.repeat_interleave(group, 0), -torch.inf)
-    peak = left.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-    weights = left.sub_(peak).exp_()[:, :-1]
-    total = weights.sum(1)
-    out = values.sums(weights) / total.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-    return out, peak[:, 0] + total.log()

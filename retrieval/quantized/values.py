@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..attention import PartialAttention
 from ..growable import GrowableTensor
-from ..kernels.quantized_ops import GROUP_TOKENS, channel_mixing, dequantize_values, quantize_values, quantized_sums
+from ..kernels.quantized_ops import GROUP_TOKENS, attend_to_rest, channel_mixing, dequantize_values, quantize_values
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,12 +77,12 @@ class QuantizedValues:
         first = GROUP_TOKENS - self._tail.shape[1]
         self._read = dequantize_values(*self._group(self._tail[:, None]))[:, 0, first:]
 
-    def sums(self, weights: Tensor) -> Tensor:
-        """Weighted sums `[Hq, Dv]`; `weights` `[Hq, N]` float32 are those of the tokens from the first group on."""
-        heads, coded = len(self._means.all), GROUP_TOKENS * len(self._words)
-        found = quantized_sums(weights[:, :coded], self._words.all, self._scales.all, self._means.all)
-        of_tail: Tensor = weights[:, coded:].unflatten(0, (heads, -1)) @ self._read
-        return (found + of_tail.flatten(0, 1)) @ self._mix(found)
+    def attend(self, scores: Tensor, parts: Tensor, ids: Tensor) -> PartialAttention:
+        """Attention over all tokens but the columns `ids`, by scores from the first group on; see `attend_to_rest`."""
+        coded = (self._words.all, self._scales.all, self._means.all)
+        begin = GROUP_TOKENS * len(self._words) or self._lead
+        out, lse = attend_to_rest(scores, parts, ids, *coded, self._read, begin=begin)
+        return out @ self._mix(out), lse
 
     def _group(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Words, scales and means of groups `[H, n, size, Dv]`; slots that are missing come first, and are the mean."""

@@ -1,0 +1,284 @@
+"""What is chosen by scores of keys of two bits, and attention over the rest; compiled for this processor; needs numba.
+
+quantized_ops.py and ops.py have checked what they dispatch here. KV heads are divided among threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import prange
+from torch import Tensor
+
+from .quantized_ops import GROUP_TOKENS, PART_TOKENS
+from .quantized_sums_numba import at_least, exp_sum, first_bit, top_of_part
+from .ranks_numba import _largest, threshold
+from .rows_numba import KINDS, compiled, exp_less, run, widen
+
+_HALF_KIND, _GROUP_PARTS = KINDS[torch.float16], GROUP_TOKENS // PART_TOKENS
+_LEAST = np.float32(-3e38)
+_LOST = np.float32(1 / 256)  # of a part's sum; where less is left it is summed anew, since differences are not exact
+_u = np.uint64
+
+
+def top_of_parts(scores: Tensor, parts: Tensor, kv_heads: int, k: int, near: Tensor | None) -> Tensor:
+    """`top_pooled` with `max`, of at most as many candidates as there are parts of 16.
+
+    The k-th largest of the parts' largest is a bound: at least k candidates are not below it, and most parts are not
+    looked at.
+    """
+    ids = torch.empty(kv_heads, k, dtype=torch.int64)
+    _, Hq, P = parts.shape
+    grouped = parts.numpy().reshape(2, kv_heads, Hq // kv_heads, P)
+    beside = torch.full((Hq,), -torch.inf) if near is None else near.contiguous()
+    run(
+        _top, scores.numpy().reshape(kv_heads, -1), grouped[0], grouped[1], beside.numpy().reshape(kv_heads, -1),
+        ids.numpy(),
+    )  # fmt: skip
+    return ids
+
+
+def attend_to_rest(
+    scores: Tensor, parts: Tensor, ids: Tensor, words: Tensor, scales: Tensor, means: Tensor, behind: Tensor,
+    begin: int, light: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See quantized_ops.py."""
+    H, (_, Hq, P), v_dim = ids.shape[0], parts.shape, means.shape[2]
+    out, lse = torch.empty(Hq, v_dim), torch.empty(Hq)
+    grouped = parts.numpy().reshape(2, H, Hq // H, P)
+    run(
+        _rest, scores.numpy().reshape(H, -1), grouped[0], grouped[1], ids.contiguous().numpy(),
+        words.view(H, -1).numpy(), *_place(scales), *_place(means), means.shape[1], behind.contiguous().numpy(), begin,
+        np.float32(max(np.log(light), _LEAST) if light > 0 else _LEAST),
+        out.numpy().reshape(H, -1, v_dim), lse.numpy().reshape(H, -1),
+    )  # fmt: skip
+    return out, lse
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Address, and bytes from head to head."""
+    return tensor.data_ptr(), tensor.stride(0) * tensor.element_size()
+
+
+@compiled()
+def _log_sum(tops: Any, masses: Any, g: Any, weights: Any, bits: Any) -> Any:
+    """Log-sum-exp of a row, from those of its parts; `weights` and `bits` are room for as many numbers."""
+    P, top, total = tops.shape[1], _LEAST, np.float32(0)
+    for p in range(P):
+        weights[p] = tops[g, p]
+    whole = P // PART_TOKENS * PART_TOKENS
+    for p in range(_u(0), _u(whole), _u(PART_TOKENS)):
+        top = max(top, top_of_part(weights, p))
+    for p in range(whole, P):
+        top = max(top, weights[p])
+    exp_less(weights, top, P, bits)
+    for p in range(P):
+        total += weights[p] * masses[g, p]
+    return top + np.log(total)
+
+
+@compiled()
+def _top_of_head(scores: Any, tops: Any, masses: Any, near: Any, ids: Any) -> None:
+    """`scores` are flat, one query head behind the other."""
+    G, P, wanted = tops.shape[0], tops.shape[1], len(ids)
+    width = _u(P) * _u(PART_TOKENS)
+    pooled, room, bits = np.empty(P, np.float32), np.empty(P, np.float32), np.empty(P, np.int32)
+    shifts = np.empty(G, np.float32)
+    for g in range(G):
+        shift = _log_sum(tops, masses, g, room, bits)
+        larger, smaller = max(shift, near[g]), min(shift, near[g])
+        shifts[g] = shift = larger + np.log(np.float32(1) + np.exp(smaller - larger))
+        for p in range(P):
+            own = tops[g, p] - shift
+            pooled[p] = own if g == 0 else max(pooled[p], own)
+    key, _ = threshold(pooled.view(np.int32), np.ones(P, np.int8), wanted)
+    # the number that has this key, see `ordered`
+    rank = np.empty(1, np.uint32)
+    rank[0] = key ^ np.uint32(0x80000000) if key & np.uint32(0x80000000) else ~key
+    least = rank.view(np.float32)[0]
+    kept, places = np.empty(P * PART_TOKENS, np.float32), np.empty(P * PART_TOKENS, np.int32)
+    best, found = np.empty(PART_TOKENS, np.float32), _u(0)
+    for p in range(_u(P)):
+        if pooled[p] < least:
+            continue
+        at = p * _u(PART_TOKENS)
+        for i in range(_u(PART_TOKENS)):
+            best[i] = scores[at + i] - shifts[0]
+        for g in range(_u(1), _u(G)):
+            for i in range(_u(PART_TOKENS)):
+                best[i] = max(best[i], scores[g * width + at + i] - shifts[g])
+        left = at_least(best, _u(0), least)
+        while left:
+            i = first_bit(left)
+            kept[found], places[found] = best[i], at + i
+            left &= left - np.uint32(1)
+            found += _u(1)
+    _largest(kept.view(np.int32)[: np.int64(found)], ids)
+    for n in range(wanted):
+        ids[n] = places[ids[n]]
+
+
+@compiled(parallel=True)
+def _top(scores: Any, tops: Any, masses: Any, near: Any, ids: Any) -> None:
+    for h in prange(len(ids)):
+        _top_of_head(scores[h], tops[h], masses[h], near[h], ids[h])
+
+
+@compiled()
+def _take(scores: Any, first: Any, ids: Any, count: Any, peaks: Any, sums: Any, weights: Any, bits: Any) -> None:
+    """Takes the exponentials of `ids` off the sums of their parts; those of a part follow one another.
+
+    `first` is where the query's scores begin. The peak of a part of which little is left is that of what is left.
+    """
+    for n in range(count):
+        weights[n] = scores[first + ids[n]] - max(peaks[ids[n] // PART_TOKENS], _LEAST)
+    exp_less(weights, np.float32(0), count, bits)
+    room, n = np.empty(PART_TOKENS, np.float32), 0
+    while n < count:
+        part, total, stop = ids[n] // PART_TOKENS, np.float32(0), n
+        while stop < count and ids[stop] // PART_TOKENS == part:
+            total += weights[stop]
+            stop += 1
+        left = sums[part] - total
+        if left < _LOST * sums[part]:
+            for i in range(PART_TOKENS):
+                room[i] = scores[first + part * PART_TOKENS + i]
+            for m in range(n, stop):
+                room[ids[m] % PART_TOKENS] = -np.inf
+            peaks[part] = top_of_part(room, _u(0))
+            left = exp_sum(room, _u(0), max(peaks[part], _LEAST))
+        sums[part] = left
+        n = stop
+
+
+@compiled()
+def _add_signed(weights: Any, signs: Any, dim: Any, sums: Any, row: Any) -> None:
+    """Adds 16 rows of signs, each times its weight, to `sums[row : row + dim]`; all arrays are flat."""
+    for first in (_u(0), _u(8)):
+        a, b, c, e = weights[first], weights[first + _u(1)], weights[first + _u(2)], weights[first + _u(3)]
+        f, h, k, m = weights[first + _u(4)], weights[first + _u(5)], weights[first + _u(6)], weights[first + _u(7)]
+        at = first * dim
+        for d in range(dim):
+            i = at + d
+            found = a * signs[i] + b * signs[i + dim] + c * signs[i + _u(2) * dim] + e * signs[i + _u(3) * dim]
+            more = f * signs[i + _u(4) * dim] + h * signs[i + _u(5) * dim]
+            more += k * signs[i + _u(6) * dim] + m * signs[i + _u(7) * dim]
+            sums[row + d] += found + more
+
+
+@compiled()
+def _add_parts(
+    scores: Any, heavy: Any, lses: Any, chosen: Any, taken: Any, words: Any, scales: Any, dim: Any, width: Any,
+    sums: Any,
+) -> None:  # fmt: skip
+    """Adds the signs of parts that are heavy for some query, each token by its weight.
+
+    `scales` is an address, `width` the columns of a query's scores. A word holds the signs of a channel of two parts.
+    """
+    G, P = heavy.shape
+    at = 0
+    signs = np.empty(_u(PART_TOKENS) * dim, np.float32)
+    own, weights = np.empty(PART_TOKENS, np.float32), np.empty(PART_TOKENS, np.float32)
+    bits, line = np.empty(PART_TOKENS, np.int32), np.empty(dim, np.int32)
+    for p in range(P):
+        some = False
+        for g in range(G):
+            some |= heavy[g, p]
+        if not some:
+            continue
+        widen(scales + _u(p) * _u(2 * PART_TOKENS), _HALF_KIND, _u(PART_TOKENS), own, _u(0))
+        while at < taken and chosen[at] < p * PART_TOKENS:
+            at += 1
+        n = at
+        while n < taken and chosen[n] < (p + 1) * PART_TOKENS:
+            own[chosen[n] % PART_TOKENS] = np.float32(0)
+            n += 1
+        place = _u(p // 2) * dim
+        for d in range(dim):
+            line[d] = words[place + d]
+        for i in range(_u(PART_TOKENS)):
+            shift, start = np.int32(_u(p % 2) * _u(PART_TOKENS) + i), i * dim
+            for d in range(dim):
+                signs[start + d] = np.float32(((line[d] >> shift) & np.int32(1)) * np.int32(2) - np.int32(1))
+        for g in range(_u(G)):
+            if heavy[g, p]:
+                start = g * width + _u(p) * _u(PART_TOKENS)
+                for i in range(_u(PART_TOKENS)):
+                    weights[i] = min(scores[start + i] - lses[g], np.float32(0))
+                exp_less(weights, np.float32(0), PART_TOKENS, bits)
+                for i in range(_u(PART_TOKENS)):
+                    weights[i] *= own[i]
+                _add_signed(weights, signs, dim, sums, g * dim)
+
+
+@compiled()
+def _rest_of_head(
+    scores: Any, tops: Any, masses: Any, ids: Any, words: Any, scales: Any, means: Any, count: Any, behind: Any,
+    begin: Any, log_light: Any, out: Any, lses: Any,
+) -> None:  # fmt: skip
+    (G, P), v_dim, taken = tops.shape, out.shape[1], 0
+    chosen = np.empty(len(ids), np.int64)
+    for n in range(len(ids)):
+        chosen[taken] = ids[n]
+        taken += ids[n] >= 0
+    weights, bits = np.empty(max(P, len(ids)), np.float32), np.empty(max(P, len(ids)), np.int32)
+    coded = count * _GROUP_PARTS
+    of_groups, heavy = np.zeros((G, count), np.float32), np.zeros((G, coded), np.bool_)
+    sums, peaks, has_left = np.empty(P, np.float32), np.empty(P, np.float32), np.empty(G, np.bool_)
+    for g in range(G):
+        for p in range(P):
+            sums[p], peaks[p] = masses[g, p], tops[g, p]
+        _take(scores, g * P * PART_TOKENS, chosen, taken, peaks, sums, weights, bits)
+        top, total = _LEAST, np.float32(0)
+        for p in range(P):
+            top = max(top, peaks[p])
+        for p in range(P):
+            weights[p] = peaks[p]
+        exp_less(weights, top, P, bits)
+        for p in range(P):
+            if peaks[p] <= _LEAST:
+                weights[p] = np.float32(0)
+            total += weights[p] * sums[p]
+        has_left[g] = total > np.float32(0)
+        lses[g] = top + np.log(total) if has_left[g] else -np.inf
+        share = np.float32(1) / max(total, np.float32(1e-38))
+        for p in range(coded):
+            heavy[g, p] = has_left[g] and tops[g, p] - lses[g] >= log_light
+            of_groups[g, p // _GROUP_PARTS] += weights[p] * sums[p] * share
+    flat = np.zeros(G * v_dim, np.float32)
+    row = np.empty(v_dim, np.float32)
+    for n in range(count):
+        widen(means + _u(n) * _u(2 * v_dim), _HALF_KIND, _u(v_dim), row, _u(0))
+        for g in range(G):
+            weight = of_groups[g, n]
+            for d in range(v_dim):
+                flat[g * v_dim + d] += weight * row[d]
+    _add_parts(scores, heavy, lses, chosen, taken, words, scales, _u(v_dim), _u(P * PART_TOKENS), flat)
+    for g in range(G):
+        for d in range(v_dim):
+            out[g, d] = flat[g * v_dim + d]
+    at = 0
+    for t in range(len(behind)):
+        while at < taken and chosen[at] < begin + t:
+            at += 1
+        if at < taken and chosen[at] == begin + t:
+            continue
+        for g in range(G):
+            if has_left[g]:
+                weight = np.exp(min(scores[g * P * PART_TOKENS + begin + t] - lses[g], np.float32(0)))
+                for d in range(v_dim):
+                    out[g, d] += weight * behind[t, d]
+
+
+@compiled(parallel=True)
+def _rest(
+    scores: Any, tops: Any, masses: Any, ids: Any, words: Any, scales: Any, scales_step: Any,
+    means: Any, means_step: Any, count: Any, behind: Any, begin: Any, log_light: Any, out: Any, lses: Any,
+) -> None:  # fmt: skip
+    for h in prange(len(ids)):
+        _rest_of_head(
+            scores[h], tops[h], masses[h], ids[h], words[h], _u(scales) + _u(h) * _u(scales_step),
+            _u(means) + _u(h) * _u(means_step), count, behind[h], begin, log_light, out[h], lses[h],
+        )  # fmt: skip
