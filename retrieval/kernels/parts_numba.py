@@ -12,7 +12,7 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from .quantized_ops import GROUP_TOKENS, PART_TOKENS
+from .quantized_ops import GROUP_TOKENS, PART_TOKENS, WORD_SIGNS
 from .quantized_sums_numba import at_least, exp_sum, first_bit, top_of_part
 from .ranks_numba import _largest, threshold
 from .rows_numba import KINDS, compiled, exp_less, run, widen
@@ -154,63 +154,46 @@ def _take(scores: Any, first: Any, ids: Any, count: Any, peaks: Any, sums: Any, 
 
 
 @compiled()
-def _add_signed(weights: Any, signs: Any, dim: Any, sums: Any, row: Any) -> None:
-    """Adds 16 rows of signs, each times its weight, to `sums[row : row + dim]`; all arrays are flat."""
-    for first in (_u(0), _u(8)):
-        a, b, c, e = weights[first], weights[first + _u(1)], weights[first + _u(2)], weights[first + _u(3)]
-        f, h, k, m = weights[first + _u(4)], weights[first + _u(5)], weights[first + _u(6)], weights[first + _u(7)]
-        at = first * dim
-        for d in range(dim):
-            i = at + d
-            found = a * signs[i] + b * signs[i + dim] + c * signs[i + _u(2) * dim] + e * signs[i + _u(3) * dim]
-            more = f * signs[i + _u(4) * dim] + h * signs[i + _u(5) * dim]
-            more += k * signs[i + _u(6) * dim] + m * signs[i + _u(7) * dim]
-            sums[row + d] += found + more
-
-
-@compiled()
-def _add_parts(
-    scores: Any, heavy: Any, lses: Any, chosen: Any, taken: Any, words: Any, scales: Any, dim: Any, width: Any,
-    sums: Any,
+def _add_signed(
+    scores: Any, first: Any, tops: Any, lse: Any, least: Any, chosen: Any, taken: Any, words: Any, scales: Any,
+    groups: Any, dim: Any, sums: Any, row: Any,
 ) -> None:  # fmt: skip
-    """Adds the signs of parts that are heavy for some query, each token by its weight.
+    """Adds to `sums[row : row + dim]` the signs of tokens whose score is at least that, each by weight and scale.
 
-    `scales` is an address, `width` the columns of a query's scores. A word holds the signs of a channel of two parts.
+    `first` is where the query's scores begin, `scales` an address. With `b` 0 or 1, `w (2 b - 1)` is summed in two.
     """
-    G, P = heavy.shape
-    at = 0
-    signs = np.empty(_u(PART_TOKENS) * dim, np.float32)
-    own, weights = np.empty(PART_TOKENS, np.float32), np.empty(PART_TOKENS, np.float32)
-    bits, line = np.empty(PART_TOKENS, np.int32), np.empty(dim, np.int32)
-    for p in range(P):
-        some = False
-        for g in range(G):
-            some |= heavy[g, p]
-        if not some:
+    columns, weights = np.empty(GROUP_TOKENS, np.int64), np.empty(GROUP_TOKENS, np.float32)
+    bits, own = np.empty(GROUP_TOKENS, np.int32), np.empty(GROUP_TOKENS, np.float32)
+    at, total = 0, np.float32(0)
+    for n in range(_u(groups)):
+        count = 0
+        for part in range(n * _u(_GROUP_PARTS), (n + _u(1)) * _u(_GROUP_PARTS)):
+            if tops[part] < least:
+                continue
+            begin = part * _u(PART_TOKENS)
+            left = at_least(scores, first + begin, least)
+            while left:
+                column = np.int64(begin + first_bit(left))
+                left &= left - np.uint32(1)
+                while at < taken and chosen[at] < column:
+                    at += 1
+                if at == taken or chosen[at] != column:
+                    columns[count], weights[count] = column, min(scores[first + _u(column)] - lse, np.float32(0))
+                    count += 1
+        if not count:
             continue
-        widen(scales + _u(p) * _u(2 * PART_TOKENS), _HALF_KIND, _u(PART_TOKENS), own, _u(0))
-        while at < taken and chosen[at] < p * PART_TOKENS:
-            at += 1
-        n = at
-        while n < taken and chosen[n] < (p + 1) * PART_TOKENS:
-            own[chosen[n] % PART_TOKENS] = np.float32(0)
-            n += 1
-        place = _u(p // 2) * dim
-        for d in range(dim):
-            line[d] = words[place + d]
-        for i in range(_u(PART_TOKENS)):
-            shift, start = np.int32(_u(p % 2) * _u(PART_TOKENS) + i), i * dim
+        exp_less(weights, np.float32(0), count, bits)
+        widen(scales + n * _u(2 * GROUP_TOKENS), _HALF_KIND, _u(GROUP_TOKENS), own, _u(0))
+        for i in range(count):
+            token = _u(columns[i]) % _u(GROUP_TOKENS)
+            weight = weights[i] * own[token]
+            twice, shift = np.float32(2) * weight, np.int32(token % _u(WORD_SIGNS))
+            place = (n * _u(GROUP_TOKENS // WORD_SIGNS) + token // _u(WORD_SIGNS)) * dim
+            total += weight
             for d in range(dim):
-                signs[start + d] = np.float32(((line[d] >> shift) & np.int32(1)) * np.int32(2) - np.int32(1))
-        for g in range(_u(G)):
-            if heavy[g, p]:
-                start = g * width + _u(p) * _u(PART_TOKENS)
-                for i in range(_u(PART_TOKENS)):
-                    weights[i] = min(scores[start + i] - lses[g], np.float32(0))
-                exp_less(weights, np.float32(0), PART_TOKENS, bits)
-                for i in range(_u(PART_TOKENS)):
-                    weights[i] *= own[i]
-                _add_signed(weights, signs, dim, sums, g * dim)
+                sums[row + d] += twice * np.float32((words[place + d] >> shift) & np.int32(1))
+    for d in range(dim):
+        sums[row + d] -= total
 
 
 @compiled()
@@ -225,7 +208,7 @@ def _rest_of_head(
         taken += ids[n] >= 0
     weights, bits = np.empty(max(P, len(ids)), np.float32), np.empty(max(P, len(ids)), np.int32)
     coded = count * _GROUP_PARTS
-    of_groups, heavy = np.zeros((G, count), np.float32), np.zeros((G, coded), np.bool_)
+    of_groups = np.zeros((G, count), np.float32)
     sums, peaks, has_left = np.empty(P, np.float32), np.empty(P, np.float32), np.empty(G, np.bool_)
     for g in range(G):
         for p in range(P):
@@ -245,7 +228,6 @@ def _rest_of_head(
         lses[g] = top + np.log(total) if has_left[g] else -np.inf
         share = np.float32(1) / max(total, np.float32(1e-38))
         for p in range(coded):
-            heavy[g, p] = has_left[g] and tops[g, p] - lses[g] >= log_light
             of_groups[g, p // _GROUP_PARTS] += weights[p] * sums[p] * share
     flat = np.zeros(G * v_dim, np.float32)
     row = np.empty(v_dim, np.float32)
@@ -255,7 +237,12 @@ def _rest_of_head(
             weight = of_groups[g, n]
             for d in range(v_dim):
                 flat[g * v_dim + d] += weight * row[d]
-    _add_parts(scores, heavy, lses, chosen, taken, words, scales, _u(v_dim), _u(P * PART_TOKENS), flat)
+    for g in range(_u(G)):
+        if has_left[g]:
+            _add_signed(
+                scores, g * _u(P * PART_TOKENS), tops[g], lses[g], max(lses[g] + log_light, _LEAST), chosen, taken,
+                words, scales, count, _u(v_dim), flat, g * _u(v_dim),
+            )  # fmt: skip
     for g in range(G):
         for d in range(v_dim):
             out[g, d] = flat[g * v_dim + d]
