@@ -90,6 +90,7 @@ class _Checks:
             yield f"gather_attend, {_name(dtype)}", partial(self._gather_attend, dtype)
         yield "tile_scores", self._tile_scores
         yield "quantized_scores", self._quantized_scores
+        yield "quantized_sums", self._quantized_sums
         for pooling in ("max", "sum"):
             yield f"top_pooled, {pooling}", partial(self._top_pooled, pooling)
         for kind in ("float16", "int8", "int4"):
@@ -173,11 +174,24 @@ class _Checks:
         means = keys.mean(2).half()
         words, scales = quantized_ops.quantize_keys(keys, means.float())
         queries = self._numbers(s.Hq, s.D).half()
-        true = quantized_ops.quantized_scores(queries, words, scales, means, scale=s.D**-0.5)
+        # not `quantized_scores`, which rounds queries to 8 bits on a processor with numba
+        stored = quantized_ops.dequantize_keys(words, scales, means).flatten(1, 2)
+        true = (queries.float().view(s.H, -1, s.D) @ stored.mT).flatten(0, 1) * s.D**-0.5
         q, w, c, m = (self._on(tensor) for tensor in (queries, words, scales, means))
         step = partial(quantized_ops_triton.quantized_scores, q, w, c, m, s.D**-0.5)
         self._time(step, words.nbytes + scales.nbytes + true.nbytes)
         return step()[0], true, 5e-4
+
+    def _quantized_sums(self) -> Comparison:
+        s = self.shape
+        values = self._numbers(s.H, max(1, s.S // quantized_ops.GROUP_TOKENS), quantized_ops.GROUP_TOKENS, s.D)
+        means = values.mean(2).half()
+        words, scales = quantized_ops.quantize_values(values, means.float())
+        weights = torch.softmax(3 * self._numbers(s.Hq, values[0, ..., 0].numel()), 1)
+        true = quantized_ops.quantized_sums(weights, words, scales, means)
+        step = partial(quantized_ops_triton.quantized_sums, *map(self._on, (weights, words, scales, means)))
+        self._time(step, words.nbytes + scales.nbytes + weights.nbytes)
+        return step(), true, 5e-4
 
     def _top_pooled(self, pooling: str) -> Comparison:
         s = self.shape
