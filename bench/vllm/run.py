@@ -128,7 +128,10 @@ def run(
     tables.append(same_table(found.identity))
     if found.families:
         tables.append(families_table(found.families))
-    tables += [records_table(found.answers, REFERENCE), retrieval_table(found.retrieval)]
+    tables += [
+        records_table(found.answers, REFERENCE),
+        retrieval_table(found.retrieval, "bundled model; the default behind 64K tokens of a random model"),
+    ]
     plots = [rounds_plot(timed) for timed in found.first]
     rows = [row for timed in (*found.first, *found.decoding) for row in timed.rows()]
     rows += [*found.windowed.rows(), *(each.row() for each in found.families)]

@@ -56,7 +56,8 @@ def records_table(answers: FusedAnswers, model: str) -> Table:
     return Table(["way", "records", "exact match", "95 %"], rows, f"cross-document records, {model}")
 
 
-def retrieval_table(rows: Sequence[RetrievalRow]) -> Table:
+def retrieval_table(rows: Sequence[RetrievalRow], models: str) -> Table:
+    """`models`: what the contexts are of."""
     cells: list[Row] = []
     for row in rows:
         speedup = row.speedup
@@ -70,8 +71,7 @@ def retrieval_table(rows: Sequence[RetrievalRow]) -> Table:
         ])  # fmt: skip
     heads = ["attention", "context", "tokens/s", "x dense", "p10 to p90", "right", "same answer as dense"]
     heads += ["chosen", "in blocks touched", "index MiB", "first token ms", "break-even, tokens"]
-    caption = "decoding behind a long context: bundled model; the default behind 64K tokens of a random model"
-    return Table(heads, cells, caption)
+    return Table(heads, cells, f"decoding behind a long context: {models}")
 
 
 def rounds_plot(timed: Timed) -> Plot:
