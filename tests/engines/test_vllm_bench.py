@@ -11,7 +11,6 @@ pytest.importorskip(
 )
 
 from kvloom.bench.vllm import exact as vllm_exact
-from kvloom.bench.vllm import long as vllm_long
 from kvloom.bench.vllm import run as vllm
 from kvloom.bench.vllm import times as vllm_times
 from kvloom.bench.vllm import windows as vllm_windows
@@ -80,11 +79,3 @@ def test_a_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     result.show()
     printed = capsys.readouterr().out
     assert all(way in printed for way in FIRST_TOKENS)
-
-
-def test_a_long_context_alone(tmp_path: Path) -> None:
-    result = vllm_long.run(quick=True, folder=tmp_path)
-    tokens = vllm.QUICK_SIZES.long_tokens // 1024
-    speedups = [f"retrieval_decode_speedup_{way}{tokens}k" for way in ("", "chosen_alone_")]
-    assert all(result.metrics[name].value > 0 for name in speedups) and not result.targets
-    assert not list(tmp_path.iterdir()), "the model is removed"
