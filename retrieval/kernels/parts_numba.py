@@ -15,7 +15,7 @@ from torch import Tensor
 from .quantized_ops import GROUP_TOKENS, PART_TOKENS, WORD_SIGNS
 from .quantized_sums_numba import at_least, exp_sum, first_bit, top_of_part
 from .ranks_numba import _largest, threshold
-from .rows_numba import KINDS, compiled, exp_less, run, widen
+from .rows_numba import KINDS, compiled, exp_less, place_of, run, widen
 
 _HALF_KIND, _GROUP_PARTS = KINDS[torch.float16], GROUP_TOKENS // PART_TOKENS
 _LEAST = np.float32(-3e38)
@@ -50,16 +50,11 @@ def attend_to_rest(
     grouped = parts.numpy().reshape(2, H, Hq // H, P)
     run(
         _rest, scores.numpy().reshape(H, -1), grouped[0], grouped[1], ids.contiguous().numpy(),
-        words.view(H, -1).numpy(), *_place(scales), *_place(means), means.shape[1], behind.contiguous().numpy(), begin,
-        np.float32(max(np.log(light), _LEAST) if light > 0 else _LEAST),
+        words.view(H, -1).numpy(), *place_of(scales), *place_of(means), means.shape[1], behind.contiguous().numpy(),
+        begin, np.float32(max(np.log(light), _LEAST) if light > 0 else _LEAST),
         out.numpy().reshape(H, -1, v_dim), lse.numpy().reshape(H, -1),
     )  # fmt: skip
     return out, lse
-
-
-def _place(tensor: Tensor) -> tuple[int, int]:
-    """Address, and bytes from head to head."""
-    return tensor.data_ptr(), tensor.stride(0) * tensor.element_size()
 
 
 @compiled()

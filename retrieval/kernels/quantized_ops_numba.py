@@ -24,7 +24,7 @@ from .quantized_sums_numba import (
     scaled,
     top_of_part,
 )
-from .rows_numba import KINDS, compiled, prefetch, run, widen
+from .rows_numba import KINDS, compiled, place_of, prefetch, run, widen
 
 _GROUP, _HALF_KIND = GROUP_TOKENS, KINDS[torch.float16]
 _LARGEST = 127  # of a query's numbers, in 8 bits
@@ -54,15 +54,10 @@ def scores_and_parts(
         return scores, parts
     run(
         _score, weights.contiguous().view(H, -1).view(torch.int32).numpy(), wide.contiguous().numpy(), shared.numpy(),
-        W, n, skip, *_place(words), *_place(scales), *_place(means), scores.numpy().reshape(H, -1),
+        W, n, skip, *place_of(words), *place_of(scales), *place_of(means), scores.numpy().reshape(H, -1),
         parts.numpy().reshape(2, H, -1),
     )  # fmt: skip
     return scores, parts
-
-
-def _place(tensor: Tensor) -> tuple[int, int]:
-    """Address, and bytes from head to head."""
-    return tensor.data_ptr(), tensor.stride(0) * tensor.element_size()
 
 
 _sums_of_one, _sums_of_two, _sums_of_four = code_sums(1, 4), code_sums(2, 4), code_sums(4, 2)

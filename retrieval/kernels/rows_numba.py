@@ -19,6 +19,7 @@ import torch
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
+from torch import Tensor
 
 from ...compress.kernels import machine_code
 
@@ -56,6 +57,11 @@ def run(kernel: Callable[..., None], *arguments: Any) -> None:
             kernel(*arguments)
         finally:
             numba.set_num_threads(before)
+
+
+def place_of(tensor: Tensor) -> tuple[int, int]:
+    """Address of a tensor, and bytes from head to head."""
+    return tensor.data_ptr(), tensor.stride(0) * tensor.element_size()
 
 
 @cache
